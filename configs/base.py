@@ -1,0 +1,84 @@
+"""Every option once, with its unit and default. An experiment is a diff from this.
+
+Lists are comma-separated strings; where a list names features or their values, it may also read
+a JSON file: "@FILE:key" or "@FILE:key[:n]" for its first n. "{workdir}" in a string stands for
+the run's working directory.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults, locked: an unknown field is an error."""
+    config = ConfigDict()
+    # Models: a Hugging Face directory, a Hugging Face repo id, or a converted directory.
+    config.policy_model = ""
+    config.sarm_model = ""
+    config.dtype = "float32"  # of the frozen weights and activations: float32 or bfloat16
+    config.remat = False  # recompute each layer in the backward pass: less memory, a third slower
+    config.prompts_jsonl = ""  # {"prompt"} lines that PPO trains on
+    config.sarm_max_length = 4096  # tokens; longer conversations lose their beginning
+    config.sarm_batch_size = 16  # conversations scored at a time
+
+    config.lora = ConfigDict()
+    config.lora.rank = 16
+    config.lora.alpha = 32.0  # the update is scaled by alpha / rank
+    # Recorded in adapter_config.json. PPO compares log-probabilities, so all of its forward
+    # passes run without dropout, whatever stands here.
+    config.lora.dropout = 0.0
+    config.lora.target_modules = "q_proj,k_proj,v_proj,o_proj"
+
+    config.ppo = ConfigDict()
+    config.ppo.total_steps = 100
+    config.ppo.batch_size = 8  # responses per step, over all devices
+    config.ppo.num_minibatches = 1  # optimizer steps per epoch
+    config.ppo.gradient_accumulation_steps = 1  # microbatches per minibatch: memory, not maths
+    config.ppo.ppo_epochs = 2
+    config.ppo.learning_rate = 1e-4
+    config.ppo.lr_schedule = "constant"  # constant, linear or cosine to 0
+    config.ppo.warmup_steps = 0  # PPO steps of linear warm-up
+    config.ppo.weight_decay = 0.0
+    config.ppo.max_grad_norm = 1.0
+    config.ppo.clip_range = 0.2
+    config.ppo.value_clip_range = 0.2
+    config.ppo.vf_coef = 0.1
+    config.ppo.gamma = 1.0
+    config.ppo.gae_lambda = 0.95
+    config.ppo.kl_coef = 0.05  # per-token penalty on log π_old − log π_ref, in reward σ per nat
+    config.ppo.missing_eos_penalty = 1.0  # in reward σ, for a response that does not end
+    config.ppo.whiten_advantages = True
+    config.ppo.temperature = 1.0  # of sampler, old, new and reference policy alike
+    config.ppo.top_p = 1.0  # PPO refuses anything else
+    config.ppo.max_new_tokens = 256
+    config.ppo.max_prompt_tokens = 1024  # with the chat template; a longer prompt is an error
+    config.ppo.calibration_batches = 2  # batches of reference responses that give μ and σ
+    config.ppo.logprob_chunk = 0  # response positions per vocabulary projection; 0 = all at once
+    config.ppo.checkpoint_every = 10  # steps
+    config.ppo.keep_checkpoints = 3
+    config.ppo.samples_per_step = 2  # rows of samples.jsonl per step
+    config.ppo.seed = 0
+
+    config.reward = ConfigDict()
+    config.reward.penalize_features = ""
+    config.reward.tau_values = ""  # threshold on z, one per penalised feature
+    config.reward.alpha_values = ""  # penalty for z > tau, one per penalised feature
+    config.reward.clamp_features = ""
+    config.reward.clamp_set_values = ""  # one per clamped feature; "none" leaves one out
+    config.reward.clamp_min_values = ""
+    config.reward.clamp_max_values = ""
+    config.reward.beta = 0.0  # weight of the latent KL to human responses
+    config.reward.latent_indices = ""  # features the discriminator reads; empty: all in the buffer
+    config.reward.human_latents = ""  # safetensors written by --stage=human_latents
+    config.reward.unit = "score"  # of alpha and beta: reward-model score, or "sd" of it
+
+    config.discriminator = ConfigDict()
+    config.discriminator.learning_rate = 1e-3
+    config.discriminator.hidden_size = 64
+    config.discriminator.steps = 4  # minibatches per PPO step
+    config.discriminator.batch_size = 32  # human rows, and as many policy rows
+    config.discriminator.weight_decay = 1e-2
+
+    config.human_latents = ConfigDict()
+    config.human_latents.demos_jsonl = ""  # {"prompt", "response"} lines written by people
+
+    return config.lock()

@@ -1,0 +1,85 @@
+"""The flags of `main.py`, and how they land in the config.
+
+The reference implementation's flag names are shorthands for config fields: a flag that is not
+given leaves the field alone. "{workdir}" in a string field becomes the working directory.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sarm_jax.errors import InputError
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "experiment: configs/*.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "results; default outputs/<name of the config>")
+STAGE = flags.DEFINE_string("stage", "train", "what to run; README lists the stages")
+
+_STRING, _FLOAT, _INTEGER = flags.DEFINE_string, flags.DEFINE_float, flags.DEFINE_integer
+REFERENCE_FLAGS = {  # flag: (kind, config field)
+    "policy_model": (_STRING, "policy_model"),
+    "sarm_model": (_STRING, "sarm_model"),
+    "prompts_jsonl": (_STRING, "prompts_jsonl"),
+    "human_latents": (_STRING, "reward.human_latents"),
+    "penalize_features": (_STRING, "reward.penalize_features"),
+    "tau_values": (_STRING, "reward.tau_values"),
+    "alpha_values": (_STRING, "reward.alpha_values"),
+    "clamp_features": (_STRING, "reward.clamp_features"),
+    "clamp_set_values": (_STRING, "reward.clamp_set_values"),
+    "clamp_min_values": (_STRING, "reward.clamp_min_values"),
+    "clamp_max_values": (_STRING, "reward.clamp_max_values"),
+    "beta": (_FLOAT, "reward.beta"),
+    "latent_indices": (_STRING, "reward.latent_indices"),
+    "disc_lr": (_FLOAT, "discriminator.learning_rate"),
+    "batch_size": (_INTEGER, "ppo.batch_size"),
+    "gradient_accumulation_steps": (_INTEGER, "ppo.gradient_accumulation_steps"),
+    "learning_rate": (_FLOAT, "ppo.learning_rate"),
+    "total_steps": (_INTEGER, "ppo.total_steps"),
+    "ppo_epochs": (_INTEGER, "ppo.ppo_epochs"),
+    "clip_range": (_FLOAT, "ppo.clip_range"),
+    "vf_coef": (_FLOAT, "ppo.vf_coef"),
+    "max_grad_norm": (_FLOAT, "ppo.max_grad_norm"),
+    "seed": (_INTEGER, "ppo.seed"),
+    "lora_r": (_INTEGER, "lora.rank"),
+    "lora_alpha": (_FLOAT, "lora.alpha"),
+    "lora_dropout": (_FLOAT, "lora.dropout"),
+    "max_new_tokens": (_INTEGER, "ppo.max_new_tokens"),
+    "temperature": (_FLOAT, "ppo.temperature"),
+    "top_p": (_FLOAT, "ppo.top_p"),
+}
+for _name, (_define, _field) in REFERENCE_FLAGS.items():
+    _define(_name, None, f"shorthand for --config.{_field}")
+
+
+def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
+    """(config with every flag applied, stage, working directory); InputError for bad flags."""
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(_one_line(error)) from error
+    if len(rest) > 1:
+        raise InputError(f"unexpected argument {rest[1]!r}: options are --name=value")
+    if CONFIG.value is None:
+        raise InputError("--config is missing: for example --config=configs/smollm2.py")
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = Path(WORKDIR.value or Path("outputs") / name)
+    config = CONFIG.value
+    for flag, (_, field) in REFERENCE_FLAGS.items():
+        value = flags.FLAGS[flag].value
+        if value is not None:
+            config.update_from_flattened_dict({field: value})
+    _fill_in(config, str(workdir))
+    return config, STAGE.value, workdir
+
+
+def _fill_in(config: ConfigDict, workdir: str) -> None:
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _fill_in(value, workdir)
+        elif isinstance(value, str):
+            config[name] = value.replace("{workdir}", workdir)
+
+
+def _one_line(error: Exception) -> str:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split())

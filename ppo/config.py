@@ -1,0 +1,85 @@
+"""Options of a PPO run; defaults and units stand in `configs/base.py`."""
+
+import dataclasses
+
+from sarm_jax.errors import InputError
+
+AT_LEAST_ONE = (
+    "total_steps batch_size num_minibatches gradient_accumulation_steps ppo_epochs "
+    "max_new_tokens max_prompt_tokens calibration_batches checkpoint_every keep_checkpoints"
+).split()
+POSITIVE = "learning_rate clip_range value_clip_range max_grad_norm temperature".split()
+NOT_NEGATIVE = (
+    "warmup_steps vf_coef weight_decay kl_coef missing_eos_penalty logprob_chunk samples_per_step"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """Validated where it is built; the message names `ppo.<field>=value`."""
+
+    total_steps: int
+    batch_size: int
+    num_minibatches: int
+    gradient_accumulation_steps: int
+    ppo_epochs: int
+    learning_rate: float
+    lr_schedule: str
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    clip_range: float
+    value_clip_range: float
+    vf_coef: float
+    gamma: float
+    gae_lambda: float
+    kl_coef: float
+    missing_eos_penalty: float
+    whiten_advantages: bool
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    max_prompt_tokens: int
+    calibration_batches: int
+    logprob_chunk: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    samples_per_step: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for names, low, open_end in ((AT_LEAST_ONE, 1, False), (POSITIVE, 0, True)):
+            for name in names:
+                value = getattr(self, name)
+                if not (low < value if open_end else low <= value) or value == float("inf"):
+                    bound = "positive" if open_end else "at least 1"
+                    raise InputError(f"ppo.{name}={value}: must be {bound}")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"ppo.{name}={getattr(self, name)}: must not be negative")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"ppo.{name}={getattr(self, name)}: must lie in [0, 1]")
+        if self.top_p != 1:
+            raise InputError(
+                f"top_p={self.top_p}: PPO compares log-probabilities of the distribution that was "
+                "sampled from, and dropping tokens changes it between updates; use top_p=1.0"
+            )
+        if self.lr_schedule not in ("constant", "linear", "cosine"):
+            raise InputError(
+                f"ppo.lr_schedule={self.lr_schedule!r}: expected constant, linear or cosine"
+            )
+        pieces = self.num_minibatches * self.gradient_accumulation_steps
+        if self.batch_size % pieces:
+            raise InputError(
+                f"ppo.batch_size={self.batch_size} is not divisible by num_minibatches × "
+                f"gradient_accumulation_steps = {self.num_minibatches} × "
+                f"{self.gradient_accumulation_steps}"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"seed={self.seed}: must lie in [0, 2^31)")
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps per PPO step."""
+        return self.ppo_epochs * self.num_minibatches

@@ -1,0 +1,110 @@
+"""A discriminator between policy and human latents, read as a log density ratio.
+
+Trained to tell human (0) from policy (1) with as many of each in a minibatch, its logit tends to
+D(z) = log p_policy(z) / p_human(z), whose mean over policy samples estimates
+KL(policy ‖ human) on the chosen latents. Source: Sugiyama et al., density-ratio estimation by
+logistic regression. Latents are standardised with the human buffer's mean and deviation.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from sarm_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorConfig:
+    """`steps` minibatches of `batch_size` human and as many policy rows per PPO step."""
+
+    learning_rate: float
+    hidden_size: int
+    steps: int
+    batch_size: int
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"discriminator.{name}={getattr(self, name)}: must be at least 1")
+        if not self.learning_rate > 0:
+            raise InputError(f"disc_lr={self.learning_rate}: must be positive")
+        if not self.weight_decay >= 0:
+            raise InputError(f"discriminator.weight_decay={self.weight_decay}: is negative")
+
+
+class Discriminator(nnx.Module):
+    """Two layers: latents `[N, S]` → logits `[N]`, positive for policy."""
+
+    def __init__(self, latents: int, hidden_size: int, *, rngs: nnx.Rngs):
+        self.hidden = nnx.Linear(latents, hidden_size, rngs=rngs)
+        self.out = nnx.Linear(hidden_size, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x_ns: jax.Array) -> jax.Array:
+        return self.out(jax.nn.relu(self.hidden(x_ns)))[:, 0]
+
+
+@struct.dataclass
+class DensityRatioState:
+    """What changes while training: parameters and optimizer moments."""
+
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+class DensityRatio:
+    """The estimator of one run; `human_ns` is the buffer of human latents."""
+
+    def __init__(self, config: DiscriminatorConfig, human_ns: jax.Array):
+        self.config = config
+        human_ns = jnp.asarray(human_ns, jnp.float32)
+        self._mean, self._std = human_ns.mean(axis=0), human_ns.std(axis=0) + 1e-6
+        self._human_ns = (human_ns - self._mean) / self._std
+        self._optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+        model = Discriminator(human_ns.shape[1], config.hidden_size, rngs=nnx.Rngs(0))
+        self._graphdef = nnx.graphdef(model)
+
+    def init(self, key: jax.Array) -> DensityRatioState:
+        """A fresh state: D = 0 everywhere."""
+        size = self._human_ns.shape[1]
+        model = Discriminator(size, self.config.hidden_size, rngs=nnx.Rngs(params=key))
+        params = nnx.state(model)
+        return DensityRatioState(params, self._optimizer.init(params))
+
+    @partial(jax.jit, static_argnums=0)
+    def update(
+        self, state: DensityRatioState, policy_bs: jax.Array, key: jax.Array
+    ) -> tuple[DensityRatioState, jax.Array, dict[str, jax.Array]]:
+        """Trains on this step's policy latents, then reads them.
+
+        Returns (state, D `[B]` of `policy_bs` under the new state, {disc_loss, disc_acc}).
+        """
+        policy_bs = (policy_bs.astype(jnp.float32) - self._mean) / self._std
+        size = self.config.batch_size
+
+        def logits(params, x_ns):
+            return nnx.merge(self._graphdef, params)(x_ns)
+
+        def loss(params, human, policy):
+            d_human, d_policy = logits(params, human), logits(params, policy)
+            loss = jax.nn.softplus(d_human).mean() + jax.nn.softplus(-d_policy).mean()
+            return 0.5 * loss, 0.5 * ((d_human < 0).mean() + (d_policy > 0).mean())
+
+        def step(state, key):
+            human_key, policy_key = jax.random.split(key)
+            human = jax.random.choice(human_key, self._human_ns, (size,))
+            policy = jax.random.choice(policy_key, policy_bs, (size,))
+            grad_fn = jax.value_and_grad(loss, has_aux=True)
+            (value, accuracy), grads = grad_fn(state.params, human, policy)
+            updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return DensityRatioState(params, opt_state), (value, accuracy)
+
+        keys = jax.random.split(key, self.config.steps)
+        state, (losses, accuracies) = jax.lax.scan(step, state, keys)
+        metrics = {"disc_loss": losses.mean(), "disc_acc": accuracies.mean()}
+        return state, logits(state.params, policy_bs), metrics

@@ -1,0 +1,86 @@
+"""The buffer of latents of human responses that the discriminator compares the policy with.
+
+File: safetensors with `z [N, S]` float32 and `latent_indices [S]` int32.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from sarm_jax.errors import InputError
+from sarm_jax.files import replacing
+from sarm_jax.reward_model import RewardModel
+
+
+@dataclasses.dataclass(frozen=True)
+class HumanLatents:
+    """`z_ns [N, S]` float32 of the features `latent_indices`, in that order."""
+
+    z_ns: np.ndarray
+    latent_indices: tuple[int, ...]
+
+    def select(self, latent_indices: tuple[int, ...]) -> "HumanLatents":
+        """The columns of `latent_indices`; every one must be in the buffer."""
+        place = {feature: column for column, feature in enumerate(self.latent_indices)}
+        missing = [i for i in latent_indices if i not in place]
+        if missing:
+            raise InputError(
+                f"latent_indices: feature {missing[0]} is not in the human latents "
+                f"({len(self.latent_indices)} features); collect them with --stage=human_latents"
+            )
+        return HumanLatents(self.z_ns[:, [place[i] for i in latent_indices]], latent_indices)
+
+
+def collect_human_latents(
+    reward_model: RewardModel,
+    demos: Sequence[Mapping[str, str]],
+    latent_indices: tuple[int, ...] = (),
+) -> HumanLatents:
+    """The latents of {prompt, response} rows; all of the SARM's where no features are named."""
+    size = reward_model.model.config.sae.latent_size
+    missing = [i for i in latent_indices if i >= size]
+    if missing:
+        raise InputError(f"latent_indices: feature {missing[0]} of a SARM with {size} latents")
+    indices = latent_indices or tuple(range(size))
+    prompts, responses = [d["prompt"] for d in demos], [d["response"] for d in demos]
+    _, z_ns = reward_model.score(prompts, responses, latent_indices=indices)
+    return HumanLatents(z_ns, indices)
+
+
+def save_human_latents(path: str | Path, human: HumanLatents) -> None:
+    """Writes the file under a temporary name, then renames it."""
+    indices = np.asarray(human.latent_indices, np.int32)
+    with replacing(path, "wb") as file:
+        file.write(save({"z": np.ascontiguousarray(human.z_ns), "latent_indices": indices}))
+
+
+def load_human_latents(path: str | Path) -> HumanLatents:
+    """Reads and checks the file: shapes, types, finite values."""
+    path = Path(path)
+    if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
+        raise InputError(
+            f"human_latents={path}: pickled files are refused; use --stage=human_latents"
+        )
+    if not path.is_file():
+        raise InputError(f"human_latents={path}: no such file; make it with --stage=human_latents")
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"human_latents={path}: not a safetensors file ({error})") from error
+    if set(tensors) != {"z", "latent_indices"}:
+        raise InputError(
+            f"human_latents={path}: holds {sorted(tensors)}, expected z and latent_indices"
+        )
+    z_ns, indices = tensors["z"], tensors["latent_indices"]
+    if z_ns.ndim != 2 or indices.ndim != 1 or z_ns.shape[1] != len(indices) or not z_ns.size:
+        raise InputError(
+            f"human_latents={path}: z has shape {z_ns.shape} for {indices.shape} latent_indices"
+        )
+    if not np.issubdtype(z_ns.dtype, np.floating) or not np.isfinite(z_ns).all():
+        raise InputError(f"human_latents={path}: z must hold finite floats, found {z_ns.dtype}")
+    return HumanLatents(z_ns.astype(np.float32), tuple(int(i) for i in indices))

@@ -1,0 +1,136 @@
+"""The trainable side of PPO: LoRA and value head over one frozen copy of the base weights.
+
+The policy is `merge(graphdef, lora, base)`; the reference policy is the same base merged into
+the adapter-free graph; the value head reads the policy's last hidden state where a token is
+predicted. The base travels as an argument through every program and is never copied.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from ppo.config import PPOConfig
+from ppo.logprobs import token_logprobs
+from sarm_jax.generate import Generation, Sampling, sample
+from sarm_jax.llama import Llama
+from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a gradient step changes: `params` = {lora, value_head}, and Adam's moments."""
+
+    params: dict
+    opt_state: optax.OptState
+
+
+@struct.dataclass
+class Evaluation:
+    """What a policy says of given responses, float32 `[B, R]` each."""
+
+    logp_br: jax.Array
+    entropy_br: jax.Array
+    values_br: jax.Array
+
+
+class Learner:
+    """Compiled programs over a policy. `policy` gains a fresh adapter, in place."""
+
+    def __init__(
+        self, config: PPOConfig, lora: LoRAConfig, policy: Llama, stops: tuple[int, ...], pad: int
+    ):
+        self.config, self._stops, self._pad = config, stops, pad
+        self._reference_graph = nnx.graphdef(policy)
+        self.hidden_size = policy.config.hidden_size
+        add_lora(policy, lora, nnx.Rngs(config.seed))
+        self.graphdef, self._fresh_lora, self.base = nnx.split(policy, LoRAParam, ...)
+        self.optimizer = make_optimizer(config)
+
+    def init(self) -> TrainState:
+        """A fresh adapter (B = 0: the reference policy itself) and a zero value head."""
+        value_head = {"kernel": jnp.zeros((self.hidden_size,)), "bias": jnp.zeros(())}
+        lora = jax.tree.map(jnp.copy, self._fresh_lora)  # the state is donated when it is updated
+        params = {"lora": lora, "value_head": value_head}
+        return TrainState(params, self.optimizer.init(params))
+
+    def rollout(
+        self, params: dict, tokens_bp: jax.Array, mask_bp: jax.Array, key: jax.Array
+    ) -> Generation:
+        """Samples responses to left-padded prompts with the current policy."""
+        return self._rollout(params["lora"], self.base, tokens_bp, mask_bp, key)
+
+    @partial(jax.jit, static_argnums=0)
+    def _rollout(self, lora, base, tokens_bp, mask_bp, key):
+        sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
+        policy = nnx.merge(self.graphdef, lora, base)
+        return sample(policy, tokens_bp, mask_bp, key, sampling, self._stops, self._pad)
+
+    def reference_logp(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
+        """log π_ref of the responses, `[B, R]`, a microbatch at a time."""
+        return self._reference_logp(self.base, tokens_bt, mask_bt)
+
+    @partial(jax.jit, static_argnums=0)
+    def _reference_logp(self, base, tokens_bt, mask_bt):
+        reference = nnx.merge(self._reference_graph, base)
+
+        def piece(rows):
+            return self._logprobs(reference, *rows)[0]
+
+        return self.in_microbatches(piece, (tokens_bt, mask_bt))
+
+    def evaluate(
+        self, params: dict, base: nnx.State, tokens_bt: jax.Array, mask_bt: jax.Array
+    ) -> Evaluation:
+        """log π, entropy and V of every response token; traced, differentiable in `params`.
+
+        `tokens_bt` is prompt and response `[B, P + R]`, the response in the last R columns.
+        """
+        policy = nnx.merge(self.graphdef, params["lora"], base)
+        logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt)
+        head = params["value_head"]
+        values_br = x_brd.astype(jnp.float32) @ head["kernel"] + head["bias"]
+        return Evaluation(logp_br, entropy_br, values_br)
+
+    def in_microbatches(self, function, rows):
+        """Maps over the rows in `num_minibatches · gradient_accumulation_steps` pieces."""
+        pieces = self.config.num_minibatches * self.config.gradient_accumulation_steps
+        if pieces == 1:
+            return function(rows)
+        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
+        mapped = jax.lax.map(function, cut)
+        return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), mapped)
+
+    def _logprobs(self, model, tokens_bt, mask_bt):
+        responses = self.config.max_new_tokens
+        x_brd = model.hidden(tokens_bt, mask_bt)[:, -responses - 1 : -1]
+        logp_br, entropy_br = token_logprobs(
+            x_brd,
+            model.vocabulary,
+            tokens_bt[:, -responses:],
+            self.config.temperature,
+            self.config.logprob_chunk,
+        )
+        return logp_br, entropy_br, x_brd
+
+
+def make_optimizer(config: PPOConfig) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW with ε = 1e-5 (Huang et al. 2403.17031)."""
+    updates = config.total_steps * config.updates_per_step
+    warmup = config.warmup_steps * config.updates_per_step
+    peak = config.learning_rate
+    decay = max(updates - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, decay),
+        "cosine": optax.cosine_decay_schedule(peak, decay),
+    }[config.lr_schedule]
+    # The first update must move: a warm-up of n updates uses peak · 1/n, 2/n, …, 1.
+    rising = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
+    schedule = optax.join_schedules([rising, after], [warmup]) if warmup else after
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(schedule, eps=1e-5, weight_decay=config.weight_decay),
+    )

@@ -1,0 +1,47 @@
+"""log π of given tokens, without ever holding `[B, R, V]` when chunked.
+
+The vocabulary projection is the largest array of an update (128 257 columns for Llama-3.1).
+With `chunk` > 0, positions are processed `chunk` at a time and recomputed in the backward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def token_logprobs(
+    x_brd: jax.Array,
+    vocabulary_vd: jax.Array,
+    targets_br: jax.Array,
+    temperature: float,
+    chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """(log π(target), entropy of π), each float32 `[B, R]`, for π = softmax(x Eᵀ / temperature).
+
+    The entropy is a metric and carries no gradient.
+    """
+
+    def project(x_bcd, targets_bc):
+        logits_bcv = jnp.einsum(
+            "bcd,vd->bcv", x_bcd, vocabulary_vd, preferred_element_type=jnp.float32
+        )
+        logits_bcv = logits_bcv / temperature
+        log_z_bc = jax.nn.logsumexp(logits_bcv, axis=-1)
+        chosen_bc = jnp.take_along_axis(logits_bcv, targets_bc[..., None], axis=-1)[..., 0]
+        fixed_bcv, fixed_z_bc = jax.lax.stop_gradient((logits_bcv, log_z_bc))
+        p_bcv = jnp.exp(fixed_bcv - fixed_z_bc[..., None])
+        return chosen_bc - log_z_bc, fixed_z_bc - jnp.sum(p_bcv * fixed_bcv, axis=-1)
+
+    batch, length, _ = x_brd.shape
+    if not 0 < chunk < length:
+        return project(x_brd, targets_br)
+    count = -(-length // chunk)
+    extra = count * chunk - length
+    x_brd = jnp.pad(x_brd, ((0, 0), (0, extra), (0, 0)))
+    targets_br = jnp.pad(targets_br, ((0, 0), (0, extra)))
+    pieces = (
+        x_brd.reshape(batch, count, chunk, -1).swapaxes(0, 1),
+        targets_br.reshape(batch, count, chunk).swapaxes(0, 1),
+    )
+    outputs = jax.lax.map(jax.checkpoint(lambda piece: project(*piece)), pieces)
+    logp_br, entropy_br = (y.swapaxes(0, 1).reshape(batch, -1)[:, :length] for y in outputs)
+    return logp_br, entropy_br

@@ -1,0 +1,134 @@
+"""What a run writes while it goes: metrics.csv, samples.jsonl, TensorBoard events, a bar.
+
+Rows of steps that a resumed run will repeat are dropped first, so that every step stands once.
+The meaning and unit of each column is in README's glossary.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from sarm_jax.files import replacing
+
+COLUMNS = (
+    "step timestamp total_reward rm_score indicator_penalty kl_penalty ref_kl "
+    "response_length_mean response_length_std eos_fraction ppo_loss policy_loss value_loss entropy "
+    "approx_kl clip_fraction ratio_0_max_dev sampler_drift reward_mean reward_std reward_min "
+    "reward_max advantage_mean advantage_std grad_norm disc_loss disc_acc time_rollout time_score "
+    "time_update tokens_per_second"
+).split()
+
+
+class RunLog:
+    """The log files of `workdir`, positioned at `first_step`; use as a context manager."""
+
+    def __init__(self, workdir: Path, features: Sequence[int], first_step: int, total_steps: int):
+        per_feature = [f"feat_{i}_{what}" for i in features for what in ("activation", "above_tau")]
+        self.columns = [*COLUMNS, *per_feature]
+        self._metrics_path = workdir / "metrics.csv"
+        self._samples_path = workdir / "samples.jsonl"
+        self._rewind(first_step)
+        self._metrics = self._metrics_path.open("a", newline="", encoding="utf-8")
+        self._samples = self._samples_path.open("a", encoding="utf-8")
+        self._writer = csv.DictWriter(self._metrics, self.columns)
+        if not self._metrics.tell():
+            self._writer.writeheader()
+        self._board = SummaryWriter(str(workdir), purge_step=first_step)
+        self._bar = tqdm(total=total_steps, initial=first_step, desc="PPO", unit="step")
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for file in (self._bar, self._metrics, self._samples, self._board):
+            file.close()
+
+    def write(self, row: dict[str, float], samples: Sequence[dict]) -> None:
+        """One step: `row` holds every column (disc_* and feat_* may be absent → empty)."""
+        self._writer.writerow({name: row.get(name, "") for name in self.columns})
+        for sample in samples:
+            self._samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
+        self.flush()
+        step = int(row["step"])
+        for name, value in row.items():
+            if name not in ("step", "timestamp"):
+                self._board.add_scalar(name, value, step)
+        self._bar.set_postfix_str(
+            f"reward {row['total_reward']:.3f} rm {row['rm_score']:.3f} "
+            f"penalty {row['indicator_penalty']:.3f} kl {row['kl_penalty']:.3f} "
+            f"eos {row['eos_fraction']:.0%} {row['tokens_per_second']:.0f} tok/s"
+        )
+        self._bar.update()
+
+    def flush(self) -> None:
+        """Brings both files to disk."""
+        for file in (self._metrics, self._samples):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _rewind(self, first_step: int) -> None:
+        if self._metrics_path.exists():
+            with self._metrics_path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if _is_before(row, first_step)]
+            with replacing(self._metrics_path) as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(rows)
+        if self._samples_path.exists():
+            lines = self._samples_path.read_text(encoding="utf-8").splitlines(keepends=True)
+            with replacing(self._samples_path) as file:
+                file.writelines(line for line in lines if _sample_step(line) < first_step)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv as floats; empty cells become NaN."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: float(cell) if cell else float("nan") for name, cell in r.items()} for r in rows]
+
+
+def _is_before(row: dict[str, str], first_step: int) -> bool:
+    """Whether a metrics row is complete and of an earlier step."""
+    return all(cell is not None for cell in row.values()) and int(row["step"]) < first_step
+
+
+def _sample_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # half a line, cut off by the interruption
+
+
+def summarise(rows: Sequence[dict[str, float]], score_mean: float, score_std: float) -> dict:
+    """summary.json: where the run started and ended (means over five steps) and what it cost."""
+    edge = min(5, len(rows))
+
+    def mean(part, name):
+        return float(np.mean([row[name] for row in part]))
+
+    names = (
+        "total_reward rm_score indicator_penalty kl_penalty ref_kl eos_fraction "
+        "response_length_mean entropy"
+    ).split()
+    first = {name: mean(rows[:edge], name) for name in names}
+    last = {name: mean(rows[-edge:], name) for name in names}
+    change = last["total_reward"] - first["total_reward"]
+    seconds = [row["time_rollout"] + row["time_score"] + row["time_update"] for row in rows]
+    return {
+        "steps": len(rows),
+        "first_steps": first,
+        "last_steps": last,
+        "score_mean_at_start": score_mean,
+        "score_std_at_start": score_std,
+        "total_reward_change_in_sd": change / score_std,
+        "ratio_0_max_dev": max(row["ratio_0_max_dev"] for row in rows),
+        "approx_kl_min": min(row["approx_kl"] for row in rows),
+        "seconds_per_step_median": float(np.median(seconds)),
+        "seconds": float(np.sum(seconds)),
+    }

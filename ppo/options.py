@@ -1,0 +1,44 @@
+"""From the config's sections to validated options."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ppo.config import PPOConfig
+from ppo.density_ratio import DiscriminatorConfig
+from ppo.reward import RewardConfig
+from ppo.train import TrainConfig
+from sarm_jax.feature_lists import parse_bounds, parse_features, parse_values
+from sarm_jax.lora import LoRAConfig
+
+PARSERS = {
+    "penalize_features": parse_features,
+    "tau_values": parse_values,
+    "alpha_values": parse_values,
+    "clamp_features": parse_features,
+    "clamp_set_values": parse_bounds,
+    "clamp_min_values": parse_bounds,
+    "clamp_max_values": parse_bounds,
+    "latent_indices": parse_features,
+}
+
+
+def train_config(config: Mapping[str, Any]) -> TrainConfig:
+    """The options of the train stage; raises InputError for the first that cannot be."""
+    return TrainConfig(
+        ppo=PPOConfig(**config["ppo"]),
+        lora=lora_config(config["lora"]),
+        reward=reward_config(config["reward"]),
+        discriminator=DiscriminatorConfig(**config["discriminator"]),
+    )
+
+
+def lora_config(section: Mapping[str, Any]) -> LoRAConfig:
+    """The lora section; target modules are comma-separated."""
+    modules = tuple(name.strip() for name in section["target_modules"].split(",") if name.strip())
+    return LoRAConfig(**{**section, "target_modules": modules})
+
+
+def reward_config(section: Mapping[str, Any]) -> RewardConfig:
+    """The reward section with its lists parsed, files behind "@" read."""
+    options = {name: parse(name, section[name]) for name, parse in PARSERS.items()}
+    return RewardConfig(beta=section["beta"], unit=section["unit"], **options)

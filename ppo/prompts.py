@@ -1,0 +1,49 @@
+"""The prompts of a run: read, encoded and checked before anything else, then dealt in batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.chat import bucket_length, encode_prompt, pad_batch, pad_id
+from sarm_jax.errors import InputError
+from sarm_jax.jsonl import read_jsonl
+
+
+def read_prompts(path: str) -> list[str]:
+    """The `prompt` fields of a JSONL file."""
+    return [row["prompt"] for row in read_jsonl(path, {"prompt": str})]
+
+
+class PromptDeck:
+    """Every prompt once per pass, in an order that depends on (seed, pass) alone.
+
+    The batch of a step is therefore a function of the step, and a resumed run deals on where it
+    stopped. All batches share one padded length `[B, P]`, padded on the left.
+    """
+
+    def __init__(
+        self, prompts: Sequence[str], tokenizer: Any, max_tokens: int, seed: int, source: str = ""
+    ):
+        """`source` names the file in the message about a prompt that is too long."""
+        self.prompts, self._seed, self._pad = list(prompts), seed, pad_id(tokenizer)
+        self._rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+        for number, row in enumerate(self._rows, start=1):
+            if len(row) > max_tokens:
+                raise InputError(
+                    f"{source or 'prompts'}:{number}: the prompt has {len(row)} tokens with its "
+                    f"chat template, more than ppo.max_prompt_tokens={max_tokens}"
+                )
+        self.length = bucket_length(max(map(len, self._rows)))
+
+    def deal(self, step: int, batch_size: int) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """(texts, tokens `[B, P]` int32, mask `[B, P]` bool) of batch number `step`."""
+        places = range(step * batch_size, (step + 1) * batch_size)
+        chosen = [self._order(p // len(self._rows))[p % len(self._rows)] for p in places]
+        tokens_bp, mask_bp = pad_batch(
+            [self._rows[i] for i in chosen], self.length, self._pad, side="left"
+        )
+        return [self.prompts[i] for i in chosen], tokens_bp, mask_bp
+
+    def _order(self, deal: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, deal)).permutation(len(self._rows))

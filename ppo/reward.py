@@ -1,0 +1,159 @@
+"""The compound reward, term by term.
+
+    R_total = R_SARM(clamp(z)) − Σ_i α_i · 1[z_i > τ_i] − β · D(z_S)
+
+The indicator reads the latents *before* the clamp. D is the logit of `density_ratio`.
+
+Units. R_SARM is in the reward model's own units (for Llama-SARM-4B a standard deviation is about
+0.05). α and β are in the same units with `unit="score"`, or in standard deviations of the
+reference responses' scores with `unit="sd"`. R_total is always reported in the reward model's
+units; PPO then learns from (R_total − μ) / σ, μ and σ being those of the reference responses.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from sarm_jax.errors import InputError
+from sarm_jax.sarm import Intervention, intervention
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """The controlled features; lists that belong together have equal lengths.
+
+    A clamp value of None leaves that bound open; `set` excludes the other two.
+    """
+
+    penalize_features: tuple[int, ...] = ()
+    tau_values: tuple[float, ...] = ()
+    alpha_values: tuple[float, ...] = ()
+    clamp_features: tuple[int, ...] = ()
+    clamp_set_values: tuple[float | None, ...] = ()
+    clamp_min_values: tuple[float | None, ...] = ()
+    clamp_max_values: tuple[float | None, ...] = ()
+    beta: float = 0.0
+    latent_indices: tuple[int, ...] = ()
+    unit: str = "score"
+
+    def __post_init__(self) -> None:
+        self._check_lengths()
+        for name in ("penalize_features", "clamp_features", "latent_indices"):
+            ids = getattr(self, name)
+            repeated = sorted({i for i in ids if ids.count(i) > 1})
+            if repeated:
+                raise InputError(f"{name}: feature {repeated[0]} is given twice")
+        for name in ("tau_values", "alpha_values"):
+            for value in getattr(self, name):
+                if not 0 <= value < float("inf"):
+                    raise InputError(f"{name}: {value} must be a number that is not negative")
+        if not 0 <= self.beta < float("inf"):
+            raise InputError(f"beta={self.beta}: must be a number that is not negative")
+        if self.unit not in ("score", "sd"):
+            raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
+
+    def _check_lengths(self) -> None:
+        groups = [("penalize_features", name) for name in ("tau_values", "alpha_values")]
+        for first, second in groups:
+            have, want = len(getattr(self, second)), len(getattr(self, first))
+            if have != want:
+                raise InputError(
+                    f"{second} has {have} values for {want} {first}: give one value per feature"
+                )
+        bounds = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
+        given = [n for n in bounds if getattr(self, n)]
+        if bool(self.clamp_features) != bool(given):
+            raise InputError(
+                f"clamp_features={','.join(map(str, self.clamp_features)) or '(none)'} with "
+                f"{' '.join(given) or 'no clamp values'}: give both or neither"
+            )
+        for name in given:
+            if len(getattr(self, name)) != len(self.clamp_features):
+                raise InputError(
+                    f"{name} has {len(getattr(self, name))} values for "
+                    f"{len(self.clamp_features)} clamp_features: give one value per feature"
+                )
+
+    def check_features(self, latent_size: int) -> None:
+        """Raises InputError for a feature id that a SARM of `latent_size` does not have."""
+        for name in ("penalize_features", "clamp_features", "latent_indices"):
+            for i in getattr(self, name):
+                if not 0 <= i < latent_size:
+                    raise InputError(f"{name}: feature {i} of a SARM with {latent_size} latents")
+
+    def clamp(self, latent_size: int) -> Intervention | None:
+        """The clamp as an intervention on the latents, or None."""
+        if not self.clamp_features:
+            return None
+
+        def chosen(values):
+            pairs = zip(self.clamp_features, values, strict=False)
+            return {i: v for i, v in pairs if v is not None}
+
+        return intervention(
+            latent_size,
+            set_to=chosen(self.clamp_set_values),
+            minimum=chosen(self.clamp_min_values),
+            maximum=chosen(self.clamp_max_values),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardTerms:
+    """The terms of R_total for B responses, in the reward model's units, float32.
+
+    `penalty_bn` has a column per penalised feature: α_i where the feature fired, else 0.
+    """
+
+    rm_score_b: np.ndarray
+    penalty_bn: np.ndarray
+    kl_penalty_b: np.ndarray
+
+    @property
+    def total_b(self) -> np.ndarray:
+        """R_total `[B]`."""
+        return self.rm_score_b - self.penalty_bn.sum(axis=1) - self.kl_penalty_b
+
+
+def compound_reward(
+    config: RewardConfig,
+    score_b: np.ndarray,
+    z_bn: np.ndarray,
+    log_ratio_b: np.ndarray,
+    score_std: float,
+) -> RewardTerms:
+    """R_total of responses scored `score_b`, with the penalised features' latents `z_bn`.
+
+    `log_ratio_b` is D(z_S); `score_std` the σ that `unit="sd"` refers to.
+    """
+    scale = np.float32(score_std if config.unit == "sd" else 1.0)
+    tau_n = np.asarray(config.tau_values, np.float32)
+    alpha_n = np.asarray(config.alpha_values, np.float32)
+    return RewardTerms(
+        rm_score_b=score_b,
+        penalty_bn=np.where(z_bn > tau_n, scale * alpha_n, np.float32(0)),
+        kl_penalty_b=scale * np.float32(config.beta) * log_ratio_b,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreScale:
+    """μ and σ of the reward model's scores on reference responses."""
+
+    mean: float
+    std: float
+
+    @classmethod
+    def of(cls, score_b: np.ndarray) -> "ScoreScale":
+        """Estimates the scale; constant scores are an error, since nothing can be learned."""
+        std = float(np.std(score_b))
+        if not (np.isfinite(std) and std > 0):
+            raise InputError(
+                f"the reward model's scores on {len(score_b)} reference responses have a standard "
+                f"deviation of {std}: there is nothing to learn from (is the SARM trained?)"
+            )
+        return cls(float(np.mean(score_b)), std)
+
+    def normalise(self, total_b: np.ndarray) -> np.ndarray:
+        """(R_total − μ) / σ, float32."""
+        return ((total_b - self.mean) / self.std).astype(np.float32)

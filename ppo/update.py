@@ -1,0 +1,175 @@
+"""One PPO update: from scored responses to new parameters.
+
+The old log-probabilities and values come from the same function as the new ones. With a single
+microbatch they come from the very forward pass of the first gradient step (nothing has changed
+yet, so π_old = π and the ratio is exactly 1), which saves one forward pass over the batch;
+otherwise they are computed first, because whitening needs the advantages of the whole batch.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from ppo.advantages import gae, masked_mean, token_rewards, whiten
+from ppo.learner import Learner, TrainState
+from ppo.losses import kl_k3, log_ratio, policy_loss, value_loss
+
+
+@struct.dataclass
+class Batch:
+    """A scored rollout: prompt and response `[B, P + R]`, the rest `[B, R]` and `[B]`."""
+
+    tokens_bt: jax.Array
+    mask_bt: jax.Array
+    response_mask_br: jax.Array
+    ref_logp_br: jax.Array
+    reward_b: jax.Array
+
+
+@struct.dataclass
+class Targets:
+    """What the losses compare with, `[B, R]`; fixed during an update."""
+
+    logp_br: jax.Array
+    values_br: jax.Array
+    advantages_br: jax.Array
+    returns_br: jax.Array
+
+
+class Updater:
+    """Runs the epochs and minibatches of an update as a few compiled, donated programs."""
+
+    def __init__(self, learner: Learner):
+        self.learner, self.config = learner, learner.config
+
+    def __call__(
+        self, state: TrainState, batch: Batch, permutations: np.ndarray
+    ) -> tuple[TrainState, Targets, dict[str, jax.Array]]:
+        """(new state, the targets used, scalar metrics); `state` is donated.
+
+        `permutations [epochs, B]` orders the rows of each epoch. An update that would make a
+        parameter non-finite is not applied, and `finite` is then 0 in the metrics.
+        """
+        config, base = self.config, self.learner.base
+        count = batch.response_mask_br.sum() / config.num_minibatches
+        single = config.num_minibatches * config.gradient_accumulation_steps == 1
+        targets = None if single else self._targets(state.params, base, batch)
+        history = []
+        for order in permutations:
+            for rows in np.split(order, config.num_minibatches):
+                if single:
+                    state, targets, metrics = self._step(state, base, batch, targets, count)
+                else:
+                    piece = jax.tree.map(lambda x, rows=rows: x[rows], (batch, targets))
+                    state, _, metrics = self._step(state, base, *piece, count)
+                history.append(metrics)
+        metrics = {k: jnp.stack([m[k] for m in history]) for k in history[0]}
+        first_deviation = metrics.pop("ratio_max_dev")[0]
+        finite = metrics.pop("finite").min()
+        summary = {name: values.mean() for name, values in metrics.items()}
+        return state, targets, summary | {"ratio_0_max_dev": first_deviation, "finite": finite}
+
+    @partial(jax.jit, static_argnums=0)
+    def _targets(self, params, base, batch):
+        def piece(rows):
+            return self.learner.evaluate(params, base, *rows)
+
+        old = self.learner.in_microbatches(piece, (batch.tokens_bt, batch.mask_bt))
+        return make_targets(self.config, batch, old.logp_br, old.values_br)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def _step(self, state, base, batch, targets, count):
+        """One optimizer step on a minibatch, accumulated over its microbatches."""
+        grad_fn = jax.grad(self._loss, has_aux=True)
+        pieces = self.config.gradient_accumulation_steps
+        if pieces == 1:
+            grads, (targets, metrics) = grad_fn(state.params, base, batch, targets, count)
+        else:
+            cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (batch, targets))
+
+            def accumulate(total, piece):
+                grads, (_, metrics) = grad_fn(state.params, base, *piece, count)
+                return jax.tree.map(jnp.add, total, grads), metrics
+
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, stacked = jax.lax.scan(accumulate, zeros, cut)
+            deviation = stacked.pop("ratio_max_dev").max()
+            metrics = {k: v.sum() for k, v in stacked.items()} | {"ratio_max_dev": deviation}
+
+        grad_norm = optax.global_norm(grads)
+        updates, opt_state = self.learner.optimizer.update(grads, state.opt_state, state.params)
+        new = TrainState(optax.apply_updates(state.params, updates), opt_state)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["ppo_loss"])
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        return state, targets, metrics | {"grad_norm": grad_norm, "finite": finite}
+
+    def _loss(self, params, base, batch, targets, count):
+        config, mask_br = self.config, batch.response_mask_br
+        now = self.learner.evaluate(params, base, batch.tokens_bt, batch.mask_bt)
+        if targets is None:
+            old = jax.lax.stop_gradient(now)
+            targets = make_targets(config, batch, old.logp_br, old.values_br)
+        log_ratio_br = log_ratio(now.logp_br, targets.logp_br, mask_br)
+        policy = policy_loss(
+            log_ratio_br, targets.advantages_br, mask_br, config.clip_range, count
+        )
+        value = value_loss(
+            now.values_br,
+            targets.values_br,
+            targets.returns_br,
+            mask_br,
+            config.value_clip_range,
+            count,
+        )
+        loss = policy + config.vf_coef * value
+        deviation_br = jnp.abs(jnp.exp(log_ratio_br) - 1)
+
+        def mean(x_br):
+            return jnp.where(mask_br, x_br, 0.0).sum() / count
+
+        metrics = {
+            "ppo_loss": loss,
+            "policy_loss": policy,
+            "value_loss": value,
+            "entropy": mean(now.entropy_br),
+            "approx_kl": mean(kl_k3(-log_ratio_br)),
+            "clip_fraction": mean(deviation_br > config.clip_range),
+            "ratio_max_dev": deviation_br.max(),
+        }
+        return loss, (targets, metrics)
+
+
+def make_targets(config, batch: Batch, logp_br: jax.Array, values_br: jax.Array) -> Targets:
+    """Per-token rewards → advantages and returns; the advantages whitened if so configured."""
+    mask_br = batch.response_mask_br
+    kl_br = logp_br - batch.ref_logp_br
+    rewards_br = token_rewards(batch.reward_b, kl_br, mask_br, config.kl_coef)
+    advantages_br, returns_br = gae(
+        rewards_br, values_br, mask_br, config.gamma, config.gae_lambda
+    )
+    if config.whiten_advantages:
+        advantages_br = whiten(advantages_br, mask_br)
+    return Targets(logp_br, values_br, advantages_br, returns_br)
+
+
+def batch_metrics(batch: Batch, targets: Targets, sampler_logp_br: jax.Array) -> dict:
+    """Scalars of the rollout itself.
+
+    `ref_kl`: nats per response, Σ_t k3 of log π_old − log π_ref, averaged over responses;
+    `sampler_drift`: mean |log π_sampler − log π_old| per token;
+    `advantage_*`: of returns − values, before whitening.
+    """
+    mask_br = batch.response_mask_br
+    log_ratio_br = log_ratio(targets.logp_br, batch.ref_logp_br, mask_br)
+    advantages_br = targets.returns_br - targets.values_br
+    mean = masked_mean(advantages_br, mask_br)
+    return {
+        "ref_kl": jnp.where(mask_br, kl_k3(log_ratio_br), 0.0).sum(axis=1).mean(),
+        "sampler_drift": masked_mean(jnp.abs(sampler_logp_br - targets.logp_br), mask_br),
+        "advantage_mean": mean,
+        "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages_br - mean), mask_br)),
+    }

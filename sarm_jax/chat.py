@@ -1,0 +1,102 @@
+"""(prompt, response) → token ids, through the tokenizer's own chat template.
+
+Rules: exactly one BOS wherever the tokenizer uses one; a fixed `date_string`, so that a score
+does not depend on today; truncation on the left, so that the end-of-turn token survives; and
+what a template writes after the end-of-turn token (ChatML's newline) is dropped, so that the
+pooled token of a SARM is the end-of-turn token itself.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.errors import InputError
+
+DATE_STRING = "26 Jul 2024"  # the Llama-3.1 template's own default
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Ids of a user turn followed by the assistant header: what a policy continues."""
+    return _encode(tokenizer, [{"role": "user", "content": prompt}], generation=True)
+
+
+def encode_conversation(
+    tokenizer: Any, prompt: str, response: str, max_length: int = 4096
+) -> list[int]:
+    """Ids of a finished exchange, at most `max_length`, ending in the end-of-turn token."""
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    ids = _encode(tokenizer, turns, generation=False)
+    end = end_of_turn_id(tokenizer)
+    ids = ids[: len(ids) - ids[::-1].index(end)]
+    if len(ids) > max_length:
+        bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
+        ids = bos + ids[len(ids) - max_length + len(bos) :]
+    return ids
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """The special token that closes an assistant turn in this tokenizer's chat template."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    special = set(tokenizer.all_special_ids)
+    for token in reversed(_encode(tokenizer, turns, generation=False)):
+        if token in special:
+            return token
+    raise InputError("the tokenizer's chat template closes an assistant turn with no special token")
+
+
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a response: end of turn, and the tokenizer's own eos."""
+    ids = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def pad_id(tokenizer: Any) -> int:
+    """A filler that is never a stop token. Padding is found by mask, so any other id will do."""
+    stops = stop_ids(tokenizer)
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id):
+        if candidate is not None and candidate not in stops:
+            return candidate
+    return next(i for i in range(len(stops) + 1) if i not in stops)
+
+
+def pad_batch(
+    rows: Sequence[Sequence[int]], length: int, pad: int, side: str = "right"
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32, mask bool), each `[len(rows), length]`; `side` is where the padding goes."""
+    tokens_bt = np.full((len(rows), length), pad, np.int32)
+    mask_bt = np.zeros((len(rows), length), bool)
+    for tokens_t, mask_t, ids in zip(tokens_bt, mask_bt, rows, strict=True):
+        place = slice(0, len(ids)) if side == "right" else slice(length - len(ids), length)
+        tokens_t[place], mask_t[place] = ids, True
+    return tokens_bt, mask_bt
+
+
+def bucket_length(length: int, smallest: int = 32) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, …: few compiled shapes, at most a third wasted."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> list[int]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: use an "
+            "instruction-tuned model, or add chat_template to its tokenizer_config.json"
+        )
+    text = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=generation, date_string=DATE_STRING
+    )
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if _adds_bos(tokenizer):
+        bos = tokenizer.bos_token_id
+        start = next((n for n, token in enumerate(ids) if token != bos), len(ids))
+        ids = [bos, *ids[start:]]
+    return ids
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][0] == bos

@@ -1,0 +1,84 @@
+"""Comma-separated lists of features and values, as flags and config fields give them.
+
+"48659,28879" · "3.0,none" · "@outputs/run/probes/selected_features.json:safety_harming[:3]"
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sarm_jax.errors import InputError
+
+
+def parse_features(option: str, text: str) -> tuple[int, ...]:
+    """Feature ids; `option` is what an error message calls the list."""
+
+    def feature(entry: Any) -> int:
+        if isinstance(entry, (float, bool)):
+            raise ValueError
+        value = int(entry)
+        if value < 0:
+            raise ValueError
+        return value
+
+    return _parse(option, text, feature, "a feature id (a whole number that is not negative)")
+
+
+def parse_values(option: str, text: str) -> tuple[float, ...]:
+    """Finite numbers."""
+    return _parse(option, text, _finite, "a finite number")
+
+
+def parse_bounds(option: str, text: str) -> tuple[float | None, ...]:
+    """Finite numbers, or "none" where a bound is left open."""
+
+    def bound(entry: Any) -> float | None:
+        return None if str(entry).strip().lower() == "none" else _finite(entry)
+
+    return _parse(option, text, bound, "a finite number or none")
+
+
+def _finite(entry: Any) -> float:
+    value = float(entry)
+    if not abs(value) < float("inf"):
+        raise ValueError
+    return value
+
+
+def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str) -> tuple:
+    text = text.strip()
+    entries = _from_file(option, text) if text.startswith("@") else text.split(",") if text else []
+    values = []
+    for entry in entries:
+        try:
+            values.append(convert(entry))
+        except (TypeError, ValueError):
+            raise InputError(f"{option}: found {entry!r}, expected {expected}") from None
+    return tuple(values)
+
+
+def _from_file(option: str, text: str) -> list[Any]:
+    match = re.fullmatch(r"@(.+):([^:\[\]]+?)(?:\[:(\d+)\])?", text)
+    if not match:
+        raise InputError(f"{option}={text}: expected @FILE:key or @FILE:key[:n]")
+    path, key, count = Path(match[1]), match[2], match[3]
+    if not path.is_file():
+        raise InputError(f"{option}={text}: no such file {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{option}={text}: {path} is not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{option}={text}: {path} holds no JSON object")
+    lists = {k: v for k, v in content.items() if isinstance(v, list)}
+    if key not in lists:
+        have = ", ".join(lists) or "none"
+        raise InputError(f"{option}={text}: {path} has no list {key!r} (it has: {have})")
+    entries = lists[key]
+    if count is None:
+        return entries
+    if int(count) > len(entries):
+        raise InputError(f"{option}={text}: {path} lists only {len(entries)} under {key!r}")
+    return entries[: int(count)]

@@ -1,0 +1,88 @@
+"""Finding features: which latents tell chosen from rejected responses.
+
+Two methods, as in the reference implementation:
+    head weight               the most positive and the most negative w_i
+    differential activation   s_i = (c_i − j_i) / (c_i + j_i + C),   C = mean(c + j) + 1e-9
+with c and j the mean pooled latents of chosen and rejected responses. Beyond it: a threshold for
+every selected feature, the quantile of z_i on the chosen responses that a penalty may start at,
+with the share of responses above it on either side.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.errors import InputError
+from sarm_jax.reward_model import RewardModel
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentifyConfig:
+    """`top_k` features per list; `method` is differential or head_weight."""
+
+    top_k: int
+    method: str
+    tau_quantile: float
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise InputError(f"identify.top_k={self.top_k}: must be at least 1")
+        if self.method not in ("differential", "head_weight"):
+            raise InputError(
+                f"identify.method={self.method!r}: expected differential or head_weight"
+            )
+        if not 0 < self.tau_quantile < 1:
+            raise InputError(f"identify.tau_quantile={self.tau_quantile}: must lie in (0, 1)")
+
+
+def differential_activation(chosen_nf: np.ndarray, rejected_nf: np.ndarray) -> np.ndarray:
+    """s `[M]`, positive where a latent is more active on chosen responses."""
+    c, j = chosen_nf.mean(axis=0), rejected_nf.mean(axis=0)
+    return (c - j) / (c + j + (c + j).mean() + 1e-9)
+
+
+def identify(
+    config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
+    """(feature_analysis, selected_features, scores of all M features) of preference pairs."""
+    prompts = [pair["prompt"] for pair in pairs]
+    _, chosen_nf = reward_model.score(prompts, [pair["chosen"] for pair in pairs])
+    _, rejected_nf = reward_model.score(prompts, [pair["rejected"] for pair in pairs])
+    weight_f = np.asarray(reward_model.model.score[...], np.float32)
+    differential_f = differential_activation(chosen_nf, rejected_nf)
+    score_f = differential_f if config.method == "differential" else weight_f
+    order = np.argsort(score_f, kind="stable")
+    tau_f = np.quantile(chosen_nf, config.tau_quantile, axis=0)
+
+    def describe(i: int) -> dict[str, float]:
+        return {
+            "feature": int(i),
+            "score": float(score_f[i]),
+            "differential": float(differential_f[i]),
+            "head_weight": float(weight_f[i]),
+            "mean_chosen": float(chosen_nf[:, i].mean()),
+            "mean_rejected": float(rejected_nf[:, i].mean()),
+            "tau": max(float(tau_f[i]), 0.0),
+            "above_tau_chosen": float((chosen_nf[:, i] > max(tau_f[i], 0)).mean()),
+            "above_tau_rejected": float((rejected_nf[:, i] > max(tau_f[i], 0)).mean()),
+        }
+
+    harming = [describe(i) for i in order[: config.top_k]]
+    promoting = [describe(i) for i in order[::-1][: config.top_k]]
+    selected = {
+        "safety_promoting": [row["feature"] for row in promoting],
+        "safety_harming": [row["feature"] for row in harming],
+        "tau_promoting": [row["tau"] for row in promoting],
+        "tau_harming": [row["tau"] for row in harming],
+        "method": config.method,
+    }
+    analysis = {
+        "pairs": len(pairs),
+        "options": dataclasses.asdict(config),
+        "harming": harming,
+        "promoting": promoting,
+    }
+    scores = {"differential": differential_f.astype(np.float32), "head_weight": weight_f}
+    return analysis, selected, scores

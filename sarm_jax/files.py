@@ -1,0 +1,23 @@
+"""Writing a file so that it is either the old one or the whole new one, never half of it."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a temporary sibling of `path`; flushes and renames it over `path` on success."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with partial.open(mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

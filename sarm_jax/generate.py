@@ -1,0 +1,161 @@
+"""Sampling with a KV cache: one prefill, then one compiled loop that stops when every row has.
+
+Log-probabilities are those of the distribution that is sampled from:
+log π = log_softmax(logits / T), renormalised over the kept tokens where top-k or top-p drop some.
+"""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from sarm_jax.chat import bucket_length
+from sarm_jax.errors import InputError
+from sarm_jax.llama import Llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to draw: temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k}: must be 0 (off) or positive")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p}: must lie in (0, 1]")
+
+
+@struct.dataclass
+class Generation:
+    """Responses `[B, R]`: `mask_br` is 1 up to and including the stop token.
+
+    `logp_br` is float32 under the sampling distribution; tokens after the end are padding.
+    `ended_b` says whether a stop token came within the budget.
+    """
+
+    tokens_br: jax.Array
+    mask_br: jax.Array
+    logp_br: jax.Array
+    ended_b: jax.Array
+
+
+def generate(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    stop_ids: tuple[int, ...] | None = None,
+    pad_id: int = 0,
+) -> Generation:
+    """Continues prompts padded on any side. `stop_ids` defaults to the policy's own.
+
+    `key` may be None only when greedy. Prompt lengths are padded to a few sizes, so that calls
+    with varying prompts share compilations.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
+    if key is None:
+        if temperature > 0:
+            raise InputError("key=None: sampling at temperature > 0 needs a PRNG key")
+        key = jax.random.key(0)
+    extra = bucket_length(tokens_bt.shape[1]) - tokens_bt.shape[1]
+    widths = ((0, 0), (extra, 0))
+    tokens_bt, mask_bt = jnp.pad(tokens_bt, widths), jnp.pad(mask_bt, widths)
+    stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
+    graphdef, state = nnx.split(policy)
+    return _compiled(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad_id)
+
+
+@partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _compiled(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad):
+    return sample(nnx.merge(graphdef, state), tokens_bt, mask_bt, key, sampling, stops, pad)
+
+
+def sample(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    pad: int,
+) -> Generation:
+    """`generate` without the jit and the bucketing, to be traced inside a larger program."""
+    batch, length = tokens_bt.shape
+    budget = sampling.max_new_tokens
+    stop_ids = jnp.asarray(stops, jnp.int32)
+
+    def draw(x_b1d, key, running_b):
+        token_b, logp_b = draw_token(policy.logits(x_b1d)[:, 0], key, sampling)
+        return jnp.where(running_b, token_b, pad), jnp.where(running_b, logp_b, 0.0)
+
+    def unfinished(carry):
+        return (carry[0] < budget) & carry[5].any()
+
+    def step(carry):
+        r, cache, key, tokens, logps, running_b = carry
+        x_b1d, cache = policy.decode(tokens[:, r - 1], cache)
+        key, draw_key = jax.random.split(key)
+        token_b, logp_b = draw(x_b1d, draw_key, running_b)
+        tokens, logps = tokens.at[:, r].set(token_b), logps.at[:, r].set(logp_b)
+        return r + 1, cache, key, tokens, logps, running_b & ~jnp.isin(token_b, stop_ids)
+
+    x_btd, cache = policy.prefill(tokens_bt, mask_bt, length + budget)
+    last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
+    x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
+    key, first_key = jax.random.split(key)
+    running_b = jnp.ones((batch,), bool)
+    token_b, logp_b = draw(x_b1d, first_key, running_b)
+    tokens_br = jnp.full((batch, budget), pad, jnp.int32).at[:, 0].set(token_b)
+    logp_br = jnp.zeros((batch, budget)).at[:, 0].set(logp_b)
+    running_b &= ~jnp.isin(token_b, stop_ids)
+    carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
+    _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
+
+    stopped_br = jnp.isin(tokens_br, stop_ids)
+    mask_br = jnp.cumsum(stopped_br, axis=1) - stopped_br == 0
+    return Generation(tokens_br, mask_br, logp_br, ~running_b)
+
+
+def draw_token(
+    logits_bv: jax.Array, key: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """(token `[B]` int32, its log-probability `[B]` under the distribution drawn from)."""
+    if sampling.temperature == 0:
+        logp_bv = jax.nn.log_softmax(logits_bv)
+        token_b = jnp.argmax(logits_bv, axis=-1)
+    else:
+        kept_bv = keep_top(logits_bv / sampling.temperature, sampling.top_k, sampling.top_p)
+        logp_bv = jax.nn.log_softmax(kept_bv)
+        token_b = jax.random.categorical(key, logp_bv)
+    logp_b = jnp.take_along_axis(logp_bv, token_b[:, None], axis=-1)[:, 0]
+    return token_b.astype(jnp.int32), logp_b
+
+
+def keep_top(logits_bv: jax.Array, top_k: int, top_p: float) -> jax.Array:
+    """Sets to −∞ all but the k likeliest tokens, then all but the nucleus of mass top_p."""
+    if 0 < top_k < logits_bv.shape[-1]:
+        threshold_b1 = jax.lax.top_k(logits_bv, top_k)[0][:, -1:]
+        logits_bv = jnp.where(logits_bv >= threshold_b1, logits_bv, -jnp.inf)
+    if top_p < 1:
+        descending_bv = -jnp.sort(-logits_bv, axis=-1)
+        p_bv = jax.nn.softmax(descending_bv, axis=-1)
+        inside_bv = jnp.cumsum(p_bv, axis=-1) - p_bv < top_p  # the token that crosses is kept
+        threshold_b1 = jnp.min(jnp.where(inside_bv, descending_bv, jnp.inf), -1, keepdims=True)
+        logits_bv = jnp.where(logits_bv >= threshold_b1, logits_bv, -jnp.inf)
+    return logits_bv

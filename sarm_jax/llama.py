@@ -1,0 +1,266 @@
+"""The Llama decoder: pre-norm blocks of grouped-query attention with RoPE and a SwiGLU MLP.
+
+    x ← x + W_o · attention(rope(W_q n), rope(W_k n), W_v n),   n = RMSNorm(x)
+    x ← x + W_down (silu(W_gate n) ⊙ W_up n),                   n = RMSNorm(x)
+
+Sources: Touvron et al. 2302.13971, Dubey et al. 2407.21783; attribute names follow Hugging Face.
+
+Layers are stacked `[L, …]` and run under one `jax.lax.scan`, so compile time does not grow with
+depth. Positions come from the mask (the number of real tokens before), so neither the side nor
+the amount of padding matters. Kernels are stored `[in, out]`, the transpose of Hugging Face's.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from sarm_jax.lora import LoRA
+from sarm_jax.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture; field names and meanings are those of a Hugging Face `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Llama3Scaling | None = None
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 8192
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of all layers, `[L, B, S, K, head_dim]`, filled column by column.
+
+    `mask_bs` marks the columns that hold real tokens, `column` is the next one to write and
+    `position_b` the next position of each row.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    mask_bs: jax.Array
+    column: jax.Array
+    position_b: jax.Array
+
+
+class Linear(nnx.Module):
+    """x W, plus the adapter where one is attached."""
+
+    def __init__(self, d_in: int, d_out: int, *, dtype: Any, rngs: nnx.Rngs):
+        init = jax.nn.initializers.normal(0.02)
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), dtype))
+        self.lora: LoRA | None = nnx.data(None)
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        y = x @ self.kernel[...]
+        if self.lora is not None:
+            y = y + self.lora(x, dropout_key)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / √(mean(x²) + ε) · scale, the mean in float32."""
+
+    def __init__(self, size: int, eps: float, *, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((size,), dtype))
+        self.eps = eps
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        x32 = x_btd.astype(jnp.float32)
+        inv_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return (x32 * inv_rms).astype(x_btd.dtype) * self.scale[...]
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
+        d, h = config.hidden_size, config.head_dim
+        q_width, kv_width = config.num_attention_heads * h, config.num_key_value_heads * h
+        self.q_proj = Linear(d, q_width, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(d, kv_width, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(d, kv_width, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(q_width, d, dtype=dtype, rngs=rngs)
+        self.head_dim = h
+
+    def project(self, x_btd, rope, keys):
+        """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`."""
+        split = (*x_btd.shape[:2], -1, self.head_dim)
+        q_btnh = apply_rope(self.q_proj(x_btd, keys[0]).reshape(split), rope)
+        k_btkh = apply_rope(self.k_proj(x_btd, keys[1]).reshape(split), rope)
+        return q_btnh, k_btkh, self.v_proj(x_btd, keys[2]).reshape(split)
+
+    def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, implementation, key):
+        """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, projected back to D."""
+        out_btnh = jax.nn.dot_product_attention(
+            q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None], implementation=implementation
+        )
+        return self.o_proj(out_btnh.reshape(*out_btnh.shape[:2], -1), key)
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(d, f, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(d, f, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(f, d, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_btd, keys):
+        gated = jax.nn.silu(self.gate_proj(x_btd, keys[0])) * self.up_proj(x_btd, keys[1])
+        return self.down_proj(gated, keys[2])
+
+
+class Block(nnx.Module):
+    def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(
+            config.hidden_size, config.rms_norm_eps, dtype=dtype
+        )
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_btd, rope, mask_bts, implementation, dropout_key=None):
+        """One full-sequence layer: (x, (keys, values))."""
+        keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
+        q, k, v = self.attn.project(self.input_layernorm(x_btd), rope, keys[:3])
+        x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, implementation, keys[3])
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd), keys[4:]), (k, v)
+
+    def decode(self, x_b1d, rope, mask_b1s, layer, column, k_cache, v_cache):
+        """One token through layer number `layer`; its keys and values go into the cache."""
+        keys = [None] * 7
+        q, k, v = self.attn.project(self.input_layernorm(x_b1d), rope, keys[:3])
+        at = (layer, 0, column, 0, 0)
+        k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], at)
+        v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], at)
+        k_bskh = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
+        v_bskh = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
+        x_b1d = x_b1d + self.attn.attend(q, k_bskh, v_bskh, mask_b1s, "xla", None)
+        return x_b1d + self.mlp(self.post_attention_layernorm(x_b1d), keys[4:]), k_cache, v_cache
+
+
+class Llama(nnx.Module):
+    """A decoder. `final_norm=False` gives the truncated trunk of a SARM: `hidden` then returns
+    the residual stream itself (`norm` is kept, unused, because its checkpoints carry it).
+    `stop_ids` are the tokens that end a response, which the tokenizer knows best."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+        final_norm: bool = True,
+        head: bool = True,
+        remat: bool = False,
+        stop_ids: tuple[int, ...] = (),
+    ):
+        self.config, self.final_norm, self.remat = config, final_norm, remat
+        self.stop_ids = stop_ids
+        init = jax.nn.initializers.normal(0.02)
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nnx.Param(init(rngs.params(), shape, dtype))
+        self.layers = nnx.vmap(lambda r: Block(config, dtype=dtype, rngs=r))(
+            rngs.fork(split=config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.lm_head: nnx.Param | None = nnx.data(None)
+        if head and not config.tie_word_embeddings:
+            self.lm_head = nnx.Param(init(rngs.params(), shape, dtype))
+
+    def __call__(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
+        """Logits, float32 `[B, T, V]`; meaningless where `mask_bt` is 0."""
+        return self.logits(self.hidden(tokens_bt, mask_bt))
+
+    def hidden(
+        self, tokens_bt: jax.Array, mask_bt: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """The last layer's output `[B, T, D]`, after the final norm where the model has one."""
+        return self._forward(tokens_bt, mask_bt, dropout_key, keep_kv=False)[0]
+
+    def logits(self, x_btd: jax.Array) -> jax.Array:
+        """Vocabulary projection in float32, `[B, T, V]`."""
+        return jnp.einsum(
+            "btd,vd->btv", x_btd, self.vocabulary, preferred_element_type=jnp.float32
+        )
+
+    @property
+    def vocabulary(self) -> jax.Array:
+        """The output embedding `[V, D]`: the head's own, or the tied input embedding."""
+        return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
+
+    def prefill(
+        self, tokens_bt: jax.Array, mask_bt: jax.Array, cache_size: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs the prompt: (`hidden` of it, a cache of `cache_size` ≥ T columns holding it)."""
+        length = tokens_bt.shape[1]
+        x_btd, (k, v) = self._forward(tokens_bt, mask_bt, None, keep_kv=True)
+        extra = cache_size - length
+        widths = ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))
+        return x_btd, KVCache(
+            k=jnp.pad(k, widths),
+            v=jnp.pad(v, widths),
+            mask_bs=jnp.pad(mask_bt.astype(bool), ((0, 0), (0, extra))),
+            column=jnp.int32(length),
+            position_b=mask_bt.astype(jnp.int32).sum(axis=1),
+        )
+
+    def decode(self, token_b: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Feeds one token per row: (its `hidden` `[B, 1, D]`, the cache with one column more)."""
+        mask_bs = cache.mask_bs.at[:, cache.column].set(True)
+        rope = self._rope(cache.position_b[:, None])
+        graphdef, state = nnx.split(self.layers)
+
+        def step(carry, layer_and_state):
+            x, k, v = carry
+            layer, layer_state = layer_and_state
+            block = nnx.merge(graphdef, layer_state)
+            return block.decode(x, rope, mask_bs[:, None], layer, cache.column, k, v), None
+
+        x_b1d = self.embed_tokens[...][token_b[:, None]]
+        numbers = jnp.arange(self.config.num_hidden_layers)
+        (x_b1d, k, v), _ = jax.lax.scan(step, (x_b1d, cache.k, cache.v), (numbers, state))
+        cache = KVCache(k, v, mask_bs, cache.column + 1, cache.position_b + 1)
+        return (self.norm(x_b1d) if self.final_norm else x_b1d), cache
+
+    def _rope(self, positions_bt):
+        config = self.config
+        inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        return rope_tables(positions_bt, inv_freq)
+
+    def _forward(self, tokens_bt, mask_bt, dropout_key, keep_kv):
+        mask_bt = mask_bt.astype(bool)
+        positions_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
+        rope = self._rope(positions_bt)
+        length = tokens_bt.shape[1]
+        mask_bts = jnp.tril(jnp.ones((length, length), bool)) & mask_bt[:, None, :]
+        x_btd = self.embed_tokens[...][tokens_bt]
+        implementation = attention_implementation(x_btd.dtype)
+        graphdef, state = nnx.split(self.layers)
+
+        def layer(x, xs):
+            layer_state, key = xs
+            x, kv = nnx.merge(graphdef, layer_state)(x, rope, mask_bts, implementation, key)
+            return x, kv if keep_kv else None
+
+        keys = None
+        if dropout_key is not None:
+            keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
+        body = jax.checkpoint(layer) if self.remat else layer
+        x_btd, kv = jax.lax.scan(body, x_btd, (state, keys))
+        return (self.norm(x_btd) if self.final_norm else x_btd), kv
+
+
+def attention_implementation(dtype: Any) -> str:
+    """cuDNN's fused attention where it exists (GPU, half precision), XLA's elsewhere."""
+    fused = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+    return "cudnn" if fused else "xla"

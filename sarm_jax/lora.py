@@ -1,0 +1,86 @@
+"""Low-rank adapters: y = x W + (α / r) · dropout(x) A B   (Hu et al. 2106.09685, as in PEFT).
+
+A is drawn Kaiming-uniform and B is zero, so a fresh adapter changes nothing. `LoRAParam` is a
+`Variable` type of its own: `nnx.split(model, LoRAParam, ...)` gives the trainable state, and the
+remaining state merged into the adapter-free graph definition is the reference policy — one copy
+of the base weights serves both.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sarm_jax.errors import InputError
+
+TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoRAParam(nnx.Param):
+    """A trainable adapter matrix, stacked over layers, float32 whatever the base dtype.
+
+    A subclass of `nnx.Param`, so filters must name `LoRAParam` before `nnx.Param`.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Adapter shape. `dropout` acts only where a caller passes a dropout key."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank={self.rank}: must be at least 1")
+        if not self.alpha > 0:
+            raise InputError(f"lora.alpha={self.alpha}: must be positive")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout={self.dropout}: must lie in [0, 1)")
+        unknown = sorted(set(self.target_modules) - set(TARGET_MODULES))
+        if unknown or not self.target_modules:
+            raise InputError(
+                f"lora.target_modules={','.join(self.target_modules)}: "
+                f"choose from {','.join(TARGET_MODULES)}"
+            )
+
+
+class LoRA(nnx.Module):
+    """The adapter of one (stacked) linear layer: `a [L, in, r]`, `b [L, r, out]`."""
+
+    def __init__(self, kernel_shape: tuple[int, int, int], config: LoRAConfig, rngs: nnx.Rngs):
+        layers, d_in, d_out = kernel_shape
+        bound = d_in**-0.5  # Kaiming-uniform with a = √5, the initialiser of PEFT
+        self.a = LoRAParam(
+            jax.random.uniform(
+                rngs.params(), (layers, d_in, config.rank), minval=-bound, maxval=bound
+            )
+        )
+        self.b = LoRAParam(jnp.zeros((layers, config.rank, d_out)))
+        self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+
+    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """(α / r) · dropout(x) A B for one layer's slice of the stack, in x's dtype."""
+        if dropout_key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        return (x @ a) @ b * self.scale
+
+
+def add_lora(model: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+    """Puts a fresh adapter on every chosen linear layer of `model.layers`, in place."""
+    for name in config.target_modules:
+        parent = model.layers.attn if hasattr(model.layers.attn, name) else model.layers.mlp
+        linear = getattr(parent, name)
+        linear.lora = LoRA(linear.kernel.shape, config, rngs)
+
+
+def merge_lora(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """W + scale · A B, computed in float32, in the kernel's dtype; leading axes are free."""
+    delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)

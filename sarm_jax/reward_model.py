@@ -1,0 +1,100 @@
+"""A SARM with its tokenizer: text in, scores and latents out.
+
+Rows are sorted by length and run in padded batches of a few fixed shapes, so that compilations
+stay bounded; a score does not depend on the rows it is batched with.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sarm_jax.chat import bucket_length, encode_conversation, pad_batch, pad_id
+from sarm_jax.sarm import SARM, Intervention, intervention
+
+
+class RewardModel:
+    """`max_length` in tokens (longer conversations lose their beginning), `batch_size` in rows."""
+
+    def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_length, self.batch_size = max_length, batch_size
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        clamp: Intervention | dict[int, float] | None = None,
+        latent_indices: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(scores `[B]`, latents `[B, M]`), float32, in the order given.
+
+        `clamp` changes latents before the head reads them ({feature: value} sets them); the
+        latents returned are the unchanged ones, reduced to `latent_indices` when given.
+        """
+        rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        return self.score_tokens(rows, clamp, latent_indices)
+
+    def encode(self, prompt: str, response: str) -> list[int]:
+        """The conversation as this model reads it, ending in the end-of-turn token."""
+        return encode_conversation(self.tokenizer, prompt, response, self.max_length)
+
+    def compile(
+        self,
+        shortest: int,
+        longest: int,
+        rows: int,
+        clamp: Intervention | None = None,
+        latent_indices: Sequence[int] | None = None,
+    ) -> None:
+        """Runs once on each padded shape that `rows` conversations of these lengths can take."""
+        length = bucket_length(min(shortest, self.max_length))
+        while True:
+            length = min(length, self.max_length)
+            self.score_tokens([[0] * length] * rows, clamp, latent_indices)
+            if length >= min(longest, self.max_length):
+                return
+            length = bucket_length(length + 1)
+
+    def score_tokens(
+        self,
+        rows: Sequence[Sequence[int]],
+        clamp: Intervention | dict[int, float] | None = None,
+        latent_indices: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`score` of conversations that are encoded already; padding is this method's own."""
+        size = self.model.config.sae.latent_size
+        if isinstance(clamp, dict):
+            clamp = intervention(size, set_to=clamp)
+        indices = None if latent_indices is None else jnp.asarray(latent_indices, jnp.int32)
+        width = size if latent_indices is None else len(latent_indices)
+        score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
+        graphdef, state = nnx.split(self.model)
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        for start in range(0, len(rows), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            tokens_bt, mask_bt = self._pad([rows[i] for i in chosen])
+            scores, latents = _score(graphdef, state, tokens_bt, mask_bt, clamp, indices)
+            score_b[chosen] = np.asarray(scores)[: len(chosen)]
+            z_bf[chosen] = np.asarray(latents)[: len(chosen)]
+        return score_b, z_bf
+
+    def _pad(self, rows):
+        length = min(bucket_length(max(map(len, rows))), self.max_length)
+        filler = [rows[0]] * (_batch_bucket(len(rows), self.batch_size) - len(rows))
+        return pad_batch([*rows, *filler], length, pad_id(self.tokenizer))
+
+
+def _batch_bucket(rows: int, most: int) -> int:
+    """The next power of two, at most `most`: a handful of compiled batch sizes."""
+    return min(1 << (rows - 1).bit_length(), most)
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(graphdef, state, tokens_bt, mask_bt, change, indices):
+    score_b, z_bf = nnx.merge(graphdef, state)(tokens_bt, mask_bt, change)
+    return score_b, z_bf if indices is None else z_bf[:, indices]

@@ -1,0 +1,83 @@
+"""The TopK sparse autoencoder between a SARM's trunk and its head.
+
+    x     = (h − mean(h)) / (std(h) + 1e-6)         per token, std with Bessel's correction
+    a     = W_enc (x − b_pre) + b_latent            pre-activations
+    z     = a where a is among the k largest, else 0      (no ReLU: a kept value may be negative)
+    x̂     = W_dec z + b_pre
+    loss  = mean((x̂ − x)²) / mean(x²)               per token: the fraction of variance unexplained
+
+Source: SARM (arXiv 2508.08746); TopK autoencoders, Gao et al. 2406.04093.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+STANDARDISE_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class SAEConfig:
+    """`latent_size` M, `k` kept latents; `use_topk=False` hands the pre-activations on as z."""
+
+    hidden_size: int
+    latent_size: int
+    k: int
+    use_topk: bool = True
+
+
+def standardise(h: jax.Array) -> jax.Array:
+    """Zero mean, unit deviation (ddof 1) over the last axis, float32."""
+    h = h.astype(jnp.float32)
+    centred = h - h.mean(axis=-1, keepdims=True)
+    return centred / (h.std(axis=-1, ddof=1, keepdims=True) + STANDARDISE_EPS)
+
+
+def top_k(a_bf: jax.Array, k: int) -> jax.Array:
+    """Keeps the k largest of `[B, M]` per row and sets the rest to exactly 0."""
+    values_bk, indices_bk = jax.lax.top_k(a_bf, k)
+    rows_b1 = jnp.arange(a_bf.shape[0])[:, None]
+    return jnp.zeros_like(a_bf).at[rows_b1, indices_bk].set(values_bk)
+
+
+class SAE(nnx.Module):
+    """Encoder `[D, M]`, decoder `[M, D]`, `pre_bias [D]`, `latent_bias [M]`."""
+
+    def __init__(self, config: SAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        d, m = config.hidden_size, config.latent_size
+        directions = jax.random.normal(rngs.params(), (m, d))
+        directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
+        self.config = config
+        self.encoder = nnx.Param(directions.T.astype(dtype))
+        self.decoder = nnx.Param(directions.astype(dtype))
+        self.pre_bias = nnx.Param(jnp.zeros((d,), dtype))
+        self.latent_bias = nnx.Param(jnp.zeros((m,), dtype))
+
+    def pre_activations(self, x_bd: jax.Array) -> jax.Array:
+        """a `[B, M]` of standardised inputs `[B, D]`, float32."""
+        encoder = self.encoder[...]
+        centred = (x_bd - self.pre_bias[...]).astype(encoder.dtype)
+        a_bf = jnp.einsum("bd,df->bf", centred, encoder, preferred_element_type=jnp.float32)
+        return a_bf + self.latent_bias[...]
+
+    def encode(self, x_bd: jax.Array) -> jax.Array:
+        """z `[B, M]` of standardised inputs `[B, D]`, float32."""
+        a_bf = self.pre_activations(x_bd)
+        return top_k(a_bf, self.config.k) if self.config.use_topk else a_bf
+
+    def decode(self, z_bf: jax.Array) -> jax.Array:
+        """x̂ `[B, D]`, float32."""
+        decoder = self.decoder[...]
+        x_bd = jnp.einsum(
+            "bf,fd->bd", z_bf.astype(decoder.dtype), decoder, preferred_element_type=jnp.float32
+        )
+        return x_bd + self.pre_bias[...]
+
+
+def reconstruction_loss(x_bd: jax.Array, x_hat_bd: jax.Array) -> jax.Array:
+    """Per-token normalised squared error `[B]`."""
+    error_b = jnp.mean(jnp.square(x_hat_bd - x_bd), axis=-1)
+    return error_b / jnp.mean(jnp.square(x_bd), axis=-1)

@@ -1,0 +1,50 @@
+"""The working directory of a run, and the configuration it belongs to."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sarm_jax.errors import InputError
+from sarm_jax.files import replacing
+
+
+def open_workdir(workdir: Path) -> None:
+    """Creates the directory where needed and makes sure that it can be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir={workdir}: cannot be made ({error.strerror})") from None
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise InputError(f"--workdir={workdir}: cannot be written")
+
+
+def claim(workdir: Path, settings: dict[str, Any]) -> None:
+    """Writes `settings` as config.json, or checks that the run there has the very same ones."""
+    path = workdir / "config.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+        difference = _first_difference(found, settings, "")
+        if difference:
+            raise InputError(
+                f"--workdir={workdir} holds a run of another configuration: {difference}; "
+                "choose another --workdir, or delete it to start again"
+            )
+        return
+    with replacing(path) as file:
+        json.dump(settings, file, indent=2)
+
+
+def _first_difference(found: Any, wanted: Any, name: str) -> str | None:
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        same = found == wanted
+        return None if same else f"{name or 'config'} was {found!r} and is now {wanted!r}"
+    for key in sorted(found.keys() | wanted.keys()):
+        child = f"{name}.{key}".lstrip(".")
+        difference = _first_difference(found.get(key), wanted.get(key), child)
+        if difference:
+            return difference
+    return None
