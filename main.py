@@ -7,24 +7,180 @@ Exit codes: 0 done; 2 bad input (one `error: …` line on stderr); 3 training st
 numbers became non-finite; 130 and 143 interrupted, after a checkpoint.
 """
 
-import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from absl import logging
+from flax import nnx
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from configs import command_line
 from conversion import load_policy, load_sarm
-from conversion.load import read_policy_config, read_sarm_config
+from conversion.checkpoint import open_checkpoint
+from conversion.load import check_dtype, load_hf_tokenizer, read_sarm_config
 from conversion.peft import save_adapter
 from conversion.to_hf import save_sarm
-from ppo import options
-from ppo.human_latents import collect_human_latents, save_human_latents
-from ppo.prompts import read_prompts
+from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
+from ppo.options import reward_config, train_config
+from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import NonFiniteError, Trainer
-from ppo.workdir import claim, prepare
 from sarm_jax.errors import InputError
+from sarm_jax.features import IdentifyConfig, identify
 from sarm_jax.files import replacing
+from sarm_jax.jsonl import read_jsonl, write_jsonl
+from sarm_jax.preference_pairs import PairsConfig, make_pairs
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
+from sarm_jax.workdir import claim, open_workdir
+
+DEMO = {"prompt": str, "response": str}
+
+
+def run_prepare_data(config: ConfigDict, workdir: Path) -> None:
+    """Demonstrations → preference pairs, rejected answers being made from good ones."""
+    options = PairsConfig(**config.prepare_data)
+    demos = read_jsonl(options.demos_jsonl, DEMO)
+    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    pairs = make_pairs(options, policy, tokenizer, demos)
+    write_jsonl(workdir / "data" / "pairs.jsonl", pairs)
+    logging.info("%d pairs in %s", len(pairs), workdir / "data" / "pairs.jsonl")
+
+
+def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
+    """Preference pairs → a SARM on the first layers of the policy model, in the HF layout."""
+    paths = split_paths(config.train_sarm.pairs_jsonl)
+    options = TrainSARMConfig(**{**config.train_sarm, "pairs_jsonl": paths})
+    pairs = read_pairs(paths)
+    if (workdir / "sarm").exists():
+        raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
+    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    rows: list[dict] = []
+    sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append)
+    hf_config = open_checkpoint(config.policy_model, "policy").hf_config
+    save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
+    write_json(workdir / "sarm_summary.json", summary)
+    write_jsonl(workdir / "sarm_metrics.jsonl", rows)
+    logging.info("SARM in %s: %s", workdir / "sarm", json.dumps(summary))
+
+
+def run_identify(config: ConfigDict, workdir: Path) -> None:
+    """Preference pairs → which latents tell chosen from rejected, with thresholds."""
+    section = config.identify.to_dict()
+    pairs = read_pairs(split_paths(section.pop("pairs_jsonl")))
+    options = IdentifyConfig(**section)
+    analysis, selected, scores = identify(options, reward_model(config), pairs)
+    folder = workdir / "probes"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "feature_analysis.json", analysis)
+    write_json(folder / "selected_features.json", selected)
+    save_file(scores, folder / "feature_scores.safetensors")
+    logging.info("features in %s", folder / "selected_features.json")
+
+
+def run_human_latents(config: ConfigDict, workdir: Path) -> None:
+    """Human demonstrations → the buffer of latents that the discriminator compares with."""
+    demos = read_jsonl(config.human_latents.demos_jsonl, DEMO)
+    indices = reward_config(config.reward).latent_indices
+    human = collect_human_latents(reward_model(config), demos, indices)
+    save_human_latents(workdir / "human_latents.safetensors", human)
+    logging.info("latents %s in %s", human.z_ns.shape, workdir / "human_latents.safetensors")
+
+
+def run_train(config: ConfigDict, workdir: Path) -> None:
+    """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
+    options = train_config(config)
+    prompts = read_prompts(config.prompts_jsonl)
+    human = human_buffer(options.reward, config.reward.human_latents)
+    options.reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
+    tokenizer = load_hf_tokenizer(config.policy_model)
+    ppo = options.ppo
+    deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)
+    claim(workdir, {name: plain(config[name]) for name in TRAIN_SETTINGS})
+
+    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    policy.remat = config.remat
+    trainer = Trainer(options, policy, tokenizer, reward_model(config), deck, human, workdir)
+    summary = trainer.run()
+    params = trainer.state["train"].params
+    nnx.update(policy, params["lora"])
+    value_head = jax.device_get(params["value_head"])
+    save_adapter(
+        workdir / "adapter",
+        policy,
+        options.lora,
+        config.policy_model,
+        tokenizer,
+        value_head,
+        replace=True,
+    )
+    logging.info("adapter in %s; %s", workdir / "adapter", json.dumps(summary))
+
+
+STAGES = {
+    "prepare_data": run_prepare_data,
+    "train_sarm": run_train_sarm,
+    "identify": run_identify,
+    "human_latents": run_human_latents,
+    "train": run_train,
+}
+LATER_STAGES = ("probe", "evaluate", "report", "plan", "all")
+TRAIN_SETTINGS = (
+    "policy_model sarm_model prompts_jsonl dtype remat sarm_max_length lora ppo reward discriminator"
+).split()
+
+
+def reward_model(config: ConfigDict) -> RewardModel:
+    """The SARM of the config, with its scoring options."""
+    model = load_sarm(config.sarm_model, config.dtype)
+    model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
+    return model
+
+
+def split_paths(text: str) -> tuple[str, ...]:
+    """Comma-separated paths."""
+    return tuple(path.strip() for path in text.split(","))
+
+
+def read_pairs(paths: tuple[str, ...]) -> list[dict]:
+    """The preference pairs of JSONL files, one after the other."""
+    return [row for path in paths for row in read_jsonl(path, PAIR_FIELDS)]
+
+
+def plain(value):
+    """A config section as JSON-ready values."""
+    return value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Indented JSON, written atomically."""
+    with replacing(path) as file:
+        json.dump(content, file, indent=2)
+
+
+def main(argv: list[str]) -> int:
+    """Parses, runs the stage, and turns errors into the exit code and one line."""
+    try:
+        config, stage, workdir = command_line.parse(argv)
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.INFO)
+        if stage in LATER_STAGES:
+            raise InputError(f"--stage={stage} is not available yet; there are {', '.join(STAGES)}")
+        if stage not in STAGES:
+            raise InputError(f"--stage={stage}: expected one of {', '.join(STAGES)}")
+        check_dtype(config.dtype)
+        with open_workdir(workdir):
+            STAGES[stage](config, workdir)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

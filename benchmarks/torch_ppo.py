@@ -10,8 +10,10 @@ An iteration does what this project's own does, on the same shapes:
 
 It is meant to be as fast as plain PyTorch on a CPU gets without a compiler: sdpa attention,
 inference_mode wherever no gradient is needed, the adapters merged into the weights for the rollout
-(12 % faster than unmerged), logits on the response positions only, and gradients only for what is
-trained. Sources: PPO, arXiv 1707.06347, with the details of arXiv 2403.17031.
+(faster than running them apart, and than a static cache), logits on the response positions only,
+and gradients only for what is trained.
+
+Sources: PPO, arXiv 1707.06347, with the details of arXiv 2403.17031.
 
     python benchmarks/torch_ppo.py --model_dir=DIR --iterations=3
 

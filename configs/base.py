@@ -81,4 +81,45 @@ def get_config() -> ConfigDict:
     config.human_latents = ConfigDict()
     config.human_latents.demos_jsonl = ""  # {"prompt", "response"} lines written by people
 
+    # Stage prepare_data: preference pairs from demonstrations and the policy's own answers.
+    config.prepare_data = ConfigDict()
+    config.prepare_data.demos_jsonl = ""  # {"prompt", "response"} lines
+    config.prepare_data.samples_per_prompt = 2
+    config.prepare_data.max_new_tokens = 64
+    config.prepare_data.temperature = 0.8
+    config.prepare_data.seed = 0
+
+    # Stage train_sarm: a SARM on the first layers of policy_model.
+    config.train_sarm = ConfigDict()
+    config.train_sarm.pairs_jsonl = ""  # {"prompt", "chosen", "rejected"}; comma-separated files
+    config.train_sarm.held_out_fraction = 0.2  # of the prompts
+    config.train_sarm.max_length = 4096  # tokens
+    config.train_sarm.source_layer = 16
+    config.train_sarm.latent_size = 65536
+    config.train_sarm.k = 192
+    config.train_sarm.use_topk = True  # False: the head reads the pre-activations
+    config.train_sarm.mode = 3  # 0 head; 1 trunk + head; 2 all, both losses; 3 = 1 + detached SAE
+    config.train_sarm.reconstruction_weight = 1.0
+    config.train_sarm.sae_tokens = 100_000  # activations collected, at most
+    config.train_sarm.sae_steps = 1000
+    config.train_sarm.sae_batch_tokens = 512
+    config.train_sarm.sae_learning_rate = 1e-3
+    config.train_sarm.dead_after_steps = 100  # without firing
+    config.train_sarm.aux_k = 256  # dead latents that reconstruct the residual
+    config.train_sarm.aux_weight = 1 / 32
+    config.train_sarm.epochs = 3
+    config.train_sarm.batch_size = 16  # pairs
+    config.train_sarm.learning_rate = 2e-6
+    config.train_sarm.head_learning_rate = 1e-3
+    config.train_sarm.weight_decay = 1e-3
+    config.train_sarm.warmup_fraction = 0.03
+    config.train_sarm.seed = 0
+
+    # Stage identify: which latents tell chosen from rejected.
+    config.identify = ConfigDict()
+    config.identify.pairs_jsonl = ""  # comma-separated files
+    config.identify.top_k = 10  # features per list
+    config.identify.method = "differential"  # or head_weight
+    config.identify.tau_quantile = 0.98  # of z on chosen responses
+
     return config.lock()

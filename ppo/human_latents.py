@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from ppo.reward import RewardConfig
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 from sarm_jax.reward_model import RewardModel
@@ -84,3 +85,16 @@ def load_human_latents(path: str | Path) -> HumanLatents:
     if not np.issubdtype(z_ns.dtype, np.floating) or not np.isfinite(z_ns).all():
         raise InputError(f"human_latents={path}: z must hold finite floats, found {z_ns.dtype}")
     return HumanLatents(z_ns.astype(np.float32), tuple(int(i) for i in indices))
+
+
+def human_buffer(reward: RewardConfig, path: str) -> HumanLatents | None:
+    """The buffer that β > 0 needs, reduced to the chosen features; None when β = 0."""
+    if reward.beta == 0:
+        return None
+    if not path:
+        raise InputError(
+            f"beta={reward.beta} needs human latents: make them with --stage=human_latents and "
+            "name the file with --human_latents"
+        )
+    human = load_human_latents(path)
+    return human.select(reward.latent_indices) if reward.latent_indices else human

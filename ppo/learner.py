@@ -5,6 +5,7 @@ the adapter-free graph; the value head reads the policy's last hidden state wher
 predicted. The base travels as an argument through every program and is never copied.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -36,45 +37,61 @@ class Evaluation:
     values_br: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
 class Learner:
-    """Compiled programs over a policy. `policy` gains a fresh adapter, in place."""
+    """The compiled programs over a policy. Holds no arrays, so equal learners share compilations.
 
-    def __init__(
-        self, config: PPOConfig, lora: LoRAConfig, policy: Llama, stops: tuple[int, ...], pad: int
-    ):
-        self.config, self._stops, self._pad = config, stops, pad
-        self._reference_graph = nnx.graphdef(policy)
-        self.hidden_size = policy.config.hidden_size
+    `graphdef` describes the policy with its adapter, `reference_graph` without; `stops` end a
+    response, `pad` fills up after it. `base` is the frozen state in every signature.
+    """
+
+    config: PPOConfig
+    graphdef: nnx.GraphDef
+    reference_graph: nnx.GraphDef
+    stops: tuple[int, ...]
+    pad: int
+
+    @classmethod
+    def attach(
+        cls, config: PPOConfig, lora: LoRAConfig, policy: Llama, pad: int
+    ) -> tuple["Learner", TrainState, nnx.State]:
+        """Gives `policy` a fresh adapter, in place: (learner, initial state, base)."""
+        reference_graph = nnx.graphdef(policy)
         add_lora(policy, lora, nnx.Rngs(config.seed))
-        self.graphdef, self._fresh_lora, self.base = nnx.split(policy, LoRAParam, ...)
-        self.optimizer = make_optimizer(config)
+        graphdef, adapter, base = nnx.split(policy, LoRAParam, ...)
+        learner = cls(config, graphdef, reference_graph, policy.stop_ids, pad)
+        width = policy.config.hidden_size
+        params = {
+            "lora": jax.tree.map(jnp.copy, adapter),  # updates donate it
+            "value_head": {"kernel": jnp.zeros((width,)), "bias": jnp.zeros(())},
+        }
+        return learner, TrainState(params, learner.optimizer.init(params)), base
 
-    def init(self) -> TrainState:
-        """A fresh adapter (B = 0: the reference policy itself) and a zero value head."""
-        value_head = {"kernel": jnp.zeros((self.hidden_size,)), "bias": jnp.zeros(())}
-        lora = jax.tree.map(jnp.copy, self._fresh_lora)  # the state is donated when it is updated
-        params = {"lora": lora, "value_head": value_head}
-        return TrainState(params, self.optimizer.init(params))
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimizer of `config`."""
+        return make_optimizer(self.config)
 
+    @partial(jax.jit, static_argnums=0)
     def rollout(
-        self, params: dict, tokens_bp: jax.Array, mask_bp: jax.Array, key: jax.Array
+        self,
+        params: dict,
+        base: nnx.State,
+        tokens_bp: jax.Array,
+        mask_bp: jax.Array,
+        key: jax.Array,
     ) -> Generation:
         """Samples responses to left-padded prompts with the current policy."""
-        return self._rollout(params["lora"], self.base, tokens_bp, mask_bp, key)
-
-    @partial(jax.jit, static_argnums=0)
-    def _rollout(self, lora, base, tokens_bp, mask_bp, key):
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
-        policy = nnx.merge(self.graphdef, lora, base)
-        return sample(policy, tokens_bp, mask_bp, key, sampling, self._stops, self._pad)
-
-    def reference_logp(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        """log π_ref of the responses, `[B, R]`, a microbatch at a time."""
-        return self._reference_logp(self.base, tokens_bt, mask_bt)
+        policy = nnx.merge(self.graphdef, params["lora"], base)
+        return sample(policy, tokens_bp, mask_bp, key, sampling, self.stops, self.pad)
 
     @partial(jax.jit, static_argnums=0)
-    def _reference_logp(self, base, tokens_bt, mask_bt):
-        reference = nnx.merge(self._reference_graph, base)
+    def reference_logp(
+        self, base: nnx.State, tokens_bt: jax.Array, mask_bt: jax.Array
+    ) -> jax.Array:
+        """log π_ref of the responses, `[B, R]`, a microbatch at a time."""
+        reference = nnx.merge(self.reference_graph, base)
 
         def piece(rows):
             return self._logprobs(reference, *rows)[0]

@@ -27,9 +27,8 @@ def token_logprobs(
         logits_bcv = logits_bcv / temperature
         log_z_bc = jax.nn.logsumexp(logits_bcv, axis=-1)
         chosen_bc = jnp.take_along_axis(logits_bcv, targets_bc[..., None], axis=-1)[..., 0]
-        fixed_bcv, fixed_z_bc = jax.lax.stop_gradient((logits_bcv, log_z_bc))
-        p_bcv = jnp.exp(fixed_bcv - fixed_z_bc[..., None])
-        return chosen_bc - log_z_bc, fixed_z_bc - jnp.sum(p_bcv * fixed_bcv, axis=-1)
+        logp_bcv = jax.lax.stop_gradient(logits_bcv - log_z_bc[..., None])
+        return chosen_bc - log_z_bc, -jnp.sum(jnp.exp(logp_bcv) * logp_bcv, axis=-1)
 
     batch, length, _ = x_brd.shape
     if not 0 < chunk < length:

@@ -50,7 +50,7 @@ class TrainConfig:
 
 
 class Trainer:
-    """A run in `workdir`. `human` holds the latents of human responses, needed when β > 0."""
+    """A run in `workdir`. `human` is the buffer for the latent KL, None when β = 0."""
 
     def __init__(
         self,
@@ -67,13 +67,15 @@ class Trainer:
         ppo, reward = config.ppo, config.reward
         reward.check_features(reward_model.model.config.sae.latent_size)
         self.deck = deck
-        self.learner = Learner(ppo, config.lora, policy, policy.stop_ids, pad_id(tokenizer))
+        self.learner, self._fresh, self.base = Learner.attach(
+            ppo, config.lora, policy, pad_id(tokenizer)
+        )
         self.updater = Updater(self.learner)
         self.density_ratio = None
         subset: tuple[int, ...] = ()
-        if human is not None and reward.beta > 0:
-            subset = reward.latent_indices or human.latent_indices
-            self.density_ratio = DensityRatio(config.discriminator, human.select(subset).z_ns)
+        if human is not None:
+            subset = human.latent_indices
+            self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
         # One gather per response: the penalised features first, then the discriminator's subset.
         self._watched = (*reward.penalize_features, *subset)
         self._clamp = reward.clamp(reward_model.model.config.sae.latent_size)
@@ -112,7 +114,7 @@ class Trainer:
         """The state to go on from, and how many steps it has behind it."""
         keys = jax.random.split(jax.random.key(self.config.ppo.seed), 4)
         self._rollout_key, disc_key, calibration_key, self._disc_data_key = keys
-        state = {"train": self.learner.init()}
+        state = {"train": self._fresh}
         if self.density_ratio is not None:
             state["density_ratio"] = self.density_ratio.init(disc_key)
         self._compile_scoring()
@@ -138,8 +140,9 @@ class Trainer:
         scores = []
         for batch in range(self.config.ppo.calibration_batches):
             texts, tokens_bp, mask_bp = self.deck.deal(batch, self.config.ppo.batch_size)
+            batch_key = jax.random.fold_in(key, batch)
             generation = self.learner.rollout(
-                train_state.params, tokens_bp, mask_bp, jax.random.fold_in(key, batch)
+                train_state.params, self.base, tokens_bp, mask_bp, batch_key
             )
             score_b, _ = self.reward_model.score(
                 texts, self._decode(generation), self._clamp, self._watched
@@ -155,7 +158,7 @@ class Trainer:
         clock = [time.perf_counter()]
         prompts, tokens_bp, mask_bp = self.deck.deal(step, config.batch_size)
         key = jax.random.fold_in(self._rollout_key, step)
-        generation = self.learner.rollout(state["train"].params, tokens_bp, mask_bp, key)
+        generation = self.learner.rollout(state["train"].params, self.base, tokens_bp, mask_bp, key)
         responses = self._decode(generation)
         clock.append(time.perf_counter())
 
@@ -170,7 +173,7 @@ class Trainer:
         order = np.random.default_rng((config.seed, step)).permuted(
             np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1)), axis=1
         )
-        train_state, targets, metrics = self.updater(state["train"], batch, order)
+        train_state, targets, metrics = self.updater(state["train"], self.base, batch, order)
         metrics |= batch_metrics(batch, targets, generation.logp_br)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
         clock.append(time.perf_counter())
@@ -207,7 +210,7 @@ class Trainer:
     def _batch(self, tokens_bp, mask_bp, generation: Generation, reward_b) -> Batch:
         tokens_bt = jnp.concatenate([jnp.asarray(tokens_bp), generation.tokens_br], axis=1)
         mask_bt = jnp.concatenate([jnp.asarray(mask_bp), generation.mask_br], axis=1)
-        ref_logp_br = self.learner.reference_logp(tokens_bt, mask_bt)
+        ref_logp_br = self.learner.reference_logp(self.base, tokens_bt, mask_bt)
         return Batch(tokens_bt, mask_bt, generation.mask_br, ref_logp_br, jnp.asarray(reward_b))
 
     def _row(self, step, clock, generation, terms, z_bn, reward_b) -> dict[str, float]:

@@ -6,15 +6,17 @@ yet, so π_old = π and the ratio is exactly 1), which saves one forward pass ov
 otherwise they are computed first, because whitening needs the advantages of the whole batch.
 """
 
+import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
+from flax import nnx, struct
 
 from ppo.advantages import gae, masked_mean, token_rewards, whiten
+from ppo.config import PPOConfig
 from ppo.learner import Learner, TrainState
 from ppo.losses import kl_k3, log_ratio, policy_loss, value_loss
 
@@ -40,21 +42,26 @@ class Targets:
     returns_br: jax.Array
 
 
+@dataclasses.dataclass(frozen=True)
 class Updater:
     """Runs the epochs and minibatches of an update as a few compiled, donated programs."""
 
-    def __init__(self, learner: Learner):
-        self.learner, self.config = learner, learner.config
+    learner: Learner
+
+    @property
+    def config(self) -> PPOConfig:
+        """The learner's options."""
+        return self.learner.config
 
     def __call__(
-        self, state: TrainState, batch: Batch, permutations: np.ndarray
+        self, state: TrainState, base: nnx.State, batch: Batch, permutations: np.ndarray
     ) -> tuple[TrainState, Targets, dict[str, jax.Array]]:
         """(new state, the targets used, scalar metrics); `state` is donated.
 
         `permutations [epochs, B]` orders the rows of each epoch. An update that would make a
         parameter non-finite is not applied, and `finite` is then 0 in the metrics.
         """
-        config, base = self.config, self.learner.base
+        config = self.config
         count = batch.response_mask_br.sum() / config.num_minibatches
         single = config.num_minibatches * config.gradient_accumulation_steps == 1
         targets = None if single else self._targets(state.params, base, batch)
@@ -114,9 +121,7 @@ class Updater:
             old = jax.lax.stop_gradient(now)
             targets = make_targets(config, batch, old.logp_br, old.values_br)
         log_ratio_br = log_ratio(now.logp_br, targets.logp_br, mask_br)
-        policy = policy_loss(
-            log_ratio_br, targets.advantages_br, mask_br, config.clip_range, count
-        )
+        policy = policy_loss(log_ratio_br, targets.advantages_br, mask_br, config.clip_range, count)
         value = value_loss(
             now.values_br,
             targets.values_br,
@@ -143,14 +148,14 @@ class Updater:
         return loss, (targets, metrics)
 
 
-def make_targets(config, batch: Batch, logp_br: jax.Array, values_br: jax.Array) -> Targets:
+def make_targets(
+    config: PPOConfig, batch: Batch, logp_br: jax.Array, values_br: jax.Array
+) -> Targets:
     """Per-token rewards → advantages and returns; the advantages whitened if so configured."""
     mask_br = batch.response_mask_br
     kl_br = logp_br - batch.ref_logp_br
     rewards_br = token_rewards(batch.reward_b, kl_br, mask_br, config.kl_coef)
-    advantages_br, returns_br = gae(
-        rewards_br, values_br, mask_br, config.gamma, config.gae_lambda
-    )
+    advantages_br, returns_br = gae(rewards_br, values_br, mask_br, config.gamma, config.gae_lambda)
     if config.whiten_advantages:
         advantages_br = whiten(advantages_br, mask_br)
     return Targets(logp_br, values_br, advantages_br, returns_br)

@@ -189,9 +189,7 @@ class Llama(nnx.Module):
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
         """Vocabulary projection in float32, `[B, T, V]`."""
-        return jnp.einsum(
-            "btd,vd->btv", x_btd, self.vocabulary, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum("btd,vd->btv", x_btd, self.vocabulary, preferred_element_type=jnp.float32)
 
     @property
     def vocabulary(self) -> jax.Array:

@@ -1,7 +1,9 @@
 """The working directory of a run, and the configuration it belongs to."""
 
+import contextlib
 import json
-import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,25 @@ from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 
 
-def open_workdir(workdir: Path) -> None:
-    """Creates the directory where needed and makes sure that it can be written."""
+@contextlib.contextmanager
+def open_workdir(workdir: Path) -> Iterator[None]:
+    """Creates the directory where needed and checks that it can be written.
+
+    A directory that was created here and is still empty after an error is removed again.
+    """
+    existed = workdir.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
-        raise InputError(f"--workdir={workdir}: cannot be made ({error.strerror})") from None
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise InputError(f"--workdir={workdir}: cannot be written")
+        raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    except BaseException:
+        if not existed and not any(workdir.iterdir()):
+            workdir.rmdir()
+        raise
 
 
 def claim(workdir: Path, settings: dict[str, Any]) -> None:

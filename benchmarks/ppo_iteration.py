@@ -1,0 +1,123 @@
+"""One PPO iteration on SmolLM2-135M, this project against PyTorch, alternately in one process.
+
+Both do the same work on the same shapes in float32: a rollout of exactly `new_tokens`, scoring
+through a 15-layer trunk with a TopK SAE (M 4608, k 32), reference log-probabilities, and `epochs`
+full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Iterations alternate, so that a
+machine whose speed drifts slows both; the ratio is taken pair by pair.
+
+    python -m benchmarks.ppo_iteration --model_dir=outputs/models/SmolLM2-135M-Instruct
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks import torch_ppo
+from configs import base
+from conversion import load_policy
+from ppo.config import PPOConfig
+from ppo.learner import Learner
+from ppo.update import Batch, Updater
+from sarm_jax.lora import LoRAConfig
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.sae import SAEConfig
+from sarm_jax.sarm import SARM, SARMConfig
+
+PHASES = ("rollout", "score", "update", "total")
+
+
+class JaxPPO:
+    """The project's own programs, on random prompts and with no stop token."""
+
+    def __init__(self, model_dir: str, batch: int, prompt_len: int, new_tokens: int, epochs: int):
+        policy, tokenizer = load_policy(model_dir)
+        options = base.get_config().ppo.to_dict()
+        options |= {"batch_size": batch, "max_new_tokens": new_tokens, "ppo_epochs": epochs}
+        self.config = PPOConfig(**options)
+        self.reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=batch)
+        policy.stop_ids = ()
+        lora = LoRAConfig(rank=16, alpha=32.0)
+        self.learner, self.state, self.base = Learner.attach(self.config, lora, policy, pad=0)
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(prompt_len // 2, prompt_len + 1, batch)
+        lengths[0] = prompt_len
+        self.mask = np.arange(prompt_len)[None] >= prompt_len - lengths[:, None]
+        tokens = rng.integers(3, policy.config.vocab_size, (batch, prompt_len))
+        self.tokens = np.where(self.mask, tokens, 0).astype(np.int32)
+        self.steps = 0
+
+    def iteration(self) -> dict[str, float]:
+        """Runs one PPO iteration; the seconds of rollout, score, update and total."""
+        clock = [time.perf_counter()]
+        key = jax.random.fold_in(jax.random.key(0), self.steps)
+        generation = self.learner.rollout(self.state.params, self.base, self.tokens, self.mask, key)
+        responses = np.asarray(generation.tokens_br)
+        clock.append(time.perf_counter())
+        prompts = [row[mask] for row, mask in zip(self.tokens, self.mask, strict=True)]
+        rows = [np.concatenate(pair) for pair in zip(prompts, responses, strict=True)]
+        score_b, _ = self.reward_model.score_tokens(rows, latent_indices=(0,))
+        clock.append(time.perf_counter())
+        tokens = jnp.concatenate([jnp.asarray(self.tokens), generation.tokens_br], axis=1)
+        mask = jnp.concatenate([jnp.asarray(self.mask), generation.mask_br], axis=1)
+        reference = self.learner.reference_logp(self.base, tokens, mask)
+        batch = Batch(tokens, mask, generation.mask_br, reference, jnp.asarray(score_b))
+        order = np.tile(np.arange(len(rows)), (self.config.ppo_epochs, 1))
+        self.state, _, metrics = Updater(self.learner)(self.state, self.base, batch, order)
+        jax.block_until_ready((self.state, metrics))
+        clock.append(time.perf_counter())
+        self.steps += 1
+        spans = np.diff(clock).tolist()
+        return dict(zip(PHASES, [*spans, sum(spans)], strict=True))
+
+
+def _sarm(policy) -> SARM:
+    """A SARM of the usual shape: the policy's first 15 layers, a random SAE and head."""
+    trunk = dataclasses.replace(policy.config, num_hidden_layers=15)
+    config = SARMConfig(trunk, SAEConfig(trunk.hidden_size, latent_size=4608, k=32))
+    sarm = SARM(config, rngs=nnx.Rngs(0))
+    nnx.update(sarm.trunk.layers, jax.tree.map(lambda x: x[:15], nnx.state(policy.layers)))
+    sarm.trunk.embed_tokens[...] = policy.embed_tokens[...]
+    sarm.score[...] = jax.random.normal(jax.random.key(1), sarm.score.shape)
+    return sarm
+
+
+def main() -> None:
+    """Prints a row per phase: median seconds of either side, and the median pairwise ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_dir", required=True)
+    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prompt_len", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=2)
+    args = parser.parse_args()
+    shape = (args.batch, args.prompt_len, args.new_tokens, args.epochs)
+    sides = {
+        "jax": JaxPPO(args.model_dir, *shape),
+        "torch": torch_ppo.build(args.model_dir, *shape),
+    }
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for iteration in range(args.iterations + 1):
+        for name, side in sides.items():
+            seconds = side.iteration()
+            label = "warm-up" if iteration == 0 else f"{iteration}"
+            print(json.dumps({"side": name, "iteration": label, **seconds}), flush=True)
+            if iteration > 0:
+                times[name].append(seconds)
+    print(f"\n{'phase':8} {'jax s':>8} {'torch s':>8} {'torch/jax':>10}")
+    for phase in PHASES:
+        columns = [[t[phase] for t in times[name]] for name in ("jax", "torch")]
+        ratio = statistics.median(b / a for a, b in zip(*columns, strict=True))
+        jax_s, torch_s = map(statistics.median, columns)
+        print(f"{phase:8} {jax_s:8.2f} {torch_s:8.2f} {ratio:10.2f}")
+
+
+if __name__ == "__main__":
+    main()

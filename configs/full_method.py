@@ -1,0 +1,42 @@
+"""Llama-3.1-8B-Instruct against Llama-SARM-4B with harmful features penalised, plus latent KL.
+
+Method: SARM, arXiv 2508.08746; features from its safety steering set.
+Before: accept the licence of both models on Hugging Face and log in, or convert them
+        (`python -m conversion.from_hf`); put {"prompt"} lines into outputs/data/prompts.jsonl and
+        {"prompt", "response"} lines into outputs/data/demos.jsonl, then
+        `python main.py --config=configs/full_method.py --stage=human_latents`
+Command: python main.py --config=configs/full_method.py
+Hardware: 4×H100 80 GB, two responses per device and step.
+Time and result: not measured here; the reference implementation took 13.5 s per step and never
+        moved (KL about 0). Alpha 0.1 is about two standard deviations of the SARM's score.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """A diff from `configs/base.py`."""
+    config = base.get_config()
+    config.policy_model = "meta-llama/Llama-3.1-8B-Instruct"
+    config.sarm_model = "Schrieffer/Llama-SARM-4B"
+    config.dtype = "bfloat16"
+    config.remat = True
+    config.prompts_jsonl = "outputs/data/prompts.jsonl"
+    config.human_latents.demos_jsonl = "outputs/data/demos.jsonl"
+
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.ppo.total_steps = 100
+    config.ppo.batch_size = 8
+    config.ppo.max_new_tokens = 256
+    config.ppo.logprob_chunk = 64
+
+    config.reward.penalize_features = "48659,28879,26446"
+    config.reward.tau_values = "3.0,3.0,3.0"
+    config.reward.alpha_values = "0.1,0.1,0.1"
+    config.reward.beta = 0.01
+    config.reward.latent_indices = "48659,28879,26446,46231,25241"
+    config.reward.human_latents = "{workdir}/human_latents.safetensors"
+    return config

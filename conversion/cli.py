@@ -1,0 +1,33 @@
+"""What the conversion commands share: flags in; one line out, and exit code 2 on bad input."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from sarm_jax.errors import InputError
+
+
+def run(
+    main: Callable[[Any], str],
+    values: flags.FlagValues,
+    usage: str | None,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parses `argv` into `values`, prints the line that `main(values)` returns.
+
+    Bad flags, bad input and file-system errors become one `error: …` line on stderr and exit 2.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    if {"--help", "-h", "--helpfull"} & set(argv[1:]):
+        print(f"{usage}\n{values.get_help()}")
+        sys.exit(0)
+    try:
+        rest = values(argv)[1:]
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag")
+        print(main(values))
+    except (InputError, flags.Error, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

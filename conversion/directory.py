@@ -1,0 +1,84 @@
+"""Output directories that appear complete or not at all, and the tokenizer files in them."""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sarm_jax.errors import InputError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@contextlib.contextmanager
+def atomic_directory(dst: str | Path, replace: bool = False) -> Iterator[Path]:
+    """Yields an empty sibling of `dst` that becomes `dst` on success and is removed on failure.
+
+    Raises:
+      InputError: `dst` exists, is not an empty directory, and `replace` is false (with it, an
+        existing directory is exchanged for the new one); or its parent cannot be written to.
+    """
+    dst = Path(dst)
+    taken = dst.exists() and not (dst.is_dir() and not any(dst.iterdir()))
+    if taken and not (replace and dst.is_dir()):
+        raise InputError(f"{dst}: exists already; name a new directory or remove it first")
+    temporary = dst.parent / f".{dst.name}.{secrets.token_hex(4)}"
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"{dst}: cannot be written ({error.strerror})") from error
+    try:
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # the umask's; safetensors writes private files
+        for file in temporary.iterdir():
+            file.chmod(mode)
+            _fsync(file)
+        _fsync(temporary)
+        _exchange(temporary, dst)
+        _fsync(dst.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def copy_tokenizer_files(src: Path, dst: Path) -> None:
+    """Copies those of `TOKENIZER_FILES` that exist; generation_config.json counts as one."""
+    for name in TOKENIZER_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+
+
+def _exchange(new: Path, dst: Path) -> None:
+    if not (dst.exists() and any(dst.iterdir())):
+        new.rename(dst)  # POSIX: an empty directory is replaced
+        return
+    old = new.with_name(new.name + ".old")
+    dst.rename(old)
+    try:
+        new.rename(dst)
+    except OSError:
+        old.rename(dst)
+        raise
+    shutil.rmtree(old)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""Converts a GGUF file of Llama architecture to a Hugging Face directory, without PyTorch.
+
+    python -m conversion.from_gguf --src=FILE.gguf --dst=DIR
+
+Weights are dequantised to float32. llama.cpp stores the rows of W_q and W_k so that the two halves
+of a rotated pair are neighbours; they are put back. Source: llama.cpp, convert_hf_to_gguf.py.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from conversion import cli
+from conversion.directory import atomic_directory
+from conversion.gguf_tokenizer import tokenizer_from_metadata
+from conversion.hf_config import hf_llama_dict, llama_config
+from conversion.json_files import write_json
+from conversion.keys import TensorSpec, abstract_model, tensor_specs
+from conversion.problems import report
+from conversion.safetensors_io import TensorWriter
+from sarm_jax.errors import InputError
+from sarm_jax.llama import LlamaConfig
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("src", None, "A .gguf file.", FLAGS, required=True)
+flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
+
+TABLE = {  # our path → GGUF name
+    "embed_tokens": "token_embd.weight",
+    "layers.attn.q_proj.kernel": "blk.{}.attn_q.weight",
+    "layers.attn.k_proj.kernel": "blk.{}.attn_k.weight",
+    "layers.attn.v_proj.kernel": "blk.{}.attn_v.weight",
+    "layers.attn.o_proj.kernel": "blk.{}.attn_output.weight",
+    "layers.mlp.gate_proj.kernel": "blk.{}.ffn_gate.weight",
+    "layers.mlp.up_proj.kernel": "blk.{}.ffn_up.weight",
+    "layers.mlp.down_proj.kernel": "blk.{}.ffn_down.weight",
+    "layers.input_layernorm.scale": "blk.{}.attn_norm.weight",
+    "layers.post_attention_layernorm.scale": "blk.{}.ffn_norm.weight",
+    "norm.scale": "output_norm.weight",
+    "lm_head": "output.weight",
+}
+_REQUIRED = (
+    "general.architecture", "llama.block_count", "llama.context_length",
+    "llama.embedding_length", "llama.feed_forward_length", "llama.attention.head_count",
+    "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.tokens",
+    "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+)  # fmt: skip
+_KNOWN = {
+    *_REQUIRED, "llama.vocab_size", "llama.attention.head_count_kv", "llama.rope.freq_base",
+    "llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length",
+    "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.scores",
+    "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
+    "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id",
+    "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token",
+    "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
+    "tokenizer.chat_template",
+}  # fmt: skip
+_DESCRIPTIVE = ("GGUF.", "general.", "quantize.")
+_SPECIAL = ("bos", "eos", "pad")
+
+
+def convert(src: str | Path, dst: str | Path) -> str:
+    """Writes the HF directory and returns a summary line.
+
+    Raises:
+      InputError: not a GGUF file, not a Llama, unknown metadata, or tensors that do not fit.
+    """
+    start = time.perf_counter()
+    reader = _open(Path(src))
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    try:
+        config = _config(metadata, tied="output.weight" not in tensors)
+        tokenizer = tokenizer_from_metadata(metadata, config.max_position_embeddings)
+        specs = tensor_specs(abstract_model(config))
+        _check_tensors(specs, tensors)
+    except InputError as error:
+        raise InputError(f"{src}: {error}") from error
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
+    ids = {name: i for name, i in ids.items() if i is not None}
+    with atomic_directory(dst) as directory:
+        writer = TensorWriter(directory)
+        for spec in specs:
+            writer.add(spec.hf_name, _weights(tensors[_gguf_name(spec)], spec, config))
+        writer.close()
+        write_json(directory / "config.json", hf_llama_dict(config, torch_dtype="float32", **ids))
+        write_json(directory / "generation_config.json", ids)
+        tokenizer.save_pretrained(directory)
+    seconds = time.perf_counter() - start
+    return f"{dst}: {len(specs)} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
+
+
+def _open(src: Path) -> Any:
+    import gguf  # only this command needs it
+
+    if not src.is_file():
+        raise InputError(f"{src}: no such file")
+    try:
+        return gguf.GGUFReader(src)
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, TypeError) as error:
+        raise InputError(f"{src}: truncated or not a GGUF file ({error})") from error
+
+
+def _config(metadata: dict[str, Any], tied: bool) -> LlamaConfig:
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise InputError(f"general.architecture={architecture!r}: only 'llama' is supported")
+    problems = [f"{name}: missing" for name in _REQUIRED if name not in metadata]
+    for name, value in metadata.items():
+        if name not in _KNOWN and not name.startswith(_DESCRIPTIVE):
+            problems.append(f"{name}={str(value)[:60]}: unknown metadata")
+    if metadata.get("tokenizer.ggml.add_eos_token"):
+        problems.append("tokenizer.ggml.add_eos_token=True: only False is supported")
+    report("metadata", problems)
+    heads = metadata["llama.attention.head_count"]
+    head_dim = metadata.get(
+        "llama.attention.key_length", metadata["llama.embedding_length"] // max(heads, 1)
+    )
+    for name in ("rope.dimension_count", "attention.value_length"):
+        value = metadata.get(f"llama.{name}", head_dim)
+        if value != head_dim:
+            problems.append(f"llama.{name}={value}: only the head size {head_dim} is supported")
+    vocab_size = len(metadata["tokenizer.ggml.tokens"])
+    if metadata.get("llama.vocab_size", vocab_size) != vocab_size:
+        problems.append(f"llama.vocab_size={metadata['llama.vocab_size']}: {vocab_size} tokens")
+    report("metadata", problems)
+    return llama_config(
+        {
+            "model_type": "llama",
+            "vocab_size": vocab_size,
+            "hidden_size": metadata["llama.embedding_length"],
+            "intermediate_size": metadata["llama.feed_forward_length"],
+            "num_hidden_layers": metadata["llama.block_count"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": _shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
+            "rope_theta": _shortest(metadata.get("llama.rope.freq_base", 10000.0)),
+            "tie_word_embeddings": tied,
+            "max_position_embeddings": metadata["llama.context_length"],
+        }
+    )
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same float32: 9.999999747378752e-06 is 1e-05."""
+    return float(str(np.float32(value)))
+
+
+def _gguf_name(spec: TensorSpec) -> str:
+    return TABLE[".".join(spec.path)].format(spec.layer)
+
+
+def _check_tensors(specs: list[TensorSpec], tensors: dict[str, Any]) -> None:
+    left = set(tensors)
+    problems = []
+    for spec in specs:
+        name = _gguf_name(spec)
+        if name not in tensors:
+            problems.append(f"{name}: missing")
+            continue
+        left.discard(name)
+        shape = tuple(int(n) for n in reversed(tensors[name].shape))  # stored fastest axis first
+        if shape != spec.hf_shape:
+            problems.append(f"{name}: shape {list(shape)}, expected {list(spec.hf_shape)}")
+    if "rope_freqs.weight" in left:
+        left.discard("rope_freqs.weight")
+        problems.append("rope_freqs.weight: scaled RoPE is not supported, convert the HF model")
+    problems += [f"{name}: unexpected tensor" for name in sorted(left)]
+    report("tensors", problems)
+
+
+def _weights(tensor: Any, spec: TensorSpec, config: LlamaConfig) -> np.ndarray:
+    """The tensor in the HF orientation, float32."""
+    from gguf.quants import dequantize
+
+    try:
+        array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+    except (NotImplementedError, ValueError) as error:
+        raise InputError(f"{tensor.name}: cannot be dequantised ({error})") from error
+    array = array.reshape(spec.hf_shape)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if spec.path[-1] == "kernel" and spec.path[-2] in heads:
+        pairs = array.reshape(heads[spec.path[-2]], config.head_dim // 2, 2, -1)
+        array = pairs.swapaxes(1, 2).reshape(spec.hf_shape)
+    return array
+
+
+def main(values: Any) -> str:
+    return convert(values.src, values.dst)
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, __doc__)

@@ -1,0 +1,58 @@
+"""Converts a Hugging Face directory (or repository) to ours, one tensor at a time.
+
+    python -m conversion.from_hf --kind=policy|sarm --src=SRC --dst=DIR [--dtype=bfloat16|float32]
+
+The result holds the weights in our orientation, `sarm_jax.json`, and the tokenizer. Without
+`--dtype` every tensor keeps its own. Nothing is written unless everything checks out.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import flags
+
+from conversion import cli
+from conversion.checkpoint import Kind, open_checkpoint, verified_files, write_description
+from conversion.directory import atomic_directory, copy_tokenizer_files
+from conversion.load import load_hf_tokenizer
+from conversion.safetensors_io import TensorWriter
+from sarm_jax.llama import LlamaConfig
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_enum("kind", None, ["policy", "sarm"], "What SRC is.", FLAGS, required=True)
+flags.DEFINE_string("src", None, "HF directory or repository id.", FLAGS, required=True)
+flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
+flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: that of each tensor.", FLAGS)
+
+
+def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = None) -> str:
+    """Writes the converted directory and returns a summary line; peak memory is one shard."""
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(src, kind)
+    files = verified_files(checkpoint)
+    config = checkpoint.config
+    trunk = config if isinstance(config, LlamaConfig) else config.trunk
+    load_hf_tokenizer(checkpoint.directory, trunk.vocab_size)
+    dtypes = set()
+    with atomic_directory(dst) as directory:
+        writer = TensorWriter(directory)
+        for spec in checkpoint.specs():
+            array = checkpoint.read(files, spec)
+            array = array if dtype is None else array.astype(jnp.dtype(dtype))
+            dtypes.add(array.dtype.name)
+            writer.add(spec.name, array)
+        tensors = writer.close()
+        write_description(directory, checkpoint, config, ",".join(sorted(dtypes)))
+        copy_tokenizer_files(checkpoint.directory, directory)
+    seconds = time.perf_counter() - start
+    return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
+
+
+def main(values: Any) -> str:
+    return convert(values.src, values.dst, values.kind, values.dtype)
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, __doc__)

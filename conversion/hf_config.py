@@ -1,0 +1,298 @@
+"""A Hugging Face `config.json` ⇄ our config dataclasses.
+
+Both dialects are read: `rope_theta` + `rope_scaling` (files on the hub) and `rope_parameters`
+(transformers 5). Fields are on an allow-list: what we neither use nor know to be harmless is
+refused by name, because ignoring it would silently compute something else. The defaults of absent
+fields are those of transformers' LlamaConfig.
+"""
+
+import re
+from typing import Any
+
+from conversion.problems import report
+from sarm_jax.llama import LlamaConfig
+from sarm_jax.rope import Llama3Scaling
+from sarm_jax.sae import SAEConfig
+from sarm_jax.sarm import SARMConfig
+
+_READ = {
+    "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size",
+    "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
+    "max_position_embeddings",
+}  # fmt: skip
+_ONLY = {  # fields that have one acceptable value
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+_HARMLESS = {  # names, bookkeeping, token ids (the tokenizer's count), initialisation, dropout
+    "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "dtype",
+    "torch_dtype", "use_cache", "initializer_range", "attention_dropout", "bos_token_id",
+    "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+    "id2label", "label2id", "num_labels", "problem_type", "return_dict", "output_hidden_states",
+    "output_attentions", "chunk_size_feed_forward", "tokenizer_class", "_attn_implementation",
+    "attn_implementation", "_attn_implementation_autoset", "transformers.js_config",
+    "is_llama_config", "unsloth_fixed", "unsloth_version", "finetuning_task", "prefix",
+    # defaults of generation that older versions wrote here
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
+    "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
+}  # fmt: skip
+_SARM_ONLY = {"sarm_param", "sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda", "auto_map"}
+_SARM_PARAM = {
+    "sae_source_layer", "sae_latent_size", "sae_k", "sae_use_sequence_level",
+    "sarm_use_activation", "sarm_train_mode", "sarm_rec_lambda",
+}  # fmt: skip
+_LLAMA3_FIELDS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+
+
+def is_sarm(hf: dict[str, Any]) -> bool:
+    """Whether this config describes a SARM rather than a language model."""
+    names = hf.get("architectures") or []
+    return "sarm_param" in hf or "sarm_use_topk" in hf or any("SARM" in str(n) for n in names)
+
+
+def llama_config(hf: dict[str, Any]) -> LlamaConfig:
+    """A language model's architecture; `InputError` lists everything that is not supported."""
+    problems: list[str] = []
+    if is_sarm(hf):
+        problems.append("this is a SARM, not a policy")
+    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"]:
+        problems.append(f"architectures={architectures}: expected ['LlamaForCausalLM']")
+    config = _read_llama(hf, hf.get("num_hidden_layers"), set(), problems)
+    report("config.json", problems)
+    assert config is not None
+    return config
+
+
+def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
+    """A SARM's architecture, from `sarm_param` or, in older checkpoints, the directory's name.
+
+    `num_hidden_layers` still counts the layers of the model it was cut from and is not used.
+    """
+    problems: list[str] = []
+    param = _sarm_param(hf, directory_name, problems)
+    if not param:
+        report("config.json", problems)
+    layers, latent_size, k = (
+        _positive(param, name, problems, "sarm_param.")
+        for name in ("sae_source_layer", "sae_latent_size", "sae_k")
+    )
+    use_topk = param.get("sarm_use_activation")
+    if not isinstance(use_topk, bool):
+        problems.append(f"sarm_param.sarm_use_activation={use_topk}: expected true or false")
+    if k > latent_size > 1:
+        problems.append(f"sarm_param.sae_k={k}: exceeds sae_latent_size={latent_size}")
+    trunk = _read_llama(hf, layers, _SARM_ONLY, problems)
+    report("config.json", problems)
+    assert trunk is not None and isinstance(use_topk, bool)
+    return SARMConfig(trunk, SAEConfig(trunk.hidden_size, latent_size, k, use_topk))
+
+
+def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
+    """A `config.json` in the hub's dialect, which transformers 4 and 5 both read."""
+    scaling = config.rope_scaling
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling and {"rope_type": "llama3", **vars(scaling)},
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+        **extra,
+    }
+
+
+def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A SARM's `config.json`: `base` (the SARM's, or that of its trunk's model) plus its facts."""
+    hf = dict(base or hf_llama_dict(config.trunk))
+    old = hf.pop("sarm_param", None) or {}
+    for name in ("sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda"):
+        hf.pop(name, None)
+    hf["vocab_size"] = config.trunk.vocab_size
+    hf.setdefault("id2label", {"0": "LABEL_0"})  # one output: the reference sizes its head by it
+    hf.setdefault("label2id", {"LABEL_0": 0})
+    if not any("SARM" in str(name) for name in hf.get("architectures") or []):
+        hf["architectures"] = ["LlamaSARM"]
+    hf["sarm_param"] = {
+        "sae_source_layer": config.trunk.num_hidden_layers,
+        "sae_latent_size": config.sae.latent_size,
+        "sae_k": config.sae.k,
+        "sae_use_sequence_level": old.get("sae_use_sequence_level", False),
+        "sarm_use_activation": config.sae.use_topk,
+    }
+    return hf
+
+
+def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The same config, naming the dtype its weights are stored in."""
+    return {**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}
+
+
+def _read_llama(
+    hf: dict[str, Any], layers: Any, also_allowed: set[str], problems: list[str]
+) -> LlamaConfig | None:
+    if hf.get("model_type") != "llama":
+        problems.append(f"model_type={hf.get('model_type')!r}: only 'llama' is supported")
+        return None  # every other field would be a problem too
+    for name, value in hf.items():
+        expected = _ONLY.get(name)
+        if name in _ONLY:
+            if value is not None and value != expected:
+                problems.append(f"{name}={value!r}: only {expected!r} is supported")
+        elif name not in _READ | _HARMLESS | also_allowed and not _is_off(value):
+            problems.append(f"{name}={value!r}: unknown field")
+    sizes = {
+        name: _positive({**hf, "num_hidden_layers": layers}, name, problems)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                     "num_attention_heads")
+    }  # fmt: skip
+    heads = sizes["num_attention_heads"]
+    optional = {
+        "num_key_value_heads": heads,
+        "head_dim": max(sizes["hidden_size"] // heads, 1),
+        "max_position_embeddings": 2048,
+    }
+    given = {name: value for name, value in hf.items() if value is not None}
+    sizes |= {name: _positive({**optional, **given}, name, problems) for name in optional}
+    problems += _misfits(sizes, implied_head_dim="head_dim" not in given)
+    theta, scaling = _rope(hf, problems)
+    eps = _number({"rms_norm_eps": 1e-6, **given}, "rms_norm_eps", problems)
+    tied = given.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        problems.append(f"tie_word_embeddings={tied!r}: expected true or false")
+    return LlamaConfig(
+        **sizes,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=bool(tied),
+    )
+
+
+def _misfits(sizes: dict[str, int], implied_head_dim: bool) -> list[str]:
+    hidden, heads, head_dim = (sizes[n] for n in ("hidden_size", "num_attention_heads", "head_dim"))
+    kv_heads = sizes["num_key_value_heads"]
+    problems = []
+    if implied_head_dim and hidden % heads:
+        problems.append(f"hidden_size={hidden}: not a multiple of num_attention_heads={heads}")
+    elif head_dim % 2 and hidden > 1:
+        problems.append(f"head_dim={head_dim}: must be even")
+    if heads % kv_heads:
+        problems.append(
+            f"num_attention_heads={heads}: not a multiple of {kv_heads} key-value heads"
+        )
+    return problems
+
+
+def _rope(hf: dict[str, Any], problems: list[str]) -> tuple[float, Llama3Scaling | None]:
+    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
+    where = "rope_parameters" if new else "rope_scaling"
+    fields = new or old
+    if not (isinstance(new, dict) and isinstance(old, dict)):
+        problems.append(f"{where}={fields!r}: expected an object")
+        return 1.0, None
+    if new and old and any(new.get(n) != v for n, v in old.items()):
+        problems.append(f"rope_scaling={old} contradicts rope_parameters={new}")
+    thetas = [v for v in (fields.get("rope_theta"), hf.get("rope_theta")) if v is not None]
+    if len(thetas) == 2 and thetas[0] != thetas[1]:
+        problems.append(f"rope_theta={thetas[1]!r} contradicts {where}.rope_theta={thetas[0]!r}")
+    theta = _number({"rope_theta": thetas[0] if thetas else 10000.0}, "rope_theta", problems)
+    kind = fields.get("rope_type", fields.get("type", "default"))
+    known = {"rope_type", "type", "rope_theta"}
+    if kind not in ("default", "llama3"):
+        problems.append(f"{where}.rope_type={kind!r}: only 'default' and 'llama3' are supported")
+        return theta, None
+    if kind == "llama3":
+        known |= set(_LLAMA3_FIELDS)
+    for name, value in fields.items():
+        full_rotation = name == "partial_rotary_factor" and value == 1
+        if name not in known and not _is_off(value) and not full_rotation:
+            problems.append(f"{where}.{name}={value!r}: unknown field")
+    if kind == "default":
+        return theta, None
+    factor, low, high = (
+        _number(fields, name, problems, f"{where}.") for name in _LLAMA3_FIELDS[:3]
+    )
+    original = _positive(fields, _LLAMA3_FIELDS[3], problems, f"{where}.")
+    if high <= low:
+        problems.append(f"{where}.high_freq_factor={high}: must exceed low_freq_factor={low}")
+    return theta, Llama3Scaling(factor, low, high, original)
+
+
+def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) -> dict[str, Any]:
+    param = hf.get("sarm_param")
+    if param is not None:
+        if not isinstance(param, dict):
+            problems.append(f"sarm_param={param!r}: expected an object")
+            return {}
+        if not param:
+            problems.append("sarm_param={}: is empty")
+        for name, value in param.items():
+            if name not in _SARM_PARAM and not _is_off(value):
+                problems.append(f"sarm_param.{name}={value!r}: unknown field")
+        return param
+    facts = _named_facts(directory_name)
+    if not facts:
+        problems.append(
+            "not a SARM: there is no sarm_param, and the directory's name does not hold its facts "
+            f"either (expected …_Latent65536_Layer16_K192_…, found {directory_name!r})"
+        )
+        return {}
+    if isinstance(hf.get("sarm_use_topk"), bool):
+        facts["sarm_use_activation"] = hf["sarm_use_topk"]
+    return facts
+
+
+def _named_facts(directory_name: str) -> dict[str, Any]:
+    """{} unless the name has the pattern; `-TopK-` and `-woTopK-` say what the head reads."""
+    found = re.findall(r"_Latent(\d+)_Layer(\d+)_K(\d+)(?:_|$)", directory_name)
+    if not found:
+        return {}
+    latent_size, layer, k = map(int, found[-1])
+    facts: dict[str, Any] = {"sae_latent_size": latent_size, "sae_source_layer": layer, "sae_k": k}
+    if "TopK" in directory_name:
+        facts["sarm_use_activation"] = "woTopK" not in directory_name
+    return facts
+
+
+def _positive(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> int:
+    value = fields.get(name)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    problems.append(f"{prefix}{name}={value!r}: expected a positive integer")
+    return 1
+
+
+def _number(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> float:
+    value = fields.get(name)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
+        return float(value)
+    problems.append(f"{prefix}{name}={value!r}: expected a positive number")
+    return 1.0
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ({}, [])

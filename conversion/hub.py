@@ -1,0 +1,41 @@
+"""Model sources: a directory, or a repository id that is downloaded with the user's own login."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from sarm_jax.errors import InputError
+
+CONFIG_FILES = ("config.json", "sarm_jax.json")
+TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")
+MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
+
+
+def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
+    """The directory itself, or the local snapshot of the repository's files that match.
+
+    Raises:
+      InputError: `src` is neither, or the download fails; says how to get the model by hand.
+    """
+    path, name = Path(src), str(src)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{src}: is a file, expected a model directory or a repository id")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        raise InputError(f"{src}: no such directory, and not a repository id (owner/name)")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=list(patterns), ignore_patterns=["*/*"]
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{src}: no such directory, and the repository cannot be downloaded ({reason}); on a "
+            f"machine with access run `hf auth login` and `hf download {src} --local-dir DIR`, "
+            "then name DIR, or first convert it: "
+            "python -m conversion.from_hf --kind=policy|sarm --src=DIR --dst=CONVERTED"
+        ) from error

@@ -1,0 +1,111 @@
+"""The one table between Hugging Face tensor names and the paths of our parameters.
+
+A Hugging Face linear layer holds W `[out, in]` and computes x Wᵀ; our kernels are `[in, out]`.
+Embeddings are `[V, D]` on both sides. Ours are stacked `[L, …]` in memory and stored per layer.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sarm_jax.llama import Llama, LlamaConfig
+from sarm_jax.lora import LoRAParam
+from sarm_jax.sarm import SARM, SARMConfig
+
+Layout = Literal["same", "transposed", "row"]
+
+TABLE: dict[str, tuple[str, Layout]] = {  # our path without "trunk." → (HF name, its layout)
+    "embed_tokens": ("model.embed_tokens.weight", "same"),
+    "layers.attn.q_proj.kernel": ("model.layers.{}.self_attn.q_proj.weight", "transposed"),
+    "layers.attn.k_proj.kernel": ("model.layers.{}.self_attn.k_proj.weight", "transposed"),
+    "layers.attn.v_proj.kernel": ("model.layers.{}.self_attn.v_proj.weight", "transposed"),
+    "layers.attn.o_proj.kernel": ("model.layers.{}.self_attn.o_proj.weight", "transposed"),
+    "layers.mlp.gate_proj.kernel": ("model.layers.{}.mlp.gate_proj.weight", "transposed"),
+    "layers.mlp.up_proj.kernel": ("model.layers.{}.mlp.up_proj.weight", "transposed"),
+    "layers.mlp.down_proj.kernel": ("model.layers.{}.mlp.down_proj.weight", "transposed"),
+    "layers.input_layernorm.scale": ("model.layers.{}.input_layernorm.weight", "same"),
+    "layers.post_attention_layernorm.scale": (
+        "model.layers.{}.post_attention_layernorm.weight",
+        "same",
+    ),
+    "norm.scale": ("model.norm.weight", "same"),
+    "lm_head": ("lm_head.weight", "same"),
+    "sae.encoder": ("sae.encoder.weight", "transposed"),
+    "sae.decoder": ("sae.decoder.weight", "transposed"),
+    "sae.pre_bias": ("sae.pre_bias", "same"),
+    "sae.latent_bias": ("sae.latent_bias", "same"),
+    "score": ("score.weight", "row"),  # HF [1, M], ours [M]
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One stored tensor: `shape` is ours, of a single layer where `layer` is not None."""
+
+    path: tuple[str, ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The name in a converted directory: the path, with the layer's number after `layers`."""
+        if self.layer is None:
+            return ".".join(self.path)
+        at = self.path.index("layers") + 1
+        return ".".join([*self.path[:at], str(self.layer), *self.path[at:]])
+
+    @property
+    def hf_name(self) -> str:
+        return self._row[0].format(self.layer)
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        layout = self._row[1]
+        if layout == "row":
+            return (1, *self.shape)
+        return self.shape[::-1] if layout == "transposed" else self.shape
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        """The HF tensor in our orientation (a view)."""
+        layout = self._row[1]
+        return {"same": array, "transposed": array.T, "row": array[0]}[layout]
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """Our tensor in the HF orientation (a view)."""
+        layout = self._row[1]
+        return {"same": array, "transposed": array.T, "row": array[None]}[layout]
+
+    @property
+    def _row(self) -> tuple[str, Layout]:
+        return TABLE[".".join(self.path).removeprefix("trunk.")]
+
+
+def abstract_model(config: LlamaConfig | SARMConfig, dtype: str = "float32") -> Llama | SARM:
+    """The model's structure with shapes for weights: free of charge at any size."""
+
+    def build() -> Llama | SARM:
+        model: Any = Llama if isinstance(config, LlamaConfig) else SARM
+        return model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+
+    return nnx.eval_shape(build)
+
+
+def parameters(model: Llama | SARM) -> dict[tuple[str, ...], nnx.Variable]:
+    """The model's weights by path, adapters left out."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam)))
+    return {tuple(map(str, path)): variable for path, variable in flat}
+
+
+def tensor_specs(model: Llama | SARM) -> list[TensorSpec]:
+    """Every tensor the model (abstract or not) is stored as, layer by layer in a fixed order."""
+    specs = []
+    for path, variable in parameters(model).items():
+        if "layers" in path:
+            layers, *shape = variable.shape
+            specs += [TensorSpec(path, i, tuple(shape)) for i in range(layers)]
+        else:
+            specs.append(TensorSpec(path, None, tuple(variable.shape)))
+    return sorted(specs, key=lambda spec: (spec.layer is not None, spec.layer or 0, spec.path))

@@ -1,0 +1,138 @@
+"""Loading models from a Hugging Face directory, a converted directory, or a repository id.
+
+The model is built without weights, then filled parameter by parameter: at any time the host holds
+one stack of layers beside the memory-mapped files.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import nnx
+
+from conversion.checkpoint import Checkpoint, open_checkpoint, verified_files
+from conversion.hub import CONFIG_FILES, TOKENIZER_FILES, locate
+from conversion.json_files import read_json
+from conversion.keys import TensorSpec, abstract_model
+from conversion.safetensors_io import TensorFiles
+from sarm_jax.chat import stop_ids
+from sarm_jax.errors import InputError
+from sarm_jax.llama import Llama, LlamaConfig
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.sarm import SARM, SARMConfig
+
+DTYPES = ("float32", "bfloat16")
+Place = Callable[[str, np.ndarray], jax.Array]
+
+
+def load_policy(
+    src: str | Path, dtype: str = "float32", place: Place | None = None
+) -> tuple[Llama, Any]:
+    """(policy, tokenizer). `policy.stop_ids` are the tokenizer's and generation_config.json's.
+
+    Args:
+      src: an HF directory, a converted directory, or a repository id "owner/name".
+      dtype: of the weights in memory, "float32" or "bfloat16".
+      place: puts a parameter, given its dotted path and host array, on devices.
+
+    Raises:
+      InputError: everything that is wrong with the files, before any weight is loaded.
+    """
+    check_dtype(dtype)
+    checkpoint = open_checkpoint(src, "policy")
+    files = verified_files(checkpoint)
+    config = cast(LlamaConfig, checkpoint.config)
+    tokenizer = load_hf_tokenizer(checkpoint.directory, config.vocab_size)
+    stops = _stop_ids(checkpoint.directory, tokenizer, config.vocab_size)
+    policy = cast(Llama, _fill(checkpoint, files, dtype, place))
+    policy.stop_ids = stops
+    return policy, tokenizer
+
+
+def load_sarm(src: str | Path, dtype: str = "float32", place: Place | None = None) -> RewardModel:
+    """A SARM with its tokenizer; arguments and errors as in `load_policy`."""
+    check_dtype(dtype)
+    checkpoint = open_checkpoint(src, "sarm")
+    files = verified_files(checkpoint)
+    vocab_size = cast(SARMConfig, checkpoint.config).trunk.vocab_size
+    tokenizer = load_hf_tokenizer(checkpoint.directory, vocab_size)
+    return RewardModel(cast(SARM, _fill(checkpoint, files, dtype, place)), tokenizer)
+
+
+def read_policy_config(src: str | Path) -> LlamaConfig:
+    """The architecture alone, without touching the weights."""
+    return cast(LlamaConfig, open_checkpoint(src, "policy", CONFIG_FILES).config)
+
+
+def read_sarm_config(src: str | Path) -> SARMConfig:
+    """The architecture alone, without touching the weights."""
+    return cast(SARMConfig, open_checkpoint(src, "sarm", CONFIG_FILES).config)
+
+
+def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
+    """The fast tokenizer of a model; `src` as in `load_policy`.
+
+    Raises:
+      InputError: tokenizer.json is missing or broken, or has ids beyond `vocab_size`.
+    """
+    directory = locate(src, TOKENIZER_FILES)
+    if not (directory / "tokenizer.json").is_file():
+        raise InputError(f"{directory}: tokenizer.json is missing")
+    from transformers import AutoTokenizer  # slow to import: not before the input is checked
+    from transformers import LlamaConfig as HFConfig
+
+    try:
+        # with a config given, config.json is not consulted, so both layouts load alike
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), config=HFConfig(), trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the Rust parser raises bare Exceptions
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{directory}: the tokenizer cannot be read ({reason})") from error
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if vocab_size is not None and last >= vocab_size:
+        raise InputError(
+            f"{directory}: token {token!r} has id {last}, but the model embeds {vocab_size} tokens"
+        )
+    return tokenizer
+
+
+def _fill(
+    checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place | None
+) -> Llama | SARM:
+    specs: dict[tuple[str, ...], list[TensorSpec]] = {}
+    for spec in checkpoint.specs():
+        specs.setdefault(spec.path, []).append(spec)
+    graphdef, state = nnx.split(abstract_model(checkpoint.config, dtype))
+    filled = []
+    for keys, variable in nnx.to_flat_state(state):
+        path = tuple(map(str, keys))
+        stack = np.empty(variable.shape, variable.dtype)
+        for spec in specs[path]:
+            at = ... if spec.layer is None else spec.layer
+            stack[at] = checkpoint.read(files, spec)
+        array = jax.device_put(stack) if place is None else place(".".join(path), stack)
+        filled.append((keys, variable.replace(array)))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _stop_ids(directory: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    # a base model has no chat template; encoding a conversation says so when it is tried
+    ids = set(stop_ids(tokenizer)) if tokenizer.chat_template else {tokenizer.eos_token_id}
+    path = directory / "generation_config.json"
+    if path.is_file():
+        eos = read_json(path).get("eos_token_id")
+        ids |= set(eos if isinstance(eos, list) else [eos])
+    ids.discard(None)
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise InputError(f"{path}: eos_token_id={token!r}, expected ids below {vocab_size}")
+    return tuple(sorted(ids))
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises InputError for a dtype that weights cannot be held in."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")

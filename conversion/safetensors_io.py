@@ -1,0 +1,192 @@
+"""Reading and writing directories of safetensors, one tensor in memory at a time.
+
+Two layouts: a single `model.safetensors`, or shards listed by `model.safetensors.index.json`.
+Pickled weights (.bin, .pt, .pth) are never opened.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from conversion.json_files import read_json, write_json
+from conversion.problems import report
+from sarm_jax.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+METADATA = {"format": "pt"}  # transformers refuses files that do not say so
+
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class TensorFiles:
+    """The tensors of a directory by name; nothing is read before it is asked for.
+
+    Args:
+      single: the name of the file where there are no shards.
+
+    Raises:
+      InputError: no safetensors, pickled files only, or any disagreement between the index and
+        the shards; all of them in one message.
+    """
+
+    def __init__(self, directory: str | Path, single: str = SINGLE):
+        self.directory = Path(directory)
+        index = self.directory / INDEX
+        listed = _read_index(index) if index.is_file() else None
+        if listed is None:
+            if not (self.directory / single).is_file():
+                raise InputError(_nothing_found(self.directory, single))
+            shards = [single]
+        else:
+            shards = sorted(set(listed.values()))
+            if (self.directory / single).is_file() and single not in shards:
+                raise InputError(f"{self.directory}: holds both {single} and {INDEX}; remove one")
+        self._open: dict[str, Any] = {}
+        problems = []
+        for shard in shards:
+            try:
+                self._open[shard] = _open_shard(self.directory, shard)
+            except InputError as error:
+                problems.append(str(error))
+        report(self.directory, problems)
+        self._shard_of = self._locate(listed)
+
+    def names(self) -> list[str]:
+        return sorted(self._shard_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """The numpy or ml_dtypes dtype; `V1` where there is no such type."""
+        return _DTYPES.get(self._slice(name).get_dtype(), np.dtype("V1"))
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as stored."""
+        try:
+            return self._open[self._shard_of[name]].get_tensor(name)
+        except (SafetensorError, OSError, TypeError) as error:
+            shard = self.directory / self._shard_of[name]
+            raise InputError(f"{shard}: tensor {name} cannot be read ({error})") from error
+
+    def _slice(self, name: str) -> Any:
+        return self._open[self._shard_of[name]].get_slice(name)
+
+    def _locate(self, listed: dict[str, str] | None) -> dict[str, str]:
+        found: dict[str, str] = {}
+        problems = []
+        for shard, file in self._open.items():
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if name in found:
+                    problems.append(f"{name}: stored in both {found[name]} and {shard}")
+                found.setdefault(name, shard)
+                if listed is not None and name not in listed:
+                    problems.append(f"{name}: stored in {shard} but missing from {INDEX}")
+        for name, shard in (listed or {}).items():
+            if found.get(name) != shard and not any(p.startswith(f"{name}: ") for p in problems):
+                problems.append(f"{name}: {INDEX} says it is in {shard}, which does not hold it")
+        report(self.directory, problems)
+        return found
+
+
+class TensorWriter:
+    """Collects tensors and writes a shard whenever `max_shard_bytes` is full."""
+
+    def __init__(self, directory: Path, max_shard_bytes: int = 1 << 30):
+        self.directory, self.max_shard_bytes = Path(directory), max_shard_bytes
+        self.total_bytes = 0
+        self._shards: list[list[str]] = []
+        self._waiting: dict[str, np.ndarray] = {}
+        self._names: set[str] = set()
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        if name in self._names:
+            raise ValueError(f"tensor {name} was added twice")
+        waiting = sum(a.nbytes for a in self._waiting.values())
+        if self._waiting and waiting + array.nbytes > self.max_shard_bytes:
+            self._flush()
+        self._names.add(name)
+        self._waiting[name] = np.asarray(array, order="C")  # save_file ignores strides
+        self.total_bytes += array.nbytes
+
+    def close(self) -> int:
+        """Writes what is left, and the index where there are several shards: number of tensors."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self.directory / _part(0)).rename(self.directory / SINGLE)
+            return len(self._names)
+        weight_map: dict[str, str] = {}
+        for n, names in enumerate(self._shards):
+            shard = f"model-{n + 1:05d}-of-{count:05d}.safetensors"
+            (self.directory / _part(n)).rename(self.directory / shard)
+            weight_map |= dict.fromkeys(names, shard)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        write_json(self.directory / INDEX, index)
+        return len(self._names)
+
+    def _flush(self) -> None:
+        if self._waiting or not self._shards:
+            path = self.directory / _part(len(self._shards))
+            save_file(self._waiting, path, metadata=METADATA)
+            self._shards.append(list(self._waiting))
+            self._waiting = {}
+
+
+def _part(n: int) -> str:
+    return f"part-{n:05d}.safetensors"
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise InputError(f"{path}: weight_map is missing or empty")
+    for name, shard in listed.items():
+        plain = isinstance(shard, str) and Path(shard).name == shard and "\\" not in shard
+        if not plain or not shard.endswith(".safetensors"):
+            raise InputError(
+                f"{path}: tensor {name} is in {shard!r}, which is not the name of a safetensors "
+                "file in this directory"
+            )
+    return listed
+
+
+def _open_shard(directory: Path, shard: str) -> Any:
+    path = directory / shard
+    if not path.is_file():
+        raise InputError(f"{shard}: the shard is missing")
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{shard}: truncated or not safetensors ({error})") from error
+
+
+def _nothing_found(directory: Path, single: str) -> str:
+    if not directory.is_dir():
+        return f"{directory}: no such directory"
+    pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLED)
+    if pickled:
+        return (
+            f"{directory}: holds pickled weights only ({', '.join(pickled[:3])}), which are "
+            "refused because unpickling runs code; re-save the model with safetensors "
+            "(save_pretrained(..., safe_serialization=True))"
+        )
+    return f"{directory}: neither {single} nor {INDEX} is there"

@@ -1,0 +1,133 @@
+"""Writes models and adapters back for the Hugging Face libraries.
+
+    python -m conversion.to_hf --src=WORKDIR_OR_DIR --dst=DIR [--merge]
+    python -m conversion.to_hf --kind=sarm --src=DIR --dst=DIR
+
+WORKDIR is a PPO run's: its adapter is copied in the PEFT layout, or, with --merge, added to the
+base model (W + α/r · B A in float32, stored in the base's dtype). DIR is a converted directory, or
+one that holds an adapter itself.
+"""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from conversion import cli
+from conversion.checkpoint import Checkpoint, Kind, open_checkpoint, verified_files
+from conversion.directory import atomic_directory, copy_tokenizer_files
+from conversion.hf_config import hf_sarm_dict, with_dtype
+from conversion.json_files import read_json, write_json
+from conversion.keys import TensorSpec, parameters, tensor_specs
+from conversion.peft import CONFIG as ADAPTER_CONFIG
+from conversion.peft import Adapter, read_adapter
+from conversion.safetensors_io import TensorWriter
+from sarm_jax.errors import InputError
+from sarm_jax.lora import merge_lora
+from sarm_jax.sarm import SARM, SARMConfig
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_enum("kind", "policy", ["policy", "sarm"], "What SRC is.", FLAGS)
+flags.DEFINE_string("src", None, "Working directory or model directory.", FLAGS, required=True)
+flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
+flags.DEFINE_bool("merge", False, "Write base + adapter as one model.", FLAGS)
+
+
+def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool = False) -> str:
+    """Writes `dst` and returns a summary line; see the module's docstring for what `src` may be."""
+    adapter = _adapter_directory(Path(src)) if kind == "policy" else None
+    if adapter is None:
+        if merge:
+            raise InputError(f"--merge: {src} holds no adapter")
+        return write_model(open_checkpoint(src, kind), dst)
+    checkpoint = open_checkpoint(_base_model(Path(src), adapter), "policy")
+    factors = read_adapter(adapter, checkpoint.specs())
+    if merge:
+        return write_model(checkpoint, dst, factors)
+    with atomic_directory(dst) as directory:
+        for file in filter(Path.is_file, adapter.iterdir()):
+            shutil.copyfile(file, directory / file.name)
+    return f"{dst}: a PEFT adapter of rank {factors.config.rank} on {checkpoint.name}"
+
+
+def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None = None) -> str:
+    """Writes a checkpoint in the HF layout, with the adapter added if there is one."""
+    start = time.perf_counter()
+    files = verified_files(checkpoint)
+    dtypes: dict[str, int] = {}
+    with atomic_directory(dst) as directory:
+        writer = TensorWriter(directory)
+        for spec in checkpoint.specs():
+            array = checkpoint.read(files, spec)
+            if adapter is not None and spec in adapter.factors:
+                array = _merged(array, adapter, spec)
+            dtypes[array.dtype.name] = dtypes.get(array.dtype.name, 0) + array.nbytes
+            writer.add(spec.hf_name, spec.to_hf(array))
+        tensors = writer.close()
+        hf = checkpoint.hf_config
+        if isinstance(checkpoint.config, SARMConfig):
+            hf = hf_sarm_dict(checkpoint.config, hf)
+        main_dtype = max(dtypes, key=lambda name: dtypes[name])
+        write_json(directory / "config.json", with_dtype(hf, main_dtype))
+        copy_tokenizer_files(checkpoint.directory, directory)
+    seconds = time.perf_counter() - start
+    return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
+
+
+def save_sarm(
+    dst: str | Path, model: SARM, tokenizer: Any, hf_config: dict[str, Any] | None = None
+) -> None:
+    """Writes a SARM in memory in the HF layout, in the dtype of its parameters.
+
+    `hf_config` is the config.json of the SARM or of the model its trunk was cut from, if known.
+    """
+    weights = parameters(model)
+    with atomic_directory(dst) as directory:
+        writer = TensorWriter(directory)
+        for spec in tensor_specs(model):
+            value = weights[spec.path][...]
+            array = np.asarray(value if spec.layer is None else value[spec.layer])
+            writer.add(spec.hf_name, spec.to_hf(array))
+        writer.close()
+        hf = with_dtype(hf_sarm_dict(model.config, hf_config), model.score.dtype.name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the reference pools by pad
+            if hf.get(name) is None:
+                hf[name] = getattr(tokenizer, name)
+        write_json(directory / "config.json", hf)
+        tokenizer.save_pretrained(directory)
+
+
+def _merged(kernel: np.ndarray, adapter: Adapter, spec: TensorSpec) -> np.ndarray:
+    a, b = map(jnp.asarray, adapter.factors[spec])
+    scale = adapter.config.alpha / adapter.config.rank
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(merge_lora(jnp.asarray(kernel), a, b, scale))
+
+
+def _adapter_directory(src: Path) -> Path | None:
+    return next((d for d in (src / "adapter", src) if (d / ADAPTER_CONFIG).is_file()), None)
+
+
+def _base_model(src: Path, adapter: Path) -> str:
+    """What the run's config.json, or else the adapter's, calls the model it was trained on."""
+    if adapter == src:
+        path, key = adapter / ADAPTER_CONFIG, "base_model_name_or_path"
+    else:
+        path, key = src / "config.json", "policy_model"
+    base = read_json(path).get(key)
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path}: {key}={base!r}, expected the base model's directory or id")
+    return base
+
+
+def main(values: Any) -> str:
+    return export(values.src, values.dst, values.kind, values.merge)
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS, __doc__)

@@ -1,0 +1,90 @@
+"""Tiny models for tests that need no oracle: a byte-level chat policy and a SARM, both random."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import pytest
+from flax import nnx
+
+from configs import base
+from ppo.config import PPOConfig
+from sarm_jax import chat
+from sarm_jax.llama import Llama, LlamaConfig
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.sae import SAEConfig
+from sarm_jax.sarm import SARM, SARMConfig
+from tests.oracles import tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def architecture(tokenizer):
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+
+
+def spread(module: nnx.Module, factor: float = 10.0) -> nnx.Module:
+    """Scales the matrices of a fresh model up, so that attention and logits are not flat."""
+    for _, value in nnx.to_flat_state(nnx.state(module)):
+        if value[...].ndim >= 2 and value[...].shape[-2] > 3:
+            value[...] = value[...] * factor
+    return module
+
+
+@pytest.fixture
+def policy(architecture, tokenizer):
+    stops = chat.stop_ids(tokenizer)
+    return spread(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stops))
+
+
+@pytest.fixture
+def reward_model(architecture, tokenizer):
+    trunk = dataclasses.replace(architecture, num_hidden_layers=2)
+    sarm = SARM(SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8)), rngs=nnx.Rngs(1))
+    spread(sarm.trunk)
+    sarm.score[...] = jax.random.normal(jax.random.key(2), (64,))
+    return RewardModel(sarm, tokenizer, max_length=512, batch_size=8)
+
+
+@pytest.fixture
+def ppo_config():
+    """PPOConfig of the base config, small, with the given fields changed."""
+
+    def make(**changes) -> PPOConfig:
+        small = {"batch_size": 4, "max_new_tokens": 6, "total_steps": 4, "max_prompt_tokens": 200}
+        return PPOConfig(**{**base.get_config().ppo, **small, **changes})
+
+    return make
+
+
+@pytest.fixture
+def base_config():
+    return base.get_config()
+
+
+@pytest.fixture
+def batch_bt():
+    """Two prompts of different length, padded left, right and in the middle."""
+    rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
+    left = SimpleNamespace(
+        tokens=[[5, 6, 7, 8, 9], [0, 0, 10, 11, 12]], mask=[[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    )
+    right = SimpleNamespace(
+        tokens=[[5, 6, 7, 8, 9], [10, 11, 12, 0, 0]], mask=[[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    )
+    middle = SimpleNamespace(
+        tokens=[[5, 6, 7, 8, 9], [10, 0, 11, 0, 12]], mask=[[1, 1, 1, 1, 1], [1, 0, 1, 0, 1]]
+    )
+    return SimpleNamespace(rows=rows, left=left, right=right, middle=middle)

@@ -1,0 +1,91 @@
+"""Token ids from chat templates: one BOS, the end-of-turn token last, left truncation."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sarm_jax import chat
+from sarm_jax.errors import InputError
+from tests.oracles import chatml_tokenizer, tiny_tokenizer
+
+TOKENIZERS = {"llama3": tiny_tokenizer, "chatml": chatml_tokenizer}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def any_tokenizer(request):
+    return TOKENIZERS[request.param]()
+
+
+def test_llama3_has_exactly_one_bos(tokenizer):
+    for ids in (
+        chat.encode_prompt(tokenizer, "hi"),
+        chat.encode_conversation(tokenizer, "hi", "yo"),
+    ):
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_adds_bos_itself_does_not_double_it(tokenizer):
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}],
+        tokenize=False,
+        add_generation_prompt=True,
+        date_string=chat.DATE_STRING,
+    )
+    doubled = tokenizer(text)["input_ids"]  # the template's BOS, and perhaps the tokenizer's own
+    bos = tokenizer.bos_token_id
+    stripped = [bos, *[i for i in doubled if i != bos]]
+    assert chat.encode_prompt(tokenizer, "hi") == stripped
+
+
+def test_conversation_ends_in_the_end_of_turn_token(any_tokenizer):
+    ids = chat.encode_conversation(any_tokenizer, "hi", "yo")
+    end = chat.end_of_turn_id(any_tokenizer)
+    assert ids[-1] == end
+    assert any_tokenizer.decode(ids[:-1]).endswith("yo")
+
+
+def test_prompt_and_response_join_to_the_conversation(any_tokenizer):
+    prompt = chat.encode_prompt(any_tokenizer, "hi")
+    whole = chat.encode_conversation(any_tokenizer, "hi", "yo")
+    assert whole[: len(prompt)] == prompt
+
+
+def test_truncation_is_on_the_left(tokenizer):
+    whole = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20)
+    short = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20, max_length=30)
+    assert len(short) == 30
+    assert short[-29:] == whole[-29:]
+    assert short[0] == whole[0] or short[0] == whole[-30]
+
+
+def test_the_date_is_fixed(tokenizer):
+    text = tokenizer.decode(chat.encode_prompt(tokenizer, "hi"))
+    assert chat.DATE_STRING in text
+
+
+def test_pad_is_never_a_stop_token(any_tokenizer):
+    assert chat.pad_id(any_tokenizer) not in chat.stop_ids(any_tokenizer)
+    any_tokenizer.pad_token = any_tokenizer.eos_token  # as SmolLM2 and the reference have it
+    assert chat.pad_id(any_tokenizer) not in chat.stop_ids(any_tokenizer)
+
+
+def test_no_chat_template_is_refused(tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="no chat template"):
+        chat.encode_prompt(bare, "hi")
+
+
+def test_pad_batch_sides():
+    left, mask = chat.pad_batch([[1, 2, 3], [4]], 4, 0, side="left")
+    assert left.tolist() == [[0, 1, 2, 3], [0, 0, 0, 4]]
+    assert mask.tolist() == [[False, True, True, True], [False, False, False, True]]
+    right, _ = chat.pad_batch([[1, 2, 3], [4]], 4, 0)
+    assert right.tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
+
+
+def test_buckets_are_few_and_waste_at_most_a_third():
+    buckets = {chat.bucket_length(n) for n in range(1, 4097)}
+    assert len(buckets) <= 15
+    for n in range(33, 4097):
+        assert n <= chat.bucket_length(n) < n * 1.5
+        assert chat.bucket_length(chat.bucket_length(n)) == chat.bucket_length(n)

@@ -1,0 +1,109 @@
+"""The discriminator's logit estimates the log density ratio; the buffer file is checked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ppo.density_ratio import DensityRatio, DiscriminatorConfig
+from ppo.human_latents import (
+    HumanLatents,
+    collect_human_latents,
+    human_buffer,
+    load_human_latents,
+    save_human_latents,
+)
+from ppo.reward import RewardConfig
+from sarm_jax.errors import InputError
+
+CONFIG = DiscriminatorConfig(1e-2, hidden_size=32, steps=200, batch_size=256, weight_decay=0.0)
+
+
+def test_mean_logit_approaches_the_kl_of_two_gaussians():
+    rng = np.random.default_rng(0)
+    human = rng.normal(0, 1, size=(4000, 2)).astype(np.float32)
+    policy = rng.normal([1.0, 0.0], 1, size=(4000, 2)).astype(np.float32)
+    ratio = DensityRatio(CONFIG, human)
+    _state, logits, metrics = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
+    # KL(N(1, 1) ‖ N(0, 1)) = ½, and log p/q = x − ½ pointwise.
+    assert abs(float(logits.mean()) - 0.5) < 0.15
+    np.testing.assert_allclose(logits[:500], policy[:500, 0] - 0.5, atol=0.6)
+    assert 0.5 < metrics["disc_acc"] < 0.8
+
+
+def test_same_distribution_gives_no_penalty():
+    rng = np.random.default_rng(1)
+    human, policy = rng.normal(size=(2, 4000, 3)).astype(np.float32)
+    ratio = DensityRatio(CONFIG, human)
+    _, logits, _ = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
+    assert abs(float(logits.mean())) < 0.1
+
+
+def test_it_is_stepped_before_it_is_read():
+    human = np.zeros((50, 1), np.float32) + np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
+    ratio = DensityRatio(CONFIG, human)
+    fresh = ratio.init(jax.random.key(0))
+    _, logits, _ = ratio.update(fresh, jnp.full((8, 1), 5.0), jax.random.key(1))
+    assert float(logits.min()) > 1.0  # the fresh discriminator says 0 everywhere
+
+
+def test_keys_matter_and_repeat():
+    rng = np.random.default_rng(2)
+    human, policy = rng.normal(size=(2, 40, 3)).astype(np.float32)
+    ratio = DensityRatio(CONFIG, human)
+    fresh = ratio.init(jax.random.key(0))
+    one, again, other = (ratio.update(fresh, policy, jax.random.key(k))[1] for k in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 0
+
+
+def test_buffer_round_trip_and_selection(tmp_path, reward_model):
+    demos = [{"prompt": f"p{i}", "response": f"answer {i}"} for i in range(5)]
+    human = collect_human_latents(reward_model, demos, (3, 1, 60))
+    path = tmp_path / "human_latents.safetensors"
+    save_human_latents(path, human)
+    loaded = load_human_latents(path)
+    np.testing.assert_array_equal(loaded.z_ns, human.z_ns)
+    assert loaded.latent_indices == (3, 1, 60)
+    _, z = reward_model.score([d["prompt"] for d in demos], [d["response"] for d in demos])
+    np.testing.assert_allclose(loaded.select((60, 3)).z_ns, z[:, [60, 3]], atol=1e-6)
+    everything = collect_human_latents(reward_model, demos)
+    assert everything.z_ns.shape == (5, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "no such file"),
+        (lambda p: p.write_bytes(b"hello"), "not a safetensors file"),
+        (lambda p: save_file({"z": np.zeros((2, 3), np.float32)}, p), "expected z and latent_ind"),
+        (
+            lambda p: save_file(
+                {"z": np.zeros((2, 3), np.float32), "latent_indices": np.arange(2)}, p
+            ),
+            "shape \\(2, 3\\) for \\(2,\\)",
+        ),
+        (
+            lambda p: save_file(
+                {"z": np.full((2, 3), np.nan, np.float32), "latent_indices": np.arange(3)}, p
+            ),
+            "finite floats",
+        ),
+    ],
+)
+def test_bad_buffers_are_refused(tmp_path, make, message):
+    path = tmp_path / "human.safetensors"
+    make(path)
+    with pytest.raises(InputError, match=message):
+        load_human_latents(path)
+
+
+def test_features_must_be_in_the_buffer(tmp_path):
+    path = tmp_path / "human.safetensors"
+    save_human_latents(path, HumanLatents(np.zeros((2, 2), np.float32), (5, 6)))
+    with pytest.raises(InputError, match="latent_indices: feature 7 is not in the human latents"):
+        human_buffer(RewardConfig(beta=0.1, latent_indices=(5, 7)), str(path))
+    with pytest.raises(InputError, match="beta=0.1 needs human latents"):
+        human_buffer(RewardConfig(beta=0.1), "")
+    assert human_buffer(RewardConfig(beta=0.0), "") is None

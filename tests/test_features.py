@@ -1,0 +1,90 @@
+"""Differential activation by hand, identify end to end, and the lists that flags take."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sarm_jax.errors import InputError
+from sarm_jax.feature_lists import parse_bounds, parse_features, parse_values
+from sarm_jax.features import IdentifyConfig, differential_activation, identify
+
+
+def test_differential_activation_by_hand():
+    chosen = np.array([[4.0, 0.0, 1.0], [2.0, 0.0, 1.0]])
+    rejected = np.array([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]])
+    # c = (3, 0, 1), j = (1, 2, 1), C = mean(4, 2, 2) = 8/3
+    expected = [2 / (4 + 8 / 3), -2 / (2 + 8 / 3), 0.0]
+    np.testing.assert_allclose(differential_activation(chosen, rejected), expected, rtol=1e-6)
+
+
+def pairs(count=12):
+    return [
+        {"prompt": f"p{i}", "chosen": f"a fine answer {i}", "rejected": "zzz" * (i % 3 + 1)}
+        for i in range(count)
+    ]
+
+
+def test_identify_finds_what_separates_the_sides(reward_model):
+    config = IdentifyConfig(top_k=5, method="differential", tau_quantile=0.9)
+    analysis, selected, scores = identify(config, reward_model, pairs())
+    rows = pairs()
+    _, chosen = reward_model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows])
+    _, rejected = reward_model.score([r["prompt"] for r in rows], [r["rejected"] for r in rows])
+    expected = differential_activation(chosen, rejected)
+    np.testing.assert_allclose(scores["differential"], expected, atol=1e-4)
+    assert selected["safety_promoting"][0] == int(np.argmax(scores["differential"]))
+    assert selected["safety_harming"][0] == int(np.argmin(scores["differential"]))
+    first = analysis["harming"][0]
+    fired = chosen[:, first["feature"]] > first["tau"]
+    assert first["above_tau_chosen"] == pytest.approx(fired.mean())
+    assert first["above_tau_chosen"] <= 0.2
+
+
+def test_head_weight_method(reward_model):
+    config = IdentifyConfig(top_k=3, method="head_weight", tau_quantile=0.9)
+    _, selected, _ = identify(config, reward_model, pairs())
+    weights = np.asarray(reward_model.model.score[...])
+    assert selected["safety_harming"] == np.argsort(weights)[:3].tolist()
+    assert selected["safety_promoting"] == np.argsort(weights)[::-1][:3].tolist()
+
+
+def test_lists_by_hand(tmp_path):
+    assert parse_features("f", " 3, 5,48659") == (3, 5, 48659)
+    assert parse_features("f", "") == ()
+    assert parse_values("v", "0.1,2") == (0.1, 2.0)
+    assert parse_bounds("b", "none,1.5") == (None, 1.5)
+    path = tmp_path / "selected.json"
+    path.write_text(json.dumps({"safety_harming": [9, 8, 7], "tau": [0.5, 1, 2], "method": "x"}))
+    assert parse_features("f", f"@{path}:safety_harming") == (9, 8, 7)
+    assert parse_features("f", f"@{path}:safety_harming[:2]") == (9, 8)
+    assert parse_values("v", f"@{path}:tau[:2]") == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (parse_features, "1,x", "opt: found 'x'"),
+        (parse_features, "1,,2", "opt: found ''"),
+        (parse_features, "-4", "opt: found '-4'"),
+        (parse_features, "1.5", "opt: found '1.5'"),
+        (parse_values, "a", "opt: found 'a'"),
+        (parse_values, "nan", "opt: found 'nan'"),
+        (parse_values, "inf", "opt: found 'inf'"),
+        (parse_bounds, "no", "opt: found 'no'"),
+        (parse_features, "@nowhere", "expected @FILE:key"),
+        (parse_features, "@nowhere.json:key", "no such file"),
+        (parse_features, "@{file}:missing", "no list 'missing'"),
+        (parse_features, "@{file}:good[:9]", "lists only 2"),
+        (parse_features, "@{file}:floats", "found 1.5"),
+        (parse_features, "@{text}:good", "not JSON"),
+        (parse_features, "@{list}:good", "no JSON object"),
+    ],
+)
+def test_bad_lists(tmp_path, parse, text, message):
+    (tmp_path / "file.json").write_text(json.dumps({"good": [1, 2], "floats": [1.5]}))
+    (tmp_path / "text.json").write_text("hello")
+    (tmp_path / "list.json").write_text("[1]")
+    places = {name: tmp_path / f"{name}.json" for name in ("file", "text", "list")}
+    with pytest.raises(InputError, match=message):
+        parse("opt", text.format(**places))

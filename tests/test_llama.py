@@ -1,0 +1,140 @@
+"""Invariants of the decoder; parity with transformers is in test_conversion.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sarm_jax.llama import Llama, LlamaConfig
+from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, merge_lora
+from sarm_jax.rope import Llama3Scaling, inverse_frequencies
+from tests.conftest import spread
+
+
+def real_logits(policy, batch):
+    mask = jnp.asarray(batch.mask, bool)
+    return np.asarray(policy(jnp.asarray(batch.tokens), mask))[np.asarray(mask)]
+
+
+def test_padding_side_and_place_do_not_matter(policy, batch_bt):
+    left, right, middle = (
+        real_logits(policy, b) for b in (batch_bt.left, batch_bt.right, batch_bt.middle)
+    )
+    np.testing.assert_allclose(left, right, atol=1e-5)
+    np.testing.assert_allclose(left, middle, atol=1e-5)
+
+
+def test_padding_tokens_are_never_seen(policy, batch_bt):
+    tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
+    other = jnp.where(mask, tokens, 77)
+    np.testing.assert_array_equal(policy(tokens, mask)[mask], policy(other, mask)[mask])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cached_decode_is_the_full_forward(policy, batch_bt, side):
+    batch = getattr(batch_bt, side)
+    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask, bool)
+    new = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 2]])
+    full_tokens = jnp.concatenate([tokens, new], axis=1)
+    full_mask = jnp.concatenate([mask, jnp.ones_like(new, bool)], axis=1)
+    expected = policy.hidden(full_tokens, full_mask)
+    x, cache = policy.prefill(tokens, mask, cache_size=9)
+    np.testing.assert_allclose(x[mask], expected[:, :5][mask], atol=1e-5)
+    for t in range(4):
+        x, cache = policy.decode(new[:, t], cache)
+        np.testing.assert_allclose(x[:, 0], expected[:, 5 + t], atol=1e-5)
+
+
+def test_remat_changes_nothing_but_memory(policy, batch_bt):
+    tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
+
+    def loss(state, graphdef):
+        return jnp.square(nnx.merge(graphdef, state).hidden(tokens, mask)[mask]).sum()
+
+    grads = []
+    for remat in (False, True):
+        policy.remat = remat
+        graphdef, state = nnx.split(policy)
+        grads.append(jax.grad(loss)(state, graphdef))
+    for a, b in zip(*map(jax.tree.leaves, grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_program_size_does_not_grow_with_depth(architecture):
+    def lines(layers):
+        config = LlamaConfig(**{**vars(architecture), "num_hidden_layers": layers})
+        model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+        graphdef, state = nnx.split(model)
+        tokens = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+        forward = jax.jit(lambda s, t: nnx.merge(graphdef, s)(t, t > 0))
+        return len(forward.lower(state, tokens).as_text().splitlines())
+
+    assert lines(2) == lines(32)
+
+
+def test_the_8b_model_can_be_described_without_memory():
+    config = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5)
+    model = nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    assert count == 8_030_261_248  # the published parameter count of Llama-3.1-8B
+
+
+def test_llama3_frequencies_by_hand():
+    plain = inverse_frequencies(128, 500000.0)
+    scaled = inverse_frequencies(128, 500000.0, Llama3Scaling(8.0, 1.0, 4.0, 8192))
+    wavelength = 2 * np.pi / plain
+    fast, slow = wavelength < 8192 / 4.0, wavelength > 8192 / 1.0
+    np.testing.assert_array_equal(scaled[fast], plain[fast])
+    np.testing.assert_allclose(scaled[slow], plain[slow] / 8.0, rtol=1e-6)
+    between = ~fast & ~slow
+    assert between.any()
+    assert ((scaled < plain) & (scaled > plain / 8.0))[between].all()
+
+
+def test_fresh_adapter_is_the_base_model(policy, batch_bt):
+    before = real_logits(policy, batch_bt.left)
+    add_lora(policy, LoRAConfig(rank=4), nnx.Rngs(3))
+    np.testing.assert_array_equal(real_logits(policy, batch_bt.left), before)
+
+
+def test_adapter_equals_merged_weights(policy, batch_bt):
+    config = LoRAConfig(rank=4, alpha=8.0, target_modules=("q_proj", "o_proj", "down_proj"))
+    add_lora(policy, config, nnx.Rngs(3))
+    for path, value in nnx.to_flat_state(nnx.state(policy, LoRAParam)):
+        noise = jax.random.normal(jax.random.key(len(str(path))), value.shape)
+        value[...] = 0.1 * noise
+    nnx.update(policy, nnx.state(policy, LoRAParam))
+    adapted = real_logits(policy, batch_bt.left)
+    for parent, name in (
+        (policy.layers.attn, "q_proj"),
+        (policy.layers.attn, "o_proj"),
+        (policy.layers.mlp, "down_proj"),
+    ):
+        linear = getattr(parent, name)
+        lora = linear.lora
+        linear.kernel[...] = merge_lora(linear.kernel[...], lora.a[...], lora.b[...], lora.scale)
+        linear.lora = None
+    np.testing.assert_allclose(real_logits(policy, batch_bt.left), adapted, atol=1e-4)
+
+
+def test_dropout_acts_only_with_a_key(policy, batch_bt):
+    add_lora(policy, LoRAConfig(rank=4, dropout=0.5), nnx.Rngs(3))
+    for _, value in nnx.to_flat_state(nnx.state(policy, LoRAParam)):
+        value[...] = jnp.ones_like(value[...]) * 0.1
+    tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
+    plain = policy.hidden(tokens, mask)
+    np.testing.assert_array_equal(policy.hidden(tokens, mask), plain)
+    one, again, other = (policy.hidden(tokens, mask, jax.random.key(k)) for k in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(np.asarray(one - plain)[np.asarray(mask)]).max() > 1e-3
+    assert np.abs(np.asarray(one - other)[np.asarray(mask)]).max() > 1e-3
+
+
+def test_tied_and_untied_heads(architecture):
+    for tied in (True, False):
+        config = LlamaConfig(**{**vars(architecture), "tie_word_embeddings": tied})
+        model = spread(Llama(config, rngs=nnx.Rngs(0)))
+        assert (model.lm_head is None) == tied
+        same = np.array_equal(model.vocabulary, model.embed_tokens[...])
+        assert same == tied

@@ -1,0 +1,260 @@
+"""The command line: the pipeline end to end on a tiny model, and bad input → exit code 2."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from absl.testing import flagsaver
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import main
+from conversion import load_policy, load_sarm
+from conversion import to_hf
+from sarm_jax.chat import encode_prompt
+from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
+
+SMALL = (
+    "--config.ppo.total_steps=2 --config.ppo.batch_size=4 --config.ppo.max_new_tokens=6 "
+    "--config.ppo.calibration_batches=2 --config.ppo.max_prompt_tokens=120 --config.lora.rank=4"
+).split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny policy, a tiny SARM, prompts, demonstrations and pairs."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = tiny_tokenizer()
+    save_tiny_llama(root / "policy", tiny_llama_config(), tokenizer)
+    save_tiny_sarm(root / "sarm", tokenizer)
+    words = ["red", "green", "blue", "round", "tall", "old", "new", "warm"]
+    demos = [
+        {"prompt": f"name {n} {w}", "response": f"it is {w} and it was {n} all the time."}
+        for n, w in enumerate(words)
+    ]
+    pairs = [
+        {"prompt": d["prompt"], "chosen": d["response"], "rejected": "no " * (n % 3 + 2)}
+        for n, d in enumerate(demos)
+    ]
+    for name, rows in (("demos", demos), ("pairs", pairs)):
+        lines = [json.dumps(row) for row in rows]
+        (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """Runs `main` with the tiny world's models; returns its exit code."""
+
+    def call(*options: str) -> int:
+        given = {
+            "--workdir": f"--workdir={tmp_path / 'run'}",
+            "--policy_model": f"--policy_model={world / 'policy'}",
+            "--sarm_model": f"--sarm_model={world / 'sarm'}",
+            "--prompts_jsonl": f"--prompts_jsonl={world / 'demos.jsonl'}",
+        }
+        for option in options:
+            given.pop(option.split("=")[0], None)
+        argv = ["main.py", "--config=configs/base.py", *given.values(), *SMALL, *options]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+        with flagsaver.flagsaver():
+            return main.main(argv)
+
+    return call
+
+
+def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    demos = world / "demos.jsonl"
+    sarm = f"--sarm_model={workdir / 'sarm'}"
+    assert run(
+        "--stage=prepare_data",
+        f"--config.prepare_data.demos_jsonl={demos}",
+        "--config.prepare_data.samples_per_prompt=1",
+        "--config.prepare_data.max_new_tokens=6",
+    ) == 0  # fmt: skip
+    assert run(
+        "--stage=train_sarm",
+        f"--config.train_sarm.pairs_jsonl={workdir}/data/pairs.jsonl",
+        "--config.train_sarm.source_layer=2",
+        "--config.train_sarm.latent_size=64",
+        "--config.train_sarm.k=8",
+        "--config.train_sarm.aux_k=8",
+        "--config.train_sarm.sae_steps=50",
+        "--config.train_sarm.sae_batch_tokens=32",
+        "--config.train_sarm.epochs=2",
+        "--config.train_sarm.batch_size=4",
+    ) == 0  # fmt: skip
+    assert run(
+        "--stage=identify",
+        sarm,
+        f"--config.identify.pairs_jsonl={workdir}/data/pairs.jsonl",
+        "--config.identify.top_k=4",
+    ) == 0  # fmt: skip
+    selected = f"@{workdir}/probes/selected_features.json"
+    features = f"--latent_indices={selected}:safety_harming"
+    assert run(
+        "--stage=human_latents", sarm, features, f"--config.human_latents.demos_jsonl={demos}"
+    ) == 0  # fmt: skip
+    train = [
+        sarm,
+        features,
+        f"--penalize_features={selected}:safety_harming[:2]",
+        f"--tau_values={selected}:tau_harming[:2]",
+        "--alpha_values=0.5,0.25",
+        "--config.reward.unit=sd",
+        "--beta=0.1",
+        f"--human_latents={workdir}/human_latents.safetensors",
+    ]
+    assert run("--stage=train", *train) == 0
+    for name in (
+        "config.json metrics.csv summary.json samples.jsonl sarm human_latents.safetensors "
+        "adapter/adapter_config.json adapter/adapter_model.safetensors "
+        "adapter/value_head.safetensors adapter/tokenizer.json"
+    ).split():
+        assert (workdir / name).exists(), name
+    check_adapter_against_peft(world / "policy", workdir)
+
+    assert run("--stage=train", *train) == 0  # finished: nothing more to do
+    assert run("--stage=train", *train, "--alpha_values=0.5,0.5") == 2
+    assert "reward.alpha_values was '0.5,0.25' and is now '0.5,0.5'" in capsys.readouterr().err
+
+
+def check_adapter_against_peft(base: Path, workdir: Path) -> None:
+    """The adapter in peft, and the merged export in transformers, agree and differ from base."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokens = torch.tensor([[5, 9, 60, 33, 70]])
+    with torch.no_grad():
+        plain = model(tokens).logits
+        adapted = PeftModel.from_pretrained(model, workdir / "adapter")(tokens).logits
+    to_hf.export(workdir, workdir / "merged", merge=True)
+    ours, _ = load_policy(workdir / "merged")
+    logits = np.asarray(ours(tokens.numpy(), np.ones((1, 5), bool)))
+    np.testing.assert_allclose(logits, adapted, atol=1e-3)
+    assert (adapted - plain).abs().max() > 1e-5
+
+
+def test_scores_of_the_trained_sarm_need_no_project_code(world):
+    sarm = load_sarm(world / "sarm")
+    score, z = sarm.score(["a"], ["b"])
+    assert score.shape == (1,) and z.shape == (1, 64)
+
+
+PENALTY = ["--penalize_features=1,2", "--tau_values=1,1", "--alpha_values=1,1"]
+BAD_INPUT = [
+    (["--stage=dance"], "--stage=dance"),
+    (["--config.ppo.steps=3"], "steps"),
+    (["--config.ppo.total_steps=many"], "total_steps"),
+    (["--no_such_flag=1"], "no_such_flag"),
+    (["stray"], "unexpected argument 'stray'"),
+    (["--total_steps=0"], "ppo.total_steps=0"),
+    (["--total_steps=x"], "total_steps"),
+    (["--batch_size=5", "--gradient_accumulation_steps=2"], "ppo.batch_size=5"),
+    (["--learning_rate=-1"], "ppo.learning_rate=-1.0"),
+    (["--clip_range=nan"], "ppo.clip_range=nan"),
+    (["--temperature=0"], "ppo.temperature=0.0"),
+    (["--top_p=0.95"], "top_p=0.95"),
+    (["--lora_r=0"], "lora.rank=0"),
+    (["--lora_alpha=0"], "lora.alpha=0.0"),
+    (["--lora_dropout=1"], "lora.dropout=1.0"),
+    (["--config.lora.target_modules=q_proj,wrong"], "target_modules=q_proj,wrong"),
+    (["--config.dtype=float16"], "dtype='float16'"),
+    (["--config.ppo.lr_schedule=step"], "lr_schedule='step'"),
+    ([*PENALTY[:2], "--alpha_values=1"], "alpha_values has 1 values for 2 penalize_features"),
+    (["--penalize_features=1,2", "--tau_values=1", "--alpha_values=1,1"], "tau_values has 1"),
+    ([*PENALTY[:2], "--alpha_values=1,-1"], "alpha_values: -1.0"),
+    ([*PENALTY[:2], "--alpha_values=1,x"], "alpha_values: found 'x'"),
+    ([*PENALTY, "--penalize_features=1,64"], "feature 64 of a SARM with 64 latents"),
+    ([*PENALTY, "--penalize_features=1,b"], "penalize_features: found 'b'"),
+    (["--clamp_features=1"], "clamp_features=1"),
+    (["--beta=-0.5"], "beta=-0.5"),
+    (["--beta=0.5"], "beta=0.5 needs human latents"),
+    (["--beta=0.5", "--human_latents=nowhere.safetensors"], "no such file"),
+    (["--penalize_features=@nowhere.json:key"], "no such file"),
+    (["--policy_model=/no/such/model"], "/no/such/model"),
+    (["--prompts_jsonl=/no/such/file.jsonl"], "/no/such/file.jsonl"),
+    (["--config.ppo.max_prompt_tokens=10"], "demos.jsonl:1"),
+    (["--workdir=/proc/run"], "--workdir=/proc/run"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_2(run, tmp_path, capsys, options, message):
+    assert run(*options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b'{"prompt": "a"}\n{"prompt": 3}\n', "bad.jsonl:2: field 'prompt' must be str, found 3"),
+        (b'{"prompt": "a"}\n{"text": "b"}\n', "bad.jsonl:2: field 'prompt' is missing"),
+        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "bad.jsonl:2"),
+        (b'{"prompt": "  "}\n', "bad.jsonl:1: field 'prompt' is empty"),
+        (b'{"prompt": "a"}\nnot json\n', "bad.jsonl:2"),
+        (b'{"prompt": "\xff"}\n', "not UTF-8"),
+        (b'["prompt"]\n', "bad.jsonl:1"),
+    ],
+)
+def test_bad_prompts_name_file_and_line(run, tmp_path, capsys, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    assert run(f"--prompts_jsonl={path}") == 2
+    assert message in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*"))
+
+
+def test_a_missing_config_is_said(capsys):
+    with flagsaver.flagsaver():
+        assert main.main(["main.py"]) == 2
+    assert "--config is missing" in capsys.readouterr().err
+
+
+def test_a_tokenizer_without_chat_template(run, world, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in (world / "policy").iterdir():
+        (bare / file.name).write_bytes(file.read_bytes())
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((bare / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert run(f"--policy_model={bare}") == 2
+    assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    "baseline full_method ablation_alpha_02 ablation_alpha_005 ablation_tau_4 ablation_tau_2 "
+    "verbosity_control".split(),
+)
+def test_every_config_is_a_valid_experiment(name, tmp_path):
+    import importlib
+
+    from ppo.options import train_config
+
+    config = importlib.import_module(f"configs.{name}").get_config()
+    options = train_config(config)
+    assert config.policy_model == "meta-llama/Llama-3.1-8B-Instruct"
+    assert options.ppo.batch_size == 8 and options.ppo.total_steps == 100
+    options.reward.check_features(65536)
+    expected = {
+        "baseline": ((), ()),
+        "ablation_alpha_02": ((0.2,) * 3, (3.0,) * 3),
+        "ablation_alpha_005": ((0.05,) * 3, (3.0,) * 3),
+        "ablation_tau_4": ((0.1,) * 3, (4.0,) * 3),
+        "ablation_tau_2": ((0.1,) * 3, (2.0,) * 3),
+    }.get(name, ((0.1,) * 3, (3.0,) * 3))
+    assert (options.reward.alpha_values, options.reward.tau_values) == expected
+
+
+def test_prompts_are_encoded_through_the_chat_template(world):
+    _, tokenizer = load_policy(world / "policy")
+    assert tokenizer.decode(encode_prompt(tokenizer, "hi")).rstrip().endswith("<|end_header_id|>")

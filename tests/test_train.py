@@ -1,0 +1,254 @@
+"""Whole runs on a tiny policy and SARM: files, resuming, learning, stopping."""
+
+import csv
+import json
+import os
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ppo.config import PPOConfig
+from ppo.density_ratio import DiscriminatorConfig
+from ppo.human_latents import collect_human_latents
+from ppo.metrics import COLUMNS
+from ppo.prompts import PromptDeck
+from ppo.reward import RewardConfig
+from ppo.train import NonFiniteError, TrainConfig, Trainer
+from sarm_jax import chat
+from sarm_jax.llama import Llama
+from sarm_jax.lora import LoRAConfig
+from tests.conftest import spread
+
+PROMPTS = [f"say {i}" for i in range(10)]
+REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
+DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
+
+
+@pytest.fixture
+def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
+    def make(workdir: Path, reward: RewardConfig = REWARD, **changes) -> Trainer:
+        workdir.mkdir(exist_ok=True)
+        policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=chat.stop_ids(tokenizer))
+        ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
+        deck = PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed)
+        demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
+        human = collect_human_latents(reward_model, demos, (1, 2, 7)) if reward.beta else None
+        config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR)
+        return Trainer(config, spread(policy, 3.0), tokenizer, reward_model, deck, human, workdir)
+
+    return make
+
+
+def metrics(workdir):
+    with (workdir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same_state(a, b):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def without_times(rows):
+    timed = {"timestamp", "time_rollout", "time_score", "time_update", "tokens_per_second"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def test_a_run_writes_the_whole_contract(make_trainer, tmp_path):
+    workdir = tmp_path / "run"
+    summary = make_trainer(workdir).run()
+    rows = metrics(workdir)
+    assert list(rows[0])[: len(COLUMNS)] == COLUMNS
+    assert list(rows[0])[len(COLUMNS) :] == [
+        "feat_3_activation", "feat_3_above_tau", "feat_5_activation", "feat_5_above_tau"
+    ]  # fmt: skip
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert all(np.isfinite(float(cell)) for row in rows for cell in row.values())
+    for row in rows:
+        assert float(row["ratio_0_max_dev"]) <= 1e-5
+        assert float(row["approx_kl"]) > 0
+        assert float(row["sampler_drift"]) < 1e-4
+        terms = float(row["rm_score"]) - float(row["indicator_penalty"]) - float(row["kl_penalty"])
+        np.testing.assert_allclose(float(row["total_reward"]), terms, rtol=1e-4)
+    assert float(rows[0]["ref_kl"]) < 1e-6 < float(rows[-1]["ref_kl"])
+    samples = [json.loads(line) for line in (workdir / "samples.jsonl").open()]
+    assert len(samples) == 8
+    for sample in samples:
+        total = sample["rm_score"] - sum(sample["penalties"].values()) - sample["kl_penalty"]
+        np.testing.assert_allclose(sample["total_reward"], total, atol=1e-5)
+        assert set(sample["penalties"]) == {"3", "5"}
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert list((workdir / "checkpoints").iterdir())
+
+
+def test_same_seed_same_numbers(make_trainer, tmp_path):
+    runs = [make_trainer(tmp_path / name) for name in "ab"]
+    for trainer in runs:
+        trainer.run()
+    same_state(runs[0].state, runs[1].state)
+    a, b = (without_times(metrics(tmp_path / name)) for name in "ab")
+    assert a == b
+
+
+def test_resuming_is_as_if_never_stopped(make_trainer, tmp_path):
+    whole = make_trainer(tmp_path / "whole", total_steps=5)
+    whole.run()
+    first = make_trainer(tmp_path / "parts", total_steps=5)
+    step = first._step
+
+    def interrupted(number, state):
+        if number == 3:  # one step after the checkpoint at 2, whose rows must not stand twice
+            raise KeyboardInterrupt
+        return step(number, state)
+
+    first._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert len(metrics(tmp_path / "parts")) == 3
+    second = make_trainer(tmp_path / "parts", total_steps=5)
+    second.run()
+    same_state(whole.state, second.state)
+    a, b = (without_times(metrics(tmp_path / name)) for name in ("whole", "parts"))
+    assert a == b
+    lines = [(tmp_path / n / "samples.jsonl").read_text() for n in ("whole", "parts")]
+    assert lines[0] == lines[1]
+
+
+def test_a_finished_run_is_not_repeated(make_trainer, tmp_path):
+    one = make_trainer(tmp_path / "run", total_steps=2)
+    one.run()
+    before = (tmp_path / "run" / "metrics.csv").read_text()
+    again = make_trainer(tmp_path / "run", total_steps=2)
+    again.run()
+    same_state(one.state, again.state)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_and_exits(make_trainer, tmp_path, number):
+    trainer = make_trainer(tmp_path / "run", checkpoint_every=100)
+    step = trainer._step
+
+    def signalled(at, state):
+        if at == 1:
+            os.kill(os.getpid(), number)
+        return step(at, state)
+
+    trainer._step = signalled
+    with pytest.raises(SystemExit) as stop:
+        trainer.run()
+    assert stop.value.code == 128 + number
+    assert len(metrics(tmp_path / "run")) == 2
+    resumed = make_trainer(tmp_path / "run", checkpoint_every=100)
+    resumed.run()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["0", "1", "2", "3"]
+
+
+def test_non_finite_rewards_stop_the_run_and_keep_the_checkpoint(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run", checkpoint_every=1)
+    reward = trainer._reward
+
+    def poisoned(at, state, score_b, z_bn):
+        terms, disc_state, disc_metrics = reward(at, state, score_b, z_bn)
+        if at == 2:
+            terms.rm_score_b[0] = np.nan
+        return terms, disc_state, disc_metrics
+
+    trainer._reward = poisoned
+    with pytest.raises(NonFiniteError, match="step 2"):
+        trainer.run()
+    assert (tmp_path / "run" / "nonfinite_step_2.npz").exists()
+    healed = make_trainer(tmp_path / "run", checkpoint_every=1)
+    healed.run()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(healed.state))
+
+
+def test_no_compilation_after_the_second_step(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run", total_steps=8)
+    compiled: list[int] = []
+    current = {"step": -1}
+    step = trainer._step
+
+    def counted(at, state):
+        current["step"] = at
+        return step(at, state)
+
+    def listen(event, _seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(current["step"])
+
+    trainer._step = counted
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        trainer.run()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled, "the listener heard nothing"
+    assert max(compiled) < 2
+
+
+def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        tmp_path / "run",
+        reward=RewardConfig(),
+        total_steps=30,
+        batch_size=16,
+        learning_rate=1e-2,
+        kl_coef=0.0,
+        missing_eos_penalty=0.0,
+        samples_per_step=0,
+        checkpoint_every=100,
+    )
+
+    def share_of_plain_text(prompts, responses, clamp, indices):
+        share = [np.mean([c.isascii() for c in text] or [0.0]) for text in responses]
+        return np.asarray(share, np.float32), np.zeros((len(share), 0), np.float32)
+
+    monkeypatch.setattr(trainer.reward_model, "score", share_of_plain_text)
+    summary = trainer.run()
+    assert summary["total_reward_change_in_sd"] > 1.0
+    assert summary["last_steps"]["ref_kl"] > 0.1
+
+
+def test_scores_are_not_mixed_up_between_rows(make_trainer, tmp_path, reward_model):
+    trainer = make_trainer(tmp_path / "run", total_steps=1, samples_per_step=4)
+    trainer.run()
+    for line in (tmp_path / "run" / "samples.jsonl").open():
+        sample = json.loads(line)
+        score, z = reward_model.score([sample["prompt"]], [sample["response"]])
+        np.testing.assert_allclose(sample["rm_score"], score[0], atol=1e-4)
+        for feature, tau, alpha in zip((3, 5), (0.1, 0.2), (0.2, 0.1), strict=True):
+            fired = alpha if z[0, feature] > tau else 0.0
+            np.testing.assert_allclose(sample["penalties"][str(feature)], fired, rtol=1e-6)
+
+
+def test_clamping_changes_the_reward_that_is_learned_from(make_trainer, tmp_path, reward_model):
+    reward = RewardConfig(clamp_features=(3,), clamp_set_values=(0.0,))
+    trainer = make_trainer(tmp_path / "run", reward=reward, total_steps=1, samples_per_step=4)
+    trainer.run()
+    weight = float(reward_model.model.score[...][3])
+    for line in (tmp_path / "run" / "samples.jsonl").open():
+        sample = json.loads(line)
+        score, z = reward_model.score([sample["prompt"]], [sample["response"]])
+        expected = score[0] - weight * z[0, 3]
+        np.testing.assert_allclose(sample["rm_score"], expected, atol=1e-4)
+
+
+def test_batches_of_prompts(tokenizer):
+    deck = PromptDeck(PROMPTS, tokenizer, 500, seed=1)
+    dealt = [deck.deal(step, 4)[0] for step in range(5)]
+    flat = [text for batch in dealt for text in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == sorted(PROMPTS)
+    assert flat[:10] != flat[10:]
+    assert deck.deal(3, 4)[0] == dealt[3]
+    texts, tokens, mask = deck.deal(0, 4)
+    for text, row, real in zip(texts, tokens, mask, strict=True):
+        assert row[real].tolist() == chat.encode_prompt(tokenizer, text)
+        assert not real[0] or real.all()
+    assert jnp.asarray(mask)[:, -1].all()
