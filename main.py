@@ -128,7 +128,8 @@ STAGES = {
 }
 LATER_STAGES = ("probe", "evaluate", "report", "plan", "all")
 TRAIN_SETTINGS = (
-    "policy_model sarm_model prompts_jsonl dtype remat sarm_max_length lora ppo reward discriminator"
+    "policy_model sarm_model prompts_jsonl dtype remat sarm_max_length "
+    "lora ppo reward discriminator"
 ).split()
 
 

@@ -5,6 +5,7 @@ given leaves the field alone. "{workdir}" in a string field becomes the working 
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -47,6 +48,7 @@ REFERENCE_FLAGS = {  # flag: (kind, config field)
     "temperature": (_FLOAT, "ppo.temperature"),
     "top_p": (_FLOAT, "ppo.top_p"),
 }
+_define: Any  # the kinds have different signatures
 for _name, (_define, _field) in REFERENCE_FLAGS.items():
     _define(_name, None, f"shorthand for --config.{_field}")
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.typing import ArrayLike
 
 from sarm_jax.errors import InputError
 
@@ -59,13 +60,13 @@ class DensityRatioState:
 class DensityRatio:
     """The estimator of one run; `human_ns` is the buffer of human latents."""
 
-    def __init__(self, config: DiscriminatorConfig, human_ns: jax.Array):
+    def __init__(self, config: DiscriminatorConfig, human_ns: ArrayLike):
         self.config = config
-        human_ns = jnp.asarray(human_ns, jnp.float32)
-        self._mean, self._std = human_ns.mean(axis=0), human_ns.std(axis=0) + 1e-6
-        self._human_ns = (human_ns - self._mean) / self._std
+        rows_ns = jnp.asarray(human_ns, jnp.float32)
+        self._mean, self._std = rows_ns.mean(axis=0), rows_ns.std(axis=0) + 1e-6
+        self._human_ns = (rows_ns - self._mean) / self._std
         self._optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-        model = Discriminator(human_ns.shape[1], config.hidden_size, rngs=nnx.Rngs(0))
+        model = Discriminator(rows_ns.shape[1], config.hidden_size, rngs=nnx.Rngs(0))
         self._graphdef = nnx.graphdef(model)
 
     def init(self, key: jax.Array) -> DensityRatioState:

@@ -58,7 +58,7 @@ class Learner:
         """Gives `policy` a fresh adapter, in place: (learner, initial state, base)."""
         reference_graph = nnx.graphdef(policy)
         add_lora(policy, lora, nnx.Rngs(config.seed))
-        graphdef, adapter, base = nnx.split(policy, LoRAParam, ...)
+        graphdef, adapter, base = nnx.split(policy, LoRAParam, ...)  # type: ignore[misc]
         learner = cls(config, graphdef, reference_graph, policy.stop_ids, pad)
         width = policy.config.hidden_size
         params = {

@@ -114,7 +114,7 @@ class Trainer:
         """The state to go on from, and how many steps it has behind it."""
         keys = jax.random.split(jax.random.key(self.config.ppo.seed), 4)
         self._rollout_key, disc_key, calibration_key, self._disc_data_key = keys
-        state = {"train": self._fresh}
+        state: dict[str, Any] = {"train": self._fresh}
         if self.density_ratio is not None:
             state["density_ratio"] = self.density_ratio.init(disc_key)
         self._compile_scoring()
@@ -173,9 +173,9 @@ class Trainer:
         order = np.random.default_rng((config.seed, step)).permuted(
             np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1)), axis=1
         )
-        train_state, targets, metrics = self.updater(state["train"], self.base, batch, order)
-        metrics |= batch_metrics(batch, targets, generation.logp_br)
-        metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        train_state, targets, scalars = self.updater(state["train"], self.base, batch, order)
+        scalars |= batch_metrics(batch, targets, generation.logp_br)
+        metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
         clock.append(time.perf_counter())
 
         if not metrics.pop("finite"):

@@ -8,6 +8,7 @@ otherwise they are computed first, because whitening needs the advantages of the
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ class Updater:
         config = self.config
         count = batch.response_mask_br.sum() / config.num_minibatches
         single = config.num_minibatches * config.gradient_accumulation_steps == 1
-        targets = None if single else self._targets(state.params, base, batch)
+        targets: Any = None if single else self._targets(state.params, base, batch)
         history = []
         for order in permutations:
             for rows in np.split(order, config.num_minibatches):

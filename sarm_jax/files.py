@@ -12,9 +12,10 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary sibling of `path`; flushes and renames it over `path` on success."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    binary = "b" in mode
+    encoding, newline = (None, None) if binary else ("utf-8", "")
     try:
-        with partial.open(mode, **text) as file:
+        with partial.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ of the base weights serves both.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +73,8 @@ class LoRA(nnx.Module):
         return (x @ a) @ b * self.scale
 
 
-def add_lora(model: nnx.Module, config: LoRAConfig, rngs: nnx.Rngs) -> None:
-    """Puts a fresh adapter on every chosen linear layer of `model.layers`, in place."""
+def add_lora(model: Any, config: LoRAConfig, rngs: nnx.Rngs) -> None:
+    """Puts a fresh adapter on every chosen linear layer of a `Llama`, in place."""
     for name in config.target_modules:
         parent = model.layers.attn if hasattr(model.layers.attn, name) else model.layers.mlp
         linear = getattr(parent, name)

@@ -10,9 +10,12 @@ The activations are those of the last assistant turn, which the SARM's reconstru
 masked to. Its head reads one token of the turn only, so explained variance is also reported on
 these pooled tokens alone, about their own mean.
 
-Deliberate deviations: `pre_bias` starts at the mean of the activations (Gao: the geometric
-median), decoder rows at random activations instead of random directions, which saves about half of
-the steps, and the encoder at their transpose.
+The decoder starts at random directions and the encoder at its transpose, scaled so that the first
+reconstructions have the right length.
+
+Deliberate deviation: `pre_bias` starts at the mean of the pooled tokens (Gao: at the geometric
+median of all). Pooled states lie in a small cloud far from the rest; starting there, the k latents
+need not be spent on the way to it, and the cloud itself is reconstructed far better.
 """
 
 import dataclasses
@@ -127,7 +130,7 @@ def pretrain_sae(
     for no token of the last `dead_after_steps` batches.
     """
     rng = np.random.default_rng(options.seed)
-    graphdef, params = nnx.split(initialise(sae, train.x_nd, rng))
+    graphdef, params = nnx.split(initialise(sae, train, rng))
     schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
     optimizer = optax.adam(schedule)
     opt_state = optimizer.init(params)
@@ -158,20 +161,22 @@ def sample_batches(pooled_n, steps, options, rng):
     return np.where(rng.random(shape) < options.pooled_fraction, pooled, n_sb)
 
 
-def initialise(sae: SAE, x_nd: np.ndarray, rng: np.random.Generator) -> SAE:
-    """A float32 SAE of `sae`'s shape: pre_bias = mean(x), decoder rows = random x − mean(x)."""
-    mean_d = x_nd.mean(axis=0)
-    picks = rng.choice(len(x_nd), sae.config.latent_size, len(x_nd) < sae.config.latent_size)
-    decoder = x_nd[picks] - mean_d
-    # Where activations are too few and repeat, a little noise keeps the rows distinct.
-    decoder += 0.1 * decoder.std() * rng.standard_normal(decoder.shape, np.float32)
-    decoder /= np.linalg.norm(decoder, axis=1, keepdims=True)
-    graphdef, state = nnx.split(nnx.clone(sae))
-    new = nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(jnp.float32), state))
-    new.pre_bias[...] = jnp.asarray(mean_d)
-    new.decoder[...] = jnp.asarray(decoder)
-    new.encoder[...] = jnp.asarray(decoder.T)
+def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
+    """A float32 SAE of `sae`'s shape, at the start described at the top of this file."""
+    graphdef, state = nnx.split(sae)
+    new = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.array(p, jnp.float32), state))
+    directions_fd = rng.standard_normal(new.decoder.shape, np.float32)
+    directions_fd /= np.linalg.norm(directions_fd, axis=1, keepdims=True)
+    bias_d = train.pooled_rd.mean(axis=0)
+    new.decoder[...] = jnp.asarray(directions_fd)
+    new.encoder[...] = jnp.asarray(directions_fd.T)
+    new.pre_bias[...] = jnp.asarray(bias_d)
     new.latent_bias[...] = jnp.zeros_like(new.latent_bias[...])
+    x_bd = train.x_nd[rng.integers(len(train.x_nd), size=1024)]
+    x_hat_bd, _ = reconstruct(new, x_bd)
+    centred_bd, answer_bd = x_bd - bias_d, x_hat_bd - bias_d
+    scale = (centred_bd * answer_bd).sum() / np.square(answer_bd).sum()
+    new.encoder[...] = new.encoder[...] * scale
     return new
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from sarm_jax import generate as generation
 from sarm_jax.errors import InputError
-from sarm_jax.generate import Sampling, draw_token, generate, keep_top
+from sarm_jax.generate import Sampling, draw_index, draw_token, generate, keep_top
 
 
 def arrays(batch):
@@ -96,6 +96,19 @@ def test_draws_follow_the_distribution():
     tokens, logp = draw_token(logits, jax.random.key(0), Sampling(1, temperature=1.0))
     np.testing.assert_allclose(np.bincount(tokens) / 20000, [0.5, 0.3, 0.15, 0.05], atol=0.015)
     np.testing.assert_allclose(logp, logits[jnp.arange(20000), tokens], atol=1e-6)
+
+
+def test_draws_over_a_large_vocabulary_follow_it_too():
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(3000, 0.1)).astype(np.float32)
+    p[rng.choice(3000, 1500, replace=False)] = 0.0
+    draws = np.asarray(draw_index(jnp.asarray(p)[None].repeat(200_000, 0), jax.random.key(1)))
+    counts = np.bincount(draws, minlength=3000)
+    assert counts[p == 0].sum() == 0
+    expected = p / p.sum() * 200_000
+    big = expected > 20
+    chi2 = ((counts - expected)[big] ** 2 / expected[big]).sum()
+    assert chi2 < big.sum() + 5 * np.sqrt(2 * big.sum())
 
 
 def test_top_k_and_top_p_renormalise():

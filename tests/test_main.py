@@ -12,8 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import main
-from conversion import load_policy, load_sarm
-from conversion import to_hf
+from conversion import load_policy, load_sarm, to_hf
 from sarm_jax.chat import encode_prompt
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
