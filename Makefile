@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
+RUN    := outputs/smollm2
+STAGE  := $(BIN)/python main.py --config=configs/smollm2.py --stage
 
 .PHONY: test lint types pytest smollm2 benchmark clean
 
@@ -16,17 +19,31 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS)
 
 # The main job on a real model: SmolLM2-135M-Instruct, a SARM trained from its first 15 layers,
-# then PPO with the compound reward. Every stage skips what the last run finished.
-smollm2: $(SMOLLM2)/config.json
-	$(BIN)/python main.py --config=configs/smollm2.py --stage=prepare_data
-	$(BIN)/python main.py --config=configs/smollm2.py --stage=train_sarm
-	$(BIN)/python main.py --config=configs/smollm2.py --stage=identify
-	$(BIN)/python main.py --config=configs/smollm2.py --stage=human_latents
-	$(BIN)/python main.py --config=configs/smollm2.py --stage=train
-	$(BIN)/python -m conversion.to_hf --src=outputs/smollm2 --dst=outputs/smollm2/merged --merge
+# then PPO with the compound reward. What an earlier call finished is not done again.
+smollm2: $(RUN)/before_after.jsonl $(RUN)/merged/config.json
+
+$(RUN)/data/pairs.jsonl: | $(SMOLLM2)/config.json
+	$(STAGE)=prepare_data
+$(RUN)/sarm/config.json: | $(RUN)/data/pairs.jsonl
+	$(STAGE)=train_sarm
+$(RUN)/probes/selected_features.json: | $(RUN)/sarm/config.json
+	$(STAGE)=identify
+$(RUN)/human_latents.safetensors: | $(RUN)/probes/selected_features.json
+	$(STAGE)=human_latents
+$(RUN)/adapter/adapter_config.json: | $(RUN)/human_latents.safetensors
+	$(STAGE)=train
+$(RUN)/merged/config.json: | $(RUN)/adapter/adapter_config.json
+	$(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
+$(RUN)/before_after.jsonl: | $(RUN)/adapter/adapter_config.json
+	$(BIN)/python -m benchmarks.before_after --workdir=$(RUN) \
+	  --prompts=configs/data/everyday_held_out.jsonl
+
+# Against transformers + peft in PyTorch, alternately in one process.
+benchmark: $(VENV)/.dev $(SMOLLM2)/config.json
+	$(BIN)/python -m benchmarks.ppo_iteration --model_dir=$(SMOLLM2)
 
 $(SMOLLM2)/config.json: | $(VENV)/.smollm2
 	$(BIN)/python -m conversion.from_gguf --dst=$(SMOLLM2) --src=$$($(BIN)/python -c \

@@ -8,6 +8,7 @@ numbers became non-finite; 130 and 143 interrupted, after a checkpoint.
 """
 
 import json
+import logging as stdlib_logging
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from sarm_jax.errors import InputError
 from sarm_jax.features import IdentifyConfig, identify
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import read_jsonl, write_jsonl
+from sarm_jax.llama import REMAT
 from sarm_jax.preference_pairs import PairsConfig, make_pairs
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
@@ -92,6 +94,8 @@ def run_human_latents(config: ConfigDict, workdir: Path) -> None:
 def run_train(config: ConfigDict, workdir: Path) -> None:
     """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
     options = train_config(config)
+    if config.remat not in REMAT:
+        raise InputError(f"remat={config.remat!r}: expected one of {', '.join(REMAT)}")
     prompts = read_prompts(config.prompts_jsonl)
     human = human_buffer(options.reward, config.reward.human_latents)
     options.reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
@@ -167,6 +171,7 @@ def main(argv: list[str]) -> int:
         config, stage, workdir = command_line.parse(argv)
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO)
+        stdlib_logging.getLogger("jax").setLevel("WARNING")  # it reports every absent backend
         if stage in LATER_STAGES:
             raise InputError(f"--stage={stage} is not available yet; there are {', '.join(STAGES)}")
         if stage not in STAGES:

@@ -1,6 +1,7 @@
 """Responses of a policy before and after training, with the terms of their reward.
 
-    python -m benchmarks.before_after --workdir=outputs/smollm2 --prompts=configs/data/everyday_held_out.jsonl
+    python -m benchmarks.before_after --workdir=outputs/smollm2 \\
+        --prompts=configs/data/everyday_held_out.jsonl
 
 Greedy decoding, so that the table is a function of the run. The policy, the SARM and the reward
 are those of the run's config.json. Writes `before_after.jsonl` into the working directory and

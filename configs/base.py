@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.policy_model = ""
     config.sarm_model = ""
     config.dtype = "float32"  # of the frozen weights and activations: float32 or bfloat16
-    config.remat = False  # recompute each layer in the backward pass: less memory, a third slower
+    config.remat = "dots"  # kept for the backward pass: all (none), matrix products, nothing (full)
     config.prompts_jsonl = ""  # {"prompt"} lines that PPO trains on
     config.sarm_max_length = 4096  # tokens; longer conversations lose their beginning
     config.sarm_batch_size = 16  # conversations scored at a time

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.policy_model = "meta-llama/Llama-3.1-8B-Instruct"
     config.sarm_model = "Schrieffer/Llama-SARM-4B"
     config.dtype = "bfloat16"
-    config.remat = True
+    config.remat = "full"
     config.prompts_jsonl = "outputs/data/prompts.jsonl"
     config.human_latents.demos_jsonl = "outputs/data/demos.jsonl"
 

@@ -20,6 +20,15 @@ from flax import nnx, struct
 from sarm_jax.lora import LoRA
 from sarm_jax.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
 
+REMAT = {
+    # Everything: no recomputation.
+    "none": jax.checkpoint_policies.everything_saveable,
+    # Matrix products; what is cheap is recomputed. Also the fastest where memory is slow.
+    "dots": jax.checkpoint_policies.dots_saveable,
+    # Only the layer's input: the least memory, about a third more computation.
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -151,7 +160,8 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """A decoder. `final_norm=False` gives the truncated trunk of a SARM: `hidden` then returns
     the residual stream itself (`norm` is kept, unused, because its checkpoints carry it).
-    `stop_ids` are the tokens that end a response, which the tokenizer knows best."""
+    `stop_ids` are the tokens that end a response, which the tokenizer knows best. `remat` says
+    what a layer keeps for its backward pass, see `REMAT`."""
 
     def __init__(
         self,
@@ -161,7 +171,7 @@ class Llama(nnx.Module):
         rngs: nnx.Rngs,
         final_norm: bool = True,
         head: bool = True,
-        remat: bool = False,
+        remat: str = "dots",
         stop_ids: tuple[int, ...] = (),
     ):
         self.config, self.final_norm, self.remat = config, final_norm, remat
@@ -253,7 +263,7 @@ class Llama(nnx.Module):
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
-        body = jax.checkpoint(layer) if self.remat else layer
+        body = jax.checkpoint(layer, policy=REMAT[self.remat])
         x_btd, kv = jax.lax.scan(body, x_btd, (state, keys))
         return (self.norm(x_btd) if self.final_norm else x_btd), kv
 

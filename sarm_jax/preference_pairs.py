@@ -64,11 +64,15 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         if self.samples_per_prompt < 0:
-            raise InputError(f"pairs.samples_per_prompt={self.samples_per_prompt}: must not be < 0")
+            raise InputError(
+                f"prepare_data.samples_per_prompt={self.samples_per_prompt}: must not be < 0"
+            )
         if self.max_new_tokens < 1:
-            raise InputError(f"pairs.max_new_tokens={self.max_new_tokens}: must be at least 1")
+            raise InputError(
+                f"prepare_data.max_new_tokens={self.max_new_tokens}: must be at least 1"
+            )
         if not 0 < self.temperature < float("inf"):
-            raise InputError(f"pairs.temperature={self.temperature}: must be positive")
+            raise InputError(f"prepare_data.temperature={self.temperature}: must be positive")
 
 
 @dataclasses.dataclass
@@ -168,7 +172,10 @@ def truncate_text(text: str, rng: np.random.Generator) -> str:
 
 
 def repeat_phrase(text: str, rng: np.random.Generator) -> str:
-    """A beginning of up to half the text, then its next 2–5 words until 0.8–1.4 times its length."""
+    """A beginning of up to half the text, then its next 2–5 words over and over.
+
+    At least three times, and until 0.8–1.4 times the text's length is reached.
+    """
     words = text.split()
     start = int(rng.integers(0, len(words) // 2 + 1))
     phrase = words[start : start + int(rng.integers(2, 6))]

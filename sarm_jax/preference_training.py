@@ -18,7 +18,7 @@ Deliberate deviation: the head, which starts at 0, has a learning rate of its ow
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import chex
 import jax
@@ -32,6 +32,8 @@ from sarm_jax.chat import bucket_length, pad_batch
 from sarm_jax.sae import SAE, reconstruction_loss, standardise, top_k
 from sarm_jax.sae_training import Conversation, Log, warmup_cosine
 from sarm_jax.sarm import SARM, last_position
+
+T = TypeVar("T", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,7 @@ def fine_tune(
     rate would be rounded away, so the optimizer works on float32 copies.
     """
     compute_dtype = sarm.trunk.embed_tokens.dtype
-    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)
+    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
     params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     rng = np.random.default_rng(options.seed)
     steps = options.epochs * (len(pairs_p2) // min(options.batch_size, len(pairs_p2)))
@@ -227,7 +229,10 @@ def _train_step(graphdef, optimizer, options, compute_dtype, params, opt_state, 
     def loss_fn(params):
         sarm = nnx.merge(graphdef, params, frozen)
         sarm.trunk = cast(sarm.trunk, compute_dtype)
-        return preference_loss(sarm, *batch, options.mode, options.reconstruction_weight)
+        tokens_bt, mask_bt, turn_bt = batch
+        return preference_loss(
+            sarm, tokens_bt, mask_bt, turn_bt, options.mode, options.reconstruction_weight
+        )
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
     updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -275,13 +280,13 @@ def turn_reconstruction_loss(sae: SAE, x_btd: jax.Array, turn_bt: jax.Array) -> 
     return jnp.where(turn_n, loss_n, 0).sum() / turn_n.sum()
 
 
-def detach(module: nnx.Module) -> nnx.Module:
+def detach(module: T) -> T:
     """The module with its parameters cut off from differentiation."""
     graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, jax.lax.stop_gradient(state))
 
 
-def cast(module: nnx.Module, dtype: Any) -> nnx.Module:
+def cast(module: T, dtype: Any) -> T:
     """The module with its parameters in `dtype`; those that have it already are not copied."""
     graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(dtype), state))

@@ -21,6 +21,7 @@ need not be spent on the way to it, and the cloud itself is reconstructed far be
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from sarm_jax.chat import bucket_length, pad_batch
 from sarm_jax.llama import Llama
 from sarm_jax.sae import SAE, reconstruction_loss, standardise, top_k
 
-Log = Callable[[dict[str, float | str]], None]
+Log = Callable[[dict[str, Any]], None]
 ROWS_PER_BATCH = 16  # of the trunk's forward pass
 STEPS_PER_CALL = 20  # minibatches that are on the device at a time
 
@@ -49,7 +50,6 @@ class SAETraining:
     dead_after_steps: int
     aux_k: int
     aux_weight: float
-    pooled_fraction: float
     seed: int
 
 
@@ -138,7 +138,7 @@ def pretrain_sae(
     bar = tqdm(total=options.steps, desc="SAE", unit="step")
     for start in range(0, options.steps, STEPS_PER_CALL):
         steps = min(STEPS_PER_CALL, options.steps - start)
-        n_sb = sample_batches(train.pooled_n, steps, options, rng)
+        n_sb = rng.integers(len(train.x_nd), size=(steps, options.batch_tokens))
         params, opt_state, idle_f, losses = _sae_steps(
             graphdef, optimizer, options, params, opt_state, idle_f, train.x_nd[n_sb]
         )
@@ -152,13 +152,6 @@ def pretrain_sae(
         **sae_metrics(trained, held_out),
         "dead_fraction": float((idle_f >= options.dead_after_steps).mean()),
     }
-
-
-def sample_batches(pooled_n, steps, options, rng):
-    shape = (steps, options.batch_tokens)
-    n_sb = rng.integers(len(pooled_n), size=shape)
-    pooled = rng.choice(np.flatnonzero(pooled_n), size=shape)
-    return np.where(rng.random(shape) < options.pooled_fraction, pooled, n_sb)
 
 
 def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:

@@ -58,7 +58,6 @@ class TrainSARMConfig:
     sae_steps: int
     sae_batch_tokens: int
     sae_learning_rate: float
-    sae_pooled_fraction: float
     dead_after_steps: int
     aux_k: int
     aux_weight: float
@@ -110,7 +109,6 @@ class TrainSARMConfig:
             dead_after_steps=self.dead_after_steps,
             aux_k=self.aux_k,
             aux_weight=self.aux_weight,
-            pooled_fraction=self.sae_pooled_fraction,
             seed=self.seed,
         )
 
@@ -160,16 +158,16 @@ def train_sarm(
         SAEConfig(trunk.config.hidden_size, config.latent_size, config.k, config.use_topk),
         rngs=nnx.Rngs(config.seed),
     )
-    sae, summary = pretrain_sae(
+    sae, metrics = pretrain_sae(
         sae,
         _of_rows(activations, train_rows),
         _of_rows(activations, held_out_rows),
         config.sae_training(),
         log,
     )
-    logging.info("SAE: %s", {name: round(value, 4) for name, value in summary.items()})
+    logging.info("SAE: %s", {name: round(value, 4) for name, value in metrics.items()})
     pretrained = time.perf_counter()
-    summary = {"sae": summary}
+    summary: dict[str, Any] = {"sae": metrics}
 
     sarm = assemble(trunk, sae)
     options, train_pairs = config.preference_training(), data.pairs_p2[~data.held_out_p]
@@ -331,7 +329,8 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 def _split_rows(data: PairSet) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers of the training prompts and of the held-out ones."""
-    return tuple(np.unique(data.pairs_p2[mask]) for mask in (~data.held_out_p, data.held_out_p))
+    held_out_p = data.held_out_p
+    return np.unique(data.pairs_p2[~held_out_p]), np.unique(data.pairs_p2[held_out_p])
 
 
 def _of_rows(activations: Activations, rows: np.ndarray) -> Activations:

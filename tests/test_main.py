@@ -161,6 +161,7 @@ BAD_INPUT = [
     (["--lora_dropout=1"], "lora.dropout=1.0"),
     (["--config.lora.target_modules=q_proj,wrong"], "target_modules=q_proj,wrong"),
     (["--config.dtype=float16"], "dtype='float16'"),
+    (["--config.remat=some"], "remat='some'"),
     (["--config.ppo.lr_schedule=step"], "lr_schedule='step'"),
     ([*PENALTY[:2], "--alpha_values=1"], "alpha_values has 1 values for 2 penalize_features"),
     (["--penalize_features=1,2", "--tau_values=1", "--alpha_values=1,1"], "tau_values has 1"),
