@@ -8,12 +8,12 @@ numbers became non-finite; 130 and 143 interrupted, after a checkpoint.
 """
 
 import json
-import logging as stdlib_logging
+import logging
 import sys
 from pathlib import Path
 
 import jax
-from absl import logging
+from absl import logging as absl_logging
 from flax import nnx
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
@@ -38,6 +38,7 @@ from sarm_jax.reward_model import RewardModel
 from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
 from sarm_jax.workdir import claim, open_workdir
 
+LOG = logging.getLogger("main")
 DEMO = {"prompt": str, "response": str}
 
 
@@ -48,7 +49,7 @@ def run_prepare_data(config: ConfigDict, workdir: Path) -> None:
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     pairs = make_pairs(options, policy, tokenizer, demos)
     write_jsonl(workdir / "data" / "pairs.jsonl", pairs)
-    logging.info("%d pairs in %s", len(pairs), workdir / "data" / "pairs.jsonl")
+    LOG.info("%d pairs in %s", len(pairs), workdir / "data" / "pairs.jsonl")
 
 
 def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
@@ -65,7 +66,7 @@ def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
     save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
     write_json(workdir / "sarm_summary.json", summary)
     write_jsonl(workdir / "sarm_metrics.jsonl", rows)
-    logging.info("SARM in %s: %s", workdir / "sarm", json.dumps(summary))
+    LOG.info("SARM in %s: %s", workdir / "sarm", json.dumps(summary))
 
 
 def run_identify(config: ConfigDict, workdir: Path) -> None:
@@ -79,7 +80,7 @@ def run_identify(config: ConfigDict, workdir: Path) -> None:
     write_json(folder / "feature_analysis.json", analysis)
     write_json(folder / "selected_features.json", selected)
     save_file(scores, folder / "feature_scores.safetensors")
-    logging.info("features in %s", folder / "selected_features.json")
+    LOG.info("features in %s", folder / "selected_features.json")
 
 
 def run_human_latents(config: ConfigDict, workdir: Path) -> None:
@@ -88,7 +89,7 @@ def run_human_latents(config: ConfigDict, workdir: Path) -> None:
     indices = reward_config(config.reward).latent_indices
     human = collect_human_latents(reward_model(config), demos, indices)
     save_human_latents(workdir / "human_latents.safetensors", human)
-    logging.info("latents %s in %s", human.z_ns.shape, workdir / "human_latents.safetensors")
+    LOG.info("latents %s in %s", human.z_ns.shape, workdir / "human_latents.safetensors")
 
 
 def run_train(config: ConfigDict, workdir: Path) -> None:
@@ -120,7 +121,7 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
         value_head,
         replace=True,
     )
-    logging.info("adapter in %s; %s", workdir / "adapter", json.dumps(summary))
+    LOG.info("adapter in %s; %s", workdir / "adapter", json.dumps(summary))
 
 
 STAGES = {
@@ -165,13 +166,19 @@ def write_json(path: Path, content: dict) -> None:
         json.dump(content, file, indent=2)
 
 
+def show_progress() -> None:
+    """Shows this project's own messages; of the libraries' only warnings."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for package in ("sarm_jax", "ppo", "main"):
+        logging.getLogger(package).setLevel(logging.INFO)
+    absl_logging.set_verbosity(absl_logging.WARNING)
+
+
 def main(argv: list[str]) -> int:
     """Parses, runs the stage, and turns errors into the exit code and one line."""
     try:
         config, stage, workdir = command_line.parse(argv)
-        logging.use_absl_handler()
-        logging.set_verbosity(logging.INFO)
-        stdlib_logging.getLogger("jax").setLevel("WARNING")  # it reports every absent backend
+        show_progress()
         if stage in LATER_STAGES:
             raise InputError(f"--stage={stage} is not available yet; there are {', '.join(STAGES)}")
         if stage not in STAGES:

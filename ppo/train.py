@@ -6,6 +6,7 @@ checkpoint goes on exactly as if it had never stopped.
 
 import dataclasses
 import json
+import logging
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax import numpy as jnp
 
 from ppo.checkpoint import Checkpoints
@@ -31,6 +31,8 @@ from sarm_jax.generate import Generation
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
+
+LOG = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-5
 
@@ -100,7 +102,7 @@ class Trainer:
                     checkpoints.save(finished, state, dataclasses.asdict(self.scale))
                 if self._stop_signal is not None:
                     checkpoints.save(finished, state, dataclasses.asdict(self.scale))
-                    logging.info("stopped by signal %d after step %d", self._stop_signal, finished)
+                    LOG.info("stopped by signal %d after step %d", self._stop_signal, finished)
                     raise SystemExit(128 + self._stop_signal)
         checkpoints.close()
         self.state = state
@@ -123,7 +125,7 @@ class Trainer:
             return state, 0
         done, state, facts = checkpoints.restore(state)
         self.scale = ScoreScale(**facts)
-        logging.info("resuming after step %d of %d", done, self.config.ppo.total_steps)
+        LOG.info("resuming after step %d of %d", done, self.config.ppo.total_steps)
         return state, done
 
     def _compile_scoring(self) -> None:
@@ -149,7 +151,7 @@ class Trainer:
             )
             scores.append(score_b)
         scale = ScoreScale.of(np.concatenate(scores))
-        logging.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
+        LOG.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
         return scale
 
     def _step(self, step: int, state: dict) -> tuple[dict, dict[str, float], list[dict]]:
@@ -181,7 +183,7 @@ class Trainer:
         if not metrics.pop("finite"):
             self._dump(step, prompts, responses, batch, metrics)
         if metrics["ratio_0_max_dev"] > RATIO_TOLERANCE:
-            logging.warning("step %d: ratio_0_max_dev=%.2e", step, metrics["ratio_0_max_dev"])
+            LOG.warning("step %d: ratio_0_max_dev=%.2e", step, metrics["ratio_0_max_dev"])
         row = self._row(step, clock, generation, terms, z_bn, reward_b)
         row |= metrics | {name: float(value) for name, value in disc_metrics.items()}
         new_state = {"train": train_state} | disc_state
@@ -271,7 +273,7 @@ class Trainer:
         return _SignalHandlers(self._remember)
 
     def _remember(self, number: int, _frame: Any) -> None:
-        logging.info("signal %d: finishing this step, then saving", number)
+        LOG.info("signal %d: finishing this step, then saving", number)
         self._stop_signal = number
 
 

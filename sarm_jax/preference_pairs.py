@@ -15,18 +15,20 @@ the preferred answer, some longer, some equal, and `length_accuracy` says how fa
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from sarm_jax.chat import bucket_length, encode_prompt, pad_batch, pad_id, stop_ids
 from sarm_jax.errors import InputError
 from sarm_jax.generate import generate
 from sarm_jax.llama import Llama
+
+LOG = logging.getLogger(__name__)
 
 KINDS = ("off_topic", "truncated", "degenerate", "shuffled", "unfinished", "evasive")
 EVASIONS = (
@@ -99,8 +101,8 @@ def make_pairs(
         add_samples(config, policy, tokenizer, answers)
     pairs = pair_up(answers, np.random.default_rng(config.seed))
     report = ", ".join(f"{kind} {sum(p['source'] == kind for p in pairs)}" for kind in KINDS)
-    logging.info("%d pairs: %s", len(pairs), report)
-    logging.info("longer is better: %.3f of the pairs", length_accuracy(pairs))
+    LOG.info("%d pairs: %s", len(pairs), report)
+    LOG.info("longer is better: %.3f of the pairs", length_accuracy(pairs))
     return pairs
 
 
@@ -135,7 +137,7 @@ def add_samples(
                 answer.good.append(text)
             elif text and not ended and not complete:
                 answer.unfinished.append(text)
-        logging.info("sampled %d of %d answers", start + len(rows), len(prompts))
+        LOG.info("sampled %d of %d answers", start + len(rows), len(prompts))
 
 
 def pair_up(answers: Sequence[Answers], rng: np.random.Generator) -> list[dict[str, str]]:

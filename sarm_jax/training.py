@@ -9,6 +9,7 @@ Source: arXiv 2508.08746. Everything random follows from `seed`.
 """
 
 import dataclasses
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 
 from sarm_jax.chat import encode_conversation, encode_prompt
@@ -36,6 +36,8 @@ from sarm_jax.sae_training import (
     sae_metrics,
 )
 from sarm_jax.sarm import SARM, SARMConfig
+
+LOG = logging.getLogger(__name__)
 
 PAIR_FIELDS = {"prompt": str, "chosen": str, "rejected": str}
 SIDES = ("chosen", "rejected")
@@ -165,7 +167,7 @@ def train_sarm(
         config.sae_training(),
         log,
     )
-    logging.info("SAE: %s", {name: round(value, 4) for name, value in metrics.items()})
+    LOG.info("SAE: %s", {name: round(value, 4) for name, value in metrics.items()})
     pretrained = time.perf_counter()
     summary: dict[str, Any] = {"sae": metrics}
 
