@@ -48,13 +48,13 @@ def get_config() -> ConfigDict:
     config.identify.top_k = 16
     config.human_latents.demos_jsonl = "configs/data/everyday_demos.jsonl"
 
-    config.ppo.total_steps = 40
+    config.ppo.total_steps = 32
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 2
-    config.ppo.learning_rate = 3e-4
-    config.ppo.max_new_tokens = 64
+    config.ppo.learning_rate = 1.5e-3
+    config.ppo.max_new_tokens = 48
     config.ppo.max_prompt_tokens = 96
-    config.ppo.kl_coef = 0.05
+    config.ppo.kl_coef = 0.02
     config.ppo.calibration_batches = 4
 
     config.reward.unit = "sd"

@@ -205,3 +205,13 @@ def test_the_head_learns_separable_pairs_as_a_dense_loop_would(policy, use_topk)
     np.testing.assert_allclose(
         (weights_m[indices] * values).sum(axis=1), score_r, rtol=1e-4, atol=1e-4
     )
+
+
+def test_the_unused_norm_is_in_no_modes_trainable_state(policy):
+    sarm = tiny_sarm(policy)
+    for mode in range(4):
+        _, params, _ = nnx.split(sarm, preference_training.trainable(mode), ...)
+        parts = {path[:2] for path, _ in nnx.to_flat_state(params)}
+        assert ("trunk", "norm") not in parts and ("score",) in parts
+        assert (("trunk", "layers") in parts) == (mode > 0)
+        assert (("sae", "encoder") in parts) == (mode > 1)
