@@ -39,7 +39,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
         human = collect_human_latents(reward_model, demos, (1, 2, 7)) if reward.beta else None
         config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR)
-        return Trainer(config, spread(policy, 3.0), tokenizer, reward_model, deck, human, workdir)
+        return Trainer(config, spread(policy), tokenizer, reward_model, deck, human, workdir)
 
     return make
 
@@ -206,11 +206,20 @@ def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypat
         checkpoint_every=100,
     )
 
-    def share_of_plain_text(prompts, responses, clamp, indices):
-        share = [np.mean([c.isascii() for c in text] or [0.0]) for text in responses]
+    # Rewarded: tokens of one half of the vocabulary, which one direction of the output embedding
+    # separates. The decoder is replaced so that the scorer sees token ids.
+    rewarded = set(np.flatnonzero(trainer.policy.vocabulary[:, 0] > 0).tolist())
+
+    def token_ids(generation):
+        pairs = zip(np.asarray(generation.tokens_br), np.asarray(generation.mask_br), strict=True)
+        return [" ".join(map(str, row[mask])) for row, mask in pairs]
+
+    def share_of_rewarded(prompts, responses, clamp, indices):
+        share = [np.mean([int(i) in rewarded for i in text.split()]) for text in responses]
         return np.asarray(share, np.float32), np.zeros((len(share), 0), np.float32)
 
-    monkeypatch.setattr(trainer.reward_model, "score", share_of_plain_text)
+    monkeypatch.setattr(trainer, "_decode", token_ids)
+    monkeypatch.setattr(trainer.reward_model, "score", share_of_rewarded)
     summary = trainer.run()
     assert summary["total_reward_change_in_sd"] > 1.0
     assert summary["last_steps"]["ref_kl"] > 0.1
