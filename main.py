@@ -105,6 +105,8 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)
     claim(workdir, {name: plain(config[name]) for name in TRAIN_SETTINGS})
 
+    if options.lora.dropout:
+        LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     policy.remat = config.remat
     trainer = Trainer(options, policy, tokenizer, reward_model(config), deck, human, workdir)
@@ -176,6 +178,9 @@ def show_progress() -> None:
 
 def main(argv: list[str]) -> int:
     """Parses, runs the stage, and turns errors into the exit code and one line."""
+    if {"--help", "-h"} & set(argv[1:]):
+        print(__doc__, command_line.usage(), sep="\n")
+        return 0
     try:
         config, stage, workdir = command_line.parse(argv)
         show_progress()

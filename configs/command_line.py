@@ -63,8 +63,10 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         raise InputError(f"unexpected argument {rest[1]!r}: options are --name=value")
     if CONFIG.value is None:
         raise InputError("--config is missing: for example --config=configs/smollm2.py")
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
-    workdir = Path(WORKDIR.value or Path("outputs") / name)
+    path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    if not path.is_file():
+        raise InputError(f"--config={path}: no such file")
+    workdir = Path(WORKDIR.value or Path("outputs") / path.stem)
     config = CONFIG.value
     for flag, (_, field) in REFERENCE_FLAGS.items():
         value = flags.FLAGS[flag].value
@@ -72,6 +74,11 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
             config.update_from_flattened_dict({field: value})
     _fill_in(config, str(workdir))
     return config, STAGE.value, workdir
+
+
+def usage() -> str:
+    """The flags, for --help."""
+    return flags.FLAGS.module_help(__name__)
 
 
 def _fill_in(config: ConfigDict, workdir: str) -> None:

@@ -211,6 +211,20 @@ def test_bad_prompts_name_file_and_line(run, tmp_path, capsys, content, message)
     assert not list((tmp_path / "run").glob("*"))
 
 
+def test_help_is_shown(capsys):
+    assert main.main(["main.py", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--penalize_features" in shown and "Exit codes" in shown
+
+
+def test_a_config_file_that_is_not_there(monkeypatch, capsys):
+    argv = ["main.py", "--config=configs/nope.py"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with flagsaver.flagsaver():
+        assert main.main(argv) == 2
+    assert capsys.readouterr().err == "error: --config=configs/nope.py: no such file\n"
+
+
 def test_a_missing_config_is_said(capsys):
     with flagsaver.flagsaver():
         assert main.main(["main.py"]) == 2
