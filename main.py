@@ -16,7 +16,7 @@ import jax
 from absl import logging as absl_logging
 from flax import nnx
 from ml_collections import ConfigDict
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from configs import command_line
 from conversion import load_policy, load_sarm
@@ -79,7 +79,8 @@ def run_identify(config: ConfigDict, workdir: Path) -> None:
     folder.mkdir(exist_ok=True)
     write_json(folder / "feature_analysis.json", analysis)
     write_json(folder / "selected_features.json", selected)
-    save_file(scores, folder / "feature_scores.safetensors")
+    with replacing(folder / "feature_scores.safetensors", "wb") as file:
+        file.write(save(scores))
     LOG.info("features in %s", folder / "selected_features.json")
 
 
@@ -98,8 +99,9 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     if config.remat not in REMAT:
         raise InputError(f"remat={config.remat!r}: expected one of {', '.join(REMAT)}")
     prompts = read_prompts(config.prompts_jsonl)
-    human = human_buffer(options.reward, config.reward.human_latents)
-    options.reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
+    latent_size = read_sarm_config(config.sarm_model).sae.latent_size
+    options.reward.check_features(latent_size)
+    human = human_buffer(options.reward, config.reward.human_latents, latent_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
     ppo = options.ppo
     deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)

@@ -87,8 +87,11 @@ def load_human_latents(path: str | Path) -> HumanLatents:
     return HumanLatents(z_ns.astype(np.float32), tuple(int(i) for i in indices))
 
 
-def human_buffer(reward: RewardConfig, path: str) -> HumanLatents | None:
-    """The buffer that β > 0 needs, reduced to the chosen features; None when β = 0."""
+def human_buffer(reward: RewardConfig, path: str, latent_size: int) -> HumanLatents | None:
+    """The buffer that β > 0 needs, reduced to the chosen features; None when β = 0.
+
+    Its features must be those of a SARM with `latent_size` latents.
+    """
     if reward.beta == 0:
         return None
     if not path:
@@ -97,4 +100,10 @@ def human_buffer(reward: RewardConfig, path: str) -> HumanLatents | None:
             "name the file with --human_latents"
         )
     human = load_human_latents(path)
+    foreign = [i for i in human.latent_indices if not 0 <= i < latent_size]
+    if foreign:
+        raise InputError(
+            f"human_latents={path}: feature {foreign[0]} of a SARM with {latent_size} latents: "
+            "collected with another SARM?"
+        )
     return human.select(reward.latent_indices) if reward.latent_indices else human

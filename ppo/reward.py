@@ -75,11 +75,12 @@ class RewardConfig:
                 )
 
     def check_features(self, latent_size: int) -> None:
-        """Raises InputError for a feature id that a SARM of `latent_size` does not have."""
+        """Raises InputError for features or clamps that a SARM of `latent_size` cannot have."""
         for name in ("penalize_features", "clamp_features", "latent_indices"):
             for i in getattr(self, name):
                 if not 0 <= i < latent_size:
                     raise InputError(f"{name}: feature {i} of a SARM with {latent_size} latents")
+        self.clamp(latent_size)
 
     def clamp(self, latent_size: int) -> Intervention | None:
         """The clamp as an intervention on the latents, or None."""

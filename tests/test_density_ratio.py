@@ -103,7 +103,9 @@ def test_features_must_be_in_the_buffer(tmp_path):
     path = tmp_path / "human.safetensors"
     save_human_latents(path, HumanLatents(np.zeros((2, 2), np.float32), (5, 6)))
     with pytest.raises(InputError, match="latent_indices: feature 7 is not in the human latents"):
-        human_buffer(RewardConfig(beta=0.1, latent_indices=(5, 7)), str(path))
+        human_buffer(RewardConfig(beta=0.1, latent_indices=(5, 7)), str(path), 64)
     with pytest.raises(InputError, match="beta=0.1 needs human latents"):
-        human_buffer(RewardConfig(beta=0.1), "")
-    assert human_buffer(RewardConfig(beta=0.0), "") is None
+        human_buffer(RewardConfig(beta=0.1), "", 64)
+    with pytest.raises(InputError, match="feature 6 of a SARM with 6 latents"):
+        human_buffer(RewardConfig(beta=0.1), str(path), 6)
+    assert human_buffer(RewardConfig(beta=0.0), "", 64) is None

@@ -136,7 +136,7 @@ def check_adapter_against_peft(base: Path, workdir: Path) -> None:
     assert (adapted - plain).abs().max() > 1e-5
 
 
-def test_scores_of_the_trained_sarm_need_no_project_code(world):
+def test_load_sarm_scores_text(world):
     sarm = load_sarm(world / "sarm")
     score, z = sarm.score(["a"], ["b"])
     assert score.shape == (1,) and z.shape == (1, 64)
@@ -170,6 +170,10 @@ BAD_INPUT = [
     ([*PENALTY, "--penalize_features=1,64"], "feature 64 of a SARM with 64 latents"),
     ([*PENALTY, "--penalize_features=1,b"], "penalize_features: found 'b'"),
     (["--clamp_features=1"], "clamp_features=1"),
+    (
+        ["--clamp_features=1", "--clamp_min_values=2", "--clamp_max_values=1"],
+        "feature 1: clamp minimum 2.0 exceeds its maximum 1.0",
+    ),
     (["--beta=-0.5"], "beta=-0.5"),
     (["--beta=0.5"], "beta=0.5 needs human latents"),
     (["--beta=0.5", "--human_latents=nowhere.safetensors"], "no such file"),
