@@ -44,10 +44,9 @@ $(RUN)/before_after.jsonl: | $(RUN)/adapter/adapter_config.json
 $(RUN)/figures/training.png: | $(RUN)/adapter/adapter_config.json
 	$(BIN)/python -m benchmarks.plot_run --workdir=$(RUN) --table
 
-# Against transformers + peft in PyTorch, alternately in one process.
+# Against transformers + peft in PyTorch, alternately.
 benchmark: $(VENV)/.dev $(SMOLLM2)/config.json
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m benchmarks.ppo_iteration --model_dir=$(SMOLLM2) \
-	  --iterations=3
+	$(BIN)/python -m benchmarks.ppo_iteration --model_dir=$(SMOLLM2)
 
 $(SMOLLM2)/config.json: | $(VENV)/.smollm2
 	$(BIN)/python -m conversion.from_gguf --dst=$(SMOLLM2) --src=$$($(BIN)/python -c \

@@ -1,9 +1,11 @@
-"""One PPO iteration on SmolLM2-135M, this project against PyTorch, alternately in one process.
+"""One PPO iteration on SmolLM2-135M, this project against PyTorch, alternately.
 
 Both do the same work on the same shapes in float32: a rollout of exactly `new_tokens`, scoring
 through a 15-layer trunk with a TopK SAE (M 4608, k 32), reference log-probabilities, and `epochs`
-full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Iterations alternate, so that a
-machine whose speed drifts slows both; the ratio is taken pair by pair.
+full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Either side has a process to
+itself, as in use, and waits while the other works. Turns alternate, so that a machine whose speed
+drifts slows both; the ratio is taken pair by pair. A turn is two iterations of which the second
+counts: the first finds the caches, and on some machines its very memory, cold after the wait.
 
     python -m benchmarks.ppo_iteration --model_dir=outputs/models/SmolLM2-135M-Instruct
 """
@@ -11,6 +13,7 @@ machine whose speed drifts slows both; the ratio is taken pair by pair.
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import time
 
@@ -88,29 +91,42 @@ def _sarm(policy) -> SARM:
     return sarm
 
 
+def serve(connection, name: str, *args) -> None:
+    """Runs in a process of its own: a turn of one side whenever asked to."""
+    side = JaxPPO(*args) if name == "jax" else torch_ppo.build(*args)
+    connection.send("ready")
+    while connection.recv():
+        side.iteration()
+        connection.send(side.iteration())
+
+
+def start(name: str, *args):
+    """A loaded side: the connection to its process."""
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    context.Process(target=serve, args=(theirs, name, *args), daemon=True).start()
+    connection.recv()
+    return connection
+
+
 def main() -> None:
     """Prints a row per phase: median seconds of either side, and the median pairwise ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_dir", required=True)
-    parser.add_argument("--iterations", type=int, default=4)
+    parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt_len", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=2)
     args = parser.parse_args()
     shape = (args.batch, args.prompt_len, args.new_tokens, args.epochs)
-    sides = {
-        "jax": JaxPPO(args.model_dir, *shape),
-        "torch": torch_ppo.build(args.model_dir, *shape),
-    }
+    sides = {name: start(name, args.model_dir, *shape) for name in ("jax", "torch")}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-    for iteration in range(args.iterations + 1):
+    for turn in range(args.turns):
         for name, side in sides.items():
-            seconds = side.iteration()
-            label = "warm-up" if iteration == 0 else f"{iteration}"
-            print(json.dumps({"side": name, "iteration": label, **seconds}), flush=True)
-            if iteration > 0:
-                times[name].append(seconds)
+            side.send("go")
+            times[name].append(side.recv())
+            print(json.dumps({"side": name, "turn": turn, **times[name][-1]}), flush=True)
     print(f"\n{'phase':8} {'jax s':>8} {'torch s':>8} {'torch/jax':>10}")
     for phase in PHASES:
         columns = [[t[phase] for t in times[name]] for name in ("jax", "torch")]

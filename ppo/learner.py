@@ -17,7 +17,7 @@ from ppo.config import PPOConfig
 from ppo.logprobs import token_logprobs
 from sarm_jax.generate import Generation, Sampling, sample
 from sarm_jax.llama import Llama
-from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
+from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, fold_lora
 
 
 @struct.dataclass
@@ -84,6 +84,8 @@ class Learner:
         """Samples responses to left-padded prompts with the current policy."""
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
         policy = nnx.merge(self.graphdef, params["lora"], base)
+        if policy.embed_tokens.dtype == jnp.float32:  # half precision would round it away
+            fold_lora(policy)
         return sample(policy, tokens_bp, mask_bp, key, sampling, self.stops, self.pad)
 
     @partial(jax.jit, static_argnums=0)

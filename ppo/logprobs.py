@@ -25,10 +25,13 @@ def token_logprobs(
             "bcd,vd->bcv", x_bcd, vocabulary_vd, preferred_element_type=jnp.float32
         )
         logits_bcv = logits_bcv / temperature
-        log_z_bc = jax.nn.logsumexp(logits_bcv, axis=-1)
+        logits_bcv -= jax.lax.stop_gradient(logits_bcv.max(axis=-1, keepdims=True))
+        weight_bcv = jnp.exp(logits_bcv)
+        z_bc = weight_bcv.sum(axis=-1)
         chosen_bc = jnp.take_along_axis(logits_bcv, targets_bc[..., None], axis=-1)[..., 0]
-        logp_bcv = jax.lax.stop_gradient(logits_bcv - log_z_bc[..., None])
-        return chosen_bc - log_z_bc, -jnp.sum(jnp.exp(logp_bcv) * logp_bcv, axis=-1)
+        # H = log z − Σ p · logit, on the exponentials that log z needs anyway.
+        entropy_bc = jnp.log(z_bc) - (weight_bcv * logits_bcv).sum(axis=-1) / z_bc
+        return chosen_bc - jnp.log(z_bc), jax.lax.stop_gradient(entropy_bc)
 
     batch, length, _ = x_brd.shape
     if not 0 < chunk < length:

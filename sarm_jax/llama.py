@@ -17,14 +17,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from sarm_jax.lora import LoRA
+from sarm_jax.lora import FOLDED, LoRA
 from sarm_jax.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
 
 REMAT = {
     # Everything: no recomputation.
     "none": jax.checkpoint_policies.everything_saveable,
     # Matrix products; what is cheap is recomputed. Also the fastest where memory is slow.
-    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_saveable,
+        jax.checkpoint_policies.save_only_these_names(FOLDED),
+    ),
     # Only the layer's input: the least memory, about a third more computation.
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -50,9 +53,9 @@ class LlamaConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all layers, `[L, B, S, K, head_dim]`, filled column by column.
+    """Keys and values of all layers, `[L, B, K, head_dim, S]`, filled column by column.
 
-    `mask_bs` marks the columns that hold real tokens, `column` is the next one to write and
+    With the columns last, both products of attention read the cache as it lies. `mask_bs` marks the columns that hold real tokens, `column` is the next one to write and
     `position_b` the next position of each row.
     """
 
@@ -72,10 +75,9 @@ class Linear(nnx.Module):
         self.lora: LoRA | None = nnx.data(None)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        y = x @ self.kernel[...]
-        if self.lora is not None:
-            y = y + self.lora(x, dropout_key)
-        return y
+        if self.lora is None:
+            return x @ self.kernel[...]
+        return self.lora(x, self.kernel[...], dropout_key)
 
 
 class RMSNorm(nnx.Module):
@@ -148,11 +150,11 @@ class Block(nnx.Module):
         """One token through layer number `layer`; its keys and values go into the cache."""
         keys = [None] * 7
         q, k, v = self.attn.project(self.input_layernorm(x_b1d), rope, keys[:3])
-        at = (layer, 0, column, 0, 0)
-        k_cache = jax.lax.dynamic_update_slice(k_cache, k[None], at)
-        v_cache = jax.lax.dynamic_update_slice(v_cache, v[None], at)
-        k_bskh = jax.lax.dynamic_index_in_dim(k_cache, layer, keepdims=False)
-        v_bskh = jax.lax.dynamic_index_in_dim(v_cache, layer, keepdims=False)
+        at = (layer, 0, 0, 0, column)
+        k_cache = jax.lax.dynamic_update_slice(k_cache, jnp.moveaxis(k, 1, -1)[None], at)
+        v_cache = jax.lax.dynamic_update_slice(v_cache, jnp.moveaxis(v, 1, -1)[None], at)
+        k_bskh = jnp.moveaxis(jax.lax.dynamic_index_in_dim(k_cache, layer, 0, False), -1, 1)
+        v_bskh = jnp.moveaxis(jax.lax.dynamic_index_in_dim(v_cache, layer, 0, False), -1, 1)
         x_b1d = x_b1d + self.attn.attend(q, k_bskh, v_bskh, mask_b1s, "xla", None)
         return x_b1d + self.mlp(self.post_attention_layernorm(x_b1d), keys[4:]), k_cache, v_cache
 
@@ -213,10 +215,10 @@ class Llama(nnx.Module):
         length = tokens_bt.shape[1]
         x_btd, (k, v) = self._forward(tokens_bt, mask_bt, None, keep_kv=True)
         extra = cache_size - length
-        widths = ((0, 0), (0, 0), (0, extra), (0, 0), (0, 0))
+        widths = ((0, 0), (0, 0), (0, 0), (0, 0), (0, extra))
         return x_btd, KVCache(
-            k=jnp.pad(k, widths),
-            v=jnp.pad(v, widths),
+            k=jnp.pad(jnp.moveaxis(k, 2, -1), widths),
+            v=jnp.pad(jnp.moveaxis(v, 2, -1), widths),
             mask_bs=jnp.pad(mask_bt.astype(bool), ((0, 0), (0, extra))),
             column=jnp.int32(length),
             position_b=mask_bt.astype(jnp.int32).sum(axis=1),
