@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.prepare_data.demos_jsonl = "configs/data/everyday_demos.jsonl"
     config.prepare_data.samples_per_prompt = 2
     config.prepare_data.max_new_tokens = 64
-    config.prepare_data.temperature = 0.8
+    config.prepare_data.temperature = 0.7
 
     config.train_sarm.pairs_jsonl = "{workdir}/data/pairs.jsonl"
     config.train_sarm.max_length = 512

@@ -43,13 +43,22 @@ def differential_activation(chosen_nf: np.ndarray, rejected_nf: np.ndarray) -> n
     return (c - j) / (c + j + (c + j).mean() + 1e-9)
 
 
+def pair_latents(
+    reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pooled latents `[N, M]` of chosen and rejected; a response in many pairs is scored once."""
+    texts = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs]
+    row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    _, z_nf = reward_model.score(*map(list, zip(*row, strict=True)))
+    chosen_nf, rejected_nf = np.split(z_nf[[row[text] for text in texts]], 2)
+    return chosen_nf, rejected_nf
+
+
 def identify(
     config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
     """(feature_analysis, selected_features, scores of all M features) of preference pairs."""
-    prompts = [pair["prompt"] for pair in pairs]
-    _, chosen_nf = reward_model.score(prompts, [pair["chosen"] for pair in pairs])
-    _, rejected_nf = reward_model.score(prompts, [pair["rejected"] for pair in pairs])
+    chosen_nf, rejected_nf = pair_latents(reward_model, pairs)
     weight_f = np.asarray(reward_model.model.score[...], np.float32)
     differential_f = differential_activation(chosen_nf, rejected_nf)
     score_f = differential_f if config.method == "differential" else weight_f

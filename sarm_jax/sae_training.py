@@ -13,9 +13,10 @@ these pooled tokens alone, about their own mean.
 The decoder starts at random directions and the encoder at its transpose, scaled so that the first
 reconstructions have the right length.
 
-Deliberate deviation: `pre_bias` starts at the mean of the pooled tokens (Gao: at the geometric
-median of all). Pooled states lie in a small cloud far from the rest; starting there, the k latents
-need not be spent on the way to it, and the cloud itself is reconstructed far better.
+Deliberate deviations: a fixed share of each minibatch are pooled tokens, and `pre_bias` starts at
+their mean (Gao: at the geometric median of all). Pooled states lie in a small cloud far from the
+rest; so the k latents need not be spent on the way to it, and the cloud itself is reconstructed
+far better.
 """
 
 import dataclasses
@@ -37,6 +38,7 @@ from sarm_jax.sae import SAE, reconstruction_loss, standardise, top_k
 Log = Callable[[dict[str, Any]], None]
 ROWS_PER_BATCH = 16  # of the trunk's forward pass
 STEPS_PER_CALL = 20  # minibatches that are on the device at a time
+POOLED_FRACTION = 0.5  # of a minibatch; a random one would hold a few per cent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,7 @@ def pretrain_sae(
     bar = tqdm(total=options.steps, desc="SAE", unit="step")
     for start in range(0, options.steps, STEPS_PER_CALL):
         steps = min(STEPS_PER_CALL, options.steps - start)
-        n_sb = rng.integers(len(train.x_nd), size=(steps, options.batch_tokens))
+        n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
         params, opt_state, idle_f, losses = _sae_steps(
             graphdef, optimizer, options, params, opt_state, idle_f, train.x_nd[n_sb]
         )
@@ -152,6 +154,14 @@ def pretrain_sae(
         **sae_metrics(trained, held_out),
         "dead_fraction": float((idle_f >= options.dead_after_steps).mean()),
     }
+
+
+def sample_batches(
+    pooled_n: np.ndarray, shape: tuple[int, int], rng: np.random.Generator
+) -> np.ndarray:
+    """Row numbers of a `shape` of draws, `POOLED_FRACTION` of them from the pooled tokens."""
+    any_token, pooled = rng.integers(len(pooled_n), size=shape), np.flatnonzero(pooled_n)
+    return np.where(rng.random(shape) < POOLED_FRACTION, rng.choice(pooled, shape), any_token)
 
 
 def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:

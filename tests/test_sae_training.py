@@ -158,3 +158,11 @@ def test_a_cap_drops_other_tokens_but_never_pooled_ones(policy, most, expected):
     np.testing.assert_array_equal(capped.pooled_rd, everything.pooled_rd)
     kept = {row.tobytes() for row in capped.x_nd}
     assert kept <= {row.tobytes() for row in everything.x_nd} and len(kept) == expected
+
+
+def test_a_fixed_share_of_a_minibatch_is_pooled():
+    pooled_n = np.arange(10_000) % 100 == 99
+    rows = sae_training.sample_batches(pooled_n, (50, 400), np.random.default_rng(0))
+    share = sae_training.POOLED_FRACTION
+    assert rows.shape == (50, 400)
+    assert pooled_n[rows].mean() == pytest.approx(share + (1 - share) * 0.01, abs=0.01)
