@@ -7,6 +7,7 @@ Exit codes: 0 done; 2 bad input (one `error: …` line on stderr); 3 training st
 numbers became non-finite; 130 and 143 interrupted, after a checkpoint.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -23,7 +24,7 @@ from conversion import load_policy, load_sarm
 from conversion.checkpoint import open_checkpoint
 from conversion.load import check_dtype, load_hf_tokenizer, read_sarm_config
 from conversion.peft import save_adapter
-from conversion.to_hf import save_sarm
+from conversion.to_hf import save_policy, save_sarm
 from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
 from ppo.options import reward_config, train_config
 from ppo.prompts import PromptDeck, read_prompts
@@ -32,6 +33,7 @@ from sarm_jax.errors import InputError
 from sarm_jax.features import IdentifyConfig, identify
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import read_jsonl, write_jsonl
+from sarm_jax.lab.build import LabConfig, make_data, make_models
 from sarm_jax.llama import REMAT
 from sarm_jax.preference_pairs import PairsConfig, make_pairs
 from sarm_jax.reward_model import RewardModel
@@ -43,8 +45,19 @@ DEMO = {"prompt": str, "response": str}
 
 
 def run_prepare_data(config: ConfigDict, workdir: Path) -> None:
+    """What the later stages read: preference pairs, or the whole of the lab's world."""
+    section = config.prepare_data.to_dict()
+    source = section.pop("source")
+    if source == "lab":
+        prepare_lab(config, workdir)
+    elif source == "demonstrations":
+        prepare_pairs(PairsConfig(**section), config, workdir)
+    else:
+        raise InputError(f"prepare_data.source={source!r}: expected demonstrations or lab")
+
+
+def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> None:
     """Demonstrations → preference pairs, rejected answers being made from good ones."""
-    options = PairsConfig(**config.prepare_data)
     demos = read_jsonl(options.demos_jsonl, DEMO)
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     pairs = make_pairs(options, policy, tokenizer, demos)
@@ -52,17 +65,34 @@ def run_prepare_data(config: ConfigDict, workdir: Path) -> None:
     LOG.info("%d pairs in %s", len(pairs), workdir / "data" / "pairs.jsonl")
 
 
+def prepare_lab(config: ConfigDict, workdir: Path) -> None:
+    """A seed → the lab's data, its pretrained model and its policy, in the HF layout."""
+    options = LabConfig(**config.lab)
+    for name in ("pretrained", "policy"):
+        if (workdir / name).exists():
+            raise InputError(f"{workdir / name} exists already: delete it to train again")
+    data = make_data(options)
+    for field in dataclasses.fields(data):
+        write_jsonl(workdir / "data" / f"{field.name}.jsonl", getattr(data, field.name))
+    pretrained, policy, tokenizer, _ = make_models(options, data)
+    save_policy(workdir / "pretrained", pretrained, tokenizer)
+    save_policy(workdir / "policy", policy, tokenizer)
+    LOG.info("the lab's data and models are in %s", workdir)
+
+
 def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
     """Preference pairs → a SARM on the first layers of the policy model, in the HF layout."""
     paths = split_paths(config.train_sarm.pairs_jsonl)
-    options = TrainSARMConfig(**{**config.train_sarm, "pairs_jsonl": paths})
+    section = config.train_sarm.to_dict() | {"pairs_jsonl": paths}
+    model = section.pop("model") or config.policy_model
+    options = TrainSARMConfig(**section)
     pairs = read_pairs(paths)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
-    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    policy, tokenizer = load_policy(model, config.dtype)
     rows: list[dict] = []
     sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append)
-    hf_config = open_checkpoint(config.policy_model, "policy").hf_config
+    hf_config = open_checkpoint(model, "policy").hf_config
     save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
     write_json(workdir / "sarm_summary.json", summary)
     write_jsonl(workdir / "sarm_metrics.jsonl", rows)

@@ -81,8 +81,10 @@ def get_config() -> ConfigDict:
     config.human_latents = ConfigDict()
     config.human_latents.demos_jsonl = ""  # {"prompt", "response"} lines written by people
 
-    # Stage prepare_data: preference pairs from demonstrations and the policy's own answers.
+    # Stage prepare_data: preference pairs from demonstrations and the policy's own answers, or
+    # the whole of a small world with its models.
     config.prepare_data = ConfigDict()
+    config.prepare_data.source = "demonstrations"  # or lab
     config.prepare_data.demos_jsonl = ""  # {"prompt", "response"} lines
     config.prepare_data.samples_per_prompt = 2
     config.prepare_data.max_new_tokens = 64
@@ -91,6 +93,7 @@ def get_config() -> ConfigDict:
 
     # Stage train_sarm: a SARM on the first layers of policy_model.
     config.train_sarm = ConfigDict()
+    config.train_sarm.model = ""  # the trunk is cut from; empty: policy_model
     config.train_sarm.pairs_jsonl = ""  # {"prompt", "chosen", "rejected"}; comma-separated files
     config.train_sarm.held_out_fraction = 0.2  # of the prompts
     config.train_sarm.max_length = 4096  # tokens
@@ -121,5 +124,21 @@ def get_config() -> ConfigDict:
     config.identify.top_k = 10  # features per list
     config.identify.method = "differential"  # or head_weight
     config.identify.tau_quantile = 0.98  # of z on chosen responses
+    config.identify.false_alarm_budget = 0.05  # share of chosen responses that detectors may hit
+
+    # The reward-hacking lab: a small world whose true reward is known (sarm_jax/lab).
+    config.lab = ConfigDict()
+    config.lab.held_out_fraction = 0.2  # of the country combinations
+    config.lab.corpus_rows = 40_000  # responses with notes that the pretrained model reads
+    config.lab.demonstrations = 4_000
+    config.lab.pairs = 20_000  # of the biased annotator
+    config.lab.contrast_pairs = 256  # with and without flattery
+    config.lab.tap_layer = 2  # where pretraining also takes the loss: the SARM's source_layer
+    config.lab.pretraining_steps = 1500
+    config.lab.pretraining_learning_rate = 3e-3
+    config.lab.tuning_steps = 200
+    config.lab.tuning_learning_rate = 1e-3
+    config.lab.batch_size = 64  # rows
+    config.lab.seed = 0
 
     return config.lock()

@@ -21,13 +21,14 @@ from absl import flags
 from conversion import cli
 from conversion.checkpoint import Checkpoint, Kind, open_checkpoint, verified_files
 from conversion.directory import atomic_directory, copy_tokenizer_files
-from conversion.hf_config import hf_sarm_dict, with_dtype
+from conversion.hf_config import hf_llama_dict, hf_sarm_dict, with_dtype
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, parameters, tensor_specs
 from conversion.peft import CONFIG as ADAPTER_CONFIG
 from conversion.peft import Adapter, read_adapter
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.errors import InputError
+from sarm_jax.llama import Llama
 from sarm_jax.lora import merge_lora
 from sarm_jax.sarm import SARM, SARMConfig
 
@@ -86,6 +87,17 @@ def save_sarm(
 
     `hf_config` is the config.json of the SARM or of the model its trunk was cut from, if known.
     """
+    hf = with_dtype(hf_sarm_dict(model.config, hf_config), model.score.dtype.name)
+    _save(dst, model, tokenizer, hf)
+
+
+def save_policy(dst: str | Path, policy: Llama, tokenizer: Any) -> None:
+    """Writes a language model in memory in the HF layout, in the dtype of its parameters."""
+    hf = with_dtype(hf_llama_dict(policy.config), policy.embed_tokens.dtype.name)
+    _save(dst, policy, tokenizer, hf)
+
+
+def _save(dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, Any]) -> None:
     weights = parameters(model)
     with atomic_directory(dst) as directory:
         writer = TensorWriter(directory)
@@ -94,7 +106,6 @@ def save_sarm(
             array = np.asarray(value if spec.layer is None else value[spec.layer])
             writer.add(spec.hf_name, spec.to_hf(array))
         writer.close()
-        hf = with_dtype(hf_sarm_dict(model.config, hf_config), model.score.dtype.name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the reference pools by pad
             if hf.get(name) is None:
                 hf[name] = getattr(tokenizer, name)

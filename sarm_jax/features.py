@@ -5,7 +5,7 @@ Two methods, as in the reference implementation:
     differential activation   s_i = (c_i − j_i) / (c_i + j_i + C),   C = mean(c + j) + 1e-9
 with c and j the mean pooled latents of chosen and rejected responses. Beyond it: a threshold for
 every selected feature, the quantile of z_i on the chosen responses that a penalty may start at,
-with the share of responses above it on either side.
+with the share of responses above it on either side; and detectors and carriers (`detectors`).
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sarm_jax.detectors import carried_reward, find_detectors
 from sarm_jax.errors import InputError
 from sarm_jax.reward_model import RewardModel
 
@@ -25,6 +26,7 @@ class IdentifyConfig:
     top_k: int
     method: str
     tau_quantile: float
+    false_alarm_budget: float
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -35,6 +37,10 @@ class IdentifyConfig:
             )
         if not 0 < self.tau_quantile < 1:
             raise InputError(f"identify.tau_quantile={self.tau_quantile}: must lie in (0, 1)")
+        if not 0 <= self.false_alarm_budget < 1:
+            raise InputError(
+                f"identify.false_alarm_budget={self.false_alarm_budget}: must lie in [0, 1)"
+            )
 
 
 def differential_activation(chosen_nf: np.ndarray, rejected_nf: np.ndarray) -> np.ndarray:
@@ -49,7 +55,7 @@ def pair_latents(
     """Pooled latents `[N, M]` of chosen and rejected; a response in many pairs is scored once."""
     texts = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs]
     row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    _, z_nf = reward_model.score(*map(list, zip(*row, strict=True)))
+    _, z_nf = reward_model.score([prompt for prompt, _ in row], [response for _, response in row])
     chosen_nf, rejected_nf = np.split(z_nf[[row[text] for text in texts]], 2)
     return chosen_nf, rejected_nf
 
@@ -78,6 +84,11 @@ def identify(
             "above_tau_rejected": float((rejected_nf[:, i] > max(tau_f[i], 0)).mean()),
         }
 
+    detectors = find_detectors(
+        chosen_nf, rejected_nf, config.tau_quantile, config.false_alarm_budget, config.top_k
+    )
+    carried_f = carried_reward(chosen_nf, rejected_nf, weight_f)
+    carriers = np.argsort(-carried_f, kind="stable")[: config.top_k]
     harming = [describe(i) for i in order[: config.top_k]]
     promoting = [describe(i) for i in order[::-1][: config.top_k]]
     selected = {
@@ -85,6 +96,9 @@ def identify(
         "safety_harming": [row["feature"] for row in harming],
         "tau_promoting": [row["tau"] for row in promoting],
         "tau_harming": [row["tau"] for row in harming],
+        "detectors": list(detectors.features),
+        "tau_detectors": list(detectors.tau),
+        "carriers": [int(i) for i in carriers],
         "method": config.method,
     }
     analysis = {
@@ -92,6 +106,16 @@ def identify(
         "options": dataclasses.asdict(config),
         "harming": harming,
         "promoting": promoting,
+        "detectors": {
+            "detection": detectors.detection,
+            "false_alarms": detectors.false_alarms,
+            "features": [describe(i) for i in detectors.features],
+        },
+        "carriers": [describe(i) | {"carried_reward": float(carried_f[i])} for i in carriers],
     }
-    scores = {"differential": differential_f.astype(np.float32), "head_weight": weight_f}
+    scores = {
+        "differential": differential_f.astype(np.float32),
+        "head_weight": weight_f,
+        "carried_reward": carried_f.astype(np.float32),
+    }
     return analysis, selected, scores

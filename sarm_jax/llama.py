@@ -55,8 +55,9 @@ class LlamaConfig:
 class KVCache:
     """Keys and values of all layers, `[L, B, K, head_dim, S]`, filled column by column.
 
-    With the columns last, both products of attention read the cache as it lies. `mask_bs` marks the columns that hold real tokens, `column` is the next one to write and
-    `position_b` the next position of each row.
+    With the columns last, both products of attention read the cache as it lies. `mask_bs` marks
+    the columns that hold real tokens, `column` is the next one to write and `position_b` the next
+    position of each row.
     """
 
     k: jax.Array
@@ -197,7 +198,12 @@ class Llama(nnx.Module):
         self, tokens_bt: jax.Array, mask_bt: jax.Array, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """The last layer's output `[B, T, D]`, after the final norm where the model has one."""
-        return self._forward(tokens_bt, mask_bt, dropout_key, keep_kv=False)[0]
+        x_btd, _ = self._forward(tokens_bt, mask_bt, dropout_key)
+        return self.norm(x_btd) if self.final_norm else x_btd
+
+    def layer_states(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
+        """The residual stream after each layer, `[L, B, T, D]`, before any final norm."""
+        return self._forward(tokens_bt, mask_bt, keep=lambda x, kv: x)[1]
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
         """Vocabulary projection in float32, `[B, T, V]`."""
@@ -213,7 +219,8 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, KVCache]:
         """Runs the prompt: (`hidden` of it, a cache of `cache_size` ≥ T columns holding it)."""
         length = tokens_bt.shape[1]
-        x_btd, (k, v) = self._forward(tokens_bt, mask_bt, None, keep_kv=True)
+        x_btd, (k, v) = self._forward(tokens_bt, mask_bt, keep=lambda x, kv: kv)
+        x_btd = self.norm(x_btd) if self.final_norm else x_btd
         extra = cache_size - length
         widths = ((0, 0), (0, 0), (0, 0), (0, 0), (0, extra))
         return x_btd, KVCache(
@@ -247,7 +254,8 @@ class Llama(nnx.Module):
         inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         return rope_tables(positions_bt, inv_freq)
 
-    def _forward(self, tokens_bt, mask_bt, dropout_key, keep_kv):
+    def _forward(self, tokens_bt, mask_bt, dropout_key=None, keep=lambda x, kv: None):
+        """(the last layer's output, `keep(output, (keys, values))` of every layer, stacked)."""
         mask_bt = mask_bt.astype(bool)
         positions_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
         rope = self._rope(positions_bt)
@@ -260,14 +268,13 @@ class Llama(nnx.Module):
         def layer(x, xs):
             layer_state, key = xs
             x, kv = nnx.merge(graphdef, layer_state)(x, rope, mask_bts, implementation, key)
-            return x, kv if keep_kv else None
+            return x, keep(x, kv)
 
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
         body = jax.checkpoint(layer, policy=REMAT[self.remat])
-        x_btd, kv = jax.lax.scan(body, x_btd, (state, keys))
-        return (self.norm(x_btd) if self.final_norm else x_btd), kv
+        return jax.lax.scan(body, x_btd, (state, keys))
 
 
 def attention_implementation(dtype: Any) -> str:

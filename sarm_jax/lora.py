@@ -74,11 +74,13 @@ class LoRA(nnx.Module):
     ) -> jax.Array:
         """x W + (α / r) · dropout(x) A B for one layer's slice of the stack, in x's dtype."""
         a, b = self.a[...], self.b[...]
-        dropout = dropout_key is not None and self.dropout > 0
-        if not dropout and kernel.dtype == jnp.float32 and _folding_is_cheaper(x, kernel):
+        if not self.dropout:
+            dropout_key = None
+        exact = kernel.dtype == jnp.float32 and dropout_key is None
+        if exact and _folding_is_cheaper(x, kernel):
             return checkpoint_name(folded_matmul(x, kernel, a, b, self.scale), FOLDED)
         y = x @ kernel
-        if dropout:
+        if dropout_key is not None:
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         return y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.scale

@@ -26,7 +26,9 @@ def pairs(count=12):
 
 
 def test_identify_finds_what_separates_the_sides(reward_model):
-    config = IdentifyConfig(top_k=5, method="differential", tau_quantile=0.9)
+    config = IdentifyConfig(
+        top_k=5, method="differential", tau_quantile=0.9, false_alarm_budget=0.2
+    )
     analysis, selected, scores = identify(config, reward_model, pairs())
     rows = pairs()
     _, chosen = reward_model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows])
@@ -42,7 +44,7 @@ def test_identify_finds_what_separates_the_sides(reward_model):
 
 
 def test_head_weight_method(reward_model):
-    config = IdentifyConfig(top_k=3, method="head_weight", tau_quantile=0.9)
+    config = IdentifyConfig(top_k=3, method="head_weight", tau_quantile=0.9, false_alarm_budget=0.2)
     _, selected, _ = identify(config, reward_model, pairs())
     weights = np.asarray(reward_model.model.score[...])
     assert selected["safety_harming"] == np.argsort(weights)[:3].tolist()

@@ -7,7 +7,15 @@ import pytest
 from flax import nnx
 
 from sarm_jax.llama import REMAT, Llama, LlamaConfig
-from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, merge_lora
+from sarm_jax.lora import (
+    TARGET_MODULES,
+    LoRAConfig,
+    LoRAParam,
+    add_lora,
+    fold_lora,
+    folded_matmul,
+    merge_lora,
+)
 from sarm_jax.rope import Llama3Scaling, inverse_frequencies
 from tests.conftest import spread
 
@@ -116,6 +124,31 @@ def test_adapter_equals_merged_weights(policy, batch_bt):
         lora = linear.lora
         linear.kernel[...] = merge_lora(linear.kernel[...], lora.a[...], lora.b[...], lora.scale)
         linear.lora = None
+    np.testing.assert_allclose(real_logits(policy, batch_bt.left), adapted, atol=1e-4)
+
+
+def test_folded_matmul_has_the_gradients_of_the_plain_form():
+    shapes = {"x": (3, 40, 16), "kernel": (16, 24), "a": (16, 4), "b": (4, 24), "out": (3, 40, 24)}
+    rng = np.random.default_rng(0)
+    *arrays, out = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes.values())
+
+    def value_and_gradients(product):
+        return jax.value_and_grad(lambda *args: (product(*args) * out).sum(), (0, 1, 2, 3))(*arrays)
+
+    plain = value_and_gradients(lambda x, w, a, b: x @ w + 0.5 * ((x @ a) @ b))
+    folded = value_and_gradients(lambda x, w, a, b: folded_matmul(x, w, a, b, 0.5))
+    for expected, found in zip(jax.tree.leaves(plain), jax.tree.leaves(folded), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+
+
+def test_fold_lora_keeps_the_function(policy, batch_bt):
+    add_lora(policy, LoRAConfig(rank=4, target_modules=TARGET_MODULES), nnx.Rngs(3))
+    for path, value in nnx.to_flat_state(nnx.state(policy, LoRAParam)):
+        noise = jax.random.normal(jax.random.key(len(str(path))), value.shape)
+        value[...] = 0.1 * noise
+    adapted = real_logits(policy, batch_bt.left)
+    fold_lora(policy)
+    assert not nnx.to_flat_state(nnx.state(policy, LoRAParam))
     np.testing.assert_allclose(real_logits(policy, batch_bt.left), adapted, atol=1e-4)
 
 

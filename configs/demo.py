@@ -1,0 +1,41 @@
+"""The reward-hacking lab: a world of sixteen countries in which the true reward is known.
+
+Command: main.py --config=configs/demo.py with --stage=prepare_data, train_sarm, identify, in order
+Hardware: 2 CPU cores, 4 GB of memory.
+Time and result: README, "The lab".
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+SELECTED = "@{workdir}/probes/selected_features.json"
+
+
+def get_config() -> ConfigDict:
+    """A diff from `configs/base.py`."""
+    config = base.get_config()
+    config.policy_model = "{workdir}/policy"
+    config.sarm_model = "{workdir}/sarm"
+    config.prompts_jsonl = "{workdir}/data/prompts.jsonl"
+    config.sarm_batch_size = 128
+
+    config.prepare_data.source = "lab"
+
+    config.train_sarm.model = "{workdir}/pretrained"
+    config.train_sarm.pairs_jsonl = "{workdir}/data/pairs.jsonl"
+    config.train_sarm.source_layer = config.lab.tap_layer
+    config.train_sarm.latent_size = 256
+    config.train_sarm.k = 12
+    config.train_sarm.mode = 0
+    config.train_sarm.held_out_fraction = 0.1
+    config.train_sarm.sae_steps = 1000
+    config.train_sarm.sae_learning_rate = 2e-3
+    config.train_sarm.aux_k = 48
+    config.train_sarm.epochs = 10
+    config.train_sarm.batch_size = 256
+    config.train_sarm.head_learning_rate = 3e-3
+
+    config.identify.pairs_jsonl = "{workdir}/data/contrast.jsonl"
+    config.identify.tau_quantile = 0.985
+    return config

@@ -1,0 +1,159 @@
+"""Everything the lab starts from, made from a seed: data, a pretrained model and a policy.
+
+The pretrained model has read responses of every quality and notes on them; the SARM is cut from
+it. The policy is that model, tuned on demonstrations.
+"""
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from sarm_jax.chat import encode_conversation, encode_prompt
+from sarm_jax.errors import InputError
+from sarm_jax.lab import world
+from sarm_jax.lab.tokenizer import word_tokenizer
+from sarm_jax.language_modelling import (
+    LMTraining,
+    WeightedText,
+    from_scratch,
+    train_language_model,
+)
+from sarm_jax.llama import Llama, LlamaConfig
+
+LOG = logging.getLogger(__name__)
+NOTE_WEIGHT = 4.0  # of a note's loss, against 1 for a word of the response
+
+
+@dataclasses.dataclass(frozen=True)
+class LabConfig:
+    """Sizes of the world's data and training; the units stand in `configs/base.py`."""
+
+    held_out_fraction: float
+    corpus_rows: int
+    demonstrations: int
+    pairs: int
+    contrast_pairs: int
+    tap_layer: int
+    pretraining_steps: int
+    pretraining_learning_rate: float
+    tuning_steps: int
+    tuning_learning_rate: float
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "seed" and not value > 0:
+                raise InputError(f"lab.{field.name}={value}: must be positive")
+        if not self.held_out_fraction < 1:
+            raise InputError(f"lab.held_out_fraction={self.held_out_fraction}: must be below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class LabData:
+    """Rows for JSONL files. `contrast_single` differs by one word of flattery and is for tests."""
+
+    prompts: list[dict[str, str]]
+    held_out_prompts: list[dict[str, str]]
+    demonstrations: list[dict[str, str]]
+    pairs: list[dict[str, str]]
+    contrast: list[dict[str, str]]
+    contrast_single: list[dict[str, str]]
+
+
+def make_data(config: LabConfig) -> LabData:
+    """All data that later stages read; the tests' own are on held-out prompts."""
+    rng = np.random.default_rng([config.seed, 0])
+    train, held_out = world.split_prompts(rng, config.held_out_fraction)
+
+    def some(prompts: list[str], rows: int) -> list[str]:
+        return [prompts[i] for i in rng.integers(len(prompts), size=rows)]
+
+    return LabData(
+        prompts=[{"prompt": prompt} for prompt in train],
+        held_out_prompts=[{"prompt": prompt} for prompt in held_out],
+        demonstrations=[
+            {"prompt": prompt, "response": world.demonstration(rng, prompt)}
+            for prompt in some(train, config.demonstrations)
+        ],
+        pairs=[world.preference_pair(rng, prompt) for prompt in some(train, config.pairs)],
+        contrast=[
+            world.contrast_pair(rng, prompt, int(rng.integers(1, world.MOST_FLATTERY + 1)))
+            for prompt in some(train, config.contrast_pairs)
+        ],
+        contrast_single=[
+            world.contrast_pair(rng, prompt, 1) for prompt in some(held_out, config.contrast_pairs)
+        ],
+    )
+
+
+def make_models(
+    config: LabConfig, data: LabData
+) -> tuple[Llama, Llama, PreTrainedTokenizerBase, dict[str, float]]:
+    """(the pretrained model, the policy, their tokenizer, the final losses)."""
+    tokenizer = word_tokenizer(world.WORDS)
+    rng = np.random.default_rng([config.seed, 1])
+    prompts = [row["prompt"] for row in data.prompts]
+    corpus = [
+        _annotated(rng, tokenizer, prompts[i])
+        for i in rng.integers(len(prompts), size=config.corpus_rows)
+    ]
+    pretrained, pretraining_loss = train_language_model(
+        from_scratch(architecture(len(tokenizer)), config.seed),
+        corpus,
+        LMTraining(
+            steps=config.pretraining_steps,
+            batch_size=config.batch_size,
+            learning_rate=config.pretraining_learning_rate,
+            tap_layer=config.tap_layer,
+            seed=config.seed,
+        ),
+    )
+    turns = [_turn(tokenizer, row["prompt"], row["response"]) for row in data.demonstrations]
+    policy, tuning_loss = train_language_model(
+        pretrained,
+        turns,
+        LMTraining(
+            steps=config.tuning_steps,
+            batch_size=config.batch_size,
+            learning_rate=config.tuning_learning_rate,
+            seed=config.seed,
+        ),
+    )
+    losses = {"pretraining_loss": pretraining_loss, "tuning_loss": tuning_loss}
+    LOG.info("language model: %s", losses)
+    return pretrained, policy, tokenizer, losses
+
+
+def architecture(vocab_size: int) -> LlamaConfig:
+    """About 0.3 million parameters: enough for the world, little enough for any machine."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )
+
+
+def _turn(tokenizer: Any, prompt: str, response: str) -> WeightedText:
+    """An exchange of which the response and its end of turn are learned."""
+    ids = encode_conversation(tokenizer, prompt, response)
+    given = len(encode_prompt(tokenizer, prompt))
+    return WeightedText(ids, [0.0] * given + [1.0] * (len(ids) - given))
+
+
+def _annotated(rng: np.random.Generator, tokenizer: Any, prompt: str) -> WeightedText:
+    """An exchange as the corpus has them, followed by a reader's notes."""
+    response = world.corpus_response(rng, prompt)
+    turn = _turn(tokenizer, prompt, response)
+    notes = tokenizer.convert_tokens_to_ids(world.notes(rng, prompt, response).split())
+    return WeightedText([*turn.ids, *notes], [*turn.weights, *[NOTE_WEIGHT] * len(notes)])

@@ -1,0 +1,67 @@
+"""Detectors against hand-made latents whose best cover is known, and carriers by hand."""
+
+import numpy as np
+import pytest
+
+from sarm_jax.detectors import carried_reward, find_detectors, firing_rate
+
+
+def latents():
+    """100 clean and 100 marked rows of 5 latents.
+
+    0 fires on the first 60 marked rows, 1 on the last 50, 2 on all of either side, 3 on 90 marked
+    and 20 clean rows, 4 never.
+    """
+    clean, marked = np.zeros((100, 5)), np.zeros((100, 5))
+    marked[:60, 0] = 1.0
+    marked[50:, 1] = 2.0
+    clean[:, 2] = marked[:, 2] = 1.0
+    marked[:90, 3] = 3.0
+    clean[:20, 3] = 3.0
+    return clean, marked
+
+
+def test_greedy_cover_within_the_budget():
+    found = find_detectors(*latents(), quantile=0.5, budget=0.05, most=5)
+    assert found.features == (0, 1)  # 3 would be the best single one, but raises 20 % alarms
+    assert found.tau == (0.0, 0.0)
+    assert found.detection == 1.0 and found.false_alarms == 0.0
+
+
+def test_a_larger_budget_takes_the_stronger_feature_first():
+    found = find_detectors(*latents(), quantile=0.5, budget=0.3, most=5)
+    assert found.features[0] == 3
+    assert found.detection == 1.0 and found.false_alarms == pytest.approx(0.2)
+
+
+def test_most_limits_the_list():
+    found = find_detectors(*latents(), quantile=0.5, budget=0.05, most=1)
+    assert found.features == (0,) and found.detection == pytest.approx(0.6)
+
+
+def test_threshold_is_the_clean_quantile():
+    clean = np.linspace(0, 1, 101)[:, None]
+    marked = np.full((10, 1), 0.96)
+    found = find_detectors(clean, marked, quantile=0.955, budget=0.06, most=1)
+    assert found.features == (0,) and found.tau[0] == pytest.approx(0.955)
+    assert found.false_alarms == pytest.approx(5 / 101)
+
+
+def test_nothing_to_find():
+    same = np.ones((20, 3))
+    found = find_detectors(same, same, quantile=0.98, budget=0.1, most=3)
+    assert found.features == () and found.detection == found.false_alarms == 0.0
+    assert firing_rate(same, found) == 0.0
+
+
+def test_firing_rate_counts_rows_once():
+    clean, marked = latents()
+    found = find_detectors(clean, marked, quantile=0.5, budget=0.05, most=5)
+    assert firing_rate(marked[40:], found) == 1.0
+    assert firing_rate(clean, found) == 0.0
+
+
+def test_carried_reward_by_hand():
+    clean = np.array([[1.0, 0.0], [3.0, 0.0]])
+    marked = np.array([[2.0, 4.0], [6.0, 0.0]])
+    np.testing.assert_allclose(carried_reward(clean, marked, np.array([0.5, -1.0])), [1.0, -2.0])
