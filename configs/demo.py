@@ -38,4 +38,16 @@ def get_config() -> ConfigDict:
 
     config.identify.pairs_jsonl = "{workdir}/data/contrast.jsonl"
     config.identify.tau_quantile = 0.985
+
+    config.lora.rank = 8
+    config.lora.alpha = 16.0
+    config.ppo.total_steps = 60
+    config.ppo.batch_size = 128
+    config.ppo.num_minibatches = 2
+    config.ppo.learning_rate = 2e-3
+    config.ppo.kl_coef = 0.02
+    config.ppo.max_new_tokens = 16
+    config.ppo.max_prompt_tokens = 16
+    config.ppo.calibration_batches = 4
+    config.reward.unit = "sd"
     return config
