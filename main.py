@@ -29,11 +29,13 @@ from ppo.human_latents import collect_human_latents, human_buffer, save_human_la
 from ppo.options import reward_config, train_config
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import NonFiniteError, Trainer
+from sarm_jax.detectors import Detectors
 from sarm_jax.errors import InputError
 from sarm_jax.features import IdentifyConfig, identify
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import read_jsonl, write_jsonl
 from sarm_jax.lab.build import LabConfig, make_data, make_models
+from sarm_jax.lab.gates import measure_gates
 from sarm_jax.llama import REMAT
 from sarm_jax.preference_pairs import PairsConfig, make_pairs
 from sarm_jax.reward_model import RewardModel
@@ -104,7 +106,8 @@ def run_identify(config: ConfigDict, workdir: Path) -> None:
     section = config.identify.to_dict()
     pairs = read_pairs(split_paths(section.pop("pairs_jsonl")))
     options = IdentifyConfig(**section)
-    analysis, selected, scores = identify(options, reward_model(config), pairs)
+    model = reward_model(config)
+    analysis, selected, scores = identify(options, model, pairs)
     folder = workdir / "probes"
     folder.mkdir(exist_ok=True)
     write_json(folder / "feature_analysis.json", analysis)
@@ -112,6 +115,28 @@ def run_identify(config: ConfigDict, workdir: Path) -> None:
     with replacing(folder / "feature_scores.safetensors", "wb") as file:
         file.write(save(scores))
     LOG.info("features in %s", folder / "selected_features.json")
+    if config.prepare_data.source == "lab":
+        detectors = Detectors(
+            tuple(selected["detectors"]),
+            tuple(selected["tau_detectors"]),
+            analysis["detectors"]["detection"],
+            analysis["detectors"]["false_alarms"],
+        )
+        check_lab(config, workdir, model, detectors)
+
+
+def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors) -> None:
+    """Measures the lab's gates on held-out prompts, says which hold, and writes gates.json."""
+    data = workdir / "data"
+    prompts, held_out = (
+        read_prompts(str(data / name)) for name in ("prompts.jsonl", "held_out_prompts.jsonl")
+    )
+    contrast = read_jsonl(data / "contrast_single.jsonl", PAIR_FIELDS)
+    gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed)
+    for gate in gates:
+        LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
+    values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
+    write_json(workdir / "probes" / "gates.json", values)
 
 
 def run_human_latents(config: ConfigDict, workdir: Path) -> None:
