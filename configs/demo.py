@@ -9,8 +9,6 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-SELECTED = "@{workdir}/probes/selected_features.json"
-
 
 def get_config() -> ConfigDict:
     """A diff from `configs/base.py`."""

@@ -6,7 +6,6 @@ the model knows.
 """
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,7 +20,6 @@ from sarm_jax.chat import bucket_length, pad_batch
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.sae_training import warmup_cosine
 
-LOG = logging.getLogger(__name__)
 STEPS_PER_CALL = 20  # minibatches that are on the device at a time
 
 

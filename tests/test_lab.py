@@ -121,6 +121,8 @@ def test_bad_options_are_named():
         LabConfig(**SMALL | {"pairs": 0})
     with pytest.raises(InputError, match=r"lab\.held_out_fraction=1\.5"):
         LabConfig(**SMALL | {"held_out_fraction": 1.5})
+    with pytest.raises(InputError, match=r"lab\.tap_layer=5: the model has 4 layers"):
+        LabConfig(**SMALL | {"tap_layer": 5})
 
 
 def test_linear_probe_finds_what_is_linear():

@@ -24,6 +24,7 @@ from sarm_jax.language_modelling import (
 from sarm_jax.llama import Llama, LlamaConfig
 
 LOG = logging.getLogger(__name__)
+LAYERS = 4
 NOTE_WEIGHT = 4.0  # of a note's loss, against 1 for a word of the response
 
 
@@ -51,6 +52,8 @@ class LabConfig:
                 raise InputError(f"lab.{field.name}={value}: must be positive")
         if not self.held_out_fraction < 1:
             raise InputError(f"lab.held_out_fraction={self.held_out_fraction}: must be below 1")
+        if self.tap_layer > LAYERS:
+            raise InputError(f"lab.tap_layer={self.tap_layer}: the model has {LAYERS} layers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,7 @@ def architecture(vocab_size: int) -> LlamaConfig:
         vocab_size=vocab_size,
         hidden_size=96,
         intermediate_size=192,
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=24,
