@@ -160,13 +160,18 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     tokenizer = load_hf_tokenizer(config.policy_model)
     ppo = options.ppo
     deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)
+    eval_deck = None
+    if path := config.eval_prompts_jsonl:
+        eval_prompts = read_prompts(path)
+        eval_deck = PromptDeck(eval_prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, path)
     claim(workdir, {name: plain(config[name]) for name in TRAIN_SETTINGS})
 
     if options.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     policy.remat = config.remat
-    trainer = Trainer(options, policy, tokenizer, reward_model(config), deck, human, workdir)
+    model = reward_model(config)
+    trainer = Trainer(options, policy, tokenizer, model, deck, human, workdir, eval_deck)
     summary = trainer.run()
     params = trainer.state["train"].params
     nnx.update(policy, params["lora"])
@@ -192,7 +197,7 @@ STAGES = {
 }
 LATER_STAGES = ("probe", "evaluate", "report", "plan", "all")
 TRAIN_SETTINGS = (
-    "policy_model sarm_model prompts_jsonl dtype remat sarm_max_length "
+    "policy_model sarm_model prompts_jsonl eval_prompts_jsonl dtype remat sarm_max_length "
     "lora ppo reward discriminator"
 ).split()
 

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"  # of the frozen weights and activations: float32 or bfloat16
     config.remat = "dots"  # kept for the backward pass: all (none), matrix products, nothing (full)
     config.prompts_jsonl = ""  # {"prompt"} lines that PPO trains on
+    config.eval_prompts_jsonl = ""  # {"prompt"} lines to evaluate the policy on; empty: none
     config.sarm_max_length = 4096  # tokens; longer conversations lose their beginning
     config.sarm_batch_size = 16  # conversations scored at a time
 
@@ -45,7 +46,7 @@ def get_config() -> ConfigDict:
     config.ppo.gamma = 1.0
     config.ppo.gae_lambda = 0.95
     config.ppo.kl_coef = 0.05  # per-token penalty on log π_old − log π_ref, in reward σ per nat
-    config.ppo.missing_eos_penalty = 1.0  # in reward σ, for a response that does not end
+    config.ppo.missing_eos_penalty = 1.0  # in reward σ, for a response that does not end; 0: none
     config.ppo.whiten_advantages = True
     config.ppo.temperature = 1.0  # of sampler, old, new and reference policy alike
     config.ppo.top_p = 1.0  # PPO refuses anything else
@@ -56,6 +57,8 @@ def get_config() -> ConfigDict:
     config.ppo.checkpoint_every = 10  # steps
     config.ppo.keep_checkpoints = 3
     config.ppo.samples_per_step = 2  # rows of samples.jsonl per step
+    config.ppo.eval_every = 10  # steps between evaluations on eval_prompts_jsonl
+    config.ppo.eval_batches = 1  # batches of its prompts, the same ones every time
     config.ppo.seed = 0
 
     config.reward = ConfigDict()
@@ -70,6 +73,8 @@ def get_config() -> ConfigDict:
     config.reward.latent_indices = ""  # features the discriminator reads; empty: all in the buffer
     config.reward.human_latents = ""  # safetensors written by --stage=human_latents
     config.reward.unit = "score"  # of alpha and beta: reward-model score, or "sd" of it
+    # The most that penalties and latent KL together take from a response, in sd of the score.
+    config.reward.penalty_cap = 10.0  # inf: no cap
 
     config.discriminator = ConfigDict()
     config.discriminator.learning_rate = 1e-3

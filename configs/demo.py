@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.policy_model = "{workdir}/policy"
     config.sarm_model = "{workdir}/sarm"
     config.prompts_jsonl = "{workdir}/data/prompts.jsonl"
+    config.eval_prompts_jsonl = "{workdir}/data/held_out_prompts.jsonl"
     config.sarm_batch_size = 128
 
     config.prepare_data.source = "lab"
@@ -47,5 +48,7 @@ def get_config() -> ConfigDict:
     config.ppo.max_new_tokens = 16
     config.ppo.max_prompt_tokens = 16
     config.ppo.calibration_batches = 4
+    config.ppo.eval_every = 2
+    config.ppo.eval_batches = 2
     config.reward.unit = "sd"
     return config

@@ -6,7 +6,8 @@ from sarm_jax.errors import InputError
 
 AT_LEAST_ONE = (
     "total_steps batch_size num_minibatches gradient_accumulation_steps ppo_epochs "
-    "max_new_tokens max_prompt_tokens calibration_batches checkpoint_every keep_checkpoints"
+    "max_new_tokens max_prompt_tokens calibration_batches checkpoint_every keep_checkpoints "
+    "eval_every eval_batches"
 ).split()
 POSITIVE = "learning_rate clip_range value_clip_range max_grad_norm temperature".split()
 NOT_NEGATIVE = (
@@ -45,6 +46,8 @@ class PPOConfig:
     checkpoint_every: int
     keep_checkpoints: int
     samples_per_step: int
+    eval_every: int
+    eval_batches: int
     seed: int
 
     def __post_init__(self) -> None:

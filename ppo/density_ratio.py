@@ -84,11 +84,8 @@ class DensityRatio:
 
         Returns (state, D `[B]` of `policy_bs` under the new state, {disc_loss, disc_acc}).
         """
-        policy_bs = (policy_bs.astype(jnp.float32) - self._mean) / self._std
-        size = self.config.batch_size
-
-        def logits(params, x_ns):
-            return nnx.merge(self._graphdef, params)(x_ns)
+        policy_bs = self._standardised(policy_bs)
+        size, logits = self.config.batch_size, self._logits
 
         def loss(params, human, policy):
             d_human, d_policy = logits(params, human), logits(params, policy)
@@ -109,3 +106,14 @@ class DensityRatio:
         state, (losses, accuracies) = jax.lax.scan(step, state, keys)
         metrics = {"disc_loss": losses.mean(), "disc_acc": accuracies.mean()}
         return state, logits(state.params, policy_bs), metrics
+
+    @partial(jax.jit, static_argnums=0)
+    def read(self, state: DensityRatioState, policy_bs: jax.Array) -> jax.Array:
+        """D `[B]` of latents that are not trained on."""
+        return self._logits(state.params, self._standardised(policy_bs))
+
+    def _standardised(self, z_bs: jax.Array) -> jax.Array:
+        return (z_bs.astype(jnp.float32) - self._mean) / self._std
+
+    def _logits(self, params: nnx.State, x_ns: jax.Array) -> jax.Array:
+        return nnx.merge(self._graphdef, params)(x_ns)

@@ -61,3 +61,9 @@ def kl_k3(log_ratio_bt: jax.Array) -> jax.Array:
     Source: Schulman, "Approximating KL divergence" (2020). Never negative.
     """
     return jnp.expm1(-log_ratio_bt) + log_ratio_bt
+
+
+def response_kl(logp_br: jax.Array, ref_logp_br: jax.Array, mask_br: jax.Array) -> jax.Array:
+    """KL to the reference policy, nats per response `[B]`: Σ_t k3(log π − log π_ref)."""
+    log_ratio_br = log_ratio(logp_br, ref_logp_br, mask_br)
+    return jnp.where(mask_br, kl_k3(log_ratio_br), 0.0).sum(axis=1)

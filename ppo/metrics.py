@@ -1,4 +1,5 @@
-"""What a run writes while it goes: metrics.csv, samples.jsonl, TensorBoard events, a bar.
+"""What a run writes while it goes: metrics.csv, samples.jsonl, TensorBoard events, a bar; and
+evaluations.jsonl, where the policy is evaluated on held-out prompts.
 
 Rows of steps that a resumed run will repeat are dropped first, so that every step stands once.
 The meaning and unit of each column is in README's glossary.
@@ -9,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from sarm_jax.files import replacing
 
+EVALUATIONS = "evaluations.jsonl"
 COLUMNS = (
     "step timestamp total_reward rm_score indicator_penalty kl_penalty ref_kl "
     "response_length_mean response_length_std eos_fraction ppo_loss policy_loss value_loss entropy "
@@ -33,6 +36,7 @@ class RunLog:
         self.columns = [*COLUMNS, *per_feature]
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
+        self._evaluations_path = workdir / EVALUATIONS
         self._rewind(first_step)
         self._metrics = self._metrics_path.open("a", newline="", encoding="utf-8")
         self._samples = self._samples_path.open("a", encoding="utf-8")
@@ -66,6 +70,17 @@ class RunLog:
         )
         self._bar.update()
 
+    def write_evaluation(self, rows: Sequence[dict]) -> None:
+        """Appends the responses of one evaluation, all of the same step; none: no file."""
+        if not rows:
+            return
+        with self._evaluations_path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        for name, value in _held_out_means(rows).items():
+            self._board.add_scalar(f"held_out/{name}", value, rows[0]["step"])
+
     def flush(self) -> None:
         """Brings both files to disk."""
         for file in (self._metrics, self._samples):
@@ -80,10 +95,10 @@ class RunLog:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(rows)
-        if self._samples_path.exists():
-            lines = self._samples_path.read_text(encoding="utf-8").splitlines(keepends=True)
-            with replacing(self._samples_path) as file:
-                file.writelines(line for line in lines if _sample_step(line) < first_step)
+        _keep_lines(self._samples_path, first_step - 1)
+        # An evaluation of step n looks at what n steps have made, and comes before the checkpoint
+        # of n: a run that starts afresh repeats the one at 0.
+        _keep_lines(self._evaluations_path, first_step if first_step else -1)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -91,6 +106,42 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return [{name: float(cell) if cell else float("nan") for name, cell in r.items()} for r in rows]
+
+
+def read_evaluations(workdir: Path) -> list[dict]:
+    """The rows of evaluations.jsonl, in the order of the steps."""
+    with (workdir / EVALUATIONS).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
+    means = {
+        name: float(np.mean([row[name] for row in rows]))
+        for name in ("total_reward", "rm_score", "kl_penalty", "ref_kl")
+    }
+    means["indicator_penalty"] = float(np.mean([sum(row["penalties"].values()) for row in rows]))
+    means["eos_fraction"] = float(np.mean([row["ended"] for row in rows]))
+    return means
+
+
+def summarise_evaluations(rows: Sequence[dict]) -> dict[str, Any]:
+    """Means over the held-out prompts before the first step and after the last."""
+    steps = sorted({row["step"] for row in rows})
+    first, last = ([row for row in rows if row["step"] == step] for step in (steps[0], steps[-1]))
+    return {
+        "steps": [steps[0], steps[-1]],
+        "responses": len(first),
+        "first": _held_out_means(first),
+        "last": _held_out_means(last),
+    }
+
+
+def _keep_lines(path: Path, last_step: int) -> None:
+    """Drops the lines of later steps, and half a line that an interruption left."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with replacing(path) as file:
+            file.writelines(line for line in lines if _sample_step(line) <= last_step)
 
 
 def _is_before(row: dict[str, str], first_step: int) -> bool:

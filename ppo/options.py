@@ -41,4 +41,5 @@ def lora_config(section: Mapping[str, Any]) -> LoRAConfig:
 def reward_config(section: Mapping[str, Any]) -> RewardConfig:
     """The reward section with its lists parsed, files behind "@" read."""
     options: dict[str, Any] = {name: parse(name, section[name]) for name, parse in PARSERS.items()}
-    return RewardConfig(beta=section["beta"], unit=section["unit"], **options)
+    plain = {name: section[name] for name in ("beta", "unit", "penalty_cap")}
+    return RewardConfig(**plain, **options)

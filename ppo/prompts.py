@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sarm_jax.chat import bucket_length, encode_prompt, pad_batch, pad_id
+from sarm_jax.chat import encode_prompt, pad_batch, pad_id
 from sarm_jax.errors import InputError
 from sarm_jax.jsonl import read_jsonl
 
@@ -34,7 +34,7 @@ class PromptDeck:
                     f"{source or 'prompts'}:{number}: the prompt has {len(row)} tokens with its "
                     f"chat template, more than ppo.max_prompt_tokens={max_tokens}"
                 )
-        self.length = bucket_length(max(map(len, self._rows)))
+        self.length = -8 * (-max(map(len, self._rows)) // 8)  # one shape for all: no buckets
 
     def deal(self, step: int, batch_size: int) -> tuple[list[str], np.ndarray, np.ndarray]:
         """(texts, tokens `[B, P]` int32, mask `[B, P]` bool) of batch number `step`."""

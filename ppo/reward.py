@@ -8,6 +8,11 @@ Units. R_SARM is in the reward model's own units (for Llama-SARM-4B a standard d
 0.05). α and β are in the same units with `unit="score"`, or in standard deviations of the
 reference responses' scores with `unit="sd"`. R_total is always reported in the reward model's
 units; PPO then learns from (R_total − μ) / σ, μ and σ being those of the reference responses.
+
+Two bounds keep a policy from escaping its penalties. What the controls take from a response,
+Σ_i α_i · 1[z_i > τ_i] + β · D, is at most `penalty_cap` σ. And a response that does not end has
+dodged the end-of-turn token that everything is read at, so `learned_reward` charges it as much as
+any response of its batch, and believes no score above the reference responses' mean.
 """
 
 import dataclasses
@@ -22,7 +27,8 @@ from sarm_jax.sarm import Intervention, intervention
 class RewardConfig:
     """The controlled features; lists that belong together have equal lengths.
 
-    A clamp value of None leaves that bound open; `set` excludes the other two.
+    A clamp value of None leaves that bound open; `set` excludes the other two. `penalty_cap` is in
+    σ of the reference responses' scores, whatever the `unit` of α and β.
     """
 
     penalize_features: tuple[int, ...] = ()
@@ -35,6 +41,7 @@ class RewardConfig:
     beta: float = 0.0
     latent_indices: tuple[int, ...] = ()
     unit: str = "score"
+    penalty_cap: float = float("inf")
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -51,6 +58,8 @@ class RewardConfig:
             raise InputError(f"beta={self.beta}: must be a number that is not negative")
         if self.unit not in ("score", "sd"):
             raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
+        if not self.penalty_cap > 0:
+            raise InputError(f"reward.penalty_cap={self.penalty_cap}: must be positive (inf: none)")
 
     def _check_lengths(self) -> None:
         groups = [("penalize_features", name) for name in ("tau_values", "alpha_values")]
@@ -103,12 +112,18 @@ class RewardConfig:
 class RewardTerms:
     """The terms of R_total for B responses, in the reward model's units, float32.
 
-    `penalty_bn` has a column per penalised feature: α_i where the feature fired, else 0.
+    `penalty_bn` has a column per penalised feature: α_i where the feature fired, else 0. Where the
+    controls together exceed the cap, both they and `kl_penalty_b` are scaled down to meet it.
     """
 
     rm_score_b: np.ndarray
     penalty_bn: np.ndarray
     kl_penalty_b: np.ndarray
+
+    @property
+    def controls_b(self) -> np.ndarray:
+        """What the controls take from each response `[B]`."""
+        return self.penalty_bn.sum(axis=1) + self.kl_penalty_b
 
     @property
     def total_b(self) -> np.ndarray:
@@ -125,16 +140,18 @@ def compound_reward(
 ) -> RewardTerms:
     """R_total of responses scored `score_b`, with the penalised features' latents `z_bn`.
 
-    `log_ratio_b` is D(z_S); `score_std` the σ that `unit="sd"` refers to.
+    `log_ratio_b` is D(z_S); `score_std` the σ that the cap and `unit="sd"` refer to.
     """
     scale = np.float32(score_std if config.unit == "sd" else 1.0)
     tau_n = np.asarray(config.tau_values, np.float32)
     alpha_n = np.asarray(config.alpha_values, np.float32)
-    return RewardTerms(
-        rm_score_b=score_b,
-        penalty_bn=np.where(z_bn > tau_n, scale * alpha_n, np.float32(0)),
-        kl_penalty_b=scale * np.float32(config.beta) * log_ratio_b,
-    )
+    penalty_bn = np.where(z_bn > tau_n, scale * alpha_n, np.float32(0))
+    kl_penalty_b = scale * np.float32(config.beta) * log_ratio_b
+    cap = np.float32(config.penalty_cap * score_std)
+    controls_b = penalty_bn.sum(axis=1) + kl_penalty_b
+    share_b = np.ones_like(controls_b)
+    np.divide(cap, controls_b, out=share_b, where=controls_b > cap)
+    return RewardTerms(score_b, penalty_bn * share_b[:, None], kl_penalty_b * share_b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,3 +175,22 @@ class ScoreScale:
     def normalise(self, total_b: np.ndarray) -> np.ndarray:
         """(R_total − μ) / σ, float32."""
         return ((total_b - self.mean) / self.std).astype(np.float32)
+
+
+def learned_reward(
+    terms: RewardTerms, scale: ScoreScale, ended_b: np.ndarray, missing_eos_penalty: float
+) -> np.ndarray:
+    """What PPO learns from `[B]`, in σ, float32: normalised R_total where the response ended.
+
+    One that did not end gets min((R_SARM − μ) / σ, 0) − c / σ − `missing_eos_penalty`, c being the
+    most that the controls take from any response of the batch: the same words with an end are
+    always worth more. A `missing_eos_penalty` of 0 says that responses need not end, and no
+    difference is made.
+    """
+    valid_b = scale.normalise(terms.total_b)
+    if missing_eos_penalty == 0:
+        return valid_b
+    most = np.maximum(terms.controls_b.max(), 0) / scale.std
+    believed_b = np.minimum(scale.normalise(terms.rm_score_b), 0)
+    invalid_b = believed_b - np.float32(most + missing_eos_penalty)
+    return np.where(ended_b, valid_b, invalid_b).astype(np.float32)

@@ -19,15 +19,23 @@ from jax import numpy as jnp
 from ppo.checkpoint import Checkpoints
 from ppo.config import PPOConfig
 from ppo.density_ratio import DensityRatio, DiscriminatorConfig
+from ppo.held_out import HeldOut
 from ppo.human_latents import HumanLatents
 from ppo.learner import Learner
-from ppo.metrics import RunLog, read_metrics, summarise
+from ppo.metrics import (
+    RunLog,
+    read_evaluations,
+    read_metrics,
+    summarise,
+    summarise_evaluations,
+)
 from ppo.prompts import PromptDeck
-from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward
+from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
+from ppo.rollout import Rollout, Sampler
+from ppo.scoring import Scored, Scorer
 from ppo.update import Batch, Updater, batch_metrics
 from sarm_jax.chat import pad_id
 from sarm_jax.files import replacing
-from sarm_jax.generate import Generation
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
@@ -52,7 +60,10 @@ class TrainConfig:
 
 
 class Trainer:
-    """A run in `workdir`. `human` is the buffer for the latent KL, None when β = 0."""
+    """A run in `workdir`. `human` is the buffer for the latent KL, None when β = 0.
+
+    `eval_deck` are prompts to evaluate the policy on while it is trained; None: no evaluation.
+    """
 
     def __init__(
         self,
@@ -63,24 +74,31 @@ class Trainer:
         deck: PromptDeck,
         human: HumanLatents | None,
         workdir: Path,
+        eval_deck: PromptDeck | None = None,
     ):
-        self.config, self.policy, self.tokenizer = config, policy, tokenizer
-        self.reward_model, self.workdir = reward_model, workdir
-        ppo, reward = config.ppo, config.reward
-        reward.check_features(reward_model.model.config.sae.latent_size)
-        self.deck = deck
-        self.learner, self._fresh, self.base = Learner.attach(
-            ppo, config.lora, policy, pad_id(tokenizer)
-        )
-        self.updater = Updater(self.learner)
+        self.config, self.workdir, self.deck = config, workdir, deck
         self.density_ratio = None
-        subset: tuple[int, ...] = ()
         if human is not None:
-            subset = human.latent_indices
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
-        # One gather per response: the penalised features first, then the discriminator's subset.
-        self._watched = (*reward.penalize_features, *subset)
-        self._clamp = reward.clamp(reward_model.model.config.sae.latent_size)
+        self.scorer = Scorer(reward_model, config.reward, human.latent_indices if human else ())
+        self.learner, self._fresh, self.base = Learner.attach(
+            config.ppo, config.lora, policy, pad_id(tokenizer)
+        )
+        self.sampler = Sampler(self.learner, self.base, tokenizer)
+        self.updater = Updater(self.learner)
+        keys = jax.random.split(jax.random.key(config.ppo.seed), 5)
+        self._rollout_key, self._disc_key, self._calibration_key, self._disc_data_key, key = keys
+        self.held_out = None
+        if eval_deck is not None:
+            self.held_out = HeldOut(
+                deck=eval_deck,
+                batches=config.ppo.eval_batches,
+                key=key,
+                sampler=self.sampler,
+                scorer=self.scorer,
+                reward=config.reward,
+                density_ratio=self.density_ratio,
+            )
         self._stop_signal: int | None = None
         self.scale = ScoreScale(0.0, 1.0)
 
@@ -94,129 +112,115 @@ class Trainer:
         state, done = self._start(checkpoints)
         features = self.config.reward.penalize_features
         with self._signals(), RunLog(self.workdir, features, done, config.total_steps) as log:
+            if done == 0:
+                log.write_evaluation(self._evaluate(0, state))
             for step in range(done, config.total_steps):
                 state, row, samples = self._step(step, state)
                 log.write(row, samples)
                 finished = step + 1
-                if finished % config.checkpoint_every == 0 or finished == config.total_steps:
+                last = finished == config.total_steps
+                if last or finished % config.eval_every == 0:
+                    log.write_evaluation(self._evaluate(finished, state))
+                stop = self._stop_signal
+                if last or finished % config.checkpoint_every == 0 or stop is not None:
                     checkpoints.save(finished, state, dataclasses.asdict(self.scale))
-                if self._stop_signal is not None:
-                    checkpoints.save(finished, state, dataclasses.asdict(self.scale))
-                    LOG.info("stopped by signal %d after step %d", self._stop_signal, finished)
-                    raise SystemExit(128 + self._stop_signal)
+                if stop is not None:
+                    LOG.info("stopped by signal %d after step %d", stop, finished)
+                    raise SystemExit(128 + stop)
         checkpoints.close()
         self.state = state
         rows = read_metrics(self.workdir / "metrics.csv")
         summary = summarise(rows, self.scale.mean, self.scale.std)
+        if self.held_out is not None:
+            summary["held_out"] = summarise_evaluations(read_evaluations(self.workdir))
         with replacing(self.workdir / "summary.json") as file:
             json.dump(summary, file, indent=2)
         return summary
 
     def _start(self, checkpoints: Checkpoints) -> tuple[dict, int]:
         """The state to go on from, and how many steps it has behind it."""
-        keys = jax.random.split(jax.random.key(self.config.ppo.seed), 4)
-        self._rollout_key, disc_key, calibration_key, self._disc_data_key = keys
+        config = self.config.ppo
         state: dict[str, Any] = {"train": self._fresh}
         if self.density_ratio is not None:
-            state["density_ratio"] = self.density_ratio.init(disc_key)
-        self._compile_scoring()
+            state["density_ratio"] = self.density_ratio.init(self._disc_key)
+        decks = [self.deck] if self.held_out is None else [self.deck, self.held_out.deck]
+        self.scorer.compile(decks, config.max_new_tokens, config.batch_size)
         if checkpoints.latest_step() is None:
-            self.scale = self._calibrate(state["train"], calibration_key)
+            self.scale = self._calibrate(state["train"].params)
             return state, 0
         done, state, facts = checkpoints.restore(state)
         self.scale = ScoreScale(**facts)
-        LOG.info("resuming after step %d of %d", done, self.config.ppo.total_steps)
+        LOG.info("resuming after step %d of %d", done, config.total_steps)
         return state, done
 
-    def _compile_scoring(self) -> None:
-        """Compiles every padded length that scoring can meet, so that no step does."""
-        rows = [self.reward_model.encode(prompt, "") for prompt in self.deck.prompts]
-        longest = max(map(len, rows)) + self.config.ppo.max_new_tokens
-        shortest = min(map(len, rows))
-        self.reward_model.compile(
-            shortest, longest, self.config.ppo.batch_size, self._clamp, self._watched
-        )
-
-    def _calibrate(self, train_state, key: jax.Array) -> ScoreScale:
+    def _calibrate(self, params: dict) -> ScoreScale:
         """μ and σ of the scores of the reference policy's own responses to the first prompts."""
         scores = []
         for batch in range(self.config.ppo.calibration_batches):
-            texts, tokens_bp, mask_bp = self.deck.deal(batch, self.config.ppo.batch_size)
-            batch_key = jax.random.fold_in(key, batch)
-            generation = self.learner.rollout(
-                train_state.params, self.base, tokens_bp, mask_bp, batch_key
-            )
-            score_b, _ = self.reward_model.score(
-                texts, self._decode(generation), self._clamp, self._watched
-            )
-            scores.append(score_b)
+            key = jax.random.fold_in(self._calibration_key, batch)
+            scores.append(self.scorer(self.sampler(params, self.deck, batch, key)).score_b)
         scale = ScoreScale.of(np.concatenate(scores))
         LOG.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
         return scale
+
+    def _evaluate(self, steps: int, state: dict) -> list[dict]:
+        return [] if self.held_out is None else self.held_out(steps, state, self.scale)
 
     def _step(self, step: int, state: dict) -> tuple[dict, dict[str, float], list[dict]]:
         """One PPO step: (new state, a metrics row, samples to show)."""
         config = self.config.ppo
         clock = [time.perf_counter()]
-        prompts, tokens_bp, mask_bp = self.deck.deal(step, config.batch_size)
         key = jax.random.fold_in(self._rollout_key, step)
-        generation = self.learner.rollout(state["train"].params, self.base, tokens_bp, mask_bp, key)
-        responses = self._decode(generation)
+        rollout = self.sampler(state["train"].params, self.deck, step, key)
         clock.append(time.perf_counter())
 
-        score_b, z_bn = self.reward_model.score(prompts, responses, self._clamp, self._watched)
-        terms, disc_state, disc_metrics = self._reward(step, state, score_b, z_bn)
-        ended_b = np.asarray(generation.ended_b)
-        reward_b = self.scale.normalise(terms.total_b)
-        reward_b = reward_b - np.float32(config.missing_eos_penalty) * ~ended_b
+        scored = self.scorer(rollout)
+        terms, disc_state, disc_metrics = self._reward(step, state, scored)
+        reward_b = learned_reward(terms, self.scale, rollout.ended_b, config.missing_eos_penalty)
         clock.append(time.perf_counter())
 
-        batch = self._batch(tokens_bp, mask_bp, generation, reward_b)
+        batch = self._batch(rollout, reward_b)
         order = np.random.default_rng((config.seed, step)).permuted(
             np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1)), axis=1
         )
         train_state, targets, scalars = self.updater(state["train"], self.base, batch, order)
-        scalars |= batch_metrics(batch, targets, generation.logp_br)
+        scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
         metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
         clock.append(time.perf_counter())
 
         if not metrics.pop("finite"):
-            self._dump(step, prompts, responses, batch, metrics)
+            self._dump(step, rollout, batch, metrics)
         if metrics["ratio_0_max_dev"] > RATIO_TOLERANCE:
             LOG.warning("step %d: ratio_0_max_dev=%.2e", step, metrics["ratio_0_max_dev"])
-        row = self._row(step, clock, generation, terms, z_bn, reward_b)
+        row = self._row(step, clock, rollout, terms, scored, reward_b)
         row |= metrics | {name: float(value) for name, value in disc_metrics.items()}
         new_state = {"train": train_state} | disc_state
-        return new_state, row, self._samples(step, prompts, responses, terms)
+        return new_state, row, self._samples(step, rollout, terms)
 
-    def _decode(self, generation: Generation) -> list[str]:
-        """Response texts, without special tokens."""
-        tokens_br, mask_br = jax.device_get((generation.tokens_br, generation.mask_br))
-        rows = [tokens[mask] for tokens, mask in zip(tokens_br, mask_br, strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-    def _reward(self, step, state, score_b, z_bn) -> tuple[RewardTerms, dict, dict]:
+    def _reward(self, step, state, scored: Scored) -> tuple[RewardTerms, dict, dict]:
         """The reward's terms; the discriminator is stepped on this batch before it is read."""
-        reward = self.config.reward
-        split = len(reward.penalize_features)
-        ratio_b, disc_state, metrics = np.zeros_like(score_b), {}, {}
+        ratio_b, disc_state, metrics = np.zeros_like(scored.score_b), {}, {}
         if self.density_ratio is not None:
             key = jax.random.fold_in(self._disc_data_key, step)
             new, ratio, metrics = self.density_ratio.update(
-                state["density_ratio"], jnp.asarray(z_bn[:, split:]), key
+                state["density_ratio"], jnp.asarray(scored.subset_bs), key
             )
             ratio_b, disc_state = np.asarray(ratio), {"density_ratio": new}
-        terms = compound_reward(reward, score_b, z_bn[:, :split], ratio_b, self.scale.std)
+        terms = compound_reward(
+            self.config.reward, scored.score_b, scored.penalised_bn, ratio_b, self.scale.std
+        )
         return terms, disc_state, metrics
 
-    def _batch(self, tokens_bp, mask_bp, generation: Generation, reward_b) -> Batch:
-        tokens_bt = jnp.concatenate([jnp.asarray(tokens_bp), generation.tokens_br], axis=1)
-        mask_bt = jnp.concatenate([jnp.asarray(mask_bp), generation.mask_br], axis=1)
+    def _batch(self, rollout: Rollout, reward_b: np.ndarray) -> Batch:
+        tokens_bt, mask_bt = rollout.tokens_bt, rollout.mask_bt
         ref_logp_br = self.learner.reference_logp(self.base, tokens_bt, mask_bt)
-        return Batch(tokens_bt, mask_bt, generation.mask_br, ref_logp_br, jnp.asarray(reward_b))
+        mask_br = rollout.generation.mask_br
+        return Batch(tokens_bt, mask_bt, mask_br, ref_logp_br, jnp.asarray(reward_b))
 
-    def _row(self, step, clock, generation, terms, z_bn, reward_b) -> dict[str, float]:
-        lengths_b = np.asarray(generation.mask_br).sum(axis=1)
+    def _row(
+        self, step, clock, rollout: Rollout, terms: RewardTerms, scored: Scored, reward_b
+    ) -> dict[str, float]:
+        lengths_b = rollout.lengths_b
         row = {
             "step": step,
             "timestamp": time.time(),
@@ -226,7 +230,7 @@ class Trainer:
             "kl_penalty": terms.kl_penalty_b.mean(),
             "response_length_mean": lengths_b.mean(),
             "response_length_std": lengths_b.std(),
-            "eos_fraction": np.asarray(generation.ended_b).mean(),
+            "eos_fraction": rollout.ended_b.mean(),
             "reward_mean": reward_b.mean(),
             "reward_std": reward_b.std(),
             "reward_min": reward_b.min(),
@@ -238,18 +242,18 @@ class Trainer:
         }
         reward = self.config.reward
         for column, feature in enumerate(reward.penalize_features):
-            z_b = z_bn[:, column]
+            z_b = scored.penalised_bn[:, column]
             row[f"feat_{feature}_activation"] = z_b.mean()
             row[f"feat_{feature}_above_tau"] = (z_b > reward.tau_values[column]).mean()
         return {name: float(value) for name, value in row.items()} | {"step": step}
 
-    def _samples(self, step, prompts, responses, terms: RewardTerms) -> list[dict]:
+    def _samples(self, step, rollout: Rollout, terms: RewardTerms) -> list[dict]:
         features = self.config.reward.penalize_features
         return [
             {
                 "step": step,
-                "prompt": prompts[b],
-                "response": responses[b],
+                "prompt": rollout.prompts[b],
+                "response": rollout.responses[b],
                 "rm_score": float(terms.rm_score_b[b]),
                 "penalties": {
                     str(i): float(p) for i, p in zip(features, terms.penalty_bn[b], strict=True)
@@ -257,14 +261,14 @@ class Trainer:
                 "kl_penalty": float(terms.kl_penalty_b[b]),
                 "total_reward": float(terms.total_b[b]),
             }
-            for b in range(min(self.config.ppo.samples_per_step, len(prompts)))
+            for b in range(min(self.config.ppo.samples_per_step, len(rollout.prompts)))
         ]
 
-    def _dump(self, step, prompts, responses, batch: Batch, metrics) -> None:
+    def _dump(self, step, rollout: Rollout, batch: Batch, metrics) -> None:
         """Keeps the offending batch and stops; the state before the update is not overwritten."""
         path = self.workdir / f"nonfinite_step_{step}.npz"
         arrays = jax.device_get({f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
-        np.savez(path, prompts=prompts, responses=responses, **arrays)
+        np.savez(path, prompts=rollout.prompts, responses=rollout.responses, **arrays)
         found = ", ".join(f"{k}={v}" for k, v in metrics.items() if not np.isfinite(v))
         raise NonFiniteError(f"step {step} is not finite ({found}); the batch is in {path}")
 

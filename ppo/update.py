@@ -19,7 +19,7 @@ from flax import nnx, struct
 from ppo.advantages import gae, masked_mean, token_rewards, whiten
 from ppo.config import PPOConfig
 from ppo.learner import Learner, TrainState
-from ppo.losses import kl_k3, log_ratio, policy_loss, value_loss
+from ppo.losses import kl_k3, log_ratio, policy_loss, response_kl, value_loss
 
 
 @struct.dataclass
@@ -165,16 +165,15 @@ def make_targets(
 def batch_metrics(batch: Batch, targets: Targets, sampler_logp_br: jax.Array) -> dict:
     """Scalars of the rollout itself.
 
-    `ref_kl`: nats per response, Σ_t k3 of log π_old − log π_ref, averaged over responses;
+    `ref_kl`: of π_old, nats per response, averaged over responses;
     `sampler_drift`: mean |log π_sampler − log π_old| per token;
     `advantage_*`: of returns − values, before whitening.
     """
     mask_br = batch.response_mask_br
-    log_ratio_br = log_ratio(targets.logp_br, batch.ref_logp_br, mask_br)
     advantages_br = targets.returns_br - targets.values_br
     mean = masked_mean(advantages_br, mask_br)
     return {
-        "ref_kl": jnp.where(mask_br, kl_k3(log_ratio_br), 0.0).sum(axis=1).mean(),
+        "ref_kl": response_kl(targets.logp_br, batch.ref_logp_br, mask_br).mean(),
         "sampler_drift": masked_mean(jnp.abs(sampler_logp_br - targets.logp_br), mask_br),
         "advantage_mean": mean,
         "advantage_std": jnp.sqrt(masked_mean(jnp.square(advantages_br - mean), mask_br)),

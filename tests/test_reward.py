@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo.reward import RewardConfig, ScoreScale, compound_reward
+from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
 from sarm_jax.errors import InputError
 
 SCORE = np.array([-0.1, 0.02, 0.0], np.float32)
@@ -62,6 +62,61 @@ def test_clamp_combines_set_minimum_and_maximum():
     np.testing.assert_array_equal(config.clamp(3)(jnp.asarray(z)), [[5, 0, 3], [1, 0, 1]])
 
 
+def test_the_cap_bounds_penalties_and_latent_kl_together():
+    config = RewardConfig((7, 9), (3.0, 3.0), (1.0, 2.0), beta=0.5, penalty_cap=40.0)
+    ratio = np.array([2.0, -3.0, 1.0], np.float32)  # controls 2 + 1, −1.5, 1 + 2 + 0.5
+    terms = compound_reward(config, SCORE, Z, ratio, 0.05)  # the cap is 40 · 0.05 = 2
+    np.testing.assert_allclose(terms.controls_b, [2.0, -1.5, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(terms.penalty_bn[0], [0, 2 * 2 / 3], rtol=1e-6)
+    np.testing.assert_allclose(terms.kl_penalty_b, [2 / 3, -1.5, 0.5 * 2 / 3.5], rtol=1e-6)
+    np.testing.assert_allclose(terms.total_b, SCORE - terms.controls_b, rtol=1e-6)
+
+
+def test_below_the_cap_nothing_changes():
+    capped = RewardConfig((7, 9), (3.0, 3.0), (0.1, 0.2), beta=0.1, penalty_cap=10.0)
+    free = RewardConfig((7, 9), (3.0, 3.0), (0.1, 0.2), beta=0.1)
+    ratio = np.array([1.0, -2.0, 0.5], np.float32)
+    for config in (capped, free):
+        terms = compound_reward(config, SCORE, Z, ratio, 0.05)
+        np.testing.assert_allclose(terms.penalty_bn, [[0, 0.2], [0, 0], [0.1, 0.2]], rtol=1e-6)
+        np.testing.assert_allclose(terms.kl_penalty_b, [0.1, -0.2, 0.05], rtol=1e-6)
+
+
+def test_learned_reward_by_hand():
+    scale = ScoreScale(mean=1.0, std=2.0)
+    score = np.array([5.0, 5.0, -3.0, -3.0], np.float32)
+    penalty = np.array([[4.0], [0.0], [0.0], [0.0]], np.float32)
+    terms = RewardTerms(score, penalty, np.zeros(4, np.float32))
+    ended = np.array([True, False, True, False])
+    # Ended: (5 − 4 − 1) / 2 and (−3 − 1) / 2. Not ended: min(2, 0) − 4/2 − 1 and −2 − 4/2 − 1.
+    np.testing.assert_allclose(learned_reward(terms, scale, ended, 1.0), [0, -3, -2, -5])
+    # Responses that need not end.
+    np.testing.assert_allclose(learned_reward(terms, scale, ended, 0.0), [0, 2, -2, -2])
+
+
+@pytest.mark.parametrize("cap", [2.0, float("inf")])
+def test_gibberish_without_an_end_gains_nothing(cap):
+    """Whatever it scores and however it dodges the penalties that responses with an end pay."""
+    rng = np.random.default_rng(0)
+    scale = ScoreScale(mean=0.3, std=0.7)
+    config = RewardConfig(
+        (0, 1, 2), (0.5,) * 3, (3.0, 5.0, 20.0), beta=0.5, unit="sd", penalty_cap=cap
+    )
+    for _ in range(50):
+        score = rng.normal(0.3, 3, size=16).astype(np.float32)
+        z, ratio = rng.exponential(size=(16, 3)), rng.normal(scale=3, size=16)
+        ended = rng.random(16) < 0.5
+        z[~ended], ratio[~ended] = 0, -5  # no penalty fires, and the latents look human
+        dodging = learned_reward(compound_reward(config, score, z, ratio, 0.7), scale, ended, 1.0)
+        assert (dodging[~ended] <= -1).all()
+        # The same words as those of the most penalised response, but with no end.
+        twin = int(np.argmin(np.where(ended, dodging, np.inf)))
+        score[~ended] = score[twin]
+        terms = compound_reward(config, score, z, ratio, 0.7)
+        reward = learned_reward(terms, scale, ended, 1.0)
+        assert (reward[~ended] <= reward[twin] - 1 + 1e-5).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -80,6 +135,7 @@ def test_clamp_combines_set_minimum_and_maximum():
         ({"clamp_features": (1, 2), "clamp_min_values": (0.0,)}, "clamp_min_values has 1 values"),
         ({"beta": -1.0}, "beta=-1.0"),
         ({"beta": float("nan")}, "beta=nan"),
+        ({"penalty_cap": 0.0}, "reward.penalty_cap=0.0"),
         ({"unit": "percent"}, "reward.unit='percent'"),
     ],
 )  # fmt: skip

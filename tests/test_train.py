@@ -15,23 +15,26 @@ from flax import nnx
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
 from ppo.human_latents import collect_human_latents
-from ppo.metrics import COLUMNS
+from ppo.metrics import COLUMNS, read_evaluations
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
+from ppo.rollout import Sampler
 from ppo.train import NonFiniteError, TrainConfig, Trainer
 from sarm_jax import chat
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
+from sarm_jax.reward_model import RewardModel
 from tests.conftest import spread
 
 PROMPTS = [f"say {i}" for i in range(10)]
+HELD_OUT = [f"what about {i}" for i in range(6)]
 REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
 DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
 
 
 @pytest.fixture
 def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
-    def make(workdir: Path, reward: RewardConfig = REWARD, **changes) -> Trainer:
+    def make(workdir: Path, reward: RewardConfig = REWARD, evaluate=False, **changes) -> Trainer:
         workdir.mkdir(exist_ok=True)
         policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=chat.stop_ids(tokenizer))
         ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
@@ -39,7 +42,10 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
         human = collect_human_latents(reward_model, demos, (1, 2, 7)) if reward.beta else None
         config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR)
-        return Trainer(config, spread(policy), tokenizer, reward_model, deck, human, workdir)
+        eval_deck = PromptDeck(HELD_OUT, tokenizer, 500, ppo.seed) if evaluate else None
+        return Trainer(
+            config, spread(policy), tokenizer, reward_model, deck, human, workdir, eval_deck
+        )
 
     return make
 
@@ -154,8 +160,8 @@ def test_non_finite_rewards_stop_the_run_and_keep_the_checkpoint(make_trainer, t
     trainer = make_trainer(tmp_path / "run", checkpoint_every=1)
     reward = trainer._reward
 
-    def poisoned(at, state, score_b, z_bn):
-        terms, disc_state, disc_metrics = reward(at, state, score_b, z_bn)
+    def poisoned(at, state, scored):
+        terms, disc_state, disc_metrics = reward(at, state, scored)
         if at == 2:
             terms.rm_score_b[0] = np.nan
         return terms, disc_state, disc_metrics
@@ -170,7 +176,7 @@ def test_non_finite_rewards_stop_the_run_and_keep_the_checkpoint(make_trainer, t
 
 
 def test_no_compilation_after_the_second_step(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path / "run", total_steps=8)
+    trainer = make_trainer(tmp_path / "run", total_steps=8, evaluate=True, eval_every=3)
     compiled: list[int] = []
     current = {"step": -1}
     step = trainer._step
@@ -208,18 +214,19 @@ def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypat
 
     # Rewarded: tokens of one half of the vocabulary, which one direction of the output embedding
     # separates. The decoder is replaced so that the scorer sees token ids.
-    rewarded = set(np.flatnonzero(trainer.policy.vocabulary[:, 0] > 0).tolist())
+    policy = nnx.merge(trainer.learner.reference_graph, trainer.base)
+    rewarded = set(np.flatnonzero(policy.vocabulary[:, 0] > 0).tolist())
 
-    def token_ids(generation):
+    def token_ids(_, generation):
         pairs = zip(np.asarray(generation.tokens_br), np.asarray(generation.mask_br), strict=True)
         return [" ".join(map(str, row[mask])) for row, mask in pairs]
 
-    def share_of_rewarded(prompts, responses, clamp, indices):
+    def share_of_rewarded(model, prompts, responses, clamp, indices):
         share = [np.mean([int(i) in rewarded for i in text.split()]) for text in responses]
         return np.asarray(share, np.float32), np.zeros((len(share), 0), np.float32)
 
-    monkeypatch.setattr(trainer, "_decode", token_ids)
-    monkeypatch.setattr(trainer.reward_model, "score", share_of_rewarded)
+    monkeypatch.setattr(Sampler, "_decode", token_ids)
+    monkeypatch.setattr(RewardModel, "score", share_of_rewarded)
     summary = trainer.run()
     assert summary["total_reward_change_in_sd"] > 1.0
     assert summary["last_steps"]["ref_kl"] > 0.1
@@ -247,6 +254,51 @@ def test_clamping_changes_the_reward_that_is_learned_from(make_trainer, tmp_path
         score, z = reward_model.score([sample["prompt"]], [sample["response"]])
         expected = score[0] - weight * z[0, 3]
         np.testing.assert_allclose(sample["rm_score"], expected, atol=1e-4)
+
+
+def test_held_out_prompts_are_evaluated_and_not_learned_from(make_trainer, tmp_path, reward_model):
+    plain = make_trainer(tmp_path / "plain")
+    plain.run()
+    options = {"evaluate": True, "eval_every": 3, "eval_batches": 2}
+    trainer = make_trainer(tmp_path / "run", **options)
+    summary = trainer.run()
+    same_state(plain.state, trainer.state)
+    assert without_times(metrics(tmp_path / "plain")) == without_times(metrics(tmp_path / "run"))
+    assert not (tmp_path / "plain" / "evaluations.jsonl").exists()
+
+    rows = read_evaluations(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0] * 8 + [3] * 8 + [4] * 8
+    prompts = [row["prompt"] for row in rows]
+    assert prompts[:8] == prompts[8:16] == prompts[16:] and set(prompts) == set(HELD_OUT)
+    assert max(row["ref_kl"] for row in rows[:8]) < 1e-6 < min(row["ref_kl"] for row in rows[16:])
+    assert summary["held_out"]["steps"] == [0, 4] and summary["held_out"]["responses"] == 8
+    for row in rows:
+        score, z = reward_model.score([row["prompt"]], [row["response"]])
+        np.testing.assert_allclose(row["rm_score"], score[0], atol=1e-4)
+        assert (row["penalties"]["3"] > 0) == (z[0, 3] > REWARD.tau_values[0])
+        total = row["rm_score"] - sum(row["penalties"].values()) - row["kl_penalty"]
+        np.testing.assert_allclose(row["total_reward"], total, atol=1e-5)
+    last = [row["rm_score"] for row in rows[16:]]
+    np.testing.assert_allclose(summary["held_out"]["last"]["rm_score"], np.mean(last), rtol=1e-6)
+
+
+def test_evaluations_of_a_resumed_run_stand_once(make_trainer, tmp_path):
+    options = {"evaluate": True, "eval_every": 1, "total_steps": 5}
+    make_trainer(tmp_path / "whole", **options).run()
+    first = make_trainer(tmp_path / "parts", **options)
+    step = first._step
+
+    def interrupted(number, state):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(number, state)
+
+    first._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    make_trainer(tmp_path / "parts", **options).run()
+    whole, parts = ((tmp_path / n / "evaluations.jsonl").read_text() for n in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_batches_of_prompts(tokenizer):

@@ -1,0 +1,69 @@
+"""The policy on prompts that it is not trained on, every so many steps.
+
+The same prompts and the same random keys every time, so that what changes is the policy. Nothing
+here is learned from: the discriminator is read as it stands.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppo.density_ratio import DensityRatio
+from ppo.losses import response_kl
+from ppo.prompts import PromptDeck
+from ppo.reward import RewardConfig, ScoreScale, compound_reward
+from ppo.rollout import Rollout, Sampler
+from ppo.scoring import Scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """`batches` batches of `deck`, sampled with keys that follow from `key`."""
+
+    deck: PromptDeck
+    batches: int
+    key: jax.Array
+    sampler: Sampler
+    scorer: Scorer
+    reward: RewardConfig
+    density_ratio: DensityRatio | None
+
+    def __call__(self, steps: int, state: dict[str, Any], scale: ScoreScale) -> list[dict]:
+        """A row per response of the policy that has `steps` PPO steps behind it."""
+        return [row for n in range(self.batches) for row in self._batch(n, steps, state, scale)]
+
+    def _batch(self, number: int, steps: int, state: dict[str, Any], scale: ScoreScale):
+        key = jax.random.fold_in(self.key, number)
+        rollout = self.sampler(state["train"].params, self.deck, number, key)
+        scored = self.scorer(rollout)
+        ratio_b = np.zeros_like(scored.score_b)
+        if self.density_ratio is not None:
+            read = self.density_ratio.read(state["density_ratio"], scored.subset_bs)
+            ratio_b = np.asarray(read)
+        terms = compound_reward(
+            self.reward, scored.score_b, scored.penalised_bn, ratio_b, scale.std
+        )
+        ref_kl_b, ended_b = self._reference_kl(rollout), rollout.ended_b
+        features = [str(i) for i in self.reward.penalize_features]
+        return [
+            {
+                "step": steps,
+                "prompt": rollout.prompts[b],
+                "response": rollout.responses[b],
+                "ended": bool(ended_b[b]),
+                "ref_kl": float(ref_kl_b[b]),
+                "rm_score": float(terms.rm_score_b[b]),
+                "penalties": dict(zip(features, terms.penalty_bn[b].tolist(), strict=True)),
+                "kl_penalty": float(terms.kl_penalty_b[b]),
+                "total_reward": float(terms.total_b[b]),
+            }
+            for b in range(len(rollout.prompts))
+        ]
+
+    def _reference_kl(self, rollout: Rollout) -> np.ndarray:
+        """Nats per response `[B]`, with the sampler's own log π."""
+        generation, learner = rollout.generation, self.sampler.learner
+        ref_logp_br = learner.reference_logp(self.sampler.base, rollout.tokens_bt, rollout.mask_bt)
+        return np.asarray(response_kl(generation.logp_br, ref_logp_br, generation.mask_br))

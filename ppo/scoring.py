@@ -1,0 +1,49 @@
+"""What the reward reads from the SARM: scores, and the latents that its terms look at."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ppo.prompts import PromptDeck
+from ppo.reward import RewardConfig
+from ppo.rollout import Rollout
+from sarm_jax.reward_model import RewardModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Scores `[B]` (of the clamped latents), and latents before the clamp.
+
+    `penalised_bn` are those of the penalised features, `subset_bs` the discriminator's.
+    """
+
+    score_b: np.ndarray
+    penalised_bn: np.ndarray
+    subset_bs: np.ndarray
+
+
+class Scorer:
+    """A reward model under a run's clamp; `subset` are the features the discriminator reads."""
+
+    def __init__(self, model: RewardModel, config: RewardConfig, subset: Sequence[int] = ()):
+        size = model.model.config.sae.latent_size
+        config.check_features(size)
+        self._model, self._clamp = model, config.clamp(size)
+        self._split = len(config.penalize_features)
+        # One gather per response: the penalised features first, then the subset.
+        self._watched = (*config.penalize_features, *subset)
+
+    def __call__(self, rollout: Rollout) -> Scored:
+        """Scores the texts as the reward model's own tokenizer reads them."""
+        score_b, z_bn = self._model.score(
+            rollout.prompts, rollout.responses, self._clamp, self._watched
+        )
+        return Scored(score_b, z_bn[:, : self._split], z_bn[:, self._split :])
+
+    def compile(self, decks: Sequence[PromptDeck], max_new_tokens: int, rows: int) -> None:
+        """Compiles every padded length that scoring can meet, so that no step does."""
+        lengths = [len(self._model.encode(p, "")) for deck in decks for p in deck.prompts]
+        self._model.compile(
+            min(lengths), max(lengths) + max_new_tokens, rows, self._clamp, self._watched
+        )
