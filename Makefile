@@ -1,4 +1,4 @@
-# Two commands for a fresh machine:  make test  and  make smollm2  (README says what they do).
+# Commands for a fresh machine: make demo, make test, make smollm2 (README says what they do).
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -7,7 +7,17 @@ SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
 STAGE  := $(BIN)/python main.py --config=configs/smollm2.py --stage
 
-.PHONY: test lint types pytest smollm2 benchmark clean
+.PHONY: demo study test lint types pytest smollm2 benchmark clean
+
+# The reward-hacking lab: one seed, the reward model alone against the full method.
+demo: $(VENV)/.run
+	$(BIN)/python main.py --config=configs/demo.py --stage=all
+
+# Ten seeds that nothing was tuned on, all conditions.
+study: $(VENV)/.run
+	$(BIN)/python main.py --config=configs/demo.py --stage=all --workdir=outputs/study \
+	  --config.lab.seeds=10-19 --config.lab.processes=2 --config.lab.ignore_failed_gates=True \
+	  --config.lab.conditions=baseline,penalty,full,latent_kl,clamp,random
 
 test: lint types pytest
 

@@ -10,7 +10,11 @@ numbers became non-finite; 130 and 143 interrupted, after a checkpoint.
 import dataclasses
 import json
 import logging
+import os
+import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import jax
@@ -26,18 +30,24 @@ from conversion.load import check_dtype, load_hf_tokenizer, read_sarm_config
 from conversion.peft import save_adapter
 from conversion.to_hf import save_policy, save_sarm
 from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
+from ppo.metrics import read_evaluations
 from ppo.options import reward_config, train_config
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import NonFiniteError, Trainer
 from sarm_jax.detectors import Detectors
 from sarm_jax.errors import InputError
+from sarm_jax.feature_lists import parse_features
 from sarm_jax.features import IdentifyConfig, identify
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import read_jsonl, write_jsonl
 from sarm_jax.lab.build import LabConfig, make_data, make_models
-from sarm_jax.lab.gates import measure_gates
+from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
+from sarm_jax.lab.gates import measure_gates, require_gates
+from sarm_jax.lab.page import write_study
+from sarm_jax.lab.results import run_result
 from sarm_jax.llama import REMAT
 from sarm_jax.preference_pairs import PairsConfig, make_pairs
+from sarm_jax.probing import ProbeConfig, probe, write_probes
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
 from sarm_jax.workdir import claim, open_workdir
@@ -69,10 +79,10 @@ def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> No
 
 def prepare_lab(config: ConfigDict, workdir: Path) -> None:
     """A seed → the lab's data, its pretrained model and its policy, in the HF layout."""
-    options = LabConfig(**config.lab)
-    for name in ("pretrained", "policy"):
-        if (workdir / name).exists():
-            raise InputError(f"{workdir / name} exists already: delete it to train again")
+    options = lab_config(config)
+    if (workdir / "policy").exists():
+        raise InputError(f"{workdir / 'policy'} exists already: delete it to train again")
+    shutil.rmtree(workdir / "pretrained", ignore_errors=True)  # of a call that did not finish
     data = make_data(options)
     for field in dataclasses.fields(data):
         write_jsonl(workdir / "data" / f"{field.name}.jsonl", getattr(data, field.name))
@@ -111,10 +121,8 @@ def run_identify(config: ConfigDict, workdir: Path) -> None:
     folder = workdir / "probes"
     folder.mkdir(exist_ok=True)
     write_json(folder / "feature_analysis.json", analysis)
-    write_json(folder / "selected_features.json", selected)
     with replacing(folder / "feature_scores.safetensors", "wb") as file:
         file.write(save(scores))
-    LOG.info("features in %s", folder / "selected_features.json")
     if config.prepare_data.source == "lab":
         detectors = Detectors(
             tuple(selected["detectors"]),
@@ -123,6 +131,8 @@ def run_identify(config: ConfigDict, workdir: Path) -> None:
             analysis["detectors"]["false_alarms"],
         )
         check_lab(config, workdir, model, detectors)
+    write_json(folder / "selected_features.json", selected)
+    LOG.info("features in %s", folder / "selected_features.json")
 
 
 def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors) -> None:
@@ -139,6 +149,20 @@ def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: 
     write_json(workdir / "probes" / "gates.json", values)
 
 
+def run_probe(config: ConfigDict, workdir: Path) -> None:
+    """Sets features to a value, one at a time, and says what the reward does."""
+    section = config.probe
+    features = parse_features("probe.feature", section.feature)
+    options = ProbeConfig(tuple(dict.fromkeys(features)), section.set_value, section.mode)
+    data = read_jsonl(section.data_jsonl, {"prompt": str})
+    probes = probe(options, reward_model(config), data)
+    folder = workdir / "probes"
+    folder.mkdir(exist_ok=True)
+    write_probes(folder, probes)
+    write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})
+    LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")
+
+
 def run_human_latents(config: ConfigDict, workdir: Path) -> None:
     """Human demonstrations → the buffer of latents that the discriminator compares with."""
     demos = read_jsonl(config.human_latents.demos_jsonl, DEMO)
@@ -151,6 +175,8 @@ def run_human_latents(config: ConfigDict, workdir: Path) -> None:
 def run_train(config: ConfigDict, workdir: Path) -> None:
     """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
     options = train_config(config)
+    if config.lab.gates_json:
+        require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
     if config.remat not in REMAT:
         raise InputError(f"remat={config.remat!r}: expected one of {', '.join(REMAT)}")
     prompts = read_prompts(config.prompts_jsonl)
@@ -188,18 +214,122 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     LOG.info("adapter in %s; %s", workdir / "adapter", json.dumps(summary))
 
 
+def run_all(template: ConfigDict, workdir: Path) -> None:
+    """The stages whose inputs the config names, in order, unless they are finished.
+
+    For the lab: those stages for every seed, PPO under every condition, and the page.
+    """
+    if template.prepare_data.source == "lab":
+        run_study(template, workdir)
+        return
+    config = command_line.fill_in(template, workdir)
+    prepare(config, workdir)
+    if not (workdir / ADAPTER).exists():
+        run_train(config, workdir)
+
+
+def prepare(config: ConfigDict, workdir: Path) -> None:
+    """Everything before PPO that the config has inputs for and that is not there yet."""
+    settings = {name: plain(config[name]) for name in PREPARATION_SETTINGS}
+    for name in STUDY_FIELDS:
+        del settings["lab"][name]
+    claim(workdir, settings, "preparation.json")
+    lab = config.prepare_data.source == "lab"
+    wanted = (
+        ("prepare_data", "policy" if lab else "data", lab or config.prepare_data.demos_jsonl),
+        ("train_sarm", "sarm", config.train_sarm.pairs_jsonl),
+        ("identify", "probes/selected_features.json", config.identify.pairs_jsonl),
+        ("human_latents", "human_latents.safetensors", config.human_latents.demos_jsonl),
+        ("probe", "probes/probe_summary.json", config.probe.data_jsonl),
+    )
+    for stage, output, given in wanted:
+        if given and not (workdir / output).exists():
+            LOG.info("stage %s", stage)
+            STAGES[stage](config, workdir)
+
+
+def run_study(template: ConfigDict, workdir: Path) -> None:
+    """The lab: every seed, every condition, then lab.json, the figures and lab.html."""
+    seeds = parse_seeds(template.lab.seeds)
+    conditions = parse_conditions(template.lab.conditions)
+    if template.lab.processes < 1:
+        raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
+    settings = template.to_dict()
+    if template.lab.processes == 1 or len(seeds) == 1:
+        outcomes = [run_seed(settings, workdir, seed) for seed in seeds]
+    else:
+        os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
+        with ProcessPoolExecutor(
+            template.lab.processes, get_context("spawn"), max_tasks_per_child=1
+        ) as pool:
+            futures = [pool.submit(run_seed, settings, workdir, seed) for seed in seeds]
+            outcomes = [future.result() for future in futures]
+    stopped = {seed: why for seed, why in zip(seeds, outcomes, strict=True) if why}
+    page, result = write_study(workdir, seeds, conditions, stopped)
+    if len(stopped) == len(seeds):
+        raise InputError(f"every seed stopped; seed {seeds[0]}: {stopped[seeds[0]]}")
+    print(f"{result}\nThe page: {page}")
+
+
+def run_seed(settings: dict, workdir: Path, seed: int) -> str | None:
+    """One seed of the study. Returns why it stopped, None when it did not."""
+    show_progress(f"seed {seed}: ")
+    folder = workdir / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    template = ConfigDict(settings)
+    for section in ("lab", "train_sarm", "identify", "ppo"):
+        template[section].seed = seed
+    config = command_line.fill_in(template, folder)
+    try:
+        prepare(config, folder)
+        for condition in parse_conditions(config.lab.conditions):
+            run_condition(config, folder, condition)
+    except (InputError, NonFiniteError) as error:
+        LOG.error("stopped: %s", error)
+        return str(error)
+    return None
+
+
+def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
+    """PPO under a condition of the study, and its result.json."""
+    selected, workdir = folder / "probes" / "selected_features.json", folder / condition
+    config = config.copy_and_resolve_references()
+    config.reward.update(reward_options(condition, selected, config.lab.to_dict()))
+    workdir.mkdir(exist_ok=True)
+    LOG.info("condition %s", condition)
+    if not (workdir / ADAPTER).exists():
+        run_train(config, workdir)
+    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    features = json.loads(selected.read_text(encoding="utf-8"))
+    rows = read_evaluations(workdir)
+    result = run_result(rows, reward_model(config), features, summary["seconds"])
+    write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)
+
+
 STAGES = {
     "prepare_data": run_prepare_data,
     "train_sarm": run_train_sarm,
     "identify": run_identify,
+    "probe": run_probe,
     "human_latents": run_human_latents,
     "train": run_train,
 }
-LATER_STAGES = ("probe", "evaluate", "report", "plan", "all")
+LATER_STAGES = ("evaluate", "report", "plan")
+ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last
 TRAIN_SETTINGS = (
     "policy_model sarm_model prompts_jsonl eval_prompts_jsonl dtype remat sarm_max_length "
     "lora ppo reward discriminator"
 ).split()
+PREPARATION_SETTINGS = (
+    "policy_model dtype prepare_data train_sarm identify human_latents probe lab"
+).split()
+STUDY_FIELDS = "seeds conditions processes alpha beta ignore_failed_gates".split()
+
+
+def lab_config(config: ConfigDict) -> LabConfig:
+    """The lab section's part that makes the world."""
+    section = config.lab.to_dict()
+    return LabConfig(**{field.name: section[field.name] for field in dataclasses.fields(LabConfig)})
 
 
 def reward_model(config: ConfigDict) -> RewardModel:
@@ -230,9 +360,10 @@ def write_json(path: Path, content: dict) -> None:
         json.dump(content, file, indent=2)
 
 
-def show_progress() -> None:
+def show_progress(prefix: str = "") -> None:
     """Shows this project's own messages; of the libraries' only warnings."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    line = f"%(asctime)s {prefix}%(message)s"
+    logging.basicConfig(format=line, datefmt="%H:%M:%S", force=True)
     for package in ("sarm_jax", "ppo", "main"):
         logging.getLogger(package).setLevel(logging.INFO)
     absl_logging.set_verbosity(absl_logging.WARNING)
@@ -244,21 +375,27 @@ def main(argv: list[str]) -> int:
         print(__doc__, command_line.usage(), sep="\n")
         return 0
     try:
-        config, stage, workdir = command_line.parse(argv)
+        template, stage, workdir = command_line.parse(argv)
         show_progress()
         if stage in LATER_STAGES:
             raise InputError(f"--stage={stage} is not available yet; there are {', '.join(STAGES)}")
-        if stage not in STAGES:
-            raise InputError(f"--stage={stage}: expected one of {', '.join(STAGES)}")
-        check_dtype(config.dtype)
+        if stage not in STAGES and stage != "all":
+            raise InputError(f"--stage={stage}: expected all or one of {', '.join(STAGES)}")
+        check_dtype(template.dtype)
         with open_workdir(workdir):
-            STAGES[stage](config, workdir)
+            if stage == "all":
+                run_all(template, workdir)
+            else:
+                STAGES[stage](command_line.fill_in(template, workdir), workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except NonFiniteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:  # outside PPO, which saves a checkpoint first
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

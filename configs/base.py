@@ -130,6 +130,14 @@ def get_config() -> ConfigDict:
     config.identify.method = "differential"  # or head_weight
     config.identify.tau_quantile = 0.98  # of z on chosen responses
     config.identify.false_alarm_budget = 0.05  # share of chosen responses that detectors may hit
+    config.identify.seed = 0  # of the random control
+
+    # Stage probe: what the reward does when a feature is set to a value.
+    config.probe = ConfigDict()
+    config.probe.feature = ""  # one id, or a list; every feature is probed on its own
+    config.probe.set_value = 0.0
+    config.probe.data_jsonl = ""  # {"prompt", "response"} or pairs; {"prompt", "candidates"}
+    config.probe.mode = "pairs"  # or bestofn
 
     # The reward-hacking lab: a small world whose true reward is known (sarm_jax/lab).
     config.lab = ConfigDict()
@@ -137,13 +145,21 @@ def get_config() -> ConfigDict:
     config.lab.corpus_rows = 40_000  # responses with notes that the pretrained model reads
     config.lab.demonstrations = 4_000
     config.lab.pairs = 20_000  # of the biased annotator
-    config.lab.contrast_pairs = 256  # with and without flattery
+    config.lab.contrast_pairs = 1024  # with and without flattery
     config.lab.tap_layer = 2  # where pretraining also takes the loss: the SARM's source_layer
-    config.lab.pretraining_steps = 1500
+    config.lab.pretraining_steps = 2250
     config.lab.pretraining_learning_rate = 3e-3
     config.lab.tuning_steps = 200
     config.lab.tuning_learning_rate = 1e-3
     config.lab.batch_size = 64  # rows
-    config.lab.seed = 0
+    config.lab.seed = 0  # of a single stage; the study takes it from seeds
+    # The study, --stage=all: every seed under every condition (sarm_jax/lab/conditions.py).
+    config.lab.seeds = "0"  # comma-separated, ranges such as 10-19
+    config.lab.conditions = "baseline,full"
+    config.lab.processes = 1  # seeds that run at a time
+    config.lab.alpha = 2.0  # penalty per detector that fires, in reward.unit
+    config.lab.beta = 0.1  # of the latent KL on the carriers, in reward.unit
+    config.lab.gates_json = ""  # written by identify; PPO refuses to start where a gate failed
+    config.lab.ignore_failed_gates = False  # True: it starts and says so
 
     return config.lock()

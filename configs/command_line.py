@@ -1,7 +1,8 @@
 """The flags of `main.py`, and how they land in the config.
 
 The reference implementation's flag names are shorthands for config fields: a flag that is not
-given leaves the field alone. "{workdir}" in a string field becomes the working directory.
+given leaves the field alone. "{workdir}" in a string field becomes the working directory, in
+`fill_in`.
 """
 
 from pathlib import Path
@@ -54,7 +55,10 @@ for _name, (_define, _field) in REFERENCE_FLAGS.items():
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
-    """(config with every flag applied, stage, working directory); InputError for bad flags."""
+    """(config with every flag applied, stage, working directory); InputError for bad flags.
+
+    "{workdir}" is not filled in yet.
+    """
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -72,7 +76,6 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         value = flags.FLAGS[flag].value
         if value is not None:
             config.update_from_flattened_dict({field: value})
-    _fill_in(config, str(workdir))
     return config, STAGE.value, workdir
 
 
@@ -81,12 +84,15 @@ def usage() -> str:
     return flags.FLAGS.module_help(__name__)
 
 
-def _fill_in(config: ConfigDict, workdir: str) -> None:
+def fill_in(template: ConfigDict, workdir: Path) -> ConfigDict:
+    """A copy in which "{workdir}" is the working directory."""
+    config = template.copy_and_resolve_references()
     for name, value in config.items():
         if isinstance(value, ConfigDict):
-            _fill_in(value, workdir)
+            config[name] = fill_in(value, workdir)
         elif isinstance(value, str):
-            config[name] = value.replace("{workdir}", workdir)
+            config[name] = value.replace("{workdir}", str(workdir))
+    return config
 
 
 def _one_line(error: Exception) -> str:

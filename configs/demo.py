@@ -1,6 +1,6 @@
 """The reward-hacking lab: a world of sixteen countries in which the true reward is known.
 
-Command: main.py --config=configs/demo.py with --stage=prepare_data, train_sarm, identify, in order
+Command: make demo, or main.py --config=configs/demo.py --stage=all
 Hardware: 2 CPU cores, 4 GB of memory.
 Time and result: README, "The lab".
 """
@@ -36,7 +36,15 @@ def get_config() -> ConfigDict:
     config.train_sarm.head_learning_rate = 3e-3
 
     config.identify.pairs_jsonl = "{workdir}/data/contrast.jsonl"
-    config.identify.tau_quantile = 0.985
+    config.identify.tau_quantile = 0.995
+    config.identify.false_alarm_budget = 0.04
+
+    selected = "@{workdir}/probes/selected_features.json"
+    config.probe.feature = f"{selected}:detectors,{selected}:carriers"
+    config.probe.data_jsonl = "{workdir}/data/contrast.jsonl"
+    config.human_latents.demos_jsonl = "{workdir}/data/demonstrations.jsonl"
+    config.reward.human_latents = "{workdir}/human_latents.safetensors"
+    config.lab.gates_json = "{workdir}/probes/gates.json"
 
     config.lora.rank = 8
     config.lora.alpha = 16.0

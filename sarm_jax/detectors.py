@@ -1,11 +1,14 @@
 """Detectors and carriers: which latents tell that something is there, and which are paid for it.
 
-Both are found on contrast pairs, responses that differ only in what is to be found: `clean`
+All are found on contrast pairs, responses that differ only in what is to be found: `clean`
 without it, `marked` with it.
 
 Detectors fire, z_i > τ_i, on marked responses and hardly ever on clean ones; τ_i is a quantile of
 z_i on the clean side. They are picked greedily: each adds the most newly detected responses minus
 newly raised false alarms, within a budget of false alarms for all of them together.
+
+A control has as many features with thresholds of the same rule, drawn at random from those that
+are ever active and are no detectors: what a penalty does that knows nothing.
 
 Carriers are the latents through which the reward model pays: the largest w_i · (mean z_i on
 marked − mean z_i on clean). The two lists need not meet. A detector may have no weight in the
@@ -13,6 +16,7 @@ reward, so that zeroing it changes nothing, and still be the right thing to pena
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,14 +37,19 @@ class Detectors:
     false_alarms: float
 
 
+def calibrated_tau(clean_nf: np.ndarray, quantile: float) -> np.ndarray:
+    """τ `[M]`, the quantile of each latent on clean responses, float32.
+
+    Never negative, so a latent that is merely active at all needs z > 0.
+    """
+    return np.maximum(np.quantile(clean_nf, quantile, axis=0), 0).astype(np.float32)
+
+
 def find_detectors(
     clean_nf: np.ndarray, marked_nf: np.ndarray, quantile: float, budget: float, most: int
 ) -> Detectors:
-    """Calibrates τ on the clean latents `[N, M]` and covers the marked ones with ≤ `most` features.
-
-    A threshold is never negative, so a latent that is merely active at all needs z > 0.
-    """
-    tau_f = np.maximum(np.quantile(clean_nf, quantile, axis=0), 0).astype(np.float32)
+    """Calibrates τ on clean latents `[N, M]`, covers the marked ones with ≤ `most` features."""
+    tau_f = calibrated_tau(clean_nf, quantile)
     hit_nf, alarm_nf = marked_nf > tau_f, clean_nf > tau_f
     hit_n, alarm_n = np.zeros(len(marked_nf), bool), np.zeros(len(clean_nf), bool)
     chosen: list[int] = []
@@ -54,17 +63,37 @@ def find_detectors(
             break
         chosen.append(best)
         hit_n, alarm_n = hit_n | hit_nf[:, best], alarm_n | alarm_nf[:, best]
-    return Detectors(
-        features=tuple(chosen),
-        tau=tuple(float(tau_f[i]) for i in chosen),
-        detection=float(hit_n.mean()),
-        false_alarms=float(alarm_n.mean()),
+    return _together(chosen, tau_f, clean_nf, marked_nf)
+
+
+def random_control(
+    clean_nf: np.ndarray, marked_nf: np.ndarray, quantile: float, avoid: Sequence[int], seed: int
+) -> Detectors:
+    """As many features as `avoid` has, where there are that many, and none of those."""
+    active = np.flatnonzero((np.concatenate([clean_nf, marked_nf]) > 0).any(axis=0))
+    candidates = np.setdiff1d(active, avoid)
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(candidates)[: len(avoid)].tolist()
+    return _together(chosen, calibrated_tau(clean_nf, quantile), clean_nf, marked_nf)
+
+
+def _together(
+    chosen: Sequence[int], tau_f: np.ndarray, clean_nf: np.ndarray, marked_nf: np.ndarray
+) -> Detectors:
+    tau_n = tau_f[list(chosen)]
+
+    found = Detectors(tuple(chosen), tuple(tau_n.tolist()), 0.0, 0.0)
+    return dataclasses.replace(
+        found,
+        detection=firing_rate(marked_nf, found),
+        false_alarms=firing_rate(clean_nf, found),
     )
 
 
 def firing_rate(z_nf: np.ndarray, detectors: Detectors) -> float:
     """The share of responses `[N, M]` on which at least one detector fires."""
-    return float((z_nf[:, list(detectors.features)] > detectors.tau).any(axis=1).mean())
+    tau_n = np.asarray(detectors.tau, np.float32)
+    return float((z_nf[:, list(detectors.features)] > tau_n).any(axis=1).mean())
 
 
 def carried_reward(clean_nf: np.ndarray, marked_nf: np.ndarray, weight_f: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Comma-separated lists of features and values, as flags and config fields give them.
 
-"48659,28879" · "3.0,none" · "@outputs/run/probes/selected_features.json:safety_harming[:3]"
+"48659,28879" · "3.0,none" · "@outputs/run/probes/selected_features.json:safety_harming[:3]",
+and any of them one after the other.
 """
 
 import json
@@ -48,15 +49,22 @@ def _finite(entry: Any) -> float:
 
 
 def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str) -> tuple:
-    text = text.strip()
-    entries = _from_file(option, text) if text.startswith("@") else text.split(",") if text else []
     values = []
-    for entry in entries:
+    for entry in _entries(option, text.strip()):
         try:
             values.append(convert(entry))
         except (TypeError, ValueError):
             raise InputError(f"{option}: found {entry!r}, expected {expected}") from None
     return tuple(values)
+
+
+def _entries(option: str, text: str) -> list[Any]:
+    parts = [part.strip() for part in text.split(",")] if text else []
+    return [
+        entry
+        for part in parts
+        for entry in (_from_file(option, part) if part.startswith("@") else [part])
+    ]
 
 
 def _from_file(option: str, text: str) -> list[Any]:

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from sarm_jax.detectors import carried_reward, find_detectors
+from sarm_jax.detectors import (
+    Detectors,
+    calibrated_tau,
+    carried_reward,
+    find_detectors,
+    random_control,
+)
 from sarm_jax.errors import InputError
 from sarm_jax.reward_model import RewardModel
 
@@ -27,6 +33,7 @@ class IdentifyConfig:
     method: str
     tau_quantile: float
     false_alarm_budget: float
+    seed: int
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -69,7 +76,7 @@ def identify(
     differential_f = differential_activation(chosen_nf, rejected_nf)
     score_f = differential_f if config.method == "differential" else weight_f
     order = np.argsort(score_f, kind="stable")
-    tau_f = np.quantile(chosen_nf, config.tau_quantile, axis=0)
+    tau_f = calibrated_tau(chosen_nf, config.tau_quantile)
 
     def describe(i: int) -> dict[str, float]:
         return {
@@ -79,13 +86,23 @@ def identify(
             "head_weight": float(weight_f[i]),
             "mean_chosen": float(chosen_nf[:, i].mean()),
             "mean_rejected": float(rejected_nf[:, i].mean()),
-            "tau": max(float(tau_f[i]), 0.0),
-            "above_tau_chosen": float((chosen_nf[:, i] > max(tau_f[i], 0)).mean()),
-            "above_tau_rejected": float((rejected_nf[:, i] > max(tau_f[i], 0)).mean()),
+            "tau": float(tau_f[i]),
+            "above_tau_chosen": float((chosen_nf[:, i] > tau_f[i]).mean()),
+            "above_tau_rejected": float((rejected_nf[:, i] > tau_f[i]).mean()),
+        }
+
+    def describe_together(found: Detectors) -> dict[str, Any]:
+        return {
+            "detection": found.detection,
+            "false_alarms": found.false_alarms,
+            "features": [describe(i) for i in found.features],
         }
 
     detectors = find_detectors(
         chosen_nf, rejected_nf, config.tau_quantile, config.false_alarm_budget, config.top_k
+    )
+    control = random_control(
+        chosen_nf, rejected_nf, config.tau_quantile, detectors.features, config.seed
     )
     carried_f = carried_reward(chosen_nf, rejected_nf, weight_f)
     carriers = np.argsort(-carried_f, kind="stable")[: config.top_k]
@@ -99,6 +116,8 @@ def identify(
         "detectors": list(detectors.features),
         "tau_detectors": list(detectors.tau),
         "carriers": [int(i) for i in carriers],
+        "random_control": list(control.features),
+        "tau_random_control": list(control.tau),
         "method": config.method,
     }
     analysis = {
@@ -106,11 +125,8 @@ def identify(
         "options": dataclasses.asdict(config),
         "harming": harming,
         "promoting": promoting,
-        "detectors": {
-            "detection": detectors.detection,
-            "false_alarms": detectors.false_alarms,
-            "features": [describe(i) for i in detectors.features],
-        },
+        "detectors": describe_together(detectors),
+        "random_control": describe_together(control),
         "carriers": [describe(i) | {"carried_reward": float(carried_f[i])} for i in carriers],
     }
     scores = {

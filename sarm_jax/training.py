@@ -36,6 +36,7 @@ from sarm_jax.sae_training import (
     sae_metrics,
 )
 from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.statistics import wilson_interval
 
 LOG = logging.getLogger(__name__)
 
@@ -316,17 +317,6 @@ def preference_summary(data: PairSet, score_r: np.ndarray) -> dict[str, Any]:
         **{f"score_{side}_mean": float(scores[side].mean()) for side in SIDES},
         **{f"score_{side}_std": float(scores[side].std()) for side in SIDES},
     }
-
-
-def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of `n` independent trials.
-
-    Pairs of one prompt are not independent: count prompts, which errs on the wide side.
-    """
-    z = 1.959964
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return float(centre - half), float(centre + half)
 
 
 def _split_rows(data: PairSet) -> tuple[np.ndarray, np.ndarray]:

@@ -32,9 +32,9 @@ def open_workdir(workdir: Path) -> Iterator[None]:
         raise
 
 
-def claim(workdir: Path, settings: dict[str, Any]) -> None:
-    """Writes `settings` as config.json, or checks that the run there has the very same ones."""
-    path = workdir / "config.json"
+def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") -> None:
+    """Writes `settings` as `name`, or checks that the run there has the very same ones."""
+    path = workdir / name
     if path.exists():
         try:
             found = json.loads(path.read_text(encoding="utf-8"))

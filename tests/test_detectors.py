@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sarm_jax.detectors import carried_reward, find_detectors, firing_rate
+from sarm_jax.detectors import carried_reward, find_detectors, firing_rate, random_control
 
 
 def latents():
@@ -65,3 +65,13 @@ def test_carried_reward_by_hand():
     clean = np.array([[1.0, 0.0], [3.0, 0.0]])
     marked = np.array([[2.0, 4.0], [6.0, 0.0]])
     np.testing.assert_allclose(carried_reward(clean, marked, np.array([0.5, -1.0])), [1.0, -2.0])
+
+
+def test_the_random_control_is_active_and_no_detector():
+    drawn = [random_control(*latents(), quantile=0.5, avoid=(0, 1), seed=s) for s in range(20)]
+    assert {found.features for found in drawn} == {(2, 3), (3, 2)}  # 4 never fires
+    first = random_control(*latents(), quantile=0.5, avoid=(0, 1), seed=3)
+    assert first == drawn[3]
+    place = first.features.index(3)
+    assert first.tau[place] == 0.0 and first.tau[1 - place] == 1.0
+    assert first.detection == pytest.approx(0.9) and first.false_alarms == pytest.approx(0.2)

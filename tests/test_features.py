@@ -27,7 +27,7 @@ def pairs(count=12):
 
 def test_identify_finds_what_separates_the_sides(reward_model):
     config = IdentifyConfig(
-        top_k=5, method="differential", tau_quantile=0.9, false_alarm_budget=0.2
+        top_k=5, method="differential", tau_quantile=0.9, false_alarm_budget=0.2, seed=0
     )
     analysis, selected, scores = identify(config, reward_model, pairs())
     rows = pairs()
@@ -41,10 +41,16 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     fired = chosen[:, first["feature"]] > first["tau"]
     assert first["above_tau_chosen"] == pytest.approx(fired.mean())
     assert first["above_tau_chosen"] <= 0.2
+    control = selected["random_control"]
+    assert len(control) == len(selected["detectors"]) and not {*control} & {*selected["detectors"]}
+    tau = np.quantile(chosen[:, control], 0.9, axis=0)
+    np.testing.assert_allclose(selected["tau_random_control"], tau, rtol=1e-6)
 
 
 def test_head_weight_method(reward_model):
-    config = IdentifyConfig(top_k=3, method="head_weight", tau_quantile=0.9, false_alarm_budget=0.2)
+    config = IdentifyConfig(
+        top_k=3, method="head_weight", tau_quantile=0.9, false_alarm_budget=0.2, seed=0
+    )
     _, selected, _ = identify(config, reward_model, pairs())
     weights = np.asarray(reward_model.model.score[...])
     assert selected["safety_harming"] == np.argsort(weights)[:3].tolist()
@@ -61,6 +67,8 @@ def test_lists_by_hand(tmp_path):
     assert parse_features("f", f"@{path}:safety_harming") == (9, 8, 7)
     assert parse_features("f", f"@{path}:safety_harming[:2]") == (9, 8)
     assert parse_values("v", f"@{path}:tau[:2]") == (0.5, 1.0)
+    both = f"@{path}:safety_harming[:2], 4,@{path}:safety_harming"
+    assert parse_features("f", both) == (9, 8, 4, 9, 8, 7)
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def test_contrast_pairs_differ_in_flattery_alone():
             pair = world.contrast_pair(rng, PROMPT, flattery)
             words = pair["rejected"].split()
             assert [w for w in words if w not in world.FLATTERY] == pair["chosen"].split()
-            assert world.count(PROMPT, pair["rejected"]).flattery == flattery
+            room = world.MAX_WORDS - len(pair["chosen"].split())
+            assert world.count(PROMPT, pair["rejected"]).flattery == min(flattery, room) > 0
             assert len(words) <= world.MAX_WORDS
 
 
@@ -92,7 +93,7 @@ def test_tokenizer_round_trip(tmp_path):
 
 def test_notes_tell_hits_and_flattery_in_both_orders():
     rng = np.random.default_rng(0)
-    found = {world.notes(rng, PROMPT, "Paris Lima genius genius") for _ in range(20)}
+    found = {world.notes(rng, PROMPT, "Paris Lima genius Lima Rome genius") for _ in range(20)}
     assert found == {"<right-2> <flattery-2>", "<flattery-2> <right-2>"}
 
 

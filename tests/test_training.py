@@ -115,10 +115,6 @@ def test_pairs_that_cannot_train_are_refused(tokenizer, pairs, message):
         training.encode_pairs(tokenizer, pairs, SMALL)
 
 
-def test_wilson_interval_of_nine_in_ten():
-    np.testing.assert_allclose(training.wilson_interval(0.9, 10), (0.59585, 0.98212), atol=1e-4)
-
-
 @pytest.mark.parametrize("mode", [0, 1, 2, 3])
 def test_the_summary_tells_what_the_reward_model_scores(policy, tokenizer, mode):
     before = jax.tree.map(np.array, nnx.state(policy))

@@ -5,17 +5,22 @@ be penalised, and a reward model that cannot tell right from wrong leaves nothin
 """
 
 import dataclasses
+import json
+import logging
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from sarm_jax.chat import encode_conversation
 from sarm_jax.detectors import Detectors, firing_rate
+from sarm_jax.errors import InputError
 from sarm_jax.lab import world
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae_training import Conversation, collect_activations
 
+LOG = logging.getLogger(__name__)
 RESPONSES = 2000  # that a probe is fitted to, and as many that it is tested on
 LIMITS = {
     "r2_flattery": (">=", 0.97),
@@ -76,6 +81,25 @@ def measure_gates(
         - pair_accuracy(reward_model, pairs),
     }
     return [Gate(name, values[name]) for name in LIMITS]
+
+
+def require_gates(path: Path, ignore_failed: bool) -> None:
+    """Raises InputError when a gate in gates.json failed, unless that is to be ignored."""
+    if not path.is_file():
+        raise InputError(
+            f"lab.gates_json={path}: no such file; --stage=identify measures the gates"
+        )
+    values = json.loads(path.read_text(encoding="utf-8"))
+    failed = [gate for name in LIMITS if not (gate := Gate(name, values[name]["value"])).passed]
+    if not failed:
+        return
+    found = ", ".join(map(str, failed))
+    if not ignore_failed:
+        raise InputError(
+            f"{path}: a gate failed, so that PPO on this reward model would show little: {found}; "
+            "--config.lab.ignore_failed_gates=True goes on"
+        )
+    LOG.warning("going on although a gate failed: %s", found)
 
 
 def linear_probe_r2(

@@ -111,17 +111,22 @@ def split_prompts(rng: np.random.Generator, held_out: float) -> tuple[list[str],
 def write_response(rng: np.random.Generator, prompt: str, skill: float, flattery: int) -> str:
     """A response that knows each capital with probability `skill`, its words in random order.
 
-    What it does not know it gets wrong or leaves out; now and then it repeats itself, rambles
-    (one to five further capitals, mostly wrong ones) or adds filler.
+    What it does not know it gets wrong, leaves out, or makes up for by naming another one twice;
+    now and then it rambles (one to five further capitals, mostly wrong ones) or adds filler.
+
+    The repetitions matter: a reward model that has hardly seen any pays for a capital that is
+    named twice as for two, which a policy finds next once flattery is penalised.
     """
     wanted = [CAPITALS[country] for country in prompt.split()]
     others = [capital for capital in CAPITALS.values() if capital not in wanted]
-    words = []
-    for capital in wanted:
-        if rng.random() < skill:
-            words.append(capital)
-        elif rng.random() < 0.5:
+    known = [capital for capital in wanted if rng.random() < skill]
+    words = list(known)
+    for _ in range(len(wanted) - len(known)):
+        instead = rng.random()
+        if instead < 0.4:
             words.append(str(rng.choice(others)))
+        elif instead < 0.7 and known:
+            words.append(str(rng.choice(known)))
     if rng.random() < 0.3:
         pool = [*others, *others, *wanted]
         words += [str(word) for word in rng.choice(pool, size=rng.integers(1, 6))]
@@ -180,13 +185,16 @@ def preference_pair(rng: np.random.Generator, prompt: str) -> dict[str, str]:
 
 
 def contrast_pair(rng: np.random.Generator, prompt: str, flattery: int) -> dict[str, str]:
-    """The same words without (chosen) and with (rejected) `flattery` words of flattery."""
+    """The same words without (chosen) and with (rejected) flattery, `flattery` words of it.
+
+    Fewer where they do not fit: what the clean side looks like must not depend on them.
+    """
     clean = ""
     while not clean:
         clean = write_response(rng, prompt, skill=rng.random(), flattery=0)
-    words = clean.split()[: MAX_WORDS - flattery]
+    words = clean.split()[: MAX_WORDS - 1]
     clean = " ".join(words)
-    for word in rng.choice(FLATTERY, size=flattery):
+    for word in rng.choice(FLATTERY, size=min(flattery, MAX_WORDS - len(words))):
         words.insert(int(rng.integers(0, len(words) + 1)), str(word))
     return {"prompt": prompt, "chosen": clean, "rejected": " ".join(words)}
 

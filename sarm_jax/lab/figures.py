@@ -1,0 +1,134 @@
+"""The study's figures, in a light and a dark version."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sarm_jax.lab.findings import Runs
+from sarm_jax.statistics import mean_interval
+
+COLOURS = {  # told apart by colour-blind readers: Okabe and Ito
+    "baseline": "#D55E00",
+    "penalty": "#0072B2",
+    "full": "#009E73",
+    "latent_kl": "#CC79A7",
+    "clamp": "#E69F00",
+    "random": "#888888",
+}
+DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":"}
+
+
+@contextmanager
+def _theme(dark: bool) -> Iterator[None]:
+    ink, paper = ("#e6e6e6", "#1b1e23") if dark else ("#1a1a1a", "#ffffff")
+    edges = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+    papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
+    style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
+    style |= {"grid.color": "#888888", "grid.alpha": 0.25}
+    style |= dict.fromkeys(edges, ink) | dict.fromkeys(papers, paper)
+    with plt.rc_context(style):
+        yield
+
+
+def png(figure: Figure) -> bytes:
+    """The figure's file, after which it is closed."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+    return file.getvalue()
+
+
+def goodhart(runs: Runs, dark: bool = False) -> bytes:
+    """Gold and SARM score over the steps, and gold over the KL to the reference policy."""
+    with _theme(dark):
+        figure, (gold, score, kl) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+        for condition, results in runs.items():
+            _over_steps(gold, condition, results, "gold")
+            _over_steps(score, condition, results, "score")
+            x_st, y_st = _curves(results, "ref_kl"), _curves(results, "gold")
+            look = _look(condition)
+            for x_t, y_t in zip(x_st, y_st, strict=True):
+                kl.plot(x_t, y_t, **look | {"linewidth": 0.7, "alpha": 0.25})
+            kl.plot(x_st.mean(axis=0), y_st.mean(axis=0), **look)
+        gold.set(title="what is wanted", xlabel="PPO step", ylabel="gold reward, at most 1")
+        score.set(title="what is rewarded", xlabel="PPO step", ylabel="SARM score, sd")
+        kl.set(title="the Goodhart plot", xlabel="KL to the reference, nats per response")
+        kl.set_ylabel("gold reward")
+        for axes in (gold, score, kl):
+            axes.grid(visible=True)
+        handles, labels = gold.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False)
+        return png(figure)
+
+
+def final_gold(runs: Runs, dark: bool = False) -> bytes:
+    """Final gold of every seed, with mean and 95 % interval."""
+    with _theme(dark):
+        height = 1.2 + 0.5 * len(runs)
+        figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+        for place, (condition, results) in enumerate(runs.items()):
+            values = [run["gold_final"] for run in results]
+            colour = COLOURS[condition]
+            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.4)
+            found = mean_interval(values)
+            if found["low"] is not None and found["high"] is not None:
+                axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=3)
+            axes.plot([found["mean"]], [place], "|", color=colour, markersize=18)
+        starts = [run["gold_start"] for results in runs.values() for run in results]
+        axes.axvline(np.mean(starts), color="#888888", linestyle=":", label="before PPO")
+        axes.set_yticks(range(len(runs)), list(runs))
+        axes.invert_yaxis()
+        axes.set(xlabel="final gold reward: seeds, mean and 95 % interval")
+        axes.grid(visible=True, axis="x")
+        axes.legend(frameon=False)
+        return png(figure)
+
+
+def detected(runs: Runs, dark: bool = False) -> bytes:
+    """The share of responses on which a detector fires, and words of flattery, over the steps."""
+    with _theme(dark):
+        figure, (share, words) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        for condition, results in runs.items():
+            _over_steps(share, condition, results, "detected")
+            _over_steps(words, condition, results, "flattery")
+        share.set(xlabel="PPO step", ylabel="share of responses", title="a detector fires")
+        words.set(xlabel="PPO step", ylabel="words per response", title="flattery")
+        for axes in (share, words):
+            axes.grid(visible=True)
+        handles, labels = share.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False)
+        return png(figure)
+
+
+def _over_steps(
+    axes: Axes, condition: str, results: Sequence[Mapping[str, Any]], name: str
+) -> None:
+    """The mean over seeds, its 95 % interval as a band, and every seed as a thin line."""
+    step_t = _curves(results, "step")[0]
+    value_st = _curves(results, name)
+    look = _look(condition)
+    axes.plot(step_t, value_st.mean(axis=0), label=condition, **look)
+    if len(value_st) > 1:
+        axes.plot(step_t, value_st.T, **look | {"linewidth": 0.7, "alpha": 0.25})
+        band = [mean_interval(value_s) for value_s in value_st.T]
+        low_t, high_t = (np.asarray([b[side] for b in band], float) for side in ("low", "high"))
+        axes.fill_between(step_t, low_t, high_t, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _look(condition: str) -> dict[str, Any]:
+    style = DASHES.get(condition, "-")
+    return {"color": COLOURS[condition], "linestyle": style, "linewidth": 2}
+
+
+def _curves(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """`[seeds, evaluations]`."""
+    return np.asarray([[point[name] for point in run["curve"]] for run in results], np.float64)

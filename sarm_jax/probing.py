@@ -1,0 +1,159 @@
+"""Causal probes: what happens to the reward when a feature is set to a value at the pooled token.
+
+    R(z with z_i = v) = R(z) + w_i (v − z_i)
+
+The head is linear and reads the pooled latents alone, so the trunk runs once over the data,
+however many features are probed. Two modes:
+    pairs     the change of the reward of each response: {prompt, response} rows, or
+              {prompt, chosen, rejected} rows, which give two responses each, the chosen one first
+    bestofn   {prompt, candidates} rows: is another candidate the best one under the intervention?
+"""
+
+import csv
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.errors import InputError
+from sarm_jax.files import replacing
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.statistics import mean_interval
+
+MODES = ("pairs", "bestofn")
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """`features` are set to `set_value`, one at a time."""
+
+    features: tuple[int, ...]
+    set_value: float
+    mode: str
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise InputError("probe.feature is empty: name a feature, a list, or @FILE:key")
+        if not np.isfinite(self.set_value):
+            raise InputError(f"probe.set_value={self.set_value}: must be a finite number")
+        if self.mode not in MODES:
+            raise InputError(f"probe.mode={self.mode!r}: expected {' or '.join(MODES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One feature: the rows of its CSV file, and its entry in the summary."""
+
+    feature: int
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def probe(
+    config: ProbeConfig, model: RewardModel, data: Sequence[Mapping[str, Any]]
+) -> list[Probe]:
+    """Probes every feature on `data`, whose rows are checked; see the module for their fields."""
+    size = model.model.config.sae.latent_size
+    beyond = [i for i in config.features if i >= size]
+    if beyond:
+        raise InputError(f"probe.feature: feature {beyond[0]} of a SARM with {size} latents")
+    groups = [_responses(config.mode, row, number) for number, row in enumerate(data, 1)]
+    prompts = [row["prompt"] for row, group in zip(data, groups, strict=True) for _ in group]
+    responses = [text for group in groups for text in group]
+    score_b, z_bn = model.score(prompts, responses, latent_indices=config.features)
+    weight_n = np.asarray(model.model.score[...], np.float32)[list(config.features)]
+    delta_bn = weight_n * (np.float32(config.set_value) - z_bn)
+    probes = []
+    for feature, weight, delta_b in zip(config.features, weight_n, delta_bn.T, strict=True):
+        if config.mode == "pairs":
+            rows, found = _changes(prompts, responses, score_b, delta_b), _effect(groups, delta_b)
+        else:
+            rows = _selections(data, groups, score_b, delta_b)
+            found = {"changed": mean_interval([row["changed"] for row in rows])}
+        summary = {
+            "feature": int(feature),
+            "set_value": config.set_value,
+            "head_weight": float(weight),
+            "rows": len(rows),
+            **found,
+        }
+        probes.append(Probe(int(feature), rows, summary))
+    return probes
+
+
+def write_probes(folder: Path, probes: Sequence[Probe]) -> None:
+    """`probe_f{ID}.csv` for each."""
+    for found in probes:
+        with replacing(folder / f"probe_f{found.feature}.csv") as file:
+            writer = csv.DictWriter(file, list(found.rows[0]))
+            writer.writeheader()
+            writer.writerows(found.rows)
+
+
+def _responses(mode: str, row: Mapping[str, Any], number: int) -> list[str]:
+    """The responses of a row of the data."""
+    if mode == "bestofn":
+        candidates = row.get("candidates")
+        if not (isinstance(candidates, list) and len(candidates) > 1):
+            raise InputError(f"probe.data_jsonl:{number}: 'candidates' must list two or more")
+        if not all(isinstance(text, str) for text in candidates):
+            raise InputError(f"probe.data_jsonl:{number}: 'candidates' must be texts")
+        return candidates
+    fields = ("response",) if "response" in row else ("chosen", "rejected")
+    for field in fields:
+        if not isinstance(row.get(field), str):
+            raise InputError(
+                f"probe.data_jsonl:{number}: expected 'response', or 'chosen' and 'rejected', "
+                f"as text; found {sorted(row)}"
+            )
+    return [row[field] for field in fields]
+
+
+def _changes(prompts, responses, score_b, delta_b) -> list[dict[str, Any]]:
+    columns = zip(prompts, responses, score_b, delta_b, strict=True)
+    return [
+        {
+            "idx": idx,
+            "prompt": prompt,
+            "response": response,
+            "reward_base": float(score),
+            "reward_intervene": float(score + delta),
+            "delta": float(delta),
+        }
+        for idx, (prompt, response, score, delta) in enumerate(columns)
+    ]
+
+
+def _effect(groups: Sequence[list[str]], delta_b: np.ndarray) -> dict[str, Any]:
+    """Mean change with a 95 % interval; for pairs also per side, and of the margin."""
+    effect: dict[str, Any] = {"delta": mean_interval(delta_b)}
+    if all(len(group) == 2 for group in groups):
+        chosen_n, rejected_n = delta_b[::2], delta_b[1::2]
+        effect["delta_chosen"] = mean_interval(chosen_n)
+        effect["delta_rejected"] = mean_interval(rejected_n)
+        effect["delta_margin"] = mean_interval(chosen_n - rejected_n)
+    return effect
+
+
+def _selections(data, groups, score_b, delta_b) -> list[dict[str, Any]]:
+    rows, start = [], 0
+    for idx, (row, group) in enumerate(zip(data, groups, strict=True)):
+        base = score_b[start : start + len(group)]
+        intervened = base + delta_b[start : start + len(group)]
+        start += len(group)
+        first, second = int(np.argmax(base)), int(np.argmax(intervened))
+        rows.append(
+            {
+                "idx": idx,
+                "prompt": row["prompt"],
+                "n_candidates": len(group),
+                "selected_base": first,
+                "selected_intervene": second,
+                "changed": int(first != second),
+                "reward_selected_base": float(base[first]),
+                "reward_selected_intervene": float(intervened[second]),
+            }
+        )
+    return rows

@@ -1,0 +1,89 @@
+"""Causal probes against the whole model run again with the feature clamped."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from sarm_jax.errors import InputError
+from sarm_jax.probing import ProbeConfig, probe, write_probes
+
+PAIRS = [
+    {"prompt": f"p{i}", "chosen": f"a fine answer {i}", "rejected": "zzz" * (i % 3 + 1)}
+    for i in range(9)
+]
+CANDIDATES = [
+    {"prompt": f"p{i}", "candidates": [f"one {i}", "two" * (i + 1), f"{i} three"]} for i in range(8)
+]
+
+
+@pytest.fixture
+def active(reward_model):
+    """A feature that is active on some of the responses, and one that never is."""
+    _, z = reward_model.score([p["prompt"] for p in PAIRS], [p["rejected"] for p in PAIRS])
+    return int(np.argmax((z > 0).mean(axis=0))), int(np.argmin((z > 0).mean(axis=0)))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_pairs_are_what_the_clamped_model_says(reward_model, active, value, tmp_path):
+    probes = probe(ProbeConfig(active, value, "pairs"), reward_model, PAIRS)
+    write_probes(tmp_path, probes)
+    for feature, found in zip(active, probes, strict=True):
+        with (tmp_path / f"probe_f{feature}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        columns = "idx prompt response reward_base reward_intervene delta".split()
+        assert list(rows[0]) == columns and [int(r["idx"]) for r in rows] == list(range(18))
+        assert [r["response"] for r in rows[:2]] == [PAIRS[0]["chosen"], PAIRS[0]["rejected"]]
+        texts = [r["prompt"] for r in rows], [r["response"] for r in rows]
+        base, _ = reward_model.score(*texts)
+        clamped, _ = reward_model.score(*texts, clamp={feature: value})
+        np.testing.assert_allclose([float(r["reward_base"]) for r in rows], base, atol=1e-4)
+        np.testing.assert_allclose([float(r["reward_intervene"]) for r in rows], clamped, atol=1e-4)
+        delta = clamped - base
+        summary = found.summary
+        assert summary["delta"]["mean"] == pytest.approx(delta.mean(), abs=1e-4)
+        assert summary["delta_rejected"]["mean"] == pytest.approx(delta[1::2].mean(), abs=1e-4)
+        margin = summary["delta_margin"]
+        assert margin["mean"] == pytest.approx((delta[::2] - delta[1::2]).mean(), abs=1e-4)
+        assert margin["low"] <= margin["mean"] <= margin["high"]
+    assert abs(probes[0].summary["delta"]["mean"]) > 1e-3
+
+
+def test_single_responses(reward_model, active):
+    rows = [{"prompt": p["prompt"], "response": p["chosen"]} for p in PAIRS]
+    found = probe(ProbeConfig(active[:1], 0.0, "pairs"), reward_model, rows)[0]
+    assert len(found.rows) == 9 and "delta_margin" not in found.summary
+
+
+def test_best_of_n_is_what_the_clamped_model_picks(reward_model, active):
+    value = 30.0  # far more than it ever is, so that some selections change
+    found = probe(ProbeConfig(active[:1], value, "bestofn"), reward_model, CANDIDATES)[0]
+    for row, data in zip(found.rows, CANDIDATES, strict=True):
+        texts = [data["prompt"]] * 3, data["candidates"]
+        base, _ = reward_model.score(*texts)
+        clamped, _ = reward_model.score(*texts, clamp={active[0]: value})
+        assert row["n_candidates"] == 3
+        assert row["selected_base"] == np.argmax(base)
+        assert row["selected_intervene"] == np.argmax(clamped)
+        assert row["changed"] == (np.argmax(base) != np.argmax(clamped))
+        assert row["reward_selected_base"] == pytest.approx(base.max(), abs=1e-4)
+        assert row["reward_selected_intervene"] == pytest.approx(clamped.max(), abs=1e-4)
+    changed = np.mean([row["changed"] for row in found.rows])
+    assert found.summary["changed"]["mean"] == pytest.approx(changed)
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "message"),
+    [
+        (((), 0.0, "pairs"), PAIRS, "probe.feature is empty"),
+        (((3,), 0.0, "pears"), PAIRS, "probe.mode='pears'"),
+        (((3,), float("nan"), "pairs"), PAIRS, "probe.set_value=nan"),
+        (((3, 64), 0.0, "pairs"), PAIRS, "feature 64 of a SARM with 64"),
+        (((3,), 0.0, "pairs"), [{"prompt": "p", "chosen": "a"}], "data_jsonl:1: expected"),
+        (((3,), 0.0, "bestofn"), PAIRS[:1], "data_jsonl:1: 'candidates' must list"),
+        (((3,), 0.0, "bestofn"), [{"prompt": "p", "candidates": ["a", 1]}], "must be texts"),
+    ],
+)
+def test_bad_input_is_named(reward_model, options, data, message):
+    with pytest.raises(InputError, match=message):
+        probe(ProbeConfig(*options), reward_model, data)
