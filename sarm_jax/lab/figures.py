@@ -51,9 +51,9 @@ def goodhart(runs: Runs, dark: bool = False) -> bytes:
     """Gold and SARM score over the steps, and gold over the KL to the reference policy."""
     with _theme(dark):
         figure, (gold, score, kl) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+        _over_steps(gold, runs, "gold")
+        _over_steps(score, runs, "score")
         for condition, results in runs.items():
-            _over_steps(gold, condition, results, "gold")
-            _over_steps(score, condition, results, "score")
             x_st, y_st = _curves(results, "ref_kl"), _curves(results, "gold")
             look = _look(condition)
             for x_t, y_t in zip(x_st, y_st, strict=True):
@@ -73,16 +73,20 @@ def goodhart(runs: Runs, dark: bool = False) -> bytes:
 def final_gold(runs: Runs, dark: bool = False) -> bytes:
     """Final gold of every seed, with mean and 95 % interval."""
     with _theme(dark):
-        height = 1.2 + 0.5 * len(runs)
-        figure, axes = plt.subplots(figsize=(8, height), layout="constrained")
+        size = (12, 1.2 + 0.45 * len(runs))
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
         for place, (condition, results) in enumerate(runs.items()):
             values = [run["gold_final"] for run in results]
             colour = COLOURS[condition]
-            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.4)
-            found = mean_interval(values)
+            axes.plot(values, [place] * len(values), "o", alpha=0.4, color=colour)
+            axes.plot([np.mean(values)], [place], "|", markersize=18, color=colour)
+        frame = axes.get_xlim()  # an interval over two seeds can be enormous
+        for place, (condition, results) in enumerate(runs.items()):
+            found = mean_interval([run["gold_final"] for run in results])
             if found["low"] is not None and found["high"] is not None:
-                axes.plot([found["low"], found["high"]], [place, place], color=colour, linewidth=3)
-            axes.plot([found["mean"]], [place], "|", color=colour, markersize=18)
+                ends, colour = [found["low"], found["high"]], COLOURS[condition]
+                axes.plot(ends, [place, place], linewidth=3, color=colour)
+        axes.set_xlim(frame)
         starts = [run["gold_start"] for results in runs.values() for run in results]
         axes.axvline(np.mean(starts), color="#888888", linestyle=":", label="before PPO")
         axes.set_yticks(range(len(runs)), list(runs))
@@ -97,9 +101,8 @@ def detected(runs: Runs, dark: bool = False) -> bytes:
     """The share of responses on which a detector fires, and words of flattery, over the steps."""
     with _theme(dark):
         figure, (share, words) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-        for condition, results in runs.items():
-            _over_steps(share, condition, results, "detected")
-            _over_steps(words, condition, results, "flattery")
+        _over_steps(share, runs, "detected")
+        _over_steps(words, runs, "flattery")
         share.set(xlabel="PPO step", ylabel="share of responses", title="a detector fires")
         words.set(xlabel="PPO step", ylabel="words per response", title="flattery")
         for axes in (share, words):
@@ -109,19 +112,23 @@ def detected(runs: Runs, dark: bool = False) -> bytes:
         return png(figure)
 
 
-def _over_steps(
-    axes: Axes, condition: str, results: Sequence[Mapping[str, Any]], name: str
-) -> None:
+def _over_steps(axes: Axes, runs: Runs, name: str) -> None:
     """The mean over seeds, its 95 % interval as a band, and every seed as a thin line."""
-    step_t = _curves(results, "step")[0]
-    value_st = _curves(results, name)
-    look = _look(condition)
-    axes.plot(step_t, value_st.mean(axis=0), label=condition, **look)
-    if len(value_st) > 1:
-        axes.plot(step_t, value_st.T, **look | {"linewidth": 0.7, "alpha": 0.25})
-        band = [mean_interval(value_s) for value_s in value_st.T]
-        low_t, high_t = (np.asarray([b[side] for b in band], float) for side in ("low", "high"))
-        axes.fill_between(step_t, low_t, high_t, color=look["color"], alpha=0.15, linewidth=0)
+    for condition, results in runs.items():
+        step_t, value_st = _curves(results, "step")[0], _curves(results, name)
+        look = _look(condition)
+        axes.plot(step_t, value_st.mean(axis=0), label=condition, **look)
+        if len(value_st) > 1:
+            axes.plot(step_t, value_st.T, **look | {"linewidth": 0.7, "alpha": 0.25})
+    frame = axes.get_ylim()  # an interval over two seeds can be enormous
+    for condition, results in runs.items():
+        step_t, value_st = _curves(results, "step")[0], _curves(results, name)
+        if len(value_st) > 1:
+            band = [mean_interval(value_s) for value_s in value_st.T]
+            low_t, high_t = (np.asarray([b[side] for b in band], float) for side in ("low", "high"))
+            colour = COLOURS[condition]
+            axes.fill_between(step_t, low_t, high_t, color=colour, alpha=0.15, linewidth=0)
+    axes.set_ylim(frame)
 
 
 def _look(condition: str) -> dict[str, Any]:
