@@ -5,7 +5,6 @@ BIN    := $(VENV)/bin
 WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
-STAGE  := $(BIN)/python main.py --config=configs/smollm2.py --stage
 
 .PHONY: demo study test lint types pytest smollm2 benchmark clean
 
@@ -35,16 +34,8 @@ pytest: $(VENV)/.dev
 # then PPO with the compound reward. What an earlier call finished is not done again.
 smollm2: $(RUN)/before_after.jsonl $(RUN)/figures/training.png $(RUN)/merged/config.json
 
-$(RUN)/data/pairs.jsonl: | $(SMOLLM2)/config.json
-	$(STAGE)=prepare_data
-$(RUN)/sarm/config.json: | $(RUN)/data/pairs.jsonl
-	$(STAGE)=train_sarm
-$(RUN)/probes/selected_features.json: | $(RUN)/sarm/config.json
-	$(STAGE)=identify
-$(RUN)/human_latents.safetensors: | $(RUN)/probes/selected_features.json
-	$(STAGE)=human_latents
-$(RUN)/adapter/adapter_config.json: | $(RUN)/human_latents.safetensors
-	$(STAGE)=train
+$(RUN)/adapter/adapter_config.json: | $(SMOLLM2)/config.json
+	$(BIN)/python main.py --config=configs/smollm2.py --stage=all
 $(RUN)/merged/config.json: | $(RUN)/adapter/adapter_config.json
 	$(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
 $(RUN)/before_after.jsonl: | $(RUN)/adapter/adapter_config.json

@@ -117,6 +117,13 @@ def test_a_seed_of_other_options_is_not_mixed_in(study, capsys):
     assert "lab.pairs was 200 and is now 100" in content["stopped"]["7"]
 
 
+def test_a_finished_run_of_other_options_is_not_passed_off(study):
+    call, workdir = study
+    assert call("lab.ignore_failed_gates=True", "ppo.learning_rate=1e-3") == 2
+    content = json.loads((workdir / "lab.json").read_text())
+    assert "ppo.learning_rate was 0.002 and is now 0.001" in content["stopped"]["7"]
+
+
 def test_bad_studies_are_refused(study, capsys):
     call, _ = study
     for option, message in (

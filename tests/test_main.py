@@ -94,6 +94,15 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
         "--config.identify.top_k=4",
     ) == 0  # fmt: skip
     selected = f"@{workdir}/probes/selected_features.json"
+    probe = [
+        sarm,
+        f"--config.probe.feature={selected}:safety_harming[:2],{selected}:safety_promoting[:1]",
+        f"--config.probe.data_jsonl={workdir}/data/pairs.jsonl",
+    ]
+    assert run("--stage=probe", *probe) == 0
+    lists = json.loads((workdir / "probes" / "selected_features.json").read_text())
+    for feature in (*lists["safety_harming"][:2], lists["safety_promoting"][0]):
+        assert (workdir / "probes" / f"probe_f{feature}.csv").exists()
     features = f"--latent_indices={selected}:safety_harming"
     assert run(
         "--stage=human_latents", sarm, features, f"--config.human_latents.demos_jsonl={demos}"
@@ -118,6 +127,10 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
     check_adapter_against_peft(world / "policy", workdir)
 
     assert run("--stage=train", *train) == 0  # finished: nothing more to do
+    times = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.safetensors")}
+    inputs = [f"--config.train_sarm.pairs_jsonl={workdir}/data/pairs.jsonl", *probe[1:]]
+    assert run("--stage=all", *train, *inputs) == 0  # nothing is left to do
+    assert times == {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.safetensors")}
     assert run("--stage=train", *train, "--alpha_values=0.5,0.5") == 2
     assert "reward.alpha_values was '0.5,0.25' and is now '0.5,0.5'" in capsys.readouterr().err
 
@@ -182,6 +195,12 @@ BAD_INPUT = [
     (["--prompts_jsonl=/no/such/file.jsonl"], "/no/such/file.jsonl"),
     (["--config.ppo.max_prompt_tokens=10"], "demos.jsonl:1"),
     (["--workdir=/proc/run"], "--workdir=/proc/run"),
+    (["--stage=probe"], "probe.feature is empty"),
+    (["--stage=probe", "--config.probe.feature=1,x"], "probe.feature: found 'x'"),
+    (["--stage=probe", "--config.probe.feature=1", "--config.probe.mode=all"], "probe.mode='all'"),
+    (["--config.ppo.eval_every=0"], "ppo.eval_every=0"),
+    (["--config.eval_prompts_jsonl=/no/such.jsonl"], "/no/such.jsonl"),
+    (["--config.reward.penalty_cap=-1"], "reward.penalty_cap=-1.0"),
 ]
 
 

@@ -1,0 +1,138 @@
+"""`--stage=all`: the stages of an experiment in order, and the lab's study over seeds.
+
+What is finished is not done again; what was prepared with other options is refused.
+"""
+
+import json
+import logging
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs.command_line import fill_in
+from configs.stages import (
+    ADAPTER,
+    STAGES,
+    plain,
+    reward_model,
+    run_train,
+    train_settings,
+    write_json,
+)
+from ppo.metrics import read_evaluations
+from ppo.train import NonFiniteError
+from sarm_jax.errors import InputError
+from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
+from sarm_jax.lab.page import write_study
+from sarm_jax.lab.results import run_result
+from sarm_jax.progress import show_progress
+from sarm_jax.workdir import claim
+
+LOG = logging.getLogger(__name__)
+PREPARATION_SETTINGS = (
+    "policy_model dtype prepare_data train_sarm identify human_latents probe lab"
+).split()
+STUDY_FIELDS = "seeds conditions processes alpha beta ignore_failed_gates".split()
+
+
+def run_all(template: ConfigDict, workdir: Path) -> None:
+    """The stages whose inputs the config names, in order, unless they are finished.
+
+    For the lab: those stages for every seed, PPO under every condition, and the page.
+    """
+    if template.prepare_data.source == "lab":
+        run_study(template, workdir)
+        return
+    config = fill_in(template, workdir)
+    prepare(config, workdir)
+    train(config, workdir)
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """PPO, unless it is finished; a finished run of other options is refused."""
+    if (workdir / ADAPTER).exists():
+        claim(workdir, train_settings(config))
+    else:
+        LOG.info("stage train")
+        run_train(config, workdir)
+
+
+def prepare(config: ConfigDict, workdir: Path) -> None:
+    """Everything before PPO that the config has inputs for and that is not there yet."""
+    settings = {name: plain(config[name]) for name in PREPARATION_SETTINGS}
+    for name in STUDY_FIELDS:
+        del settings["lab"][name]
+    claim(workdir, settings, "preparation.json")
+    lab = config.prepare_data.source == "lab"
+    prepared = "policy" if lab else "data/pairs.jsonl"
+    wanted = (
+        ("prepare_data", prepared, lab or config.prepare_data.demos_jsonl),
+        ("train_sarm", "sarm", config.train_sarm.pairs_jsonl),
+        ("identify", "probes/selected_features.json", config.identify.pairs_jsonl),
+        ("human_latents", "human_latents.safetensors", config.human_latents.demos_jsonl),
+        ("probe", "probes/probe_summary.json", config.probe.data_jsonl),
+    )
+    for stage, output, given in wanted:
+        if given and not (workdir / output).exists():
+            LOG.info("stage %s", stage)
+            STAGES[stage](config, workdir)
+
+
+def run_study(template: ConfigDict, workdir: Path) -> None:
+    """The lab: every seed, every condition, then lab.json, the figures and lab.html."""
+    seeds = parse_seeds(template.lab.seeds)
+    conditions = parse_conditions(template.lab.conditions)
+    if template.lab.processes < 1:
+        raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
+    settings = template.to_dict()
+    if template.lab.processes == 1 or len(seeds) == 1:
+        outcomes = [run_seed(settings, workdir, seed) for seed in seeds]
+    else:
+        os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
+        with ProcessPoolExecutor(
+            template.lab.processes, get_context("spawn"), max_tasks_per_child=1
+        ) as pool:
+            futures = [pool.submit(run_seed, settings, workdir, seed) for seed in seeds]
+            outcomes = [future.result() for future in futures]
+    stopped = {seed: why for seed, why in zip(seeds, outcomes, strict=True) if why}
+    page, result = write_study(workdir, seeds, conditions, stopped)
+    if len(stopped) == len(seeds):
+        raise InputError(f"every seed stopped; seed {seeds[0]}: {stopped[seeds[0]]}")
+    print(f"{result}\nThe page: {page}")
+
+
+def run_seed(settings: dict, workdir: Path, seed: int) -> str | None:
+    """One seed of the study. Returns why it stopped, None when it did not."""
+    show_progress(f"seed {seed}: ")
+    folder = workdir / f"seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    template = ConfigDict(settings)
+    for section in ("lab", "train_sarm", "identify", "ppo"):
+        template[section].seed = seed
+    config = fill_in(template, folder)
+    try:
+        prepare(config, folder)
+        for condition in parse_conditions(config.lab.conditions):
+            run_condition(config, folder, condition)
+    except (InputError, NonFiniteError) as error:
+        LOG.error("stopped: %s", error)
+        return str(error)
+    return None
+
+
+def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
+    """PPO under a condition of the study, and its result.json."""
+    selected, workdir = folder / "probes" / "selected_features.json", folder / condition
+    config = config.copy_and_resolve_references()
+    config.reward.update(reward_options(condition, selected, config.lab.to_dict()))
+    workdir.mkdir(exist_ok=True)
+    LOG.info("condition %s", condition)
+    train(config, workdir)
+    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    features = json.loads(selected.read_text(encoding="utf-8"))
+    rows = read_evaluations(workdir)
+    result = run_result(rows, reward_model(config), features, summary["seconds"])
+    write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -1,0 +1,251 @@
+"""The stages: what each reads from the config, what it calls, and which files it writes."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import save
+
+from conversion import load_policy, load_sarm
+from conversion.checkpoint import open_checkpoint
+from conversion.load import load_hf_tokenizer, read_sarm_config
+from conversion.peft import save_adapter
+from conversion.to_hf import save_policy, save_sarm
+from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
+from ppo.options import reward_config, train_config
+from ppo.prompts import PromptDeck, read_prompts
+from ppo.train import Trainer
+from sarm_jax.detectors import Detectors
+from sarm_jax.errors import InputError
+from sarm_jax.feature_lists import parse_features
+from sarm_jax.features import IdentifyConfig, identify
+from sarm_jax.files import replacing
+from sarm_jax.jsonl import read_jsonl, write_jsonl
+from sarm_jax.lab.build import LabConfig, make_data, make_models
+from sarm_jax.lab.gates import measure_gates, require_gates
+from sarm_jax.llama import REMAT
+from sarm_jax.preference_pairs import PairsConfig, make_pairs
+from sarm_jax.probing import ProbeConfig, probe, write_probes
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
+from sarm_jax.workdir import claim
+
+LOG = logging.getLogger(__name__)
+DEMO = {"prompt": str, "response": str}
+
+
+def run_prepare_data(config: ConfigDict, workdir: Path) -> None:
+    """What the later stages read: preference pairs, or the whole of the lab's world."""
+    section = config.prepare_data.to_dict()
+    source = section.pop("source")
+    if source == "lab":
+        prepare_lab(config, workdir)
+    elif source == "demonstrations":
+        prepare_pairs(PairsConfig(**section), config, workdir)
+    else:
+        raise InputError(f"prepare_data.source={source!r}: expected demonstrations or lab")
+
+
+def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> None:
+    """Demonstrations → preference pairs, rejected answers being made from good ones."""
+    demos = read_jsonl(options.demos_jsonl, DEMO)
+    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    pairs = make_pairs(options, policy, tokenizer, demos)
+    write_jsonl(workdir / "data" / "pairs.jsonl", pairs)
+    LOG.info("%d pairs in %s", len(pairs), workdir / "data" / "pairs.jsonl")
+
+
+def prepare_lab(config: ConfigDict, workdir: Path) -> None:
+    """A seed → the lab's data, its pretrained model and its policy, in the HF layout."""
+    options = lab_config(config)
+    if (workdir / "policy").exists():
+        raise InputError(f"{workdir / 'policy'} exists already: delete it to train again")
+    shutil.rmtree(workdir / "pretrained", ignore_errors=True)  # of a call that did not finish
+    data = make_data(options)
+    for field in dataclasses.fields(data):
+        write_jsonl(workdir / "data" / f"{field.name}.jsonl", getattr(data, field.name))
+    pretrained, policy, tokenizer, _ = make_models(options, data)
+    save_policy(workdir / "pretrained", pretrained, tokenizer)
+    save_policy(workdir / "policy", policy, tokenizer)
+    LOG.info("the lab's data and models are in %s", workdir)
+
+
+def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
+    """Preference pairs → a SARM on the first layers of the policy model, in the HF layout."""
+    paths = split_paths(config.train_sarm.pairs_jsonl)
+    section = config.train_sarm.to_dict() | {"pairs_jsonl": paths}
+    model = section.pop("model") or config.policy_model
+    options = TrainSARMConfig(**section)
+    pairs = read_pairs(paths)
+    if (workdir / "sarm").exists():
+        raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
+    policy, tokenizer = load_policy(model, config.dtype)
+    rows: list[dict] = []
+    sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append)
+    hf_config = open_checkpoint(model, "policy").hf_config
+    save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
+    write_json(workdir / "sarm_summary.json", summary)
+    write_jsonl(workdir / "sarm_metrics.jsonl", rows)
+    LOG.info("SARM in %s: %s", workdir / "sarm", json.dumps(summary))
+
+
+def run_identify(config: ConfigDict, workdir: Path) -> None:
+    """Preference pairs → which latents tell chosen from rejected, with thresholds."""
+    section = config.identify.to_dict()
+    pairs = read_pairs(split_paths(section.pop("pairs_jsonl")))
+    options = IdentifyConfig(**section)
+    model = reward_model(config)
+    analysis, selected, scores = identify(options, model, pairs)
+    folder = workdir / "probes"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "feature_analysis.json", analysis)
+    with replacing(folder / "feature_scores.safetensors", "wb") as file:
+        file.write(save(scores))
+    if config.prepare_data.source == "lab":
+        detectors = Detectors(
+            tuple(selected["detectors"]),
+            tuple(selected["tau_detectors"]),
+            analysis["detectors"]["detection"],
+            analysis["detectors"]["false_alarms"],
+        )
+        check_lab(config, workdir, model, detectors)
+    write_json(folder / "selected_features.json", selected)
+    LOG.info("features in %s", folder / "selected_features.json")
+
+
+def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors) -> None:
+    """Measures the lab's gates on held-out prompts, says which hold, and writes gates.json."""
+    data = workdir / "data"
+    prompts, held_out = (
+        read_prompts(str(data / name)) for name in ("prompts.jsonl", "held_out_prompts.jsonl")
+    )
+    contrast = read_jsonl(data / "contrast_single.jsonl", PAIR_FIELDS)
+    gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed)
+    for gate in gates:
+        LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
+    values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
+    write_json(workdir / "probes" / "gates.json", values)
+
+
+def run_probe(config: ConfigDict, workdir: Path) -> None:
+    """Sets features to a value, one at a time, and says what the reward does."""
+    section = config.probe
+    features = parse_features("probe.feature", section.feature)
+    options = ProbeConfig(tuple(dict.fromkeys(features)), section.set_value, section.mode)
+    data = read_jsonl(section.data_jsonl, {"prompt": str})
+    probes = probe(options, reward_model(config), data)
+    folder = workdir / "probes"
+    folder.mkdir(exist_ok=True)
+    write_probes(folder, probes)
+    write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})
+    LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")
+
+
+def run_human_latents(config: ConfigDict, workdir: Path) -> None:
+    """Human demonstrations → the buffer of latents that the discriminator compares with."""
+    demos = read_jsonl(config.human_latents.demos_jsonl, DEMO)
+    indices = reward_config(config.reward).latent_indices
+    human = collect_human_latents(reward_model(config), demos, indices)
+    save_human_latents(workdir / "human_latents.safetensors", human)
+    LOG.info("latents %s in %s", human.z_ns.shape, workdir / "human_latents.safetensors")
+
+
+def run_train(config: ConfigDict, workdir: Path) -> None:
+    """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
+    options = train_config(config)
+    if config.lab.gates_json:
+        require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
+    if config.remat not in REMAT:
+        raise InputError(f"remat={config.remat!r}: expected one of {', '.join(REMAT)}")
+    prompts = read_prompts(config.prompts_jsonl)
+    latent_size = read_sarm_config(config.sarm_model).sae.latent_size
+    options.reward.check_features(latent_size)
+    human = human_buffer(options.reward, config.reward.human_latents, latent_size)
+    tokenizer = load_hf_tokenizer(config.policy_model)
+    ppo = options.ppo
+    deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)
+    eval_deck = None
+    if path := config.eval_prompts_jsonl:
+        eval_prompts = read_prompts(path)
+        eval_deck = PromptDeck(eval_prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, path)
+    claim(workdir, train_settings(config))
+
+    if options.lora.dropout:
+        LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
+    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    policy.remat = config.remat
+    model = reward_model(config)
+    trainer = Trainer(options, policy, tokenizer, model, deck, human, workdir, eval_deck)
+    summary = trainer.run()
+    params = trainer.state["train"].params
+    nnx.update(policy, params["lora"])
+    value_head = jax.device_get(params["value_head"])
+    save_adapter(
+        workdir / "adapter",
+        policy,
+        options.lora,
+        config.policy_model,
+        tokenizer,
+        value_head,
+        replace=True,
+    )
+    LOG.info("adapter in %s; %s", workdir / "adapter", json.dumps(summary))
+
+
+STAGES = {
+    "prepare_data": run_prepare_data,
+    "train_sarm": run_train_sarm,
+    "identify": run_identify,
+    "probe": run_probe,
+    "human_latents": run_human_latents,
+    "train": run_train,
+}
+ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last
+TRAIN_SETTINGS = (
+    "policy_model sarm_model prompts_jsonl eval_prompts_jsonl dtype remat sarm_max_length "
+    "lora ppo reward discriminator"
+).split()
+
+
+def train_settings(config: ConfigDict) -> dict:
+    """What a run in a working directory must not differ in."""
+    return {name: plain(config[name]) for name in TRAIN_SETTINGS}
+
+
+def lab_config(config: ConfigDict) -> LabConfig:
+    """The lab section's part that makes the world."""
+    section = config.lab.to_dict()
+    return LabConfig(**{field.name: section[field.name] for field in dataclasses.fields(LabConfig)})
+
+
+def reward_model(config: ConfigDict) -> RewardModel:
+    """The SARM of the config, with its scoring options."""
+    model = load_sarm(config.sarm_model, config.dtype)
+    model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
+    return model
+
+
+def split_paths(text: str) -> tuple[str, ...]:
+    """Comma-separated paths."""
+    return tuple(path.strip() for path in text.split(","))
+
+
+def read_pairs(paths: tuple[str, ...]) -> list[dict]:
+    """The preference pairs of JSONL files, one after the other."""
+    return [row for path in paths for row in read_jsonl(path, PAIR_FIELDS)]
+
+
+def plain(value):
+    """A config section as JSON-ready values."""
+    return value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Indented JSON, written atomically."""
+    with replacing(path) as file:
+        json.dump(content, file, indent=2)
