@@ -21,6 +21,13 @@ def get_config() -> ConfigDict:
     config.sarm_max_length = 4096  # tokens; longer conversations lose their beginning
     config.sarm_batch_size = 16  # conversations scored at a time
 
+    # Devices along each axis: data copies the weights, fsdp splits them, either splits the batch;
+    # tensor splits heads and widths.
+    config.mesh = ConfigDict()
+    config.mesh.data = 1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
     config.lora = ConfigDict()
     config.lora.rank = 16
     config.lora.alpha = 32.0  # the update is scaled by alpha / rank

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from conversion import load_policy, load_sarm
 from conversion.checkpoint import open_checkpoint
-from conversion.load import load_hf_tokenizer, read_sarm_config
+from conversion.load import load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
 from conversion.to_hf import save_policy, save_sarm
 from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
@@ -32,6 +32,7 @@ from sarm_jax.llama import REMAT
 from sarm_jax.preference_pairs import PairsConfig, make_pairs
 from sarm_jax.probing import ProbeConfig, probe, write_probes
 from sarm_jax.reward_model import RewardModel
+from sarm_jax.sharding import MeshConfig, Placement, make_mesh
 from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
 from sarm_jax.workdir import claim
 
@@ -163,6 +164,10 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     if config.remat not in REMAT:
         raise InputError(f"remat={config.remat!r}: expected one of {', '.join(REMAT)}")
     prompts = read_prompts(config.prompts_jsonl)
+    mesh, placed = mesh_config(config), placement(config)
+    mesh.check_model(read_policy_config(config.policy_model))
+    rows = options.ppo.batch_size // options.ppo.pieces
+    mesh.check_batch(rows, "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)")
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
     options.reward.check_features(latent_size)
     human = human_buffer(options.reward, config.reward.human_latents, latent_size)
@@ -177,10 +182,10 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
 
     if options.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
-    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    policy, tokenizer = load_policy(config.policy_model, config.dtype, placed.parameter)
     policy.remat = config.remat
     model = reward_model(config)
-    trainer = Trainer(options, policy, tokenizer, model, deck, human, workdir, eval_deck)
+    trainer = Trainer(options, policy, tokenizer, model, deck, human, workdir, eval_deck, placed)
     summary = trainer.run()
     params = trainer.state["train"].params
     nnx.update(policy, params["lora"])
@@ -224,10 +229,23 @@ def lab_config(config: ConfigDict) -> LabConfig:
 
 
 def reward_model(config: ConfigDict) -> RewardModel:
-    """The SARM of the config, with its scoring options."""
-    model = load_sarm(config.sarm_model, config.dtype)
+    """The SARM of the config on the mesh, with its scoring options."""
+    mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
+    placed = placement(config)
+    model = load_sarm(config.sarm_model, config.dtype, placed.parameter)
     model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
+    model.placement = placed
     return model
+
+
+def mesh_config(config: ConfigDict) -> MeshConfig:
+    """The mesh section."""
+    return MeshConfig(**config.mesh)
+
+
+def placement(config: ConfigDict) -> Placement:
+    """Where weights and batches go."""
+    return Placement(make_mesh(mesh_config(config)))
 
 
 def split_paths(text: str) -> tuple[str, ...]:

@@ -72,8 +72,7 @@ class PPOConfig:
             raise InputError(
                 f"ppo.lr_schedule={self.lr_schedule!r}: expected constant, linear or cosine"
             )
-        pieces = self.num_minibatches * self.gradient_accumulation_steps
-        if self.batch_size % pieces:
+        if self.batch_size % self.pieces:
             raise InputError(
                 f"ppo.batch_size={self.batch_size} is not divisible by num_minibatches × "
                 f"gradient_accumulation_steps = {self.num_minibatches} × "
@@ -81,6 +80,11 @@ class PPOConfig:
             )
         if not 0 <= self.seed < 2**31:
             raise InputError(f"seed={self.seed}: must lie in [0, 2^31)")
+
+    @property
+    def pieces(self) -> int:
+        """Microbatches in a batch."""
+        return self.num_minibatches * self.gradient_accumulation_steps
 
     @property
     def updates_per_step(self) -> int:

@@ -18,6 +18,7 @@ from ppo.logprobs import token_logprobs
 from sarm_jax.generate import Generation, Sampling, sample
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, fold_lora
+from sarm_jax.sharding import ONE_DEVICE, Placement
 
 
 @struct.dataclass
@@ -50,22 +51,32 @@ class Learner:
     reference_graph: nnx.GraphDef
     stops: tuple[int, ...]
     pad: int
+    placement: Placement = ONE_DEVICE
 
     @classmethod
     def attach(
-        cls, config: PPOConfig, lora: LoRAConfig, policy: Llama, pad: int
+        cls,
+        config: PPOConfig,
+        lora: LoRAConfig,
+        policy: Llama,
+        pad: int,
+        placement: Placement = ONE_DEVICE,
     ) -> tuple["Learner", TrainState, nnx.State]:
-        """Gives `policy` a fresh adapter, in place: (learner, initial state, base)."""
+        """Gives `policy` a fresh adapter, in place: (learner, initial state, base).
+
+        `placement` is where the policy's weights are already.
+        """
         reference_graph = nnx.graphdef(policy)
         add_lora(policy, lora, nnx.Rngs(config.seed))
         graphdef, adapter, base = nnx.split(policy, LoRAParam, ...)  # type: ignore[misc]
-        learner = cls(config, graphdef, reference_graph, policy.stop_ids, pad)
+        learner = cls(config, graphdef, reference_graph, policy.stop_ids, pad, placement)
         width = policy.config.hidden_size
         params = {
             "lora": jax.tree.map(jnp.copy, adapter),  # updates donate it
             "value_head": {"kernel": jnp.zeros((width,)), "bias": jnp.zeros(())},
         }
-        return learner, TrainState(params, learner.optimizer.init(params)), base
+        state = TrainState(params, learner.optimizer.init(params))
+        return learner, placement.replicated(state), base
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
@@ -86,7 +97,9 @@ class Learner:
         policy = nnx.merge(self.graphdef, params["lora"], base)
         if policy.embed_tokens.dtype == jnp.float32:  # half precision would round it away
             fold_lora(policy)
-        return sample(policy, tokens_bp, mask_bp, key, sampling, self.stops, self.pad)
+        tokens_bp, mask_bp = self.placement.keep_rows((tokens_bp, mask_bp))
+        generation = sample(policy, tokens_bp, mask_bp, key, sampling, self.stops, self.pad)
+        return self.placement.keep_rows(generation)
 
     @partial(jax.jit, static_argnums=0)
     def reference_logp(
@@ -98,7 +111,7 @@ class Learner:
         def piece(rows):
             return self._logprobs(reference, *rows)[0]
 
-        return self.in_microbatches(piece, (tokens_bt, mask_bt))
+        return self.placement.keep_rows(self.in_microbatches(piece, (tokens_bt, mask_bt)))
 
     def evaluate(
         self, params: dict, base: nnx.State, tokens_bt: jax.Array, mask_bt: jax.Array
@@ -115,7 +128,7 @@ class Learner:
 
     def in_microbatches(self, function, rows):
         """Maps over the rows in `num_minibatches · gradient_accumulation_steps` pieces."""
-        pieces = self.config.num_minibatches * self.config.gradient_accumulation_steps
+        pieces = self.config.pieces
         if pieces == 1:
             return function(rows)
         cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
@@ -123,6 +136,7 @@ class Learner:
         return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), mapped)
 
     def _logprobs(self, model, tokens_bt, mask_bt):
+        tokens_bt, mask_bt = self.placement.keep_rows((tokens_bt, mask_bt))
         responses = self.config.max_new_tokens
         x_brd = model.hidden(tokens_bt, mask_bt)[:, -responses - 1 : -1]
         logp_br, entropy_br = token_logprobs(

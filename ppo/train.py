@@ -39,6 +39,7 @@ from sarm_jax.files import replacing
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
+from sarm_jax.sharding import ONE_DEVICE, Placement
 
 LOG = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Trainer:
     """A run in `workdir`. `human` is the buffer for the latent KL, None when β = 0.
 
     `eval_deck` are prompts to evaluate the policy on while it is trained; None: no evaluation.
+    `placement` is where the weights of policy and reward model are.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Trainer:
         human: HumanLatents | None,
         workdir: Path,
         eval_deck: PromptDeck | None = None,
+        placement: Placement = ONE_DEVICE,
     ):
         self.config, self.workdir, self.deck = config, workdir, deck
         self.density_ratio = None
@@ -82,7 +85,7 @@ class Trainer:
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
         self.scorer = Scorer(reward_model, config.reward, human.latent_indices if human else ())
         self.learner, self._fresh, self.base = Learner.attach(
-            config.ppo, config.lora, policy, pad_id(tokenizer)
+            config.ppo, config.lora, policy, pad_id(tokenizer), placement
         )
         self.sampler = Sampler(self.learner, self.base, tokenizer)
         self.updater = Updater(self.learner)

@@ -64,7 +64,7 @@ class Updater:
         """
         config = self.config
         count = batch.response_mask_br.sum() / config.num_minibatches
-        single = config.num_minibatches * config.gradient_accumulation_steps == 1
+        single = config.pieces == 1
         targets: Any = None if single else self._targets(state.params, base, batch)
         history = []
         for order in permutations:
@@ -73,6 +73,7 @@ class Updater:
                     state, targets, metrics = self._step(state, base, batch, targets, count)
                 else:
                     piece = jax.tree.map(lambda x, rows=rows: x[rows], (batch, targets))
+                    piece = self.learner.placement.rows(piece)
                     state, _, metrics = self._step(state, base, *piece, count)
                 history.append(metrics)
         metrics = {k: jnp.stack([m[k] for m in history]) for k in history[0]}
@@ -87,7 +88,8 @@ class Updater:
             return self.learner.evaluate(params, base, *rows)
 
         old = self.learner.in_microbatches(piece, (batch.tokens_bt, batch.mask_bt))
-        return make_targets(self.config, batch, old.logp_br, old.values_br)
+        targets = make_targets(self.config, batch, old.logp_br, old.values_br)
+        return self.learner.placement.keep_rows(targets)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def _step(self, state, base, batch, targets, count):
@@ -113,6 +115,8 @@ class Updater:
         new = TrainState(optax.apply_updates(state.params, updates), opt_state)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["ppo_loss"])
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        state = self.learner.placement.keep_replicated(state)
+        targets = self.learner.placement.keep_rows(targets)
         return state, targets, metrics | {"grad_norm": grad_norm, "finite": finite}
 
     def _loss(self, params, base, batch, targets, count):

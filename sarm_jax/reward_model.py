@@ -15,14 +15,19 @@ from flax import nnx
 
 from sarm_jax.chat import bucket_length, encode_conversation, pad_batch, pad_id
 from sarm_jax.sarm import SARM, Intervention, intervention
+from sarm_jax.sharding import ONE_DEVICE
 
 
 class RewardModel:
-    """`max_length` in tokens (longer conversations lose their beginning), `batch_size` in rows."""
+    """`max_length` in tokens (longer conversations lose their beginning), `batch_size` in rows.
+
+    `placement` is where the model's weights are; rows are put beside them.
+    """
 
     def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
+        self.placement = ONE_DEVICE
 
     def score(
         self,
@@ -77,7 +82,7 @@ class RewardModel:
         order = np.argsort([len(row) for row in rows], kind="stable")
         for start in range(0, len(rows), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            tokens_bt, mask_bt = self._pad([rows[i] for i in chosen])
+            tokens_bt, mask_bt = self.placement.rows(self._pad([rows[i] for i in chosen]))
             scores, latents = _score(graphdef, state, tokens_bt, mask_bt, clamp, indices)
             score_b[chosen] = np.asarray(scores)[: len(chosen)]
             z_bf[chosen] = np.asarray(latents)[: len(chosen)]

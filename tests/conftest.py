@@ -16,6 +16,8 @@ from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig
 from tests.oracles import tiny_tokenizer
 
+jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of sharding
+
 
 @pytest.fixture(scope="session")
 def tokenizer():

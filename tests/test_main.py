@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import main
 from conversion import load_policy, load_sarm, to_hf
+from ppo.metrics import read_metrics
 from sarm_jax.chat import encode_prompt
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
@@ -149,6 +150,16 @@ def check_adapter_against_peft(base: Path, workdir: Path) -> None:
     assert (adapted - plain).abs().max() > 1e-5
 
 
+def test_a_mesh_changes_nothing_but_where_it_runs(run, tmp_path):
+    rows = []
+    for name, mesh in (("one", []), ("four", ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"])):
+        assert run(f"--workdir={tmp_path / name}", *mesh) == 0
+        rows.append(read_metrics(tmp_path / name / "metrics.csv"))
+    for one, four in zip(*rows, strict=True):
+        for column in ("total_reward", "ref_kl", "ppo_loss", "grad_norm", "response_length_mean"):
+            assert four[column] == pytest.approx(one[column], abs=1e-4), column
+
+
 def test_load_sarm_scores_text(world):
     sarm = load_sarm(world / "sarm")
     score, z = sarm.score(["a"], ["b"])
@@ -195,6 +206,9 @@ BAD_INPUT = [
     (["--prompts_jsonl=/no/such/file.jsonl"], "/no/such/file.jsonl"),
     (["--config.ppo.max_prompt_tokens=10"], "demos.jsonl:1"),
     (["--workdir=/proc/run"], "--workdir=/proc/run"),
+    (["--config.mesh.data=16"], "mesh data=16 fsdp=1 tensor=1 takes 16 devices; there are 8"),
+    (["--config.mesh.tensor=8"], "mesh.tensor=8 does not divide num_attention_heads=4"),
+    (["--config.mesh.fsdp=8"], "= 4 rows do not divide over data × fsdp = 8"),
     (["--stage=probe"], "probe.feature is empty"),
     (["--stage=probe", "--config.probe.feature=1,x"], "probe.feature: found 'x'"),
     (["--stage=probe", "--config.probe.feature=1", "--config.probe.mode=all"], "probe.mode='all'"),

@@ -1,0 +1,180 @@
+"""One program, any mesh: the run of one device on 2, 4 and 8 virtual ones."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from ppo.density_ratio import DiscriminatorConfig
+from ppo.human_latents import collect_human_latents
+from ppo.metrics import read_metrics
+from ppo.prompts import PromptDeck
+from ppo.reward import RewardConfig
+from ppo.train import TrainConfig, Trainer
+from sarm_jax import chat
+from sarm_jax.errors import InputError
+from sarm_jax.llama import Llama, LlamaConfig
+from sarm_jax.lora import LoRAConfig
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.sae import SAEConfig
+from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.sharding import BATCH, MeshConfig, Placement, make_mesh, partition_spec
+from tests.conftest import spread
+
+PROMPTS = [f"say {i}" for i in range(10)]
+MESHES = [(2, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2), (2, 2, 2)]
+SAME = (
+    "total_reward rm_score indicator_penalty kl_penalty ref_kl response_length_mean eos_fraction "
+    "policy_loss value_loss entropy approx_kl advantage_std grad_norm disc_loss disc_acc"
+).split()
+
+
+def llama(tokenizer, layers: int = 3) -> LlamaConfig:
+    """Eight heads over four key/value heads, so that four devices can share them."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=4,
+    )
+
+
+def put(model: nnx.Module, placement: Placement):
+    """The model with every parameter where the table says."""
+    graphdef, state = nnx.split(model)
+    placed = [
+        (path, variable.replace(placement.parameter(".".join(map(str, path)), variable[...])))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graphdef, nnx.from_flat_state(placed))
+
+
+def train(tokenizer, ppo_config, placement: Placement, workdir: Path, **changes) -> Trainer:
+    """Ten steps with penalties and latent KL; everything that a run has, placed."""
+    workdir.mkdir(exist_ok=True)
+    config = llama(tokenizer)
+    policy = spread(Llama(config, rngs=nnx.Rngs(0), stop_ids=chat.stop_ids(tokenizer)))
+    trunk = dataclasses.replace(config, num_hidden_layers=2)
+    sarm = SARM(SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8)), rngs=nnx.Rngs(1))
+    spread(sarm.trunk)
+    sarm.score[...] = jax.random.normal(jax.random.key(2), (64,))
+    model = RewardModel(put(sarm, placement), tokenizer, max_length=512, batch_size=8)
+    model.placement = placement
+    ppo = ppo_config(**{"batch_size": 8, "total_steps": 10, "learning_rate": 1e-3, **changes})
+    demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
+    options = TrainConfig(
+        ppo,
+        LoRAConfig(rank=4),
+        RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05),
+        DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0),
+    )
+    trainer = Trainer(
+        options,
+        put(policy, placement),
+        tokenizer,
+        model,
+        PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed),
+        collect_human_latents(model, demos, (1, 2, 7)),
+        workdir,
+        placement=placement,
+    )
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def one_device(tokenizer, tmp_path_factory):
+    """The run on a single device."""
+    from configs import base
+    from ppo.config import PPOConfig
+
+    small = {"max_new_tokens": 6, "max_prompt_tokens": 200}
+    config = {**base.get_config().ppo, **small}
+
+    def make(**changes):
+        return PPOConfig(**{**config, **changes})
+
+    workdir = tmp_path_factory.mktemp("one")
+    return train(tokenizer, make, Placement(), workdir), read_metrics(workdir / "metrics.csv"), make
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_ten_steps_are_those_of_one_device(one_device, tokenizer, tmp_path, shape):
+    single, rows, make = one_device
+    placement = Placement(make_mesh(MeshConfig(*shape)))
+    trainer = train(tokenizer, make, placement, tmp_path / "run")
+    for row, expected in zip(read_metrics(tmp_path / "run" / "metrics.csv"), rows, strict=True):
+        for name in SAME:
+            np.testing.assert_allclose(row[name], expected[name], atol=1e-4, err_msg=name)
+        assert row["ratio_0_max_dev"] <= 1e-5
+    ours, theirs = (t.state["train"].params for t in (trainer, single))
+    for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+    kernel = nnx.to_flat_state(trainer.base)
+    shards = {str(path[-2]): v[...].sharding for path, v in kernel if "kernel" in map(str, path)}
+    split = P(None, "fsdp", "tensor")
+    assert shards["q_proj"].spec == split and len(shards["q_proj"].device_set) == np.prod(shape)
+
+
+def test_minibatches_and_accumulation_on_a_mesh(one_device, tokenizer, tmp_path):
+    _, _, make = one_device
+    placement = Placement(make_mesh(MeshConfig(data=2)))
+    cut = {"total_steps": 2, "num_minibatches": 2, "gradient_accumulation_steps": 2}
+    runs = [
+        train(tokenizer, make, where, tmp_path / str(n), **cut).state["train"].params
+        for n, where in enumerate((Placement(), placement))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_a_checkpoint_goes_on_on_another_mesh(one_device, tokenizer, tmp_path):
+    single, _, make = one_device
+    first = Placement(make_mesh(MeshConfig(data=2, fsdp=2)))
+    train(tokenizer, make, first, tmp_path / "run", total_steps=5)
+    second = Placement(make_mesh(MeshConfig(fsdp=2, tensor=2)))
+    trainer = train(tokenizer, make, second, tmp_path / "run")
+    params = trainer.state["train"].params
+    for a, b in zip(*map(jax.tree.leaves, (params, single.state["train"].params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_every_parameter_has_one_row(tokenizer):
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    trunk = llama(tokenizer, layers=2)
+    sarm = SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8))
+    for model in (Llama(trunk, rngs=nnx.Rngs(0)), SARM(sarm, rngs=nnx.Rngs(0))):
+        for path, variable in nnx.to_flat_state(nnx.state(model)):
+            partition_spec(".".join(map(str, path)), variable[...].shape, mesh)
+    with pytest.raises(ValueError, match="layers.new matches 0 rows"):
+        partition_spec("layers.new", (4, 4), mesh)
+
+
+def test_what_does_not_divide():
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    assert partition_spec("embed_tokens", (264, 32), mesh) == P("tensor", "fsdp")
+    assert partition_spec("embed_tokens", (263, 32), mesh) == P(None, "fsdp")
+    with pytest.raises(InputError, match=r"mesh.tensor=4 does not divide dimension 2 of layers"):
+        partition_spec("layers.mlp.up_proj.kernel", (3, 32, 62), mesh)
+    with pytest.raises(InputError, match=r"takes 16 devices; there are 8"):
+        make_mesh(MeshConfig(data=16))
+    with pytest.raises(InputError, match=r"mesh.fsdp=0: must be at least 1"):
+        MeshConfig(fsdp=0)
+    with pytest.raises(InputError, match=r"batch = 6 rows do not divide over data × fsdp = 4"):
+        MeshConfig(data=2, fsdp=2).check_batch(6, "batch")
+    config = LlamaConfig(264, 32, 64, 2, num_attention_heads=8, num_key_value_heads=2, head_dim=4)
+    with pytest.raises(InputError, match=r"mesh.tensor=4 does not divide num_key_value_heads=2"):
+        MeshConfig(tensor=4).check_model(config)
+
+
+def test_rows_that_do_not_divide_are_replicated():
+    placement = Placement(make_mesh(MeshConfig(data=4)))
+    even, odd = placement.rows((np.zeros((8, 3)), np.zeros((6, 3))))
+    assert even.sharding.spec == BATCH and odd.sharding.spec == P()
