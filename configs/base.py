@@ -90,6 +90,11 @@ def get_config() -> ConfigDict:
     config.discriminator.batch_size = 32  # human rows, and as many policy rows
     config.discriminator.weight_decay = 1e-2
 
+    # A profiler trace of some PPO steps; choose late ones, after everything is compiled.
+    config.profile = ConfigDict()
+    config.profile.start_step = -1  # -1: none
+    config.profile.num_steps = 2
+
     config.human_latents = ConfigDict()
     config.human_latents.demos_jsonl = ""  # {"prompt", "response"} lines written by people
 

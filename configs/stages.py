@@ -18,6 +18,7 @@ from conversion.peft import save_adapter
 from conversion.to_hf import save_policy, save_sarm
 from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
 from ppo.options import reward_config, train_config
+from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import Trainer
 from sarm_jax.detectors import Detectors
@@ -92,7 +93,9 @@ def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
     save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
     write_json(workdir / "sarm_summary.json", summary)
     write_jsonl(workdir / "sarm_metrics.jsonl", rows)
-    LOG.info("SARM in %s: %s", workdir / "sarm", json.dumps(summary))
+    accuracy, interval = summary["accuracy_held_out"], summary["accuracy_held_out_95"]
+    LOG.info("held-out accuracy %.3f (95 %% %.3f to %.3f)", accuracy, *interval)
+    LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
 
 
 def run_identify(config: ConfigDict, workdir: Path) -> None:
@@ -161,6 +164,8 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     options = train_config(config)
     if config.lab.gates_json:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
+    profile = ProfileConfig(**config.profile)
+    profile.check_steps(options.ppo.total_steps)
     if config.remat not in REMAT:
         raise InputError(f"remat={config.remat!r}: expected one of {', '.join(REMAT)}")
     prompts = read_prompts(config.prompts_jsonl)
@@ -185,7 +190,9 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     policy, tokenizer = load_policy(config.policy_model, config.dtype, placed.parameter)
     policy.remat = config.remat
     model = reward_model(config)
-    trainer = Trainer(options, policy, tokenizer, model, deck, human, workdir, eval_deck, placed)
+    trainer = Trainer(
+        options, policy, tokenizer, model, deck, human, workdir, eval_deck, placed, profile
+    )
     summary = trainer.run()
     params = trainer.state["train"].params
     nnx.update(policy, params["lora"])
@@ -199,7 +206,14 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
         value_head,
         replace=True,
     )
-    LOG.info("adapter in %s; %s", workdir / "adapter", json.dumps(summary))
+    LOG.info(
+        "%d steps: total reward %+.2f sd, reference KL %.2f nats, ended %.0f %%",
+        summary["steps"],
+        summary["total_reward_change_in_sd"],
+        summary["last_steps"]["ref_kl"],
+        100 * summary["last_steps"]["eos_fraction"],
+    )
+    LOG.info("adapter in %s, numbers in %s", workdir / "adapter", workdir / "summary.json")
 
 
 STAGES = {

@@ -29,6 +29,7 @@ from ppo.metrics import (
     summarise,
     summarise_evaluations,
 )
+from ppo.profiling import ProfileConfig, Profiler, phase
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
 from ppo.rollout import Rollout, Sampler
@@ -44,6 +45,7 @@ from sarm_jax.sharding import ONE_DEVICE, Placement
 LOG = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-5
+NO_PROFILE = ProfileConfig()
 
 
 class NonFiniteError(RuntimeError):
@@ -64,7 +66,8 @@ class Trainer:
     """A run in `workdir`. `human` is the buffer for the latent KL, None when β = 0.
 
     `eval_deck` are prompts to evaluate the policy on while it is trained; None: no evaluation.
-    `placement` is where the weights of policy and reward model are.
+    `placement` is where the weights of policy and reward model are, `profile` which steps are
+    traced.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Trainer:
         workdir: Path,
         eval_deck: PromptDeck | None = None,
         placement: Placement = ONE_DEVICE,
+        profile: ProfileConfig = NO_PROFILE,
     ):
         self.config, self.workdir, self.deck = config, workdir, deck
         self.density_ratio = None
@@ -102,6 +106,8 @@ class Trainer:
                 reward=config.reward,
                 density_ratio=self.density_ratio,
             )
+        profile.check_steps(config.ppo.total_steps)
+        self._profiler = Profiler(profile, workdir)
         self._stop_signal: int | None = None
         self.scale = ScoreScale(0.0, 1.0)
 
@@ -118,7 +124,8 @@ class Trainer:
             if done == 0:
                 log.write_evaluation(self._evaluate(0, state))
             for step in range(done, config.total_steps):
-                state, row, samples = self._step(step, state)
+                with self._profiler.step(step):
+                    state, row, samples = self._step(step, state)
                 log.write(row, samples)
                 finished = step + 1
                 last = finished == config.total_steps
@@ -174,21 +181,26 @@ class Trainer:
         config = self.config.ppo
         clock = [time.perf_counter()]
         key = jax.random.fold_in(self._rollout_key, step)
-        rollout = self.sampler(state["train"].params, self.deck, step, key)
+        with phase("rollout"):
+            rollout = self.sampler(state["train"].params, self.deck, step, key)
         clock.append(time.perf_counter())
 
-        scored = self.scorer(rollout)
-        terms, disc_state, disc_metrics = self._reward(step, state, scored)
-        reward_b = learned_reward(terms, self.scale, rollout.ended_b, config.missing_eos_penalty)
+        with phase("score"):
+            scored = self.scorer(rollout)
+            terms, disc_state, disc_metrics = self._reward(step, state, scored)
+            reward_b = learned_reward(
+                terms, self.scale, rollout.ended_b, config.missing_eos_penalty
+            )
         clock.append(time.perf_counter())
 
-        batch = self._batch(rollout, reward_b)
-        order = np.random.default_rng((config.seed, step)).permuted(
-            np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1)), axis=1
-        )
-        train_state, targets, scalars = self.updater(state["train"], self.base, batch, order)
-        scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
-        metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        with phase("update"):
+            batch = self._batch(rollout, reward_b)
+            order = np.random.default_rng((config.seed, step)).permuted(
+                np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1)), axis=1
+            )
+            train_state, targets, scalars = self.updater(state["train"], self.base, batch, order)
+            scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
+            metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
         clock.append(time.perf_counter())
 
         if not metrics.pop("finite"):

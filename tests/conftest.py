@@ -1,6 +1,7 @@
 """Tiny models for tests that need no oracle: a byte-level chat policy and a SARM, both random."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -9,14 +10,24 @@ from flax import nnx
 
 from configs import base
 from ppo.config import PPOConfig
+from ppo.density_ratio import DiscriminatorConfig
+from ppo.human_latents import collect_human_latents
+from ppo.prompts import PromptDeck
+from ppo.reward import RewardConfig
+from ppo.train import NO_PROFILE, TrainConfig, Trainer
 from sarm_jax import chat
 from sarm_jax.llama import Llama, LlamaConfig
+from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig
 from tests.oracles import tiny_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of sharding
+PROMPTS = [f"say {i}" for i in range(10)]
+HELD_OUT = [f"what about {i}" for i in range(6)]
+REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
+DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +78,34 @@ def ppo_config():
     def make(**changes) -> PPOConfig:
         small = {"batch_size": 4, "max_new_tokens": 6, "total_steps": 4, "max_prompt_tokens": 200}
         return PPOConfig(**{**base.get_config().ppo, **small, **changes})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
+    def make(
+        workdir: Path, reward: RewardConfig = REWARD, evaluate=False, profile=NO_PROFILE, **changes
+    ):
+        workdir.mkdir(exist_ok=True)
+        policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=chat.stop_ids(tokenizer))
+        ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
+        deck = PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed)
+        demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
+        human = collect_human_latents(reward_model, demos, (1, 2, 7)) if reward.beta else None
+        config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR)
+        eval_deck = PromptDeck(HELD_OUT, tokenizer, 500, ppo.seed) if evaluate else None
+        return Trainer(
+            config,
+            spread(policy),
+            tokenizer,
+            reward_model,
+            deck,
+            human,
+            workdir,
+            eval_deck,
+            profile=profile,
+        )
 
     return make
 

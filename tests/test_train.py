@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,42 +11,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo.config import PPOConfig
-from ppo.density_ratio import DiscriminatorConfig
-from ppo.human_latents import collect_human_latents
 from ppo.metrics import COLUMNS, read_evaluations
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
 from ppo.rollout import Sampler
-from ppo.train import NonFiniteError, TrainConfig, Trainer
+from ppo.train import NonFiniteError
 from sarm_jax import chat
-from sarm_jax.llama import Llama
-from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
-from tests.conftest import spread
-
-PROMPTS = [f"say {i}" for i in range(10)]
-HELD_OUT = [f"what about {i}" for i in range(6)]
-REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
-DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
-
-
-@pytest.fixture
-def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
-    def make(workdir: Path, reward: RewardConfig = REWARD, evaluate=False, **changes) -> Trainer:
-        workdir.mkdir(exist_ok=True)
-        policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=chat.stop_ids(tokenizer))
-        ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
-        deck = PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed)
-        demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
-        human = collect_human_latents(reward_model, demos, (1, 2, 7)) if reward.beta else None
-        config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR)
-        eval_deck = PromptDeck(HELD_OUT, tokenizer, 500, ppo.seed) if evaluate else None
-        return Trainer(
-            config, spread(policy), tokenizer, reward_model, deck, human, workdir, eval_deck
-        )
-
-    return make
+from tests.conftest import HELD_OUT, PROMPTS, REWARD
 
 
 def metrics(workdir):

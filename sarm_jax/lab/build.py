@@ -128,7 +128,7 @@ def make_models(
         ),
     )
     losses = {"pretraining_loss": pretraining_loss, "tuning_loss": tuning_loss}
-    LOG.info("language model: %s", losses)
+    LOG.info("language model: %s", {name: round(loss, 4) for name, loss in losses.items()})
     return pretrained, policy, tokenizer, losses
 
 
