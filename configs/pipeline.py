@@ -6,8 +6,10 @@ What is finished is not done again; what was prepared with other options is refu
 import json
 import logging
 import os
+import signal
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -91,17 +93,34 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     if template.lab.processes == 1 or len(seeds) == 1:
         outcomes = [run_seed(settings, workdir, seed) for seed in seeds]
     else:
-        os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
-        with ProcessPoolExecutor(
-            template.lab.processes, get_context("spawn"), max_tasks_per_child=1
-        ) as pool:
-            futures = [pool.submit(run_seed, settings, workdir, seed) for seed in seeds]
-            outcomes = [future.result() for future in futures]
+        outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
     stopped = {seed: why for seed, why in zip(seeds, outcomes, strict=True) if why}
     page, result = write_study(workdir, seeds, conditions, stopped)
     if len(stopped) == len(seeds):
         raise InputError(f"every seed stopped; seed {seeds[0]}: {stopped[seeds[0]]}")
     print(f"{result}\nThe page: {page}")
+
+
+def run_seeds(
+    settings: dict, workdir: Path, seeds: Sequence[int], processes: int
+) -> list[str | None]:
+    """`run_seed` of every seed, a process each, some at a time."""
+    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
+    signal.signal(signal.SIGTERM, _exit)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+        try:
+            futures = [pool.submit(run_seed, settings, workdir, seed) for seed in seeds]
+            return [future.result() for future in futures]
+        except BaseException:  # Ctrl-C or SIGTERM: the seeds in progress save a checkpoint
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
+            raise
+
+
+def _exit(number: int, _frame) -> None:
+    raise SystemExit(128 + number)
 
 
 def run_seed(settings: dict, workdir: Path, seed: int) -> str | None:
