@@ -63,6 +63,8 @@ def goodhart(runs: Runs, dark: bool = False) -> bytes:
         score.set(title="what is rewarded", xlabel="PPO step", ylabel="SARM score, sd")
         kl.set(title="the Goodhart plot", xlabel="KL to the reference, nats per response")
         kl.set_ylabel("gold reward")
+        every = np.concatenate([_curves(results, "ref_kl").ravel() for results in runs.values()])
+        kl.set_xlim(-1, 1.1 * np.quantile(every, 0.99))  # the estimate has a heavy tail
         for axes in (gold, score, kl):
             axes.grid(visible=True)
         handles, labels = gold.get_legend_handles_labels()
