@@ -3,6 +3,7 @@
 What is finished is not done again; what was prepared with other options is refused.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -35,9 +36,24 @@ from sarm_jax.workdir import claim
 
 LOG = logging.getLogger(__name__)
 PREPARATION_SETTINGS = (
-    "policy_model dtype prepare_data train_sarm identify human_latents probe lab"
+    "policy_model sarm_model sarm_max_length dtype prepare_data train_sarm identify human_latents "
+    "probe lab"
+).split()
+SEEDED = ("lab", "train_sarm", "identify", "ppo")
+CONTROLS = (
+    "penalize_features tau_values alpha_values clamp_features clamp_set_values clamp_min_values "
+    "clamp_max_values beta latent_indices"
 ).split()
 STUDY_FIELDS = "seeds conditions processes alpha beta ignore_failed_gates".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The conditions that a seed has finished, and why it stopped, if it did."""
+
+    finished: list[str]
+    stopped: str = ""
+    nonfinite: bool = False
 
 
 def run_all(template: ConfigDict, workdir: Path) -> None:
@@ -87,23 +103,42 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     """The lab: every seed, every condition, then lab.json, the figures and lab.html."""
     seeds = parse_seeds(template.lab.seeds)
     conditions = parse_conditions(template.lab.conditions)
-    if template.lab.processes < 1:
-        raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
+    check_study(template)
     settings = template.to_dict()
     if template.lab.processes == 1 or len(seeds) == 1:
         outcomes = [run_seed(settings, workdir, seed) for seed in seeds]
     else:
         outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
-    stopped = {seed: why for seed, why in zip(seeds, outcomes, strict=True) if why}
-    page, result = write_study(workdir, seeds, conditions, stopped)
-    if len(stopped) == len(seeds):
-        raise InputError(f"every seed stopped; seed {seeds[0]}: {stopped[seeds[0]]}")
+    finished = {seed: found.finished for seed, found in zip(seeds, outcomes, strict=True)}
+    stopped = {s: found for s, found in zip(seeds, outcomes, strict=True) if found.stopped}
+    reasons = {seed: found.stopped for seed, found in stopped.items()}
+    page, result = write_study(workdir, finished, conditions, reasons)
     print(f"{result}\nThe page: {page}")
+    if stopped:
+        first = next(iter(stopped))
+        message = f"{len(stopped)} of {len(seeds)} seeds stopped; seed {first}: {reasons[first]}"
+        finite = any(not found.nonfinite for found in stopped.values())
+        raise InputError(message) if finite else NonFiniteError(message)
 
 
-def run_seeds(
-    settings: dict, workdir: Path, seeds: Sequence[int], processes: int
-) -> list[str | None]:
+def check_study(template: ConfigDict) -> None:
+    """Raises InputError for options that the study sets itself."""
+    if template.lab.processes < 1:
+        raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
+    for name in CONTROLS:
+        if template.reward[name]:
+            raise InputError(
+                f"reward.{name}={template.reward[name]}: the conditions of the study set it, with "
+                "lab.alpha and lab.beta"
+            )
+    for section in SEEDED:
+        if template[section].seed:
+            raise InputError(
+                f"{section}.seed={template[section].seed}: the study takes its seeds from lab.seeds"
+            )
+
+
+def run_seeds(settings: dict, workdir: Path, seeds: Sequence[int], processes: int) -> list[Outcome]:
     """`run_seed` of every seed, a process each, some at a time."""
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
     signal.signal(signal.SIGTERM, _exit)
@@ -123,23 +158,25 @@ def _exit(number: int, _frame) -> None:
     raise SystemExit(128 + number)
 
 
-def run_seed(settings: dict, workdir: Path, seed: int) -> str | None:
-    """One seed of the study. Returns why it stopped, None when it did not."""
+def run_seed(settings: dict, workdir: Path, seed: int) -> Outcome:
+    """One seed of the study."""
     show_progress(f"seed {seed}: ")
     folder = workdir / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     template = ConfigDict(settings)
-    for section in ("lab", "train_sarm", "identify", "ppo"):
+    for section in SEEDED:
         template[section].seed = seed
     config = fill_in(template, folder)
+    finished: list[str] = []
     try:
         prepare(config, folder)
         for condition in parse_conditions(config.lab.conditions):
             run_condition(config, folder, condition)
+            finished.append(condition)
     except (InputError, NonFiniteError) as error:
         LOG.error("stopped: %s", error)
-        return str(error)
-    return None
+        return Outcome(finished, str(error), isinstance(error, NonFiniteError))
+    return Outcome(finished)
 
 
 def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:

@@ -141,6 +141,8 @@ def run_probe(config: ConfigDict, workdir: Path) -> None:
     section = config.probe
     features = parse_features("probe.feature", section.feature)
     options = ProbeConfig(tuple(dict.fromkeys(features)), section.set_value, section.mode)
+    if not section.data_jsonl:
+        raise InputError("probe.data_jsonl is empty: name a file of responses, pairs or candidates")
     data = read_jsonl(section.data_jsonl, {"prompt": str})
     probes = probe(options, reward_model(config), data)
     folder = workdir / "probes"

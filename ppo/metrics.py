@@ -139,7 +139,8 @@ def summarise_evaluations(rows: Sequence[dict]) -> dict[str, Any]:
 def _keep_lines(path: Path, last_step: int) -> None:
     """Drops the lines of later steps, and half a line that an interruption left."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        text = path.read_bytes().decode("utf-8")  # splitlines would also split at U+2028
+        lines = [line + "\n" for line in text.split("\n")]
         with replacing(path) as file:
             file.writelines(line for line in lines if _sample_step(line) <= last_step)
 

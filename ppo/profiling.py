@@ -59,6 +59,11 @@ class Profiler:
         self._workdir = workdir
         self._tracing = False
 
+    def check_start(self, done: int) -> None:
+        """Says so where a resumed run has the traced steps behind it."""
+        if 0 <= self._first < done:
+            LOG.warning("no trace: step %d is done already, the run is at %d", self._first, done)
+
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around step `number`."""
@@ -71,12 +76,13 @@ class Profiler:
             with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
                 yield
         except BaseException:
-            self._stop()
+            self.stop()
             raise
         if number == self._last:
-            self._stop()
+            self.stop()
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Ends a trace that is going on, and writes its summary."""
         if not self._tracing:
             return
         self._tracing = False

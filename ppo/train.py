@@ -119,6 +119,7 @@ class Trainer:
         config = self.config.ppo
         checkpoints = Checkpoints(self.workdir / "checkpoints", config.keep_checkpoints)
         state, done = self._start(checkpoints)
+        self._profiler.check_start(done)
         features = self.config.reward.penalize_features
         with self._signals(), RunLog(self.workdir, features, done, config.total_steps) as log:
             if done == 0:
@@ -135,6 +136,7 @@ class Trainer:
                 if last or finished % config.checkpoint_every == 0 or stop is not None:
                     checkpoints.save(finished, state, dataclasses.asdict(self.scale))
                 if stop is not None:
+                    self._profiler.stop()
                     LOG.info("stopped by signal %d after step %d", stop, finished)
                     raise SystemExit(128 + stop)
         checkpoints.close()

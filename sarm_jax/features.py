@@ -42,6 +42,8 @@ class IdentifyConfig:
             raise InputError(
                 f"identify.method={self.method!r}: expected differential or head_weight"
             )
+        if self.seed < 0:
+            raise InputError(f"identify.seed={self.seed}: must not be negative")
         if not 0 < self.tau_quantile < 1:
             raise InputError(f"identify.tau_quantile={self.tau_quantile}: must lie in (0, 1)")
         if not 0 <= self.false_alarm_budget < 1:

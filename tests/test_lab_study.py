@@ -24,9 +24,12 @@ MINIATURE = (
 ).split()
 
 
+pytestmark = pytest.mark.xdist_group("study")  # they share a working directory
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Runs the study in one working directory; returns (exit code, the directory)."""
+    """A study that stopped at its gates and then went on; (what runs it again, the directory)."""
     workdir = tmp_path_factory.mktemp("study")
 
     def call(*options: str) -> int:
@@ -36,18 +39,17 @@ def study(tmp_path_factory):
             patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
             return main.main(argv)
 
+    # So little training does not make a good reward model: a gate fails, and says so.
+    assert call() == 2
+    content = json.loads((workdir / "lab.json").read_text())
+    assert "r2_correctness" in content["stopped"]["7"] and content["conditions"] == {}
+    assert "ignore_failed_gates=True goes on" in (workdir / "lab.html").read_text()
+    assert call("lab.ignore_failed_gates=True") == 0
     return call, workdir
 
 
 def test_the_study_in_miniature(study, capsys):
     call, workdir = study
-    # So little training does not make a good reward model: a gate fails, and says so.
-    assert call() == 2
-    assert "seed 7: " in capsys.readouterr().err
-    content = json.loads((workdir / "lab.json").read_text())
-    assert "r2_correctness" in content["stopped"]["7"] and content["conditions"] == {}
-    assert "ignore_failed_gates=True goes on" in (workdir / "lab.html").read_text()
-
     assert call("lab.ignore_failed_gates=True") == 0
     shown = capsys.readouterr().out
     content = json.loads((workdir / "lab.json").read_text())
@@ -100,6 +102,7 @@ def check_gold(folder, condition, run):
 
 def test_the_study_goes_on_where_it_stopped(study):
     call, workdir = study
+    assert call("lab.ignore_failed_gates=True") == 0
     before = (workdir / "lab.json").read_text()
     adapters = sorted(workdir.glob("seed_7/*/adapter/adapter_model.safetensors"))
     times = [path.stat().st_mtime_ns for path in adapters]
@@ -115,6 +118,7 @@ def test_a_seed_of_other_options_is_not_mixed_in(study, capsys):
     assert call("lab.ignore_failed_gates=True", "lab.pairs=100") == 2
     content = json.loads((workdir / "lab.json").read_text())
     assert "lab.pairs was 200 and is now 100" in content["stopped"]["7"]
+    assert content["conditions"] == {}
 
 
 def test_a_finished_run_of_other_options_is_not_passed_off(study):
@@ -122,6 +126,7 @@ def test_a_finished_run_of_other_options_is_not_passed_off(study):
     assert call("lab.ignore_failed_gates=True", "ppo.learning_rate=1e-3") == 2
     content = json.loads((workdir / "lab.json").read_text())
     assert "ppo.learning_rate was 0.002 and is now 0.001" in content["stopped"]["7"]
+    assert content["conditions"] == {}
 
 
 def test_bad_studies_are_refused(study, capsys):
@@ -130,6 +135,8 @@ def test_bad_studies_are_refused(study, capsys):
         ("lab.seeds=1,x", "lab.seeds: found 'x'"),
         ("lab.conditions=baseline,best", "lab.conditions: found 'best'"),
         ("lab.processes=0", "lab.processes=0: must be at least 1"),
+        ("reward.beta=0.1", "reward.beta=0.1: the conditions of the study set it"),
+        ("ppo.seed=5", "ppo.seed=5: the study takes its seeds from lab.seeds"),
     ):
         assert call(option) == 2
         assert message in capsys.readouterr().err
@@ -181,9 +188,8 @@ def test_claims_by_hand():
         "penalty": [run(s, 0.3, 0.97, 0.97) for s in (1, 2, 3)],
         "random": [run(s, 0.3, 0.6, 0.5 + 0.01 * s) for s in (1, 2, 3)],
     }
-    found = {claim.text.split(":")[0] + f" {i}": claim for i, claim in enumerate(claims(runs))}
-    by_order = list(found.values())
-    baseline, full, full_mean, penalty, penalty_mean, no_worse, gap = by_order
+    found = claims(runs, [1, 2, 3])
+    baseline, full, full_mean, penalty, penalty_mean, no_worse, gap = found
     assert baseline.failed == [2, 3] and not baseline.holds  # falls by .5; climbs by 2 sd
     assert full.failed == [2, 3] and not full.holds  # .65 above the baseline's end; below its peak
     assert not full_mean.holds and full_mean.found.startswith("0.70")
@@ -197,9 +203,22 @@ def test_gate_claim_by_hand():
     good = {"r2_flattery": 0.99, "r2_correctness": 0.9, "detection_one_word": 0.9,
             "false_alarms": 0.01, "accuracy_below_annotator": 0.01}  # fmt: skip
     gates = {str(seed): good for seed in range(9)} | {"9": good | {"false_alarms": 0.2}}
-    claim = gates_passed(gates)
+    claim = gates_passed(gates, range(10))
     assert claim.holds and claim.failed == [9] and claim.found == "9 of 10"
-    assert not gates_passed({"8": good, "9": good | {"r2_flattery": 0.5}}).holds
+    assert not gates_passed({"8": good, "9": good | {"r2_flattery": 0.5}}, [8, 9]).holds
+    assert gates_passed({"8": good}, [8, 9]).failed == [9]
+
+
+def test_a_seed_without_a_run_counts_against_the_claims():
+    full = [run(1, 0.3, 0.95, 0.95), run(2, 0.3, 0.95, 0.95)]
+    found = claims({"baseline": [run(1, 0.3, 0.8, -0.1)], "full": full}, [1, 2, 3])
+    assert [claim.failed for claim in found if claim.failed] == [[2, 3], [2, 3], [3]]
+    assert [claim.found for claim in found] == [
+        "1 of 3",
+        "1 of 3",
+        "0.95 (95 % 0.95 to 0.95)",
+        "2 of 3",
+    ]
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):
@@ -217,6 +236,6 @@ def test_hostile_text_is_shown_as_text(tmp_path):
         "ref_kl_final": 0.0,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
-    write_study(tmp_path, [0, 1], ["baseline"], {1: attack})
+    write_study(tmp_path, {0: ["baseline"], 1: []}, ["baseline"], {1: attack})
     page = (tmp_path / "lab.html").read_text()
     assert attack not in page and page.count("&lt;script&gt;") >= 4

@@ -213,6 +213,8 @@ BAD_INPUT = [
     (["--config.mesh.tensor=8"], "mesh.tensor=8 does not divide num_attention_heads=4"),
     (["--config.mesh.fsdp=8"], "= 4 rows do not divide over data × fsdp = 8"),
     (["--stage=probe"], "probe.feature is empty"),
+    (["--stage=probe", "--config.probe.feature=1"], "probe.data_jsonl is empty"),
+    (["--config.lab.gates_json=README.md"], "lab.gates_json=README.md: not what"),
     (["--stage=probe", "--config.probe.feature=1,x"], "probe.feature: found 'x'"),
     (["--stage=probe", "--config.probe.feature=1", "--config.probe.mode=all"], "probe.mode='all'"),
     (["--config.ppo.eval_every=0"], "ppo.eval_every=0"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ppo import metrics as metrics_module
 from ppo.metrics import COLUMNS, read_evaluations
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
@@ -251,6 +252,13 @@ def test_held_out_prompts_are_evaluated_and_not_learned_from(make_trainer, tmp_p
         np.testing.assert_allclose(row["total_reward"], total, atol=1e-5)
     last = [row["rm_score"] for row in rows[16:]]
     np.testing.assert_allclose(summary["held_out"]["last"]["rm_score"], np.mean(last), rtol=1e-6)
+
+
+def test_a_line_separator_within_a_response_is_kept(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text('{"step": 0, "response": "a\u2028b"}\n{"step": 2, "response": "c"}\n{"st')
+    metrics_module._keep_lines(path, 1)
+    assert path.read_text() == '{"step": 0, "response": "a\u2028b"}\n'
 
 
 def test_evaluations_of_a_resumed_run_stand_once(make_trainer, tmp_path):

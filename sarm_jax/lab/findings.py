@@ -31,32 +31,35 @@ class Claim:
     failed: list[int]
 
 
-def gates_passed(gates: Mapping[str, Mapping[str, float]]) -> Claim:
-    """`gates` is seed → gate → value."""
-    failed = [
-        int(seed)
-        for seed, values in gates.items()
-        if not all(Gate(name, value).passed for name, value in values.items())
-    ]
-    passed = len(gates) - len(failed)
+def gates_passed(gates: Mapping[str, Mapping[str, float]], seeds: Sequence[int]) -> Claim:
+    """`gates` is seed → gate → value; a seed without values has not passed."""
+
+    def passes(values: Mapping[str, float]) -> bool:
+        return bool(values) and all(Gate(name, value).passed for name, value in values.items())
+
+    failed = [seed for seed in seeds if not passes(gates.get(str(seed), {}))]
+    passed = len(seeds) - len(failed)
     return Claim(
         f"All {len(LIMITS)} gates pass in at least {GATES_ENOUGH:.0%} of the seeds",
-        f"{passed} of {len(gates)}",
-        passed >= GATES_ENOUGH * len(gates),
+        f"{passed} of {len(seeds)}",
+        passed >= GATES_ENOUGH * len(seeds),
         failed,
     )
 
 
-def claims(runs: Runs) -> list[Claim]:
-    """The claims that can be checked with the conditions that were run."""
+def claims(runs: Runs, seeds: Sequence[int]) -> list[Claim]:
+    """The claims that can be checked with the conditions that were run.
+
+    A seed of the study that has no run in a condition counts against its claims.
+    """
     found: list[Claim] = []
     baseline = {run["seed"]: run for run in runs.get("baseline", ())}
 
     def per_seed(condition: str, text: str, holds: Callable[[Mapping], bool], enough=ENOUGH):
-        failed = [run["seed"] for run in runs[condition] if not holds(run)]
-        kept = len(runs[condition]) - len(failed)
-        number = len(runs[condition])
-        found.append(Claim(text, f"{kept} of {number}", kept >= enough * number, failed))
+        kept = {run["seed"] for run in runs[condition] if holds(run)}
+        failed = [seed for seed in seeds if seed not in kept]
+        number = len(seeds)
+        found.append(Claim(text, f"{len(kept)} of {number}", len(kept) >= enough * number, failed))
 
     if baseline:
         per_seed(
@@ -77,7 +80,8 @@ def claims(runs: Runs) -> list[Claim]:
                 name,
                 f"{name}: gold ends above the baseline's peak and ≥ {GAP} above its end",
                 lambda run: (
-                    run["gold_final"] > baseline[run["seed"]]["gold_peak"]
+                    run["seed"] in baseline
+                    and run["gold_final"] > baseline[run["seed"]]["gold_peak"]
                     and run["gold_final"] >= baseline[run["seed"]]["gold_final"] + GAP
                 ),
             )

@@ -89,8 +89,14 @@ def require_gates(path: Path, ignore_failed: bool) -> None:
         raise InputError(
             f"lab.gates_json={path}: no such file; --stage=identify measures the gates"
         )
-    values = json.loads(path.read_text(encoding="utf-8"))
-    failed = [gate for name in LIMITS if not (gate := Gate(name, values[name]["value"])).passed]
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        gates = [Gate(name, float(values[name]["value"])) for name in LIMITS]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"lab.gates_json={path}: not what --stage=identify writes ({error!r})"
+        ) from None
+    failed = [gate for gate in gates if not gate.passed]
     if not failed:
         return
     found = ", ".join(map(str, failed))

@@ -28,12 +28,17 @@ FIGURES = {
 
 
 def write_study(
-    workdir: Path, seeds: Sequence[int], conditions: Sequence[str], stopped: Mapping[int, str]
+    workdir: Path,
+    finished: Mapping[int, Sequence[str]],
+    conditions: Sequence[str],
+    stopped: Mapping[int, str],
 ) -> tuple[Path, str]:
     """Reads what the seeds left under `workdir` and writes the files: (the page, the result).
 
-    `stopped` says why seeds did not finish; whatever they have is shown.
+    `finished` says which conditions of each seed belong to this study, `stopped` why seeds did not
+    finish. What else lies there, of other options perhaps, is left out.
     """
+    seeds = list(finished)
     gates = {
         str(seed): {name: gate["value"] for name, gate in found.items()}
         for seed in seeds
@@ -41,11 +46,12 @@ def write_study(
     }
     runs: dict[str, list[dict[str, Any]]] = {}
     for condition in conditions:
-        paths = [workdir / f"seed_{seed}" / condition / "result.json" for seed in seeds]
+        having = [seed for seed in seeds if condition in finished[seed]]
+        paths = [workdir / f"seed_{seed}" / condition / "result.json" for seed in having]
         results = [found for path in paths if (found := _json(path))]
         if results:
             runs[condition] = results
-    found_claims = ([gates_passed(gates)] if gates else []) + claims(runs)
+    found_claims = [gates_passed(gates, seeds), *claims(runs, seeds)]
     content: dict[str, Any] = {
         "headline": headline(runs) if runs else "No seed has a finished run.",
         "gates": {
