@@ -1,6 +1,7 @@
 """`--stage=all`: the stages of an experiment in order, and the lab's study over seeds.
 
-What is finished is not done again; what was prepared with other options is refused.
+What is finished is not done again; what an earlier call of this prepared with other options is
+refused. A stage that was run by itself leaves no record of its options here.
 """
 
 import dataclasses
