@@ -11,7 +11,8 @@ AT_LEAST_ONE = (
 ).split()
 POSITIVE = "learning_rate clip_range value_clip_range max_grad_norm temperature".split()
 NOT_NEGATIVE = (
-    "warmup_steps vf_coef weight_decay kl_coef missing_eos_penalty logprob_chunk samples_per_step"
+    "warmup_steps vf_coef weight_decay kl_coef missing_eos_penalty logprob_chunk pack_levels "
+    "samples_per_step"
 ).split()
 
 
@@ -43,6 +44,7 @@ class PPOConfig:
     max_prompt_tokens: int
     calibration_batches: int
     logprob_chunk: int
+    pack_levels: int
     checkpoint_every: int
     keep_checkpoints: int
     samples_per_step: int

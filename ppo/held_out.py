@@ -5,6 +5,7 @@ here is learned from: the discriminator is read as it stands.
 """
 
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, ScoreScale, compound_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scorer
+from ppo.slots import SlotPlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +32,28 @@ class HeldOut:
     reward: RewardConfig
     density_ratio: DensityRatio | None
 
+    def compile(self) -> None:
+        """Compiles the reference pass for every length that responses can have."""
+        for slots in self.slot_plan.all():
+            self.sampler.learner.compile_reference(self.sampler.base, self.deck.length, slots)
+
+    @cached_property
+    def slot_plan(self) -> SlotPlan:
+        """The packed sizes of these batches, which are never cut in another order."""
+        learner = self.sampler.learner
+        size = learner.config.batch_size
+        lengths = [self.deck.lengths(n, size) for n in range(self.batches)]
+        orders = [np.arange(size)[None]] * self.batches
+        return SlotPlan(learner.config, lengths, orders, learner.placement.parts)
+
     def __call__(self, steps: int, state: dict[str, Any], scale: ScoreScale) -> list[dict]:
         """A row per response of the policy that has `steps` PPO steps behind it."""
         return [row for n in range(self.batches) for row in self._batch(n, steps, state, scale)]
 
     def _batch(self, number: int, steps: int, state: dict[str, Any], scale: ScoreScale):
         key = jax.random.fold_in(self.key, number)
-        rollout = self.sampler(state["train"].params, self.deck, number, key)
+        params, plan = state["train"].params, self.slot_plan
+        rollout = self.sampler(params, self.deck, number, key, plan.prefill)
         scored = self.scorer(rollout)
         ratio_b = np.zeros_like(scored.score_b)
         if self.density_ratio is not None:
@@ -65,5 +82,8 @@ class HeldOut:
     def _reference_kl(self, rollout: Rollout) -> np.ndarray:
         """Nats per response `[B]`, with the sampler's own log π."""
         generation, learner = rollout.generation, self.sampler.learner
-        ref_logp_br = learner.reference_logp(self.sampler.base, rollout.tokens_bt, rollout.mask_bt)
+        slots = self.slot_plan.of(rollout.lengths_b)
+        ref_logp_br = learner.reference_logp(
+            self.sampler.base, rollout.tokens_bt, rollout.mask_bt, slots=slots
+        )
         return np.asarray(response_kl(generation.logp_br, ref_logp_br, generation.mask_br))

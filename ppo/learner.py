@@ -15,9 +15,11 @@ from flax import nnx, struct
 
 from ppo.config import PPOConfig
 from ppo.logprobs import token_logprobs
+from ppo.slots import Slots
 from sarm_jax.generate import Generation, Sampling, sample
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, fold_lora
+from sarm_jax.packing import Packing
 from sarm_jax.sharding import ONE_DEVICE, Placement
 
 
@@ -83,7 +85,7 @@ class Learner:
         """The optimizer of `config`."""
         return make_optimizer(self.config)
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0, static_argnames="slots")
     def rollout(
         self,
         params: dict,
@@ -91,37 +93,62 @@ class Learner:
         tokens_bp: jax.Array,
         mask_bp: jax.Array,
         key: jax.Array,
+        slots: int | None = None,
     ) -> Generation:
-        """Samples responses to left-padded prompts with the current policy."""
+        """Samples responses to left-padded prompts with the current policy.
+
+        `slots` are what the prompts are packed in, of each part of the mesh; None: not packed.
+        """
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
         policy = nnx.merge(self.graphdef, params["lora"], base)
         if policy.embed_tokens.dtype == jnp.float32:  # half precision would round it away
             fold_lora(policy)
         tokens_bp, mask_bp = self.placement.keep_rows((tokens_bp, mask_bp))
-        generation = sample(policy, tokens_bp, mask_bp, key, sampling, self.stops, self.pad)
+        packing = None
+        if slots is not None:
+            packing = Packing.of(mask_bp, slots, self.placement.parts)
+        stops, pad = self.stops, self.pad
+        generation = sample(policy, tokens_bp, mask_bp, key, sampling, stops, pad, packing)
         return self.placement.keep_rows(generation)
 
-    @partial(jax.jit, static_argnums=0)
+    @partial(jax.jit, static_argnums=0, static_argnames="slots")
     def reference_logp(
-        self, base: nnx.State, tokens_bt: jax.Array, mask_bt: jax.Array
+        self,
+        base: nnx.State,
+        tokens_bt: jax.Array,
+        mask_bt: jax.Array,
+        slots: Slots | None = None,
     ) -> jax.Array:
         """log π_ref of the responses, `[B, R]`, a microbatch at a time."""
         reference = nnx.merge(self.reference_graph, base)
 
         def piece(rows):
-            return self._logprobs(reference, *rows)[0]
+            tokens_bt, mask_bt = rows
+            return self._logprobs(reference, tokens_bt, mask_bt, slots)[0]
 
         return self.placement.keep_rows(self.in_microbatches(piece, (tokens_bt, mask_bt)))
 
+    def compile_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> None:
+        """Compiles `reference_logp` for prompts padded to `prompt_length` tokens."""
+        shape = (self.config.batch_size, prompt_length + self.config.max_new_tokens)
+        tokens_bt, mask_bt = (self.placement.abstract_rows(shape, t) for t in (jnp.int32, bool))
+        self.reference_logp.lower(self, base, tokens_bt, mask_bt, slots=slots).compile()
+
     def evaluate(
-        self, params: dict, base: nnx.State, tokens_bt: jax.Array, mask_bt: jax.Array
+        self,
+        params: dict,
+        base: nnx.State,
+        tokens_bt: jax.Array,
+        mask_bt: jax.Array,
+        slots: Slots | None = None,
     ) -> Evaluation:
         """log π, entropy and V of every response token; traced, differentiable in `params`.
 
         `tokens_bt` is prompt and response `[B, P + R]`, the response in the last R columns.
+        With `slots` no padding is computed, see `sarm_jax.packing`; None: rows as they are.
         """
         policy = nnx.merge(self.graphdef, params["lora"], base)
-        logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt)
+        logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt, slots)
         head = params["value_head"]
         values_br = x_brd.astype(jnp.float32) @ head["kernel"] + head["bias"]
         return Evaluation(logp_br, entropy_br, values_br)
@@ -135,18 +162,25 @@ class Learner:
         mapped = jax.lax.map(function, cut)
         return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), mapped)
 
-    def _logprobs(self, model, tokens_bt, mask_bt):
+    def _logprobs(self, model, tokens_bt, mask_bt, slots):
         tokens_bt, mask_bt = self.placement.keep_rows((tokens_bt, mask_bt))
-        responses = self.config.max_new_tokens
-        x_brd = model.hidden(tokens_bt, mask_bt)[:, -responses - 1 : -1]
-        logp_br, entropy_br = token_logprobs(
-            x_brd,
+        responses, parts = self.config.max_new_tokens, self.placement.parts
+        temperature, chunk = self.config.temperature, self.config.logprob_chunk
+        targets_br = tokens_bt[:, -responses:]
+        if slots is None:
+            x_brd = model.hidden(tokens_bt, mask_bt)[:, -responses - 1 : -1]
+            return *token_logprobs(x_brd, model.vocabulary, targets_br, temperature, chunk), x_brd
+        packing = Packing.of(mask_bt, slots.tokens, parts)
+        x_brd = model.hidden(tokens_bt, mask_bt, packing=packing)[:, -responses - 1 : -1]
+        packing = Packing.of(mask_bt[:, -responses:], slots.responses, parts)
+        per_token = token_logprobs(
+            packing.pack(x_brd),
             model.vocabulary,
-            tokens_bt[:, -responses:],
-            self.config.temperature,
-            self.config.logprob_chunk,
+            packing.pack(targets_br),
+            temperature,
+            chunk * len(tokens_bt) // parts,
         )
-        return logp_br, entropy_br, x_brd
+        return *map(packing.unpack, per_token), x_brd
 
 
 def make_optimizer(config: PPOConfig) -> optax.GradientTransformation:

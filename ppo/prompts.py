@@ -38,12 +38,19 @@ class PromptDeck:
 
     def deal(self, step: int, batch_size: int) -> tuple[list[str], np.ndarray, np.ndarray]:
         """(texts, tokens `[B, P]` int32, mask `[B, P]` bool) of batch number `step`."""
-        places = range(step * batch_size, (step + 1) * batch_size)
-        chosen = [self._order(p // len(self._rows))[p % len(self._rows)] for p in places]
+        chosen = self._chosen(step, batch_size)
         tokens_bp, mask_bp = pad_batch(
             [self._rows[i] for i in chosen], self.length, self._pad, side="left"
         )
         return [self.prompts[i] for i in chosen], tokens_bp, mask_bp
+
+    def lengths(self, step: int, batch_size: int) -> np.ndarray:
+        """Tokens of each prompt of batch number `step`, `[B]`."""
+        return np.asarray([len(self._rows[i]) for i in self._chosen(step, batch_size)])
+
+    def _chosen(self, step: int, batch_size: int) -> list[int]:
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return [self._order(p // len(self._rows))[p % len(self._rows)] for p in places]
 
     def _order(self, deal: int) -> np.ndarray:
         return np.random.default_rng((self._seed, deal)).permutation(len(self._rows))

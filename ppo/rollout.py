@@ -56,11 +56,16 @@ class Sampler:
     base: nnx.State
     tokenizer: Any
 
-    def __call__(self, params: dict, deck: PromptDeck, number: int, key: jax.Array) -> Rollout:
-        """Responses to batch `number` of the deck by the policy with `params`."""
+    def __call__(
+        self, params: dict, deck: PromptDeck, number: int, key: jax.Array, slots: int | None = None
+    ) -> Rollout:
+        """Responses to batch `number` of the deck by the policy with `params`.
+
+        `slots` as in `Learner.rollout`.
+        """
         size = self.learner.config.batch_size
         prompts, tokens_bp, mask_bp = deck.deal(number, size)
-        generation = self.learner.rollout(params, self.base, tokens_bp, mask_bp, key)
+        generation = self.learner.rollout(params, self.base, tokens_bp, mask_bp, key, slots=slots)
         return Rollout(prompts, self._decode(generation), tokens_bp, mask_bp, generation)
 
     def _decode(self, generation: Generation) -> list[str]:

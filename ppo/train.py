@@ -34,6 +34,7 @@ from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scored, Scorer
+from ppo.slots import SlotPlan, Slots
 from ppo.update import Batch, Updater, batch_metrics
 from sarm_jax.chat import pad_id
 from sarm_jax.files import replacing
@@ -106,6 +107,13 @@ class Trainer:
                 reward=config.reward,
                 density_ratio=self.density_ratio,
             )
+        numbers = range(max(config.ppo.total_steps, config.ppo.calibration_batches))
+        self._slot_plan = SlotPlan(
+            config.ppo,
+            [deck.lengths(n, config.ppo.batch_size) for n in numbers],
+            [self._order(n) for n in numbers],
+            placement.parts,
+        )
         profile.check_steps(config.ppo.total_steps)
         self._profiler = Profiler(profile, workdir)
         self._stop_signal: int | None = None
@@ -157,6 +165,11 @@ class Trainer:
             state["density_ratio"] = self.density_ratio.init(self._disc_key)
         decks = [self.deck] if self.held_out is None else [self.deck, self.held_out.deck]
         self.scorer.compile(decks, config.max_new_tokens, config.batch_size)
+        for slots in self._slot_plan.all():
+            self.learner.compile_reference(self.base, self.deck.length, slots)
+            self.updater.compile(self._fresh, self.base, self.deck.length, slots)
+        if self.held_out is not None:
+            self.held_out.compile()
         if checkpoints.latest_step() is None:
             self.scale = self._calibrate(state["train"].params)
             return state, 0
@@ -170,7 +183,8 @@ class Trainer:
         scores = []
         for batch in range(self.config.ppo.calibration_batches):
             key = jax.random.fold_in(self._calibration_key, batch)
-            scores.append(self.scorer(self.sampler(params, self.deck, batch, key)).score_b)
+            rollout = self.sampler(params, self.deck, batch, key, self._slot_plan.prefill)
+            scores.append(self.scorer(rollout).score_b)
         scale = ScoreScale.of(np.concatenate(scores))
         LOG.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
         return scale
@@ -184,7 +198,8 @@ class Trainer:
         clock = [time.perf_counter()]
         key = jax.random.fold_in(self._rollout_key, step)
         with phase("rollout"):
-            rollout = self.sampler(state["train"].params, self.deck, step, key)
+            params, prefill = state["train"].params, self._slot_plan.prefill
+            rollout = self.sampler(params, self.deck, step, key, prefill)
         clock.append(time.perf_counter())
 
         with phase("score"):
@@ -196,11 +211,12 @@ class Trainer:
         clock.append(time.perf_counter())
 
         with phase("update"):
-            batch = self._batch(rollout, reward_b)
-            order = np.random.default_rng((config.seed, step)).permuted(
-                np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1)), axis=1
+            order = self._order(step)
+            slots = self._slot_plan.of(rollout.lengths_b, order)
+            batch = self._batch(rollout, reward_b, slots)
+            train_state, targets, scalars = self.updater(
+                state["train"], self.base, batch, order, slots
             )
-            train_state, targets, scalars = self.updater(state["train"], self.base, batch, order)
             scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
             metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
         clock.append(time.perf_counter())
@@ -228,11 +244,19 @@ class Trainer:
         )
         return terms, disc_state, metrics
 
-    def _batch(self, rollout: Rollout, reward_b: np.ndarray) -> Batch:
-        tokens_bt, mask_bt = rollout.tokens_bt, rollout.mask_bt
-        ref_logp_br = self.learner.reference_logp(self.base, tokens_bt, mask_bt)
-        mask_br = rollout.generation.mask_br
-        return Batch(tokens_bt, mask_bt, mask_br, ref_logp_br, jnp.asarray(reward_b))
+    def _order(self, step: int) -> np.ndarray:
+        """The rows of the batch in each epoch of a step, `[epochs, B]`."""
+        config = self.config.ppo
+        rows = np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1))
+        return np.random.default_rng((config.seed, step)).permuted(rows, axis=1)
+
+    def _batch(self, rollout: Rollout, reward_b: np.ndarray, slots: Slots | None) -> Batch:
+        place = self.learner.placement.rows
+        tokens_bt, mask_bt, mask_br = place(
+            (rollout.tokens_bt, rollout.mask_bt, rollout.generation.mask_br)
+        )
+        ref_logp_br = self.learner.reference_logp(self.base, tokens_bt, mask_bt, slots=slots)
+        return Batch(tokens_bt, mask_bt, mask_br, *place((ref_logp_br, jnp.asarray(reward_b))))
 
     def _row(
         self, step, clock, rollout: Rollout, terms: RewardTerms, scored: Scored, reward_b

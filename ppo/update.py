@@ -20,6 +20,7 @@ from ppo.advantages import gae, masked_mean, token_rewards, whiten
 from ppo.config import PPOConfig
 from ppo.learner import Learner, TrainState
 from ppo.losses import kl_k3, log_ratio, policy_loss, response_kl, value_loss
+from ppo.slots import Slots
 
 
 @struct.dataclass
@@ -55,26 +56,32 @@ class Updater:
         return self.learner.config
 
     def __call__(
-        self, state: TrainState, base: nnx.State, batch: Batch, permutations: np.ndarray
+        self,
+        state: TrainState,
+        base: nnx.State,
+        batch: Batch,
+        permutations: np.ndarray,
+        slots: Slots | None = None,
     ) -> tuple[TrainState, Targets, dict[str, jax.Array]]:
         """(new state, the targets used, scalar metrics); `state` is donated.
 
-        `permutations [epochs, B]` orders the rows of each epoch. An update that would make a
-        parameter non-finite is not applied, and `finite` is then 0 in the metrics.
+        `permutations [epochs, B]` orders the rows of each epoch; `slots` hold the tokens of any
+        microbatch in that order and in the batch's own, None: padding is computed. An update that
+        would make a parameter non-finite is not applied, and `finite` is then 0 in the metrics.
         """
         config = self.config
-        count = batch.response_mask_br.sum() / config.num_minibatches
+        count = self._count(batch.response_mask_br)
         single = config.pieces == 1
-        targets: Any = None if single else self._targets(state.params, base, batch)
+        targets: Any = None if single else self._targets(state.params, base, batch, slots)
         history = []
         for order in permutations:
             for rows in np.split(order, config.num_minibatches):
                 if single:
-                    state, targets, metrics = self._step(state, base, batch, targets, count)
+                    state, targets, metrics = self._step(state, base, batch, targets, count, slots)
                 else:
                     piece = jax.tree.map(lambda x, rows=rows: x[rows], (batch, targets))
                     piece = self.learner.placement.rows(piece)
-                    state, _, metrics = self._step(state, base, *piece, count)
+                    state, _, metrics = self._step(state, base, *piece, count, slots)
                 history.append(metrics)
         metrics = {k: jnp.stack([m[k] for m in history]) for k in history[0]}
         first_deviation = metrics.pop("ratio_max_dev")[0]
@@ -82,27 +89,62 @@ class Updater:
         summary = {name: values.mean() for name, values in metrics.items()}
         return state, targets, summary | {"ratio_0_max_dev": first_deviation, "finite": finite}
 
-    @partial(jax.jit, static_argnums=0)
-    def _targets(self, params, base, batch):
+    def compile(
+        self, state: TrainState, base: nnx.State, prompt_length: int, slots: Slots | None
+    ) -> None:
+        """Compiles every program of an update of prompts padded to `prompt_length` tokens."""
+        config, responses = self.config, self.config.max_new_tokens
+        abstract: Any = self.learner.placement.abstract_rows
+
+        def arrays(rows):
+            per_token = abstract((rows, responses), jnp.float32)
+            whole = (rows, prompt_length + responses)
+            batch = Batch(
+                tokens_bt=abstract(whole, jnp.int32),
+                mask_bt=abstract(whole, bool),
+                response_mask_br=abstract((rows, responses), bool),
+                ref_logp_br=per_token,
+                reward_b=abstract((rows,), jnp.float32),
+            )
+            return batch, Targets(per_token, per_token, per_token, per_token)
+
+        batch, targets = arrays(config.batch_size // config.num_minibatches)
+        count = self._count(jnp.ones((1,)))
+        if config.pieces == 1:
+            self._step.lower(self, state, base, batch, None, count, slots).compile()
+        else:
+            whole, _ = arrays(config.batch_size)
+            self._targets.lower(self, state.params, base, whole, slots).compile()
+        if config.pieces > 1 or config.ppo_epochs > 1:
+            self._step.lower(self, state, base, batch, targets, count, slots).compile()
+
+    def _count(self, mask_br):
+        """Response tokens per minibatch, what the losses are averaged over."""
+        count = mask_br.sum() / self.config.num_minibatches
+        return self.learner.placement.replicated(count)
+
+    @partial(jax.jit, static_argnums=(0, 4))
+    def _targets(self, params, base, batch, slots):
         def piece(rows):
-            return self.learner.evaluate(params, base, *rows)
+            tokens_bt, mask_bt = rows
+            return self.learner.evaluate(params, base, tokens_bt, mask_bt, slots)
 
         old = self.learner.in_microbatches(piece, (batch.tokens_bt, batch.mask_bt))
         targets = make_targets(self.config, batch, old.logp_br, old.values_br)
         return self.learner.placement.keep_rows(targets)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def _step(self, state, base, batch, targets, count):
+    @partial(jax.jit, static_argnums=(0, 6), donate_argnums=1)
+    def _step(self, state, base, batch, targets, count, slots):
         """One optimizer step on a minibatch, accumulated over its microbatches."""
         grad_fn = jax.grad(self._loss, has_aux=True)
         pieces = self.config.gradient_accumulation_steps
         if pieces == 1:
-            grads, (targets, metrics) = grad_fn(state.params, base, batch, targets, count)
+            grads, (targets, metrics) = grad_fn(state.params, base, batch, targets, count, slots)
         else:
             cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), (batch, targets))
 
             def accumulate(total, piece):
-                grads, (_, metrics) = grad_fn(state.params, base, *piece, count)
+                grads, (_, metrics) = grad_fn(state.params, base, *piece, count, slots)
                 return jax.tree.map(jnp.add, total, grads), metrics
 
             zeros = jax.tree.map(jnp.zeros_like, state.params)
@@ -119,9 +161,9 @@ class Updater:
         targets = self.learner.placement.keep_rows(targets)
         return state, targets, metrics | {"grad_norm": grad_norm, "finite": finite}
 
-    def _loss(self, params, base, batch, targets, count):
+    def _loss(self, params, base, batch, targets, count, slots):
         config, mask_br = self.config, batch.response_mask_br
-        now = self.learner.evaluate(params, base, batch.tokens_bt, batch.mask_bt)
+        now = self.learner.evaluate(params, base, batch.tokens_bt, batch.mask_bt, slots)
         if targets is None:
             old = jax.lax.stop_gradient(now)
             targets = make_targets(config, batch, old.logp_br, old.values_br)

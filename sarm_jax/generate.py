@@ -14,6 +14,7 @@ from flax import nnx, struct
 from sarm_jax.chat import bucket_length
 from sarm_jax.errors import InputError
 from sarm_jax.llama import Llama
+from sarm_jax.packing import Packing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +95,12 @@ def sample(
     sampling: Sampling,
     stops: tuple[int, ...],
     pad: int,
+    packing: Packing | None = None,
 ) -> Generation:
-    """`generate` without the jit and the bucketing, to be traced inside a larger program."""
+    """`generate` without the jit and the bucketing, to be traced inside a larger program.
+
+    With a packing of `mask_bt` the prefill computes no padding.
+    """
     batch, length = tokens_bt.shape
     budget = sampling.max_new_tokens
     stop_ids = jnp.asarray(stops, jnp.int32)
@@ -115,7 +120,7 @@ def sample(
         tokens, logps = tokens.at[:, r].set(token_b), logps.at[:, r].set(logp_b)
         return r + 1, cache, key, tokens, logps, running_b & ~jnp.isin(token_b, stop_ids)
 
-    x_btd, cache = policy.prefill(tokens_bt, mask_bt, length + budget)
+    x_btd, cache = policy.prefill(tokens_bt, mask_bt, length + budget, packing)
     last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
     x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
     key, first_key = jax.random.split(key)

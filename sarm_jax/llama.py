@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from sarm_jax.lora import FOLDED, LoRA
+from sarm_jax.packing import Packing
 from sarm_jax.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
 
 REMAT = {
@@ -111,11 +112,13 @@ class Attention(nnx.Module):
         k_btkh = apply_rope(self.k_proj(x_btd, keys[1]).reshape(split), rope)
         return q_btnh, k_btkh, self.v_proj(x_btd, keys[2]).reshape(split)
 
-    def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, implementation, key):
+    def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, implementation, key, packing=None):
         """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, projected back to D."""
         out_btnh = jax.nn.dot_product_attention(
             q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None], implementation=implementation
         )
+        if packing is not None:
+            out_btnh = packing.pack(out_btnh)
         return self.o_proj(out_btnh.reshape(*out_btnh.shape[:2], -1), key)
 
 
@@ -140,11 +143,13 @@ class Block(nnx.Module):
         )
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btd, rope, mask_bts, implementation, dropout_key=None):
-        """One full-sequence layer: (x, (keys, values))."""
+    def __call__(self, x_btd, rope, mask_bts, implementation, dropout_key=None, packing=None):
+        """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G, N, D]`."""
         keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
         q, k, v = self.attn.project(self.input_layernorm(x_btd), rope, keys[:3])
-        x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, implementation, keys[3])
+        if packing is not None:
+            q, k, v = map(packing.unpack, (q, k, v))
+        x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, implementation, keys[3], packing)
         return x_btd + self.mlp(self.post_attention_layernorm(x_btd), keys[4:]), (k, v)
 
     def decode(self, x_b1d, rope, mask_b1s, layer, column, k_cache, v_cache):
@@ -195,11 +200,19 @@ class Llama(nnx.Module):
         return self.logits(self.hidden(tokens_bt, mask_bt))
 
     def hidden(
-        self, tokens_bt: jax.Array, mask_bt: jax.Array, dropout_key: jax.Array | None = None
+        self,
+        tokens_bt: jax.Array,
+        mask_bt: jax.Array,
+        dropout_key: jax.Array | None = None,
+        packing: Packing | None = None,
     ) -> jax.Array:
-        """The last layer's output `[B, T, D]`, after the final norm where the model has one."""
-        x_btd, _ = self._forward(tokens_bt, mask_bt, dropout_key)
-        return self.norm(x_btd) if self.final_norm else x_btd
+        """The last layer's output `[B, T, D]`, after the final norm where the model has one.
+
+        With a packing of `mask_bt` no padding is computed, and what stands there is 0.
+        """
+        x_btd, _ = self._forward(tokens_bt, mask_bt, dropout_key, packing)
+        x_btd = self.norm(x_btd) if self.final_norm else x_btd
+        return x_btd if packing is None else packing.unpack(x_btd)
 
     def layer_states(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         """The residual stream after each layer, `[L, B, T, D]`, before any final norm."""
@@ -215,12 +228,17 @@ class Llama(nnx.Module):
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
     def prefill(
-        self, tokens_bt: jax.Array, mask_bt: jax.Array, cache_size: int
+        self,
+        tokens_bt: jax.Array,
+        mask_bt: jax.Array,
+        cache_size: int,
+        packing: Packing | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Runs the prompt: (`hidden` of it, a cache of `cache_size` ≥ T columns holding it)."""
         length = tokens_bt.shape[1]
-        x_btd, (k, v) = self._forward(tokens_bt, mask_bt, keep=lambda x, kv: kv)
+        x_btd, (k, v) = self._forward(tokens_bt, mask_bt, packing=packing, keep=lambda x, kv: kv)
         x_btd = self.norm(x_btd) if self.final_norm else x_btd
+        x_btd = x_btd if packing is None else packing.unpack(x_btd)
         extra = cache_size - length
         widths = ((0, 0), (0, 0), (0, 0), (0, 0), (0, extra))
         return x_btd, KVCache(
@@ -254,20 +272,26 @@ class Llama(nnx.Module):
         inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         return rope_tables(positions_bt, inv_freq)
 
-    def _forward(self, tokens_bt, mask_bt, dropout_key=None, keep=lambda x, kv: None):
-        """(the last layer's output, `keep(output, (keys, values))` of every layer, stacked)."""
+    def _forward(self, tokens_bt, mask_bt, dropout_key=None, packing=None, keep=lambda x, kv: None):
+        """(the last layer's output, `keep(output, (keys, values))` of every layer, stacked).
+
+        With a packing, outputs are `[G, N, D]`; keys and values are `[B, T, …]` either way.
+        """
         mask_bt = mask_bt.astype(bool)
-        positions_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
-        rope = self._rope(positions_bt)
         length = tokens_bt.shape[1]
         mask_bts = jnp.tril(jnp.ones((length, length), bool)) & mask_bt[:, None, :]
+        positions_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
+        if packing is not None:
+            tokens_bt, positions_bt = packing.pack(tokens_bt), packing.pack(positions_bt)
+        rope = self._rope(positions_bt)
         x_btd = self.embed_tokens[...][tokens_bt]
         implementation = attention_implementation(x_btd.dtype)
         graphdef, state = nnx.split(self.layers)
 
         def layer(x, xs):
             layer_state, key = xs
-            x, kv = nnx.merge(graphdef, layer_state)(x, rope, mask_bts, implementation, key)
+            block = nnx.merge(graphdef, layer_state)
+            x, kv = block(x, rope, mask_bts, implementation, key, packing)
             return x, keep(x, kv)
 
         keys = None

@@ -123,6 +123,11 @@ class Placement:
 
     mesh: Mesh | None = None
 
+    @property
+    def parts(self) -> int:
+        """How many parts of a batch lie on devices of their own."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
     def parameter(self, path: str, array: np.ndarray) -> jax.Array:
         """A frozen parameter, straight from the host into its shards."""
         if self.mesh is None:
@@ -137,10 +142,16 @@ class Placement:
         """Arrays split along their first dimension, or on every device where it does not divide."""
         if self.mesh is None:
             return tree
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return jax.tree.map(
-            lambda x: jax.device_put(x, self._at(P() if x.shape[0] % parts else BATCH)), tree
+            lambda x: jax.device_put(x, self._at(P() if x.shape[0] % self.parts else BATCH)), tree
         )
+
+    def abstract_rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        """What `rows` makes of such an array, for compiling ahead."""
+        sharding = None
+        if self.mesh is not None:
+            sharding = self._at(P() if shape[0] % self.parts else BATCH)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def keep_rows(self, tree: Any) -> Any:
         """Inside a program: arrays `[B, …]` stay split along the batch."""

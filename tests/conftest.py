@@ -77,6 +77,7 @@ def ppo_config():
 
     def make(**changes) -> PPOConfig:
         small = {"batch_size": 4, "max_new_tokens": 6, "total_steps": 4, "max_prompt_tokens": 200}
+        small["pack_levels"] = 1  # fewer compilations
         return PPOConfig(**{**base.get_config().ppo, **small, **changes})
 
     return make
@@ -85,10 +86,16 @@ def ppo_config():
 @pytest.fixture
 def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
     def make(
-        workdir: Path, reward: RewardConfig = REWARD, evaluate=False, profile=NO_PROFILE, **changes
+        workdir: Path,
+        reward: RewardConfig = REWARD,
+        evaluate=False,
+        profile=NO_PROFILE,
+        stop_ids=None,
+        **changes,
     ):
         workdir.mkdir(exist_ok=True)
-        policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=chat.stop_ids(tokenizer))
+        stop_ids = chat.stop_ids(tokenizer) if stop_ids is None else stop_ids
+        policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stop_ids)
         ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
         deck = PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed)
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]

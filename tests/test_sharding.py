@@ -95,7 +95,7 @@ def one_device(tokenizer, tmp_path_factory):
     from configs import base
     from ppo.config import PPOConfig
 
-    small = {"max_new_tokens": 6, "max_prompt_tokens": 200}
+    small = {"max_new_tokens": 6, "max_prompt_tokens": 200, "pack_levels": 1}
     config = {**base.get_config().ppo, **small}
 
     def make(**changes):

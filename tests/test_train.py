@@ -147,21 +147,29 @@ def test_non_finite_rewards_stop_the_run_and_keep_the_checkpoint(make_trainer, t
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(healed.state))
 
 
-def test_no_compilation_after_the_second_step(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path / "run", total_steps=8, evaluate=True, eval_every=3)
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces):
+    many = tuple(range(3, 70))  # stop tokens, so that lengths differ between the steps
+    options = {"total_steps": 8, "eval_every": 3, "pack_levels": 4, "num_minibatches": pieces}
+    trainer = make_trainer(tmp_path / "run", evaluate=True, stop_ids=many, **options)
     compiled: list[int] = []
+    taken = set()
     current = {"step": -1}
-    step = trainer._step
+    step, plan = trainer._step, trainer._slot_plan.of
 
     def counted(at, state):
         current["step"] = at
         return step(at, state)
 
+    def slots(*lengths):
+        taken.add(plan(*lengths))
+        return plan(*lengths)
+
     def listen(event, _seconds, **_):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(current["step"])
 
-    trainer._step = counted
+    trainer._step, trainer._slot_plan.of = counted, slots
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         trainer.run()
@@ -169,6 +177,7 @@ def test_no_compilation_after_the_second_step(make_trainer, tmp_path):
         jax.monitoring.clear_event_listeners()
     assert compiled, "the listener heard nothing"
     assert max(compiled) < 2
+    assert len(taken) > 1 and taken <= set(trainer._slot_plan.all())
 
 
 def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypatch):
