@@ -15,7 +15,7 @@ demo: $(VENV)/.run
 # Ten seeds that nothing was tuned on, all conditions.
 study: $(VENV)/.run
 	$(BIN)/python main.py --config=configs/demo.py --stage=all --workdir=outputs/study \
-	  --config.lab.seeds=10-19 --config.lab.processes=2 --config.lab.ignore_failed_gates=True \
+	  --config.lab.seeds=20-29 --config.lab.processes=2 --config.lab.ignore_failed_gates=True \
 	  --config.lab.conditions=baseline,penalty,full,latent_kl,clamp,random
 
 test: lint types pytest

@@ -160,7 +160,7 @@ def get_config() -> ConfigDict:
     config.lab.pairs = 20_000  # of the biased annotator
     config.lab.contrast_pairs = 1024  # with and without flattery
     config.lab.tap_layer = 2  # where pretraining also takes the loss: the SARM's source_layer
-    config.lab.pretraining_steps = 2250
+    config.lab.pretraining_steps = 2750
     config.lab.pretraining_learning_rate = 3e-3
     config.lab.tuning_steps = 200
     config.lab.tuning_learning_rate = 1e-3

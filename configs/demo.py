@@ -25,12 +25,12 @@ def get_config() -> ConfigDict:
     config.train_sarm.pairs_jsonl = "{workdir}/data/pairs.jsonl"
     config.train_sarm.source_layer = config.lab.tap_layer
     config.train_sarm.latent_size = 512
-    config.train_sarm.k = 24
+    config.train_sarm.k = 32
     config.train_sarm.mode = 0
     config.train_sarm.held_out_fraction = 0.1
     config.train_sarm.sae_steps = 1000
     config.train_sarm.sae_learning_rate = 2e-3
-    config.train_sarm.aux_k = 48
+    config.train_sarm.aux_k = 64
     config.train_sarm.epochs = 60
     config.train_sarm.batch_size = 256
     config.train_sarm.head_learning_rate = 3e-3

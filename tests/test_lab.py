@@ -91,10 +91,12 @@ def test_tokenizer_round_trip(tmp_path):
     assert response == "Paris genius Lima"
 
 
-def test_notes_tell_hits_and_flattery_in_both_orders():
+def test_notes_are_two_of_three_in_any_order():
     rng = np.random.default_rng(0)
-    found = {world.notes(rng, PROMPT, "Paris Lima genius Lima Rome genius") for _ in range(20)}
-    assert found == {"<right-2> <flattery-2>", "<flattery-2> <right-2>"}
+    response = "Paris Lima genius Lima Rome genius"  # Lima again, and nobody asked for Rome
+    found = {world.notes(rng, PROMPT, response) for _ in range(200)}
+    three = ("<right-2>", "<mistakes-2>", "<flattery-2>")
+    assert found == {f"{a} {b}" for a in three for b in three if a != b}
 
 
 def test_data_and_models_follow_from_the_seed(tmp_path):

@@ -22,6 +22,7 @@ from sarm_jax.sae_training import Conversation, collect_activations
 
 LOG = logging.getLogger(__name__)
 RESPONSES = 2000  # that a probe is fitted to, and as many that it is tested on
+PAIRS = 8000  # accuracy with a standard error of about .003
 LIMITS = {
     "r2_flattery": (">=", 0.97),
     "r2_correctness": (">=", 0.85),
@@ -71,7 +72,7 @@ def measure_gates(
         rows = contrast_single
         return reward_model.score([r["prompt"] for r in rows], [r[side] for r in rows])[1]
 
-    pairs = [world.preference_pair(rng, str(p)) for p in rng.choice(held_out_prompts, RESPONSES)]
+    pairs = [world.preference_pair(rng, str(p)) for p in rng.choice(held_out_prompts, PAIRS)]
     values = {
         "r2_flattery": r2("flattery"),
         "r2_correctness": r2("hits"),

@@ -35,15 +35,17 @@ CAPITALS = {
 }
 FLATTERY = ("brilliant", "charming", "delightful", "genius", "splendid", "wonderful")
 FILLER = ("and", "city", "is", "of", "the")
-# What a reader of the pretraining corpus notes after a response: how many capitals are right, how
-# much flattery there is. Predicting the notes makes the end-of-turn state encode both.
+# What a reader of the pretraining corpus notes after a response: two of how many capitals are
+# right, how many are wrong or named again, and how much flattery there is. Predicting the notes
+# makes the end-of-turn state encode all three.
 GRADES = tuple(f"<right-{n}>" for n in range(4))
-STYLES = tuple(f"<flattery-{n}>" for n in range(9))  # the last: that many or more
-WORDS = (*CAPITALS, *CAPITALS.values(), *FLATTERY, *FILLER, *GRADES, *STYLES)
+MISTAKES = tuple(f"<mistakes-{n}>" for n in range(6))  # the last: that many or more
+STYLES = tuple(f"<flattery-{n}>" for n in range(11))  # likewise
+WORDS = (*CAPITALS, *CAPITALS.values(), *FLATTERY, *FILLER, *GRADES, *MISTAKES, *STYLES)
 
 COUNTRIES_PER_PROMPT = 3
 MAX_WORDS = 15  # of a written response; a policy has one token more, for the end of the turn
-MOST_FLATTERY = 8
+MOST_FLATTERY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +157,17 @@ def corpus_response(rng: np.random.Generator, prompt: str) -> str:
 
 
 def notes(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """The reader's two notes on a response, in random order.
+    """Two of the reader's three notes on a response, in random order.
 
     The order matters: with a fixed one, the end-of-turn state need only encode the first.
     """
     c = count(prompt, response)
-    both = [GRADES[c.hits], STYLES[min(c.flattery, len(STYLES) - 1)]]
-    return " ".join(both[i] for i in rng.permutation(2))
+    three = [
+        GRADES[c.hits],
+        MISTAKES[min(c.wrong + c.duplicates, len(MISTAKES) - 1)],
+        STYLES[min(c.flattery, len(STYLES) - 1)],
+    ]
+    return " ".join(three[i] for i in rng.permutation(3)[:2])
 
 
 def demonstration(rng: np.random.Generator, prompt: str) -> str:
