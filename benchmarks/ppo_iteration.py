@@ -27,6 +27,7 @@ from configs import base
 from conversion import load_policy
 from ppo.config import PPOConfig
 from ppo.learner import Learner
+from ppo.slots import SlotPlan
 from ppo.update import Batch, Updater
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
@@ -54,13 +55,17 @@ class JaxPPO:
         self.mask = np.arange(prompt_len)[None] >= prompt_len - lengths[:, None]
         tokens = rng.integers(3, policy.config.vocab_size, (batch, prompt_len))
         self.tokens = np.where(self.mask, tokens, 0).astype(np.int32)
+        self.order = np.tile(np.arange(batch), (epochs, 1))
+        self.plan = SlotPlan(self.config, [lengths], [self.order])
         self.steps = 0
 
     def iteration(self) -> dict[str, float]:
         """Runs one PPO iteration; the seconds of rollout, score, update and total."""
         clock = [time.perf_counter()]
         key = jax.random.fold_in(jax.random.key(0), self.steps)
-        generation = self.learner.rollout(self.state.params, self.base, self.tokens, self.mask, key)
+        generation = self.learner.rollout(
+            self.state.params, self.base, self.tokens, self.mask, key, slots=self.plan.prefill
+        )
         responses = np.asarray(generation.tokens_br)
         clock.append(time.perf_counter())
         prompts = [row[mask] for row, mask in zip(self.tokens, self.mask, strict=True)]
@@ -69,10 +74,12 @@ class JaxPPO:
         clock.append(time.perf_counter())
         tokens = jnp.concatenate([jnp.asarray(self.tokens), generation.tokens_br], axis=1)
         mask = jnp.concatenate([jnp.asarray(self.mask), generation.mask_br], axis=1)
-        reference = self.learner.reference_logp(self.base, tokens, mask)
+        slots = self.plan.of(np.asarray(generation.mask_br).sum(axis=1), self.order)
+        reference = self.learner.reference_logp(self.base, tokens, mask, slots=slots)
         batch = Batch(tokens, mask, generation.mask_br, reference, jnp.asarray(score_b))
-        order = np.tile(np.arange(len(rows)), (self.config.ppo_epochs, 1))
-        self.state, _, metrics = Updater(self.learner)(self.state, self.base, batch, order)
+        self.state, _, metrics = Updater(self.learner)(
+            self.state, self.base, batch, self.order, slots
+        )
         jax.block_until_ready((self.state, metrics))
         clock.append(time.perf_counter())
         self.steps += 1
@@ -127,6 +134,8 @@ def main() -> None:
             side.send("go")
             times[name].append(side.recv())
             print(json.dumps({"side": name, "turn": turn, **times[name][-1]}), flush=True)
+    for side in sides.values():
+        side.send("")  # the end
     print(f"\n{'phase':8} {'jax s':>8} {'torch s':>8} {'torch/jax':>10}")
     for phase in PHASES:
         columns = [[t[phase] for t in times[name]] for name in ("jax", "torch")]

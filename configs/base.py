@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     config.ppo.max_new_tokens = 256
     config.ppo.max_prompt_tokens = 1024  # with the chat template; a longer prompt is an error
     config.ppo.calibration_batches = 2  # batches of reference responses that give μ and σ
-    config.ppo.pack_levels = 4  # sizes compiled for packed responses, see ppo/slots.py; 0 = padded
+    config.ppo.pack_levels = 0  # sizes of packed batches (ppo/slots.py); 0 = padded, faster on CPUs
     config.ppo.logprob_chunk = 0  # response positions per vocabulary projection; 0 = all at once
     config.ppo.checkpoint_every = 10  # steps
     config.ppo.keep_checkpoints = 3
@@ -151,6 +151,13 @@ def get_config() -> ConfigDict:
     config.probe.set_value = 0.0
     config.probe.data_jsonl = ""  # {"prompt", "response"} or pairs; {"prompt", "candidates"}
     config.probe.mode = "pairs"  # or bestofn
+
+    # Stage plan: compiles every program of a PPO step from shapes alone, and says what it takes.
+    config.plan = ConfigDict()
+    config.plan.target = "host"  # or h100x4, h200x8 and the like, which need not be there
+    config.plan.policy_config = ""  # a folder with a config.json; empty: policy_model
+    config.plan.sarm_config = ""  # likewise; empty: sarm_model
+    config.plan.search = False  # over meshes of the target's devices, remat and accumulation
 
     # The reward-hacking lab: a small world whose true reward is known (sarm_jax/lab).
     config.lab = ConfigDict()

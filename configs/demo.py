@@ -54,7 +54,6 @@ def get_config() -> ConfigDict:
     config.ppo.learning_rate = 2e-3
     config.ppo.kl_coef = 0.02
     config.ppo.max_new_tokens = 16
-    config.ppo.pack_levels = 0  # so small a model gains nothing from it
     config.ppo.max_prompt_tokens = 16
     config.ppo.calibration_batches = 4
     config.ppo.eval_every = 2

@@ -23,6 +23,9 @@ def get_config() -> ConfigDict:
     config.sarm_model = "Schrieffer/Llama-SARM-4B"
     config.dtype = "bfloat16"
     config.remat = "full"
+    config.plan.target = "h100x4"
+    config.plan.policy_config = "configs/architectures/llama_3_1_8b_instruct"
+    config.plan.sarm_config = "configs/architectures/llama_sarm_4b"
     config.prompts_jsonl = "outputs/data/prompts.jsonl"
     config.human_latents.demos_jsonl = "outputs/data/demos.jsonl"
 

@@ -13,14 +13,17 @@ from safetensors.numpy import save
 
 from conversion import load_policy, load_sarm
 from conversion.checkpoint import open_checkpoint
+from conversion.keys import abstract_policy, abstract_sarm
 from conversion.load import load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
 from conversion.to_hf import save_policy, save_sarm
 from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
 from ppo.options import reward_config, train_config
+from ppo.plan import Layout, Planner, candidates, layouts_for, search, table
 from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import Trainer
+from sarm_jax.chips import target_devices
 from sarm_jax.detectors import Detectors
 from sarm_jax.errors import InputError
 from sarm_jax.feature_lists import parse_features
@@ -168,8 +171,7 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
     profile = ProfileConfig(**config.profile)
     profile.check_steps(options.ppo.total_steps)
-    if config.remat not in REMAT:
-        raise InputError(f"remat={config.remat!r}: expected one of {', '.join(REMAT)}")
+    check_remat(config.remat)
     prompts = read_prompts(config.prompts_jsonl)
     mesh, placed = mesh_config(config), placement(config)
     mesh.check_model(read_policy_config(config.policy_model))
@@ -218,6 +220,35 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     LOG.info("adapter in %s, numbers in %s", workdir / "adapter", workdir / "summary.json")
 
 
+def run_plan(config: ConfigDict, workdir: Path) -> None:
+    """Architectures and options → memory, traffic and time of a PPO step on a machine."""
+    options, section = train_config(config), config.plan
+    policy = read_policy_config(section.policy_config or config.policy_model)
+    sarm = read_sarm_config(section.sarm_config or config.sarm_model)
+    options.reward.check_features(sarm.sae.latent_size)
+    planner = Planner(
+        name=section.target,
+        config=options.ppo,
+        lora=options.lora,
+        policy=lambda: abstract_policy(policy, config.dtype),
+        sarm=lambda: abstract_sarm(sarm, config.dtype),
+        score_batch=config.sarm_batch_size,
+        watched=len(options.reward.penalize_features) + len(options.reward.latent_indices),
+    )
+    check_remat(config.remat)
+    if section.search:
+        found = layouts_for(target_devices(section.target), options.ppo.batch_size)
+        plans = search(planner, list(found))
+        plan = plans[0] | {"candidates": plans[1:]}
+        print(candidates(plans), end="\n\n")
+    else:
+        accumulation = options.ppo.gradient_accumulation_steps
+        plan = planner.plan(Layout(mesh_config(config), config.remat, accumulation))
+    write_json(workdir / "plan.json", plan)
+    print(table(plan))
+    LOG.info("the plan is in %s", workdir / "plan.json")
+
+
 STAGES = {
     "prepare_data": run_prepare_data,
     "train_sarm": run_train_sarm,
@@ -225,6 +256,7 @@ STAGES = {
     "probe": run_probe,
     "human_latents": run_human_latents,
     "train": run_train,
+    "plan": run_plan,
 }
 ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last
 TRAIN_SETTINGS = (
@@ -252,6 +284,12 @@ def reward_model(config: ConfigDict) -> RewardModel:
     model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
     model.placement = placed
     return model
+
+
+def check_remat(name: str) -> None:
+    """Raises InputError for what `Llama` does not know."""
+    if name not in REMAT:
+        raise InputError(f"remat={name!r}: expected one of {', '.join(REMAT)}")
 
 
 def mesh_config(config: ConfigDict) -> MeshConfig:

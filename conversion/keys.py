@@ -5,7 +5,7 @@ Embeddings are `[V, D]` on both sides. Ours are stacked `[L, …]` in memory and
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -91,6 +91,16 @@ def abstract_model(config: LlamaConfig | SARMConfig, dtype: str = "float32") -> 
         return model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 
     return nnx.eval_shape(build)
+
+
+def abstract_policy(config: LlamaConfig, dtype: str) -> Llama:
+    """`abstract_model` of a policy."""
+    return cast(Llama, abstract_model(config, dtype))
+
+
+def abstract_sarm(config: SARMConfig, dtype: str) -> SARM:
+    """`abstract_model` of a SARM."""
+    return cast(SARM, abstract_model(config, dtype))
 
 
 def parameters(model: Llama | SARM) -> dict[tuple[str, ...], nnx.Variable]:

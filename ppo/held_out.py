@@ -35,7 +35,8 @@ class HeldOut:
     def compile(self) -> None:
         """Compiles the reference pass for every length that responses can have."""
         for slots in self.slot_plan.all():
-            self.sampler.learner.compile_reference(self.sampler.base, self.deck.length, slots)
+            learner, base = self.sampler.learner, self.sampler.base
+            learner.lower_reference(base, self.deck.length, slots).compile()
 
     @cached_property
     def slot_plan(self) -> SlotPlan:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.stages import Lowered
 
 from ppo.config import PPOConfig
 from ppo.logprobs import token_logprobs
@@ -128,11 +129,22 @@ class Learner:
 
         return self.placement.keep_rows(self.in_microbatches(piece, (tokens_bt, mask_bt)))
 
-    def compile_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> None:
-        """Compiles `reference_logp` for prompts padded to `prompt_length` tokens."""
-        shape = (self.config.batch_size, prompt_length + self.config.max_new_tokens)
-        tokens_bt, mask_bt = (self.placement.abstract_rows(shape, t) for t in (jnp.int32, bool))
-        self.reference_logp.lower(self, base, tokens_bt, mask_bt, slots=slots).compile()
+    def lower_rollout(
+        self, params: dict, base: nnx.State, prompt_length: int, slots: int | None
+    ) -> Lowered:
+        """`rollout` of prompts padded to `prompt_length` tokens; arrays may be abstract."""
+        tokens_bp, mask_bp = self._abstract_tokens(prompt_length)
+        key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
+        return self.rollout.lower(self, params, base, tokens_bp, mask_bp, key, slots=slots)
+
+    def lower_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> Lowered:
+        """`reference_logp` after prompts padded to `prompt_length` tokens."""
+        tokens_bt, mask_bt = self._abstract_tokens(prompt_length + self.config.max_new_tokens)
+        return self.reference_logp.lower(self, base, tokens_bt, mask_bt, slots=slots)
+
+    def _abstract_tokens(self, length):
+        shape = (self.config.batch_size, length)
+        return [self.placement.abstract_rows(shape, dtype) for dtype in (jnp.int32, bool)]
 
     def evaluate(
         self,

@@ -166,8 +166,10 @@ class Trainer:
         decks = [self.deck] if self.held_out is None else [self.deck, self.held_out.deck]
         self.scorer.compile(decks, config.max_new_tokens, config.batch_size)
         for slots in self._slot_plan.all():
-            self.learner.compile_reference(self.base, self.deck.length, slots)
-            self.updater.compile(self._fresh, self.base, self.deck.length, slots)
+            self.learner.lower_reference(self.base, self.deck.length, slots).compile()
+            lowered = self.updater.lower(self._fresh, self.base, self.deck.length, slots)
+            for program in lowered.values():
+                program.compile()
         if self.held_out is not None:
             self.held_out.compile()
         if checkpoints.latest_step() is None:

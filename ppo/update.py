@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx, struct
+from jax.stages import Lowered
 
 from ppo.advantages import gae, masked_mean, token_rewards, whiten
 from ppo.config import PPOConfig
@@ -89,15 +90,19 @@ class Updater:
         summary = {name: values.mean() for name, values in metrics.items()}
         return state, targets, summary | {"ratio_0_max_dev": first_deviation, "finite": finite}
 
-    def compile(
+    def lower(
         self, state: TrainState, base: nnx.State, prompt_length: int, slots: Slots | None
-    ) -> None:
-        """Compiles every program of an update of prompts padded to `prompt_length` tokens."""
-        config, responses = self.config, self.config.max_new_tokens
-        abstract: Any = self.learner.placement.abstract_rows
+    ) -> dict[str, Lowered]:
+        """The programs of an update of prompts padded to `prompt_length` tokens, to be compiled.
 
-        def arrays(rows):
-            per_token = abstract((rows, responses), jnp.float32)
+        `targets` where they are computed beforehand, `first_step` where it makes them, `step` for
+        all others. Arrays may be abstract.
+        """
+        config, placement = self.config, self.learner.placement
+        responses, abstract = config.max_new_tokens, placement.abstract_rows
+
+        def arrays(rows: int) -> tuple[Any, Any]:
+            per_token: Any = abstract((rows, responses), jnp.float32)
             whole = (rows, prompt_length + responses)
             batch = Batch(
                 tokens_bt=abstract(whole, jnp.int32),
@@ -109,14 +114,16 @@ class Updater:
             return batch, Targets(per_token, per_token, per_token, per_token)
 
         batch, targets = arrays(config.batch_size // config.num_minibatches)
-        count = self._count(jnp.ones((1,)))
+        count = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.float32))
+        programs = {}
         if config.pieces == 1:
-            self._step.lower(self, state, base, batch, None, count, slots).compile()
+            programs["first_step"] = self._step.lower(self, state, base, batch, None, count, slots)
         else:
             whole, _ = arrays(config.batch_size)
-            self._targets.lower(self, state.params, base, whole, slots).compile()
+            programs["targets"] = self._targets.lower(self, state.params, base, whole, slots)
         if config.pieces > 1 or config.ppo_epochs > 1:
-            self._step.lower(self, state, base, batch, targets, count, slots).compile()
+            programs["step"] = self._step.lower(self, state, base, batch, targets, count, slots)
+        return programs
 
     def _count(self, mask_br):
         """Response tokens per minibatch, what the losses are averaged over."""

@@ -114,7 +114,7 @@ def sample(
 
     def step(carry):
         r, cache, key, tokens, logps, running_b = carry
-        x_b1d, cache = policy.decode(tokens[:, r - 1], cache)
+        x_b1d, cache = policy.decode(tokens[:, r - 1], cache, layers)
         key, draw_key = jax.random.split(key)
         token_b, logp_b = draw(x_b1d, draw_key, running_b)
         tokens, logps = tokens.at[:, r].set(token_b), logps.at[:, r].set(logp_b)
@@ -129,6 +129,7 @@ def sample(
     tokens_br = jnp.full((batch, budget), pad, jnp.int32).at[:, 0].set(token_b)
     logp_br = jnp.zeros((batch, budget)).at[:, 0].set(logp_b)
     running_b &= ~jnp.isin(token_b, stop_ids)
+    layers, cache = policy.unstacked(cache)
     carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
     _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
 

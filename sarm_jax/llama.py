@@ -58,11 +58,11 @@ class KVCache:
 
     With the columns last, both products of attention read the cache as it lies. `mask_bs` marks
     the columns that hold real tokens, `column` is the next one to write and `position_b` the next
-    position of each row.
+    position of each row. Where `Llama.unstacked` is used, `k` and `v` are a tuple of layers.
     """
 
-    k: jax.Array
-    v: jax.Array
+    k: jax.Array | tuple[jax.Array, ...]
+    v: jax.Array | tuple[jax.Array, ...]
     mask_bs: jax.Array
     column: jax.Array
     position_b: jax.Array
@@ -169,7 +169,8 @@ class Llama(nnx.Module):
     """A decoder. `final_norm=False` gives the truncated trunk of a SARM: `hidden` then returns
     the residual stream itself (`norm` is kept, unused, because its checkpoints carry it).
     `stop_ids` are the tokens that end a response, which the tokenizer knows best. `remat` says
-    what a layer keeps for its backward pass, see `REMAT`."""
+    what a layer keeps for its backward pass, see `REMAT`; `backend` the platform that programs are
+    made for, None: JAX's default."""
 
     def __init__(
         self,
@@ -184,6 +185,7 @@ class Llama(nnx.Module):
     ):
         self.config, self.final_norm, self.remat = config, final_norm, remat
         self.stop_ids = stop_ids
+        self.backend: str | None = None
         init = jax.nn.initializers.normal(0.02)
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param(init(rngs.params(), shape, dtype))
@@ -249,8 +251,13 @@ class Llama(nnx.Module):
             position_b=mask_bt.astype(jnp.int32).sum(axis=1),
         )
 
-    def decode(self, token_b: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Feeds one token per row: (its `hidden` `[B, 1, D]`, the cache with one column more)."""
+    def decode(
+        self, token_b: jax.Array, cache: KVCache, layers: tuple[nnx.State, ...] | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Feeds one token per row: (its `hidden` `[B, 1, D]`, the cache with one column more).
+
+        `layers` and the cache are stacked, or both as `unstacked` gives them.
+        """
         mask_bs = cache.mask_bs.at[:, cache.column].set(True)
         rope = self._rope(cache.position_b[:, None])
         graphdef, state = nnx.split(self.layers)
@@ -262,10 +269,46 @@ class Llama(nnx.Module):
             return block.decode(x, rope, mask_bs[:, None], layer, cache.column, k, v), None
 
         x_b1d = self.embed_tokens[...][token_b[:, None]]
-        numbers = jnp.arange(self.config.num_hidden_layers)
-        (x_b1d, k, v), _ = jax.lax.scan(step, (x_b1d, cache.k, cache.v), (numbers, state))
+        k: Any
+        v: Any
+        if layers is None:
+            numbers = jnp.arange(self.config.num_hidden_layers)
+            (x_b1d, k, v), _ = jax.lax.scan(step, (x_b1d, cache.k, cache.v), (numbers, state))
+        else:
+            k, v = list(cache.k), list(cache.v)
+            for i, layer_state in enumerate(layers):
+                carry = (x_b1d, k[i][None], v[i][None])
+                (x_b1d, k_1bkhs, v_1bkhs), _ = step(carry, (0, layer_state))
+                k[i], v[i] = k_1bkhs[0], v_1bkhs[0]
+            k, v = tuple(k), tuple(v)
         cache = KVCache(k, v, mask_bs, cache.column + 1, cache.position_b + 1)
         return (self.norm(x_b1d) if self.final_norm else x_b1d), cache
+
+    def unstacked(self, cache: KVCache) -> tuple[tuple[nnx.State, ...] | None, KVCache]:
+        """(weights by layer, the cache by layer) for many calls of `decode`, where it pays.
+
+        A GPU copies every layer out of its stack before it multiplies, three times the traffic of
+        reading it, so the copies are made once. A CPU reads the stack as it lies: (None, cache).
+        """
+        if not self.decodes_unstacked:
+            return None, cache
+        numbers = range(self.config.num_hidden_layers)
+
+        def layer(tree, i):
+            return jax.tree.map(lambda x: x[i], tree)
+
+        layers = tuple(layer(nnx.state(self.layers), i) for i in numbers)
+        k, v = (tuple(layer(x, i) for i in numbers) for x in (cache.k, cache.v))
+        return layers, KVCache(k, v, cache.mask_bs, cache.column, cache.position_b)
+
+    @property
+    def decodes_unstacked(self) -> bool:
+        """Whether `unstacked` does anything."""
+        return self._backend == "gpu"
+
+    @property
+    def _backend(self):
+        return self.backend or jax.default_backend()
 
     def _rope(self, positions_bt):
         config = self.config
@@ -285,7 +328,7 @@ class Llama(nnx.Module):
             tokens_bt, positions_bt = packing.pack(tokens_bt), packing.pack(positions_bt)
         rope = self._rope(positions_bt)
         x_btd = self.embed_tokens[...][tokens_bt]
-        implementation = attention_implementation(x_btd.dtype)
+        implementation = attention_implementation(self._backend, x_btd.dtype)
         graphdef, state = nnx.split(self.layers)
 
         def layer(x, xs):
@@ -301,7 +344,7 @@ class Llama(nnx.Module):
         return jax.lax.scan(body, x_btd, (state, keys))
 
 
-def attention_implementation(dtype: Any) -> str:
+def attention_implementation(backend: str, dtype: Any) -> str:
     """cuDNN's fused attention where it exists (GPU, half precision), XLA's elsewhere."""
-    fused = jax.default_backend() == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+    fused = backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
     return "cudnn" if fused else "xla"

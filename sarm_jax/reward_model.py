@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Lowered
 
 from sarm_jax.chat import bucket_length, encode_conversation, pad_batch, pad_id
 from sarm_jax.sarm import SARM, Intervention, intervention
-from sarm_jax.sharding import ONE_DEVICE
+from sarm_jax.sharding import ONE_DEVICE, Placement
 
 
 class RewardModel:
@@ -103,3 +104,20 @@ def _batch_bucket(rows: int, most: int) -> int:
 def _score(graphdef, state, tokens_bt, mask_bt, change, indices):
     score_b, z_bf = nnx.merge(graphdef, state)(tokens_bt, mask_bt, change)
     return score_b, z_bf if indices is None else z_bf[:, indices]
+
+
+def lower_score(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    placement: Placement,
+    rows: int,
+    length: int,
+    watched: int,
+) -> Lowered:
+    """The scoring program of `rows` conversations padded to `length` tokens, from shapes alone.
+
+    `watched` is how many latents it returns per row.
+    """
+    tokens_bt, mask_bt = (placement.abstract_rows((rows, length), t) for t in (jnp.int32, bool))
+    indices = placement.abstract_replicated(jax.ShapeDtypeStruct((watched,), jnp.int32))
+    return _score.lower(graphdef, state, tokens_bt, mask_bt, None, indices)

@@ -146,12 +146,28 @@ class Placement:
             lambda x: jax.device_put(x, self._at(P() if x.shape[0] % self.parts else BATCH)), tree
         )
 
-    def abstract_rows(self, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
-        """What `rows` makes of such an array, for compiling ahead."""
-        sharding = None
-        if self.mesh is not None:
-            sharding = self._at(P() if shape[0] % self.parts else BATCH)
+    def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
+        """An array for compiling ahead, split like `spec`."""
+        sharding = None if self.mesh is None else self._at(spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def abstract_layer(self, stacked: Any) -> Any:
+        """One layer of an abstract array, split as the stack is."""
+        spec = P() if self.mesh is None else P(*stacked.sharding.spec[1:])
+        return self.abstract(stacked.shape[1:], stacked.dtype, spec)
+
+    def abstract_parameter(self, path: str, shape: Sequence[int], dtype: Any) -> Any:
+        """What `parameter` makes of such an array."""
+        spec = P() if self.mesh is None else partition_spec(path, shape, self.mesh)
+        return self.abstract(shape, dtype, spec)
+
+    def abstract_replicated(self, tree: Any) -> Any:
+        """What `replicated` makes of such a tree."""
+        return jax.tree.map(lambda x: self.abstract(x.shape, x.dtype, P()), tree)
+
+    def abstract_rows(self, shape: Sequence[int], dtype: Any) -> Any:
+        """What `rows` makes of such an array."""
+        return self.abstract(shape, dtype, P() if shape[0] % self.parts else BATCH)
 
     def keep_rows(self, tree: Any) -> Any:
         """Inside a program: arrays `[B, …]` stay split along the batch."""

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 import main
 from conversion import load_policy, load_sarm, to_hf
 from ppo.metrics import read_metrics
+from ppo.plan import Layout
 from sarm_jax.chat import encode_prompt
+from sarm_jax.sharding import MeshConfig
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
 SMALL = (
@@ -314,3 +316,51 @@ def test_every_config_is_a_valid_experiment(name, tmp_path):
 def test_prompts_are_encoded_through_the_chat_template(world):
     _, tokenizer = load_policy(world / "policy")
     assert tokenizer.decode(encode_prompt(tokenizer, "hi")).rstrip().endswith("<|end_header_id|>")
+
+
+def test_a_plan_of_this_machine(run, tmp_path, capsys):
+    assert run("--stage=plan", "--config.mesh.data=2", "--config.ppo.num_minibatches=2") == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["target"] == "host" and plan["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert plan["fits"] and plan["batch"] == 4
+    runs = {row["name"]: row["runs"] for row in plan["programs"]}
+    assert runs == {
+        "rollout": 0, "prefill": 1, "decode": 5, "score": 1,
+        "reference": 1, "targets": 1, "step": 4,
+    }  # fmt: skip
+    for row in plan["programs"]:
+        assert row["bytes"] > 0 and row["flops"] > 0 and row["inherent_bytes"] > 0
+        assert row["peak_bytes"] >= row["argument_bytes"] > 0
+    total = sum(row["runs"] * row["seconds"] for row in plan["programs"])
+    assert plan["step_seconds"] == pytest.approx(total)
+    # Data-parallel gradients are summed over the devices; nothing else of the weights moves.
+    step = next(row for row in plan["programs"] if row["name"] == "step")
+    assert step["collectives"]["all-reduce"]["count"] > 0
+    assert "| decode | 5 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config.plan.target=tpu"], "plan.target='tpu': expected host"),
+        (["--config.plan.target=h100x2"], "the mesh takes 1 devices, not 2"),
+        (["--config.mesh.data=3"], "do not divide over data × fsdp = 3"),
+    ],
+)
+def test_plans_that_cannot_be(run, tmp_path, capsys, options, message):
+    assert run("--stage=plan", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
+def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):
+    import configs.stages
+
+    few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
+    monkeypatch.setattr(configs.stages, "layouts_for", lambda devices, rows: few)
+    small = ["--config.ppo.ppo_epochs=1", "--batch_size=2", "--config.plan.search=True"]
+    assert run("--stage=plan", *small) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    others = plan["candidates"]
+    assert len(others) == 1
+    assert all(not o["fits"] or o["step_seconds"] >= plan["step_seconds"] for o in others)

@@ -1,0 +1,280 @@
+"""`--stage=plan`: compile every program of a PPO step for a machine, and say what it will take.
+
+Memory is the compiler's. Traffic, kernels and collectives are counted in the compiled programs.
+The time is an estimate: the roofline at the shares of the peak below, plus collectives and kernel
+launches, none of which overlap.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+from jax.stages import Compiled
+
+from ppo.config import PPOConfig
+from ppo.costs import Cost, step_costs
+from ppo.programs import Program, step_programs
+from sarm_jax.chips import GIB, Chip, target
+from sarm_jax.errors import InputError
+from sarm_jax.hlo import Collective, read_traffic
+from sarm_jax.llama import Llama
+from sarm_jax.lora import LoRAConfig
+from sarm_jax.sarm import SARM
+from sarm_jax.sharding import AXES, MeshConfig, Placement
+
+LOG = logging.getLogger(__name__)
+
+ASSUMPTIONS = {
+    "share_of_peak_flops": 0.5,
+    "share_of_peak_bandwidth": 0.8,
+    "seconds_per_kernel": 1.5e-6,
+    "seconds_per_collective": 1e-5,
+    "share_of_memory": 0.92,  # what is left beside the CUDA context and fragmentation
+}
+HALVES = ("prefill", "decode")  # of the program `rollout`, which needs memory for both
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a search varies."""
+
+    mesh: MeshConfig
+    remat: str
+    accumulation: int
+
+    def __str__(self) -> str:
+        return f"{self.mesh}, remat {self.remat}, accumulation {self.accumulation}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Plans for one target; `policy` and `sarm` make the abstract models.
+
+    `score_batch` rows are scored at a time; the reward reads `watched` latents of each.
+    """
+
+    name: str
+    config: PPOConfig
+    lora: LoRAConfig
+    policy: Callable[[], Llama]
+    sarm: Callable[[], SARM]
+    score_batch: int
+    watched: int
+
+    def plan(self, layout: Layout) -> dict:
+        """The content of plan.json for one layout."""
+        config = dataclasses.replace(self.config, gradient_accumulation_steps=layout.accumulation)
+        policy, sarm, mesh = self.policy(), self.sarm(), layout.mesh
+        for model in (policy.config, sarm.config.trunk):
+            mesh.check_model(model)
+        mesh.check_batch(
+            config.batch_size // config.pieces,
+            "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
+        )
+        chip, devices, backend = target(self.name, mesh.devices)
+        policy.remat, policy.backend, sarm.trunk.backend = layout.remat, backend, backend
+        placement = Placement(_mesh(mesh, devices))
+        score_rows = min(config.batch_size, self.score_batch)
+        costs = step_costs(
+            config,
+            self.lora,
+            policy.config,
+            sarm.config,
+            mesh,
+            score_rows,
+            layout.remat,
+            policy.embed_tokens.dtype.itemsize,
+        )
+        weights = {
+            name: _weight_bytes(model, placement)
+            for name, model in (("policy", policy), ("sarm", sarm))
+        }
+        rows = []
+        programs = step_programs(
+            config, self.lora, policy, sarm, placement, self.score_batch, self.watched
+        )
+        for program in programs:
+            LOG.info("compiling %s for %s on %s", program.name, self.name, mesh)
+            compiled = program.lowered.compile()
+            rows.append(_row(program, compiled, costs[program.name], chip, config, mesh))
+        return _summary(self.name, layout, config, chip, rows, weights)
+
+
+def search(planner: Planner, layouts: Sequence[Layout]) -> list[dict]:
+    """Plans of all layouts, the fastest that fits first; those that cannot be are left out."""
+    plans = []
+    for layout in layouts:
+        try:
+            plans.append(planner.plan(layout))
+        except InputError as error:
+            LOG.info("left out: %s", error)
+    if not plans:
+        raise InputError(f"plan.target={planner.name}: no layout of the search is possible")
+    return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds"]))
+
+
+def layouts_for(devices: int, rows: int) -> Iterator[Layout]:
+    """Every mesh over `devices`, with remat and accumulation; `rows` is the whole batch."""
+    shapes = itertools.product(range(1, devices + 1), repeat=3)
+    for shape in (shape for shape in shapes if math.prod(shape) == devices):
+        mesh = MeshConfig(*shape)
+        for remat, accumulation in itertools.product(("dots", "full"), (1, 2, 4)):
+            if rows % (accumulation * mesh.batch_parts) == 0:
+                yield Layout(mesh, remat, accumulation)
+
+
+def table(plan: dict) -> str:
+    """A plan as a Markdown table with a line of totals."""
+    lines = [
+        f"{plan['target']}, {plan['layout']}, batch {plan['batch']}: "
+        f"peak {plan['peak_bytes'] / GIB:.1f} of {plan['memory_bytes'] / GIB:.0f} GiB a device "
+        f"({'fits' if plan['fits'] else 'DOES NOT FIT'}), "
+        f"{plan['step_seconds']:.2f} s a step, {plan['tokens_per_second']:.0f} tokens/s, "
+        f"{plan['run_seconds'] / 60:.1f} min for {plan['steps']} steps",
+        "",
+        "| program | runs | arguments GiB | temporaries GiB | peak GiB | TFLOP | GB moved "
+        "| × inherent | collectives | GB sent | roofline ms | inherent share | ms a run "
+        "| s a step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in plan["programs"]:
+        count = sum(found["count"] for found in row["collectives"].values())
+        sent = sum(found["bytes"] for found in row["collectives"].values())
+        lines.append(
+            f"| {row['name']} | {row['runs'] or '–'} | {row['argument_bytes'] / GIB:.2f} "
+            f"| {row['temp_bytes'] / GIB:.2f} | {row['peak_bytes'] / GIB:.2f} "
+            f"| {row['flops'] / 1e12:.2f} | {row['bytes'] / 1e9:.2f} "
+            f"| {row['bytes'] / row['inherent_bytes']:.2f} | {count} | {sent / 1e9:.3f} "
+            f"| {1e3 * row['roofline_seconds']:.2f} | {100 * row['inherent_share']:.0f} % "
+            f"| {1e3 * row['seconds']:.2f} | {row['runs'] * row['seconds']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def candidates(plans: Sequence[dict]) -> str:
+    """The layouts of a search, one a line."""
+    lines = ["| layout | peak GiB | fits | s a step | tokens/s |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {plan['layout']} | {plan['peak_bytes'] / GIB:.1f} | {'yes' if plan['fits'] else 'no'} "
+        f"| {plan['step_seconds']:.2f} | {plan['tokens_per_second']:.0f} |"
+        for plan in plans
+    ]
+    return "\n".join(lines)
+
+
+def _mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    grid = np.asarray(devices).reshape(mesh.data, mesh.fsdp, mesh.tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _row(
+    program: Program,
+    compiled: Compiled,
+    cost: Cost,
+    chip: Chip,
+    config: PPOConfig,
+    mesh: MeshConfig,
+) -> dict:
+    memory: Any = compiled.memory_analysis()
+    traffic = read_traffic(compiled.as_text() or "", open_loops=config.max_new_tokens - 1)
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    roofline = max(cost.flops / chip.flops, traffic.bytes / chip.bandwidth)
+    inherent = max(cost.flops / chip.flops, cost.inherent_bytes / chip.bandwidth)
+    work = max(
+        cost.flops / chip.flops / ASSUMPTIONS["share_of_peak_flops"],
+        traffic.bytes / chip.bandwidth / ASSUMPTIONS["share_of_peak_bandwidth"],
+    )
+    launches = traffic.kernels * ASSUMPTIONS["seconds_per_kernel"]
+    sent = sum(
+        found.count * _collective_seconds(found, chip, mesh) for found in traffic.collectives
+    )
+    return {
+        "name": program.name,
+        "runs": program.runs,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": kept - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        "flops": cost.flops,
+        "compiler_flops": _compiler_flops(compiled),
+        "bytes": traffic.bytes,
+        "inherent_bytes": cost.inherent_bytes,
+        "kernels": traffic.kernels,
+        "collectives": _by_kind(traffic.collectives),
+        "roofline_seconds": roofline,
+        "inherent_share": inherent / roofline,
+        "seconds": work + launches + sent,
+    }
+
+
+def _compiler_flops(compiled: Compiled) -> float | None:
+    """The compiler's own count, which takes the body of a loop once; None where it has none."""
+    analysis: Any = compiled.cost_analysis()
+    return float(analysis["flops"]) if analysis and "flops" in analysis else None
+
+
+def _collective_seconds(found: Collective, chip: Chip, mesh: MeshConfig) -> float:
+    """A ring over the devices: an all-reduce passes every byte twice."""
+    passes = 2 if found.kind == "all-reduce" else 1
+    ring = (mesh.devices - 1) / mesh.devices
+    return ASSUMPTIONS["seconds_per_collective"] + passes * ring * found.bytes / chip.link
+
+
+def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict]:
+    """{kind: {count, bytes, overlapped}}, bytes of all runs of them together."""
+    found: dict[str, dict] = defaultdict(lambda: {"count": 0, "bytes": 0, "overlapped": 0})
+    for one in collectives:
+        entry = found[one.kind]
+        entry["count"] += one.count
+        entry["bytes"] += one.count * one.bytes
+        entry["overlapped"] += one.count * one.overlapped
+    return dict(found)
+
+
+def _weight_bytes(model: Llama | SARM, placement: Placement) -> int:
+    """Of a model's weights on one device."""
+    total = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
+        total += math.prod(placed.sharding.shard_shape(placed.shape)) * placed.dtype.itemsize
+    return total
+
+
+def _summary(
+    name: str,
+    layout: Layout,
+    config: PPOConfig,
+    chip: Chip,
+    rows: list[dict],
+    weights: dict[str, int],
+) -> dict:
+    # Both models stay on the device; a program's arguments hold the one that it runs.
+    whole = [row for row in rows if row["name"] not in HALVES]
+    peak = max(
+        row["peak_bytes"] + weights["policy" if row["name"] == "score" else "sarm"] for row in whole
+    )
+    seconds = sum(row["runs"] * row["seconds"] for row in rows)
+    return {
+        "target": name,
+        "mesh": dataclasses.asdict(layout.mesh),
+        "layout": str(layout),
+        "batch": config.batch_size,
+        "prompt_tokens": config.max_prompt_tokens,
+        "new_tokens": config.max_new_tokens,
+        "fits": peak <= ASSUMPTIONS["share_of_memory"] * chip.memory,
+        "peak_bytes": peak,
+        "memory_bytes": chip.memory,
+        "step_seconds": seconds,
+        "tokens_per_second": config.batch_size * config.max_new_tokens / seconds,
+        "steps": config.total_steps,
+        "run_seconds": config.total_steps * seconds,
+        "assumptions": ASSUMPTIONS,
+        "programs": rows,
+    }

@@ -1,0 +1,160 @@
+"""The compiled programs of a PPO step, made from shapes alone: no weights, no tokenizer.
+
+`rollout`, `score`, `reference` and those of the update are the very programs that a run compiles.
+`prefill` and `decode` are the two halves of `rollout`, which a plan accounts for separately.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.stages import Lowered
+
+from ppo.config import PPOConfig
+from ppo.learner import Learner, TrainState
+from ppo.slots import Slots
+from ppo.update import Updater
+from sarm_jax.chat import bucket_length
+from sarm_jax.generate import Sampling, draw_token
+from sarm_jax.llama import KVCache, Llama
+from sarm_jax.lora import LoRAConfig
+from sarm_jax.reward_model import lower_score
+from sarm_jax.sarm import SARM
+from sarm_jax.sharding import BATCH, Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`runs` is how often a PPO step runs it; 0: it is a whole of which the parts are listed."""
+
+    name: str
+    runs: int
+    lowered: Lowered
+
+
+def step_programs(
+    config: PPOConfig,
+    lora: LoRAConfig,
+    policy: Llama,
+    sarm: SARM,
+    placement: Placement,
+    score_batch: int,
+    watched: int,
+) -> Iterator[Program]:
+    """Lowers them one after the other, for full batches: every prompt and response at its limit.
+
+    `policy` and `sarm` are abstract, `score_batch` rows are scored at a time, and `watched` is how
+    many latents the reward reads.
+    """
+    prompt, new, rows = config.max_prompt_tokens, config.max_new_tokens, config.batch_size
+    learner, fresh, bare = Learner.attach(config, lora, policy, pad=0)
+    learner = dataclasses.replace(learner, placement=placement)
+    base, state = _abstract(bare, placement), placement.abstract_replicated(fresh)
+    group = rows // (config.pieces * placement.parts)
+    slots = Slots(group * (prompt + new), group * new) if config.pack_levels else None
+    prefill = rows // placement.parts * prompt if config.pack_levels else None
+
+    yield Program("rollout", 0, learner.lower_rollout(state.params, base, prompt, prefill))
+    halves = _Halves(learner, state, base, prompt)
+    yield Program("prefill", 1, halves.lower_prefill())
+    yield Program("decode", new - 1, halves.lower_decode())
+    calls = -(-rows // score_batch)
+    graphdef, weights = nnx.split(sarm)
+    length = bucket_length(prompt + new)
+    scoring = lower_score(
+        graphdef, _abstract(weights, placement), placement, min(rows, score_batch), length, watched
+    )
+    yield Program("score", calls, scoring)
+    yield Program("reference", 1, learner.lower_reference(base, prompt, slots))
+    steps = config.updates_per_step
+    updater = Updater(learner)
+    for name, lowered in updater.lower(state, base, prompt, slots).items():
+        runs = steps - (config.pieces == 1) if name == "step" else 1
+        yield Program(name, runs, lowered)
+
+
+def _abstract(state: nnx.State, placement: Placement) -> nnx.State:
+    """Shapes with the place where each parameter goes."""
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
+        flat.append((path, variable.replace(placed)))
+    return nnx.from_flat_state(flat)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Halves:
+    learner: Learner
+    state: TrainState
+    base: nnx.State
+    prompt: int
+
+    def _policy(self, params, base) -> Llama:
+        return nnx.merge(self.learner.graphdef, params["lora"], base)
+
+    def lower_prefill(self) -> Lowered:
+        config, placement = self.learner.config, self.learner.placement
+        size = self.prompt + config.max_new_tokens
+
+        def prefill(params, base, tokens_bp, mask_bp):
+            policy = self._policy(params, base)
+            x_btd, cache = policy.prefill(tokens_bp, mask_bp, size)
+            return policy.logits(x_btd[:, -1:]), cache
+
+        shape = (config.batch_size, self.prompt)
+        tokens, mask = (placement.abstract_rows(shape, dtype) for dtype in (jnp.int32, bool))
+        return jax.jit(prefill).lower(self.state.params, self.base, tokens, mask)
+
+    def lower_decode(self) -> Lowered:
+        config, placement = self.learner.config, self.learner.placement
+        sampling = Sampling(config.max_new_tokens, config.temperature)
+
+        def decode(params, base, layers, cache, token_b, key):
+            policy = self._policy(params, base)
+            x_b1d, cache = policy.decode(token_b, cache, layers)
+            return draw_token(policy.logits(x_b1d)[:, 0], key, sampling), cache
+
+        params, base = self.state.params, self.base
+        layers, cache = self._unstacked()
+        token_b = placement.abstract_rows((config.batch_size,), jnp.int32)
+        key = placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
+        donated = jax.jit(decode, donate_argnums=3)
+        return donated.lower(params, base, layers, cache, token_b, key)
+
+    def _unstacked(self) -> tuple[tuple[nnx.State, ...] | None, KVCache]:
+        """`Llama.unstacked` of the abstract policy, each layer split like its stack."""
+        policy, cache = self._policy(self.state.params, self.base), self._cache()
+        if not policy.decodes_unstacked:
+            return None, cache
+        layer = self.learner.placement.abstract_layer
+        count = policy.config.num_hidden_layers
+        layers = (jax.tree.map(layer, nnx.state(policy.layers)),) * count
+        k, v = ((layer(x),) * count for x in (cache.k, cache.v))
+        return layers, KVCache(k, v, cache.mask_bs, cache.column, cache.position_b)
+
+    def _cache(self) -> KVCache:
+        config, placement = self.learner.config, self.learner.placement
+        model = self._policy(self.state.params, self.base).config
+        rows, size = config.batch_size, self.prompt + config.max_new_tokens
+        shape = (
+            model.num_hidden_layers,
+            rows,
+            model.num_key_value_heads,
+            model.head_dim,
+            size,
+        )
+        dtype = self.base.embed_tokens.dtype
+        spec = jax.sharding.PartitionSpec(None, BATCH[0], "tensor")
+        kv = placement.abstract(shape, dtype, spec)
+        whole: Any = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.int32))
+        return KVCache(
+            k=kv,
+            v=kv,
+            mask_bs=placement.abstract_rows((rows, size), bool),
+            column=whole,
+            position_b=placement.abstract_rows((rows,), jnp.int32),
+        )

@@ -1,0 +1,137 @@
+"""The machines that a plan can be made for, and devices to compile for that are not there.
+
+A program for an H100 can be compiled without one: the CUDA extra of JAX holds the compiler, and a
+description of the chip stands in for it. Descriptions and rates are the vendor's published ones.
+"""
+
+import dataclasses
+import os
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sarm_jax.errors import InputError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Per device: bf16 FLOP/s, bytes/s of memory, bytes of it, bytes/s to other devices."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: int
+    link: float
+
+
+# NVIDIA data sheets of the SXM boards; NVLink counted in one direction.
+CHIPS = {
+    "h100": Chip("NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 80 * GIB, 450e9),
+    "h200": Chip("NVIDIA H200", 989e12, 4.8e12, 141 * 10**9, 450e9),
+}
+_ABSENT = re.compile(r"(h100|h200)x([1-9]\d?)")
+# Of compute capability 9.0 with 132 multiprocessors (CUDA C programming guide).
+_HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: {bandwidth}
+  device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 9 }}
+device_description_str: "{name}"
+"""
+
+
+def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
+    """(chip, devices to compile for, their backend) of a `plan.target`.
+
+    `host` is this machine, of which `devices` are taken; `h100x4` and the like need not exist.
+
+    Raises:
+      InputError: an unknown target, too few devices, or no CUDA extra of JAX.
+    """
+    if name == "host":
+        found = jax.devices()
+        if devices > len(found):
+            raise InputError(
+                f"plan.target=host: the mesh takes {devices} devices and there are {len(found)}; "
+                f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes as many"
+            )
+        return measure_host(devices), found[:devices], jax.default_backend()
+    match = _ABSENT.fullmatch(name)
+    if match is None:
+        raise InputError(f"plan.target={name!r}: expected host, or h100xN or h200xN for N devices")
+    count = int(match.group(2))
+    if devices != count:
+        raise InputError(f"plan.target={name}: the mesh takes {devices} devices, not {count}")
+    chip = CHIPS[match.group(1)]
+    return chip, _absent_gpus(chip, count), "gpu"
+
+
+def target_devices(name: str) -> int:
+    """How many devices a target has; of the host, all."""
+    match = _ABSENT.fullmatch(name)
+    return int(match.group(2)) if match else len(jax.devices())
+
+
+def _absent_gpus(chip: Chip, count: int) -> list[Any]:
+    from jax.experimental import topologies
+
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver to check
+    description = _HOPPER.format(bandwidth=int(chip.bandwidth), memory=chip.memory, name=chip.name)
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=description, topology=f"1x1x{count}"
+        )
+    except Exception as error:  # JAX raises several kinds, depending on what is missing
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(
+            f"compiling for {chip.name} without one needs the CUDA extra of JAX "
+            f"(pip install 'jax[cuda12]=={jax.__version__}'); JAX says: {reason}"
+        ) from None
+    return list(topology.devices)
+
+
+def measure_host(devices: int) -> Chip:
+    """This machine's rates, measured for a moment and shared by `devices` virtual devices."""
+    size = 1024
+    square = jnp.ones((size, size))
+    flops = 2 * size**3 / _seconds(jax.jit(jnp.matmul), square, square)
+    large = jnp.ones((2**25,))
+    moved = 2 * large.nbytes / _seconds(jax.jit(lambda x: x + 1), large)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = moved / devices
+    return Chip("this machine", flops / devices, share, memory // devices, share)
+
+
+def _seconds(function, *arguments) -> float:
+    """The shortest of a few runs."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - start)
+    return min(times)

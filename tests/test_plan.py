@@ -1,0 +1,146 @@
+"""The plan: HLO read by hand-written examples, costs by hand, and the stage as a user runs it."""
+
+import pytest
+
+from ppo.config import PPOConfig
+from ppo.costs import adapted_widths, forward_flops, layer_weights, step_costs
+from ppo.plan import layouts_for
+from sarm_jax.chips import target
+from sarm_jax.errors import InputError
+from sarm_jax.hlo import Collective, array_bytes, read_traffic
+from sarm_jax.llama import LlamaConfig
+from sarm_jax.lora import LoRAConfig
+from sarm_jax.sae import SAEConfig
+from sarm_jax.sarm import SARMConfig
+from sarm_jax.sharding import MeshConfig
+
+HLO = """HloModule jit_f, is_scheduled=true
+
+%slice_layer (p0: bf16[4,8,8], p1: s32[]) -> bf16[8,8] {
+  %p0 = bf16[4,8,8]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %ds = bf16[1,8,8]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+  ROOT %b = bf16[8,8]{1,0} bitcast(%ds)
+}
+
+%write_row (p0: f32[16,8], p1: f32[1,8], p2: s32[]) -> f32[16,8] {
+  %p0.1 = f32[16,8]{1,0} parameter(0)
+  %p1.1 = f32[1,8]{1,0} parameter(1)
+  %p2.1 = s32[] parameter(2)
+  %zero.1 = s32[] constant(0)
+  ROOT %dus = f32[16,8]{1,0} dynamic-update-slice(%p0.1, %p1.1, %p2.1, %zero.1)
+}
+
+%body (arg: (s32[], bf16[4,8,8])) -> (s32[], bf16[4,8,8]) {
+  %arg = (s32[], bf16[4,8,8]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%arg), index=0
+  %w = bf16[4,8,8]{2,1,0} get-tuple-element(%arg), index=1
+  %layer = bf16[8,8]{1,0} fusion(%w, %i), kind=kLoop, calls=%slice_layer
+  %ar = bf16[8,8]{1,0} all-reduce-start(%layer), to_apply=%add
+  %copy = bf16[8,8]{1,0} copy(%layer)
+  %done = bf16[8,8]{1,0} all-reduce-done(%ar)
+  ROOT %out = (s32[], bf16[4,8,8]{2,1,0}) tuple(%i, %w)
+}
+
+%cond (arg.1: (s32[], bf16[4,8,8])) -> pred[] {
+  %arg.1 = (s32[], bf16[4,8,8]{2,1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: f32[16,8], row: f32[1,8], n: s32[], w: bf16[4,8,8]) -> f32[16,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  %row = f32[1,8]{1,0} parameter(1)
+  %n = s32[] parameter(2)
+  %w.1 = bf16[4,8,8]{2,1,0} parameter(3)
+  %t = (s32[], bf16[4,8,8]{2,1,0}) tuple(%n, %w.1)
+  %loop = (s32[], bf16[4,8,8]{2,1,0}) while(%t), condition=%cond, body=%body, TRIPS
+  %gathered = f32[64]{0} all-gather(%row), dimensions={0}
+  ROOT %y = f32[16,8]{1,0} fusion(%x, %row, %n), kind=kLoop, calls=%write_row
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("trips", "times"), [('backend_config={"known_trip_count":{"n":"4"}}', 4), ("x=1", 7)]
+)
+def test_traffic_by_hand(trips, times):
+    traffic = read_traffic(HLO.replace("TRIPS", trips), open_loops=7)
+    # In the loop: a slice of 128 bytes read (and the index, 4), 128 written; a copy of 128 twice.
+    # Outside: one row of 32 bytes is read (and an index) and written, in place.
+    assert traffic.bytes == times * (128 + 4 + 128 + 256) + 32 + 4 + 32
+    assert traffic.kernels == times * 2 + 1
+    assert traffic.collectives == (
+        Collective("all-reduce", 128, times, overlapped=True),
+        Collective("all-gather", 256, 1, overlapped=False),
+    )
+
+
+def test_array_bytes():
+    assert array_bytes("bf16[8,4096]{1,0}") == 65536
+    assert array_bytes("(s32[], pred[3]{0}, f32[2,2]{1,0})") == 4 + 3 + 16
+
+
+LLAMA = LlamaConfig(
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=6,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=2,
+)
+
+
+def test_costs_by_hand(ppo_config):
+    # q and o 4 × 4, k and v 4 × 2, three products 4 × 6
+    assert layer_weights(LLAMA) == 16 + 16 + 8 + 8 + 72 == 120
+    assert adapted_widths(LLAMA, LoRAConfig()) == 2 * (8 + 6 + 6 + 8)
+    # 3 rows of 5 tokens: 15 tokens and 3 · 15 causal pairs; 4 FLOPs per pair and attention width
+    layer = 2 * 15 * 120 + 4 * 45 * 4
+    assert forward_flops(LLAMA, 3, 5, logits=3) == 2 * layer + 2 * 3 * 40
+    config: PPOConfig = ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5)
+    sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
+    one, two = (
+        step_costs(config, LoRAConfig(rank=3), LLAMA, sarm, mesh, 4, "dots", bytes_per_weight=2)
+        for mesh in (MeshConfig(), MeshConfig(data=2, tensor=2))
+    )
+    # Weights without the embedding 2 · 120 + 40; 4 rows of 5 + 6 / 2 tokens with 2 · 2 · 2 each.
+    assert one["decode"].inherent_bytes == 2 * (280 + 4 * 8 * 8)
+    assert two["decode"].inherent_bytes == 2 * (280 / 2 + 4 * 8 * 8 / 4)
+    assert one["score"].inherent_bytes == 2 * (240 + 32)
+    assert two["step"].flops == one["step"].flops / 4
+    forward = forward_flops(LLAMA, 4, 11, logits=24)
+    assert one["step"].flops == 2 * forward + 3 * 2 * 4 * 11 * 3 * 56
+
+
+def test_layouts_of_a_search():
+    found = list(layouts_for(4, rows=8))
+    assert {(m.mesh.data, m.mesh.fsdp, m.mesh.tensor) for m in found} == {
+        (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2),
+    }  # fmt: skip
+    assert all(8 % (m.accumulation * m.mesh.batch_parts) == 0 for m in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "message"),
+    [
+        ("a100x4", 4, "plan.target='a100x4': expected host, or h100xN"),
+        ("h100x4", 2, "plan.target=h100x4: the mesh takes 2 devices, not 4"),
+        ("host", 64, "xla_force_host_platform_device_count=64"),
+    ],
+)
+def test_targets_that_cannot_be(name, devices, message):
+    with pytest.raises(InputError, match=message):
+        target(name, devices)
+
+
+def test_without_the_cuda_extra(monkeypatch):
+    from jax.experimental import topologies
+
+    def missing(*_, **__):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(InputError, match=r"needs the CUDA extra of JAX \(pip install 'jax\[cuda12"):
+        target("h100x4", 4)
