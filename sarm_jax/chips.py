@@ -80,20 +80,22 @@ def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes as many"
             )
         return measure_host(devices), found[:devices], jax.default_backend()
-    match = _ABSENT.fullmatch(name)
-    if match is None:
-        raise InputError(f"plan.target={name!r}: expected host, or h100xN or h200xN for N devices")
-    count = int(match.group(2))
+    chip, count = _parse(name)
     if devices != count:
         raise InputError(f"plan.target={name}: the mesh takes {devices} devices, not {count}")
-    chip = CHIPS[match.group(1)]
     return chip, _absent_gpus(chip, count), "gpu"
 
 
 def target_devices(name: str) -> int:
-    """How many devices a target has; of the host, all."""
+    """How many devices a target has; of the host, all. Raises InputError for an unknown one."""
+    return len(jax.devices()) if name == "host" else _parse(name)[1]
+
+
+def _parse(name: str) -> tuple[Chip, int]:
     match = _ABSENT.fullmatch(name)
-    return int(match.group(2)) if match else len(jax.devices())
+    if match is None:
+        raise InputError(f"plan.target={name!r}: expected host, or h100xN or h200xN for N devices")
+    return CHIPS[match.group(1)], int(match.group(2))
 
 
 def _absent_gpus(chip: Chip, count: int) -> list[Any]:

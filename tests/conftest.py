@@ -62,6 +62,13 @@ def policy(architecture, tokenizer):
     return spread(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stops))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Frees a module's programs: a worker that keeps thousands runs out of memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def reward_model(architecture, tokenizer):
     trunk = dataclasses.replace(architecture, num_hidden_layers=2)

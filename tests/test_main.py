@@ -343,6 +343,7 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
     ("options", "message"),
     [
         (["--config.plan.target=tpu"], "plan.target='tpu': expected host"),
+        (["--config.plan.target=tpu", "--config.plan.search=True"], "plan.target='tpu': expected"),
         (["--config.plan.target=h100x2"], "the mesh takes 1 devices, not 2"),
         (["--config.mesh.data=3"], "do not divide over data × fsdp = 3"),
     ],
