@@ -2,7 +2,8 @@
 
 Both do the same work on the same shapes in float32: a rollout of exactly `new_tokens`, scoring
 through a 15-layer trunk with a TopK SAE (M 4608, k 32), reference log-probabilities, and `epochs`
-full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Either side has a process to
+full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Here prompts' padding is left out
+of all but attention (`ppo.pack_levels`), as PyTorch's users do not. Either side has a process to
 itself, as in use, and waits while the other works. Turns alternate, so that a machine whose speed
 drifts slows both; the ratio is taken pair by pair. A turn is two iterations of which the second
 counts: the first finds the caches, and on some machines its very memory, cold after the wait.
@@ -40,10 +41,19 @@ PHASES = ("rollout", "score", "update", "total")
 class JaxPPO:
     """The project's own programs, on random prompts and with no stop token."""
 
-    def __init__(self, model_dir: str, batch: int, prompt_len: int, new_tokens: int, epochs: int):
+    def __init__(
+        self,
+        model_dir: str,
+        batch: int,
+        prompt_len: int,
+        new_tokens: int,
+        epochs: int,
+        pack_levels: int = 4,
+    ):
         policy, tokenizer = load_policy(model_dir)
         options = base.get_config().ppo.to_dict()
         options |= {"batch_size": batch, "max_new_tokens": new_tokens, "ppo_epochs": epochs}
+        options |= {"pack_levels": pack_levels}
         self.config = PPOConfig(**options)
         self.reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=batch)
         policy.stop_ids = ()

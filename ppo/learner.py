@@ -6,6 +6,7 @@ predicted. The base travels as an argument through every program and is never co
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -16,7 +17,7 @@ from jax.stages import Lowered
 
 from ppo.config import PPOConfig
 from ppo.logprobs import token_logprobs
-from ppo.slots import Slots
+from ppo.slots import MULTIPLE, Slots
 from sarm_jax.generate import Generation, Sampling, sample
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, fold_lora
@@ -185,13 +186,11 @@ class Learner:
         packing = Packing.of(mask_bt, slots.tokens, parts)
         x_brd = model.hidden(tokens_bt, mask_bt, packing=packing)[:, -responses - 1 : -1]
         packing = Packing.of(mask_bt[:, -responses:], slots.responses, parts)
-        per_token = token_logprobs(
-            packing.pack(x_brd),
-            model.vocabulary,
-            packing.pack(targets_br),
-            temperature,
-            chunk * len(tokens_bt) // parts,
-        )
+        packed = packing.pack(x_brd), packing.pack(targets_br)
+        rows = parts * math.gcd(len(packed[1]) // parts, MULTIPLE)  # for the cores of a CPU
+        x_scd, targets_sc = (y.reshape(rows, -1, *y.shape[2:]) for y in packed)
+        chunk = -(-chunk * len(tokens_bt) // rows)
+        per_token = token_logprobs(x_scd, model.vocabulary, targets_sc, temperature, chunk)
         return *map(packing.unpack, per_token), x_brd
 
 

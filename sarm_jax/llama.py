@@ -144,7 +144,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btd, rope, mask_bts, implementation, dropout_key=None, packing=None):
-        """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G, N, D]`."""
+        """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G · N, 1, D]`."""
         keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
         q, k, v = self.attn.project(self.input_layernorm(x_btd), rope, keys[:3])
         if packing is not None:
@@ -318,7 +318,7 @@ class Llama(nnx.Module):
     def _forward(self, tokens_bt, mask_bt, dropout_key=None, packing=None, keep=lambda x, kv: None):
         """(the last layer's output, `keep(output, (keys, values))` of every layer, stacked).
 
-        With a packing, outputs are `[G, N, D]`; keys and values are `[B, T, …]` either way.
+        With a packing, outputs are `[G · N, 1, D]`; keys and values are `[B, T, …]` either way.
         """
         mask_bt = mask_bt.astype(bool)
         length = tokens_bt.shape[1]
