@@ -143,7 +143,10 @@ def get_config() -> ConfigDict:
     config.identify.method = "differential"  # or head_weight
     config.identify.tau_quantile = 0.98  # of z on chosen responses
     config.identify.false_alarm_budget = 0.05  # share of chosen responses that detectors may hit
-    config.identify.seed = 0  # of the random control
+    config.identify.combine = "pooled"  # lists follow all pairs; "sources": their sources' mean
+    config.identify.resamples = 1000  # of the bootstrap
+    config.identify.examples = 5  # responses shown per feature
+    config.identify.seed = 0  # of the random control, the bootstrap and the half splits
 
     # Stage probe: what the reward does when a feature is set to a value.
     config.probe = ConfigDict()

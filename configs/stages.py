@@ -104,7 +104,8 @@ def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
 def run_identify(config: ConfigDict, workdir: Path) -> None:
     """Preference pairs → which latents tell chosen from rejected, with thresholds."""
     section = config.identify.to_dict()
-    pairs = read_pairs(split_paths(section.pop("pairs_jsonl")))
+    paths = split_paths(section.pop("pairs_jsonl"))
+    pairs = [{"source": Path(path).stem} | row for path in paths for row in read_pairs((path,))]
     options = IdentifyConfig(**section)
     model = reward_model(config)
     analysis, selected, scores = identify(options, model, pairs)

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sarm_jax.latent_store import Contrast
+
 MIN_GAIN = 0.005  # share of responses that a further detector has to add
 
 
@@ -45,57 +47,94 @@ def calibrated_tau(clean_nf: np.ndarray, quantile: float) -> np.ndarray:
     return np.maximum(np.quantile(clean_nf, quantile, axis=0), 0).astype(np.float32)
 
 
-def find_detectors(
-    clean_nf: np.ndarray, marked_nf: np.ndarray, quantile: float, budget: float, most: int
-) -> Detectors:
-    """Calibrates τ on clean latents `[N, M]`, covers the marked ones with ≤ `most` features."""
-    tau_f = calibrated_tau(clean_nf, quantile)
-    hit_nf, alarm_nf = marked_nf > tau_f, clean_nf > tau_f
-    hit_n, alarm_n = np.zeros(len(marked_nf), bool), np.zeros(len(clean_nf), bool)
+def taus_of(contrast: Contrast, quantile: float) -> np.ndarray:
+    """`calibrated_tau` of all features of a contrast, float32 `[M]`, block by block."""
+    tau_f = np.zeros(contrast.size, np.float32)
+    rank = int(np.ceil(quantile * (len(contrast) - 1)))
+    for ids, clean_nb, _ in contrast.blocks():
+        # Where the value of that rank is not above 0, neither is the quantile.
+        often = (clean_nb > 0).sum(axis=0) >= len(contrast) - rank
+        if often.any():
+            tau_f[ids[often]] = calibrated_tau(clean_nb[:, often], quantile)
+    return tau_f
+
+
+def find_detectors(contrast: Contrast, tau_f: np.ndarray, budget: float, most: int) -> Detectors:
+    """Covers the marked responses with at most `most` features, z > τ.
+
+    Only features that alone keep the budget and add enough can ever be picked, so only the rows
+    on which these fire are kept.
+    """
+    pairs = len(contrast)
+    ids, hit_row, hit_place, alarm_row, alarm_place = _candidates(contrast, tau_f, budget)
+    hit_n, alarm_n = np.zeros(pairs, bool), np.zeros(pairs, bool)
     chosen: list[int] = []
-    while len(chosen) < most:
-        detection_f = (hit_nf | hit_n[:, None]).mean(axis=0)
-        alarms_f = (alarm_nf | alarm_n[:, None]).mean(axis=0)
-        gain_f = detection_f - hit_n.mean() - (alarms_f - alarm_n.mean())
-        gain_f[alarms_f > budget] = -np.inf
-        best = int(np.argmax(gain_f))
-        if gain_f[best] < MIN_GAIN:
+    while len(chosen) < most and len(ids):
+        new_hits = np.bincount(hit_place[~hit_n[hit_row]], minlength=len(ids))
+        new_alarms = np.bincount(alarm_place[~alarm_n[alarm_row]], minlength=len(ids))
+        detection_c = (new_hits + hit_n.sum()) / pairs
+        alarms_c = (new_alarms + alarm_n.sum()) / pairs
+        gain_c = detection_c - hit_n.mean() - (alarms_c - alarm_n.mean())
+        gain_c[alarms_c > budget] = -np.inf
+        best = int(np.argmax(gain_c))
+        if gain_c[best] < MIN_GAIN:
             break
-        chosen.append(best)
-        hit_n, alarm_n = hit_n | hit_nf[:, best], alarm_n | alarm_nf[:, best]
-    return _together(chosen, tau_f, clean_nf, marked_nf)
+        chosen.append(int(ids[best]))
+        hit_n[hit_row[hit_place == best]] = True
+        alarm_n[alarm_row[alarm_place == best]] = True
+    return _together(chosen, tau_f, contrast)
+
+
+def _candidates(contrast: Contrast, tau_f: np.ndarray, budget: float):
+    """(feature ids, rows and places in ids of hits, rows and places of false alarms)."""
+    rows: tuple[list[np.ndarray], ...] = ([], [])
+    places: tuple[list[np.ndarray], ...] = ([], [])
+    ids_c, count = [], 0
+    for ids, clean_nb, marked_nb in contrast.blocks():
+        alarm_nb, hit_nb = clean_nb > tau_f[ids], marked_nb > tau_f[ids]
+        enough = hit_nb.mean(axis=0) >= MIN_GAIN * (1 - 1e-6)
+        keep = np.flatnonzero(enough & (alarm_nb.mean(axis=0) <= budget))
+        for side, fires_nb in enumerate((hit_nb, alarm_nb)):
+            row, place = np.nonzero(fires_nb[:, keep])
+            rows[side].append(row.astype(np.int32))
+            places[side].append((place + count).astype(np.int32))
+        ids_c.append(ids[keep])
+        count += len(keep)
+    hits = np.concatenate(rows[0]), np.concatenate(places[0])
+    alarms = np.concatenate(rows[1]), np.concatenate(places[1])
+    return np.concatenate(ids_c), *hits, *alarms
 
 
 def random_control(
-    clean_nf: np.ndarray, marked_nf: np.ndarray, quantile: float, avoid: Sequence[int], seed: int
+    contrast: Contrast, tau_f: np.ndarray, avoid: Sequence[int], seed: int
 ) -> Detectors:
     """As many features as `avoid` has, where there are that many, and none of those."""
-    active = np.flatnonzero((np.concatenate([clean_nf, marked_nf]) > 0).any(axis=0))
-    candidates = np.setdiff1d(active, avoid)
+    active = [
+        ids[(clean_nb > 0).any(axis=0) | (marked_nb > 0).any(axis=0)]
+        for ids, clean_nb, marked_nb in contrast.blocks()
+    ]
+    candidates = np.setdiff1d(np.concatenate(active), avoid)
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(candidates)[: len(avoid)].tolist()
-    return _together(chosen, calibrated_tau(clean_nf, quantile), clean_nf, marked_nf)
+    return _together(chosen, tau_f, contrast)
 
 
-def _together(
-    chosen: Sequence[int], tau_f: np.ndarray, clean_nf: np.ndarray, marked_nf: np.ndarray
-) -> Detectors:
+def _together(chosen: Sequence[int], tau_f: np.ndarray, contrast: Contrast) -> Detectors:
     tau_n = tau_f[list(chosen)]
-
-    found = Detectors(tuple(chosen), tuple(tau_n.tolist()), 0.0, 0.0)
-    return dataclasses.replace(
-        found,
-        detection=firing_rate(marked_nf, found),
-        false_alarms=firing_rate(clean_nf, found),
+    clean_nb, marked_nb = contrast.columns(np.asarray(chosen, np.int64))
+    return Detectors(
+        tuple(chosen),
+        tuple(tau_n.tolist()),
+        _any_fires(marked_nb, tau_n),
+        _any_fires(clean_nb, tau_n),
     )
+
+
+def _any_fires(z_nb: np.ndarray, tau_b: np.ndarray) -> float:
+    return float((z_nb > tau_b).any(axis=1).mean())
 
 
 def firing_rate(z_nf: np.ndarray, detectors: Detectors) -> float:
     """The share of responses `[N, M]` on which at least one detector fires."""
     tau_n = np.asarray(detectors.tau, np.float32)
-    return float((z_nf[:, list(detectors.features)] > tau_n).any(axis=1).mean())
-
-
-def carried_reward(clean_nf: np.ndarray, marked_nf: np.ndarray, weight_f: np.ndarray) -> np.ndarray:
-    """w_i · (mean z_i on marked − on clean) `[M]`: what each latent pays for the difference."""
-    return weight_f * (marked_nf.mean(axis=0) - clean_nf.mean(axis=0))
+    return _any_fires(z_nf[:, list(detectors.features)], tau_n)

@@ -3,9 +3,14 @@
 Two methods, as in the reference implementation:
     head weight               the most positive and the most negative w_i
     differential activation   s_i = (c_i − j_i) / (c_i + j_i + C),   C = mean(c + j) + 1e-9
-with c and j the mean pooled latents of chosen and rejected responses. Beyond it: a threshold for
-every selected feature, the quantile of z_i on the chosen responses that a penalty may start at,
-with the share of responses above it on either side; and detectors and carriers (`detectors`).
+with c and j the mean pooled latents of chosen and rejected responses. C is a mean
+over all latents. Every source (a row's "source", else its file) has its own s; `combine` says
+whether the lists follow s of all pairs or the mean of the sources' s, as the reference does.
+
+Beyond it: a threshold for every selected feature, the quantile of z_i on the chosen responses that
+a penalty may start at, with the share of responses above it on either side; detectors and carriers
+(`detectors`); and for every listed feature an interval, a false-discovery rate, its stability
+(`contrast_statistics`), the responses that excite it most, and its neighbours in the decoder.
 """
 
 import dataclasses
@@ -14,15 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from sarm_jax.detectors import (
-    Detectors,
-    calibrated_tau,
-    carried_reward,
-    find_detectors,
-    random_control,
+from sarm_jax.contrast_statistics import (
+    ContrastStatistics,
+    bootstrap_differential,
+    differential,
+    folds_of,
+    half_differentials,
+    measure,
+    row_totals,
 )
+from sarm_jax.detectors import Detectors, find_detectors, random_control, taus_of
 from sarm_jax.errors import InputError
+from sarm_jax.latent_store import Contrast, Latents
 from sarm_jax.reward_model import RewardModel
+from sarm_jax.sae import SAE
+
+NEIGHBOURS = 5
+Text = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +47,9 @@ class IdentifyConfig:
     tau_quantile: float
     false_alarm_budget: float
     seed: int
+    combine: str = "pooled"
+    resamples: int = 1000
+    examples: int = 5
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
@@ -42,6 +58,11 @@ class IdentifyConfig:
             raise InputError(
                 f"identify.method={self.method!r}: expected differential or head_weight"
             )
+        if self.combine not in ("pooled", "sources"):
+            raise InputError(f"identify.combine={self.combine!r}: expected pooled or sources")
+        for name, least in (("resamples", 100), ("examples", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"identify.{name}={getattr(self, name)}: must be at least {least}")
         if self.seed < 0:
             raise InputError(f"identify.seed={self.seed}: must not be negative")
         if not 0 < self.tau_quantile < 1:
@@ -52,88 +73,206 @@ class IdentifyConfig:
             )
 
 
-def differential_activation(chosen_nf: np.ndarray, rejected_nf: np.ndarray) -> np.ndarray:
-    """s `[M]`, positive where a latent is more active on chosen responses."""
-    c, j = chosen_nf.mean(axis=0), rejected_nf.mean(axis=0)
-    return (c - j) / (c + j + (c + j).mean() + 1e-9)
-
-
 def pair_latents(
     reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pooled latents `[N, M]` of chosen and rejected; a response in many pairs is scored once."""
+) -> tuple[list[Text], Contrast]:
+    """The distinct (prompt, response) texts, each scored once, and the pairs among them."""
     texts = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs]
     row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    _, z_nf = reward_model.score([prompt for prompt, _ in row], [response for _, response in row])
-    chosen_nf, rejected_nf = np.split(z_nf[[row[text] for text in texts]], 2)
-    return chosen_nf, rejected_nf
+    _, latents = reward_model.store([p for p, _ in row], [r for _, r in row], "latents")
+    return list(row), Contrast(latents, *np.split(np.array([row[text] for text in texts]), 2))
 
 
 def identify(
     config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
     """(feature_analysis, selected_features, scores of all M features) of preference pairs."""
-    chosen_nf, rejected_nf = pair_latents(reward_model, pairs)
+    texts, contrast = pair_latents(reward_model, pairs)
+    prompt_p, _ = _number([pair["prompt"] for pair in pairs])
+    source_p, sources = _number([pair.get("source") or "pairs" for pair in pairs])
+    found = measure(contrast, prompt_p, source_p, folds_of(prompt_p, config.seed))
     weight_f = np.asarray(reward_model.model.score[...], np.float32)
-    differential_f = differential_activation(chosen_nf, rejected_nf)
+    pooled_f, by_source_sf = differential(found.chosen_f, found.rejected_f), _by_source(found)
+    differential_f = pooled_f if config.combine == "pooled" else by_source_sf.mean(axis=0)
     score_f = differential_f if config.method == "differential" else weight_f
     order = np.argsort(score_f, kind="stable")
-    tau_f = calibrated_tau(chosen_nf, config.tau_quantile)
+    tau_f = taus_of(contrast, config.tau_quantile)
+    detectors = find_detectors(contrast, tau_f, config.false_alarm_budget, config.top_k)
+    control = random_control(contrast, tau_f, detectors.features, config.seed)
+    carried_f = weight_f * (found.rejected_f - found.chosen_f)
+    carriers = np.argsort(-carried_f, kind="stable")[: config.top_k].tolist()
+    harming, promoting = order[: config.top_k].tolist(), order[::-1][: config.top_k].tolist()
+    listed = [*harming, *promoting, *detectors.features, *control.features, *carriers]
+    ids = list(dict.fromkeys(listed))
+    columns = {
+        "score": score_f,
+        "differential": differential_f,
+        "differential_pooled": pooled_f,
+        "head_weight": weight_f,
+        "mean_chosen": found.chosen_f,
+        "mean_rejected": found.rejected_f,
+        "fires_chosen": found.fires_chosen_f,
+        "fires_rejected": found.fires_rejected_f,
+        "p_value": found.p_f,
+        "false_discovery_rate": found.q_f,
+        "tau": tau_f,
+    }
+    rows: dict[int, dict[str, Any]] = {
+        i: {"feature": i} | {name: float(x[i]) for name, x in columns.items()} for i in ids
+    }
+    parts: tuple[Sequence[Mapping[str, Any]], ...] = (
+        _thresholds(contrast, ids, tau_f),
+        _intervals(contrast, ids, prompt_p, config),
+        _stability(found, ids, config),
+        _sources(by_source_sf, sources, ids),
+        _examples(contrast, ids, texts, config.examples),
+        _neighbours(reward_model.model.sae, ids, differential_f, weight_f),
+    )
+    for part in parts:
+        for i, fields in zip(ids, part, strict=True):
+            rows[i] |= fields
 
-    def describe(i: int) -> dict[str, float]:
+    def describe_together(these: Detectors) -> dict[str, Any]:
         return {
-            "feature": int(i),
-            "score": float(score_f[i]),
-            "differential": float(differential_f[i]),
-            "head_weight": float(weight_f[i]),
-            "mean_chosen": float(chosen_nf[:, i].mean()),
-            "mean_rejected": float(rejected_nf[:, i].mean()),
-            "tau": float(tau_f[i]),
-            "above_tau_chosen": float((chosen_nf[:, i] > tau_f[i]).mean()),
-            "above_tau_rejected": float((rejected_nf[:, i] > tau_f[i]).mean()),
+            "detection": these.detection,
+            "false_alarms": these.false_alarms,
+            "features": [rows[i] for i in these.features],
         }
 
-    def describe_together(found: Detectors) -> dict[str, Any]:
-        return {
-            "detection": found.detection,
-            "false_alarms": found.false_alarms,
-            "features": [describe(i) for i in found.features],
-        }
-
-    detectors = find_detectors(
-        chosen_nf, rejected_nf, config.tau_quantile, config.false_alarm_budget, config.top_k
-    )
-    control = random_control(
-        chosen_nf, rejected_nf, config.tau_quantile, detectors.features, config.seed
-    )
-    carried_f = carried_reward(chosen_nf, rejected_nf, weight_f)
-    carriers = np.argsort(-carried_f, kind="stable")[: config.top_k]
-    harming = [describe(i) for i in order[: config.top_k]]
-    promoting = [describe(i) for i in order[::-1][: config.top_k]]
     selected = {
-        "safety_promoting": [row["feature"] for row in promoting],
-        "safety_harming": [row["feature"] for row in harming],
-        "tau_promoting": [row["tau"] for row in promoting],
-        "tau_harming": [row["tau"] for row in harming],
+        "safety_promoting": promoting,
+        "safety_harming": harming,
+        "tau_promoting": tau_f[promoting].tolist(),
+        "tau_harming": tau_f[harming].tolist(),
         "detectors": list(detectors.features),
         "tau_detectors": list(detectors.tau),
-        "carriers": [int(i) for i in carriers],
+        "carriers": carriers,
         "random_control": list(control.features),
         "tau_random_control": list(control.tau),
         "method": config.method,
     }
     analysis = {
         "pairs": len(pairs),
+        "prompts": int(prompt_p.max()) + 1,
+        "sources": {name: int(n) for name, n in zip(sources, np.bincount(source_p), strict=True)},
         "options": dataclasses.asdict(config),
-        "harming": harming,
-        "promoting": promoting,
+        "test": "sign test over prompts, Benjamini-Yekutieli over all features that differ",
+        "harming": [rows[i] for i in harming],
+        "promoting": [rows[i] for i in promoting],
         "detectors": describe_together(detectors),
         "random_control": describe_together(control),
-        "carriers": [describe(i) | {"carried_reward": float(carried_f[i])} for i in carriers],
+        "carriers": [rows[i] | {"carried_reward": float(carried_f[i])} for i in carriers],
     }
     scores = {
         "differential": differential_f.astype(np.float32),
         "head_weight": weight_f,
         "carried_reward": carried_f.astype(np.float32),
+        "p_value": found.p_f.astype(np.float32),
+        "false_discovery_rate": found.q_f.astype(np.float32),
+        "differential_by_source": by_source_sf.astype(np.float32),
     }
     return analysis, selected, scores
+
+
+def _number(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """The place of each value among the distinct ones, which come second."""
+    place = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    return np.array([place[value] for value in values]), list(place)
+
+
+def _by_source(found: ContrastStatistics) -> np.ndarray:
+    """s `[S, M]` of each source."""
+    pairs_s1 = found.pairs_s.sum(axis=1)[:, None]
+    chosen_sf = found.chosen_sf.sum(axis=1) / pairs_s1
+    rejected_sf = found.rejected_sf.sum(axis=1) / pairs_s1
+    return np.array([differential(*sides) for sides in zip(chosen_sf, rejected_sf, strict=True)])
+
+
+def _thresholds(contrast: Contrast, ids: list[int], tau_f: np.ndarray) -> list[dict[str, float]]:
+    chosen_n, rejected_n = ((z > tau_f[ids]).mean(axis=0) for z in contrast.columns(ids))
+    return [
+        {"above_tau_chosen": float(c), "above_tau_rejected": float(j)}
+        for c, j in zip(chosen_n, rejected_n, strict=True)
+    ]
+
+
+def _intervals(
+    contrast: Contrast, ids: list[int], prompt_p: np.ndarray, config: IdentifyConfig
+) -> list[dict[str, list[float]]]:
+    """95 % bootstrap intervals of the pooled s."""
+    low_n, high_n = bootstrap_differential(
+        *contrast.columns(ids), row_totals(contrast), contrast.size, prompt_p,
+        config.resamples, config.seed,
+    )  # fmt: skip
+    return [
+        {"differential_pooled_95": [float(a), float(b)]} for a, b in zip(low_n, high_n, strict=True)
+    ]
+
+
+def _stability(
+    found: ContrastStatistics, ids: list[int], config: IdentifyConfig
+) -> list[dict[str, float | None]]:
+    """The share of half splits that put the feature among the `top_k` of its own direction."""
+    s_rf = half_differentials(found, config.seed)
+    if not len(s_rf):
+        return [{"stability": None} for _ in ids]
+    order_rf = np.argsort(s_rf, axis=1, kind="stable")
+    tops = {-1: order_rf[:, : config.top_k], 1: order_rf[:, ::-1][:, : config.top_k]}
+    sign_f = np.where(found.chosen_f < found.rejected_f, -1, 1)
+    return [{"stability": float((tops[int(sign_f[i])] == i).any(axis=1).mean())} for i in ids]
+
+
+def _sources(
+    by_source_sf: np.ndarray, sources: list[str], ids: list[int]
+) -> list[dict[str, dict[str, float]]]:
+    return [
+        {"differential_by_source": dict(zip(sources, by_source_sf[:, i].tolist(), strict=True))}
+        for i in ids
+    ]
+
+
+def _examples(
+    contrast: Contrast, ids: list[int], texts: list[Text], count: int
+) -> list[dict[str, list[dict[str, Any]]]]:
+    """The responses with the largest z, of those on which the feature fires at all."""
+    latents: Latents = contrast.latents
+    chosen, rejected = set(contrast.chosen_p.tolist()), set(contrast.rejected_p.tolist())
+    listed = []
+    for z_n in latents.columns(ids).T:
+        top = [int(n) for n in np.argsort(-z_n, kind="stable")[:count] if z_n[n] > 0]
+        rows = [
+            {
+                "z": float(z_n[n]),
+                "sides": [s for s, m in (("chosen", chosen), ("rejected", rejected)) if n in m],
+                "prompt": texts[n][0],
+                "response": texts[n][1],
+            }
+            for n in top
+        ]
+        listed.append({"examples": rows})
+    return listed
+
+
+def _neighbours(
+    sae: SAE, ids: list[int], differential_f: np.ndarray, weight_f: np.ndarray
+) -> list[dict[str, list[dict[str, float]]]]:
+    """The features with the most similar decoder rows: what a policy may slip into."""
+    decoder_fd = np.asarray(sae.decoder[...], np.float32)
+    decoder_fd = decoder_fd / np.maximum(np.linalg.norm(decoder_fd, axis=1, keepdims=True), 1e-12)
+    listed = []
+    for i in ids:
+        cosine_f = decoder_fd @ decoder_fd[i]
+        cosine_f[i] = -np.inf
+        nearest = np.argsort(-cosine_f, kind="stable")[:NEIGHBOURS]
+        rows = [
+            {
+                "feature": int(n),
+                "cosine": float(cosine_f[n]),
+                "differential": float(differential_f[n]),
+                "head_weight": float(weight_f[n]),
+            }
+            for n in nearest
+            if n != i
+        ]
+        listed.append({"neighbours": rows})
+    return listed

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.stages import Lowered
+from tqdm import tqdm
 
 from sarm_jax.chat import bucket_length, encode_conversation, pad_batch, pad_id
+from sarm_jax.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.sarm import SARM, Intervention, intervention
 from sarm_jax.sharding import ONE_DEVICE, Placement
 
@@ -89,6 +91,33 @@ class RewardModel:
             z_bf[chosen] = np.asarray(latents)[: len(chosen)]
         return score_b, z_bf
 
+    def store(
+        self, prompts: Sequence[str], responses: Sequence[str], label: str = "responses"
+    ) -> tuple[np.ndarray, Latents]:
+        """(scores `[N]`, all latents, in the order given, in far less memory than `[N, M]`).
+
+        One pass of the trunk in batches of similar lengths, with a progress bar.
+        """
+        rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        sae = self.model.config.sae
+        width = sae.k if sae.use_topk else sae.hidden_size
+        score_n, kept_nk = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
+        index_nk = np.zeros((len(rows), sae.k if sae.use_topk else 0), np.int32)
+        graphdef, state = nnx.split(self.model)
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        with tqdm(total=len(rows), desc=label, unit="row") as bar:
+            for start in range(0, len(rows), self.batch_size):
+                chosen = order[start : start + self.batch_size]
+                tokens_bt, mask_bt = self.placement.rows(self._pad([rows[i] for i in chosen]))
+                scores, kept, index = _code(graphdef, state, tokens_bt, mask_bt)
+                score_n[chosen] = np.asarray(scores)[: len(chosen)]
+                kept_nk[chosen] = np.asarray(kept)[: len(chosen)]
+                index_nk[chosen] = np.asarray(index)[: len(chosen)]
+                bar.update(len(chosen))
+        if sae.use_topk:
+            return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)
+        return score_n, EncodedLatents(kept_nk, self.model.sae)
+
     def _pad(self, rows):
         length = min(bucket_length(max(map(len, rows))), self.max_length)
         filler = [rows[0]] * (_batch_bucket(len(rows), self.batch_size) - len(rows))
@@ -104,6 +133,19 @@ def _batch_bucket(rows: int, most: int) -> int:
 def _score(graphdef, state, tokens_bt, mask_bt, change, indices):
     score_b, z_bf = nnx.merge(graphdef, state)(tokens_bt, mask_bt, change)
     return score_b, z_bf if indices is None else z_bf[:, indices]
+
+
+@partial(jax.jit, static_argnums=0)
+def _code(graphdef, state, tokens_bt, mask_bt):
+    """(scores, k kept values, their indices), or without TopK (scores, pooled states, nothing)."""
+    model = nnx.merge(graphdef, state)
+    x_bd = model.pooled(tokens_bt, mask_bt)
+    z_bf = model.sae.encode(x_bd)
+    if not model.config.sae.use_topk:
+        return model.head(z_bf), x_bd, jnp.zeros((len(tokens_bt), 0), jnp.int32)
+    # The kept values are those that are not 0, of either sign.
+    _, index_bk = jax.lax.top_k(jnp.abs(z_bf), model.config.sae.k)
+    return model.head(z_bf), jnp.take_along_axis(z_bf, index_bk, axis=1), index_bk
 
 
 def lower_score(

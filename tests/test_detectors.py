@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sarm_jax.detectors import carried_reward, find_detectors, firing_rate, random_control
+from sarm_jax.detectors import find_detectors, firing_rate, random_control, taus_of
+from sarm_jax.latent_store import dense_contrast
 
 
 def latents():
@@ -21,56 +22,60 @@ def latents():
     return clean, marked
 
 
+def detect(clean, marked, quantile, budget, most):
+    contrast = dense_contrast(clean, marked)
+    return find_detectors(contrast, taus_of(contrast, quantile), budget, most)
+
+
+def control(clean, marked, quantile, avoid, seed):
+    contrast = dense_contrast(clean, marked)
+    return random_control(contrast, taus_of(contrast, quantile), avoid, seed)
+
+
 def test_greedy_cover_within_the_budget():
-    found = find_detectors(*latents(), quantile=0.5, budget=0.05, most=5)
+    found = detect(*latents(), quantile=0.5, budget=0.05, most=5)
     assert found.features == (0, 1)  # 3 would be the best single one, but raises 20 % alarms
     assert found.tau == (0.0, 0.0)
     assert found.detection == 1.0 and found.false_alarms == 0.0
 
 
 def test_a_larger_budget_takes_the_stronger_feature_first():
-    found = find_detectors(*latents(), quantile=0.5, budget=0.3, most=5)
+    found = detect(*latents(), quantile=0.5, budget=0.3, most=5)
     assert found.features[0] == 3
     assert found.detection == 1.0 and found.false_alarms == pytest.approx(0.2)
 
 
 def test_most_limits_the_list():
-    found = find_detectors(*latents(), quantile=0.5, budget=0.05, most=1)
+    found = detect(*latents(), quantile=0.5, budget=0.05, most=1)
     assert found.features == (0,) and found.detection == pytest.approx(0.6)
 
 
 def test_threshold_is_the_clean_quantile():
     clean = np.linspace(0, 1, 101)[:, None]
-    marked = np.full((10, 1), 0.96)
-    found = find_detectors(clean, marked, quantile=0.955, budget=0.06, most=1)
+    marked = np.full((101, 1), 0.96)
+    found = detect(clean, marked, quantile=0.955, budget=0.06, most=1)
     assert found.features == (0,) and found.tau[0] == pytest.approx(0.955)
     assert found.false_alarms == pytest.approx(5 / 101)
 
 
 def test_nothing_to_find():
     same = np.ones((20, 3))
-    found = find_detectors(same, same, quantile=0.98, budget=0.1, most=3)
+    found = detect(same, same, quantile=0.98, budget=0.1, most=3)
     assert found.features == () and found.detection == found.false_alarms == 0.0
     assert firing_rate(same, found) == 0.0
 
 
 def test_firing_rate_counts_rows_once():
     clean, marked = latents()
-    found = find_detectors(clean, marked, quantile=0.5, budget=0.05, most=5)
+    found = detect(clean, marked, quantile=0.5, budget=0.05, most=5)
     assert firing_rate(marked[40:], found) == 1.0
     assert firing_rate(clean, found) == 0.0
 
 
-def test_carried_reward_by_hand():
-    clean = np.array([[1.0, 0.0], [3.0, 0.0]])
-    marked = np.array([[2.0, 4.0], [6.0, 0.0]])
-    np.testing.assert_allclose(carried_reward(clean, marked, np.array([0.5, -1.0])), [1.0, -2.0])
-
-
 def test_the_random_control_is_active_and_no_detector():
-    drawn = [random_control(*latents(), quantile=0.5, avoid=(0, 1), seed=s) for s in range(20)]
+    drawn = [control(*latents(), quantile=0.5, avoid=(0, 1), seed=s) for s in range(20)]
     assert {found.features for found in drawn} == {(2, 3), (3, 2)}  # 4 never fires
-    first = random_control(*latents(), quantile=0.5, avoid=(0, 1), seed=3)
+    first = control(*latents(), quantile=0.5, avoid=(0, 1), seed=3)
     assert first == drawn[3]
     place = first.features.index(3)
     assert first.tau[place] == 0.0 and first.tau[1 - place] == 1.0

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from sarm_jax.contrast_statistics import differential
 from sarm_jax.errors import InputError
 from sarm_jax.feature_lists import parse_bounds, parse_features, parse_values
-from sarm_jax.features import IdentifyConfig, differential_activation, identify
+from sarm_jax.features import IdentifyConfig, identify
 
 
 def test_differential_activation_by_hand():
@@ -15,7 +16,9 @@ def test_differential_activation_by_hand():
     rejected = np.array([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]])
     # c = (3, 0, 1), j = (1, 2, 1), C = mean(4, 2, 2) = 8/3
     expected = [2 / (4 + 8 / 3), -2 / (2 + 8 / 3), 0.0]
-    np.testing.assert_allclose(differential_activation(chosen, rejected), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        differential(chosen.mean(axis=0), rejected.mean(axis=0)), expected, rtol=1e-6
+    )
 
 
 def pairs(count=12):
@@ -33,7 +36,7 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     rows = pairs()
     _, chosen = reward_model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows])
     _, rejected = reward_model.score([r["prompt"] for r in rows], [r["rejected"] for r in rows])
-    expected = differential_activation(chosen, rejected)
+    expected = differential(chosen.mean(axis=0), rejected.mean(axis=0))
     np.testing.assert_allclose(scores["differential"], expected, atol=1e-4)
     assert selected["safety_promoting"][0] == int(np.argmax(scores["differential"]))
     assert selected["safety_harming"][0] == int(np.argmin(scores["differential"]))

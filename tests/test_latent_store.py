@@ -1,0 +1,99 @@
+"""Stores of latents against the dense array, and the pair statistics against plain loops."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from sarm_jax import latent_store
+from sarm_jax.contrast_statistics import (
+    bootstrap_differential,
+    differential,
+    folds_of,
+    measure,
+    row_totals,
+)
+from sarm_jax.detectors import calibrated_tau, taus_of
+from sarm_jax.latent_store import Contrast, TopKLatents, dense_contrast
+
+TEXTS = [f"answer {i} " * (i % 4 + 1) for i in range(11)]
+
+
+def test_topk_codes_are_the_dense_latents_exactly(reward_model):
+    score, z = reward_model.score(["p"] * 11, TEXTS)
+    stored_score, latents = reward_model.store(["p"] * 11, TEXTS)
+    assert isinstance(latents, TopKLatents)
+    np.testing.assert_array_equal(latents.columns(range(z.shape[1])), z)
+    np.testing.assert_array_equal(latents.columns([7, 3]), z[:, [7, 3]])
+    np.testing.assert_allclose(stored_score, score, atol=1e-5)
+
+
+def test_without_topk_columns_are_encoded_again(reward_model):
+    sarm = nnx.clone(reward_model.model)
+    sae = dataclasses.replace(sarm.config.sae, use_topk=False)
+    sarm.config = dataclasses.replace(sarm.config, sae=sae)
+    sarm.sae.config = sae
+    model = type(reward_model)(sarm, reward_model.tokenizer, 64, 4)
+    score, z = model.score(["p"] * 11, TEXTS)
+    stored_score, latents = model.store(["p"] * 11, TEXTS)
+    np.testing.assert_allclose(latents.columns(range(z.shape[1])), z, atol=1e-5)
+    np.testing.assert_allclose(stored_score, score, atol=1e-5)
+
+
+def codes(pairs=60, size=37, k=5, seed=0):
+    """(contrast of TopK codes with repeated rows, its two dense sides)."""
+    rng = np.random.default_rng(seed)
+    rows = pairs + 10
+    index = np.array([rng.choice(size, k, replace=False) for _ in range(rows)], np.int32)
+    value = rng.normal(1, 1, (rows, k)).astype(np.float32)
+    dense = np.zeros((rows, size), np.float32)
+    np.put_along_axis(dense, index, value, axis=1)
+    sides = rng.integers(rows, size=pairs), rng.integers(rows, size=pairs)
+    return Contrast(TopKLatents(value, index, size), *sides), dense[sides[0]], dense[sides[1]]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 10_000, 64 << 20])
+def test_statistics_by_block_are_those_of_dense_arrays(block_bytes, monkeypatch):
+    monkeypatch.setattr(latent_store, "BLOCK_BYTES", block_bytes)
+    contrast, chosen, rejected = codes()
+    prompt = np.arange(60) // 2
+    source = (np.arange(60) > 39).astype(int)
+    found = measure(contrast, prompt, source, folds_of(prompt, 0))
+    np.testing.assert_array_equal(found.chosen_f, chosen.mean(axis=0))
+    np.testing.assert_array_equal(found.rejected_f, rejected.mean(axis=0))
+    np.testing.assert_array_equal(found.fires_rejected_f, (rejected > 0).mean(axis=0))
+    np.testing.assert_allclose(
+        found.chosen_sf.sum(axis=1)[1], chosen[40:].sum(axis=0), rtol=1e-4, atol=1e-5
+    )
+    total = row_totals(contrast)
+    np.testing.assert_allclose(total, (chosen + rejected).sum(axis=1), rtol=1e-4)
+    for q in (0.5, 0.9, 0.98):
+        np.testing.assert_array_equal(taus_of(contrast, q), calibrated_tau(chosen, q))
+    p = []
+    for i in range(37):
+        d = [(chosen[prompt == n, i] - rejected[prompt == n, i]).sum() for n in range(30)]
+        more, less = sum(x > 0 for x in d), sum(x < 0 for x in d)
+        p.append(stats.binomtest(more, more + less).pvalue if more + less else 1.0)
+    np.testing.assert_allclose(found.p_f, p, rtol=1e-6)
+    rank = np.argsort(np.argsort(p))
+    by = np.array(p) * 37 * sum(1 / n for n in range(1, 38)) / (rank + 1)
+    stepped = [min(1, by[rank >= r].min()) for r in rank]
+    np.testing.assert_allclose(found.q_f, stepped, rtol=1e-6)
+
+
+def test_bootstrap_covers_what_it_should_and_a_constant_has_no_width():
+    _, chosen, rejected = codes(pairs=400)
+    contrast = dense_contrast(chosen, rejected)
+    prompt = np.arange(400)
+    low, high = bootstrap_differential(
+        chosen, rejected, row_totals(contrast), 37, prompt, resamples=400, seed=1
+    )
+    s = differential(chosen.mean(axis=0), rejected.mean(axis=0))
+    assert ((low < s) & (s < high)).all()
+    ones = np.ones((5, 37), np.float32)
+    low, high = bootstrap_differential(
+        2 * ones, ones, 3 * ones.sum(axis=1), 37, np.arange(5), resamples=100, seed=1
+    )
+    np.testing.assert_allclose([low, high], 1 / 6, rtol=1e-6)
