@@ -154,6 +154,10 @@ def get_config() -> ConfigDict:
     config.probe.set_value = 0.0
     config.probe.data_jsonl = ""  # {"prompt", "response"} or pairs; {"prompt", "candidates"}
     config.probe.mode = "pairs"  # or bestofn
+    config.probe.controls = 10  # random features per feature, alike in firing rate and activation
+    config.probe.flips = 9999  # of signs, in the test of a certificate
+    config.probe.level = 0.05  # of a certificate, after Holm's correction
+    config.probe.seed = 0  # of controls and flips
 
     # Stage plan: compiles every program of a PPO step from shapes alone, and says what it takes.
     config.plan = ConfigDict()

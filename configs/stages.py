@@ -23,6 +23,7 @@ from ppo.plan import Layout, Planner, candidates, layouts_for, search, table
 from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import Trainer
+from sarm_jax.certificates import CertificateConfig
 from sarm_jax.chips import target_devices
 from sarm_jax.detectors import Detectors
 from sarm_jax.errors import InputError
@@ -144,15 +145,21 @@ def run_probe(config: ConfigDict, workdir: Path) -> None:
     """Sets features to a value, one at a time, and says what the reward does."""
     section = config.probe
     features = parse_features("probe.feature", section.feature)
-    options = ProbeConfig(tuple(dict.fromkeys(features)), section.set_value, section.mode)
+    certificate = CertificateConfig(section.controls, section.flips, section.level, section.seed)
+    ids = tuple(dict.fromkeys(features))
+    options = ProbeConfig(ids, section.set_value, section.mode, certificate)
     if not section.data_jsonl:
         raise InputError("probe.data_jsonl is empty: name a file of responses, pairs or candidates")
     data = read_jsonl(section.data_jsonl, {"prompt": str})
-    probes = probe(options, reward_model(config), data)
+    probes, certificates = probe(options, reward_model(config), data)
     folder = workdir / "probes"
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)
     write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})
+    content = {"options": dataclasses.asdict(options), "features": certificates}
+    write_json(folder / "certificates.json", content)
+    certified = sum(row["certified"] for row in certificates)
+    LOG.info("%d of %d features certified", certified, len(certificates))
     LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")
 
 

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from sarm_jax.certificates import CertificateConfig, certify, matched_controls
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
+from sarm_jax.latent_store import Contrast, Latents
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.statistics import mean_interval
 
@@ -32,6 +34,7 @@ class ProbeConfig:
     features: tuple[int, ...]
     set_value: float
     mode: str
+    certificate: CertificateConfig = dataclasses.field(default_factory=CertificateConfig)
 
     def __post_init__(self) -> None:
         if not self.features:
@@ -53,8 +56,8 @@ class Probe:
 
 def probe(
     config: ProbeConfig, model: RewardModel, data: Sequence[Mapping[str, Any]]
-) -> list[Probe]:
-    """Probes every feature on `data`, whose rows are checked; see the module for their fields."""
+) -> tuple[list[Probe], list[dict[str, Any]]]:
+    """(probes, certificates) of every feature on `data`; see the module for the rows' fields."""
     size = model.model.config.sae.latent_size
     beyond = [i for i in config.features if i >= size]
     if beyond:
@@ -62,8 +65,10 @@ def probe(
     groups = [_responses(config.mode, row, number) for number, row in enumerate(data, 1)]
     prompts = [row["prompt"] for row, group in zip(data, groups, strict=True) for _ in group]
     responses = [text for group in groups for text in group]
-    score_b, z_bn = model.score(prompts, responses, latent_indices=config.features)
-    weight_n = np.asarray(model.model.score[...], np.float32)[list(config.features)]
+    score_b, latents = model.store(prompts, responses, "probe")
+    weight_f = np.asarray(model.model.score[...], np.float32)
+    weight_n = weight_f[list(config.features)]
+    z_bn = latents.columns(config.features)
     delta_bn = weight_n * (np.float32(config.set_value) - z_bn)
     probes = []
     for feature, weight, delta_b in zip(config.features, weight_n, delta_bn.T, strict=True):
@@ -80,7 +85,47 @@ def probe(
             **found,
         }
         probes.append(Probe(int(feature), rows, summary))
-    return probes
+    return probes, _certificates(config, latents, weight_f, data, groups, score_b)
+
+
+def _certificates(
+    config: ProbeConfig,
+    latents: Latents,
+    weight_f: np.ndarray,
+    data: Sequence[Mapping[str, Any]],
+    groups: Sequence[list[str]],
+    score_b: np.ndarray,
+) -> list[dict[str, Any]]:
+    rate_f, mean_f = np.zeros(latents.size), np.zeros(latents.size)
+    whole = np.arange(len(latents))
+    for ids, z_nb, _ in Contrast(latents, whole, whole).blocks():
+        rate_f[ids], mean_f[ids] = (z_nb > 0).mean(axis=0), z_nb.mean(axis=0)
+    controls = matched_controls(config.features, rate_f, mean_f, config.certificate)
+    wanted = sorted({*config.features, *(i for drawn in controls.values() for i in drawn)})
+    delta_nb = weight_f[wanted] * (np.float32(config.set_value) - latents.columns(wanted))
+    effects = {
+        i: _row_effects(config.mode, groups, score_b, delta_n)
+        for i, delta_n in zip(wanted, delta_nb.T, strict=True)
+    }
+    place = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in data))}
+    cluster_n = np.array([place[row["prompt"]] for row in data])
+    signed = config.mode == "pairs"
+    return certify(config.certificate, effects, controls, cluster_n, signed)
+
+
+def _row_effects(
+    mode: str, groups: Sequence[list[str]], score_b: np.ndarray, delta_b: np.ndarray
+) -> np.ndarray:
+    """e `[rows of data]`: the change of a reward or of a margin, or whether the pick changes."""
+    effects, start = [], 0
+    for group in groups:
+        base, delta = (x[start : start + len(group)] for x in (score_b, delta_b))
+        start += len(group)
+        if mode == "bestofn":
+            effects.append(float(np.argmax(base) != np.argmax(base + delta)))
+        else:
+            effects.append(float(delta[0] - delta[1] if len(group) == 2 else delta[0]))
+    return np.array(effects)
 
 
 def write_probes(folder: Path, probes: Sequence[Probe]) -> None:

@@ -26,7 +26,7 @@ def active(reward_model):
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_pairs_are_what_the_clamped_model_says(reward_model, active, value, tmp_path):
-    probes = probe(ProbeConfig(active, value, "pairs"), reward_model, PAIRS)
+    probes, _ = probe(ProbeConfig(active, value, "pairs"), reward_model, PAIRS)
     write_probes(tmp_path, probes)
     for feature, found in zip(active, probes, strict=True):
         with (tmp_path / f"probe_f{feature}.csv").open() as file:
@@ -51,13 +51,13 @@ def test_pairs_are_what_the_clamped_model_says(reward_model, active, value, tmp_
 
 def test_single_responses(reward_model, active):
     rows = [{"prompt": p["prompt"], "response": p["chosen"]} for p in PAIRS]
-    found = probe(ProbeConfig(active[:1], 0.0, "pairs"), reward_model, rows)[0]
+    found = probe(ProbeConfig(active[:1], 0.0, "pairs"), reward_model, rows)[0][0]
     assert len(found.rows) == 9 and "delta_margin" not in found.summary
 
 
 def test_best_of_n_is_what_the_clamped_model_picks(reward_model, active):
     value = 30.0  # far more than it ever is, so that some selections change
-    found = probe(ProbeConfig(active[:1], value, "bestofn"), reward_model, CANDIDATES)[0]
+    found = probe(ProbeConfig(active[:1], value, "bestofn"), reward_model, CANDIDATES)[0][0]
     for row, data in zip(found.rows, CANDIDATES, strict=True):
         texts = [data["prompt"]] * 3, data["candidates"]
         base, _ = reward_model.score(*texts)
