@@ -34,7 +34,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup --max-worker-restart=0
 
 # The main job on a real model: SmolLM2-135M-Instruct, a SARM trained from its first 15 layers,
 # then PPO with the compound reward. What an earlier call finished is not done again.

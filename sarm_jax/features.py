@@ -3,9 +3,9 @@
 Two methods, as in the reference implementation:
     head weight               the most positive and the most negative w_i
     differential activation   s_i = (c_i − j_i) / (c_i + j_i + C),   C = mean(c + j) + 1e-9
-with c and j the mean pooled latents of chosen and rejected responses. C is a mean
-over all latents. Every source (a row's "source", else its file) has its own s; `combine` says
-whether the lists follow s of all pairs or the mean of the sources' s, as the reference does.
+with c and j the mean pooled latents of chosen and rejected responses, and C a mean over all
+latents. Every source (a row's "source", else its file) has its own s; `combine` says whether the
+lists follow s of all pairs or the mean of the sources' s, as in the reference.
 
 Beyond it: a threshold for every selected feature, the quantile of z_i on the chosen responses that
 a penalty may start at, with the share of responses above it on either side; detectors and carriers

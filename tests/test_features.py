@@ -38,6 +38,13 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     _, rejected = reward_model.score([r["prompt"] for r in rows], [r["rejected"] for r in rows])
     expected = differential(chosen.mean(axis=0), rejected.mean(axis=0))
     np.testing.assert_allclose(scores["differential"], expected, atol=1e-4)
+    weight = np.asarray(reward_model.model.score[...])
+    carried = [
+        w * np.mean([j - c for c, j in zip(chosen[:, i], rejected[:, i], strict=True)])
+        for i, w in enumerate(weight)
+    ]
+    np.testing.assert_allclose(scores["carried_reward"], carried, atol=1e-5)
+    assert selected["carriers"][0] == int(np.argmax(scores["carried_reward"]))
     assert selected["safety_promoting"][0] == int(np.argmax(scores["differential"]))
     assert selected["safety_harming"][0] == int(np.argmin(scores["differential"]))
     first = analysis["harming"][0]
