@@ -17,15 +17,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.command_line import fill_in
-from configs.stages import (
-    ADAPTER,
-    STAGES,
-    plain,
-    reward_model,
-    run_train,
-    train_settings,
-    write_json,
-)
+from configs.shared import plain, reward_model, write_json
+from configs.stages import ADAPTER, STAGES, run_train, train_settings
 from ppo.metrics import read_evaluations
 from ppo.train import NonFiniteError
 from sarm_jax.errors import InputError

@@ -1,7 +1,6 @@
 """The stages: what each reads from the config, what it calls, and which files it writes."""
 
 import dataclasses
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -11,7 +10,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
-from conversion import load_policy, load_sarm
+from configs.shared import (
+    mesh_config,
+    placement,
+    plain,
+    reward_model,
+    split_paths,
+    write_json,
+)
+from conversion import load_policy
 from conversion.checkpoint import open_checkpoint
 from conversion.keys import abstract_policy, abstract_sarm
 from conversion.load import load_hf_tokenizer, read_policy_config, read_sarm_config
@@ -37,7 +44,6 @@ from sarm_jax.llama import REMAT
 from sarm_jax.preference_pairs import PairsConfig, make_pairs
 from sarm_jax.probing import ProbeConfig, probe, write_probes
 from sarm_jax.reward_model import RewardModel
-from sarm_jax.sharding import MeshConfig, Placement, make_mesh
 from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
 from sarm_jax.workdir import claim
 
@@ -284,48 +290,12 @@ def lab_config(config: ConfigDict) -> LabConfig:
     return LabConfig(**{field.name: section[field.name] for field in dataclasses.fields(LabConfig)})
 
 
-def reward_model(config: ConfigDict) -> RewardModel:
-    """The SARM of the config on the mesh, with its scoring options."""
-    mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
-    placed = placement(config)
-    model = load_sarm(config.sarm_model, config.dtype, placed.parameter)
-    model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
-    model.placement = placed
-    return model
-
-
 def check_remat(name: str) -> None:
     """Raises InputError for what `Llama` does not know."""
     if name not in REMAT:
         raise InputError(f"remat={name!r}: expected one of {', '.join(REMAT)}")
 
 
-def mesh_config(config: ConfigDict) -> MeshConfig:
-    """The mesh section."""
-    return MeshConfig(**config.mesh)
-
-
-def placement(config: ConfigDict) -> Placement:
-    """Where weights and batches go."""
-    return Placement(make_mesh(mesh_config(config)))
-
-
-def split_paths(text: str) -> tuple[str, ...]:
-    """Comma-separated paths."""
-    return tuple(path.strip() for path in text.split(","))
-
-
 def read_pairs(paths: tuple[str, ...]) -> list[dict]:
     """The preference pairs of JSONL files, one after the other."""
     return [row for path in paths for row in read_jsonl(path, PAIR_FIELDS)]
-
-
-def plain(value):
-    """A config section as JSON-ready values."""
-    return value.to_dict() if isinstance(value, ConfigDict) else value
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Indented JSON, written atomically."""
-    with replacing(path) as file:
-        json.dump(content, file, indent=2)

@@ -1,0 +1,48 @@
+"""What several stages use: the reward model on its mesh, lists of paths, JSON files."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from conversion import load_sarm
+from conversion.load import read_sarm_config
+from sarm_jax.files import replacing
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.sharding import MeshConfig, Placement, make_mesh
+
+
+def reward_model(config: ConfigDict) -> RewardModel:
+    """The SARM of the config on the mesh, with its scoring options."""
+    mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
+    placed = placement(config)
+    model = load_sarm(config.sarm_model, config.dtype, placed.parameter)
+    model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
+    model.placement = placed
+    return model
+
+
+def mesh_config(config: ConfigDict) -> MeshConfig:
+    """The mesh section."""
+    return MeshConfig(**config.mesh)
+
+
+def placement(config: ConfigDict) -> Placement:
+    """Where weights and batches go."""
+    return Placement(make_mesh(mesh_config(config)))
+
+
+def split_paths(text: str) -> tuple[str, ...]:
+    """Comma-separated paths."""
+    return tuple(path.strip() for path in text.split(","))
+
+
+def plain(value):
+    """A config section as JSON-ready values."""
+    return value.to_dict() if isinstance(value, ConfigDict) else value
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Indented JSON, written atomically."""
+    with replacing(path) as file:
+        json.dump(content, file, indent=2)
