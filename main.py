@@ -18,7 +18,7 @@ from sarm_jax.errors import InputError
 from sarm_jax.progress import show_progress
 from sarm_jax.workdir import open_workdir
 
-LATER_STAGES = ("evaluate", "report")
+LATER_STAGES = ("report",)
 
 
 def main(argv: list[str]) -> int:

@@ -99,15 +99,24 @@ def get_config() -> ConfigDict:
     config.human_latents = ConfigDict()
     config.human_latents.demos_jsonl = ""  # {"prompt", "response"} lines written by people
 
-    # Stage prepare_data: preference pairs from demonstrations and the policy's own answers, or
-    # the whole of a small world with its models.
+    # Stage prepare_data: preference pairs from demonstrations and the policy's own answers; the
+    # whole of a small world with its models; or prompts, demos, probes and tests from benchmarks.
     config.prepare_data = ConfigDict()
-    config.prepare_data.source = "demonstrations"  # or lab
+    config.prepare_data.source = "demonstrations"  # or lab, benchmarks
     config.prepare_data.demos_jsonl = ""  # {"prompt", "response"} lines
     config.prepare_data.samples_per_prompt = 2
     config.prepare_data.max_new_tokens = 64
     config.prepare_data.temperature = 0.8
     config.prepare_data.seed = 0
+    # Of benchmarks: files, comma-separated, or hf://datasets/OWNER/NAME/PATH. A path may be empty.
+    config.prepare_data.steering_dir = ""  # the SARM repository's steering/: train/*/, test/*/
+    config.prepare_data.rewardbench2 = ""  # parquet, JSON or JSON Lines
+    config.prepare_data.rm_bench = ""  # JSON or JSON Lines
+    config.prepare_data.safety_pairs = ""  # own {"prompt", "chosen", "rejected"}: what to find
+    config.prepare_data.complement_pairs = ""  # likewise: everything else
+    config.prepare_data.held_out_fraction = (
+        0.0  # of the prompts, into tests; steering_dir has its own
+    )
 
     # Stage train_sarm: a SARM on the first layers of policy_model.
     config.train_sarm = ConfigDict()
@@ -158,6 +167,18 @@ def get_config() -> ConfigDict:
     config.probe.flips = 9999  # of signs, in the test of a certificate
     config.probe.level = 0.05  # of a certificate, after Holm's correction
     config.probe.seed = 0  # of controls and flips
+
+    # Stage evaluate: the SARM on benchmarks and under steering, without and with its controls: the
+    # clamped and penalised features of reward, and steering_json. Comma-separated files.
+    config.evaluate = ConfigDict()
+    config.evaluate.steering_json = ""  # {"48659": ["*", 0.0], "7": ["+", 1.5]}
+    config.evaluate.data_jsonl = ""  # {"question", "answer", "type"}: scored before and after
+    config.evaluate.num_example = 0  # answers of each type; 0: all
+    config.evaluate.steering_targets = ""  # types meant to change; empty: rejected, if there is one
+    config.evaluate.resamples = 2000  # of the bootstrap for specificity
+    config.evaluate.seed = 0  # of num_example and the bootstrap
+    config.evaluate.rm_bench = ""  # as in prepare_data
+    config.evaluate.rewardbench2 = ""
 
     # Stage plan: compiles every program of a PPO step from shapes alone, and says what it takes.
     config.plan = ConfigDict()

@@ -10,6 +10,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
+from configs.benchmark_stage import prepare_benchmarks
+from configs.evaluation_stage import run_evaluate
 from configs.shared import (
     mesh_config,
     placement,
@@ -54,13 +56,18 @@ DEMO = {"prompt": str, "response": str}
 def run_prepare_data(config: ConfigDict, workdir: Path) -> None:
     """What the later stages read: preference pairs, or the whole of the lab's world."""
     section = config.prepare_data.to_dict()
-    source = section.pop("source")
+    source = section["source"]
     if source == "lab":
         prepare_lab(config, workdir)
     elif source == "demonstrations":
-        prepare_pairs(PairsConfig(**section), config, workdir)
+        names = [field.name for field in dataclasses.fields(PairsConfig)]
+        prepare_pairs(PairsConfig(**{name: section[name] for name in names}), config, workdir)
+    elif source == "benchmarks":
+        prepare_benchmarks(config, workdir)
     else:
-        raise InputError(f"prepare_data.source={source!r}: expected demonstrations or lab")
+        raise InputError(
+            f"prepare_data.source={source!r}: expected demonstrations, lab or benchmarks"
+        )
 
 
 def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> None:
@@ -270,6 +277,7 @@ STAGES = {
     "probe": run_probe,
     "human_latents": run_human_latents,
     "train": run_train,
+    "evaluate": run_evaluate,
     "plan": run_plan,
 }
 ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last

@@ -1,4 +1,8 @@
-"""Model sources: a directory, or a repository id that is downloaded with the user's own login."""
+"""Sources on the hub, downloaded with the user's own login: models, and files of data sets.
+
+A model is a directory or a repository id; a file of a data set is a path, or
+hf://datasets/OWNER/NAME[@REVISION]/PATH.
+"""
 
 import re
 from pathlib import Path
@@ -39,3 +43,26 @@ def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
             "then name DIR, or first convert it: "
             "python -m conversion.from_hf --kind=policy|sarm --src=DIR --dst=CONVERTED"
         ) from error
+
+
+def locate_file(src: str) -> Path:
+    """The path itself, or the local copy of an hf:// file of a data set.
+
+    Raises:
+      InputError: not an address of a file, or the download fails.
+    """
+    if "://" not in src:
+        return Path(src)
+    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)", src)
+    if not match:
+        raise InputError(f"{src}: expected a path or hf://datasets/OWNER/NAME[@REVISION]/PATH")
+    repository, revision, name = match.groups()
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, name, repo_type="dataset", revision=revision
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{src}: cannot be downloaded ({reason}); or give a local file") from error

@@ -91,9 +91,11 @@ class RewardConfig:
                     raise InputError(f"{name}: feature {i} of a SARM with {latent_size} latents")
         self.clamp(latent_size)
 
-    def clamp(self, latent_size: int) -> Intervention | None:
-        """The clamp as an intervention on the latents, or None."""
-        if not self.clamp_features:
+    def clamp(
+        self, latent_size: int, steer: dict[int, tuple[str, float]] | None = None
+    ) -> Intervention | None:
+        """The clamp, after the steering of a steering file, as an intervention; or None."""
+        if not self.clamp_features and not steer:
             return None
 
         def chosen(values):
@@ -105,6 +107,7 @@ class RewardConfig:
             set_to=chosen(self.clamp_set_values),
             minimum=chosen(self.clamp_min_values),
             maximum=chosen(self.clamp_max_values),
+            steer=steer,
         )
 
 

@@ -26,6 +26,27 @@ def mean_interval(values: ArrayLike | Sequence[float], confidence: float = 0.95)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def stratified_interval(
+    groups: Sequence[ArrayLike], weights: Sequence[float], confidence: float = 0.95
+) -> Interval:
+    """The weighted mean of the means of independent groups; `weights` sum to 1.
+
+    The interval is Student's, with the degrees of freedom of Welch and Satterthwaite; for one
+    group it is `mean_interval`. Without spread in a group of one value there is none.
+    """
+    values = [np.asarray(group, np.float64) for group in groups]
+    mean = float(sum(w * x.mean() for w, x in zip(weights, values, strict=True)))
+    if any(len(x) < 2 for x in values):
+        return {"mean": mean, "low": None, "high": None}
+    parts = [w * w * x.var(ddof=1) / len(x) for w, x in zip(weights, values, strict=True)]
+    variance = sum(parts)
+    if variance == 0:
+        return {"mean": mean, "low": mean, "high": mean}
+    freedom = variance**2 / sum(p * p / (len(x) - 1) for p, x in zip(parts, values, strict=True))
+    half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a share of `n` independent trials.
 

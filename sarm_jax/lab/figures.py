@@ -1,19 +1,14 @@
 """The study's figures, in a light and a dark version."""
 
-import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from sarm_jax.lab.findings import Runs
+from sarm_jax.plotting import png, theme
 from sarm_jax.statistics import mean_interval
 
 COLOURS = {  # told apart by colour-blind readers: Okabe and Ito
@@ -27,29 +22,9 @@ COLOURS = {  # told apart by colour-blind readers: Okabe and Ito
 DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":"}
 
 
-@contextmanager
-def _theme(dark: bool) -> Iterator[None]:
-    ink, paper = ("#e6e6e6", "#1b1e23") if dark else ("#1a1a1a", "#ffffff")
-    edges = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
-    papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
-    style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
-    style |= {"grid.color": "#888888", "grid.alpha": 0.25}
-    style |= dict.fromkeys(edges, ink) | dict.fromkeys(papers, paper)
-    with plt.rc_context(style):
-        yield
-
-
-def png(figure: Figure) -> bytes:
-    """The figure's file, after which it is closed."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)
-    return file.getvalue()
-
-
 def goodhart(runs: Runs, dark: bool = False) -> bytes:
     """Gold and SARM score over the steps, and gold over the KL to the reference policy."""
-    with _theme(dark):
+    with theme(dark):
         figure, (gold, score, kl) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
         _over_steps(gold, runs, "gold")
         _over_steps(score, runs, "score")
@@ -74,7 +49,7 @@ def goodhart(runs: Runs, dark: bool = False) -> bytes:
 
 def final_gold(runs: Runs, dark: bool = False) -> bytes:
     """Final gold of every seed, with mean and 95 % interval."""
-    with _theme(dark):
+    with theme(dark):
         size = (12, 1.2 + 0.45 * len(runs))
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         for place, (condition, results) in enumerate(runs.items()):
@@ -101,7 +76,7 @@ def final_gold(runs: Runs, dark: bool = False) -> bytes:
 
 def detected(runs: Runs, dark: bool = False) -> bytes:
     """The share of responses on which a detector fires, and words of flattery, over the steps."""
-    with _theme(dark):
+    with theme(dark):
         figure, (share, words) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         _over_steps(share, runs, "detected")
         _over_steps(words, runs, "flattery")

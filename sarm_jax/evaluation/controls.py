@@ -1,0 +1,113 @@
+"""Scores of a SARM with and without its controls, from one pass through the trunk.
+
+    plain        R(z) = w · z
+    controlled   R(z') = R(z) + Σ_i w_i (z'_i − z_i),   z' the clamped and steered latents
+    penalised    R(z') − min(Σ_j α_j · 1[z_j > τ_j], cap)
+
+The head is linear and only the named features change, so that nothing runs twice. α is in the
+reward model's units or in standard deviations ("sd"); in PPO those are of reference responses, here
+of the plain scores that are evaluated. The cap is in those standard deviations too. The latent KL
+is no property of a single response and is left out.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sarm_jax.errors import InputError
+from sarm_jax.reward_model import RewardModel
+from sarm_jax.sarm import Intervention
+
+PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
+
+
+@dataclasses.dataclass(frozen=True)
+class Controls:
+    """`change` clamps and steers; `tau` and `alpha` belong to `penalize_features`."""
+
+    change: Intervention | None = None
+    penalize_features: tuple[int, ...] = ()
+    tau: tuple[float, ...] = ()
+    alpha: tuple[float, ...] = ()
+    unit: str = "score"
+    penalty_cap: float = float("inf")
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """The features that are clamped or steered."""
+        return () if self.change is None else tuple(np.asarray(self.change.indices).tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """`variants`: scores `[B]` by name, float32; `z_bn`: the latents of `features`, unchanged."""
+
+    variants: dict[str, np.ndarray]
+    features: tuple[int, ...]
+    z_bn: np.ndarray
+
+
+def score_variants(
+    model: RewardModel, prompts: Sequence[str], responses: Sequence[str], controls: Controls
+) -> Scored:
+    """The scores of every variant that the controls give."""
+    features = tuple(dict.fromkeys((*controls.changed, *controls.penalize_features)))
+    plain_b, z_bn = model.score(prompts, responses, latent_indices=features)
+    variants = {PLAIN: plain_b}
+    controlled_b = plain_b
+    if controls.change is not None:
+        before_bn = z_bn[:, : len(controls.changed)]
+        change = dataclasses.replace(controls.change, indices=jnp.arange(len(controls.changed)))
+        after_bn = np.asarray(change(jnp.asarray(before_bn)))
+        weight_n = np.asarray(model.model.score[...], np.float32)[list(controls.changed)]
+        controlled_b = plain_b + (after_bn - before_bn) @ weight_n
+        variants[CONTROLLED] = controlled_b
+    if controls.penalize_features:
+        places = [features.index(i) for i in controls.penalize_features]
+        variants[PENALISED] = controlled_b - _penalties(z_bn[:, places], plain_b, controls)
+    return Scored(variants, features, z_bn)
+
+
+def _penalties(z_bn: np.ndarray, plain_b: np.ndarray, controls: Controls) -> np.ndarray:
+    deviation = float(plain_b.std())
+    alpha_n = np.asarray(controls.alpha, np.float32)
+    alpha_n = alpha_n * np.float32(deviation if controls.unit == "sd" else 1.0)
+    fires_bn = z_bn > np.asarray(controls.tau, np.float32)
+    capped = controls.penalty_cap * deviation if np.isfinite(controls.penalty_cap) else np.inf
+    return np.minimum(fires_bn @ alpha_n, np.float32(capped))
+
+
+def read_steering(path: str | Path) -> dict[int, tuple[str, float]]:
+    """A steering file, {"48659": ["*", 0.0], "7": ["+", 1.5]}: multiply a feature, or add to it."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path}: expected an object of features, as in {{'7': ['*', 0.0]}}")
+    steering: dict[int, tuple[str, float]] = {}
+    for key, action in content.items():
+        if not key.isdecimal() or int(key) in steering:
+            raise InputError(f"{path}: {key!r}: expected a feature id, and each one once")
+        if not _is_action(action):
+            raise InputError(
+                f"{path}: feature {key}: found {action!r}, expected ['*' or '+', number]"
+            )
+        steering[int(key)] = (action[0], float(action[1]))
+    return steering
+
+
+def _is_action(action: Any) -> bool:
+    if not (isinstance(action, list) and len(action) == 2 and action[0] in ("*", "+")):
+        return False
+    value = action[1]
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+    )

@@ -1,0 +1,95 @@
+"""Figures of the evaluation: distributions before and after steering, and the benchmarks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from scipy import stats
+
+from sarm_jax.evaluation.rm_bench import LEVELS
+from sarm_jax.plotting import png, theme
+
+BEFORE, AFTER = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blind readers
+VARIANTS = {"plain": BEFORE, "controlled": AFTER, "penalised": "#009E73"}
+
+
+def before_after(kind: str, found: Mapping[str, Any], dark: bool = False) -> bytes:
+    """Kernel density estimates of a set's scores before and after steering."""
+    scores = found["scores"]
+    with theme(dark):
+        figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+        everything = np.concatenate([scores["before"], scores["after"]])
+        margin = 0.1 * (np.ptp(everything) or 1.0)
+        grid_x = np.linspace(everything.min() - margin, everything.max() + margin, 512)
+        _density(axes, grid_x, scores["before"], "before", BEFORE, "-")
+        _density(axes, grid_x, scores["after"], "after", AFTER, "--")
+        change, count = found["change"]["mean"], found["responses"]
+        axes.set(xlabel="SARM score", ylabel="density", ylim=(0, None))
+        axes.set_title(f"{kind}: {count} responses, mean change {change:+.3g}")
+        axes.grid(visible=True)
+        axes.legend(frameon=False)
+        return png(figure)
+
+
+def _density(
+    axes: Axes, grid_x: np.ndarray, values: Sequence[float], label: str, colour: str, style: str
+) -> None:
+    """The estimate, and its values as ticks; where all are equal there is no density to show."""
+    if np.ptp(values) > 0:
+        density_x = stats.gaussian_kde(values)(grid_x)
+        axes.plot(grid_x, density_x, style, color=colour, linewidth=2, label=label)
+        axes.fill_between(grid_x, density_x, color=colour, alpha=0.15, linewidth=0)
+    else:
+        axes.axvline(values[0], color=colour, linestyle=style, linewidth=2, label=label)
+    marks = axes.get_xaxis_transform()
+    axes.plot(values, np.full(len(values), 0.015), "|", color=colour, alpha=0.3, transform=marks)
+
+
+def style_matrices(found: Mapping[str, Any], dark: bool = False) -> bytes:
+    """The overall 3 × 3 matrix of every variant."""
+    variants, styles = found["variants"], found["styles"]
+    with theme(dark):
+        size = (0.6 + 3.8 * len(variants), 4.2)
+        figure, row = plt.subplots(
+            1, len(variants), figsize=size, layout="constrained", squeeze=False
+        )
+        for axes, (name, content) in zip(row[0], variants.items(), strict=True):
+            matrix = np.array(content["overall"]["matrix"])
+            axes.imshow(matrix, vmin=0, vmax=1, cmap="RdBu")
+            for i, j in np.ndindex(matrix.shape):
+                ink = "#ffffff" if abs(matrix[i, j] - 0.5) > 0.3 else "#1a1a1a"
+                axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink)
+            axes.set_xticks(range(len(styles)), styles)
+            axes.set_yticks(range(len(styles)), styles)
+            levels = ", ".join(f"{n} {content['overall'][n]['mean']:.2f}" for n in LEVELS[:3])
+            axes.set_title(f"{name}\n{levels}", fontsize=10)
+            axes.set(xlabel="style of the wrong answer", ylabel="style of the right answer")
+        return png(figure)
+
+
+def subset_scores(found: Mapping[str, Any], dark: bool = False) -> bytes:
+    """The score of every subset of RewardBench 2 with its interval, for every variant."""
+    variants = found["variants"]
+    names = list(variants["plain"]["subsets"])
+    with theme(dark):
+        height = 1.6 + 0.3 * len(names) * len(variants)
+        figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
+        for place, (variant, content) in enumerate(variants.items()):
+            offset = (place - (len(variants) - 1) / 2) * 0.8 / len(variants)
+            for line, name in enumerate(names):
+                score = content["subsets"][name]["score"]
+                y, colour = line + offset, VARIANTS[variant]
+                axes.plot(
+                    [score["mean"]], [y], "o", label=variant if line == 0 else None, color=colour
+                )
+                if score["low"] is not None:
+                    axes.plot([score["low"], score["high"]], [y, y], linewidth=2, color=colour)
+        axes.axvline(0.25, color="#888888", linestyle=":", label="chance, one of four")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set(xlabel="score with 95 % interval")
+        axes.grid(visible=True, axis="x")
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
+        return png(figure)
