@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     config.ppo.max_new_tokens = 256
     config.ppo.max_prompt_tokens = 1024  # with the chat template; a longer prompt is an error
     config.ppo.calibration_batches = 2  # batches of reference responses that give μ and σ
-    config.ppo.pack_levels = 0  # sizes of packed batches (ppo/slots.py); 0 = padded, faster on CPUs
+    config.ppo.pack_levels = 0  # sizes of packed batches (ppo/slots.py), each compiled; 0 = padded
     config.ppo.logprob_chunk = 0  # response positions per vocabulary projection; 0 = all at once
     config.ppo.checkpoint_every = 10  # steps
     config.ppo.keep_checkpoints = 3
