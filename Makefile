@@ -21,7 +21,7 @@ study: $(VENV)/.run
 # What a PPO step of full_method takes on four H100s, compiled for them without one.
 plan-h100: $(VENV)/.cuda
 	for rows in 8 64; do JAX_PLATFORMS=cpu $(BIN)/python main.py --config=configs/full_method.py \
-	  --stage=plan --workdir=outputs/plan_$$rows --batch_size=$$rows --config.mesh.tensor=4 \
+	  --stage=plan --workdir=outputs/plan_$$rows --batch_size=$$rows \
 	  --config.ppo.max_prompt_tokens=512 || exit; done
 
 test: lint types pytest

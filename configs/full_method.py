@@ -6,9 +6,10 @@ Before: accept the licence of both models on Hugging Face and log in, or convert
         {"prompt", "response"} lines into outputs/data/demos.jsonl, then
         `python main.py --config=configs/full_method.py --stage=human_latents`
 Command: python main.py --config=configs/full_method.py
-Hardware: 4×H100 80 GB, two responses per device and step.
-Time and result: not measured here; the reference implementation took 13.5 s per step and never
-        moved (KL about 0). Alpha 0.1 is about two standard deviations of the SARM's score.
+Hardware: 4×H100 80 GB, every layer split over all four (fewer: --config.mesh.tensor=1 or 2).
+Time and result: 1.5 s per step as estimated by --stage=plan, not measured; the reference
+        implementation took 13.5 s and never moved (KL about 0). Alpha 0.1 is about two standard
+        deviations of the SARM's score.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +24,7 @@ def get_config() -> ConfigDict:
     config.sarm_model = "Schrieffer/Llama-SARM-4B"
     config.dtype = "bfloat16"
     config.remat = "full"
+    config.mesh.tensor = 4
     config.plan.target = "h100x4"
     config.plan.policy_config = "configs/architectures/llama_3_1_8b_instruct"
     config.plan.sarm_config = "configs/architectures/llama_sarm_4b"
