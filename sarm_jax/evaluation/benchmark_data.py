@@ -85,6 +85,7 @@ class Collector:
         self.outputs: dict[str, list[dict[str, Any]]] = {name: [] for name in OUTPUTS}
         self.sources: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, set[Any]] = {name: set() for name in OUTPUTS}
+        self.left_out = {"equal_pairs": 0, "versions_not_longer": 0}
         self._held_out: dict[str, bool] = {}
 
     def read(self, name: str, path: Path, take: Take) -> None:
@@ -132,6 +133,9 @@ class Collector:
         self, prompt: str, chosen: str, rejected: str, safety: bool, source: str, held_out: bool
     ) -> bool:
         """A preference pair: a probe, or two held-out answers; whether anything was new."""
+        if chosen == rejected:
+            self.left_out["equal_pairs"] += 1
+            return False
         if held_out:
             kinds = ("safety_chosen", "safety_rejected") if safety else ("complement",) * 2
             first = self.answer(kinds[0], prompt, chosen)
@@ -238,6 +242,7 @@ def _contrast(
 ) -> bool:
     """The concise version of an answer against a longer one; none if it is not longer."""
     if len(detailed.split()) <= len(concise.split()):
+        into.left_out["versions_not_longer"] += 1
         return False
     if held_out:
         first = into.answer("concise", prompt, concise)
@@ -316,6 +321,7 @@ def _summary(found: Collector) -> dict[str, Any]:
         },
         "sources": found.sources,
         "outputs": {name: len(rows) for name, rows in found.outputs.items() if rows},
+        "left_out_of_used_rows": found.left_out,
         "test_prompts_also_trained_on": dict(tests),
     }
 

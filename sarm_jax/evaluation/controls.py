@@ -18,12 +18,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from sarm_jax.errors import InputError
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sarm import Intervention
 
 PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
+BATCHES_PER_BLOCK = 4  # between two updates of the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ def score_variants(
 ) -> Scored:
     """The scores of every variant that the controls give."""
     features = tuple(dict.fromkeys((*controls.changed, *controls.penalize_features)))
-    plain_b, z_bn = model.score(prompts, responses, latent_indices=features)
+    plain_b, z_bn = _score(model, prompts, responses, features)
     variants = {PLAIN: plain_b}
     controlled_b = plain_b
     if controls.change is not None:
@@ -71,6 +73,27 @@ def score_variants(
         places = [features.index(i) for i in controls.penalize_features]
         variants[PENALISED] = controlled_b - _penalties(z_bn[:, places], plain_b, controls)
     return Scored(variants, features, z_bn)
+
+
+def _score(
+    model: RewardModel,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    features: tuple[int, ...],
+) -> tuple[np.ndarray, np.ndarray]:
+    """`model.score` in blocks of similar lengths, with a progress bar."""
+    score_b = np.zeros(len(prompts), np.float32)
+    z_bn = np.zeros((len(prompts), len(features)), np.float32)
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    order = np.argsort(lengths, kind="stable")
+    size = BATCHES_PER_BLOCK * model.batch_size
+    with tqdm(total=len(prompts), desc="scores", unit="response") as bar:
+        for start in range(0, len(prompts), size):
+            rows = order[start : start + size]
+            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
+            score_b[rows], z_bn[rows] = model.score(*texts, latent_indices=features)
+            bar.update(len(rows))
+    return score_b, z_bn
 
 
 def _penalties(z_bn: np.ndarray, plain_b: np.ndarray, controls: Controls) -> np.ndarray:
