@@ -133,7 +133,7 @@ def test_rewardbench2_gives_pairs_and_ties_give_candidates(tmp_path):
 
 
 def test_parquet_is_read_as_json_is(tmp_path):
-    arrow = pytest.importorskip("pyarrow")
+    import pyarrow as arrow
     from pyarrow import parquet
 
     rows = [CHOICE | {"additional_metadata": {"x": 1}}]
