@@ -1,0 +1,136 @@
+"""From benchmark files to eval/*.json through the command line; bad input → one line, exit 2."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+import main
+from conversion import load_sarm
+from tests.oracles import save_tiny_sarm, tiny_tokenizer
+
+STYLED = [
+    {
+        "prompt": f"name {n}",
+        "chosen": [f"it is {n}", f"it is {n} and no more", f"**it** is {n} and no more"],
+        "rejected": [f"it is {n}{n}", f"it is {n}{n} and no more", f"**it** is {n}{n} and more"],
+        "domain": ("chat", "safety-refuse")[n % 2],
+    }
+    for n in range(8)
+]
+CHOICES = [
+    {"id": str(n), "prompt": f"pick {n}", "chosen": [f"{n}"], "rejected": ["a", "bb", "ccc"]}
+    | {"subset": ("Math", "Focus")[n % 2]}
+    for n in range(4)
+]
+CHOICES += [
+    {"id": f"{kind}:1", "prompt": kind, "chosen": right, "rejected": ["no"], "subset": "Ties"}
+    for kind, right in (("ref", ["red"]), ("tied", ["red", "blue"]))
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny SARM, benchmark files, and a steering file of two features that are ever active."""
+    root = tmp_path_factory.mktemp("world")
+    save_tiny_sarm(root / "sarm", tiny_tokenizer())
+    (root / "rm_bench.json").write_text(json.dumps(STYLED))
+    (root / "rb2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHOICES))
+    model = load_sarm(str(root / "sarm"), "float32")
+    _, z = model.score([r["prompt"] for r in STYLED], [r["chosen"][0] for r in STYLED])
+    first, second = np.argsort(-(z != 0).mean(axis=0))[:2].tolist()
+    steering = {str(first): ["*", 0.0], str(second): ["+", 2.0]}
+    (root / "steering.json").write_text(json.dumps(steering))
+    return root
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """Runs `main` with the tiny SARM; returns its exit code."""
+
+    def call(*options: str) -> int:
+        given = [f"--workdir={tmp_path / 'run'}", f"--sarm_model={world / 'sarm'}"]
+        argv = ["main.py", "--config=configs/base.py", *given, *options]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+        with flagsaver.flagsaver():
+            return main.main(argv)
+
+    return call
+
+
+def test_from_benchmark_files_to_results(world, run, tmp_path, capsys):
+    prepare = ["--stage=prepare_data", "--config.prepare_data.source=benchmarks"]
+    rm_bench = f"rm_bench={world}/rm_bench.json"
+    data, folder = tmp_path / "run" / "data", tmp_path / "run" / "eval"
+    assert run(*prepare, f"--config.prepare_data.{rm_bench}") == 0
+    assert not (data / "test_concise.jsonl").exists() and (data / "verbosity.jsonl").exists()
+    held = "--config.prepare_data.held_out_fraction=0.5"
+    rb2 = f"rewardbench2={world}/rb2.jsonl"
+    options = [f"--config.prepare_data.{rm_bench}", f"--config.prepare_data.{rb2}", held]
+    assert run(*prepare, *options) == 0
+    assert f"{world}/rb2.jsonl" in capsys.readouterr().out
+    summary = json.loads((data / "data_summary.json").read_text())
+    for name, count in summary["outputs"].items():
+        assert len((data / f"{name}.jsonl").read_text().splitlines()) == count
+    assert sorted(p.stem for p in data.glob("*.jsonl")) == sorted(summary["outputs"])
+    assert run(
+        "--stage=evaluate",
+        f"--config.evaluate.steering_json={world}/steering.json",
+        f"--config.evaluate.data_jsonl={data}/test_concise.jsonl,{data}/test_detailed.jsonl",
+        "--config.evaluate.steering_targets=detailed",
+        "--config.evaluate.num_example=5",
+        f"--config.evaluate.{rm_bench}",
+        f"--config.evaluate.{rb2}",
+        "--penalize_features=1,2",
+        "--tau_values=0.0,0.0",
+        "--alpha_values=0.5,0.25",
+    ) == 0  # fmt: skip
+    steering = json.loads((folder / "steering.json").read_text())
+    assert set(steering["sets"]) == {"concise", "detailed"}
+    rows = (folder / "steering_rows.jsonl").read_text().splitlines()
+    assert len(rows) == sum(part["responses"] for part in steering["sets"].values()) <= 10
+    assert 0 <= steering["specificity"]["mean"] <= 1
+    variants = {"plain", "controlled", "penalised"}
+    for name in ("rm_bench", "rewardbench2"):
+        found = json.loads((folder / f"{name}.json").read_text())
+        assert set(found["variants"]) == variants
+        assert set(found["change"]) == variants - {"plain"}
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert pictures == {"steering_1.png", "steering_2.png", "rm_bench.png", "rewardbench2.png"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "nothing to evaluate"),
+        (["rm_bench=none.json"], "none.json: no such file"),
+        (["rm_bench={world}/rb2.jsonl"], "rb2.jsonl:1: field 'chosen' has 1 texts, expected 3"),
+        (["data_jsonl={world}/rb2.jsonl"], "rb2.jsonl:1: field 'answer' or 'response' is missing"),
+        (["data_jsonl={world}/answers.jsonl"], "nothing is steered"),
+        (
+            ["data_jsonl={world}/answers.jsonl", "steering_json={world}/far.json"],
+            "far.json: feature 640 does not exist",
+        ),
+        (["rm_bench={world}/rm_bench.json", "num_example=-2"], "evaluate.num_example=-2"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_written(world, run, tmp_path, capsys, options, message):
+    (world / "answers.jsonl").write_text('{"question": "q", "answer": "a"}\n')
+    (world / "far.json").write_text('{"640": ["*", 0]}')
+    given = [f"--config.evaluate.{option.format(world=world)}" for option in options]
+    assert run("--stage=evaluate", *given) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_benchmark_data_is_one_line_and_nothing_written(run, world, tmp_path, capsys):
+    options = ["--stage=prepare_data", "--config.prepare_data.source=benchmarks"]
+    assert run(*options) == 2
+    assert "name prepare_data.steering_dir" in capsys.readouterr().err
+    assert run(*options, f"--config.prepare_data.rm_bench={world}/rb2.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "rb2.jsonl:1: field 'chosen' has 1 texts" in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
