@@ -3,10 +3,11 @@
 Both do the same work on the same shapes in float32: a rollout of exactly `new_tokens`, scoring
 through a 15-layer trunk with a TopK SAE (M 4608, k 32), reference log-probabilities, and `epochs`
 full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Here prompts' padding is left out
-of all but attention (`ppo.pack_levels`), as PyTorch's users do not. Either side has a process to
-itself, as in use, and waits while the other works. Turns alternate, so that a machine whose speed
-drifts slows both; the ratio is taken pair by pair. A turn is two iterations of which the second
-counts: the first finds the caches, and on some machines its very memory, cold after the wait.
+of all but attention (`--pack_levels=0` computes it); the PyTorch side computes it. Either side has
+a process to itself, as in use, and waits while the other works. Turns alternate, so that a machine
+whose speed drifts slows both; the ratio is taken pair by pair. A turn is two iterations of which
+the second counts: the first finds the caches, and on some machines its very memory, cold after the
+wait.
 
     python -m benchmarks.ppo_iteration --model_dir=outputs/models/SmolLM2-135M-Instruct
 """
@@ -48,12 +49,12 @@ class JaxPPO:
         prompt_len: int,
         new_tokens: int,
         epochs: int,
-        pack_levels: int = 4,
+        pack_levels: int,
     ):
         policy, tokenizer = load_policy(model_dir)
         options = base.get_config().ppo.to_dict()
         options |= {"batch_size": batch, "max_new_tokens": new_tokens, "ppo_epochs": epochs}
-        options |= {"pack_levels": pack_levels}
+        options["pack_levels"] = pack_levels
         self.config = PPOConfig(**options)
         self.reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=batch)
         policy.stop_ids = ()
@@ -135,9 +136,13 @@ def main() -> None:
     parser.add_argument("--prompt_len", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--pack_levels", type=int, default=4)
     args = parser.parse_args()
     shape = (args.batch, args.prompt_len, args.new_tokens, args.epochs)
-    sides = {name: start(name, args.model_dir, *shape) for name in ("jax", "torch")}
+    sides = {
+        "jax": start("jax", args.model_dir, *shape, args.pack_levels),
+        "torch": start("torch", args.model_dir, *shape),
+    }
     times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for turn in range(args.turns):
         for name, side in sides.items():

@@ -114,9 +114,8 @@ def get_config() -> ConfigDict:
     config.prepare_data.rm_bench = ""  # JSON or JSON Lines
     config.prepare_data.safety_pairs = ""  # own {"prompt", "chosen", "rejected"}: what to find
     config.prepare_data.complement_pairs = ""  # likewise: everything else
-    config.prepare_data.held_out_fraction = (
-        0.0  # of the prompts, into tests; steering_dir has its own
-    )
+    # Of the prompts, into test sets; steering_dir has its own.
+    config.prepare_data.held_out_fraction = 0.0
 
     # Stage train_sarm: a SARM on the first layers of policy_model.
     config.train_sarm = ConfigDict()

@@ -78,10 +78,10 @@ def prepare(config: ConfigDict, workdir: Path) -> None:
     for name in STUDY_FIELDS:
         del settings["lab"][name]
     claim(workdir, settings, "preparation.json")
-    lab = config.prepare_data.source == "lab"
-    prepared = "policy" if lab else "data/pairs.jsonl"
+    source, demos = config.prepare_data.source, config.prepare_data.demos_jsonl
+    prepared = {"lab": "policy", "benchmarks": "data/data_summary.json"}
     wanted = (
-        ("prepare_data", prepared, lab or config.prepare_data.demos_jsonl),
+        ("prepare_data", prepared.get(source, "data/pairs.jsonl"), source in prepared or demos),
         ("train_sarm", "sarm", config.train_sarm.pairs_jsonl),
         ("identify", "probes/selected_features.json", config.identify.pairs_jsonl),
         ("human_latents", "human_latents.safetensors", config.human_latents.demos_jsonl),

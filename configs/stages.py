@@ -168,9 +168,10 @@ def run_probe(config: ConfigDict, workdir: Path) -> None:
     folder = workdir / "probes"
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)
-    write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})
     content = {"options": dataclasses.asdict(options), "features": certificates}
     write_json(folder / "certificates.json", content)
+    # Last, because --stage=all takes it for the end of the stage.
+    write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})
     certified = sum(row["certified"] for row in certificates)
     LOG.info("%d of %d features certified", certified, len(certificates))
     LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")

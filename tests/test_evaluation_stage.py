@@ -134,3 +134,14 @@ def test_bad_benchmark_data_is_one_line_and_nothing_written(run, world, tmp_path
     error = capsys.readouterr().err
     assert "rb2.jsonl:1: field 'chosen' has 1 texts" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_all_prepares_benchmarks_once(run, world, capsys, tmp_path):
+    options = ["--stage=all", "--config.prepare_data.source=benchmarks"]
+    options.append(f"--config.prepare_data.rm_bench={world}/rm_bench.json")
+    summary = tmp_path / "run" / "data" / "data_summary.json"
+    run(*options)
+    assert "rm_bench.json" in capsys.readouterr().out
+    written = summary.stat().st_mtime_ns
+    run(*options)
+    assert summary.stat().st_mtime_ns == written

@@ -202,11 +202,9 @@ def _parse_array(content: str, name: str) -> list[Any]:
 
 
 def _read_parquet(path: Path, name: str) -> list[Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise InputError(f"{name}: reading parquet takes pyarrow (pip install pyarrow)") from None
+    import pyarrow  # slow to import, and only this file format needs it
+    from pyarrow import parquet
+
     try:
         return parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

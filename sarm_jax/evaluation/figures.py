@@ -15,10 +15,10 @@ BEFORE, AFTER = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blin
 VARIANTS = {"plain": BEFORE, "controlled": AFTER, "penalised": "#009E73"}
 
 
-def before_after(kind: str, found: Mapping[str, Any], dark: bool = False) -> bytes:
+def before_after(kind: str, found: Mapping[str, Any]) -> bytes:
     """Kernel density estimates of a set's scores before and after steering."""
     scores = found["scores"]
-    with theme(dark):
+    with theme(dark=False):
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
         everything = np.concatenate([scores["before"], scores["after"]])
         margin = 0.1 * (np.ptp(everything) or 1.0)
@@ -47,10 +47,10 @@ def _density(
     axes.plot(values, np.full(len(values), 0.015), "|", color=colour, alpha=0.3, transform=marks)
 
 
-def style_matrices(found: Mapping[str, Any], dark: bool = False) -> bytes:
+def style_matrices(found: Mapping[str, Any]) -> bytes:
     """The overall 3 × 3 matrix of every variant."""
     variants, styles = found["variants"], found["styles"]
-    with theme(dark):
+    with theme(dark=False):
         size = (0.6 + 3.8 * len(variants), 4.2)
         figure, row = plt.subplots(
             1, len(variants), figsize=size, layout="constrained", squeeze=False
@@ -69,11 +69,11 @@ def style_matrices(found: Mapping[str, Any], dark: bool = False) -> bytes:
         return png(figure)
 
 
-def subset_scores(found: Mapping[str, Any], dark: bool = False) -> bytes:
+def subset_scores(found: Mapping[str, Any]) -> bytes:
     """The score of every subset of RewardBench 2 with its interval, for every variant."""
     variants = found["variants"]
     names = list(variants["plain"]["subsets"])
-    with theme(dark):
+    with theme(dark=False):
         height = 1.6 + 0.3 * len(names) * len(variants)
         figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
         for place, (variant, content) in enumerate(variants.items()):
