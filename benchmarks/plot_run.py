@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from ppo.metrics import read_metrics
+from sarm_jax.metrics_csv import read_metrics
 
 TABLE = (
     "step total_reward rm_score indicator_penalty kl_penalty ref_kl response_length_mean "

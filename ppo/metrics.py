@@ -101,13 +101,6 @@ class RunLog:
         _keep_lines(self._evaluations_path, first_step if first_step else -1)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.csv as floats; empty cells become NaN."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [{name: float(cell) if cell else float("nan") for name, cell in r.items()} for r in rows]
-
-
 def read_evaluations(workdir: Path) -> list[dict]:
     """The rows of evaluations.jsonl, in the order of the steps."""
     with (workdir / EVALUATIONS).open(encoding="utf-8") as file:

@@ -25,7 +25,6 @@ from ppo.learner import Learner
 from ppo.metrics import (
     RunLog,
     read_evaluations,
-    read_metrics,
     summarise,
     summarise_evaluations,
 )
@@ -40,6 +39,7 @@ from sarm_jax.chat import pad_id
 from sarm_jax.files import replacing
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
+from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sharding import ONE_DEVICE, Placement
 

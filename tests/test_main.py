@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import main
 from conversion import load_policy, load_sarm, to_hf
-from ppo.metrics import read_metrics
 from ppo.plan import Layout
 from sarm_jax.chat import encode_prompt
+from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.sharding import MeshConfig
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 

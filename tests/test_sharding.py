@@ -11,7 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 from ppo.density_ratio import DiscriminatorConfig
 from ppo.human_latents import collect_human_latents
-from ppo.metrics import read_metrics
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
 from ppo.train import TrainConfig, Trainer
@@ -19,6 +18,7 @@ from sarm_jax import chat
 from sarm_jax.errors import InputError
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import LoRAConfig
+from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig

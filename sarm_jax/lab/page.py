@@ -1,19 +1,17 @@
 """The study's files: lab.json, figures/*.png, and lab.html, which needs nothing but itself."""
 
-import base64
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from sarm_jax.files import replacing
 from sarm_jax.lab import figures
 from sarm_jax.lab.conditions import DESCRIPTIONS
 from sarm_jax.lab.findings import Runs, claims, difference, gates_passed, headline, show
 from sarm_jax.lab.gates import LIMITS, Gate
+from sarm_jax.page import environment, picture_uri
 from sarm_jax.statistics import mean_interval
 
 FIGURES = {
@@ -80,7 +78,7 @@ def write_study(
         light, dark = draw(runs), draw(runs, dark=True)
         with replacing(workdir / "figures" / f"{name}.png", "wb") as file:
             file.write(light)
-        pictures.append({"light": _uri(light), "dark": _uri(dark), "text": text})
+        pictures.append({"light": picture_uri(light), "dark": picture_uri(dark), "text": text})
     with replacing(workdir / "lab.html") as file:
         file.write(_render(content, pictures, workdir, seeds))
     return workdir / "lab.html", content["headline"]
@@ -88,26 +86,22 @@ def write_study(
 
 def _render(content: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[int]) -> str:
     runs: Runs = content["conditions"]
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     failed = {seed for claim in content["claims"] for seed in claim["failed"]}
     shown = next((seed for seed in seeds if str(seed) not in content["stopped"]), seeds[0])
-    return environment.get_template("page.html").render(
-        **content,
-        pictures=pictures,
-        conditions_table=[_condition_row(runs, name) for name in runs],
-        seeds=sorted(seeds, key=lambda seed: (seed not in failed, seed)),
-        failed=failed,
-        runs={name: {run["seed"]: run for run in results} for name, results in runs.items()},
-        shown=shown,
-        features=_features(workdir / f"seed_{shown}"),
-        descriptions=DESCRIPTIONS,
+    return (
+        environment(Path(__file__).parent)
+        .get_template("page.html")
+        .render(
+            **content,
+            pictures=pictures,
+            conditions_table=[_condition_row(runs, name) for name in runs],
+            seeds=sorted(seeds, key=lambda seed: (seed not in failed, seed)),
+            failed=failed,
+            runs={name: {run["seed"]: run for run in results} for name, results in runs.items()},
+            shown=shown,
+            features=_features(workdir / f"seed_{shown}"),
+            descriptions=DESCRIPTIONS,
+        )
     )
 
 
@@ -147,7 +141,3 @@ def _features(folder: Path) -> list[dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _uri(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
