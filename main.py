@@ -18,8 +18,6 @@ from sarm_jax.errors import InputError
 from sarm_jax.progress import show_progress
 from sarm_jax.workdir import open_workdir
 
-LATER_STAGES = ("report",)
-
 
 def main(argv: list[str]) -> int:
     """Parses, runs the stage, and turns errors into the exit code and one line."""
@@ -29,8 +27,6 @@ def main(argv: list[str]) -> int:
     try:
         template, stage, workdir = command_line.parse(argv)
         show_progress()
-        if stage in LATER_STAGES:
-            raise InputError(f"--stage={stage} is not available yet; there are {', '.join(STAGES)}")
         if stage not in STAGES and stage != "all":
             raise InputError(f"--stage={stage}: expected all or one of {', '.join(STAGES)}")
         check_dtype(template.dtype)

@@ -179,6 +179,11 @@ def get_config() -> ConfigDict:
     config.evaluate.rm_bench = ""  # as in prepare_data
     config.evaluate.rewardbench2 = ""
 
+    # Stage report: a page on one run, or on several side by side.
+    config.report = ConfigDict()
+    config.report.runs = ""  # comma-separated working directories, DIR or NAME=DIR; empty: own
+    config.report.samples = 200  # prompts of each run in its browser of responses; 0: all
+
     # Stage plan: compiles every program of a PPO step from shapes alone, and says what it takes.
     config.plan = ConfigDict()
     config.plan.target = "host"  # or h100x4, h200x8 and the like, which need not be there

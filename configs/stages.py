@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from configs.benchmark_stage import prepare_benchmarks
 from configs.evaluation_stage import run_evaluate
+from configs.report_stage import run_report
 from configs.shared import (
     mesh_config,
     placement,
@@ -279,6 +280,7 @@ STAGES = {
     "human_latents": run_human_latents,
     "train": run_train,
     "evaluate": run_evaluate,
+    "report": run_report,
     "plan": run_plan,
 }
 ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last

@@ -19,11 +19,20 @@ def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, A
     Further fields are kept as they are. Raises `InputError` naming file, line and field.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}: {error.reason})") from error
+        content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    return parse_jsonl(content, fields, path)
+
+
+def parse_jsonl(
+    content: bytes, fields: Mapping[str, type], path: str | Path
+) -> list[dict[str, Any]]:
+    """`read_jsonl` of what was read already; `path` is what errors call it."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}: {error.reason})") from error
     lines = text.removesuffix("\n").split("\n")  # splitlines would also split at U+2028
     if lines == [""]:
         raise InputError(f"{path}: the file is empty")

@@ -1,0 +1,181 @@
+"""Figures of what a run recorded at every step, a line per run wherever runs can be compared."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from sarm_jax.evaluation.report.numbers import change, number
+from sarm_jax.evaluation.report.pictures import (
+    COLOURS,
+    Picture,
+    label,
+    legend,
+    look,
+    picture,
+    smooth,
+)
+from sarm_jax.evaluation.report.runs import Run, ends
+
+MOST = 5  # features drawn by themselves; the others together, or not at all
+LOG_2 = float(np.log(2))
+STEP = "PPO step"
+
+
+def reward_terms(runs: Sequence[Run]) -> list[Picture]:
+    """For every run R_total and what it is made of; all have the same scale."""
+    shown = [run for run in runs if run.has("total_reward")]
+    terms = {run.name: _terms(run) for run in shown}
+    every = np.concatenate([v for found in terms.values() for v in found.values()] or [np.zeros(1)])
+    finite = every[np.isfinite(every)]
+    margin = 0.05 * (np.ptp(finite) or 1.0)
+    limits = (finite.min() - margin, finite.max() + margin)
+
+    def figure(run: Run) -> Picture:
+        found = terms[run.name]
+
+        def draw(axes: Axes) -> None:
+            for place, (name, values_t) in enumerate(found.items()):
+                width = 4.0 if name == "R_total" else 2.2
+                axes.plot(run.column("step"), values_t, label=name, **look(place), linewidth=width)
+            axes.set(xlabel=STEP, ylabel="reward-model units", ylim=limits)
+            legend(axes, len(found))
+
+        told = "; ".join(f"{name} {change(ends(values))}" for name, values in found.items())
+        return picture(
+            f"reward_{run.name}",
+            f"{run.name}: the reward and its terms; they add up to R_total",
+            f"{run.name} over {run.steps} steps, mean of the first and of the last five: {told}",
+            draw,
+        )
+
+    return [figure(run) for run in shown]
+
+
+def _terms(run: Run) -> dict[str, np.ndarray]:
+    """Label → values; penalties and the latent KL are negative where they cost something."""
+    found = {"R_total": run.column("total_reward"), "R_SARM": run.column("rm_score")}
+    parts = run.penalties()
+    if parts is None:
+        found["− penalties"] = -run.column("indicator_penalty")
+    elif parts:
+        most = sorted(parts, key=lambda i: -np.nansum(parts[i]))
+        for feature in sorted(most[:MOST], key=list(parts).index):
+            found[f"− penalty {feature}"] = -parts[feature]
+        if most[MOST:]:
+            found["− other penalties"] = -np.sum([parts[i] for i in most[MOST:]], axis=0)
+    if np.any(run.column("kl_penalty")):
+        found["− β · D"] = -run.column("kl_penalty")
+    return found
+
+
+def goodhart(runs: Sequence[Run]) -> Picture | None:
+    """R_SARM and R_total against the KL to the reference policy."""
+    shown = [run for run in runs if run.has("rm_score") and run.has("ref_kl")]
+    if not shown:
+        return None
+    in_sd = all(run.scale for run in shown)
+
+    def reward(run: Run, name: str) -> np.ndarray:
+        mean, deviation = run.scale if in_sd and run.scale else (0.0, 1.0)
+        return (run.column(name) - mean) / deviation
+
+    def draw(axes: Axes) -> None:
+        for place, run in enumerate(shown):
+            kl_t, colour = run.column("ref_kl"), COLOURS[place % len(COLOURS)]
+            score_t, total_t = reward(run, "rm_score"), reward(run, "total_reward")
+            axes.plot(kl_t, score_t, "o", color=colour, alpha=0.25, markersize=5)
+            axes.plot(smooth(kl_t), smooth(score_t), color=colour, label=label(run.name))
+            if not np.allclose(score_t, total_t, equal_nan=True):
+                axes.plot(smooth(kl_t), smooth(total_t), ":", color=colour)
+            known = np.flatnonzero(np.isfinite(smooth(kl_t) + smooth(score_t)))
+            if len(known):
+                at = smooth(kl_t)[known[-1]], smooth(score_t)[known[-1]]
+                axes.plot(*at, "s", color=colour, markersize=11)
+        axes.set(xlabel="KL to the reference, nats per response")
+        axes.set_ylabel("reward, sd of the reference" if in_sd else "reward-model units")
+        legend(axes, len(shown))
+
+    told = "; ".join(
+        f"{run.name}: KL {change(run.ends('ref_kl'))} nats, R_SARM {change(run.ends('rm_score'))}"
+        for run in shown
+    )
+    caption = (
+        "What is rewarded against how far the policy went. Dots are steps, lines means over five, "
+        "a square is the end; solid is R_SARM, dotted R_total where there are controls"
+    )
+    return picture("goodhart", caption, f"Reward against KL to the reference policy. {told}", draw)
+
+
+def over_steps(
+    runs: Sequence[Run],
+    name: str,
+    title: str,
+    unit: str,
+    level: tuple[float, str] | None = None,
+    spread: str = "",
+) -> Picture | None:
+    """A column of every run that has it. `level` is a line to compare with, and its name;
+    `spread` the column of the standard deviation that makes a band."""
+    shown = [run for run in runs if run.has(name)]
+    if not shown:
+        return None
+
+    def draw(axes: Axes) -> None:
+        for place, run in enumerate(shown):
+            step_t, value_t, style = run.column("step"), run.column(name), look(place)
+            axes.plot(step_t, value_t, label=label(run.name), **style)
+            if spread:
+                low_t, high_t = value_t - run.column(spread), value_t + run.column(spread)
+                axes.fill_between(
+                    step_t, low_t, high_t, color=style["color"], alpha=0.12, linewidth=0
+                )
+        if level:
+            axes.axhline(level[0], color="#888888", linestyle=":", label=level[1])
+        axes.set(xlabel=STEP, ylabel=unit)
+        legend(axes, len(shown) + bool(level))
+
+    told = "; ".join(f"{run.name} {change(run.ends(name))}" for run in shown)
+    against = f"; to compare with {level[1]}: {number(level[0])}" if level else ""
+    return picture(name, title, f"{title}, from the start to the end: {told}{against}", draw)
+
+
+def features(run: Run) -> list[Picture]:
+    """How often the penalised features that fire most fire, and how active they are."""
+    order = sorted(run.features, key=lambda i: -_total(run.column(f"feat_{i}_above_tau")))
+    chosen = [i for i in run.features if i in order[: len(COLOURS)]]
+    if not chosen:
+        return []
+    rest = len(run.features) - len(chosen)
+    which = f" (the {len(chosen)} that fire most, of {len(run.features)})" if rest else ""
+
+    def lines(column: Callable[[int], np.ndarray], unit: str, taus: bool) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            for place, i in enumerate(chosen):
+                axes.plot(run.column("step"), column(i), label=f"feature {i}", **look(place))
+                if taus and run.taus is not None:
+                    tau = run.taus[run.features.index(i)]
+                    axes.axhline(tau, color=COLOURS[place], linestyle=":", linewidth=1.4)
+            axes.set(xlabel=STEP, ylabel=unit)
+            legend(axes, len(chosen))
+
+        return draw
+
+    def figure(what: str, title: str, unit: str, taus: bool) -> Picture:
+        told = "; ".join(f"feature {i} {change(run.ends(f'feat_{i}_{what}'))}" for i in chosen)
+        return picture(
+            f"{what}_{run.name}",
+            f"{run.name}: {title}{which}",
+            f"{run.name}, {title}, from the start to the end: {told}",
+            lines(lambda i: run.column(f"feat_{i}_{what}"), unit, taus),
+        )
+
+    dotted = "; dotted, their thresholds τ" if run.taus else ""
+    return [
+        figure("above_tau", "share of responses with z above τ", "share of responses", False),
+        figure("activation", f"mean activation of the penalised features{dotted}", "mean z", True),
+    ]
+
+
+def _total(values_t: np.ndarray) -> float:
+    return float(np.nansum(values_t))

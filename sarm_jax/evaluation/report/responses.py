@@ -1,0 +1,111 @@
+"""Figures of responses: before and after training, under steering, and where their latents lie."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from sarm_jax.evaluation.report.evaluations import BASE, Evaluation
+from sarm_jax.evaluation.report.numbers import number
+from sarm_jax.evaluation.report.pictures import (
+    COLOURS,
+    MARKS,
+    Picture,
+    label,
+    legend,
+    look,
+    outline,
+    picture,
+)
+from sarm_jax.evaluation.report.samples import Pair
+
+
+def distributions(pairs: Sequence[Pair]) -> list[Picture]:
+    """Scores, and lengths where they are known, before and after, for every run."""
+    pictures = []
+    compared = [pair for pair in pairs if pair.before is not None]
+    for place, run in enumerate(dict.fromkeys(pair.run for pair in compared)):
+        own = [pair for pair in compared if pair.run == run]
+        for field, title in (("score", "SARM score"), ("length", "response length, tokens")):
+            pairs_n2 = np.array([[_number(p.before, field), _number(p.after, field)] for p in own])
+            before_n, after_n = pairs_n2[np.isfinite(pairs_n2).all(axis=1)].T
+            if len(before_n):
+                name = f"{field}s_{run}"
+                pictures.append(before_and_after(name, run, title, before_n, after_n, place))
+    return pictures
+
+
+def before_and_after(
+    name: str, of: str, title: str, before_b: np.ndarray, after_b: np.ndarray, place: int
+) -> Picture:
+    """Two histograms; vertical lines are the means."""
+
+    def draw(axes: Axes) -> None:
+        grey = {"color": "#888888", "linestyle": "--"}
+        style = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-"}
+        outline(axes, [("before", before_b, grey), ("after", after_b, style)])
+        axes.set(xlabel=title)
+        legend(axes, 2)
+
+    moments = ", ".join(
+        f"{side} mean {number(float(v.mean()))}, sd {number(float(v.std()))}"
+        for side, v in (("before", before_b), ("after", after_b))
+    )
+    caption = f"{of}: {title}, {len(before_b)} responses before and after; lines are means"
+    return picture(name, caption, f"{of}, distribution of the {title}: {moments}", draw)
+
+
+def latent_map(evaluation: Evaluation) -> Picture | None:
+    """The two main components of the pooled latents: human, base and trained responses."""
+    content = evaluation.parts.get("latent_map")
+    if not (content and content["points"]):
+        return None
+    points = content["points"]
+    sources = list(dict.fromkeys(point["source"] for point in points))
+    first = [name for name in ("human", BASE) if name in sources]
+    sources = first + [name for name in sources if name not in first]
+    xy = {s: np.array([[p["x"], p["y"]] for p in points if p["source"] == s]) for s in sources}
+
+    def draw(axes: Axes) -> None:
+        for place, (source, xy_n2) in enumerate(xy.items()):
+            colour = "#888888" if source == "human" else look(place)["color"]
+            mark = MARKS[place % len(MARKS)]
+            axes.plot(*xy_n2.T, mark, color=colour, alpha=0.5, markersize=7, label=label(source))
+            middle = xy_n2.mean(axis=0)
+            axes.plot(*middle, mark, color=colour, markersize=16, markeredgecolor="#1a1a1a")
+        shares = content.get("explained") or (None, None)
+        for which, axis in enumerate((axes.xaxis, axes.yaxis)):
+            share = shares[which]
+            known = f", {number(100 * share, 2)} % of the variance" if share is not None else ""
+            axis.set_label_text(f"component {which + 1}{known}")
+        legend(axes, len(xy))
+
+    middles = "; ".join(
+        f"{source} ({len(xy_n2)}): middle at {', '.join(map(number, xy_n2.mean(axis=0).tolist()))}"
+        for source, xy_n2 in xy.items()
+    )
+    caption = (
+        f"{evaluation.name}: where the latents of responses lie (principal components); "
+        "large marks are the middles"
+    )
+    return picture(f"latent_map_{evaluation.name}", caption, f"Latent map. {middles}", draw)
+
+
+def steering_pictures(evaluation: Evaluation) -> list[Picture]:
+    """Scores of each set before and after steering, where steering.json has them."""
+    sets = evaluation.parts.get("steering", {}).get("sets", {})
+    pictures = []
+    for place, (kind, found) in enumerate(sets.items()):
+        scores = found.get("scores") or {}
+        before_b, after_b = (np.array(scores.get(s, ()), float) for s in ("before", "after"))
+        same = 0 < len(before_b) == len(after_b)
+        if same and np.isfinite([before_b, after_b]).all():
+            name, title = f"steering_{evaluation.name}_{kind}", f"steering, {kind}"
+            pictures.append(before_and_after(name, title, "SARM score", before_b, after_b, place))
+    return pictures
+
+
+def _number(response: Mapping[str, Any] | None, field: str) -> float:
+    value = response[field] if response else None
+    return float(value) if isinstance(value, (int, float)) else float("nan")

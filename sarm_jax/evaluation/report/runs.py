@@ -1,0 +1,200 @@
+"""A run as its working directory tells it: metrics, samples, options; and what is not there.
+
+The share of a penalty that each feature has at a step follows from how often it fired and its α:
+
+    penalty_i(t) = indicator_penalty(t) · α_i f_i(t) / Σ_j α_j f_j(t),   f_i = feat_{i}_above_tau
+
+which is α_i f_i in reward units, whatever the unit of α; where a response's penalties were scaled
+down to reward.penalty_cap, it is their total shared out in proportion. The parts add up to it.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.errors import InputError
+from sarm_jax.feature_lists import parse_values
+from sarm_jax.jsonl import parse_jsonl
+from sarm_jax.metrics_csv import read_metrics
+
+SAMPLE = {"step": int, "prompt": str, "rm_score": float, "penalties": dict, "total_reward": float}
+EDGE = 5  # steps at the start and the end of a run, whose mean is its start and its end
+TRAIN = "python main.py --config=CONFIG --stage=train --workdir="
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """`column_t` maps the columns of metrics.csv to `[T]`, NaN where a step has no value.
+
+    `samples` and `held_out` are the rows of samples.jsonl and evaluations.jsonl. `alphas` and
+    `taus` are those of `features`, None where the options cannot be read any more. `scale` is the
+    mean and deviation of the reference responses' scores. `missing` are sentences on what is not
+    there, each with the command that makes it.
+    """
+
+    name: str
+    folder: Path
+    column_t: Mapping[str, np.ndarray]
+    samples: Sequence[Mapping[str, Any]]
+    held_out: Sequence[Mapping[str, Any]]
+    options: Mapping[str, Any]
+    features: tuple[int, ...]
+    alphas: tuple[float, ...] | None
+    taus: tuple[float, ...] | None
+    scale: tuple[float, float] | None
+    missing: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Finished steps."""
+        return len(self.column_t.get("step", ()))
+
+    def column(self, name: str) -> np.ndarray:
+        """A column `[T]`; NaN throughout where metrics.csv does not have it."""
+        return self.column_t.get(name, np.full(self.steps, np.nan))
+
+    def has(self, name: str) -> bool:
+        """Whether any step has a value of `name`."""
+        return bool(np.isfinite(self.column(name)).any())
+
+    def ends(self, name: str) -> tuple[float, float]:
+        """The mean of a column over the first and over the last five steps; NaN: no values."""
+        return ends(self.column(name))
+
+    def penalties(self) -> dict[int, np.ndarray] | None:
+        """Feature → its part of the indicator penalty `[T]`; None where α is not known."""
+        if self.alphas is None or not self.features:
+            return None if self.features else {}
+        fired_nt = np.array([self.column(f"feat_{i}_above_tau") for i in self.features])
+        weight_nt = np.array(self.alphas)[:, None] * fired_nt
+        total_t = weight_nt.sum(axis=0)
+        share_nt = np.divide(weight_nt, total_t, out=np.zeros_like(weight_nt), where=total_t != 0)
+        return dict(zip(self.features, share_nt * self.column("indicator_penalty"), strict=True))
+
+
+def ends(values_t: np.ndarray) -> tuple[float, float]:
+    """The means over the first and the last five steps, of those with a value; NaN: none."""
+    return _mean(values_t[:EDGE]), _mean(values_t[-EDGE:])
+
+
+def parse_runs(text: str, workdir: Path) -> dict[str, Path]:
+    """Comma-separated directories, each DIR or NAME=DIR → name → directory; empty: `workdir`."""
+    runs: dict[str, Path] = {}
+    for part in text.split(",") if text.strip() else [str(workdir)]:
+        name, equals, path = part.strip().rpartition("=")
+        folder = Path(path)
+        name = name.strip() if equals else folder.resolve().name
+        if not path or not name:
+            raise InputError(f"report.runs: found {part.strip()!r}, expected DIR or NAME=DIR")
+        if name in runs:
+            raise InputError(f"report.runs: two runs are called {name!r}: give them as NAME=DIR")
+        runs[name] = folder
+    return runs
+
+
+def read_run(name: str, folder: Path) -> Run:
+    """What lies in `folder`. Raises InputError for a directory without a run, and bad files."""
+    if not folder.is_dir():
+        raise InputError(f"report.runs: {folder} is not a directory")
+    if not any((folder / part).exists() for part in ("metrics.csv", "samples.jsonl", "eval")):
+        raise InputError(
+            f"report.runs: {folder} holds no run (no metrics.csv, samples.jsonl or eval/); "
+            f"{TRAIN}{folder} makes one"
+        )
+    missing: list[str] = []
+
+    def lacks(found: bool, what: str) -> None:
+        if not found:
+            missing.append(f"{folder} has {what}; {TRAIN}{folder} makes it.")
+
+    path = folder / "metrics.csv"
+    rows = read_metrics(path) if path.exists() else []
+    lacks(path.exists(), "no metrics.csv")
+    lacks(bool(rows) or not path.exists(), "a metrics.csv without a finished step")
+    samples = _rows(folder / "samples.jsonl", SAMPLE | {"kl_penalty": float}, lacks)
+    held_out = []
+    if (folder / "evaluations.jsonl").exists():
+        fields = SAMPLE | {"ref_kl": float, "ended": bool}
+        held_out = _rows(folder / "evaluations.jsonl", fields, lacks)
+    summary = read_object(folder / "summary.json")
+    if summary is None:
+        lacks(False, "no summary.json: the run did not finish")
+    options = read_object(folder / "config.json") or {}
+    features = _features(rows[0]) if rows else ()
+    reward = options.get("reward", {})
+    return Run(
+        name=name,
+        folder=folder,
+        column_t={c: np.array([row[c] for row in rows]) for c in (rows[0] if rows else ())},
+        samples=samples,
+        held_out=held_out,
+        options=options,
+        features=features,
+        alphas=_option(reward, "alpha_values", features),
+        taus=_option(reward, "tau_values", features),
+        scale=_scale(summary or {}),
+        missing=tuple(missing),
+    )
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _rows(path: Path, fields: Mapping[str, type], lacks: Callable[[bool, str], None]) -> list[dict]:
+    """The rows of a file that a run appends to, without half a line that an interruption left."""
+    if not path.exists():
+        lacks(False, f"no {path.name}")
+        return []
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    lacks(bool(whole), f"an empty {path.name}")
+    rows = parse_jsonl(whole, fields, str(path)) if whole else []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("response"), str):  # unlike a prompt, it may be empty
+            raise InputError(f"{path}:{number}: field 'response' must be str")
+        if not all(isinstance(value, (int, float)) for value in row["penalties"].values()):
+            raise InputError(f"{path}:{number}: field 'penalties' must map features to numbers")
+    return rows
+
+
+def _features(names: Mapping[str, float]) -> tuple[int, ...]:
+    found = (re.fullmatch(r"feat_(\d+)_above_tau", name) for name in names)
+    return tuple(int(match[1]) for match in found if match)
+
+
+def _option(
+    reward: Mapping[str, Any], name: str, features: Sequence[int]
+) -> tuple[float, ...] | None:
+    """A list of values that belong to the features; None where it cannot be read."""
+    try:
+        values = parse_values(f"reward.{name}", str(reward.get(name, "")))
+    except InputError:  # a file that the options name has been moved
+        return None
+    return values if len(values) == len(features) else None
+
+
+def _scale(summary: Mapping[str, Any]) -> tuple[float, float] | None:
+    mean, deviation = (summary.get(f"score_{what}_at_start") for what in ("mean", "std"))
+    if isinstance(mean, (int, float)) and isinstance(deviation, (int, float)) and deviation > 0:
+        return float(mean), float(deviation)
+    return None
+
+
+def _mean(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")

@@ -1,0 +1,234 @@
+"""The report's tables. Values may be numbers or {mean, low, high}; keys that are not known by name
+are shown under their own."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.evaluation.report.evaluations import BASE, Evaluation
+from sarm_jax.evaluation.report.numbers import NOTHING, change, estimate, number
+from sarm_jax.evaluation.report.runs import Run
+
+GLANCE = {
+    "total_reward": "R_total",
+    "rm_score": "R_SARM",
+    "indicator_penalty": "penalties",
+    "kl_penalty": "latent KL, β · D",
+    "ref_kl": "KL to the reference, nats",
+    "response_length_mean": "length, tokens",
+    "eos_fraction": "share that ended",
+    "entropy": "entropy, nats per token",
+    "disc_acc": "discriminator accuracy",
+}
+OPTIONS = (
+    "ppo.total_steps ppo.batch_size ppo.learning_rate ppo.kl_coef ppo.seed reward.unit "
+    "reward.penalize_features reward.tau_values reward.alpha_values reward.clamp_features "
+    "reward.beta reward.latent_indices reward.penalty_cap"
+).split()
+VARIANTS = {
+    "plain": "without controls",
+    "without_controls": "without controls",
+    "controlled": "with controls",
+    "with_controls": "with controls",
+    "penalised": "with penalties",
+}
+STYLES = ("concise", "detailed, plain", "detailed, markdown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """`rows` of texts; the first of each is its name, columns from `numeric` on are numbers."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numeric: int = 1
+
+
+def glance(runs: Sequence[Run]) -> Table:
+    """The start and the end of every run."""
+    rows = [["steps", *(number(run.steps) for run in runs)]]
+    for name, title in GLANCE.items():
+        if any(run.has(name) for run in runs):
+            cells = (change(run.ends(name)) if run.has(name) else NOTHING for run in runs)
+            rows.append([title, *cells])
+    seconds = [_seconds(run) for run in runs]
+    rows.append(["minutes", *(number(s / 60) for s in seconds)])
+    caption = "Means over the first and over the last five steps"
+    return Table(caption, ["", *(run.name for run in runs)], rows)
+
+
+def options(runs: Sequence[Run]) -> Table | None:
+    """What the runs differ in; of a single run, its reward."""
+    flat = [_flatten(run.options) for run in runs]
+    names = list(dict.fromkeys(name for found in flat for name in found))
+    if len(runs) > 1:
+        names = [n for n in names if len({repr(found.get(n, "")) for found in flat}) > 1]
+    else:
+        names = [n for n in OPTIONS if flat[0].get(n, "") != ""]
+    if not names:
+        return None
+    rows = [[n, *(str(found.get(n, NOTHING)) or NOTHING for found in flat)] for n in names]
+    caption = "Options in which the runs differ" if len(runs) > 1 else "Options"
+    return Table(caption, ["option", *(run.name for run in runs)], rows, numeric=len(runs) + 1)
+
+
+def features(run: Run) -> Table | None:
+    """Every penalised feature of a run, from the start to the end."""
+    if not run.features:
+        return None
+
+    def known(values: Sequence[float] | None, place: int) -> str:
+        return number(values[place]) if values else NOTHING
+
+    rows = [
+        [
+            str(i),
+            known(run.taus, place),
+            known(run.alphas, place),
+            change(run.ends(f"feat_{i}_above_tau")),
+            change(run.ends(f"feat_{i}_activation")),
+        ]
+        for place, i in enumerate(run.features)
+    ]
+    header = ["feature", "τ", f"α, in {_unit(run)}", "share above τ", "mean z"]
+    return Table(f"{run.name}: penalised features", header, rows)
+
+
+def policy(evaluation: Evaluation) -> list[Table]:
+    """policy.json: every policy's means, and the paired differences from the base."""
+    content = evaluation.parts.get("policy", {})
+    titles = {
+        "runs": "Held-out prompts: means with 95 % intervals",
+        "paired": f"The same, minus {BASE}, paired by prompt",
+    }
+    found = [(titles[part], _table_of(content.get(part), titles[part])) for part in titles]
+    return [table for _, table in found if table]
+
+
+def rm_bench(evaluation: Evaluation) -> list[Table]:
+    """The levels of every variant, the change under controls, domains and 3 × 3 matrices."""
+    content = evaluation.parts.get("rm_bench", {})
+    variants = {name: _overall(part) for name, part in _variants(content).items()}
+    tables = [_table_of(variants, "RM-Bench: accuracy", rows_are_names=True)]
+    changes = {name: _overall(part) for name, part in _dicts(content.get("change")).items()}
+    tables.append(_table_of(changes, "RM-Bench: change under controls", rows_are_names=True))
+    for name, part in _variants(content).items():
+        title = VARIANTS.get(name, name)
+        domains = _dicts(part.get("domains"))
+        if len(domains) > 1:
+            tables.append(_table_of(domains, f"RM-Bench by domain, {title}", rows_are_names=True))
+        matrix = _overall(part).get("matrix")
+        if isinstance(matrix, list) and _is_square(matrix):
+            styles = list(content.get("styles") or STYLES)[: len(matrix)]
+            rows = [[s, *map(number, line)] for s, line in zip(styles, matrix, strict=True)]
+            caption = f"RM-Bench, {title}: style of the right answer (rows) against the wrong one"
+            tables.append(Table(caption, ["right \\ wrong", *styles], rows))
+    return [table for table in tables if table]
+
+
+def rewardbench2(evaluation: Evaluation) -> list[Table]:
+    """Subsets by variant, and the change under controls."""
+    content = evaluation.parts.get("rewardbench2", {})
+    tables = []
+    for found, caption in (
+        (_variants(content), "RewardBench 2: score"),
+        (_dicts(content.get("change")), "RewardBench 2: change under controls"),
+    ):
+        columns = {}
+        for name, part in found.items():
+            subsets = {
+                subset: value.get("score", value) if isinstance(value, Mapping) else value
+                for subset, value in _mapping(part.get("subsets")).items()
+            }
+            whole = part.get("score", part.get("average"))
+            columns[name] = subsets | ({"all subsets": whole} if whole is not None else {})
+        tables.append(_table_of(columns, caption))
+    return [table for table in tables if table]
+
+
+def steering(evaluation: Evaluation) -> list[Table]:
+    """Sets of responses before and after."""
+    content = evaluation.parts.get("steering", {})
+    names = ("responses", "before", "after", "change", "absolute_change", "unchanged")
+    sets = {
+        kind: {name: found[name] for name in names if name in found}
+        for kind, found in _dicts(content.get("sets")).items()
+    }
+    tables = [_table_of(sets, "Steering: score before and after", rows_are_names=True)]
+    specificity = content.get("specificity")
+    if isinstance(specificity, Mapping) and specificity.get("mean") is not None:
+        targets = ", ".join(map(str, specificity.get("targets", ()))) or "the targets"
+        caption = f"Steering: share of the change that falls on {targets} (0.5: as much elsewhere)"
+        tables.append(Table(caption, ["", "specificity"], [["", estimate(specificity)]]))
+    return [table for table in tables if table]
+
+
+def _table_of(
+    columns: Mapping[str, Any] | None, caption: str, rows_are_names: bool = False
+) -> Table | None:
+    """Name → measure → value as a table: names are columns, or rows."""
+    flat = {VARIANTS.get(n, n): _flatten(found) for n, found in _dicts(columns).items()}
+    measures = list(dict.fromkeys(m for found in flat.values() for m in found))
+    measures = [m for m in measures if m not in ("matrix", "domains", "scores")]
+    if not measures:
+        return None
+    titles = [measure.replace("_", " ") for measure in measures]
+    if rows_are_names:
+        rows = [[n, *(estimate(found.get(m)) for m in measures)] for n, found in flat.items()]
+        return Table(caption, ["", *titles], rows)
+    rows = [
+        [title, *(estimate(found.get(m)) for found in flat.values())]
+        for m, title in zip(measures, titles, strict=True)
+    ]
+    return Table(caption, ["", *flat], rows)
+
+
+def _flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """ "a.b" → value; {mean, …} is a value, lists and what is in a list are left as they are."""
+    flat: dict[str, Any] = {}
+    for name, value in found.items():
+        if isinstance(value, Mapping) and "mean" not in value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _variants(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Without controls, with them, and so on: under "variants", or at the top."""
+    parts = _dicts(content.get("variants", content))
+    return {
+        name: part
+        for name, part in parts.items()
+        if {"overall", "matrix", "subsets", "average"} & set(part)
+    }
+
+
+def _overall(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    whole = part.get("overall", part)
+    return {name: value for name, value in whole.items() if name != "domains"}
+
+
+def _dicts(found: Any) -> dict[str, Mapping[str, Any]]:
+    return {str(n): value for n, value in _mapping(found).items() if isinstance(value, Mapping)}
+
+
+def _mapping(found: Any) -> Mapping[str, Any]:
+    return found if isinstance(found, Mapping) else {}
+
+
+def _is_square(matrix: Sequence[Any]) -> bool:
+    return all(isinstance(row, list) and len(row) == len(matrix) for row in matrix)
+
+
+def _seconds(run: Run) -> float:
+    parts = [run.column(f"time_{part}") for part in ("rollout", "score", "update")]
+    return float(np.nansum(parts)) if run.steps else float("nan")
+
+
+def _unit(run: Run) -> str:
+    unit = run.options.get("reward", {}).get("unit", "score")
+    return "sd of the score" if unit == "sd" else "reward-model units"
