@@ -17,7 +17,7 @@ from sarm_jax.evaluation.report.pictures import (
 )
 from sarm_jax.evaluation.report.runs import Run, ends
 
-MOST = 5  # features drawn by themselves; the others together, or not at all
+MOST = 5  # penalties drawn by themselves; where there are more, the least are drawn together
 LOG_2 = float(np.log(2))
 STEP = "PPO step"
 
@@ -60,10 +60,12 @@ def _terms(run: Run) -> dict[str, np.ndarray]:
         found["− penalties"] = -run.column("indicator_penalty")
     elif parts:
         most = sorted(parts, key=lambda i: -np.nansum(parts[i]))
-        for feature in sorted(most[:MOST], key=list(parts).index):
+        alone = most if len(most) <= MOST else most[: MOST - 1]
+        for feature in sorted(alone, key=list(parts).index):
             found[f"− penalty {feature}"] = -parts[feature]
-        if most[MOST:]:
-            found["− other penalties"] = -np.sum([parts[i] for i in most[MOST:]], axis=0)
+        if len(alone) < len(most):
+            rest = [parts[i] for i in most[len(alone) :]]
+            found["− other penalties"] = -np.sum(rest, axis=0)
     if np.any(run.column("kl_penalty")):
         found["− β · D"] = -run.column("kl_penalty")
     return found
@@ -81,8 +83,8 @@ def goodhart(runs: Sequence[Run]) -> Picture | None:
         return (run.column(name) - mean) / deviation
 
     def draw(axes: Axes) -> None:
-        for place, run in enumerate(shown):
-            kl_t, colour = run.column("ref_kl"), COLOURS[place % len(COLOURS)]
+        for run in shown:
+            kl_t, colour = run.column("ref_kl"), look(run.place)["color"]
             score_t, total_t = reward(run, "rm_score"), reward(run, "total_reward")
             axes.plot(kl_t, score_t, "o", color=colour, alpha=0.25, markersize=5)
             axes.plot(smooth(kl_t), smooth(score_t), color=colour, label=label(run.name))
@@ -122,8 +124,8 @@ def over_steps(
         return None
 
     def draw(axes: Axes) -> None:
-        for place, run in enumerate(shown):
-            step_t, value_t, style = run.column("step"), run.column(name), look(place)
+        for run in shown:
+            step_t, value_t, style = run.column("step"), run.column(name), look(run.place)
             axes.plot(step_t, value_t, label=label(run.name), **style)
             if spread:
                 low_t, high_t = value_t - run.column(spread), value_t + run.column(spread)

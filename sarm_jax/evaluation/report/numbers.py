@@ -10,6 +10,8 @@ def number(value: Any, digits: int = 3) -> str:
     """ "1.23", "−0.045", "1,234"; an en dash for what is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return NOTHING
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
     if value == 0:
         return "0"
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))

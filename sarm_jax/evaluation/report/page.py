@@ -60,7 +60,7 @@ class Section:
 def write_report(config: ReportConfig, workdir: Path) -> Path:
     """Reads everything, then writes the figures and, last, the page, whose path it returns."""
     named = parse_runs(config.runs, workdir)
-    runs = [read_run(name, folder) for name, folder in named.items()]
+    runs = [read_run(*item, place) for place, item in enumerate(named.items())]
     evaluations = find_evaluations(named, workdir)
     pairs = pairs_of(runs, evaluations)
     sections = [
@@ -97,11 +97,16 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
     """What metrics.csv and config.json tell."""
     missing = [note for run in runs for note in run.missing]
     recorded = [run for run in runs if run.steps]
-    unknown = [
-        f"{run.name}: the options that say α cannot be read any more, so the penalties are shown "
-        "together."
+    no_alpha = [
+        f"{run.name}: what reward.alpha_values names cannot be read any more, so the penalties are "
+        "shown together."
         for run in recorded
         if run.features and run.alphas is None
+    ]
+    no_tau = [
+        f"{run.name}: what reward.tau_values names cannot be read any more, so τ is not shown."
+        for run in recorded
+        if run.features and run.taus is None
     ]
     controlled = [run for run in recorded if run.has("disc_acc")]
     return [
@@ -117,7 +122,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
             "What the reward is made of",
             "R_total = R_SARM − penalties − β · D, means over the responses of a step.",
             curves.reward_terms(recorded),
-            notes=unknown,
+            notes=no_alpha,
         ),
         Section(
             "goodhart",
@@ -132,7 +137,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
             "A penalty works when its feature stops firing.",
             [figure for run in recorded for figure in curves.features(run)],
             [tables.features(run) for run in recorded],
-            [] if any(run.features for run in recorded) else ["No run penalises a feature."],
+            no_tau if any(run.features for run in recorded) else ["No run penalises a feature."],
         ),
         Section(
             "length",
@@ -142,12 +147,12 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
                 curves.over_steps(
                     recorded,
                     "response_length_mean",
-                    "response length, mean and one sd",
+                    "Response length, mean and one sd",
                     "tokens",
                     spread="response_length_std",
                 ),
                 curves.over_steps(
-                    recorded, "eos_fraction", "responses that ended by themselves", "share"
+                    recorded, "eos_fraction", "Responses that ended by themselves", "share"
                 ),
             ],
         ),
@@ -158,12 +163,14 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
             "it cannot; its mean logit estimates the latent KL.",
             [
                 curves.over_steps(
-                    controlled, "disc_acc", "discriminator accuracy", "share", (0.5, "chance")
+                    controlled, "disc_acc", "Discriminator accuracy", "share", (0.5, "chance")
                 ),
                 curves.over_steps(
-                    controlled, "disc_loss", "discriminator loss", "nats", (LOG_2, "log 2")
+                    controlled, "disc_loss", "Discriminator loss", "nats", (LOG_2, "log 2")
                 ),
-                curves.over_steps(controlled, "kl_penalty", "latent KL, β · D", "reward units"),
+                curves.over_steps(
+                    controlled, "kl_penalty", "Latent KL, β · D", "reward-model units"
+                ),
             ],
             notes=[] if controlled else ["No run has a latent KL (reward.beta is 0)."],
         ),
@@ -175,20 +182,22 @@ def response_sections(
 ) -> list[Section]:
     """What the policies write, and how they compare."""
     compared = any(pair.before for pair in pairs)
+    names = dict.fromkeys([*(run.name for run in runs), *(pair.run for pair in pairs)])
+    places = {name: place for place, name in enumerate(names)}
     nothing = f"No responses before and after: {EVALUATE}{workdir} makes eval/responses.jsonl."
     return [
         Section(
             "distributions",
             "Before and after",
             "The same prompts, before and after training.",
-            responses.distributions(pairs),
+            responses.distributions(pairs, places),
             notes=[] if compared else [nothing],
         ),
         Section(
             "latents",
             "Where the latents lie",
             "Human, base and trained responses by their pooled latents.",
-            [responses.latent_map(found) for found in evaluations],
+            [responses.latent_map(found, places) for found in evaluations],
             notes=_lacking(evaluations, "latent_map", workdir),
         ),
         Section(

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 
 from sarm_jax.plotting import png, theme
 
-# Told apart by colour-blind readers (Okabe and Ito), and by their dashes without any colour.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
+# Told apart by colour-blind readers (after Okabe and Ito), and by their dashes without any colour.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#8A63D2")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKS = "os^Dv*X"
 LETTERS: dict[Any, Any] = {
@@ -81,11 +81,13 @@ def smooth(values_t: np.ndarray, width: int = 5) -> np.ndarray:
 
 
 def outline(
-    axes: Axes, groups: Sequence[tuple[str, np.ndarray, dict[str, Any]]], bins: int = 24
+    axes: Axes,
+    groups: Sequence[tuple[str, np.ndarray, dict[str, Any]]],
+    span: tuple[float, float],
+    bins: int = 24,
 ) -> None:
     """Histograms of (label, values, look) over the same bins, as shares of their group."""
-    every = np.concatenate([values for _, values, _ in groups])
-    low, high = every.min(), every.max()
+    low, high = span
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     for name, values, style in groups:
         share, _ = np.histogram(values, edges)

@@ -21,55 +21,73 @@ from sarm_jax.evaluation.report.pictures import (
 from sarm_jax.evaluation.report.samples import Pair
 
 
-def distributions(pairs: Sequence[Pair]) -> list[Picture]:
-    """Scores, and lengths where they are known, before and after, for every run."""
-    pictures = []
+def distributions(pairs: Sequence[Pair], places: Mapping[str, int]) -> list[Picture]:
+    """Scores, and lengths where they are known, before and after, for every run.
+
+    `places` says which colour each run has. All runs have the same bins.
+    """
     compared = [pair for pair in pairs if pair.before is not None]
-    for place, run in enumerate(dict.fromkeys(pair.run for pair in compared)):
-        own = [pair for pair in compared if pair.run == run]
-        for field, title in (("score", "SARM score"), ("length", "response length, tokens")):
-            pairs_n2 = np.array([[_number(p.before, field), _number(p.after, field)] for p in own])
-            before_n, after_n = pairs_n2[np.isfinite(pairs_n2).all(axis=1)].T
-            if len(before_n):
-                name = f"{field}s_{run}"
-                pictures.append(before_and_after(name, run, title, before_n, after_n, place))
+    pictures = []
+    for field, title in (("score", "SARM score"), ("length", "response length, tokens")):
+        sides = {}
+        for run in dict.fromkeys(pair.run for pair in compared):
+            own = [pair for pair in compared if pair.run == run]
+            found_n2 = np.array([[_number(p.before, field), _number(p.after, field)] for p in own])
+            found_n2 = found_n2[np.isfinite(found_n2).all(axis=1)]
+            if len(found_n2):
+                sides[run] = found_n2
+        every = np.concatenate([*sides.values(), np.empty((0, 2))])
+        for run, found_n2 in sides.items():
+            name, span = f"{field}s_{run}", (every.min(), every.max())
+            pictures.append(before_and_after(name, run, title, found_n2.T, places[run], span))
     return pictures
 
 
 def before_and_after(
-    name: str, of: str, title: str, before_b: np.ndarray, after_b: np.ndarray, place: int
+    name: str,
+    of: str,
+    title: str,
+    sides: np.ndarray,
+    place: int,
+    span: tuple[float, float] | None = None,
 ) -> Picture:
-    """Two histograms; vertical lines are the means."""
+    """Histograms of `sides` `[2, N]`, before and after, over `span`; lines are the means."""
+    before_n, after_n = sides
 
     def draw(axes: Axes) -> None:
         grey = {"color": "#888888", "linestyle": "--"}
         style = {"color": COLOURS[place % len(COLOURS)], "linestyle": "-"}
-        outline(axes, [("before", before_b, grey), ("after", after_b, style)])
+        groups = [("before", before_n, grey), ("after", after_n, style)]
+        outline(axes, groups, span or (sides.min(), sides.max()))
         axes.set(xlabel=title)
         legend(axes, 2)
 
     moments = ", ".join(
         f"{side} mean {number(float(v.mean()))}, sd {number(float(v.std()))}"
-        for side, v in (("before", before_b), ("after", after_b))
+        for side, v in (("before", before_n), ("after", after_n))
     )
-    caption = f"{of}: {title}, {len(before_b)} responses before and after; lines are means"
+    caption = f"{of}: {title}, {len(before_n)} responses before and after; lines are means"
     return picture(name, caption, f"{of}, distribution of the {title}: {moments}", draw)
 
 
-def latent_map(evaluation: Evaluation) -> Picture | None:
-    """The two main components of the pooled latents: human, base and trained responses."""
+def latent_map(evaluation: Evaluation, places: Mapping[str, int]) -> Picture | None:
+    """The two main components of the pooled latents: human, base and trained responses.
+
+    `places` says which colour each policy has.
+    """
     content = evaluation.parts.get("latent_map")
     if not (content and content["points"]):
         return None
     points = content["points"]
     sources = list(dict.fromkeys(point["source"] for point in points))
-    first = [name for name in ("human", BASE) if name in sources]
+    colours = {"human": "#888888", BASE: COLOURS[-1]}
+    first = [name for name in colours if name in sources]
     sources = first + [name for name in sources if name not in first]
     xy = {s: np.array([[p["x"], p["y"]] for p in points if p["source"] == s]) for s in sources}
 
     def draw(axes: Axes) -> None:
         for place, (source, xy_n2) in enumerate(xy.items()):
-            colour = "#888888" if source == "human" else look(place)["color"]
+            colour = colours.get(source) or look(places.get(source, place))["color"]
             mark = MARKS[place % len(MARKS)]
             axes.plot(*xy_n2.T, mark, color=colour, alpha=0.5, markersize=7, label=label(source))
             middle = xy_n2.mean(axis=0)
@@ -98,11 +116,11 @@ def steering_pictures(evaluation: Evaluation) -> list[Picture]:
     pictures = []
     for place, (kind, found) in enumerate(sets.items()):
         scores = found.get("scores") or {}
-        before_b, after_b = (np.array(scores.get(s, ()), float) for s in ("before", "after"))
-        same = 0 < len(before_b) == len(after_b)
-        if same and np.isfinite([before_b, after_b]).all():
+        before, after = (scores.get(side) or () for side in ("before", "after"))
+        if 0 < len(before) == len(after) and np.isfinite([before, after]).all():
             name, title = f"steering_{evaluation.name}_{kind}", f"steering, {kind}"
-            pictures.append(before_and_after(name, title, "SARM score", before_b, after_b, place))
+            both = np.array([before, after], float)
+            pictures.append(before_and_after(name, title, "SARM score", both, place))
     return pictures
 
 

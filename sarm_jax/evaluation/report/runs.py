@@ -29,15 +29,17 @@ TRAIN = "python main.py --config=CONFIG --stage=train --workdir="
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`column_t` maps the columns of metrics.csv to `[T]`, NaN where a step has no value.
+    """`place` is its number in the report, by which figures colour it.
 
-    `samples` and `held_out` are the rows of samples.jsonl and evaluations.jsonl. `alphas` and
-    `taus` are those of `features`, None where the options cannot be read any more. `scale` is the
-    mean and deviation of the reference responses' scores. `missing` are sentences on what is not
-    there, each with the command that makes it.
+    `column_t` maps the columns of metrics.csv to `[T]`, NaN where a step has no value. `samples`
+    and `held_out` are the rows of samples.jsonl and evaluations.jsonl. `alphas` and `taus` are
+    those of `features`, None where the options cannot be read any more. `scale` is the mean and
+    deviation of the reference responses' scores. `missing` are sentences on what is not there,
+    each with the command that makes it.
     """
 
     name: str
+    place: int
     folder: Path
     column_t: Mapping[str, np.ndarray]
     samples: Sequence[Mapping[str, Any]]
@@ -97,7 +99,7 @@ def parse_runs(text: str, workdir: Path) -> dict[str, Path]:
     return runs
 
 
-def read_run(name: str, folder: Path) -> Run:
+def read_run(name: str, folder: Path, place: int = 0) -> Run:
     """What lies in `folder`. Raises InputError for a directory without a run, and bad files."""
     if not folder.is_dir():
         raise InputError(f"report.runs: {folder} is not a directory")
@@ -129,14 +131,15 @@ def read_run(name: str, folder: Path) -> Run:
     reward = options.get("reward", {})
     return Run(
         name=name,
+        place=place,
         folder=folder,
         column_t={c: np.array([row[c] for row in rows]) for c in (rows[0] if rows else ())},
         samples=samples,
         held_out=held_out,
         options=options,
         features=features,
-        alphas=_option(reward, "alpha_values", features),
-        taus=_option(reward, "tau_values", features),
+        alphas=_option(reward, "alpha_values", features, folder),
+        taus=_option(reward, "tau_values", features, folder),
         scale=_scale(summary or {}),
         missing=tuple(missing),
     )
@@ -178,11 +181,21 @@ def _features(names: Mapping[str, float]) -> tuple[int, ...]:
 
 
 def _option(
-    reward: Mapping[str, Any], name: str, features: Sequence[int]
+    reward: Mapping[str, Any], name: str, features: Sequence[int], folder: Path
 ) -> tuple[float, ...] | None:
-    """A list of values that belong to the features; None where it cannot be read."""
+    """A list of values that belong to the features; None where it cannot be read.
+
+    A relative path is from where the run was started, which is looked for above its directory.
+    """
+
+    def find(match: re.Match) -> str:
+        starts = (Path(), *folder.resolve().parents)
+        found = (start / match[1] for start in starts if (start / match[1]).is_file())
+        return f"@{next(found, match[1])}:"
+
     try:
-        values = parse_values(f"reward.{name}", str(reward.get(name, "")))
+        text = re.sub(r"@([^,:]+):", find, str(reward.get(name, "")))
+        values = parse_values(f"reward.{name}", text)
     except InputError:  # a file that the options name has been moved
         return None
     return values if len(values) == len(features) else None

@@ -1,0 +1,141 @@
+"""Made-up runs and evaluations for the tests of the report, with texts that try to break it."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+from ppo.metrics import COLUMNS
+
+FEATURES, ALPHAS, TAUS, SIGMA = (7, 3), (0.5, 1.0), (0.2, 0.4), 2.0
+HOSTILE = (
+    "</script><script>document.title='broken'</script>",
+    "<img src=x onerror=\"document.title='broken'\"> & \"quotes\" 'single'",
+    "<!-- <script> --> ]]> {{ 7 * 7 }} ${7*7} \\u003c \\",
+    "line\u2028separator\u2029and \u202egnirts desrever\u202c and \ufeff",
+    "emoji 😊, Ελληνικά, עברית, \ud83d alone, and a\nsecond line",
+)
+NAMES = ("penalty", "plain <b>&\"'")
+
+
+def write_run(folder: Path, steps: int = 12, controls: bool = True, seed: int = 0) -> Path:
+    """A run of `steps` steps as the stage train leaves it, with two penalised features."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, samples, held_out = [], [], []
+    for step in range(steps):
+        fired = np.round(rng.uniform(0, 0.5, 2) * 16) / 16
+        penalty = SIGMA * float(fired @ ALPHAS) if controls else 0.0
+        row = {name: rng.normal() for name in COLUMNS}
+        row |= {"step": step, "rm_score": -1 + 0.3 * step, "indicator_penalty": penalty}
+        row |= {"kl_penalty": 0.05 * step if controls else 0.0, "ref_kl": step * 1.5}
+        row |= {"eos_fraction": 0.9, "response_length_mean": 20 + step, "response_length_std": 3}
+        row["total_reward"] = row["rm_score"] - penalty - row["kl_penalty"]
+        if not controls:
+            row |= {"disc_loss": "", "disc_acc": ""}
+        for feature, share in zip(FEATURES if controls else (), fired, strict=False):
+            row |= {f"feat_{feature}_activation": share / 3, f"feat_{feature}_above_tau": share}
+        rows.append(row)
+        samples.append(_sample(step, HOSTILE[step % len(HOSTILE)], controls))
+    for step in (0, steps):
+        for number, text in enumerate(HOSTILE):
+            sample = _sample(step, text, controls and number % 2 == 0)
+            held_out.append(sample | {"ref_kl": 0.1, "ended": number != 1})
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    write_lines(folder / "samples.jsonl", samples)
+    write_lines(folder / "evaluations.jsonl", held_out)
+    reward = {"alpha_values": "0.5,1.0", "tau_values": "0.2,0.4", "unit": "sd", "beta": 0.1}
+    options = {"ppo": {"total_steps": steps, "seed": seed}, "reward": reward if controls else {}}
+    (folder / "config.json").write_text(json.dumps(options))
+    scale = {"score_mean_at_start": -1.0, "score_std_at_start": SIGMA}
+    (folder / "summary.json").write_text(json.dumps({"steps": steps} | scale))
+    return folder
+
+
+def write_evaluation(folder: Path, prompts: int = 30) -> Path:
+    """What the stage evaluate leaves, for the base policy and two others."""
+    rng = np.random.default_rng(1)
+    place = folder / "eval"
+    place.mkdir(parents=True, exist_ok=True)
+    write_lines(place / "responses.jsonl", [_evaluated(rng, n) for n in range(prompts)])
+    points = [
+        {"source": source, "x": rng.normal() + n, "y": rng.normal(), "prompt": "", "response": ""}
+        for n, source in enumerate(("human", "base", *NAMES))
+        for _ in range(25)
+    ]
+    measures = {"score": interval(1.5), "length": interval(20), "firing": {"7": interval(0.1)}}
+    level = {name: interval(0.7) for name in ("easy", "normal", "hard", "average")}
+    part = {"rows": 129, "matrix": [[0.5, 0.4, 0.3], [0.6, 0.5, 0.4], [0.7, 0.6, 0.5]]} | level
+    domains = {"chat": part, "code": part}
+    bench = {"domains": domains, "overall": part}
+    subsets = {"Factuality": {"rows": 9, "score": interval(0.6)}, "Ties": {"score": interval(0.4)}}
+    whole = {"subsets": subsets, "score": interval(0.5)}
+    scores = {"before": rng.normal(size=40).tolist(), "after": rng.normal(1, 1, 40).tolist()}
+    kept = {"responses": 40, "before": interval(0), "after": interval(1), "change": interval(1)}
+    files = {
+        "latent_map": {"explained": [0.41, 0.17], "points": points},
+        "policy": {
+            "runs": dict.fromkeys(("base", *NAMES), measures),
+            "paired": dict.fromkeys(NAMES, measures),
+            "further": 1,
+        },
+        "rm_bench": {
+            "styles": ["concise", "detailed", "markdown"],
+            "variants": {"plain": bench, "controlled": bench},
+            "change": {"controlled": {"overall": level}},
+        },
+        "rewardbench2": {"variants": {"plain": whole, "controlled": whole}, "change": {}},
+        "steering": {
+            "sets": {"chosen": kept | {"scores": scores}, "rejected": kept | {"scores": scores}},
+            "specificity": interval(0.8) | {"targets": ["rejected"]},
+        },
+    }
+    for name, content in files.items():
+        (place / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def interval(mean: float) -> dict[str, float]:
+    """A mean with an interval."""
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """JSON Lines as the runs write them: what is not ASCII stands for itself where it can."""
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    lines = [line.replace("\ud83d", "\\ud83d") for line in lines]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _sample(step: int, text: str, fires: bool) -> dict:
+    penalties = {str(i): SIGMA * a * fires for i, a in zip(FEATURES, ALPHAS, strict=True)}
+    row = {"step": step, "prompt": f"prompt {text}", "response": f"after {step}: {text}"}
+    row |= {"rm_score": 0.5 * step - 1, "penalties": penalties, "kl_penalty": 0.0}
+    return row | {"total_reward": row["rm_score"] - sum(penalties.values())}
+
+
+def _evaluated(rng: np.random.Generator, number: int) -> dict:
+    text = HOSTILE[number % len(HOSTILE)]
+    responses = {}
+    for place, name in enumerate(("base", *NAMES)):
+        z, w = rng.uniform(0, 20, 12), rng.normal(0, 5e-3, 12)
+        terms = [[int(i), float(z[i]), float(w[i]), float(z[i] * w[i])] for i in range(12)]
+        terms.sort(key=lambda term: -abs(term[3]))
+        rest = float(rng.normal(0, 1e-2))
+        fires = bool(place == 0 and number % 3 == 0)
+        responses[name] = {
+            "response": f"{name} {number}: {text}",
+            "score": sum(term[3] for term in terms) + rest,
+            "controlled_score": 0.0,
+            "length": 10 * place + number,
+            "ended": number % 4 != 0,
+            "bias": 0.0,
+            "terms": terms,
+            "rest": rest,
+            "penalties": {"7": SIGMA * 0.5 * fires, "3": 0.0},
+        }
+    return {"prompt": f"question {number}: {text}", "responses": responses}
