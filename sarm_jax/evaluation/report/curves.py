@@ -25,14 +25,14 @@ STEP = "PPO step"
 def reward_terms(runs: Sequence[Run]) -> list[Picture]:
     """For every run R_total and what it is made of; all have the same scale."""
     shown = [run for run in runs if run.has("total_reward")]
-    terms = {run.name: _terms(run) for run in shown}
-    every = np.concatenate([v for found in terms.values() for v in found.values()] or [np.zeros(1)])
+    parts = {run.name: terms(run) for run in shown}
+    every = np.concatenate([v for found in parts.values() for v in found.values()] or [np.zeros(1)])
     finite = every[np.isfinite(every)]
     margin = 0.05 * (np.ptp(finite) or 1.0)
     limits = (finite.min() - margin, finite.max() + margin)
 
     def figure(run: Run) -> Picture:
-        found = terms[run.name]
+        found = parts[run.name]
 
         def draw(axes: Axes) -> None:
             for place, (name, values_t) in enumerate(found.items()):
@@ -52,7 +52,7 @@ def reward_terms(runs: Sequence[Run]) -> list[Picture]:
     return [figure(run) for run in shown]
 
 
-def _terms(run: Run) -> dict[str, np.ndarray]:
+def terms(run: Run) -> dict[str, np.ndarray]:
     """Label → values; penalties and the latent KL are negative where they cost something."""
     found = {"R_total": run.column("total_reward"), "R_SARM": run.column("rm_score")}
     parts = run.penalties()

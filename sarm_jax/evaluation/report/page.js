@@ -100,7 +100,7 @@
     card.append(said(make("h3"), row.prompt));
     const difference = change(row);
     const told = [row.run, row.origin];
-    if (difference !== null) told.push("score " + (difference < 0 ? "" : "+") + shown(difference));
+    if (difference !== null) told.push("score change " + (difference < 0 ? "" : "+") + shown(difference));
     card.append(make("p", "note", told.join(" · ")));
     const both = make("div", "sides");
     if (row.before) both.append(half("Before", row.before));

@@ -69,10 +69,11 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
         *benchmark_sections(evaluations, workdir),
     ]
     rows = browser_rows(pairs, config.samples)
-    page = render(runs, _unique(sections), rows, len(pairs))
+    sections = _unique(sections)
+    page = render(runs, sections, rows, len(pairs), workdir)
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
-    for section in _unique(sections):
+    for section in sections:
         for picture in filter(None, section.pictures):
             with replacing(folder / f"{picture.name}.png", "wb") as file:
                 file.write(picture.light)
@@ -238,9 +239,16 @@ def benchmark_sections(evaluations: Sequence[Evaluation], workdir: Path) -> list
 
 
 def render(
-    runs: Sequence[Run], sections: Sequence[Section], rows: Sequence[dict], pairs: int
+    runs: Sequence[Run],
+    sections: Sequence[Section],
+    rows: Sequence[dict],
+    pairs: int,
+    workdir: Path,
 ) -> str:
-    """The page."""
+    """The page; `rows` are shown in its browser, of `pairs` that there are."""
+    plain = list(dict.fromkeys(row["run"] for row in rows if row["after"]["terms"] is None))
+    explain = f"{EVALUATE}{workdir} makes eval/responses.jsonl, which explains them."
+    notes = [f"Nothing explains the scores of {', '.join(plain)} here; {explain}"] if plain else []
     style = (SHARED / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")
     script = (HERE / "page.js").read_text("utf-8")
     return (
@@ -255,6 +263,8 @@ def render(
             policy=content_policy(style, script),
             data=json_in_html({"rows": rows}),
             shown=len(rows),
+            explained=any(row["after"]["terms"] for row in rows),
+            sample_notes=notes,
             pairs=pairs,
         )
     )

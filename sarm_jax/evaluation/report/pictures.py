@@ -8,12 +8,15 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 
 from sarm_jax.plotting import png, theme
 
 # Told apart by colour-blind readers (after Okabe and Ito), and by their dashes without any colour.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#888888", "#8A63D2")
+ON_WHITE = "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #888888 #8A63D2".split()
+ON_BLACK = "#F07A2B #4DA3E0 #2CC79A #E29AC2 #F0B84D #8FD0F5 #A8A8A8 #B79BF0".split()
+COLOURS = tuple(f"C{i}" for i in range(len(ON_WHITE)))  # of whichever it is drawn on
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKS = "os^Dv*X"
 LETTERS: dict[Any, Any] = {
@@ -40,7 +43,8 @@ def picture(name: str, caption: str, alt: str, draw: Callable[[Axes], None]) -> 
     """Has `draw` fill the panel, once on white and once on black."""
 
     def render(dark: bool) -> bytes:
-        with theme(dark), plt.rc_context(LETTERS):
+        colours: dict[Any, Any] = {"axes.prop_cycle": cycler(color=ON_BLACK if dark else ON_WHITE)}
+        with theme(dark), plt.rc_context(LETTERS | colours):
             figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
             draw(axes)
             axes.grid(visible=True)

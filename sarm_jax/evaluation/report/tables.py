@@ -175,7 +175,7 @@ def _table_of(
     measures = [m for m in measures if m not in ("matrix", "domains", "scores")]
     if not measures:
         return None
-    titles = [measure.replace("_", " ") for measure in measures]
+    titles = [measure.replace("_", " ").replace(".", " ") for measure in measures]
     if rows_are_names:
         rows = [[n, *(estimate(found.get(m)) for m in measures)] for n, found in flat.items()]
         return Table(caption, ["", *titles], rows)

@@ -1,0 +1,376 @@
+"""The report: what it reads, what it says where something is missing, and the page's own data."""
+
+import base64
+import hashlib
+import html
+import json
+import math
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+import main
+from sarm_jax.errors import InputError
+from sarm_jax.evaluation.report import curves, tables
+from sarm_jax.evaluation.report.evaluations import Evaluation, read_evaluation
+from sarm_jax.evaluation.report.numbers import change, estimate, number
+from sarm_jax.evaluation.report.page import ReportConfig, write_report
+from sarm_jax.evaluation.report.pictures import file_name, label, smooth
+from sarm_jax.evaluation.report.runs import parse_runs, read_run
+from sarm_jax.evaluation.report.samples import SHOWN_TERMS, browser_rows, pairs_of
+from tests.report_runs import (
+    ALPHAS,
+    FEATURES,
+    HOSTILE,
+    NAMES,
+    SIGMA,
+    write_evaluation,
+    write_lines,
+    write_run,
+)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The directory of a report on two runs, with an evaluation of its own."""
+    root = tmp_path_factory.mktemp("report")
+    write_run(root / "penalty")
+    write_run(root / "free", controls=False, seed=1)
+    workdir = write_evaluation(root / "both")
+    runs = f"{root / 'penalty'},reward model alone={root / 'free'}"
+    assert write_report(ReportConfig(runs, samples=12), workdir) == workdir / "report.html"
+    return workdir
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    """Runs the stage from the command line; returns its exit code."""
+
+    def call(*options: str, workdir=tmp_path / "out") -> int:
+        argv = ["main.py", "--config=configs/base.py", "--stage=report", f"--workdir={workdir}"]
+        argv += [f"--config.report.{option}" for option in options]
+        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+        with flagsaver.flagsaver():
+            return main.main(argv)
+
+    return call
+
+
+class Page(HTMLParser):
+    """The elements of a page with their attributes, and the texts of script and style."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag in ("script", "style")
+        if self._inside:
+            self.texts.append("")
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if self._inside:
+            self.texts[-1] += data
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+def read_page(workdir) -> tuple[str, Page]:
+    text = (workdir / "report.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def page_rows(workdir) -> list[dict]:
+    _, page = read_page(workdir)
+    return json.loads(page.texts[1])["rows"]
+
+
+def notes_of(workdir) -> str:
+    text, _ = read_page(workdir)
+    return html.unescape(" ".join(re.findall(r'<p class="missing">(.*?)</p>', text)))
+
+
+def test_the_page_has_every_part_and_needs_nothing_else(report):
+    text, page = read_page(report)
+    anchors = {a["href"][1:] for a in page.all("a")}
+    ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+    expected = "glance reward goodhart features length discriminator distributions latents policy"
+    assert anchors <= ids and {*expected.split(), "rm_bench", "steering", "samples"} <= anchors
+    assert 'class="missing"' not in text.split('id="samples"')[0].split("</style>")[1]
+    pictures = page.all("img")
+    assert len(pictures) == len(page.all("source")) == len(list((report / "figures").iterdir()))
+    assert all(len(picture["alt"]) > 30 for picture in pictures)
+    for attrs in (attrs for _, attrs in page.elements):
+        for name in ("src", "srcset", "href", "action"):
+            assert attrs.get(name, "#").startswith(("data:", "#"))
+        assert not any(name.startswith("on") or name == "style" for name in attrs)
+
+
+def test_figures_are_files_too(report):
+    _, page = read_page(report)
+    shown = {base64.b64decode(p["src"].split(",")[1]) for p in page.all("img")}
+    files = {path.read_bytes() for path in (report / "figures").glob("*.png")}
+    assert shown == files and all(content.startswith(b"\x89PNG") for content in files)
+    names = {path.stem for path in (report / "figures").iterdir()}
+    assert {"goodhart", "reward_penalty", "reward_reward-model-alone", "disc_loss"} <= names
+    assert {"above_tau_penalty", "activation_penalty", "latent_map_both"} <= names
+
+
+def test_the_policy_allows_this_style_and_this_script_alone(report):
+    _, page = read_page(report)
+    style, _, script = page.texts
+    policy = next(m["content"] for m in page.all("meta") if "http-equiv" in m)
+    for kind, text in (("style", style), ("script", script)):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy
+    assert "http" not in policy and "img-src data:;" in policy
+
+
+def test_hostile_text_goes_in_as_escaped_json(report):
+    text, page = read_page(report)
+    assert len(page.texts) == 3 and text.count("<script") == text.count("</script>") == 2
+    data = text[text.index('id="data">') : text.index("</script>")]
+    assert data.isascii() and not re.search(r"[<>&]", data.removeprefix('id="data">'))
+    prompts = {row["prompt"] for row in page_rows(report)}
+    assert all(any(prompt.endswith(attack) for prompt in prompts) for attack in HOSTILE)
+    assert NAMES[1] not in text and html.escape(NAMES[1], quote=False)[:16] in text
+
+
+def test_the_terms_on_the_page_add_up_to_the_scores(report):
+    sides = [r[s] for r in page_rows(report) for s in ("before", "after") if r[s]]
+    explained = [side for side in sides if side["terms"] is not None]
+    assert len(explained) >= 40
+    for side in explained:
+        assert len(side["terms"]) == SHOWN_TERMS
+        sizes = [abs(term[3]) for term in side["terms"]]
+        assert sizes == sorted(sizes, reverse=True)
+        assert math.fsum([t[3] for t in side["terms"]] + [side["rest"]]) == pytest.approx(
+            side["score"], rel=1e-9, abs=1e-12
+        )
+        for _, z, w, part in side["terms"]:
+            assert z * w == pytest.approx(part, rel=1e-9)
+
+
+def test_samples_are_taken_evenly_and_counted(report, tmp_path):
+    rows = page_rows(report)
+    counts = {name: sum(row["run"] == name for row in rows) for name in {r["run"] for r in rows}}
+    assert counts == {NAMES[0]: 12, NAMES[1]: 12, "reward model alone": 5}
+    first = [int(r["prompt"].split()[1].strip(":")) for r in rows if r["run"] == NAMES[0]]
+    assert first == [round(29 * i / 11) for i in range(12)]
+    text, _ = read_page(report)
+    assert "29 of 65 prompts, evenly taken" in text
+    run = read_run("penalty", write_run(tmp_path / "penalty"))
+    assert len(browser_rows(pairs_of([run], []), 0)) == len(HOSTILE)
+
+
+def test_without_an_evaluation_the_runs_own_responses_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
+    pairs = pairs_of([read_run("run", folder)], [])
+    assert [pair.before["text"].startswith("after 0") for pair in pairs] == [True] * len(HOSTILE)
+    assert pairs[0].after["score"] == 5.0 and pairs[0].after["terms"] is None
+    assert pairs[1].after["ended"] is False and pairs[0].after["penalties"]["3"] == SIGMA
+    (folder / "evaluations.jsonl").unlink()
+    pairs = pairs_of([read_run("run", folder)], [])
+    assert len(pairs) == 12 and pairs[3].before is None and pairs[3].origin == "sampled at step 3"
+
+
+def test_each_penalty_by_hand(tmp_path):
+    run = read_run("run", write_run(tmp_path / "run"))
+    parts = run.penalties()
+    for feature, alpha in zip(FEATURES, ALPHAS, strict=True):
+        expected = SIGMA * alpha * run.column(f"feat_{feature}_above_tau")
+        np.testing.assert_allclose(parts[feature], expected, rtol=1e-12)
+    np.testing.assert_allclose(sum(parts.values()), run.column("indicator_penalty"), rtol=1e-12)
+    terms = curves.terms(run)
+    total = terms.pop("R_total")
+    np.testing.assert_allclose(sum(terms.values()), total, rtol=1e-12)
+
+
+def test_options_that_name_files(tmp_path):
+    folder = write_run(tmp_path / "outputs" / "run")
+    options = json.loads((folder / "config.json").read_text())
+    options["reward"]["tau_values"] = "@outputs/lists.json:taus"
+    options["reward"]["alpha_values"] = "@outputs/gone.json:alphas"
+    (folder / "config.json").write_text(json.dumps(options))
+    (tmp_path / "outputs" / "lists.json").write_text(json.dumps({"taus": [0.3, 0.6]}))
+    run = read_run("run", folder)  # started in tmp_path, reported from elsewhere
+    assert run.taus == (0.3, 0.6) and run.alphas is None and run.penalties() is None
+    assert list(curves.terms(run)) == ["R_total", "R_SARM", "− penalties", "− β · D"]
+
+
+def test_an_interrupted_run_says_what_it_lacks(stage, tmp_path):
+    folder = write_run(tmp_path / "run", steps=3)
+    (folder / "summary.json").unlink()
+    (folder / "evaluations.jsonl").unlink()
+    (folder / "samples.jsonl").write_text("")
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("3,17.5,0.1")  # half a row
+    assert stage(workdir=folder) == 0
+    notes = notes_of(folder)
+    train = f"python main.py --config=CONFIG --stage=train --workdir={folder}"
+    assert f"no summary.json: the run did not finish; {train}" in notes
+    assert f"an empty samples.jsonl; {train} makes it" in notes
+    evaluate = f"python main.py --config=CONFIG --stage=evaluate --workdir={folder}"
+    assert f"There is no eval/rm_bench.json; {evaluate}" in notes
+    assert f"There is no eval/latent_map.json; {evaluate}" in notes
+    assert "No run has samples yet" in notes
+    assert read_run("run", folder).steps == 3
+
+
+def test_a_run_that_became_non_finite_is_shown_as_far_as_it_went(stage, tmp_path):
+    folder = write_run(tmp_path / "run", steps=4)
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    names = lines[0].split(",")
+    cells = [line.split(",") for line in lines]
+    for row, value in ((3, "nan"), (4, "inf")):
+        cells[row][names.index("rm_score")] = value
+        cells[row][names.index("total_reward")] = value
+    (folder / "metrics.csv").write_text("".join(",".join(line) + "\n" for line in cells))
+    sample = json.loads((folder / "samples.jsonl").read_text().splitlines()[0])
+    write_lines(folder / "samples.jsonl", [sample | {"rm_score": math.nan}])
+    (folder / "evaluations.jsonl").unlink()
+    assert stage(workdir=folder) == 0
+    assert "run: rm_score is not a finite number at 2 of 4 steps, first at step 2." in notes_of(
+        folder
+    )
+    (row,) = page_rows(folder)
+    assert row["after"]["score"] is None
+
+
+def test_an_empty_metrics_file_and_none_at_all(stage, tmp_path):
+    folder = write_run(tmp_path / "run")
+    header = (folder / "metrics.csv").read_text().splitlines()[0]
+    (folder / "metrics.csv").write_text(header + "\n")
+    assert stage(workdir=folder) == 0
+    assert "a metrics.csv without a finished step" in notes_of(folder)
+    (folder / "metrics.csv").unlink()
+    assert stage(workdir=folder) == 0
+    assert "has no metrics.csv; python main.py" in notes_of(folder)
+    assert len(page_rows(folder)) == len(HOSTILE)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ("{0}/none", "report.runs: {0}/none is not a directory"),
+        ("{0}/empty", "report.runs: {0}/empty holds no run"),
+        ("{0}/run,{0}/other/run", "two runs are called 'run': give them as NAME=DIR"),
+        ("{0}/run,,", "report.runs: found '', expected DIR or NAME=DIR"),
+        ("={0}/run", "expected DIR or NAME=DIR"),
+        ("{0}/torn", "torn/metrics.csv:3: 2 cells for"),
+        ("{0}/words", "words/metrics.csv:2: column 'rm_score' is 'high', not a number"),
+        ("{0}/samples", "samples/samples.jsonl:2: field 'rm_score' must be float"),
+        ("{0}/json", "json/config.json: not JSON"),
+        ("{0}/list", "list/summary.json: expected a JSON object, found list"),
+    ],
+)
+def test_bad_runs_are_refused(stage, tmp_path, capsys, runs, message):
+    write_run(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    for name in ("torn", "words", "samples", "json", "list"):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    (tmp_path / "torn" / "metrics.csv").write_text("\n".join([*lines[:2], "1,2", *lines[3:], ""]))
+    cells = dict(zip(lines[0].split(","), lines[1].split(","), strict=True)) | {"rm_score": "high"}
+    (tmp_path / "words" / "metrics.csv").write_text(f"{lines[0]}\n{','.join(cells.values())}\n")
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").open(encoding="utf-8")]
+    samples[1]["rm_score"] = "high"
+    write_lines(tmp_path / "samples" / "samples.jsonl", samples)
+    (tmp_path / "json" / "config.json").write_text("{")
+    (tmp_path / "list" / "summary.json").write_text("[]")
+    assert stage(f"runs={runs.format(tmp_path)}") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and told.count("\n") == 1
+    assert message.format(tmp_path) in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_negative_number_of_samples_is_refused(stage, capsys):
+    assert stage("samples=-1") == 2
+    assert "report.samples=-1: must not be negative" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda r: r.update(rest=r["rest"] + 0.01), "responses.jsonl:2: base: the terms and the"),
+        (lambda r: r["terms"][0].__setitem__(1, 99.0), "is not z·w"),
+        (lambda r: r["terms"].append([1, 2]), r"a term must be \[feature, z, w, z·w\]"),
+        (lambda r: r.pop("score"), "field 'score' must be a number"),
+        (lambda r: r.pop("response"), "field 'response' must be str"),
+        (lambda r: r.update(rest=None), "field 'rest' must be a number"),
+    ],
+)
+def test_an_explanation_that_does_not_add_up_is_refused(tmp_path, break_it, message):
+    folder = write_evaluation(tmp_path, prompts=3)
+    path = folder / "eval" / "responses.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    break_it(rows[1]["responses"]["base"])
+    write_lines(path, rows)
+    with pytest.raises(InputError, match=message):
+        read_evaluation("x", folder)
+
+
+def test_names_of_runs(tmp_path):
+    assert parse_runs("", tmp_path / "own") == {"own": tmp_path / "own"}
+    runs = parse_runs("a/b, full method=c=d/e", tmp_path)
+    assert {name: str(path) for name, path in runs.items()} == {"b": "a/b", "full method=c": "d/e"}
+
+
+def test_benchmarks_in_either_layout():
+    level = {"easy": 0.8, "normal": 0.7, "hard": 0.5, "average": 0.667}
+    matrix = {"matrix": [[0.7, 0.5, 0.4], [0.8, 0.7, 0.6], [0.9, 0.8, 0.7]]}
+    flat = {"without_controls": level | matrix | {"domains": {}}, "with_controls": level | matrix}
+    deep = {
+        "rows": 9,
+        "variants": {"plain": {"overall": level | matrix}, "controlled": {"overall": level}},
+    }
+    for content, squares in ((flat, 2), (deep, 1)):
+        found = tables.rm_bench(Evaluation("x", None, {"rm_bench": content}, []))
+        assert found[0].header == ["", "easy", "normal", "hard", "average"]
+        assert found[0].rows[0] == ["without controls", "0.800", "0.700", "0.500", "0.667"]
+        assert found[1].rows[0][1:] == ["0.700", "0.500", "0.400"] and len(found) == 1 + squares
+    flat = {"without_controls": {"subsets": {"Focus": 0.25}, "average": 0.25}}
+    score = {"mean": 0.25, "low": None, "high": None}
+    deep = {"variants": {"plain": {"subsets": {"Focus": {"score": score}}, "score": score}}}
+    for content in (flat, deep):
+        (table,) = tables.rewardbench2(Evaluation("x", None, {"rewardbench2": content}, []))
+        assert list(table.header) == ["", "without controls"]
+        assert table.rows == [["Focus", "0.250"], ["all subsets", "0.250"]]
+
+
+def test_numbers_by_hand():
+    shown = {
+        1.2345: "1.23",
+        -0.04567: "−0.0457",
+        1234.5: "1,234",
+        0.0: "0",
+        60: "60",
+        1e-12: "1.00e−12",
+    }
+    assert {value: number(value) for value in shown} == shown
+    assert number(float("nan")) == number(None) == number(True) == "–"
+    assert change((0.5, math.nan)) == "0.500 → –"
+    assert estimate({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.500 (0.250 to 0.750)"
+    assert estimate({"mean": 0.5, "low": None, "high": None}) == "0.500"
+
+
+def test_smoothing_and_names_by_hand():
+    values = np.array([1.0, 2.0, np.nan, 4.0, 9.0, np.nan])
+    np.testing.assert_allclose(smooth(values), [1.5, 7 / 3, 4.0, 5.0, 6.5, 6.5])
+    assert file_name("a b/../<c>") == "a-b-..-c" and file_name("..") == "run"
+    assert label("_a$b$") == "\u2060_a\\$b\\$" and len(label("x" * 99)) == 28
