@@ -41,7 +41,8 @@ class Browser:
     """A browser with a new, empty profile in `profile`; use as a context manager.
 
     `problems` are the console's errors and warnings, uncaught exceptions and refused loads of all
-    pages so far, `requests` the addresses that were asked for.
+    pages so far, `requests` the addresses that were asked for, by number; one that the page's own
+    policy refused was not.
     """
 
     def __init__(self, program: str, profile: Path):
@@ -60,7 +61,7 @@ class Browser:
         self._buffer = b""
         self._events: list[dict[str, Any]] = []
         self.problems: list[str] = []
-        self.requests: list[str] = []
+        self.requests: dict[str, str] = {}
         self._session: str | None = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
@@ -132,7 +133,9 @@ class Browser:
         elif method == "Log.entryAdded" and told["entry"]["level"] in ("error", "warning"):
             self.problems.append(told["entry"]["text"])
         elif method == "Network.requestWillBeSent":
-            self.requests.append(told["request"]["url"])
+            self.requests[told["requestId"]] = told["request"]["url"]
+        elif method == "Network.loadingFailed" and told.get("blockedReason") == "csp":
+            self.requests.pop(told["requestId"], None)
 
     def _read(self) -> dict[str, Any]:
         end = time.monotonic() + PATIENCE

@@ -36,9 +36,10 @@ class Pair:
 def pairs_of(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> list[Pair]:
     """Everything there is to show, run after run."""
     found = [pair for evaluation in evaluations for pair in _evaluated(evaluation, evaluations)]
-    known = {pair.run for pair in found} | {e.name for e in evaluations if e.responses}
+    known = {pair.run for pair in found}
+    own = {evaluation.folder.resolve() for evaluation in evaluations if evaluation.responses}
     for run in runs:
-        if run.name not in known:
+        if run.name not in known and run.folder.resolve() not in own:
             found += _held_out(run) or _sampled(run)
     return found
 
