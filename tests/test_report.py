@@ -1,6 +1,7 @@
 """The report: what it reads, what it says where something is missing, and the page's own data."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -200,6 +201,15 @@ def test_each_penalty_by_hand(tmp_path):
     np.testing.assert_allclose(sum(terms.values()), total, rtol=1e-12)
 
 
+def test_the_goodhart_plot_counts_what_it_leaves_out(tmp_path):
+    run = read_run("run", write_run(tmp_path / "run"))
+    assert "beyond" not in curves.goodhart([run]).caption
+    kl_t = run.column("ref_kl").copy()
+    kl_t[4], kl_t[5] = 700.0, np.nan
+    found = curves.goodhart([dataclasses.replace(run, column_t=run.column_t | {"ref_kl": kl_t})])
+    assert found.caption.endswith("Steps beyond the right edge: 1")
+
+
 def test_options_that_name_files(tmp_path):
     folder = write_run(tmp_path / "outputs" / "run")
     options = json.loads((folder / "config.json").read_text())
@@ -360,17 +370,19 @@ def test_numbers_by_hand():
         1234.5: "1,234",
         0.0: "0",
         60: "60",
-        1e-12: "1.00e−12",
+        1e-11: "1.00e−11",
+        1e-17: "0",
     }
     assert {value: number(value) for value in shown} == shown
     assert number(float("nan")) == number(None) == number(True) == "–"
     assert change((0.5, math.nan)) == "0.500 → –"
-    assert estimate({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.500 (0.250 to 0.750)"
+    assert estimate({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.500\n(0.250 to 0.750)"
+    assert estimate({"mean": 0.5, "low": 0.01234, "high": 1.0}) == "0.50\n(0.01 to 1.00)"
     assert estimate({"mean": 0.5, "low": None, "high": None}) == "0.500"
 
 
 def test_smoothing_and_names_by_hand():
-    values = np.array([1.0, 2.0, np.nan, 4.0, 9.0, np.nan])
-    np.testing.assert_allclose(smooth(values), [1.5, 7 / 3, 4.0, 5.0, 6.5, 6.5])
+    values = np.array([1.0, 2.0, np.nan, 4.0, 9.0, np.nan])  # by hand: 1 2 | 1 2 4 | 1 2 4 9 | …
+    np.testing.assert_allclose(smooth(values), [1.5, 2.0, 3.0, 4.0, 6.5, 6.5])
     assert file_name("a b/../<c>") == "a-b-..-c" and file_name("..") == "run"
     assert label("_a$b$") == "\u2060_a\\$b\\$" and len(label("x" * 99)) == 28

@@ -155,6 +155,16 @@ def test_what_is_shown_of_a_score_adds_up_as_it_is_shown(browser):
         assert digits >= 3 and sum(whole) == round(number(table["sum"]) * 10**digits)
 
 
+def test_an_opened_explanation_fits_a_phone(browser, page):
+    browser.open(page, PHONE)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    wide = browser.evaluate(
+        "[...document.querySelectorAll('details')].filter(d => d.scrollWidth > d.clientWidth + 1)"
+        ".map(d => [d.scrollWidth, d.clientWidth])"
+    )
+    assert wide == [] and browser.evaluate("document.documentElement.scrollWidth") == PHONE
+
+
 def test_it_can_be_used_with_a_keyboard(browser):
     browser.press("Tab", 9)
     assert browser.evaluate("document.activeElement.className") == "skip"

@@ -82,19 +82,23 @@ def goodhart(runs: Sequence[Run]) -> Picture | None:
         mean, deviation = run.scale if in_sd and run.scale else (0.0, 1.0)
         return (run.column(name) - mean) / deviation
 
+    smooth_kl = {run.name: smooth(run.column("ref_kl")) for run in shown}
+    edge = 1.1 * max(float(np.nanmax(kl_t)) for kl_t in smooth_kl.values()) or 1.0
+    beyond = sum(int((run.column("ref_kl") > edge).sum()) for run in shown)
+
     def draw(axes: Axes) -> None:
         for run in shown:
-            kl_t, colour = run.column("ref_kl"), look(run.place)["color"]
+            kl_t, colour = smooth_kl[run.name], look(run.place)["color"]
             score_t, total_t = reward(run, "rm_score"), reward(run, "total_reward")
-            axes.plot(kl_t, score_t, "o", color=colour, alpha=0.25, markersize=5)
-            axes.plot(smooth(kl_t), smooth(score_t), color=colour, label=label(run.name))
+            axes.plot(run.column("ref_kl"), score_t, "o", color=colour, alpha=0.25, markersize=5)
+            axes.plot(kl_t, smooth(score_t), color=colour, label=label(run.name))
             if not np.allclose(score_t, total_t, equal_nan=True):
-                axes.plot(smooth(kl_t), smooth(total_t), ":", color=colour)
-            known = np.flatnonzero(np.isfinite(smooth(kl_t) + smooth(score_t)))
+                axes.plot(kl_t, smooth(total_t), ":", color=colour)
+            known = np.flatnonzero(np.isfinite(kl_t + smooth(score_t)))
             if len(known):
-                at = smooth(kl_t)[known[-1]], smooth(score_t)[known[-1]]
-                axes.plot(*at, "s", color=colour, markersize=11)
-        axes.set(xlabel="KL to the reference, nats per response")
+                end = kl_t[known[-1]], smooth(score_t)[known[-1]]
+                axes.plot(*end, "s", color=colour, markersize=11)
+        axes.set(xlabel="KL to the reference, nats per response", xlim=(-0.03 * edge, edge))
         axes.set_ylabel("reward, sd of the reference" if in_sd else "reward-model units")
         legend(axes, len(shown))
 
@@ -103,9 +107,11 @@ def goodhart(runs: Sequence[Run]) -> Picture | None:
         for run in shown
     )
     caption = (
-        "What is rewarded against how far the policy went. Dots are steps, lines means over five, "
+        "What is rewarded against how far the policy went. Dots are steps, lines medians of five, "
         "a square is the end; solid is R_SARM, dotted R_total where there are controls"
     )
+    if beyond:  # the estimate has a heavy tail
+        caption += f". Steps beyond the right edge: {beyond}"
     return picture("goodhart", caption, f"Reward against KL to the reference policy. {told}", draw)
 
 

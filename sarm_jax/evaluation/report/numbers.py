@@ -4,19 +4,14 @@ import math
 from typing import Any
 
 NOTHING = "–"
+NOISE = 1e-12  # what rounding leaves of zero
 
 
 def number(value: Any, digits: int = 3) -> str:
     """ "1.23", "−0.045", "1,234"; an en dash for what is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not _is_finite(value):
         return NOTHING
-    if isinstance(value, int):
-        return f"{value:,}".replace("-", "−")
-    if value == 0:
-        return "0"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    text = f"{value:.2e}" if places > 8 else f"{value:,.{places}f}"
-    return "0" if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+    return f"{value:,}".replace("-", "−") if isinstance(value, int) else _text(value, value, digits)
 
 
 def change(ends: tuple[float, float]) -> str:
@@ -25,10 +20,30 @@ def change(ends: tuple[float, float]) -> str:
 
 
 def estimate(value: Any) -> str:
-    """A number, or {mean, low, high} as "0.93 (0.90 to 0.96)"; otherwise what it is."""
+    """A number, or {mean, low, high} as "0.93" with "(0.90 to 0.96)" below; else what it is.
+
+    The ends of an interval have as many places as its largest number needs.
+    """
     if isinstance(value, dict) and "mean" in value:
-        mean, low, high = (number(value.get(name)) for name in ("mean", "low", "high"))
-        return mean if NOTHING in (low, high) else f"{mean} ({low} to {high})"
+        parts = [value[name] for name in ("mean", "low", "high") if _is_finite(value.get(name))]
+        if len(parts) < 3:
+            return number(value["mean"])
+        mean, low, high = (_text(part, max(abs(p) for p in parts)) for part in parts)
+        return f"{mean}\n({low} to {high})"
     if value is None or isinstance(value, (int, float)):
         return number(value)
     return str(value)
+
+
+def _is_finite(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _text(value: float, scale: float, digits: int = 3) -> str:
+    """`value` with the places that `scale` needs to have so many digits."""
+    if abs(scale) < NOISE:
+        return "0"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(scale))))
+    text = f"{value:.2e}" if places > 8 else f"{value:,.{places}f}"
+    return "0" if float(text.replace(",", "")) == 0 else text.replace("-", "−")

@@ -80,7 +80,7 @@
   function half(title, side) {
     const part = make("div");
     const facts = [title, "score " + shown(side.score)];
-    if (side.length !== null && side.length !== undefined) facts.push(shown(side.length) + " tokens");
+    if (side.length !== null && side.length !== undefined) facts.push(shown(side.length) + (side.length === 1 ? " token" : " tokens"));
     if (side.ended === false) facts.push("did not end");
     part.append(make("h4", "", facts.join(" · ")));
     part.append(said(make("p", "said"), side.text || "(nothing)"));

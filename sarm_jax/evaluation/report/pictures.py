@@ -77,11 +77,11 @@ def legend(axes: Axes, lines: int) -> None:
 
 
 def smooth(values_t: np.ndarray, width: int = 5) -> np.ndarray:
-    """The mean over `width` steps around each, of those that have a value."""
+    """The median of `width` steps around each, of those that have a value."""
     half = width // 2
     windows = [values_t[max(0, t - half) : t + half + 1] for t in range(len(values_t))]
     found = [window[np.isfinite(window)] for window in windows]
-    return np.array([window.mean() if len(window) else np.nan for window in found])
+    return np.array([np.median(window) if len(window) else np.nan for window in found])
 
 
 def outline(

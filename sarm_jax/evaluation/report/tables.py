@@ -162,7 +162,7 @@ def steering(evaluation: Evaluation) -> list[Table]:
     if isinstance(specificity, Mapping) and specificity.get("mean") is not None:
         targets = ", ".join(map(str, specificity.get("targets", ()))) or "the targets"
         caption = f"Steering: share of the change that falls on {targets} (0.5: as much elsewhere)"
-        tables.append(Table(caption, ["", "specificity"], [["", estimate(specificity)]]))
+        tables.append(Table(caption, ["", "share"], [["specificity", estimate(specificity)]]))
     return [table for table in tables if table]
 
 
