@@ -210,6 +210,16 @@ def test_the_goodhart_plot_counts_what_it_leaves_out(tmp_path):
     assert found.caption.endswith("Steps beyond the right edge: 1")
 
 
+def test_runs_of_different_reward_models_are_not_compared(stage, tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("a", "b", "c")]
+    for folder, model in zip(folders, ("one", "two", "two"), strict=True):
+        options = json.loads((folder / "config.json").read_text()) | {"sarm_model": model}
+        (folder / "config.json").write_text(json.dumps(options))
+    for chosen, differ in ((folders[:2], True), (folders[1:], False)):
+        assert stage(f"runs={','.join(map(str, chosen))}") == 0
+        assert ("The reward models differ (one, two)" in notes_of(tmp_path / "out")) == differ
+
+
 def test_options_that_name_files(tmp_path):
     folder = write_run(tmp_path / "outputs" / "run")
     options = json.loads((folder / "config.json").read_text())

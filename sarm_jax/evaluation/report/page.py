@@ -116,7 +116,7 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
             "At a glance",
             "Where each run started and where it ended.",
             tables=[tables.glance(recorded) if recorded else None, tables.options(runs)],
-            notes=[*missing, *_not_numbers(recorded)],
+            notes=[*missing, *_not_numbers(recorded), *_incomparable(runs)],
         ),
         Section(
             "reward",
@@ -292,6 +292,14 @@ def _not_numbers(runs: Sequence[Run]) -> list[str]:
                     f"steps, first at step {first}."
                 )
     return notes
+
+
+def _incomparable(runs: Sequence[Run]) -> list[str]:
+    """A sentence where the runs were not judged by the same reward model."""
+    models = {run.options["sarm_model"] for run in runs if "sarm_model" in run.options}
+    if len(models) < 2:
+        return []
+    return [f"The reward models differ ({', '.join(sorted(models))}): their scores do not compare."]
 
 
 def _unique(sections: Sequence[Section]) -> list[Section]:
