@@ -179,17 +179,17 @@ def get_config() -> ConfigDict:
     config.evaluate.rm_bench = ""  # as in prepare_data
     config.evaluate.rewardbench2 = ""
 
-    # Stage report: a page on one run, or on several side by side.
-    config.report = ConfigDict()
-    config.report.runs = ""  # comma-separated working directories, DIR or NAME=DIR; empty: own
-    config.report.samples = 200  # prompts of each run in its browser of responses; 0: all
-
     # Stage plan: compiles every program of a PPO step from shapes alone, and says what it takes.
     config.plan = ConfigDict()
     config.plan.target = "host"  # or h100x4, h200x8 and the like, which need not be there
     config.plan.policy_config = ""  # a folder with a config.json; empty: policy_model
     config.plan.sarm_config = ""  # likewise; empty: sarm_model
     config.plan.search = False  # over meshes of the target's devices, remat and accumulation
+
+    # Stage report: a page on one run, or on several side by side.
+    config.report = ConfigDict()
+    config.report.runs = ""  # comma-separated working directories, DIR or NAME=DIR; empty: own
+    config.report.samples = 200  # prompts of each run in its browser of responses; 0: all
 
     # The reward-hacking lab: a small world whose true reward is known (sarm_jax/lab).
     config.lab = ConfigDict()

@@ -26,7 +26,10 @@ from sarm_jax.page import content_policy, environment, json_in_html, picture_uri
 
 HERE = Path(__file__).parent
 CHECKED = ("total_reward", "rm_score", "ref_kl", "response_length_mean", "policy_loss")
+PROMPTS = " --config.evaluate.prompts_jsonl=FILE --config.evaluate.runs=DIR,DIR"
 OPTIONS_OF = {
+    "policy": PROMPTS,
+    "latent_map": f"{PROMPTS} --config.evaluate.human_jsonl=FILE",
     "rm_bench": " --config.evaluate.rm_bench=FILE",
     "rewardbench2": " --config.evaluate.rewardbench2=FILE",
     "steering": " --config.evaluate.data_jsonl=FILE --config.evaluate.steering_json=FILE",
@@ -185,7 +188,7 @@ def response_sections(
     compared = any(pair.before for pair in pairs)
     names = dict.fromkeys([*(run.name for run in runs), *(pair.run for pair in pairs)])
     places = {name: place for place, name in enumerate(names)}
-    nothing = f"No responses before and after: {EVALUATE}{workdir} makes eval/responses.jsonl."
+    nothing = f"No responses before and after: {EVALUATE}{workdir}{PROMPTS} makes them."
     return [
         Section(
             "distributions",
@@ -247,7 +250,7 @@ def render(
 ) -> str:
     """The page; `rows` are shown in its browser, of `pairs` that there are."""
     plain = list(dict.fromkeys(row["run"] for row in rows if row["after"]["terms"] is None))
-    explain = f"{EVALUATE}{workdir} makes eval/responses.jsonl, which explains them."
+    explain = f"{EVALUATE}{workdir}{PROMPTS} does."
     notes = [f"Nothing explains the scores of {', '.join(plain)} here; {explain}"] if plain else []
     style = (SHARED / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")
     script = (HERE / "page.js").read_text("utf-8")
