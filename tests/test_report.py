@@ -389,6 +389,7 @@ def test_numbers_by_hand():
     assert estimate({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.500\n(0.250 to 0.750)"
     assert estimate({"mean": 0.5, "low": 0.01234, "high": 1.0}) == "0.50\n(0.01 to 1.00)"
     assert estimate({"mean": 0.5, "low": None, "high": None}) == "0.500"
+    assert estimate({"mean": 0.0, "low": 0.0, "high": 0.0}) == "0"
 
 
 def test_smoothing_and_names_by_hand():

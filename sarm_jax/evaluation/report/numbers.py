@@ -22,11 +22,12 @@ def change(ends: tuple[float, float]) -> str:
 def estimate(value: Any) -> str:
     """A number, or {mean, low, high} as "0.93" with "(0.90 to 0.96)" below; else what it is.
 
-    The ends of an interval have as many places as its largest number needs.
+    The ends of an interval have as many places as its largest number needs; one without width
+    is not shown.
     """
     if isinstance(value, dict) and "mean" in value:
         parts = [value[name] for name in ("mean", "low", "high") if _is_finite(value.get(name))]
-        if len(parts) < 3:
+        if len(parts) < 3 or parts[1] == parts[2]:
             return number(value["mean"])
         mean, low, high = (_text(part, max(abs(p) for p in parts)) for part in parts)
         return f"{mean}\n({low} to {high})"

@@ -87,7 +87,7 @@
     const ids = fired(side);
     if (ids.length) {
       const each = ids.map((id) => "feature " + id + " (−" + shown(side.penalties[id]) + ")");
-      part.append(make("p", "fired", "Penalised: " + each.join(", ")));
+      part.append(make("p", "fired", "Penalty fired: " + each.join(", ")));
     } else if (Object.keys(side.penalties).length) {
       part.append(make("p", "note", "No penalty fired."));
     }
