@@ -125,7 +125,8 @@ def test_samples_are_filtered_and_sorted(browser):
     assert card["facts"].startswith("penalty · held-out prompt · score change")
     assert len(choose(browser, text="", run="penalty")) == 30
     fired = choose(browser, penalty="f7")
-    assert len(fired) == 10 and all("Penalty fired: feature 7 (−1)" in card["all"] for card in fired)
+    assert len(fired) == 10
+    assert all("Penalty fired: feature 7 (−1)" in card["all"] for card in fired)
     assert len(choose(browser, penalty="any")) == 10 and choose(browser, penalty="f3") == []
     assert len(choose(browser, penalty="none")) == 20
     assert "20 of 65" in browser.evaluate("document.getElementById('count').textContent")
