@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from sarm_jax.statistics import mean_interval, wilson_interval
+from sarm_jax.statistics import mean_interval, stratified_interval, wilson_interval
 
 
 def test_student_interval_by_the_table():
@@ -18,3 +19,17 @@ def test_one_value_has_no_interval():
 
 def test_wilson_interval_of_nine_in_ten():
     np.testing.assert_allclose(wilson_interval(0.9, 10), (0.59585, 0.98212), atol=1e-4)
+
+
+def test_a_stratified_interval_is_welchs():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(1, 1, 9), rng.normal(4, 5, 14)
+    one = stratified_interval([x], [1.0])
+    assert one == pytest.approx(mean_interval(x))
+    found = stratified_interval([x, y], [0.5, 0.5])
+    welch = stats.ttest_ind(x, -y, equal_var=False).confidence_interval()  # of mean x + mean y
+    assert found["mean"] == pytest.approx((x.mean() + y.mean()) / 2)
+    assert (found["low"], found["high"]) == pytest.approx((welch.low / 2, welch.high / 2))
+    assert stratified_interval([x, [3.0]], [0.5, 0.5])["low"] is None
+    same = stratified_interval([[2.0, 2.0], [4.0, 4.0]], [0.25, 0.75])
+    assert same == {"mean": 3.5, "low": 3.5, "high": 3.5}
