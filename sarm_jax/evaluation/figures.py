@@ -86,10 +86,11 @@ def subset_scores(found: Mapping[str, Any]) -> bytes:
                 )
                 if score["low"] is not None:
                     axes.plot([score["low"], score["high"]], [y, y], linewidth=2, color=colour)
-        axes.axvline(0.25, color="#888888", linestyle=":", label="chance, one of four")
+        axes.axvline(0.25, color="#888888", linestyle=":", label="chance, but for Ties")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set(xlabel="score with 95 % interval")
         axes.grid(visible=True, axis="x")
-        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         return png(figure)
