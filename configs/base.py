@@ -180,9 +180,10 @@ def get_config() -> ConfigDict:
     config.evaluate.rewardbench2 = ""
     # The base against trained adapters, up to ppo.max_new_tokens per response.
     config.evaluate.prompts_jsonl = ""  # {"prompt"} lines; empty: eval_prompts_jsonl
-    config.evaluate.runs = ""  # working directories of PPO; empty: this one's adapter
+    config.evaluate.runs = ""  # PPO's, DIR or NAME=DIR, comma-separated; empty: this one's adapter
     config.evaluate.human_jsonl = ""  # {"prompt", "response"} lines shown in latent_map.json
     config.evaluate.temperature = 0.0  # 0: greedy
+    config.evaluate.samples = 1  # responses per prompt
     config.evaluate.batch_size = 32  # responses sampled at a time
 
     # Stage plan: compiles every program of a PPO step from shapes alone, and says what it takes.

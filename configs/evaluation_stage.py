@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs.policy_evaluation import evaluate_policy, policy_inputs
+from configs.policy_evaluation import evaluate_policies, policy_inputs
 from configs.shared import reward_model, split_paths, write_json
 from conversion.hub import locate_file
 from conversion.load import read_sarm_config
@@ -49,8 +49,8 @@ def run_evaluate(config: ConfigDict, workdir: Path) -> None:
     choices = [
         r for src in given(section.rewardbench2) for r in read_rewardbench2(locate_file(src), src)
     ]
-    prompts, adapters = policy_inputs(config, workdir)
-    if not (answers or styled or choices or adapters):
+    policies = policy_inputs(config, workdir)
+    if not (answers or styled or choices or policies):
         raise InputError(
             "nothing to evaluate: name evaluate.data_jsonl, evaluate.rm_bench, "
             "evaluate.rewardbench2 or evaluate.prompts_jsonl with evaluate.runs"
@@ -68,8 +68,8 @@ def run_evaluate(config: ConfigDict, workdir: Path) -> None:
         evaluate_on_rm_bench(model, styled, controls, folder)
     if choices:
         evaluate_on_rewardbench2(model, choices, controls, folder)
-    if adapters:
-        evaluate_policy(config, model, controls, prompts, adapters, folder)
+    if policies:
+        evaluate_policies(config, model, controls, policies, folder)
 
 
 def evaluate_on_answers(

@@ -15,6 +15,20 @@ def read_prompts(path: str) -> list[str]:
     return [row["prompt"] for row in read_jsonl(path, {"prompt": str})]
 
 
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: Any, max_tokens: int, source: str = ""
+) -> list[list[int]]:
+    """Tokens with the chat template; `source` names the file in the message on a long prompt."""
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    for number, row in enumerate(rows, start=1):
+        if len(row) > max_tokens:
+            raise InputError(
+                f"{source or 'prompts'}:{number}: the prompt has {len(row)} tokens with its "
+                f"chat template, more than ppo.max_prompt_tokens={max_tokens}"
+            )
+    return rows
+
+
 class PromptDeck:
     """Every prompt once per pass, in an order that depends on (seed, pass) alone.
 
@@ -25,15 +39,9 @@ class PromptDeck:
     def __init__(
         self, prompts: Sequence[str], tokenizer: Any, max_tokens: int, seed: int, source: str = ""
     ):
-        """`source` names the file in the message about a prompt that is too long."""
+        """The arguments are those of `encode_prompts`; `seed` orders the batches."""
         self.prompts, self._seed, self._pad = list(prompts), seed, pad_id(tokenizer)
-        self._rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-        for number, row in enumerate(self._rows, start=1):
-            if len(row) > max_tokens:
-                raise InputError(
-                    f"{source or 'prompts'}:{number}: the prompt has {len(row)} tokens with its "
-                    f"chat template, more than ppo.max_prompt_tokens={max_tokens}"
-                )
+        self._rows = encode_prompts(prompts, tokenizer, max_tokens, source)
         self.length = -8 * (-max(map(len, self._rows)) // 8)  # one shape for all: no buckets
 
     def deal(self, step: int, batch_size: int) -> tuple[list[str], np.ndarray, np.ndarray]:

@@ -107,14 +107,18 @@ class Contrast:
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, chosen `[P, b]`, rejected `[P, b]`) until every feature has had its turn."""
-        rows = max(len(self.latents), len(self))
-        width = max(MIN_BLOCK, BLOCK_BYTES // (4 * rows))
-        starts = list(range(0, self.size, width))
-        if len(starts) > 1 and self.size - starts[-1] < MIN_BLOCK:
-            starts.pop()
-        for start, stop in zip(starts, [*starts[1:], self.size], strict=True):
-            ids = np.arange(start, stop)
+        for ids in feature_blocks(self.size, max(len(self.latents), len(self))):
             yield ids, *self.columns(ids)
+
+
+def feature_blocks(size: int, rows: int) -> Iterator[np.ndarray]:
+    """The feature ids 0 … size − 1, as many at a time as fit a block of that many rows."""
+    width = max(MIN_BLOCK, BLOCK_BYTES // (4 * rows))
+    starts = list(range(0, size, width))
+    if len(starts) > 1 and size - starts[-1] < MIN_BLOCK:
+        starts.pop()
+    for start, stop in zip(starts, [*starts[1:], size], strict=True):
+        yield np.arange(start, stop)
 
 
 def dense_contrast(chosen_pf: np.ndarray, rejected_pf: np.ndarray) -> Contrast:

@@ -51,6 +51,21 @@ def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") ->
         json.dump(settings, file, indent=2)
 
 
+def named_workdirs(text: str, own: Path, flag: str) -> dict[str, Path]:
+    """Comma-separated DIR or NAME=DIR, as `flag` has it → name → directory; empty: `own`."""
+    runs: dict[str, Path] = {}
+    for part in text.split(",") if text.strip() else [str(own)]:
+        name, equals, path = part.strip().rpartition("=")
+        folder = Path(path)
+        name = name.strip() if equals else folder.resolve().name
+        if not path or not name:
+            raise InputError(f"{flag}: found {part.strip()!r}, expected DIR or NAME=DIR")
+        if name in runs:
+            raise InputError(f"{flag}: two runs are called {name!r}: give them as NAME=DIR")
+        runs[name] = folder
+    return runs
+
+
 def _first_difference(found: Any, wanted: Any, name: str) -> str | None:
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         same = found == wanted

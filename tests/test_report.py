@@ -22,8 +22,9 @@ from sarm_jax.evaluation.report.evaluations import Evaluation, read_evaluation
 from sarm_jax.evaluation.report.numbers import change, estimate, number
 from sarm_jax.evaluation.report.page import ReportConfig, write_report
 from sarm_jax.evaluation.report.pictures import file_name, label, smooth
-from sarm_jax.evaluation.report.runs import parse_runs, read_run
+from sarm_jax.evaluation.report.runs import read_run
 from sarm_jax.evaluation.report.samples import SHOWN_TERMS, browser_rows, pairs_of
+from sarm_jax.workdir import named_workdirs
 from tests.report_runs import (
     ALPHAS,
     FEATURES,
@@ -346,8 +347,8 @@ def test_an_explanation_that_does_not_add_up_is_refused(tmp_path, break_it, mess
 
 
 def test_names_of_runs(tmp_path):
-    assert parse_runs("", tmp_path / "own") == {"own": tmp_path / "own"}
-    runs = parse_runs("a/b, full method=c=d/e", tmp_path)
+    assert named_workdirs("", tmp_path / "own", "report.runs") == {"own": tmp_path / "own"}
+    runs = named_workdirs("a/b, full method=c=d/e", tmp_path, "report.runs")
     assert {name: str(path) for name, path in runs.items()} == {"b": "a/b", "full method=c": "d/e"}
 
 

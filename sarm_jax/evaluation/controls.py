@@ -40,6 +40,11 @@ class Controls:
     penalty_cap: float = float("inf")
 
     @property
+    def features(self) -> tuple[int, ...]:
+        """Every feature that something is done about, the changed ones first."""
+        return tuple(dict.fromkeys((*self.changed, *self.penalize_features)))
+
+    @property
     def changed(self) -> tuple[int, ...]:
         """The features that are clamped or steered."""
         return () if self.change is None else tuple(np.asarray(self.change.indices).tolist())
@@ -58,21 +63,49 @@ def score_variants(
     model: RewardModel, prompts: Sequence[str], responses: Sequence[str], controls: Controls
 ) -> Scored:
     """The scores of every variant that the controls give."""
-    features = tuple(dict.fromkeys((*controls.changed, *controls.penalize_features)))
-    plain_b, z_bn = _score(model, prompts, responses, features)
+    plain_b, z_bn = _score(model, prompts, responses, controls.features)
+    weight_f = np.asarray(model.model.score[...], np.float32)
+    variants = apply_controls(controls, plain_b, z_bn, weight_f, float(plain_b.std()))
+    return Scored(variants, controls.features, z_bn)
+
+
+def apply_controls(
+    controls: Controls,
+    plain_b: np.ndarray,
+    z_bn: np.ndarray,
+    weight_f: np.ndarray,
+    deviation: float,
+) -> dict[str, np.ndarray]:
+    """Scores `[B]` of every variant from plain ones and the latents of `controls.features`.
+
+    `weight_f` is the head, `deviation` the unit "sd".
+    """
     variants = {PLAIN: plain_b}
     controlled_b = plain_b
     if controls.change is not None:
         before_bn = z_bn[:, : len(controls.changed)]
         change = dataclasses.replace(controls.change, indices=jnp.arange(len(controls.changed)))
         after_bn = np.asarray(change(jnp.asarray(before_bn)))
-        weight_n = np.asarray(model.model.score[...], np.float32)[list(controls.changed)]
-        controlled_b = plain_b + (after_bn - before_bn) @ weight_n
+        controlled_b = plain_b + (after_bn - before_bn) @ weight_f[list(controls.changed)]
         variants[CONTROLLED] = controlled_b
     if controls.penalize_features:
-        places = [features.index(i) for i in controls.penalize_features]
-        variants[PENALISED] = controlled_b - _penalties(z_bn[:, places], plain_b, controls)
-    return Scored(variants, features, z_bn)
+        variants[PENALISED] = controlled_b - penalties(controls, z_bn, deviation)[1]
+    return variants
+
+
+def penalties(
+    controls: Controls, z_bn: np.ndarray, deviation: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(α_j · 1[z_j > τ_j] `[B, J]` of the penalised features, their capped sum `[B]`).
+
+    `z_bn` are the latents of `controls.features`, `deviation` is the unit "sd".
+    """
+    places = [controls.features.index(j) for j in controls.penalize_features]
+    alpha_j = np.asarray(controls.alpha, np.float32)
+    alpha_j = alpha_j * np.float32(deviation if controls.unit == "sd" else 1.0)
+    penalty_bj = (z_bn[:, places] > np.asarray(controls.tau, np.float32)) * alpha_j
+    capped = controls.penalty_cap * deviation if np.isfinite(controls.penalty_cap) else np.inf
+    return penalty_bj, np.minimum(penalty_bj.sum(axis=1), np.float32(capped))
 
 
 def _score(
@@ -94,15 +127,6 @@ def _score(
             score_b[rows], z_bn[rows] = model.score(*texts, latent_indices=features)
             bar.update(len(rows))
     return score_b, z_bn
-
-
-def _penalties(z_bn: np.ndarray, plain_b: np.ndarray, controls: Controls) -> np.ndarray:
-    deviation = float(plain_b.std())
-    alpha_n = np.asarray(controls.alpha, np.float32)
-    alpha_n = alpha_n * np.float32(deviation if controls.unit == "sd" else 1.0)
-    fires_bn = z_bn > np.asarray(controls.tau, np.float32)
-    capped = controls.penalty_cap * deviation if np.isfinite(controls.penalty_cap) else np.inf
-    return np.minimum(fires_bn @ alpha_n, np.float32(capped))
 
 
 def read_steering(path: str | Path) -> dict[int, tuple[str, float]]:

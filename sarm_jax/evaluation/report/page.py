@@ -14,7 +14,7 @@ from markupsafe import Markup
 from sarm_jax.errors import InputError
 from sarm_jax.evaluation.report.evaluations import EVALUATE, Evaluation, read_evaluation
 from sarm_jax.evaluation.report.pictures import file_name
-from sarm_jax.evaluation.report.runs import Run, parse_runs, read_run
+from sarm_jax.evaluation.report.runs import Run, read_run
 from sarm_jax.evaluation.report.samples import browser_rows, pairs_of
 from sarm_jax.evaluation.report.sections import (
     PROMPTS,
@@ -26,13 +26,14 @@ from sarm_jax.evaluation.report.sections import (
 from sarm_jax.files import replacing
 from sarm_jax.page import HERE as SHARED
 from sarm_jax.page import content_policy, environment, json_in_html, picture_uri
+from sarm_jax.workdir import named_workdirs
 
 HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """`runs` as `parse_runs` reads it; `samples` responses per run in the browser, 0 for all."""
+    """`runs` as `named_workdirs` reads them; `samples` per run in the browser, 0 for all."""
 
     runs: str
     samples: int
@@ -44,7 +45,7 @@ class ReportConfig:
 
 def write_report(config: ReportConfig, workdir: Path) -> Path:
     """Reads everything, then writes the figures and, last, the page, whose path it returns."""
-    named = parse_runs(config.runs, workdir)
+    named = named_workdirs(config.runs, workdir, "report.runs")
     runs = [read_run(*item, place) for place, item in enumerate(named.items())]
     evaluations = find_evaluations(named, workdir)
     pairs = pairs_of(runs, evaluations)

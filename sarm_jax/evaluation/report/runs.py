@@ -84,21 +84,6 @@ def ends(values_t: np.ndarray) -> tuple[float, float]:
     return _mean(values_t[:EDGE]), _mean(values_t[-EDGE:])
 
 
-def parse_runs(text: str, workdir: Path) -> dict[str, Path]:
-    """Comma-separated directories, each DIR or NAME=DIR → name → directory; empty: `workdir`."""
-    runs: dict[str, Path] = {}
-    for part in text.split(",") if text.strip() else [str(workdir)]:
-        name, equals, path = part.strip().rpartition("=")
-        folder = Path(path)
-        name = name.strip() if equals else folder.resolve().name
-        if not path or not name:
-            raise InputError(f"report.runs: found {part.strip()!r}, expected DIR or NAME=DIR")
-        if name in runs:
-            raise InputError(f"report.runs: two runs are called {name!r}: give them as NAME=DIR")
-        runs[name] = folder
-    return runs
-
-
 def read_run(name: str, folder: Path, place: int = 0) -> Run:
     """What lies in `folder`. Raises InputError for a directory without a run, and bad files."""
     if not folder.is_dir():

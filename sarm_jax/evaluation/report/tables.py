@@ -103,6 +103,7 @@ def policy(evaluation: Evaluation) -> list[Table]:
     titles = {
         "runs": "Held-out prompts: means with 95 % intervals",
         "paired": f"The same, minus {BASE}, paired by prompt",
+        "between": "One adapter minus another, paired by prompt",
     }
     found = [(titles[part], _table_of(content.get(part), titles[part])) for part in titles]
     return [table for _, table in found if table]
