@@ -10,8 +10,9 @@ numbers became non-finite; 130 and 143 interrupted, after a checkpoint.
 import sys
 
 from configs import command_line
-from configs.pipeline import run_all
+from configs.pipeline import run_all, run_stage
 from configs.stages import STAGES
+from configs.study import run_study
 from conversion.load import check_dtype
 from ppo.train import NonFiniteError
 from sarm_jax.errors import InputError
@@ -31,10 +32,12 @@ def main(argv: list[str]) -> int:
             raise InputError(f"--stage={stage}: expected all or one of {', '.join(STAGES)}")
         check_dtype(template.dtype)
         with open_workdir(workdir):
-            if stage == "all":
-                run_all(template, workdir)
+            if stage == "all" and template.prepare_data.source == "lab":
+                run_study(template, workdir)
+            elif stage == "all":
+                run_all(command_line.fill_in(template, workdir), workdir)
             else:
-                STAGES[stage](command_line.fill_in(template, workdir), workdir)
+                run_stage(stage, command_line.fill_in(template, workdir), workdir)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

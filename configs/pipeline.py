@@ -1,188 +1,193 @@
-"""`--stage=all`: the stages of an experiment in order, and the lab's study over seeds.
+"""Runs stages and keeps their records; `--stage=all` runs those whose inputs the config names.
 
-What is finished is not done again; what an earlier call of this prepared with other options is
-refused. A stage that was run by itself leaves no record of its options here.
+What is up to date is not done again. What took long to make (the lab's models, a SARM, a policy)
+is never overwritten: where its options or inputs have changed the call is refused. Everything else
+is then made again.
 """
 
 import dataclasses
-import json
 import logging
-import os
-import signal
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.command_line import fill_in
-from configs.shared import plain, reward_model, write_json
-from configs.stages import ADAPTER, STAGES, run_train, train_settings
-from ppo.metrics import read_evaluations
-from ppo.train import NonFiniteError
+from configs.preflight import check
+from configs.records import Provenance, Records, provenance
+from configs.shared import plain
+from configs.stages import ADAPTER, STAGES, train_settings
 from sarm_jax.errors import InputError
-from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
-from sarm_jax.lab.page import write_study
-from sarm_jax.lab.results import run_result
-from sarm_jax.progress import show_progress
 from sarm_jax.workdir import claim
 
 LOG = logging.getLogger(__name__)
-PREPARATION_SETTINGS = (
-    "policy_model sarm_model sarm_max_length dtype prepare_data train_sarm identify human_latents "
-    "probe lab"
-).split()
-SEEDED = ("lab", "train_sarm", "identify", "ppo")
-CONTROLS = (
-    "penalize_features tau_values alpha_values clamp_features clamp_set_values clamp_min_values "
-    "clamp_max_values beta latent_indices"
-).split()
-STUDY_FIELDS = "seeds conditions processes alpha beta ignore_failed_gates".split()
+SCORING = ("sarm_model", "sarm_max_length", "dtype")
+STUDY_FIELDS = "seeds conditions processes alpha beta ignore_failed_gates gates_json".split()
+PREPARED = {"lab": "policy", "benchmarks": "data/data_summary.json"}  # else data/pairs.jsonl
+RUN_FILES = {  # what a stage reads of a run
+    "evaluate": ("adapter/*",),
+    "report": ("metrics.csv", "*.jsonl", "summary.json", "config.json", "eval/*.json*"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The options that a stage reads, what it writes last, and whether the config asks for it."""
+
+    options: dict[str, Any]
+    output: str
+    wanted: bool
+    costly: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The conditions that a seed has finished, and why it stopped, if it did."""
+    """What `--stage=all` did about a stage; `seconds` is None where it did nothing."""
 
-    finished: list[str]
-    stopped: str = ""
-    nonfinite: bool = False
+    stage: str
+    output: Path
+    what: str
+    seconds: float | None = None
 
 
-def run_all(template: ConfigDict, workdir: Path) -> None:
-    """The stages whose inputs the config names, in order, unless they are finished.
+def recipes(config: ConfigDict, workdir: Path) -> dict[str, Recipe]:
+    """Every stage that leaves something to later ones, in order."""
+    source = config.prepare_data.source
+    world = {}
+    if source == "lab":
+        world = {k: v for k, v in config.lab.to_dict().items() if k not in STUDY_FIELDS}
+    data = _options(config, "prepare_data", "policy_model", "dtype") | {"lab": world}
+    sarm = _options(config, "train_sarm", "policy_model", "dtype")
+    found = _options(config, "identify", *SCORING)
+    human = _options(config, "human_latents", "reward.latent_indices", *SCORING)
+    effects = _options(config, "probe", *SCORING)
+    asked = config.prompts_jsonl
+    evaluated = ("data_jsonl", "rm_bench", "rewardbench2", "prompts_jsonl")
+    policies = asked and (config.eval_prompts_jsonl or config.evaluate.runs)
+    return {
+        "prepare_data": Recipe(
+            data,
+            PREPARED.get(source, "data/pairs.jsonl"),
+            source in PREPARED or bool(config.prepare_data.demos_jsonl),
+            source == "lab",
+        ),
+        "train_sarm": Recipe(sarm, "sarm", bool(config.train_sarm.pairs_jsonl), True),
+        "identify": Recipe(
+            found | {"lab.seed": config.lab.seed},
+            "probes/selected_features.json",
+            bool(config.identify.pairs_jsonl),
+        ),
+        "human_latents": Recipe(
+            human, "human_latents.safetensors", bool(config.human_latents.demos_jsonl)
+        ),
+        "probe": Recipe(effects, "probes/probe_summary.json", bool(config.probe.data_jsonl)),
+        "train": Recipe(train_settings(config), ADAPTER, bool(asked), True),
+        "evaluate": Recipe(
+            _evaluation_options(config, workdir),
+            "eval",
+            any(config.evaluate[name] for name in evaluated) or bool(policies),
+        ),
+        "report": Recipe(
+            {"report": plain(config.report) | _runs(config.report.runs, workdir)},
+            "report.html",
+            bool(asked),
+        ),
+    }
 
-    For the lab: those stages for every seed, PPO under every condition, and the page.
-    """
-    if template.prepare_data.source == "lab":
-        run_study(template, workdir)
+
+def _evaluation_options(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    names = "evaluate", "reward", "policy_model", "eval_prompts_jsonl", *SCORING
+    sampling = "ppo.max_new_tokens", "ppo.max_prompt_tokens"
+    options = _options(config, *names, *sampling)
+    options["evaluate"] |= _runs(config.evaluate.runs, workdir)
+    return options
+
+
+def _runs(given: str, workdir: Path) -> dict[str, str]:
+    return {"runs": given or str(workdir)}
+
+
+def _options(config: ConfigDict, *names: str) -> dict[str, Any]:
+    """Options by field, "section.field" among them."""
+    found = {}
+    for name in names:
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        found[name] = plain(value)
+    return found
+
+
+def run_stage(name: str, config: ConfigDict, workdir: Path) -> None:
+    """One stage, whether it is up to date or not, with its record."""
+    recipe = recipes(config, workdir).get(name)
+    if recipe is None:  # plan leaves nothing to others
+        STAGES[name](config, workdir)
         return
-    config = fill_in(template, workdir)
-    prepare(config, workdir)
-    train(config, workdir)
+    _run(name, recipe, config, workdir, Records(workdir), _made_from(name, recipe, workdir))
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """PPO, unless it is finished; a finished run of other options is refused."""
-    if (workdir / ADAPTER).exists():
-        claim(workdir, train_settings(config))
-    else:
-        LOG.info("stage train")
-        run_train(config, workdir)
+def run_stages(config: ConfigDict, workdir: Path, names: Sequence[str]) -> list[Outcome]:
+    """Those of the stages that the config asks for and that are not up to date, in order."""
+    outcomes = []
+    for name in names:
+        recipe = recipes(config, workdir)[name]  # anew: earlier stages write what it names
+        if recipe.wanted:
+            outcomes.append(_bring_up_to_date(name, recipe, config, workdir))
+    return outcomes
 
 
-def prepare(config: ConfigDict, workdir: Path) -> None:
-    """Everything before PPO that the config has inputs for and that is not there yet."""
-    settings = {name: plain(config[name]) for name in PREPARATION_SETTINGS}
-    for name in STUDY_FIELDS:
-        del settings["lab"][name]
-    claim(workdir, settings, "preparation.json")
-    source, demos = config.prepare_data.source, config.prepare_data.demos_jsonl
-    prepared = {"lab": "policy", "benchmarks": "data/data_summary.json"}
-    wanted = (
-        ("prepare_data", prepared.get(source, "data/pairs.jsonl"), source in prepared or demos),
-        ("train_sarm", "sarm", config.train_sarm.pairs_jsonl),
-        ("identify", "probes/selected_features.json", config.identify.pairs_jsonl),
-        ("human_latents", "human_latents.safetensors", config.human_latents.demos_jsonl),
-        ("probe", "probes/probe_summary.json", config.probe.data_jsonl),
-    )
-    for stage, output, given in wanted:
-        if given and not (workdir / output).exists():
-            LOG.info("stage %s", stage)
-            STAGES[stage](config, workdir)
+def _bring_up_to_date(name: str, recipe: Recipe, config: ConfigDict, workdir: Path) -> Outcome:
+    records, made_from = Records(workdir), _made_from(name, recipe, workdir)
+    output = workdir / recipe.output
+    if output.exists() and name not in records.stages and recipe.costly:
+        if name == "train":
+            claim(workdir, train_settings(config))
+        return Outcome(name, output, "kept: made by a call that left no record")
+    changed = records.difference(name, made_from)
+    if output.exists() and records.finished(name) and changed is None:
+        return Outcome(name, output, "up to date")
+    why = f", because {changed}" if changed else ""
+    LOG.info("stage %s%s", name, why)
+    _run(name, recipe, config, workdir, records, made_from)
+    return Outcome(name, output, f"done{why}", records.stages[name]["seconds"])
 
 
-def run_study(template: ConfigDict, workdir: Path) -> None:
-    """The lab: every seed, every condition, then lab.json, the figures and lab.html."""
-    seeds = parse_seeds(template.lab.seeds)
-    conditions = parse_conditions(template.lab.conditions)
-    check_study(template)
-    settings = template.to_dict()
-    if template.lab.processes == 1 or len(seeds) == 1:
-        outcomes = [run_seed(settings, workdir, seed) for seed in seeds]
-    else:
-        outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
-    finished = {seed: found.finished for seed, found in zip(seeds, outcomes, strict=True)}
-    stopped = {s: found for s, found in zip(seeds, outcomes, strict=True) if found.stopped}
-    reasons = {seed: found.stopped for seed, found in stopped.items()}
-    page, result = write_study(workdir, finished, conditions, reasons)
-    print(f"{result}\nThe page: {page}")
-    if stopped:
-        first = next(iter(stopped))
-        message = f"{len(stopped)} of {len(seeds)} seeds stopped; seed {first}: {reasons[first]}"
-        finite = any(not found.nonfinite for found in stopped.values())
-        raise InputError(message) if finite else NonFiniteError(message)
+def _made_from(name: str, recipe: Recipe, workdir: Path) -> Provenance:
+    return provenance(recipe.options, RUN_FILES.get(name, ()), workdir / recipe.output)
 
 
-def check_study(template: ConfigDict) -> None:
-    """Raises InputError for options that the study sets itself."""
-    if template.lab.processes < 1:
-        raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
-    for name in CONTROLS:
-        if template.reward[name]:
-            raise InputError(
-                f"reward.{name}={template.reward[name]}: the conditions of the study set it, with "
-                "lab.alpha and lab.beta"
-            )
-    for section in SEEDED:
-        if template[section].seed:
-            raise InputError(
-                f"{section}.seed={template[section].seed}: the study takes its seeds from lab.seeds"
-            )
+def _run(name, recipe, config, workdir: Path, records: Records, made_from: Provenance) -> None:
+    changed = records.difference(name, made_from)
+    begun = (workdir / recipe.output).exists() or (name == "train" and _has_run(workdir))
+    if recipe.costly and changed and begun:
+        raise InputError(
+            f"--workdir={workdir} holds a run of another configuration: {name}: {changed}; "
+            "choose another --workdir, or delete it to start again"
+        )
+    with records.recording(name, made_from):
+        STAGES[name](config, workdir)
 
 
-def run_seeds(settings: dict, workdir: Path, seeds: Sequence[int], processes: int) -> list[Outcome]:
-    """`run_seed` of every seed, a process each, some at a time."""
-    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
-    signal.signal(signal.SIGTERM, _exit)
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
-        try:
-            futures = [pool.submit(run_seed, settings, workdir, seed) for seed in seeds]
-            return [future.result() for future in futures]
-        except BaseException:  # Ctrl-C or SIGTERM: the seeds in progress save a checkpoint
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in active_children():
-                worker.terminate()
-            raise
+def _has_run(workdir: Path) -> bool:
+    return (workdir / "config.json").exists()
 
 
-def _exit(number: int, _frame) -> None:
-    raise SystemExit(128 + number)
+def run_all(config: ConfigDict, workdir: Path) -> None:
+    """Every stage whose inputs the config names, then what was done, as a table."""
+    wanted = [name for name, recipe in recipes(config, workdir).items() if recipe.wanted]
+    if not wanted:
+        raise InputError("--stage=all: nothing to do; name prompts_jsonl, or another stage's input")
+    check(config, workdir)
+    outcomes = run_stages(config, workdir, wanted)
+    print(summary(outcomes))
 
 
-def run_seed(settings: dict, workdir: Path, seed: int) -> Outcome:
-    """One seed of the study."""
-    show_progress(f"seed {seed}: ")
-    folder = workdir / f"seed_{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    template = ConfigDict(settings)
-    for section in SEEDED:
-        template[section].seed = seed
-    config = fill_in(template, folder)
-    finished: list[str] = []
-    try:
-        prepare(config, folder)
-        for condition in parse_conditions(config.lab.conditions):
-            run_condition(config, folder, condition)
-            finished.append(condition)
-    except (InputError, NonFiniteError) as error:
-        LOG.error("stopped: %s", error)
-        return Outcome(finished, str(error), isinstance(error, NonFiniteError))
-    return Outcome(finished)
-
-
-def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
-    """PPO under a condition of the study, and its result.json."""
-    selected, workdir = folder / "probes" / "selected_features.json", folder / condition
-    config = config.copy_and_resolve_references()
-    config.reward.update(reward_options(condition, selected, config.lab.to_dict()))
-    workdir.mkdir(exist_ok=True)
-    LOG.info("condition %s", condition)
-    train(config, workdir)
-    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    features = json.loads(selected.read_text(encoding="utf-8"))
-    rows = read_evaluations(workdir)
-    result = run_result(rows, reward_model(config), features, summary["seconds"])
-    write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)
+def summary(outcomes: Sequence[Outcome]) -> str:
+    """A line per stage: what was done, how long it took, where the result is."""
+    width = max(len(found.stage) for found in outcomes)
+    lines = []
+    for found in outcomes:
+        took = "" if found.seconds is None else f"{found.seconds:.0f} s"
+        lines.append(f"{found.stage:{width}}  {took:>7}  {found.output}  {found.what}")
+    return "\n".join(lines)

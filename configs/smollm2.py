@@ -48,6 +48,9 @@ def get_config() -> ConfigDict:
     config.identify.top_k = 16
     config.human_latents.demos_jsonl = "configs/data/everyday_demos.jsonl"
 
+    config.evaluate.prompts_jsonl = "configs/data/everyday_held_out.jsonl"
+    config.evaluate.human_jsonl = "configs/data/everyday_demos.jsonl"
+
     config.ppo.total_steps = 32
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 2

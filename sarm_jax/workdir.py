@@ -40,7 +40,7 @@ def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") ->
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
-        difference = _first_difference(found, settings, "")
+        difference = first_difference(found, settings, "")
         if difference:
             raise InputError(
                 f"--workdir={workdir} holds a run of another configuration: {difference}; "
@@ -66,13 +66,14 @@ def named_workdirs(text: str, own: Path, flag: str) -> dict[str, Path]:
     return runs
 
 
-def _first_difference(found: Any, wanted: Any, name: str) -> str | None:
+def first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
+    """Where two nested configurations differ, in words; None: nowhere."""
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         same = found == wanted
         return None if same else f"{name or 'config'} was {found!r} and is now {wanted!r}"
     for key in sorted(found.keys() | wanted.keys()):
         child = f"{name}.{key}".lstrip(".")
-        difference = _first_difference(found.get(key), wanted.get(key), child)
+        difference = first_difference(found.get(key), wanted.get(key), child)
         if difference:
             return difference
     return None

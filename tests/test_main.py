@@ -1,6 +1,7 @@
 """The command line: the pipeline end to end on a tiny model, and bad input → exit code 2."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -130,12 +131,52 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
     check_adapter_against_peft(world / "policy", workdir)
 
     assert run("--stage=train", *train) == 0  # finished: nothing more to do
-    times = {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.safetensors")}
-    inputs = [f"--config.train_sarm.pairs_jsonl={workdir}/data/pairs.jsonl", *probe[1:]]
-    assert run("--stage=all", *train, *inputs) == 0  # nothing is left to do
-    assert times == {path: path.stat().st_mtime_ns for path in workdir.glob("*/*.safetensors")}
-    assert run("--stage=train", *train, "--alpha_values=0.5,0.5") == 2
+    capsys.readouterr()
+    everything = [
+        *train,
+        f"--config.prepare_data.demos_jsonl={demos}",
+        "--config.prepare_data.samples_per_prompt=1",
+        "--config.prepare_data.max_new_tokens=6",
+        f"--config.identify.pairs_jsonl={workdir}/data/pairs.jsonl",
+        "--config.identify.top_k=4",
+        *probe[1:],
+        f"--config.human_latents.demos_jsonl={demos}",
+        f"--config.evaluate.prompts_jsonl={demos}",
+        "--config.evaluate.resamples=100",
+    ]
+    assert outcomes(run, everything, capsys) == {
+        "prepare_data": "up to date",
+        "identify": "up to date",
+        "human_latents": "up to date",
+        "probe": "up to date",
+        "train": "up to date",
+        "evaluate": "done",
+        "report": "done",
+    }
+    assert set(outcomes(run, everything, capsys).values()) == {"up to date"}
+    check_report(workdir)
+    pairs = workdir / "data" / "pairs.jsonl"
+    pairs.write_text(pairs.read_text().replace("{", "{ ", 1))  # the same pairs in other bytes
+    again = outcomes(run, [*everything, "--config.probe.set_value=0.5"], capsys)
+    assert again.pop("identify") == f"done, because {pairs} has changed"
+    assert again.pop("probe") == "done, because probe.set_value was 0.0 and is now 0.5"
+    assert set(again.values()) == {"up to date"}  # identify selected the same features
+    assert run("--stage=all", *everything, "--alpha_values=0.5,0.5") == 2
     assert "reward.alpha_values was '0.5,0.25' and is now '0.5,0.5'" in capsys.readouterr().err
+
+
+def outcomes(run, options, capsys) -> dict[str, str]:
+    """What --stage=all says that it did about each stage."""
+    assert run("--stage=all", *options) == 0
+    lines = [re.split(r"  +", line) for line in capsys.readouterr().out.strip().splitlines()]
+    return {line[0]: line[-1] for line in lines}
+
+
+def check_report(workdir: Path) -> None:
+    """The page has the run's numbers and its evaluation."""
+    page = (workdir / "report.html").read_text()
+    assert "Held-out prompts" in page and "Reward against distance" in page
+    assert (workdir / "figures" / "goodhart.png").exists()
 
 
 def check_adapter_against_peft(base: Path, workdir: Path) -> None:

@@ -27,6 +27,20 @@ OPTIONS = (
     "reward.penalize_features reward.tau_values reward.alpha_values reward.clamp_features "
     "reward.beta reward.latent_indices reward.penalty_cap"
 ).split()
+POLICY = {
+    "score": "R_SARM",
+    "controlled_score": "R_SARM under the controls",
+    "score_without": "R_SARM without the controlled features",
+    "penalty": "penalties",
+    "kl": "KL to the base, nats",
+    "length": "length, tokens",
+    "ended": "share that ended",
+    "repetition": "share of repeated trigrams",
+    "win_rate": "wins against the base",
+    "win_rate_controlled": "wins under the controls",
+    "win_rate_without": "wins without the controlled features",
+    "length_score_correlation": "correlation of length and R_SARM",
+}
 VARIANTS = {
     "plain": "without controls",
     "without_controls": "without controls",
@@ -105,7 +119,9 @@ def policy(evaluation: Evaluation) -> list[Table]:
         "paired": f"The same, minus {BASE}, paired by prompt",
         "between": "One adapter minus another, paired by prompt",
     }
-    found = [(titles[part], _table_of(content.get(part), titles[part])) for part in titles]
+    found = [
+        (titles[part], _table_of(content.get(part), titles[part], known=POLICY)) for part in titles
+    ]
     return [table for _, table in found if table]
 
 
@@ -168,15 +184,19 @@ def steering(evaluation: Evaluation) -> list[Table]:
 
 
 def _table_of(
-    columns: Mapping[str, Any] | None, caption: str, rows_are_names: bool = False
+    columns: Mapping[str, Any] | None,
+    caption: str,
+    rows_are_names: bool = False,
+    known: Mapping[str, str] | None = None,
 ) -> Table | None:
-    """Name → measure → value as a table: names are columns, or rows."""
+    """Name → measure → value as a table: names are columns, or rows; `known` titles measures."""
+    known = known or {}
     flat = {VARIANTS.get(n, n): _flatten(found) for n, found in _dicts(columns).items()}
     measures = list(dict.fromkeys(m for found in flat.values() for m in found))
     measures = [m for m in measures if m not in ("matrix", "domains", "scores")]
     if not measures:
         return None
-    titles = [measure.replace("_", " ").replace(".", " ") for measure in measures]
+    titles = [known.get(m, m.replace("_", " ").replace(".", " ")) for m in measures]
     if rows_are_names:
         rows = [[n, *(estimate(found.get(m)) for m in measures)] for n, found in flat.items()]
         return Table(caption, ["", *titles], rows)

@@ -1,0 +1,145 @@
+"""What the stages of a working directory were made from: stages.json.
+
+A stage is up to date where it finished, its last file is there, and neither its options nor the
+files that they name have changed since. Files count by their content, those above 64 MiB (weights)
+by size and time of change. A model on the hub counts by its name.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sarm_jax.errors import InputError
+from sarm_jax.files import replacing
+from sarm_jax.workdir import first_difference
+
+FILE = "stages.json"
+LARGE = 64 << 20  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """`options` by field, `inputs` a digest by path."""
+
+    options: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def provenance(
+    options: dict[str, Any], run_files: tuple[str, ...] = (), output: Path | None = None
+) -> Provenance:
+    """The options with digests of all existing files that they name, folders included.
+
+    Of a folder with a run in it only `run_files` count; what the stage itself writes, `output`,
+    is none of its inputs.
+    """
+    found: dict[str, str] = {}
+    for text in _strings(options):
+        for path in _paths(text):
+            if output and path.absolute().is_relative_to(output.absolute()):
+                continue
+            files = [path] if path.is_file() else _files_in(path, run_files)
+            found |= {str(file): _digest(file) for file in files}
+    return Provenance(options, found)
+
+
+class Records:
+    """stages.json of a working directory."""
+
+    def __init__(self, workdir: Path):
+        self.path = workdir / FILE
+        self.stages = self._read()
+
+    def _read(self) -> dict[str, dict]:
+        try:
+            stages = json.loads(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"{self.path}: not JSON ({error}); delete it") from None
+        whole = isinstance(stages, dict) and all(
+            isinstance(s, dict) and {"options", "inputs", "finished"} <= s.keys()
+            for s in stages.values()
+        )
+        if not whole:
+            raise InputError(f"{self.path}: not a record of stages; delete it")
+        return stages
+
+    def difference(self, stage: str, made_from: Provenance) -> str | None:
+        """What changed since the stage ran, in words; None: nothing, or it never ran."""
+        if stage not in self.stages:
+            return None
+        found = self.stages[stage]
+        changed = first_difference(found["options"], json.loads(json.dumps(made_from.options)))
+        if changed:
+            return changed
+        for path in sorted(found["inputs"].keys() | made_from.inputs.keys()):
+            if found["inputs"].get(path) != made_from.inputs.get(path):
+                return f"{path} has changed"
+        return None
+
+    def finished(self, stage: str) -> bool:
+        """Whether the stage's last call came to its end."""
+        return bool(self.stages.get(stage, {}).get("finished"))
+
+    @contextlib.contextmanager
+    def recording(self, stage: str, made_from: Provenance) -> Iterator[None]:
+        """Notes that the stage is running, then that it finished, or nothing if it was refused."""
+        before, start = dict(self.stages), time.monotonic()
+        entry: dict[str, Any] = dataclasses.asdict(made_from) | {"finished": None}
+        self._write({**before, stage: entry})
+        try:
+            yield
+        except InputError:
+            self._write(before)
+            raise
+        entry["seconds"] = round(time.monotonic() - start, 1)
+        entry["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self._write({**before, stage: entry})
+
+    def _write(self, stages: dict[str, dict]) -> None:
+        self.stages = stages
+        if not stages:
+            self.path.unlink(missing_ok=True)
+            return
+        with replacing(self.path) as file:
+            json.dump(stages, file, indent=2)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _strings(part)
+    elif isinstance(value, str):
+        yield value
+
+
+def _paths(text: str) -> Iterator[Path]:
+    """Existing paths in PATH, "A,B", NAME=PATH or "@PATH:key[:n]"."""
+    for part in text.split(","):
+        name = part.strip()
+        if name.startswith("@"):
+            name = name[1:].split(":")[0]
+        for candidate in dict.fromkeys((name, name.rpartition("=")[2])):
+            if ("/" in candidate or "." in candidate) and Path(candidate).exists():
+                yield Path(candidate)
+                break
+
+
+def _files_in(folder: Path, run_files: tuple[str, ...]) -> list[Path]:
+    is_run = (folder / "metrics.csv").exists() or (folder / "adapter").is_dir()
+    found = [p for glob in run_files for p in folder.glob(glob)] if is_run else folder.rglob("*")
+    return sorted(path for path in found if path.is_file())
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    if status.st_size > LARGE:
+        return f"{status.st_size} bytes, changed at {status.st_mtime_ns} ns"
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

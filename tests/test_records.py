@@ -1,0 +1,119 @@
+"""When a stage counts as up to date, and what is never overwritten."""
+
+import json
+
+import pytest
+
+from configs import base, pipeline
+from configs.pipeline import run_all, run_stage
+from configs.preflight import check
+from configs.records import Records, provenance
+from sarm_jax.errors import InputError
+
+
+def test_inputs_are_the_existing_files_that_options_name(tmp_path):
+    model, run, pairs = tmp_path / "model", tmp_path / "run", tmp_path / "pairs.jsonl"
+    (model / "deep").mkdir(parents=True)
+    (run / "adapter").mkdir(parents=True)
+    for path in (model / "config.json", model / "deep/x", run / "adapter/a", run / "big", pairs):
+        path.write_text(path.name)
+    options = {
+        "model": str(model),
+        "pairs": f"{pairs}, {tmp_path}/none.jsonl",
+        "lists": {"tau": f"@{pairs}:key[:2]", "alpha": "0.5,0.5"},
+        "runs": f"mine={run}",
+    }
+    found = provenance(options, ("adapter/*",))
+    files = [model / "config.json", model / "deep/x", pairs, run / "adapter/a"]
+    assert sorted(found.inputs) == sorted(map(str, files))
+    assert not provenance(options, (), tmp_path).inputs  # what a stage writes itself
+    pairs.write_text("changed")
+    again = provenance(options, ("adapter/*",)).inputs
+    assert {p for p in again if again[p] != found.inputs[p]} == {str(pairs)}
+
+
+def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
+    made_from = provenance({"a": 1})
+    with pytest.raises(KeyboardInterrupt), Records(tmp_path).recording("identify", made_from):
+        assert not Records(tmp_path).finished("identify")
+        raise KeyboardInterrupt
+    assert not Records(tmp_path).finished("identify")
+    with Records(tmp_path).recording("identify", made_from):
+        pass
+    records = Records(tmp_path)
+    assert records.finished("identify") and records.difference("identify", made_from) is None
+    assert records.difference("identify", provenance({"a": 2})) == "a was 1 and is now 2"
+    with pytest.raises(InputError), records.recording("identify", provenance({"a": 3})):
+        raise InputError("refused")
+    assert Records(tmp_path).difference("identify", made_from) is None
+    (tmp_path / "stages.json").write_text("[]")
+    with pytest.raises(InputError, match=r"stages\.json: not a record of stages"):
+        Records(tmp_path)
+
+
+def test_a_refused_first_stage_leaves_no_record(tmp_path):
+    config = base.get_config()
+    config.train_sarm.pairs_jsonl = str(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        run_stage("train_sarm", config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
+    calls = []
+
+    def train_sarm(config, workdir):
+        calls.append(config.train_sarm.epochs)
+        (workdir / "sarm").mkdir()
+
+    monkeypatch.setitem(pipeline.STAGES, "train_sarm", train_sarm)
+    config, pairs = base.get_config(), tmp_path / "pairs.jsonl"
+    pairs.write_text("one")
+    config.train_sarm.pairs_jsonl = str(pairs)
+    run_all(config, tmp_path)
+    run_all(config, tmp_path)
+    assert calls == [3]
+    pairs.write_text("two")
+    with pytest.raises(InputError, match=r"train_sarm: .*pairs\.jsonl has changed"):
+        run_all(config, tmp_path)
+    pairs.write_text("one")
+    config.train_sarm.epochs = 4
+    with pytest.raises(InputError, match=r"train_sarm\.epochs was 3 and is now 4"):
+        run_stage("train_sarm", config, tmp_path)
+    (tmp_path / "stages.json").unlink()  # as left by a call that kept no record
+    run_all(config, tmp_path)
+    assert calls == [3]
+    (tmp_path / "sarm").rmdir()
+    run_all(config, tmp_path)
+    assert calls == [3, 4]
+    assert json.loads((tmp_path / "stages.json").read_text())["train_sarm"]["seconds"] >= 0
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("ppo.clip_range", -1.0, "ppo.clip_range=-1.0"),
+        ("identify.top_k", 0, "identify.top_k=0"),
+        ("train_sarm.k", 0, "train_sarm.k=0"),
+        ("evaluate.samples", 0, "evaluate.samples=0"),
+        ("report.samples", -1, "report.samples=-1"),
+        ("remat", "some", "remat='some'"),
+        ("evaluate.rm_bench", "a.json", "evaluate.rm_bench=a.json: no such file"),
+        ("eval_prompts_jsonl", "a.jsonl", "eval_prompts_jsonl=a.jsonl: no such file"),
+        ("reward.penalize_features", "1,x", "penalize_features"),
+    ],
+)
+def test_all_refuses_before_the_first_stage(tmp_path, field, value, message):
+    config = base.get_config()
+    config.train_sarm.pairs_jsonl = f"{tmp_path}/data/pairs.jsonl"  # written by prepare_data
+    config.identify.pairs_jsonl = f"{tmp_path}/data/pairs.jsonl"
+    check(config, tmp_path)
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as error:
+        check(config, tmp_path)
+    assert message in str(error.value)
+
+
+def test_all_needs_something_to_do(tmp_path):
+    with pytest.raises(InputError, match="nothing to do"):
+        run_all(base.get_config(), tmp_path)
