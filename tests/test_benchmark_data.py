@@ -16,8 +16,8 @@ from sarm_jax.evaluation.benchmark_files import domain_of, read_rewardbench2, re
 STYLED = {
     "id": 1,
     "prompt": "sort a list",
-    "chosen": ["use sorted", "use the function sorted", "**use** the function sorted"],
-    "rejected": ["use sort_it", "use the function sort_it", "use"],
+    "chosen": ["use sorted.", "use the function sorted.", "**use** the function sorted."],
+    "rejected": ["use sort_it.", "use the function sort_it.", "use."],
     "domain": "code",
 }
 CHOICE = {
@@ -102,14 +102,30 @@ def test_rm_bench_gives_pairs_of_equal_style_and_versions_of_one_answer(tmp_path
         (STYLED["chosen"][2], STYLED["rejected"][2], "rm_bench:code:markdown"),
     ]
     assert [(v["chosen"], v["rejected"], v["source"]) for v in data.outputs["verbosity"]] == [
-        ("use sorted", "use the function sorted", "rm_bench:code:right:detailed"),
-        ("use sorted", "**use** the function sorted", "rm_bench:code:right:markdown"),
-        ("use sort_it", "use the function sort_it", "rm_bench:code:wrong:detailed"),
+        ("use sorted.", "use the function sorted.", "rm_bench:code:right:detailed"),
+        ("use sorted.", "**use** the function sorted.", "rm_bench:code:right:markdown"),
+        ("use sort_it.", "use the function sort_it.", "rm_bench:code:wrong:detailed"),
     ]
-    assert data.summary["left_out_of_used_rows"] == {"equal_pairs": 0, "versions_not_longer": 1}
-    assert data.outputs["demos"] == [{"prompt": "sort a list", "response": "use sorted"}]
+    assert [(p["chosen"], p["rejected"]) for p in data.outputs["easy"]] == [
+        ("use the function sorted.", "use sort_it."),
+        ("**use** the function sorted.", "use sort_it."),
+        ("**use** the function sorted.", "use the function sort_it."),
+    ]
+    left_out = {"equal_pairs": 0, "versions_not_longer": 1, "versions_cut_short": 0}
+    assert data.summary["left_out_of_used_rows"] == left_out
+    assert data.outputs["demos"] == [{"prompt": "sort a list", "response": "use sorted."}]
     safe = save(tmp_path / "safety-refuse_filtered.json", [{**STYLED, "domain": "safety-refuse"}])
     assert len(gather(rm_bench=[safe]).outputs["probes_safety"]) == 3
+
+
+def test_versions_that_stop_in_the_middle_mark_no_verbosity(tmp_path):
+    chosen = ["use sorted.", "use the function that", "use it:\n```\nsorted(x)\n```"]
+    data = gather(rm_bench=[save(tmp_path / "total.json", [STYLED | {"chosen": chosen}])])
+    ours = [v for v in data.outputs["verbosity"] if ":right:" in v["source"]]
+    assert [v["rejected"] for v in ours] == [chosen[2]]
+    assert {p["chosen"] for p in data.outputs["easy"]} == {chosen[2]}
+    # The cut version, against its concise one and against the wrong concise one.
+    assert data.summary["left_out_of_used_rows"]["versions_cut_short"] == 2
 
 
 def test_the_domain_of_a_file_is_used_where_a_row_names_none(tmp_path):

@@ -14,8 +14,8 @@ from tests.oracles import save_tiny_sarm, tiny_tokenizer
 STYLED = [
     {
         "prompt": f"name {n}",
-        "chosen": [f"it is {n}", f"it is {n} and no more", f"**it** is {n} and no more"],
-        "rejected": [f"it is {n}{n}", f"it is {n}{n} and no more", f"**it** is {n}{n} and more"],
+        "chosen": [f"it is {n}.", f"it is {n} and no more.", f"**it** is {n} and no more."],
+        "rejected": [f"it is {n}{n}.", f"it is {n}{n} and no more.", f"**it** is {n}{n} and more."],
         "domain": ("chat", "safety-refuse")[n % 2],
     }
     for n in range(8)

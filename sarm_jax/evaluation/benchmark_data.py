@@ -13,6 +13,11 @@ Deliberate deviations: every distinct pair is a probe (the reference keeps one p
 first 2,000 of the complement); test sets are whole; test prompts that also occur in training are
 counted (SARM's own test files repeat the training prompts).
 
+RM-Bench has every answer in three styles. `verbosity` has the concise version of an answer against
+a longer one; `easy` the right answer against a wrong one in a plainer style, which is what an
+annotator who likes detail would choose. Versions that stop in the middle (many of the detailed ones
+do) are left out of both: what marks them is the missing end.
+
 Held out: a share of the prompts of everything but the steering files, drawn by a hash, goes into
 test sets instead of training; the two rows of a tie stay together.
 """
@@ -36,11 +41,12 @@ from sarm_jax.evaluation.benchmark_files import (
 )
 
 OUTPUTS = (
-    "prompts demos probes_safety probes_complement verbosity bestofn held_out_prompts "
-    "test_safety_chosen test_safety_rejected test_complement test_concise test_detailed "
+    "prompts demos probes_safety probes_complement verbosity easy bestofn held_out_prompts "
+    "held_out_verbosity test_safety_chosen test_safety_rejected test_complement test_concise test_detailed "
     "held_out_rm_bench held_out_rewardbench2"
 ).split()
 SIDES = ("right", "wrong")
+ENDS = tuple(".!?…。！？)]}\"'”’`*:;|")  # what may stand after a last sentence, row or code block
 Take = Callable[["Collector", Any], bool]
 
 
@@ -85,7 +91,7 @@ class Collector:
         self.outputs: dict[str, list[dict[str, Any]]] = {name: [] for name in OUTPUTS}
         self.sources: dict[str, dict[str, Any]] = {}
         self._seen: dict[str, set[Any]] = {name: set() for name in OUTPUTS}
-        self.left_out = {"equal_pairs": 0, "versions_not_longer": 0}
+        self.left_out = {"equal_pairs": 0, "versions_not_longer": 0, "versions_cut_short": 0}
         self._held_out: dict[str, bool] = {}
 
     def read(self, name: str, path: Path, take: Take) -> None:
@@ -234,6 +240,12 @@ def take_styled(into: Collector, content: Any, domain: str) -> bool:
         for style, version in zip(STYLES[1:], answers[1:], strict=True):
             source = f"rm_bench:{row.domain}:{side}:{style}"
             fresh.append(_contrast(into, row.prompt, answers[0], version, source, held_out))
+    for place, right in enumerate(row.chosen):
+        for wrong in row.rejected[:place]:
+            pair = {"prompt": row.prompt, "chosen": right, "rejected": wrong}
+            if not held_out and _whole(into, right, wrong):
+                pair["source"] = f"rm_bench:{row.domain}:easy"
+                fresh.append(into.add("easy", pair, (row.prompt, right, wrong)))
     return any(fresh)
 
 
@@ -244,11 +256,21 @@ def _contrast(
     if len(detailed.split()) <= len(concise.split()):
         into.left_out["versions_not_longer"] += 1
         return False
-    if held_out:
-        first = into.answer("concise", prompt, concise)
-        return into.answer("detailed", prompt, detailed) or first
+    if not _whole(into, concise, detailed):
+        return False
     row = {"prompt": prompt, "chosen": concise, "rejected": detailed, "source": source}
-    return into.add("verbosity", row, (prompt, concise, detailed))
+    if held_out:
+        into.answer("concise", prompt, concise)
+        into.answer("detailed", prompt, detailed)
+    output = "held_out_verbosity" if held_out else "verbosity"
+    return into.add(output, row, (prompt, concise, detailed))
+
+
+def _whole(into: Collector, *answers: str) -> bool:
+    """Whether every answer comes to an end."""
+    whole = all(answer.rstrip().endswith(ENDS) for answer in answers)
+    into.left_out["versions_cut_short"] += not whole
+    return whole
 
 
 def _candidates(into: Collector, prompt: str, right: tuple, wrong: tuple) -> bool:
