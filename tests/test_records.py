@@ -1,12 +1,15 @@
 """When a stage counts as up to date, and what is never overwritten."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 
 from configs import base, pipeline
+from configs.command_line import fill_in
 from configs.pipeline import run_all, run_stage
-from configs.preflight import check
+from configs.preflight import INPUTS, check
 from configs.records import Records, provenance
 from sarm_jax.errors import InputError
 
@@ -117,3 +120,15 @@ def test_all_refuses_before_the_first_stage(tmp_path, field, value, message):
 def test_all_needs_something_to_do(tmp_path):
     with pytest.raises(InputError, match="nothing to do"):
         run_all(base.get_config(), tmp_path)
+
+
+CONFIGS = Path(base.__file__).parent.glob("*.py")
+
+
+@pytest.mark.parametrize("name", [p.stem for p in CONFIGS if "def get_config" in p.read_text()])
+def test_every_experiment_passes_the_preflight(name, tmp_path):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    for field in INPUTS:  # of the machine it runs on
+        section, _, key = field.rpartition(".")
+        (config[section] if section else config)[key] = ""
+    check(fill_in(config, tmp_path), tmp_path)

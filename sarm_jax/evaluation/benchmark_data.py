@@ -42,8 +42,8 @@ from sarm_jax.evaluation.benchmark_files import (
 
 OUTPUTS = (
     "prompts demos probes_safety probes_complement verbosity easy bestofn held_out_prompts "
-    "held_out_verbosity test_safety_chosen test_safety_rejected test_complement test_concise test_detailed "
-    "held_out_rm_bench held_out_rewardbench2"
+    "held_out_verbosity test_safety_chosen test_safety_rejected test_complement test_concise "
+    "test_detailed held_out_rm_bench held_out_rewardbench2"
 ).split()
 SIDES = ("right", "wrong")
 ENDS = tuple(".!?…。！？)]}\"'”’`*:;|")  # what may stand after a last sentence, row or code block
