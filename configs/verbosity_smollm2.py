@@ -42,10 +42,10 @@ def get_config() -> ConfigDict:
     config.train_sarm.head_learning_rate = 1e-3
 
     config.identify.pairs_jsonl = "{workdir}/data/verbosity.jsonl"
-    config.probe.feature = SELECTED + ":detectors"
+    config.probe.feature = SELECTED + ":detectors[:8]"
     config.probe.data_jsonl = "{workdir}/data/held_out_verbosity.jsonl"
 
-    config.ppo.total_steps = 24
+    config.ppo.total_steps = 20
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 2
     config.ppo.learning_rate = 1.5e-3
@@ -55,9 +55,9 @@ def get_config() -> ConfigDict:
     config.ppo.calibration_batches = 4
 
     config.reward.unit = "sd"
-    config.reward.penalize_features = SELECTED + ":detectors"
-    config.reward.tau_values = SELECTED + ":tau_detectors"
-    config.reward.alpha_values = SELECTED + ":alpha_detectors"
+    config.reward.penalize_features = SELECTED + ":detectors[:8]"
+    config.reward.tau_values = SELECTED + ":tau_detectors[:8]"
+    config.reward.alpha_values = ",".join(["1.0"] * 8)
 
     config.evaluate.rm_bench = "{workdir}/data/held_out_rm_bench.jsonl"
     config.evaluate.prompts_jsonl = "configs/data/everyday_held_out.jsonl"
