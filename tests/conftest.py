@@ -1,6 +1,7 @@
 """Tiny models for tests that need no oracle: a byte-level chat policy and a SARM, both random."""
 
 import dataclasses
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,24 @@ def spread(module: nnx.Module, factor: float = 10.0) -> nnx.Module:
 def policy(architecture, tokenizer):
     stops = chat.stop_ids(tokenizer)
     return spread(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stops))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def keep_compiled_programs(tmp_path_factory):
+    """Compiles a program once for all modules, workers and child processes of a run of the tests.
+
+    Most of the time of the tests is compilation. pytest removes the folder after a few runs.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in options.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(autouse=True, scope="module")
