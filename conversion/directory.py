@@ -1,13 +1,14 @@
 """Output directories that appear complete or not at all, and the tokenizer files in them."""
 
 import contextlib
-import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from sarm_jax.errors import InputError
+from sarm_jax.files import to_disk
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,6 +31,8 @@ def atomic_directory(dst: str | Path, replace: bool = False) -> Iterator[Path]:
     Raises:
       InputError: `dst` exists, is not an empty directory, and `replace` is false (with it, an
         existing directory is exchanged for the new one); or its parent cannot be written to.
+
+    What a killed process left of an earlier attempt is removed when this one has succeeded.
     """
     dst = Path(dst)
     taken = dst.exists() and not (dst.is_dir() and not any(dst.iterdir()))
@@ -46,10 +49,14 @@ def atomic_directory(dst: str | Path, replace: bool = False) -> Iterator[Path]:
         mode = temporary.stat().st_mode & 0o666  # the umask's; safetensors writes private files
         for file in temporary.iterdir():
             file.chmod(mode)
-            _fsync(file)
-        _fsync(temporary)
+            to_disk(file)
+        to_disk(temporary)
         _exchange(temporary, dst)
-        _fsync(dst.parent)
+        to_disk(dst.parent)
+        left_over = re.compile(rf"\.{re.escape(dst.name)}\.[0-9a-f]{{8}}(\.old)?")
+        for path in dst.parent.iterdir():
+            if left_over.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -74,11 +81,3 @@ def _exchange(new: Path, dst: Path) -> None:
         old.rename(dst)
         raise
     shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,68 +1,164 @@
-"""Checkpoints: everything that changes during a run, through Orbax.
+"""Checkpoints: everything that changes during a run, through Orbax, verified before it is used.
 
 LoRA, value head, Adam's moments, the discriminator and its moments, the score scale, and the
 number of finished steps. Random keys, prompt order and schedules are functions of (seed, step),
 so the step restores them too.
 """
 
+import contextlib
+import dataclasses
+import errno
+import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.args import (
+    Composite,
+    JsonRestore,
+    JsonSave,
+    StandardRestore,
+    StandardSave,
+)
 
+from ppo.manifest import (
+    ITEM,
+    DamagedCheckpointError,
+    ManifestArgs,
+    ManifestHandler,
+    check_manifest,
+)
 from sarm_jax.errors import InputError
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """`keep_every`: checkpoints of every n-th step are kept for good; 0: none are."""
+
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep_every < 0:
+            raise InputError(f"checkpoint.keep_every={self.keep_every}: must not be negative")
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run; keeps the newest `keep`."""
+    """The `checkpoints/` folder of a run.
 
-    def __init__(self, directory: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+    Keeps the newest `keep`, and for good those of every `keep_every`-th step; 0: no others.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_every: int = 0):
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,  # of a save that was killed
+            enable_async_checkpointing=False,
+        )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item, handler, kinds in (
+            ("state", ocp.StandardCheckpointHandler(), (StandardSave, StandardRestore)),
+            ("facts", ocp.JsonCheckpointHandler(), (JsonSave, JsonRestore)),
+            (ITEM, ManifestHandler(), (ManifestArgs,)),  # last: it is of the others
+        ):
+            for kind in kinds:
+                registry.add(item, kind, handler)
+        self._directory = directory.absolute()
+        self._manager = ocp.CheckpointManager(
+            self._directory, options=options, handler_registry=registry
+        )
 
     def latest_step(self) -> int | None:
         """Finished PPO steps of the newest checkpoint, None when there is none."""
         return self._manager.latest_step()
 
     def save(self, steps: int, state: Any, facts: dict) -> None:
-        """Writes `state` (a pytree of arrays) and `facts` (JSON) after `steps` steps; blocks."""
+        """Writes `state` (a pytree of arrays) and `facts` (JSON) after `steps` steps; blocks.
+
+        Raises OSError where the disk is full; the checkpoints before this one stay.
+        """
         if self._manager.latest_step() == steps:
             return
-        self._manager.save(
-            steps,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named(state)), facts=ocp.args.JsonSave(facts)
-            ),
-        )
-        self._manager.wait_until_finished()
+        items = {
+            "state": StandardSave(named_arrays(state)),
+            "facts": JsonSave(facts),
+            ITEM: ManifestArgs(),
+        }
+        try:
+            with _quiet():
+                self._manager.save(steps, args=Composite(**items))
+                self._manager.wait_until_finished()
+        except Exception as error:
+            if _disk_is_full(error):
+                text = f"no space for the checkpoint of step {steps}"
+                raise OSError(errno.ENOSPC, text, str(self._directory)) from error
+            raise
 
     def restore(self, like: Any) -> tuple[int, Any, dict]:
-        """(steps, state, facts) of the newest checkpoint; `like` gives structure and placement."""
-        steps = self._manager.latest_step()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _named(like))
-        try:
-            restored = self._manager.restore(
-                steps,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(abstract), facts=ocp.args.JsonRestore()
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            raise InputError(
-                f"checkpoint {steps} in {self._manager.directory} does not fit this configuration: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        leaves = [restored["state"][name] for name in _named(like)]
-        return int(steps), jax.tree.unflatten(jax.tree.structure(like), leaves), restored["facts"]
+        """(steps, state, facts) of the newest checkpoint whose files are those written.
+
+        `like` gives structure and placement. Damaged checkpoints that are newer are set aside,
+        with a warning. Raises InputError where none is whole, or where it does not fit `like`.
+        """
+        damaged: dict[int, str] = {}
+        for steps in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                check_manifest(self._directory / str(steps))
+            except DamagedCheckpointError as error:
+                damaged[steps] = str(error)
+                continue
+            self._set_aside(damaged, steps)
+            return steps, *self._read(steps, like)
+        found = "; ".join(f"{steps}: {problem}" for steps, problem in damaged.items())
+        raise InputError(
+            f"{self._directory}: no checkpoint is whole ({found}); put back a copy of one, or "
+            "delete the working directory to start again"
+        )
 
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._manager.close()
 
+    def _read(self, steps: int, like: Any) -> tuple[Any, dict]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named_arrays(like))
+        items = {
+            "state": StandardRestore(abstract),
+            "facts": JsonRestore(),
+        }
+        try:
+            restored = self._manager.restore(steps, args=Composite(**items))
+        except (ValueError, KeyError) as error:
+            raise InputError(
+                f"checkpoint {steps} in {self._directory} does not fit this configuration: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        leaves = [restored["state"][name] for name in named_arrays(like)]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["facts"]
 
-def _named(tree: Any) -> dict[str, Any]:
+    def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
+        """Moves damaged checkpoints out of Orbax's folder: their steps are done again."""
+        for steps, problem in damaged.items():
+            place = self._directory.with_name(f"damaged_checkpoint_{steps}")
+            LOG.warning(
+                "checkpoint %d is damaged (%s): moved to %s; going on from checkpoint %d",
+                *(steps, problem, place, intact),
+            )
+            shutil.rmtree(place, ignore_errors=True)  # of an earlier damage to the same step
+            (self._directory / str(steps)).rename(place)
+        if damaged:
+            self._manager.reload()
+
+
+def named_arrays(tree: Any) -> dict[str, Any]:
     """A flat {path: array}: readable in the checkpoint, whatever containers the tree is made of."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
@@ -72,3 +168,26 @@ def _named(tree: Any) -> dict[str, Any]:
 
 def _array(leaf: Any) -> Any:
     return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else np.asarray(leaf)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax's threads log with a traceback each what is raised here anyway."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether this, or what it came from, says so; TensorStore tells only in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
