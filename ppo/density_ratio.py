@@ -4,6 +4,10 @@ Trained to tell human (0) from policy (1) with as many of each in a minibatch, i
 D(z) = log p_policy(z) / p_human(z), whose mean over policy samples estimates
 KL(policy ‖ human) on the chosen latents. Source: Sugiyama et al., density-ratio estimation by
 logistic regression. Latents are standardised with the human buffer's mean and deviation.
+
+What is read is held within ±log N for N human responses: from N samples no larger divergence can
+be told from an infinite one (McAllester & Stratos, arXiv 1811.04251), and a discriminator that is
+right every time would otherwise set the reward by how long it has been trained.
 """
 
 import dataclasses
@@ -11,6 +15,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, struct
 from jax.typing import ArrayLike
@@ -65,6 +70,7 @@ class DensityRatio:
         rows_ns = jnp.asarray(human_ns, jnp.float32)
         self._mean, self._std = rows_ns.mean(axis=0), rows_ns.std(axis=0) + 1e-6
         self._human_ns = (rows_ns - self._mean) / self._std
+        self._bound = float(np.log(len(rows_ns)))
         self._optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
         model = Discriminator(rows_ns.shape[1], config.hidden_size, rngs=nnx.Rngs(0))
         self._graphdef = nnx.graphdef(model)
@@ -82,7 +88,9 @@ class DensityRatio:
     ) -> tuple[DensityRatioState, jax.Array, dict[str, jax.Array]]:
         """Trains on this step's policy latents, then reads them.
 
-        Returns (state, D `[B]` of `policy_bs` under the new state, {disc_loss, disc_acc}).
+        Returns (state, D `[B]` of `policy_bs` under the new state, metrics): disc_loss, disc_acc,
+        and `skipped`, which is `steps` where they made a number non-finite: the state is then the
+        one before them. Otherwise 0.
         """
         policy_bs = self._standardised(policy_bs)
         size, logits = self.config.batch_size, self._logits
@@ -103,17 +111,24 @@ class DensityRatio:
             return DensityRatioState(params, opt_state), (value, accuracy)
 
         keys = jax.random.split(key, self.config.steps)
-        state, (losses, accuracies) = jax.lax.scan(step, state, keys)
+        new, (losses, accuracies) = jax.lax.scan(step, state, keys)
+        numbers = jax.tree.leaves((new, losses))
+        finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
+        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {"disc_loss": losses.mean(), "disc_acc": accuracies.mean()}
-        return state, logits(state.params, policy_bs), metrics
+        metrics["skipped"] = jnp.where(finite, 0, self.config.steps)
+        return state, self._bounded(logits(state.params, policy_bs)), metrics
 
     @partial(jax.jit, static_argnums=0)
     def read(self, state: DensityRatioState, policy_bs: jax.Array) -> jax.Array:
         """D `[B]` of latents that are not trained on."""
-        return self._logits(state.params, self._standardised(policy_bs))
+        return self._bounded(self._logits(state.params, self._standardised(policy_bs)))
 
     def _standardised(self, z_bs: jax.Array) -> jax.Array:
         return (z_bs.astype(jnp.float32) - self._mean) / self._std
+
+    def _bounded(self, d_b: jax.Array) -> jax.Array:
+        return jnp.clip(d_b, -self._bound, self._bound)
 
     def _logits(self, params: nnx.State, x_ns: jax.Array) -> jax.Array:
         return nnx.merge(self._graphdef, params)(x_ns)

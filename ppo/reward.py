@@ -13,6 +13,9 @@ Two bounds keep a policy from escaping its penalties. What the controls take fro
 Σ_i α_i · 1[z_i > τ_i] + β · D, is at most `penalty_cap` σ. And a response that does not end has
 dodged the end-of-turn token that everything is read at, so `learned_reward` charges it as much as
 any response of its batch, and believes no score above the reference responses' mean.
+
+A score or a latent that is not finite makes the learned reward NaN, which no update survives: a
+comparison with NaN is false, and would otherwise waive the penalty.
 """
 
 import dataclasses
@@ -83,6 +86,11 @@ class RewardConfig:
                     f"{len(self.clamp_features)} clamp_features: give one value per feature"
                 )
 
+    def alphas_sd(self, score_std: float) -> list[float]:
+        """α in σ of the reference responses' scores, `score_std`."""
+        unit = 1.0 if self.unit == "sd" else score_std
+        return [alpha / unit for alpha in self.alpha_values]
+
     def check_features(self, latent_size: int) -> None:
         """Raises InputError for features or clamps that a SARM of `latent_size` cannot have."""
         for name in ("penalize_features", "clamp_features", "latent_indices"):
@@ -149,6 +157,7 @@ def compound_reward(
     tau_n = np.asarray(config.tau_values, np.float32)
     alpha_n = np.asarray(config.alpha_values, np.float32)
     penalty_bn = np.where(z_bn > tau_n, scale * alpha_n, np.float32(0))
+    penalty_bn = np.where(np.isfinite(z_bn), penalty_bn, np.float32("nan"))
     kl_penalty_b = scale * np.float32(config.beta) * log_ratio_b
     cap = np.float32(config.penalty_cap * score_std)
     controls_b = penalty_bn.sum(axis=1) + kl_penalty_b
@@ -188,12 +197,13 @@ def learned_reward(
     One that did not end gets min((R_SARM − μ) / σ, 0) − c / σ − `missing_eos_penalty`, c being the
     most that the controls take from any response of the batch: the same words with an end are
     always worth more. A `missing_eos_penalty` of 0 says that responses need not end, and no
-    difference is made.
+    difference is made. NaN where R_total is not finite.
     """
     valid_b = scale.normalise(terms.total_b)
+    valid_b = np.where(np.isfinite(valid_b), valid_b, np.float32("nan"))
     if missing_eos_penalty == 0:
         return valid_b
     most = np.maximum(terms.controls_b.max(), 0) / scale.std
     believed_b = np.minimum(scale.normalise(terms.rm_score_b), 0)
     invalid_b = believed_b - np.float32(most + missing_eos_penalty)
-    return np.where(ended_b, valid_b, invalid_b).astype(np.float32)
+    return np.where(ended_b | np.isnan(valid_b), valid_b, invalid_b).astype(np.float32)

@@ -109,3 +109,31 @@ def test_features_must_be_in_the_buffer(tmp_path):
     with pytest.raises(InputError, match="feature 6 of a SARM with 6 latents"):
         human_buffer(RewardConfig(beta=0.1), str(path), 6)
     assert human_buffer(RewardConfig(beta=0.0), "", 64) is None
+
+
+def test_a_discriminator_that_is_always_right_is_held_at_log_n():
+    human = np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
+    ratio = DensityRatio(CONFIG, human)
+    state = ratio.init(jax.random.key(0))
+    for step in range(3):
+        far = jnp.full((8, 1), 50.0)
+        state, logits, metrics = ratio.update(state, far, jax.random.key(step))
+    assert metrics["disc_acc"] > 0.99
+    np.testing.assert_allclose(logits, np.log(50), rtol=1e-6)
+    np.testing.assert_array_equal(logits, ratio.read(state, far))
+    np.testing.assert_allclose(ratio.read(state, -far), -np.log(50), rtol=1e-6)
+
+
+def test_latents_that_are_not_finite_are_not_learned_from():
+    rng = np.random.default_rng(3)
+    human, policy = rng.normal(size=(2, 40, 3)).astype(np.float32)
+    ratio = DensityRatio(CONFIG, human)
+    state, _, metrics = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
+    assert metrics["skipped"] == 0
+    for bad in (np.nan, np.inf):
+        poisoned = policy.copy()
+        poisoned[:, 1] = bad
+        after, logits, metrics = ratio.update(state, jnp.asarray(poisoned), jax.random.key(2))
+        assert metrics["skipped"] == CONFIG.steps and np.isnan(logits).all()
+        for a, b in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+            np.testing.assert_array_equal(a, b)

@@ -94,6 +94,21 @@ def test_learned_reward_by_hand():
     np.testing.assert_allclose(learned_reward(terms, scale, ended, 0.0), [0, 2, -2, -2])
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("missing_eos_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_is_not_finite_cannot_hide_in_the_learned_reward(bad, missing_eos_penalty, ended):
+    config = RewardConfig((7, 9), (3.0, 3.0), (0.1, 0.2), beta=0.1)
+    scale = ScoreScale(0.0, 0.05)
+    for spoilt in ("score", "latent", "ratio"):
+        parts = {"score": SCORE.copy(), "latent": Z.copy(), "ratio": np.zeros(3, np.float32)}
+        parts[spoilt][1] = bad  # of a latent: every penalised one of the row
+        terms = compound_reward(config, parts["score"], parts["latent"], parts["ratio"], 0.05)
+        ended_b = np.array([True, ended, True])
+        reward_b = learned_reward(terms, scale, ended_b, missing_eos_penalty)
+        assert np.isnan(reward_b[1]), spoilt
+
+
 @pytest.mark.parametrize("cap", [2.0, float("inf")])
 def test_gibberish_without_an_end_gains_nothing(cap):
     """Whatever it scores and however it dodges the penalties that responses with an end pay."""
