@@ -1,12 +1,13 @@
 """Runs one stage of an experiment.
 
     python main.py --config=configs/full_method.py [--stage=train] [--workdir=outputs/full_method]
-                   [--config.ppo.total_steps=20 …] [--alpha_values=0.1,0.1 …]
+                   [--config.ppo.total_steps=20 …] [--alpha_values=0.1,0.1 …] [--log_level=info]
 
-Exit codes: 0 done; 2 bad input (one `error: …` line on stderr); 3 training stopped because
-numbers became non-finite; 130 and 143 interrupted, after a checkpoint.
+Exit codes: 0 done; 2 bad input or a full disk (one `error: …` line on stderr); 3 training stopped
+because numbers became non-finite, or by a guard; 130 and 143 interrupted, after a checkpoint.
 """
 
+import errno
 import sys
 
 from configs import command_line
@@ -14,9 +15,10 @@ from configs.pipeline import run_all, run_stage
 from configs.stages import STAGES
 from configs.study import run_study
 from conversion.load import check_dtype
-from ppo.train import NonFiniteError
+from ppo.guards import TrainingStoppedError
 from sarm_jax.errors import InputError
 from sarm_jax.progress import show_progress
+from sarm_jax.signals import on_signal
 from sarm_jax.workdir import open_workdir
 
 
@@ -27,11 +29,11 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         template, stage, workdir = command_line.parse(argv)
-        show_progress()
+        show_progress(level=command_line.log_level())
         if stage not in STAGES and stage != "all":
             raise InputError(f"--stage={stage}: expected all or one of {', '.join(STAGES)}")
         check_dtype(template.dtype)
-        with open_workdir(workdir):
+        with on_signal(_interrupted), open_workdir(workdir):
             if stage == "all" and template.prepare_data.source == "lab":
                 run_study(template, workdir)
             elif stage == "all":
@@ -41,13 +43,22 @@ def main(argv: list[str]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteError as error:
+    except TrainingStoppedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    except KeyboardInterrupt:  # outside PPO, which saves a checkpoint first
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename or workdir}: {error.strerror}"
+        print(f"error: {where}; free space, and the same command goes on", file=sys.stderr)
+        return 2
     return 0
+
+
+def _interrupted(number: int) -> None:
+    """At a signal outside PPO's steps, which are finished and saved first."""
+    print("interrupted; the same command goes on", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

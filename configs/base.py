@@ -91,6 +91,26 @@ def get_config() -> ConfigDict:
     config.discriminator.batch_size = 32  # human rows, and as many policy rows
     config.discriminator.weight_decay = 1e-2
 
+    # The next two sections change no number: a run may go on with others than it started with.
+    config.checkpoint = ConfigDict()
+    config.checkpoint.keep_every = 0  # besides the newest, those of every n-th step for good
+
+    # Warnings in the log and in summary.json where a metric says that a run has gone wrong
+    # (ppo/guards.py); thresholds are on the columns of metrics.csv.
+    config.guards = ConfigDict()
+    config.guards.stop = ""  # comma-separated guards that also end the run, exit 3; "all" of them
+    config.guards.steps = 3  # in a row, before a guard warns
+    config.guards.max_nonfinite_steps = 3  # whose updates were skipped; one more ends the run
+    config.guards.ratio_0_max_dev = 1e-5  # warns above, on the first step
+    config.guards.ref_kl = 15.0  # nats per response, and
+    config.guards.ref_kl_per_token = 0.1  # nats per response token: warns above both
+    config.guards.disc_acc = 0.97  # warns above
+    config.guards.entropy = 0.02  # nats per token; warns below
+    config.guards.distinct_responses = 0.3  # per distinct prompt of a batch; warns below
+    config.guards.eos_fraction = 0.05  # warns below
+    config.guards.alpha_low = 0.1  # warns for penalties outside, in sd of the score
+    config.guards.alpha_high = 10.0
+
     # A profiler trace of some PPO steps; choose late ones, after everything is compiled.
     config.profile = ConfigDict()
     config.profile.start_step = -1  # -1: none

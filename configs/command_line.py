@@ -5,6 +5,7 @@ given leaves the field alone. "{workdir}" in a string field becomes the working 
 `fill_in`.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from sarm_jax.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment: configs/*.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "results; default outputs/<name of the config>")
+LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVEL = flags.DEFINE_enum("log_level", "info", LEVELS, "the least severe messages shown")
 STAGE = flags.DEFINE_string("stage", "train", "what to run; README lists the stages")
 
 _STRING, _FLOAT, _INTEGER = flags.DEFINE_string, flags.DEFINE_float, flags.DEFINE_integer
@@ -77,6 +80,11 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         if value is not None:
             config.update_from_flattened_dict({field: value})
     return config, STAGE.value, workdir
+
+
+def log_level() -> int:
+    """--log_level, as `logging` counts."""
+    return logging.getLevelNamesMapping()[LOG_LEVEL.value.upper()]
 
 
 def usage() -> str:

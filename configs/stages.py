@@ -108,9 +108,10 @@ def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
     rows: list[dict] = []
     sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append)
     hf_config = open_checkpoint(model, "policy").hf_config
-    save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
     write_json(workdir / "sarm_summary.json", summary)
     write_jsonl(workdir / "sarm_metrics.jsonl", rows)
+    # Last, because --stage=all takes it for the end of the stage.
+    save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
     accuracy, interval = summary["accuracy_held_out"], summary["accuracy_held_out_95"]
     LOG.info("held-out accuracy %.3f (95 %% %.3f to %.3f)", accuracy, *interval)
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")

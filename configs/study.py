@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from configs.command_line import fill_in
 from configs.pipeline import run_stages
 from configs.shared import reward_model, write_json
+from ppo.guards import TrainingStoppedError
 from ppo.metrics import read_evaluations
-from ppo.train import NonFiniteError
 from sarm_jax.errors import InputError
 from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
 from sarm_jax.lab.page import write_study
@@ -38,7 +38,7 @@ class SeedOutcome:
 
     finished: list[str]
     stopped: str = ""
-    nonfinite: bool = False
+    in_training: bool = False
 
 
 def run_study(template: ConfigDict, workdir: Path) -> None:
@@ -48,7 +48,8 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     check_study(template)
     settings = template.to_dict()
     if template.lab.processes == 1 or len(seeds) == 1:
-        outcomes = [run_seed(settings, workdir, seed) for seed in seeds]
+        level = LOG.getEffectiveLevel()
+        outcomes = [run_seed(settings, workdir, seed, level) for seed in seeds]
     else:
         outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
     finished = {seed: found.finished for seed, found in zip(seeds, outcomes, strict=True)}
@@ -59,8 +60,8 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     if stopped:
         first = next(iter(stopped))
         message = f"{len(stopped)} of {len(seeds)} seeds stopped; seed {first}: {reasons[first]}"
-        finite = any(not found.nonfinite for found in stopped.values())
-        raise InputError(message) if finite else NonFiniteError(message)
+        trained = all(found.in_training for found in stopped.values())
+        raise TrainingStoppedError(message) if trained else InputError(message)
 
 
 def check_study(template: ConfigDict) -> None:
@@ -89,7 +90,8 @@ def run_seeds(
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
         try:
-            futures = [pool.submit(run_seed, settings, workdir, seed) for seed in seeds]
+            level = LOG.getEffectiveLevel()
+            futures = [pool.submit(run_seed, settings, workdir, seed, level) for seed in seeds]
             return [future.result() for future in futures]
         except BaseException:  # Ctrl-C or SIGTERM: the seeds in progress save a checkpoint
             pool.shutdown(wait=False, cancel_futures=True)
@@ -102,9 +104,9 @@ def _exit(number: int, _frame) -> None:
     raise SystemExit(128 + number)
 
 
-def run_seed(settings: dict, workdir: Path, seed: int) -> SeedOutcome:
-    """One seed of the study."""
-    show_progress(f"seed {seed}: ")
+def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO) -> SeedOutcome:
+    """One seed of the study; messages from `level` on are shown."""
+    show_progress(f"seed {seed}: ", level)
     folder = workdir / f"seed_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     template = ConfigDict(settings)
@@ -117,9 +119,9 @@ def run_seed(settings: dict, workdir: Path, seed: int) -> SeedOutcome:
         for condition in parse_conditions(config.lab.conditions):
             run_condition(config, folder, condition)
             finished.append(condition)
-    except (InputError, NonFiniteError) as error:
+    except (InputError, TrainingStoppedError) as error:
         LOG.error("stopped: %s", error)
-        return SeedOutcome(finished, str(error), isinstance(error, NonFiniteError))
+        return SeedOutcome(finished, str(error), isinstance(error, TrainingStoppedError))
     return SeedOutcome(finished)
 
 

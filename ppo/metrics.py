@@ -5,18 +5,21 @@ Rows of steps that a resumed run will repeat are dropped first, so that every st
 The meaning and unit of each column is in README's glossary.
 """
 
+import contextlib
 import csv
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from ppo.board import Board
 from sarm_jax.files import replacing
+from sarm_jax.metrics_csv import read_metrics
 
 EVALUATIONS = "evaluations.jsonl"
 COLUMNS = (
@@ -26,6 +29,7 @@ COLUMNS = (
     "reward_max advantage_mean advantage_std grad_norm disc_loss disc_acc time_rollout time_score "
     "time_update tokens_per_second"
 ).split()
+LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after those of the features
 
 
 class RunLog:
@@ -33,7 +37,7 @@ class RunLog:
 
     def __init__(self, workdir: Path, features: Sequence[int], first_step: int, total_steps: int):
         per_feature = [f"feat_{i}_{what}" for i in features for what in ("activation", "above_tau")]
-        self.columns = [*COLUMNS, *per_feature]
+        self.columns = [*COLUMNS, *per_feature, *LAST_COLUMNS]
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
         self._evaluations_path = workdir / EVALUATIONS
@@ -43,15 +47,21 @@ class RunLog:
         self._writer = csv.DictWriter(self._metrics, self.columns)
         if not self._metrics.tell():
             self._writer.writeheader()
-        self._board = SummaryWriter(str(workdir), purge_step=first_step)
+            self.flush()
+        self._board = Board(workdir, first_step)
         self._bar = tqdm(total=total_steps, initial=first_step, desc="PPO", unit="step")
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_) -> None:
-        for file in (self._bar, self._metrics, self._samples, self._board):
-            file.close()
+        with contextlib.ExitStack() as stack:  # where one cannot be flushed, the others are closed
+            for file in (self._bar, self._metrics, self._samples, self._board):
+                stack.callback(file.close)
+
+    def earlier_rows(self) -> list[dict[str, float]]:
+        """The rows of the steps before the first one."""
+        return read_metrics(self._metrics_path)
 
     def write(self, row: dict[str, float], samples: Sequence[dict]) -> None:
         """One step: `row` holds every column (disc_* and feat_* may be absent → empty)."""
@@ -60,9 +70,7 @@ class RunLog:
             self._samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
         self.flush()
         step = int(row["step"])
-        for name, value in row.items():
-            if name not in ("step", "timestamp"):
-                self._board.add_scalar(name, value, step)
+        self._board.write({k: v for k, v in row.items() if k not in ("step", "timestamp")}, step)
         self._bar.set_postfix_str(
             f"reward {row['total_reward']:.3f} rm {row['rm_score']:.3f} "
             f"penalty {row['indicator_penalty']:.3f} kl {row['kl_penalty']:.3f} "
@@ -78,8 +86,8 @@ class RunLog:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
-        for name, value in _held_out_means(rows).items():
-            self._board.add_scalar(f"held_out/{name}", value, rows[0]["step"])
+        means = _held_out_means(rows)
+        self._board.write({f"held_out/{name}": x for name, x in means.items()}, rows[0]["step"])
 
     def flush(self) -> None:
         """Brings both files to disk."""
@@ -132,10 +140,9 @@ def summarise_evaluations(rows: Sequence[dict]) -> dict[str, Any]:
 def _keep_lines(path: Path, last_step: int) -> None:
     """Drops the lines of later steps, and half a line that an interruption left."""
     if path.exists():
-        text = path.read_bytes().decode("utf-8")  # splitlines would also split at U+2028
-        lines = [line + "\n" for line in text.split("\n")]
-        with replacing(path) as file:
-            file.writelines(line for line in lines if _sample_step(line) <= last_step)
+        lines = path.read_bytes().split(b"\n")  # bytes: the cut can be within a character
+        with replacing(path, "wb") as file:
+            file.writelines(line + b"\n" for line in lines if _sample_step(line) <= last_step)
 
 
 def _is_before(row: dict[str, str], first_step: int) -> bool:
@@ -143,19 +150,25 @@ def _is_before(row: dict[str, str], first_step: int) -> bool:
     return all(cell is not None for cell in row.values()) and int(row["step"]) < first_step
 
 
-def _sample_step(line: str) -> float:
+def _sample_step(line: bytes) -> float:
     try:
         return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # half a line, cut off by the interruption
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def summarise(rows: Sequence[dict[str, float]], score_mean: float, score_std: float) -> dict:
-    """summary.json: where the run started and ended (means over five steps) and what it cost."""
+    """summary.json: where the run started and ended (means over five steps) and what it cost.
+
+    Steps with a number that was not finite do not count where that number is asked for.
+    """
     edge = min(5, len(rows))
 
+    def finite(part, name):
+        return [row[name] for row in part if math.isfinite(row[name])] or [float("nan")]
+
     def mean(part, name):
-        return float(np.mean([row[name] for row in part]))
+        return float(np.mean(finite(part, name)))
 
     names = (
         "total_reward rm_score indicator_penalty kl_penalty ref_kl eos_fraction "
@@ -172,8 +185,8 @@ def summarise(rows: Sequence[dict[str, float]], score_mean: float, score_std: fl
         "score_mean_at_start": score_mean,
         "score_std_at_start": score_std,
         "total_reward_change_in_sd": change / score_std,
-        "ratio_0_max_dev": max(row["ratio_0_max_dev"] for row in rows),
-        "approx_kl_min": min(row["approx_kl"] for row in rows),
+        "ratio_0_max_dev": max(finite(rows, "ratio_0_max_dev")),
+        "approx_kl_min": min(finite(rows, "approx_kl")),
         "seconds_per_step_median": float(np.median(seconds)),
         "seconds": float(np.sum(seconds)),
     }

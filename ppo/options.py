@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ppo.checkpoint import CheckpointConfig
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
+from ppo.guards import GuardConfig
 from ppo.reward import RewardConfig
 from ppo.train import TrainConfig
 from sarm_jax.feature_lists import parse_bounds, parse_features, parse_values
@@ -29,13 +31,24 @@ def train_config(config: Mapping[str, Any]) -> TrainConfig:
         lora=lora_config(config["lora"]),
         reward=reward_config(config["reward"]),
         discriminator=DiscriminatorConfig(**config["discriminator"]),
+        guards=guard_config(config["guards"]),
+        checkpoint=CheckpointConfig(**config["checkpoint"]),
     )
+
+
+def guard_config(section: Mapping[str, Any]) -> GuardConfig:
+    """The guards section; the names in `stop` are comma-separated."""
+    return GuardConfig(**{**section, "stop": split_names(section["stop"])})
 
 
 def lora_config(section: Mapping[str, Any]) -> LoRAConfig:
     """The lora section; target modules are comma-separated."""
-    modules = tuple(name.strip() for name in section["target_modules"].split(",") if name.strip())
-    return LoRAConfig(**{**section, "target_modules": modules})
+    return LoRAConfig(**{**section, "target_modules": split_names(section["target_modules"])})
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Comma-separated names; none from an empty string."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def reward_config(section: Mapping[str, Any]) -> RewardConfig:

@@ -7,7 +7,6 @@ checkpoint goes on exactly as if it had never stopped.
 import dataclasses
 import json
 import logging
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from ppo.checkpoint import Checkpoints
+from ppo.checkpoint import CheckpointConfig, Checkpoints
 from ppo.config import PPOConfig
 from ppo.density_ratio import DensityRatio, DiscriminatorConfig
+from ppo.guards import GuardConfig, GuardStopError, NonFiniteError, Watch
 from ppo.held_out import HeldOut
 from ppo.human_latents import HumanLatents
 from ppo.learner import Learner
@@ -28,6 +28,7 @@ from ppo.metrics import (
     summarise,
     summarise_evaluations,
 )
+from ppo.nonfinite import dump
 from ppo.profiling import ProfileConfig, Profiler, phase
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
@@ -42,25 +43,26 @@ from sarm_jax.lora import LoRAConfig
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sharding import ONE_DEVICE, Placement
+from sarm_jax.signals import on_signal
 
 LOG = logging.getLogger(__name__)
 
-RATIO_TOLERANCE = 1e-5
 NO_PROFILE = ProfileConfig()
-
-
-class NonFiniteError(RuntimeError):
-    """Training stopped because an update was not finite; the last checkpoint is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The options of the train stage, section by section."""
+    """The options of the train stage, section by section.
+
+    The last two change no number: a run may go on with others than it started with.
+    """
 
     ppo: PPOConfig
     lora: LoRAConfig
     reward: RewardConfig
     discriminator: DiscriminatorConfig
+    guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
 class Trainer:
@@ -122,35 +124,50 @@ class Trainer:
     def run(self) -> dict:
         """Trains to `total_steps` and returns the summary, which also stands in summary.json.
 
-        Raises `NonFiniteError`, and SystemExit(128 + signal) after a SIGTERM or Ctrl-C.
+        Raises NonFiniteError and GuardStopError (`ppo.guards`), SystemExit(128 + signal) after a
+        SIGTERM or Ctrl-C, and OSError where the disk is full.
         """
         config = self.config.ppo
-        checkpoints = Checkpoints(self.workdir / "checkpoints", config.keep_checkpoints)
+        keep = config.keep_checkpoints, self.config.checkpoint.keep_every
+        checkpoints = Checkpoints(self.workdir / "checkpoints", *keep)
         state, done = self._start(checkpoints)
         self._profiler.check_start(done)
+        watch = Watch(self.config.guards, self.config.reward.alphas_sd(self.scale.std))
         features = self.config.reward.penalize_features
-        with self._signals(), RunLog(self.workdir, features, done, config.total_steps) as log:
+        log = RunLog(self.workdir, features, done, config.total_steps)
+        with on_signal(self._remember), log:
+            for row in log.earlier_rows():
+                watch(row)
             if done == 0:
                 log.write_evaluation(self._evaluate(0, state))
             for step in range(done, config.total_steps):
                 with self._profiler.step(step):
                     state, row, samples = self._step(step, state)
                 log.write(row, samples)
+                held = [name for name in watch(row) if self.config.guards.stops(name)]
+                self._check_finite(watch, step)
                 finished = step + 1
                 last = finished == config.total_steps
                 if last or finished % config.eval_every == 0:
                     log.write_evaluation(self._evaluate(finished, state))
                 stop = self._stop_signal
-                if last or finished % config.checkpoint_every == 0 or stop is not None:
+                if last or finished % config.checkpoint_every == 0 or stop is not None or held:
                     checkpoints.save(finished, state, dataclasses.asdict(self.scale))
-                if stop is not None:
+                if stop is not None or held:
                     self._profiler.stop()
+                if stop is not None:
                     LOG.info("stopped by signal %d after step %d", stop, finished)
                     raise SystemExit(128 + stop)
+                if held:
+                    raise GuardStopError(
+                        f"step {step}: stopped by guards.stop ({', '.join(held)}), checkpoint "
+                        f"{finished} saved; --config.guards.stop= goes on from there"
+                    )
         checkpoints.close()
         self.state = state
         rows = read_metrics(self.workdir / "metrics.csv")
         summary = summarise(rows, self.scale.mean, self.scale.std)
+        summary["warnings"] = watch.warnings
         if self.held_out is not None:
             summary["held_out"] = summarise_evaluations(read_evaluations(self.workdir))
         with replacing(self.workdir / "summary.json") as file:
@@ -220,17 +237,28 @@ class Trainer:
                 state["train"], self.base, batch, order, slots
             )
             scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
-            metrics = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            scalars["skipped_updates"] += disc_metrics.pop("skipped", 0)
+            metrics = jax.device_get(scalars | disc_metrics)
         clock.append(time.perf_counter())
 
-        if not metrics.pop("finite"):
-            self._dump(step, rollout, batch, metrics)
-        if metrics["ratio_0_max_dev"] > RATIO_TOLERANCE:
-            LOG.warning("step %d: ratio_0_max_dev=%.2e", step, metrics["ratio_0_max_dev"])
         row = self._row(step, clock, rollout, terms, scored, reward_b)
-        row |= metrics | {name: float(value) for name, value in disc_metrics.items()}
+        row |= {name: float(value) for name, value in metrics.items()}
         new_state = {"train": train_state} | disc_state
+        if row["skipped_updates"]:
+            path = dump(self.workdir, row, rollout, scored, batch, new_state)
+            found = ", ".join(name for name, value in row.items() if not np.isfinite(value))
+            LOG.warning("step %d is not finite (%s): batch and state in %s", step, found, path)
         return new_state, row, self._samples(step, rollout, terms)
+
+    def _check_finite(self, watch: Watch, step: int) -> None:
+        """Raises NonFiniteError when more steps had a skipped update than may have."""
+        limit = self.config.guards.max_nonfinite_steps
+        if watch.nonfinite_steps > limit:
+            raise NonFiniteError(
+                f"step {step} is not finite, and more than guards.max_nonfinite_steps={limit} "
+                f"were not: the batch is in {self.workdir / f'nonfinite_step_{step}.npz'}; the same"
+                " command goes on from the last checkpoint"
+            )
 
     def _reward(self, step, state, scored: Scored) -> tuple[RewardTerms, dict, dict]:
         """The reward's terms; the discriminator is stepped on this batch before it is read."""
@@ -278,6 +306,7 @@ class Trainer:
             "reward_std": reward_b.std(),
             "reward_min": reward_b.min(),
             "reward_max": reward_b.max(),
+            "distinct_responses": len(set(rollout.responses)) / len(set(rollout.prompts)),
             "time_rollout": clock[1] - clock[0],
             "time_score": clock[2] - clock[1],
             "time_update": clock[3] - clock[2],
@@ -305,35 +334,10 @@ class Trainer:
                 "total_reward": float(terms.total_b[b]),
             }
             for b in range(min(self.config.ppo.samples_per_step, len(rollout.prompts)))
+            if np.isfinite(terms.total_b[b])  # JSON knows no others; they are dumped
         ]
 
-    def _dump(self, step, rollout: Rollout, batch: Batch, metrics) -> None:
-        """Keeps the offending batch and stops; the state before the update is not overwritten."""
-        path = self.workdir / f"nonfinite_step_{step}.npz"
-        arrays = jax.device_get({f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)})
-        np.savez(path, prompts=rollout.prompts, responses=rollout.responses, **arrays)
-        found = ", ".join(f"{k}={v}" for k, v in metrics.items() if not np.isfinite(v))
-        raise NonFiniteError(f"step {step} is not finite ({found}); the batch is in {path}")
-
-    def _signals(self):
+    def _remember(self, number: int) -> None:
         """SIGTERM and SIGINT ask for a checkpoint at the end of the step in progress."""
-        return _SignalHandlers(self._remember)
-
-    def _remember(self, number: int, _frame: Any) -> None:
-        LOG.info("signal %d: finishing this step, then saving", number)
+        LOG.info("signal %d: finishing this step, then saving; a second one ends at once", number)
         self._stop_signal = number
-
-
-class _SignalHandlers:
-    """Installs a handler for SIGTERM and SIGINT, and puts the old ones back."""
-
-    def __init__(self, handler):
-        self._handler = handler
-
-    def __enter__(self) -> None:
-        chosen = (signal.SIGTERM, signal.SIGINT)
-        self._old = {number: signal.signal(number, self._handler) for number in chosen}
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)

@@ -68,7 +68,7 @@ class Updater:
 
         `permutations [epochs, B]` orders the rows of each epoch; `slots` hold the tokens of any
         microbatch in that order and in the batch's own, None: padding is computed. An update that
-        would make a parameter non-finite is not applied, and `finite` is then 0 in the metrics.
+        would make a parameter non-finite is not applied; `skipped_updates` counts them.
         """
         config = self.config
         count = self._count(batch.response_mask_br)
@@ -86,9 +86,10 @@ class Updater:
                 history.append(metrics)
         metrics = {k: jnp.stack([m[k] for m in history]) for k in history[0]}
         first_deviation = metrics.pop("ratio_max_dev")[0]
-        finite = metrics.pop("finite").min()
+        skipped = (~metrics.pop("finite")).sum()
         summary = {name: values.mean() for name, values in metrics.items()}
-        return state, targets, summary | {"ratio_0_max_dev": first_deviation, "finite": finite}
+        summary |= {"ratio_0_max_dev": first_deviation, "skipped_updates": skipped}
+        return state, targets, summary
 
     def lower(
         self, state: TrainState, base: nnx.State, prompt_length: int, slots: Slots | None

@@ -12,6 +12,7 @@ from flax import nnx
 from configs import base
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
+from ppo.guards import GuardConfig
 from ppo.human_latents import collect_human_latents
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
@@ -117,6 +118,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         evaluate=False,
         profile=NO_PROFILE,
         stop_ids=None,
+        guards=None,
         **changes,
     ):
         workdir.mkdir(exist_ok=True)
@@ -126,7 +128,8 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         deck = PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed)
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
         human = collect_human_latents(reward_model, demos, (1, 2, 7)) if reward.beta else None
-        config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR)
+        limits = GuardConfig(**(guards or {}))
+        config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR, limits)
         eval_deck = PromptDeck(HELD_OUT, tokenizer, 500, ppo.seed) if evaluate else None
         return Trainer(
             config,

@@ -1,6 +1,7 @@
 """Whole runs on a tiny policy and SARM: files, resuming, learning, stopping."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -12,11 +13,12 @@ import pytest
 from flax import nnx
 
 from ppo import metrics as metrics_module
+from ppo.guards import GuardStopError, NonFiniteError
 from ppo.metrics import COLUMNS, read_evaluations
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
 from ppo.rollout import Sampler
-from ppo.train import NonFiniteError
+from ppo.scoring import Scored
 from sarm_jax import chat
 from sarm_jax.reward_model import RewardModel
 from tests.conftest import HELD_OUT, PROMPTS, REWARD
@@ -43,7 +45,8 @@ def test_a_run_writes_the_whole_contract(make_trainer, tmp_path):
     rows = metrics(workdir)
     assert list(rows[0])[: len(COLUMNS)] == COLUMNS
     assert list(rows[0])[len(COLUMNS) :] == [
-        "feat_3_activation", "feat_3_above_tau", "feat_5_activation", "feat_5_above_tau"
+        "feat_3_activation", "feat_3_above_tau", "feat_5_activation", "feat_5_above_tau",
+        "skipped_updates", "distinct_responses",
     ]  # fmt: skip
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert all(np.isfinite(float(cell)) for row in rows for cell in row.values())
@@ -128,53 +131,139 @@ def test_a_signal_checkpoints_and_exits(make_trainer, tmp_path, number):
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["0", "1", "2", "3"]
 
 
-def test_non_finite_rewards_stop_the_run_and_keep_the_checkpoint(make_trainer, tmp_path):
-    trainer = make_trainer(tmp_path / "run", checkpoint_every=1)
-    reward = trainer._reward
+UNWHITENED = {"total_steps": 7, "whiten_advantages": False, "missing_eos_penalty": 0.0}
 
-    def poisoned(at, state, scored):
-        terms, disc_state, disc_metrics = reward(at, state, scored)
-        if at == 2:
-            terms.rm_score_b[0] = np.nan
-        return terms, disc_state, disc_metrics
 
-    trainer._reward = poisoned
-    with pytest.raises(NonFiniteError, match="step 2"):
+def poison(trainer):
+    """Logits, a score, latents, the discriminator and gradients, at steps 1 to 5."""
+    score, update, disc = trainer.scorer, trainer.updater, trainer.density_ratio
+    now = {"step": -1, "state": {}}
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), trainer.base)  # same shapes and types
+
+    def scored(rollout):
+        found = score(rollout)
+        score_b, penalised_bn, subset_bs = map(np.array, dataclasses.astuple(found))
+        if now["step"] == 2:
+            score_b[0] = np.inf
+        if now["step"] == 3:
+            penalised_bn[1, 0] = np.nan
+        if now["step"] == 4:
+            subset_bs[:] = np.nan
+        return Scored(score_b, penalised_bn, subset_bs)
+
+    def updated(state, base, batch, *rest):
+        if now["step"] == 5:  # squares to more than a float32 holds, in the gradient's norm
+            huge_b = np.resize(np.float32([1e30, -1e30]), len(batch.reward_b))
+            batch = batch.replace(reward_b=jax.device_put(huge_b))
+        return update(state, nan if now["step"] == 1 else base, batch, *rest)
+
+    step = trainer._step
+
+    def stepped(number, state):
+        now["step"], now["state"] = number, jax.tree.map(np.asarray, state)
+        new, row, samples = step(number, state)
+        if 1 <= number <= 5:
+            same_state(now["state"]["train"], new["train"])
+        if number == 4:
+            same_state(now["state"], new)
+        return new, row, samples
+
+    assert disc is not None
+    trainer.scorer = scored
+    scored.compile = score.compile
+    trainer.updater = updated
+    updated.lower = update.lower
+    trainer._step = stepped
+    return trainer
+
+
+def test_what_is_not_finite_is_skipped_counted_and_dumped(make_trainer, tmp_path, compilations):
+    trainer = poison(
+        make_trainer(tmp_path / "run", guards={"max_nonfinite_steps": 5}, **UNWHITENED)
+    )
+    compiled = compilations(trainer)
+    summary = trainer.run()
+    rows = metrics(tmp_path / "run")
+    # Both epochs of the update, and at step 4 the discriminator's two minibatches as well.
+    assert [float(row["skipped_updates"]) for row in rows] == [0, 2, 2, 2, 4, 2, 0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trainer.state))
+    assert max(compiled) < 1  # and the check compiles nothing
+    (warning,) = [w for w in summary["warnings"] if w["guard"] == "nonfinite"]
+    assert (warning["first_step"], warning["steps"]) == (1, 5)
+    assert np.isfinite(summary["last_steps"]["total_reward"])
+    for number in range(1, 6):
+        path = tmp_path / "run" / f"nonfinite_step_{number}.npz"
+        with np.load(path) as dumped:
+            assert len(dumped["prompts"]) == len(dumped["batch.reward_b"]) == 4
+            assert np.isfinite(dumped["state.train.params.value_head.kernel"]).all()
+            assert np.isnan(dumped["scored.penalised_bn"]).any() == (number == 3)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    assert all(np.isfinite(sample["total_reward"]) for sample in samples)
+
+
+def test_too_much_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
+    trainer = poison(
+        make_trainer(tmp_path / "run", guards={"max_nonfinite_steps": 1}, **UNWHITENED)
+    )
+    with pytest.raises(NonFiniteError, match=r"step 2 .*nonfinite_step_2\.npz"):
         trainer.run()
-    assert (tmp_path / "run" / "nonfinite_step_2.npz").exists()
-    healed = make_trainer(tmp_path / "run", checkpoint_every=1)
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    healed = make_trainer(tmp_path / "run", **UNWHITENED)
     healed.run()
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(healed.state))
+    assert [float(row["skipped_updates"]) for row in metrics(tmp_path / "run")] == [0, 2, *[0] * 5]
+
+
+def test_a_guard_stops_the_run_where_it_is_told_to(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run", guards={"stop": ("no_eos",), "steps": 2})
+    with pytest.raises(GuardStopError, match=r"no_eos.*--config\.guards\.stop= goes on"):
+        trainer.run()
+    assert len(metrics(tmp_path / "run")) == 2
+    summary = make_trainer(tmp_path / "run", guards={"steps": 2}).run()
+    assert summary["steps"] == 4
+    named = {warning["guard"]: warning for warning in summary["warnings"]}
+    assert named["no_eos"]["first_step"] == 1 and named["no_eos"]["steps"] == 3
+    assert "reward_scale" in named  # α of 0.1 and 0.2 where the score has an sd of about 2
+
+
+@pytest.fixture
+def compilations():
+    """Makes a trainer note the step of each compilation, -1 before the first; the list of them."""
+
+    def listen_to(trainer):
+        compiled: list[int] = []
+        current, step = {"step": -1}, trainer._step
+
+        def counted(at, state):
+            current["step"] = at
+            return step(at, state)
+
+        def listen(event, _seconds, **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(current["step"])
+
+        trainer._step = counted
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        return compiled
+
+    yield listen_to
+    jax.monitoring.clear_event_listeners()
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces):
+def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces, compilations):
     many = tuple(range(3, 70))  # stop tokens, so that lengths differ between the steps
     options = {"total_steps": 8, "eval_every": 3, "pack_levels": 4, "num_minibatches": pieces}
     trainer = make_trainer(tmp_path / "run", evaluate=True, stop_ids=many, **options)
-    compiled: list[int] = []
     taken = set()
-    current = {"step": -1}
-    step, plan = trainer._step, trainer._slot_plan.of
-
-    def counted(at, state):
-        current["step"] = at
-        return step(at, state)
+    plan = trainer._slot_plan.of
 
     def slots(*lengths):
         taken.add(plan(*lengths))
         return plan(*lengths)
 
-    def listen(event, _seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(current["step"])
-
-    trainer._step, trainer._slot_plan.of = counted, slots
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        trainer.run()
-    finally:
-        jax.monitoring.clear_event_listeners()
+    trainer._slot_plan.of = slots
+    compiled = compilations(trainer)
+    trainer.run()
     assert compiled, "the listener heard nothing"
     assert max(compiled) < 2
     assert len(taken) > 1 and taken <= set(trainer._slot_plan.all())
@@ -268,6 +357,14 @@ def test_a_line_separator_within_a_response_is_kept(tmp_path):
     path.write_text('{"step": 0, "response": "a\u2028b"}\n{"step": 2, "response": "c"}\n{"st')
     metrics_module._keep_lines(path, 1)
     assert path.read_text() == '{"step": 0, "response": "a\u2028b"}\n'
+
+
+def test_half_a_character_at_the_end_is_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    whole = '{"step": 0, "response": "é"}\n'.encode()
+    path.write_bytes(whole + '{"step": 1, "response": "é'.encode()[:-1])
+    metrics_module._keep_lines(path, 1)
+    assert path.read_bytes() == whole
 
 
 def test_evaluations_of_a_resumed_run_stand_once(make_trainer, tmp_path):

@@ -1,0 +1,35 @@
+"""TensorBoard events of a run, written where they are made.
+
+tensorboardX's SummaryWriter writes from a thread of its own; where the disk is full that thread
+dies, and the run waits for it forever. Its EventsWriter raises here instead.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+
+class Board:
+    """An events file in `workdir`; from `first_step` on it replaces what earlier files say."""
+
+    def __init__(self, workdir: Path, first_step: int):
+        self._writer = EventsWriter(str(workdir / "events"))
+        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        """Adds scalars of one step, and flushes them to the disk."""
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in scalars.items()]
+        self._add(Event(step=step, summary=Summary(value=values)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._writer.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
