@@ -1,0 +1,262 @@
+"""Kills every stage at random moments, runs the same command again, and compares the outcome.
+
+    python -m benchmarks.kill_campaign --workdir=outputs/kill_campaign [--seed=0] [--rounds=1]
+
+A miniature of the lab, so that a run takes seconds. First everything runs uninterrupted, PPO twice,
+and how long each call of each place takes is recorded. Then, place by place: SIGKILL at a random
+moment within a random call of it, three times in PPO before a run is left to finish; and each other
+stage twice, at any moment of it. A kill is survived when what the run leaves is what the
+uninterrupted one left: LoRA, value head, discriminator and every Adam moment of the last
+checkpoint, the adapter's files, metrics.csv and summary.json apart from times, samples.jsonl and
+evaluations.jsonl; for the other stages, their files. Exits with 1 unless every kill was survived.
+
+About 20 minutes on two cores.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from ppo.manifest import check_manifest
+from sarm_jax.jsonl import read_jsonl
+
+KILLS_PER_RUN, KILLS_PER_STAGE = 3, 2
+OPTIONS = (
+    "lab.corpus_rows=300 lab.demonstrations=60 lab.pairs=200 lab.contrast_pairs=32 "
+    "lab.pretraining_steps=40 lab.tuning_steps=20 train_sarm.sae_steps=30 train_sarm.epochs=3 "
+    "train_sarm.latent_size=64 train_sarm.k=8 train_sarm.aux_k=8 ppo.total_steps=8 "
+    "ppo.batch_size=16 ppo.eval_batches=1 ppo.eval_every=2 ppo.checkpoint_every=2 "
+    "ppo.keep_checkpoints=2 reward.beta=0.1 lab.ignore_failed_gates=True "
+    "probe.controls=2 probe.flips=99"
+).split()
+PLACES = "start rollout scoring update log evaluation checkpoint manifest export".split()
+OUTPUTS = {  # of the other stages, in the order of the pipeline
+    "prepare_data": ("data", "policy", "pretrained"),
+    "train_sarm": ("sarm", "sarm_summary.json", "sarm_metrics.jsonl"),
+    "identify": tuple(
+        f"probes/{name}"
+        for name in "feature_analysis.json feature_scores.safetensors gates.json "
+        "selected_features.json".split()
+    ),
+    "human_latents": ("human_latents.safetensors",),
+    "probe": ("probes/certificates.json", "probes/probe_summary.json"),
+    "evaluate": ("eval/rm_bench.json",),
+}
+TIMES = {"timestamp", "time_rollout", "time_score", "time_update", "tokens_per_second"}
+TIMES |= {"seconds", "seconds_per_step_median"}
+
+
+class Campaign:
+    """`world` holds an uninterrupted pipeline, `reference` its PPO run."""
+
+    def __init__(self, root: Path, seed: int):
+        self.root, self.world, self.random = root, root / "world", random.Random(seed)
+        self.seconds: dict[str, dict[str, list[float]]] = {}
+        self.tried: dict[str, int] = {}
+        self.survived: dict[str, int] = {}
+
+    def command(self, stage: str, workdir: Path) -> list[str]:
+        """The arguments of main.py."""
+        given = [f"--config.{option}" for option in OPTIONS]
+        if stage == "train":  # its inputs are the world's, its outputs its own
+            for field in ("policy_model", "sarm_model", "prompts_jsonl", "eval_prompts_jsonl"):
+                path = {"policy_model": "policy", "sarm_model": "sarm"}.get(field)
+                path = path or f"data/{'held_out_' * ('eval' in field)}prompts.jsonl"
+                given.append(f"--config.{field}={self.world / path}")
+            selected = f"@{self.world}/probes/selected_features.json"
+            given += [
+                f"--config.reward.human_latents={self.world / 'human_latents.safetensors'}",
+                f"--config.lab.gates_json={self.world / 'probes/gates.json'}",
+                f"--penalize_features={selected}:safety_harming[:2]",
+                f"--tau_values={selected}:tau_harming[:2]",
+                "--alpha_values=1,1",
+            ]
+        if stage == "evaluate":
+            given.append(f"--config.evaluate.rm_bench={self.root / 'rm_bench.json'}")
+        config = "--config=configs/demo.py"
+        return [config, f"--stage={stage}", f"--workdir={workdir}", *given]
+
+    def call(self, stage: str, workdir: Path, *killed: str) -> int:
+        """Runs main.py, or with `killed`, benchmarks.killed; its exit code."""
+        program = ["-m", "benchmarks.killed", *killed, "--"] if killed else ["main.py"]
+        with (self.root / "log.txt").open("a", encoding="utf-8") as log:
+            line = [sys.executable, *program, *self.command(stage, workdir)]
+            print(f"$ {' '.join(line)}", file=log, flush=True)
+            environment = {"TQDM_DISABLE": "1", **os.environ}
+            return subprocess.call(line, stdout=log, stderr=log, env=environment)
+
+    def record(self, stage: str, workdir: Path) -> None:
+        """An uninterrupted run, timed."""
+        path = self.root / f"{stage}.json"
+        if self.call(stage, workdir, f"--record={path}") != 0:
+            raise SystemExit(f"the uninterrupted {stage} failed: see {self.root / 'log.txt'}")
+        self.seconds[stage] = json.loads(path.read_text(encoding="utf-8"))
+
+    def prepare(self) -> None:
+        """The uninterrupted pipeline; before each stage, a copy of what it starts from."""
+        self.world.mkdir(parents=True)
+        for stage in OUTPUTS:
+            shutil.copytree(self.world, self.root / f"before_{stage}")
+            if stage == "evaluate":
+                self.write_benchmark()
+            self.record(stage, self.world)
+        for name in ("reference", "again"):
+            self.record("train", self.root / name)
+        same = run_digest(self.root / "reference") == run_digest(self.root / "again")
+        print(f"the same run twice: {'the same' if same else 'DIFFERENT'}", flush=True)
+        if not same:
+            raise SystemExit(1)
+
+    def write_benchmark(self) -> None:
+        """The lab's contrast in the format of RM-Bench."""
+        fields = {"prompt": str, "chosen": str, "rejected": str}
+        pairs = read_jsonl(self.world / "data" / "contrast_single.jsonl", fields)[:16]
+        rows = [
+            {"prompt": p["prompt"], "domain": "chat"}
+            | {side: [p[side]] * 3 for side in ("chosen", "rejected")}
+            for p in pairs
+        ]
+        (self.root / "rm_bench.json").write_text(json.dumps(rows), encoding="utf-8")
+
+    def moment(self, stage: str, place: str, resumed: bool) -> list[str]:
+        """A random moment, uniform over the time spent in a place; soon after a resumption."""
+        seconds = self.seconds[stage][place]
+        number = 0 if resumed else self.random.choices(range(len(seconds)), seconds)[0]
+        delay = self.random.uniform(0, seconds[number])
+        return [f"--place={place}", f"--call={number + 1}", f"--delay={delay:.4f}"]
+
+    def kill_training(self, place: str, name: str) -> None:
+        """A run that is killed some times in a place, and then left to finish."""
+        workdir, kills = self.root / name, 0
+        while kills < KILLS_PER_RUN:
+            code = self.call("train", workdir, *self.moment("train", place, kills > 0))
+            if code == 0:
+                break
+            kills += code == -9
+            if code != -9:
+                raise SystemExit(f"exit code {code}: see {self.root / 'log.txt'}")
+        code = self.call("train", workdir)
+        same = code == 0 and run_digest(workdir) == run_digest(self.root / "reference")
+        self.count(f"train: {place}", kills, same)
+        if same:
+            shutil.rmtree(workdir)
+
+    def kill_stage(self, stage: str, name: str) -> None:
+        """Another stage, killed once, and run again until it is done."""
+        workdir, killed = self.root / name, False
+        while not killed:  # it may end before its time, since its programs are compiled by now
+            shutil.rmtree(workdir, ignore_errors=True)
+            shutil.copytree(self.root / f"before_{stage}", workdir)
+            options = self.moment(stage, "stage", False)
+            killed = self.call_as_world(stage, workdir, *options) == -9
+        done = digest(workdir, OUTPUTS[stage]) == digest(self.world, OUTPUTS[stage])
+        code = self.call_as_world(stage, workdir)
+        # A stage that was killed after its last file says that its output is there: exit 2.
+        same = digest(workdir, OUTPUTS[stage]) == digest(self.world, OUTPUTS[stage])
+        self.count(stage, 1, same and (code == 0 or (code == 2 and done)))
+        if same:
+            shutil.rmtree(workdir)
+
+    def call_as_world(self, stage: str, workdir: Path, *killed: str) -> int:
+        """Runs a stage in the world's own place, since some outputs name their inputs."""
+        aside = self.root / "aside"
+        self.world.rename(aside)
+        workdir.rename(self.world)
+        try:
+            return self.call(stage, self.world, *killed)
+        finally:
+            self.world.rename(workdir)
+            aside.rename(self.world)
+
+    def count(self, what: str, kills: int, survived: bool) -> None:
+        """Adds to the table."""
+        self.tried[what] = self.tried.get(what, 0) + kills
+        self.survived[what] = self.survived.get(what, 0) + kills * survived
+        print(f"{what}: {kills} killed, {kills * survived} survived", flush=True)
+
+
+def run_digest(workdir: Path) -> dict[str, str]:
+    """A hash of everything that a PPO run leaves, times apart."""
+    steps = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    last = max(steps, key=lambda path: int(path.name))
+    check_manifest(last)
+    state = ocp.StandardCheckpointer().restore((last / "state").absolute())
+    found = {
+        f"{last.name}.{name}": sha(np.ascontiguousarray(state[name]).tobytes()) for name in state
+    }
+    with (workdir / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
+    found["metrics.csv"] = sha(json.dumps(rows).encode())
+    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    kept = {k: v for k, v in summary.items() if k not in TIMES}
+    found["summary.json"] = sha(json.dumps(kept).encode())
+    return found | digest(workdir, ("samples.jsonl", "evaluations.jsonl", "adapter"))
+
+
+def digest(root: Path, names: Sequence[str]) -> dict[str, str]:
+    """The hash of each file, and of each in each directory; times in JSON apart."""
+    found = {}
+    for name in names:
+        path = root / name
+        files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
+        for file in files or [path]:
+            content = file.read_bytes() if file.is_file() else b"missing"
+            if file.suffix == ".json" and file.is_file():
+                content = json.dumps(without_times(json.loads(content))).encode()
+            found[str(file.relative_to(root))] = sha(content)
+    return found
+
+
+def without_times(value):
+    """JSON without what TIMES names."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return [without_times(v) for v in value] if isinstance(value, list) else value
+
+
+def sha(content: bytes) -> str:
+    """SHA-256."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def main() -> int:
+    """Prints a line per run and the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", default="outputs/kill_campaign", type=Path)
+    parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--rounds", default=1, type=int)
+    args = parser.parse_args()
+    root = args.workdir.absolute()
+    if root.exists():
+        raise SystemExit(f"--workdir={root} exists: name a new directory")
+    campaign = Campaign(root, args.seed)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    campaign.prepare()
+    for number in range(args.rounds):
+        for place in PLACES:
+            campaign.kill_training(place, f"train_{place}_{number}")
+        for stage in OUTPUTS:
+            for again in range(KILLS_PER_STAGE):
+                campaign.kill_stage(stage, f"{stage}_{number}_{again}")
+    print("| where | killed | survived |\n|---|---|---|")
+    for what, kills in campaign.tried.items():
+        print(f"| {what} | {kills} | {campaign.survived[what]} |")
+    tried, survived = sum(campaign.tried.values()), sum(campaign.survived.values())
+    print(f"| all | {tried} | {survived} |")
+    return int(tried != survived)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

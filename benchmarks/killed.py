@@ -1,0 +1,106 @@
+"""`main.py` in a process that sends itself SIGKILL, or another signal, at a given moment.
+
+    python -m benchmarks.killed --place=update --call=3 --delay=0.1 -- --config=configs/demo.py …
+    python -m benchmarks.killed --record=calls.json -- --config=configs/demo.py …
+
+`--delay` seconds after the `--call`-th call of a place has begun, whatever runs then; without a
+delay, before the call does anything. With `--record` nothing is killed, and the seconds of every
+call of every place are written.
+"""
+
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import configs.stages
+import main
+from ppo.checkpoint import Checkpoints
+from ppo.held_out import HeldOut
+from ppo.manifest import ManifestHandler
+from ppo.metrics import RunLog
+from ppo.rollout import Sampler
+from ppo.scoring import Scorer
+from ppo.train import Trainer
+from ppo.update import Updater
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "stage": (main, "run_stage"),
+    "start": (Trainer, "_start"),
+    "rollout": (Sampler, "__call__"),
+    "scoring": (Scorer, "__call__"),
+    "update": (Updater, "__call__"),
+    "log": (RunLog, "write"),
+    "evaluation": (HeldOut, "__call__"),
+    "checkpoint": (Checkpoints, "save"),
+    "manifest": (ManifestHandler, "finalize"),
+    "export": (configs.stages, "save_adapter"),
+}
+
+
+def around(place: str, before, after) -> None:
+    """Calls `before()` and `after(seconds)` around every call of a place."""
+    owner, name = PLACES[place]
+    function = getattr(owner, name)
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        before()
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            after(time.perf_counter() - start)
+
+    setattr(owner, name, wrapped)
+
+
+def signal_at(place: str, call: int, delay: float, name: str) -> None:
+    """Arranges for the signal."""
+    calls = 0
+
+    def before() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call and delay:
+            threading.Thread(target=send, daemon=True).start()
+        elif calls == call:
+            send()
+
+    def send() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    around(place, before, lambda seconds: None)
+
+
+def command() -> int:
+    """Parses what stands before "--" and runs main.py with what stands after it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--place", choices=PLACES)
+    parser.add_argument("--call", type=int, default=1)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--signal", default="SIGKILL")
+    parser.add_argument("--record")
+    cut = sys.argv.index("--")
+    args, sys.argv = parser.parse_args(sys.argv[1:cut]), ["main.py", *sys.argv[cut + 1 :]]
+    if args.record is None:
+        signal_at(args.place, args.call, args.delay, args.signal)
+        return main.main(sys.argv)
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for place in PLACES:
+        around(place, lambda: None, seconds[place].append)
+    code = main.main(sys.argv)
+    Path(args.record).write_text(json.dumps(seconds), encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -1,0 +1,166 @@
+"""Processes that are killed, pre-empted and told to stop, and disks that are full."""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from absl.testing import flagsaver
+
+import main
+from benchmarks.kill_campaign import run_digest
+from ppo.guards import GuardStopError, NonFiniteError
+from ppo.metrics import COLUMNS, RunLog
+from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny policy, a tiny SARM and prompts."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = tiny_tokenizer()
+    save_tiny_llama(root / "policy", tiny_llama_config(), tokenizer)
+    save_tiny_sarm(root / "sarm", tokenizer)
+    rows = [json.dumps({"prompt": f"name {n}", "response": f"it is {n}."}) for n in range(8)]
+    (root / "demos.jsonl").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def train(world, workdir, *killed):
+    """Runs the train stage in a process of its own; (exit code, what it said)."""
+    program = ["-m", "benchmarks.killed", *killed, "--"] if killed else ["main.py"]
+    options = (
+        "ppo.total_steps=4 ppo.batch_size=4 ppo.max_new_tokens=4 ppo.calibration_batches=2 "
+        "ppo.max_prompt_tokens=120 ppo.checkpoint_every=2 ppo.pack_levels=1 lora.rank=4"
+    ).split()
+    line = [sys.executable, *program, "--config=configs/base.py", f"--workdir={workdir}"]
+    line += [f"--policy_model={world / 'policy'}", f"--sarm_model={world / 'sarm'}"]
+    line += [f"--prompts_jsonl={world / 'demos.jsonl'}", *(f"--config.{o}" for o in options)]
+    environment = os.environ | {
+        "TQDM_DISABLE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(world / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_a_run_that_is_killed_and_preempted_ends_like_one_that_is_not(world, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(world, whole)[0] == 0
+    # While the last checkpoint is nearly there: the log is two steps ahead of what is saved.
+    assert train(world, parts, "--place=manifest", "--call=2")[0] == -signal.SIGKILL
+    assert list((parts / "checkpoints").glob("4*tmp*"))
+    assert len((parts / "metrics.csv").read_text().splitlines()) == 1 + 4
+    # In the step after the resumption, so that a checkpoint that was not due is made.
+    code, said = train(world, parts, "--place=update", "--call=1", "--signal=SIGTERM")
+    assert code == 143 and "stopped by signal 15 after step 3" in said
+    assert {path.name for path in (parts / "checkpoints").iterdir()} == {"2", "3"}
+    code, said = train(world, parts)
+    assert code == 0 and "resuming after step 3 of 4" in said
+    assert run_digest(whole) == run_digest(parts)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    script = (
+        "import os, signal, time; from sarm_jax.signals import on_signal\n"
+        "with on_signal(lambda number: print('first', number, flush=True)):\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "print('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM and done.stdout == "first 15\n"
+
+
+@pytest.fixture
+def failing(monkeypatch, tmp_path):
+    """Runs `main` with a stage that does what it is told; its exit code."""
+
+    def call(stage, *options):
+        monkeypatch.setattr(main, "run_stage", stage)
+        argv = ["main.py", "--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *options]
+        monkeypatch.setattr(sys, "argv", argv)
+        with flagsaver.flagsaver():
+            return main.main(argv)
+
+    return call
+
+
+def raises(error):
+    def stage(*_):
+        raise error
+
+    return stage
+
+
+FULL = OSError(errno.ENOSPC, "no space for the checkpoint of step 6", "/runs/a/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (FULL, 2, "error: /runs/a/checkpoints: no space for the checkpoint of step 6; free space,"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "run: No space left on device; free"),
+        (NonFiniteError("step 3 is not finite"), 3, "error: step 3 is not finite"),
+        (GuardStopError("step 3: stopped"), 3, "error: step 3: stopped"),
+    ],
+)
+def test_what_stops_a_stage_is_one_line(failing, capsys, error, code, line):
+    assert failing(raises(error)) == code
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert line in shown
+
+
+def test_other_errors_of_the_system_are_not_hidden(failing):
+    with pytest.raises(PermissionError):
+        failing(raises(PermissionError(errno.EACCES, "Permission denied", "x")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_ppo_ends_the_stage(failing, capsys, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        failing(lambda *_: os.kill(os.getpid(), number))
+    assert stop.value.code == 128 + number
+    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+    assert signal.getsignal(number) is before
+
+
+def test_log_level_chooses_what_is_shown(failing, capsys):
+    def stage(*_):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+            logging.getLogger("ppo.train").log(level, "level %d", level)
+
+    for name, shown in (("debug", [10, 20, 30]), ("info", [20, 30]), ("warning", [30])):
+        assert failing(stage, f"--log_level={name}") == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [int(line.split()[-1]) for line in lines] == shown
+    assert failing(stage, "--log_level=loud") == 2
+    assert "log_level" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["metrics", "samples", "events"])
+def test_a_log_on_a_full_disk_is_an_error_and_not_a_wait(tmp_path, file):
+    row = dict.fromkeys(COLUMNS, 1.0)
+    log = RunLog(tmp_path, (), 0, 4)
+    full = Path("/dev/full")  # every write to it fails as on a full disk
+    if file == "events":
+        fails = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        file_of_events = Mock(write=fails, spec=["write", "flush", "close"])
+        log._board._writer._py_recordio_writer._writer = file_of_events
+    elif file == "samples":
+        log._samples = full.open("w")
+    else:
+        log._metrics = full.open("w")
+        log._writer.writer = type(log._writer)(log._metrics, log.columns).writer
+    with pytest.raises(OSError, match="No space left") as error, log:
+        log.write(row, [{"step": 1}])
+    assert error.value.errno == errno.ENOSPC
