@@ -5,12 +5,15 @@ orientation, so that loading never transposes; it keeps the original `config.jso
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
+from conversion.directory import tokenizer_bytes
 from conversion.hf_config import hf_llama_dict, is_sarm, llama_config, sarm_config
 from conversion.hub import MODEL_FILES, locate
 from conversion.json_files import read_json, write_json
@@ -25,6 +28,7 @@ from sarm_jax.sarm import SARMConfig
 
 Kind = Literal["policy", "sarm"]
 DESCRIPTION, FORMAT = "sarm_jax.json", 1
+OVERHEAD = 1 << 20  # bytes of headers, index and description, generously
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -53,6 +57,14 @@ class Checkpoint:
         """One tensor in our orientation, in its stored dtype."""
         array = files.read(self.stored_name(spec))
         return array if self.converted else spec.from_hf(array)
+
+    def bytes_stored(self, files: TensorFiles, dtype: str | None = None) -> int:
+        """What a copy of it takes on disk; `dtype` None: every tensor keeps its own."""
+        size = tokenizer_bytes(self.directory) + OVERHEAD
+        for spec in self.specs():
+            own = files.dtype(self.stored_name(spec))
+            size += math.prod(spec.shape) * (own if dtype is None else jnp.dtype(dtype)).itemsize
+        return size
 
 
 def open_checkpoint(

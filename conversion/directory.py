@@ -1,12 +1,12 @@
 """Output directories that appear complete or not at all, and the tokenizer files in them."""
 
 import contextlib
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from conversion.scratch import OLD, check_space, clear_leftovers, locked
 from sarm_jax.errors import InputError
 from sarm_jax.files import to_disk
 
@@ -25,41 +25,46 @@ TOKENIZER_FILES = (
 
 
 @contextlib.contextmanager
-def atomic_directory(dst: str | Path, replace: bool = False) -> Iterator[Path]:
+def atomic_directory(dst: str | Path, replace: bool = False, needed: int = 0) -> Iterator[Path]:
     """Yields an empty sibling of `dst` that becomes `dst` on success and is removed on failure.
+
+    After a kill, `dst` is what it was before or complete; the next call removes the rest.
 
     Raises:
       InputError: `dst` exists, is not an empty directory, and `replace` is false (with it, an
-        existing directory is exchanged for the new one); or its parent cannot be written to.
-
-    What a killed process left of an earlier attempt is removed when this one has succeeded.
+        existing directory is exchanged for the new one); its parent cannot be written to; or
+        fewer than `needed` bytes are free.
     """
     dst = Path(dst)
+    clear_leftovers(dst)
     taken = dst.exists() and not (dst.is_dir() and not any(dst.iterdir()))
     if taken and not (replace and dst.is_dir()):
         raise InputError(f"{dst}: exists already; name a new directory or remove it first")
+    check_space(dst, needed)
     temporary = dst.parent / f".{dst.name}.{secrets.token_hex(4)}"
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
         raise InputError(f"{dst}: cannot be written ({error.strerror})") from error
-    try:
-        yield temporary
-        mode = temporary.stat().st_mode & 0o666  # the umask's; safetensors writes private files
-        for file in temporary.iterdir():
-            file.chmod(mode)
-            to_disk(file)
-        to_disk(temporary)
-        _exchange(temporary, dst)
-        to_disk(dst.parent)
-        left_over = re.compile(rf"\.{re.escape(dst.name)}\.[0-9a-f]{{8}}(\.old)?")
-        for path in dst.parent.iterdir():
-            if left_over.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with locked(temporary):
+        try:
+            yield temporary
+            mode = temporary.stat().st_mode & 0o666  # the umask's; safetensors writes private files
+            for file in temporary.iterdir():
+                file.chmod(mode)
+                to_disk(file)
+            to_disk(temporary)
+            _exchange(temporary, dst)
+            to_disk(dst.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def tokenizer_bytes(src: Path) -> int:
+    """How much `copy_tokenizer_files` copies."""
+    return sum((src / name).stat().st_size for name in TOKENIZER_FILES if (src / name).is_file())
 
 
 def copy_tokenizer_files(src: Path, dst: Path) -> None:
@@ -73,11 +78,12 @@ def _exchange(new: Path, dst: Path) -> None:
     if not (dst.exists() and any(dst.iterdir())):
         new.rename(dst)  # POSIX: an empty directory is replaced
         return
-    old = new.with_name(new.name + ".old")
-    dst.rename(old)
-    try:
-        new.rename(dst)
-    except OSError:
-        old.rename(dst)
-        raise
-    shutil.rmtree(old)
+    old = new.with_name(new.name + OLD)
+    with locked(dst):
+        dst.rename(old)
+        try:
+            new.rename(dst)
+        except OSError:
+            old.rename(dst)
+            raise
+        shutil.rmtree(old)

@@ -6,6 +6,7 @@ Weights are dequantised to float32. llama.cpp stores the rows of W_q and W_k so 
 of a rotated pair are neighbours; they are put back. Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from conversion import cli
+from conversion.checkpoint import OVERHEAD
 from conversion.directory import atomic_directory
 from conversion.gguf_tokenizer import tokenizer_from_metadata
 from conversion.hf_config import hf_llama_dict, llama_config
@@ -81,7 +83,8 @@ def convert(src: str | Path, dst: str | Path) -> str:
         raise InputError(f"{src}: {error}") from error
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
     ids = {name: i for name, i in ids.items() if i is not None}
-    with atomic_directory(dst) as directory:
+    needed = 4 * sum(math.prod(spec.shape) for spec in specs) + OVERHEAD
+    with atomic_directory(dst, needed=needed) as directory:
         writer = TensorWriter(directory)
         for spec in specs:
             writer.add(spec.hf_name, _weights(tensors[_gguf_name(spec)], spec, config))

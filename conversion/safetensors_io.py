@@ -19,6 +19,7 @@ from sarm_jax.errors import InputError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 METADATA = {"format": "pt"}  # transformers refuses files that do not say so
+STRIP = 16  # rows of a transposed matrix that are copied at a time
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -79,6 +80,10 @@ class TensorFiles:
         """The numpy or ml_dtypes dtype; `V1` where there is no such type."""
         return _DTYPES.get(self._slice(name).get_dtype(), np.dtype("V1"))
 
+    def shard(self, name: str) -> str:
+        """The name of the file that holds it."""
+        return self._shard_of[name]
+
     def read(self, name: str) -> np.ndarray:
         """The tensor as stored."""
         try:
@@ -108,24 +113,28 @@ class TensorFiles:
 
 
 class TensorWriter:
-    """Collects tensors and writes a shard whenever `max_shard_bytes` is full."""
+    """Collects tensors and writes a shard as soon as it holds `shard_bytes` or more.
 
-    def __init__(self, directory: Path, max_shard_bytes: int = 1 << 30):
-        self.directory, self.max_shard_bytes = Path(directory), max_shard_bytes
+    No more than `shard_bytes` and one tensor are in memory at any time.
+    """
+
+    def __init__(self, directory: Path, shard_bytes: int = 1 << 29):
+        self.directory, self.shard_bytes = Path(directory), shard_bytes
         self.total_bytes = 0
         self._shards: list[list[str]] = []
         self._waiting: dict[str, np.ndarray] = {}
+        self._waiting_bytes = 0
         self._names: set[str] = set()
 
     def add(self, name: str, array: np.ndarray) -> None:
         if name in self._names:
             raise ValueError(f"tensor {name} was added twice")
-        waiting = sum(a.nbytes for a in self._waiting.values())
-        if self._waiting and waiting + array.nbytes > self.max_shard_bytes:
-            self._flush()
         self._names.add(name)
-        self._waiting[name] = np.asarray(array, order="C")  # save_file ignores strides
+        self._waiting[name] = contiguous(array)  # save_file ignores strides
+        self._waiting_bytes += array.nbytes
         self.total_bytes += array.nbytes
+        if self._waiting_bytes >= self.shard_bytes:
+            self._flush()
 
     def close(self) -> int:
         """Writes what is left, and the index where there are several shards: number of tensors."""
@@ -146,9 +155,22 @@ class TensorWriter:
     def _flush(self) -> None:
         if self._waiting or not self._shards:
             path = self.directory / _part(len(self._shards))
-            save_file(self._waiting, path, metadata=METADATA)
+            try:
+                save_file(self._waiting, path, metadata=METADATA)
+            except SafetensorError as error:  # a full disk, for one
+                raise InputError(f"{path}: cannot be written ({error})") from error
             self._shards.append(list(self._waiting))
-            self._waiting = {}
+            self._waiting, self._waiting_bytes = {}, 0
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """The array in C order; a transposed one is copied in strips that stay in the cache."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.asarray(array, order="C")
+    out = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[1], STRIP):
+        out[:, start : start + STRIP] = array[:, start : start + STRIP]
+    return out
 
 
 def _part(n: int) -> str:

@@ -61,7 +61,7 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
     start = time.perf_counter()
     files = verified_files(checkpoint)
     dtypes: dict[str, int] = {}
-    with atomic_directory(dst) as directory:
+    with atomic_directory(dst, needed=checkpoint.bytes_stored(files)) as directory:
         writer = TensorWriter(directory)
         for spec in checkpoint.specs():
             array = checkpoint.read(files, spec)

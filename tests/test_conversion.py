@@ -347,7 +347,7 @@ def test_saving_an_adapter_again_replaces_it_only_on_request(tmp_path):
 def test_writer_splits_into_shards_that_transformers_reads(tmp_path):
     source, model = hf_policy(tmp_path / "hf")
     (tmp_path / "out").mkdir()
-    files, writer = TensorFiles(source), TensorWriter(tmp_path / "out", max_shard_bytes=30_000)
+    files, writer = TensorFiles(source), TensorWriter(tmp_path / "out", shard_bytes=30_000)
     for name in files.names():
         writer.add(name, files.read(name))
     assert writer.close() == len(files.names())
