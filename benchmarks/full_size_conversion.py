@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -106,10 +107,11 @@ def write_tokenizer(directory: Path) -> None:
 
 
 def convert(source: Path, dst: Path, kind: Kind) -> dict[str, float]:
-    """Seconds of the command, and the peaks of its memory in bytes."""
+    """Seconds of the command, of the CPU too, and the peaks of its memory in bytes."""
     command = [sys.executable, "-m", "conversion.from_hf"]
     command += [f"--kind={kind}", f"--src={source}", f"--dst={dst}"]
     start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command)
     anonymous = resident = 0
     while process.poll() is None:
@@ -121,19 +123,25 @@ def convert(source: Path, dst: Path, kind: Kind) -> dict[str, float]:
     seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"the command failed with exit code {process.returncode}")
-    return {"seconds": seconds, "peak_anonymous_bytes": anonymous, "peak_resident_bytes": resident}
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
+        "peak_anonymous_bytes": anonymous,
+        "peak_resident_bytes": resident,
+    }
 
 
 def copy(source: Path, dst: Path) -> dict[str, float]:
     """Seconds to copy the weights and the tokenizer, flushed to the disk."""
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     dst.mkdir()
     for file in source.iterdir():
         if file.suffix == ".safetensors" or file.name in TOKENIZER_FILES:
             shutil.copyfile(file, dst / file.name)
             flush(dst / file.name)
     flush(dst)
-    return {"seconds": time.perf_counter() - start}
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
 
 
 def compare(source: Path, dst: Path, specs: list[TensorSpec], count: int) -> int:
@@ -150,7 +158,9 @@ def compare(source: Path, dst: Path, specs: list[TensorSpec], count: int) -> int
 
 def summarise(name: str, size: int, turns: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures that are reported; the ratio is that of neighbouring turns, worst and median."""
-    by = {n: [t["seconds"] for t in turns if t["turn"] == n] for n in ("convert", "copy")}
+    names = ("convert", "copy")
+    by = {n: [t["seconds"] for t in turns if t["turn"] == n] for n in names}
+    cpu = {n: [t["cpu_seconds"] for t in turns if t["turn"] == n] for n in names}
     ratios = [a / b for a, b in zip(by["convert"], by["copy"], strict=True)]
     peak = max(t.get("peak_anonymous_bytes", 0) for t in turns)
     return {
@@ -158,6 +168,9 @@ def summarise(name: str, size: int, turns: list[dict[str, Any]]) -> dict[str, An
         "checkpoint_gb": size / 1e9,
         "convert_seconds": by["convert"],
         "copy_seconds": by["copy"],
+        "convert_cpu_seconds": cpu["convert"],
+        "copy_cpu_seconds": cpu["copy"],
+        "load_average": os.getloadavg()[0],
         "ratio_median": float(np.median(ratios)),
         "ratio_worst": max(ratios),
         "peak_anonymous_gib": peak / 2**30,

@@ -116,7 +116,7 @@ def evaluate_policies(
 def responses_of(config: ConfigDict, inputs: PolicyInputs) -> dict[str, Responses]:
     """Responses of the base and of every adapter, by name."""
     placed = placement(config)
-    base, tokenizer = load_policy(config.policy_model, config.dtype, placed.parameter)
+    base, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
     options, rows, chunk = inputs.options, inputs.rows, config.ppo.logprob_chunk
     sides = {BASE: respond(options, base, base, tokenizer, rows, placed, chunk)}
     for name, path in inputs.adapters.items():

@@ -16,7 +16,7 @@ def reward_model(config: ConfigDict) -> RewardModel:
     """The SARM of the config on the mesh, with its scoring options."""
     mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
     placed = placement(config)
-    model = load_sarm(config.sarm_model, config.dtype, placed.parameter)
+    model = load_sarm(config.sarm_model, config.dtype, placed.load)
     model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
     model.placement = placed
     return model

@@ -215,7 +215,7 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
 
     if options.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
-    policy, tokenizer = load_policy(config.policy_model, config.dtype, placed.parameter)
+    policy, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
     policy.remat = config.remat
     model = reward_model(config)
     trainer = Trainer(

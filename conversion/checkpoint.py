@@ -53,9 +53,13 @@ class Checkpoint:
     def stored_shape(self, spec: TensorSpec) -> tuple[int, ...]:
         return spec.shape if self.converted else spec.hf_shape
 
-    def read(self, files: TensorFiles, spec: TensorSpec) -> np.ndarray:
-        """One tensor in our orientation, in its stored dtype."""
-        array = files.read(self.stored_name(spec))
+    def read(
+        self, files: TensorFiles, spec: TensorSpec, region: tuple[slice, ...] | None = None
+    ) -> np.ndarray:
+        """One tensor, or a region of it, in our orientation, in its stored dtype."""
+        if region is not None and not self.converted:
+            region = spec.hf_region(region)
+        array = files.read(self.stored_name(spec), region)
         return array if self.converted else spec.from_hf(array)
 
     def bytes_stored(self, files: TensorFiles, dtype: str | None = None) -> int:

@@ -73,6 +73,13 @@ class TensorSpec:
         layout = self._row[1]
         return {"same": array, "transposed": array.T, "row": array[0]}[layout]
 
+    def hf_region(self, region: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where a region of ours lies in the HF tensor."""
+        layout = self._row[1]
+        if layout == "row":
+            return (slice(0, 1), *region)
+        return region[::-1] if layout == "transposed" else region
+
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """Our tensor in the HF orientation (a view)."""
         layout = self._row[1]

@@ -1,10 +1,10 @@
 """Loading models from a Hugging Face directory, a converted directory, or a repository id.
 
 The model is built without weights, then filled parameter by parameter: at any time the host holds
-one stack of layers beside the memory-mapped files.
+one stack of layers, or on a mesh one device's part of it, beside the memory-mapped files.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,15 +16,16 @@ from conversion.checkpoint import Checkpoint, open_checkpoint, verified_files
 from conversion.hub import CONFIG_FILES, TOKENIZER_FILES, locate
 from conversion.json_files import read_json
 from conversion.keys import TensorSpec, abstract_model
-from conversion.safetensors_io import TensorFiles
+from conversion.safetensors_io import TensorFiles, contiguous
 from sarm_jax.chat import stop_ids
 from sarm_jax.errors import InputError
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.sharding import ONE_DEVICE, Read
 
 DTYPES = ("float32", "bfloat16")
-Place = Callable[[str, np.ndarray], jax.Array]
+Place = Callable[[str, Sequence[int], Any, Read], jax.Array]
 
 
 def load_policy(
@@ -35,7 +36,8 @@ def load_policy(
     Args:
       src: an HF directory, a converted directory, or a repository id "owner/name".
       dtype: of the weights in memory, "float32" or "bfloat16".
-      place: puts a parameter, given its dotted path and host array, on devices.
+      place: puts a parameter on devices, given its dotted path, shape, dtype, and what reads any
+        region of it; `Placement.load` does.
 
     Raises:
       InputError: everything that is wrong with the files, before any weight is loaded.
@@ -102,6 +104,7 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
 def _fill(
     checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place | None
 ) -> Llama | SARM:
+    place = ONE_DEVICE.load if place is None else place
     specs: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in checkpoint.specs():
         specs.setdefault(spec.path, []).append(spec)
@@ -109,13 +112,28 @@ def _fill(
     filled = []
     for keys, variable in nnx.to_flat_state(state):
         path = tuple(map(str, keys))
-        stack = np.empty(variable.shape, variable.dtype)
-        for spec in specs[path]:
-            at = ... if spec.layer is None else spec.layer
-            stack[at] = checkpoint.read(files, spec)
-        array = jax.device_put(stack) if place is None else place(".".join(path), stack)
+        read = _reader(checkpoint, files, specs[path], variable.dtype)
+        array = place(".".join(path), variable.shape, variable.dtype, read)
         filled.append((keys, variable.replace(array)))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _reader(
+    checkpoint: Checkpoint, files: TensorFiles, specs: list[TensorSpec], dtype: Any
+) -> Read:
+    """Reads regions of one parameter, of which `specs` are the tensors: one, or one per layer."""
+
+    def read(region: tuple[slice, ...]) -> np.ndarray:
+        if specs[0].layer is None:
+            array = checkpoint.read(files, specs[0], region)
+            return contiguous(array).astype(dtype, copy=False)
+        layers, *inside = region
+        stack = np.empty([s.stop - s.start for s in region], dtype)
+        for spec in specs[layers]:
+            stack[spec.layer - layers.start] = checkpoint.read(files, spec, tuple(inside))
+        return stack
+
+    return read
 
 
 def _stop_ids(directory: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:

@@ -84,9 +84,11 @@ class TensorFiles:
         """The name of the file that holds it."""
         return self._shard_of[name]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor as stored."""
+    def read(self, name: str, region: tuple[slice, ...] | None = None) -> np.ndarray:
+        """The tensor as stored, or a region of it; only that is read."""
         try:
+            if region is not None:
+                return self._slice(name)[region]
             return self._open[self._shard_of[name]].get_tensor(name)
         except (SafetensorError, OSError, TypeError) as error:
             shard = self.directory / self._shard_of[name]

@@ -23,7 +23,7 @@ from conversion.checkpoint import Checkpoint, Kind, open_checkpoint, verified_fi
 from conversion.directory import atomic_directory, copy_tokenizer_files
 from conversion.hf_config import hf_llama_dict, hf_sarm_dict, with_dtype
 from conversion.json_files import read_json, write_json
-from conversion.keys import TensorSpec, parameters, tensor_specs
+from conversion.keys import TensorSpec, abstract_model, parameters, tensor_specs
 from conversion.peft import CONFIG as ADAPTER_CONFIG
 from conversion.peft import Adapter, read_adapter
 from conversion.safetensors_io import TensorWriter
@@ -101,9 +101,10 @@ def _save(dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, An
     weights = parameters(model)
     with atomic_directory(dst) as directory:
         writer = TensorWriter(directory)
-        for spec in tensor_specs(model):
+        for spec in tensor_specs(abstract_model(model.config)):
             value = weights[spec.path][...]
             array = np.asarray(value if spec.layer is None else value[spec.layer])
+            array = array[tuple(map(slice, spec.shape))]  # without a mesh's padding
             writer.add(spec.hf_name, spec.to_hf(array))
         writer.close()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the reference pools by pad

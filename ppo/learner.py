@@ -179,10 +179,11 @@ class Learner:
         tokens_bt, mask_bt = self.placement.keep_rows((tokens_bt, mask_bt))
         responses, parts = self.config.max_new_tokens, self.placement.parts
         temperature, chunk = self.config.temperature, self.config.logprob_chunk
-        targets_br = tokens_bt[:, -responses:]
+        targets_br, size = tokens_bt[:, -responses:], model.config.vocab_size
         if slots is None:
             x_brd = model.hidden(tokens_bt, mask_bt)[:, -responses - 1 : -1]
-            return *token_logprobs(x_brd, model.vocabulary, targets_br, temperature, chunk), x_brd
+            given = (x_brd, model.vocabulary, targets_br)
+            return *token_logprobs(*given, temperature, chunk, size), x_brd
         packing = Packing.of(mask_bt, slots.tokens, parts)
         x_brd = model.hidden(tokens_bt, mask_bt, packing=packing)[:, -responses - 1 : -1]
         packing = Packing.of(mask_bt[:, -responses:], slots.responses, parts)
@@ -190,7 +191,8 @@ class Learner:
         rows = parts * math.gcd(len(packed[1]) // parts, MULTIPLE)  # for the cores of a CPU
         x_scd, targets_sc = (y.reshape(rows, -1, *y.shape[2:]) for y in packed)
         chunk = -(-chunk * len(tokens_bt) // rows)
-        per_token = token_logprobs(x_scd, model.vocabulary, targets_sc, temperature, chunk)
+        given = (x_scd, model.vocabulary, targets_sc)
+        per_token = token_logprobs(*given, temperature, chunk, size)
         return *map(packing.unpack, per_token), x_brd
 
 

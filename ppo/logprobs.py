@@ -7,6 +7,8 @@ With `chunk` > 0, positions are processed `chunk` at a time and recomputed in th
 import jax
 import jax.numpy as jnp
 
+from sarm_jax.llama import mask_padding
+
 
 def token_logprobs(
     x_brd: jax.Array,
@@ -14,17 +16,20 @@ def token_logprobs(
     targets_br: jax.Array,
     temperature: float,
     chunk: int = 0,
+    vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(log π(target), entropy of π), each float32 `[B, R]`, for π = softmax(x Eᵀ / temperature).
 
-    The entropy is a metric and carries no gradient.
+    The entropy is a metric and carries no gradient. Rows of E from `vocab_size` on (None: all are
+    tokens) have no part in the softmax.
     """
+    vocab_size = len(vocabulary_vd) if vocab_size is None else vocab_size
 
     def project(x_bcd, targets_bc):
         logits_bcv = jnp.einsum(
             "bcd,vd->bcv", x_bcd, vocabulary_vd, preferred_element_type=jnp.float32
         )
-        logits_bcv = logits_bcv / temperature
+        logits_bcv = mask_padding(logits_bcv, vocab_size) / temperature
         logits_bcv -= jax.lax.stop_gradient(logits_bcv.max(axis=-1, keepdims=True))
         weight_bcv = jnp.exp(logits_bcv)
         z_bc = weight_bcv.sum(axis=-1)

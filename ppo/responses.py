@@ -112,4 +112,5 @@ def _batch(config, base, policy, tokenizer, prompts, key, chunk):
 def _logp(graphdef, state, tokens_bt, mask_bt, budget, chunk):
     policy = nnx.merge(graphdef, state)
     x_brd = policy.hidden(tokens_bt, mask_bt)[:, -budget - 1 : -1]
-    return token_logprobs(x_brd, policy.vocabulary, tokens_bt[:, -budget:], 1.0, chunk)[0]
+    given = (x_brd, policy.vocabulary, tokens_bt[:, -budget:])
+    return token_logprobs(*given, 1.0, chunk, policy.config.vocab_size)[0]

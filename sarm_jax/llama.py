@@ -199,7 +199,7 @@ class Llama(nnx.Module):
 
     def __call__(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         """Logits, float32 `[B, T, V]`; meaningless where `mask_bt` is 0."""
-        return self.logits(self.hidden(tokens_bt, mask_bt))
+        return self.logits(self.hidden(tokens_bt, mask_bt))[..., : self.config.vocab_size]
 
     def hidden(
         self,
@@ -221,12 +221,18 @@ class Llama(nnx.Module):
         return self._forward(tokens_bt, mask_bt, keep=lambda x, kv: x)[1]
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
-        """Vocabulary projection in float32, `[B, T, V]`."""
-        return jnp.einsum("btd,vd->btv", x_btd, self.vocabulary, preferred_element_type=jnp.float32)
+        """Vocabulary projection in float32, `[B, T, V]`, with columns for the padding on a mesh."""
+        logits_btv = jnp.einsum(
+            "btd,vd->btv", x_btd, self.vocabulary, preferred_element_type=jnp.float32
+        )
+        return mask_padding(logits_btv, self.config.vocab_size)
 
     @property
     def vocabulary(self) -> jax.Array:
-        """The output embedding `[V, D]`: the head's own, or the tied input embedding."""
+        """The output embedding `[V, D]`: the head's own, or the tied input embedding.
+
+        On a mesh there may be rows beyond `config.vocab_size`, see `mask_padding`.
+        """
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
     def prefill(
@@ -342,6 +348,17 @@ class Llama(nnx.Module):
             keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
         body = jax.checkpoint(layer, policy=REMAT[self.remat])
         return jax.lax.scan(body, x_btd, (state, keys))
+
+
+def mask_padding(logits_btv: jax.Array, vocab_size: int) -> jax.Array:
+    """Makes the columns from `vocab_size` on impossible: rows that a mesh has added, no tokens.
+
+    Their probability is 0, and finite logits keep it free of NaN in p · log p.
+    """
+    columns = logits_btv.shape[-1]
+    if columns == vocab_size:
+        return logits_btv
+    return jnp.where(jnp.arange(columns) < vocab_size, logits_btv, -1e30)
 
 
 def attention_implementation(backend: str, dtype: Any) -> str:

@@ -11,7 +11,7 @@ optimizer state are small and replicated.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from sarm_jax.errors import InputError
 from sarm_jax.llama import LlamaConfig
+
+# Reads a region of a parameter: every slice has a start and a stop.
+Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -98,16 +101,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
-    """The row of `TABLE` for a parameter; InputError where the mesh does not divide its shape.
-
-    A vocabulary that does not divide is not split over its rows.
-    """
+    """The row of `TABLE` for a parameter; InputError where the mesh does not divide its shape."""
     rows = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
     if len(rows) != 1:
         raise ValueError(f"{path} matches {len(rows)} rows of the sharding table, expected 1")
     spec = rows[0]
-    if VOCABULARY.fullmatch(path) and shape[0] % mesh.shape["tensor"]:
-        spec = P(None, spec[1])
     for dimension, axis in enumerate(spec):
         if axis is not None and shape[dimension] % mesh.shape[axis]:
             raise InputError(
@@ -115,6 +113,14 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
                 f"whose shape is {tuple(shape)}"
             )
     return spec
+
+
+def padded_shape(path: str, shape: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of a parameter on the mesh: a vocabulary gets rows of zeros until it divides."""
+    rows, *rest = shape
+    if VOCABULARY.fullmatch(path):
+        rows += -rows % mesh.shape["tensor"]
+    return (rows, *rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +135,28 @@ class Placement:
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def parameter(self, path: str, array: np.ndarray) -> jax.Array:
-        """A frozen parameter, straight from the host into its shards."""
+        """A frozen parameter that the host holds; on a mesh as `load` puts it."""
+        return self.load(path, array.shape, array.dtype, array.__getitem__)
+
+    def load(self, path: str, shape: Sequence[int], dtype: Any, read: Read) -> jax.Array:
+        """A frozen parameter, read straight into its shards: the host holds one at a time.
+
+        What this process has no shard of is not read; a vocabulary is padded, see `padded_shape`.
+        """
         if self.mesh is None:
-            return jax.device_put(array)
-        return jax.device_put(array, self._at(partition_spec(path, array.shape, self.mesh)))
+            return jax.device_put(read(tuple(slice(0, size) for size in shape)))
+        padded = padded_shape(path, shape, self.mesh)
+        sharding = self._at(partition_spec(path, padded, self.mesh))
+        devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+        for device, index in sharding.addressable_devices_indices_map(padded).items():
+            pairs = zip(index or (), padded, strict=True)
+            bounds = tuple((s.indices(size)[0], s.indices(size)[1]) for s, size in pairs)
+            devices.setdefault(bounds, []).append(device)
+        shards = []
+        for region, copies in devices.items():
+            piece = _read_padded(region, shape, dtype, read)
+            shards += jax.block_until_ready([jax.device_put(piece, device) for device in copies])
+        return jax.make_array_from_single_device_arrays(padded, sharding, shards)
 
     def replicated(self, tree: Any) -> Any:
         """A copy on every device."""
@@ -157,9 +181,11 @@ class Placement:
         return self.abstract(stacked.shape[1:], stacked.dtype, spec)
 
     def abstract_parameter(self, path: str, shape: Sequence[int], dtype: Any) -> Any:
-        """What `parameter` makes of such an array."""
-        spec = P() if self.mesh is None else partition_spec(path, shape, self.mesh)
-        return self.abstract(shape, dtype, spec)
+        """What `load` makes of such an array."""
+        if self.mesh is None:
+            return self.abstract(shape, dtype, P())
+        shape = padded_shape(path, shape, self.mesh)
+        return self.abstract(shape, dtype, partition_spec(path, shape, self.mesh))
 
     def abstract_replicated(self, tree: Any) -> Any:
         """What `replicated` makes of such a tree."""
@@ -185,6 +211,20 @@ class Placement:
     def _at(self, spec: P) -> NamedSharding:
         assert self.mesh is not None
         return NamedSharding(self.mesh, spec)
+
+
+def _read_padded(
+    bounds: Sequence[tuple[int, int]], shape: Sequence[int], dtype: Any, read: Read
+) -> np.ndarray:
+    """The region between `bounds`, with zeros where it goes beyond `shape` in its rows."""
+    (start, stop), *rest = bounds
+    columns = [slice(*pair) for pair in rest]
+    if stop <= shape[0]:
+        return read((slice(start, stop), *columns))
+    piece = np.zeros([high - low for low, high in bounds], dtype)
+    if start < shape[0]:
+        piece[: shape[0] - start] = read((slice(start, shape[0]), *columns))
+    return piece
 
 
 ONE_DEVICE = Placement()

@@ -9,20 +9,24 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from conversion import from_hf, load_policy, load_sarm
+from conversion.to_hf import save_policy, save_sarm
 from ppo.density_ratio import DiscriminatorConfig
 from ppo.human_latents import collect_human_latents
+from ppo.logprobs import token_logprobs
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
 from ppo.train import TrainConfig, Trainer
 from sarm_jax import chat
 from sarm_jax.errors import InputError
+from sarm_jax.generate import generate
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig
-from sarm_jax.sharding import BATCH, MeshConfig, Placement, make_mesh, partition_spec
+from sarm_jax.sharding import BATCH, MeshConfig, Placement, make_mesh, padded_shape, partition_spec
 from tests.conftest import spread
 
 PROMPTS = [f"say {i}" for i in range(10)]
@@ -117,6 +121,8 @@ def test_ten_steps_are_those_of_one_device(one_device, tokenizer, tmp_path, shap
     ours, theirs = (t.state["train"].params for t in (trainer, single))
     for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
+    rows = trainer.base["embed_tokens"][...].shape[0]  # 262 tokens, which 4 does not divide
+    assert rows == {1: 262, 2: 262, 4: 264}[shape[2]]
     kernel = nnx.to_flat_state(trainer.base)
     shards = {str(path[-2]): v[...].sharding for path, v in kernel if "kernel" in map(str, path)}
     split = P(None, "fsdp", "tensor")
@@ -152,7 +158,8 @@ def test_every_parameter_has_one_row(tokenizer):
     sarm = SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8))
     for model in (Llama(trunk, rngs=nnx.Rngs(0)), SARM(sarm, rngs=nnx.Rngs(0))):
         for path, variable in nnx.to_flat_state(nnx.state(model)):
-            partition_spec(".".join(map(str, path)), variable[...].shape, mesh)
+            name = ".".join(map(str, path))
+            partition_spec(name, padded_shape(name, variable[...].shape, mesh), mesh)
     with pytest.raises(ValueError, match="layers.new matches 0 rows"):
         partition_spec("layers.new", (4, 4), mesh)
 
@@ -160,9 +167,14 @@ def test_every_parameter_has_one_row(tokenizer):
 def test_what_does_not_divide():
     mesh = make_mesh(MeshConfig(1, 2, 4))
     assert partition_spec("embed_tokens", (264, 32), mesh) == P("tensor", "fsdp")
-    assert partition_spec("embed_tokens", (263, 32), mesh) == P(None, "fsdp")
+    assert padded_shape("trunk.embed_tokens", (128257, 4096), mesh) == (128260, 4096)
+    assert padded_shape("layers.mlp.up_proj.kernel", (3, 32, 62), mesh) == (3, 32, 62)
     with pytest.raises(InputError, match=r"mesh.tensor=4 does not divide dimension 2 of layers"):
         partition_spec("layers.mlp.up_proj.kernel", (3, 32, 62), mesh)
+    with pytest.raises(InputError, match=r"mesh.tensor=4 .* sae.encoder, .* \(32, 66\)"):
+        partition_spec("sae.encoder", (32, 66), mesh)
+    with pytest.raises(InputError, match=r"mesh.fsdp=2 does not divide dimension 1 of lm_head"):
+        partition_spec("lm_head", (264, 33), mesh)
     with pytest.raises(InputError, match=r"takes 16 devices; there are 8"):
         make_mesh(MeshConfig(data=16))
     with pytest.raises(InputError, match=r"mesh.fsdp=0: must be at least 1"):
@@ -178,3 +190,96 @@ def test_rows_that_do_not_divide_are_replicated():
     placement = Placement(make_mesh(MeshConfig(data=4)))
     even, odd = placement.rows((np.zeros((8, 3)), np.zeros((6, 3))))
     assert even.sharding.spec == BATCH and odd.sharding.spec == P()
+
+
+@pytest.fixture(scope="module")
+def directories(tokenizer, tmp_path_factory):
+    """A policy and a SARM of 262 tokens, which 4 does not divide, each in either layout."""
+    parent = tmp_path_factory.mktemp("models")
+    config = llama(tokenizer)
+    trunk = dataclasses.replace(config, num_hidden_layers=2)
+    sarm = SARM(SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8)), rngs=nnx.Rngs(1))
+    sarm.score[...] = jax.random.normal(jax.random.key(2), (64,))
+    save_policy(parent / "policy", spread(Llama(config, rngs=nnx.Rngs(0))), tokenizer)
+    save_sarm(parent / "sarm", spread(sarm), tokenizer)
+    for kind in ("policy", "sarm"):
+        from_hf.convert(parent / kind, parent / f"converted_{kind}", kind)
+    return parent
+
+
+def weights(model) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(v[...]) for path, v in flat}
+
+
+@pytest.mark.parametrize("layout", ["", "converted_"])
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 2, 4), (2, 2, 2)])
+def test_weights_are_read_into_their_shards_once(directories, layout, shape):
+    placement = Placement(make_mesh(MeshConfig(*shape)))
+    read: dict[str, list[int]] = {}
+
+    def place(path, full, dtype, reader):
+        def counted(region):
+            piece = reader(region)
+            read.setdefault(path, []).append(piece.size)
+            return piece
+
+        array = placement.load(path, full, dtype, counted)
+        kept = [shard.data.size for shard in array.addressable_shards]
+        assert len(kept) == 8 and max(read[path]) <= max(kept)  # the host holds one shard
+        assert sum(read[path]) == np.prod(full)  # each weight once, whatever the copies
+        return array
+
+    model = load_sarm(directories / f"{layout}sarm", place=place).model
+    expected = weights(load_sarm(directories / "sarm").model)
+    for path, array in weights(model).items():
+        rows = len(expected[path])
+        np.testing.assert_array_equal(array[:rows], expected[path], err_msg=path)
+        assert not array[rows:].any()
+    rows = 264 if shape[2] == 4 else 262
+    assert model.trunk.embed_tokens.shape == (rows, 32)
+    tokens_bt = np.random.default_rng(0).integers(0, 262, (8, 12))
+    mask_bt = np.ones((8, 12), bool)
+    single = load_sarm(directories / "sarm").model
+    for ours, theirs in zip(model(tokens_bt, mask_bt), single(tokens_bt, mask_bt), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_rows_added_to_the_vocabulary_are_no_tokens(directories, tmp_path):
+    policy, tokenizer = load_policy(directories / "policy")
+    placement = Placement(make_mesh(MeshConfig(1, 2, 4)))
+    padded, _ = load_policy(directories / "converted_policy", place=placement.load)
+    for name in ("embed_tokens", "lm_head"):  # rows that would win every draw
+        value = getattr(padded, name)
+        assert value[...].shape == (264, 32) and value[...].sharding.spec == P("tensor", "fsdp")
+        value[...] = value[...].at[262:].set(1e3)
+    save_policy(tmp_path / "saved", padded, tokenizer)
+    again, _ = load_policy(tmp_path / "saved")
+    for path, array in weights(again).items():
+        np.testing.assert_array_equal(array, weights(policy)[path], err_msg=path)
+    tokens_bt = np.random.default_rng(0).integers(0, 262, (8, 9))
+    mask_bt = np.ones((8, 9), bool)
+    logits = policy(tokens_bt, mask_bt)
+    np.testing.assert_allclose(padded(tokens_bt, mask_bt), logits, rtol=0, atol=1e-4)
+    for sampling in (
+        {"temperature": 1.0},
+        {"temperature": 0.0},
+        {"temperature": 2.0, "top_k": 263},
+    ):
+        drawn = [
+            generate(model, tokens_bt, mask_bt, max_new_tokens=5, key=jax.random.key(1), **sampling)
+            for model in (policy, padded)
+        ]
+        np.testing.assert_array_equal(drawn[0].tokens_br, drawn[1].tokens_br)
+        np.testing.assert_allclose(drawn[0].logp_br, drawn[1].logp_br, rtol=0, atol=1e-4)
+    x_btd = policy.hidden(tokens_bt, mask_bt)
+
+    def loss(x, model, size, chunk):
+        logp, entropy = token_logprobs(x, model.vocabulary, tokens_bt, 0.7, chunk, size)
+        return logp.sum(), entropy
+
+    for chunk in (0, 4):
+        ours = jax.grad(loss, has_aux=True)(x_btd, padded, 262, chunk)
+        theirs = jax.grad(loss, has_aux=True)(x_btd, policy, None, chunk)
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
