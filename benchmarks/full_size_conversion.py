@@ -82,13 +82,13 @@ def write_checkpoint(directory: Path, hf: dict[str, Any], specs: list[TensorSpec
     """A Hugging Face directory with random finite bfloat16 weights and a small tokenizer."""
     directory.mkdir()
     rng = np.random.default_rng(0)
-    writer = TensorWriter(directory)
-    for spec in specs:
-        bits = rng.integers(0, 1 << 64, -(-int(np.prod(spec.shape)) // 4), np.uint64)
-        bits &= np.uint64(0xBFFF_BFFF_BFFF_BFFF)  # exponents below 128: neither inf nor NaN
-        flat = bits.view(np.uint16)[: int(np.prod(spec.shape))]
-        writer.add(spec.hf_name, flat.view(ml_dtypes.bfloat16).reshape(spec.hf_shape))
-    writer.close()
+    with TensorWriter(directory) as writer:
+        for spec in specs:
+            bits = rng.integers(0, 1 << 64, -(-int(np.prod(spec.shape)) // 4), np.uint64)
+            bits &= np.uint64(0xBFFF_BFFF_BFFF_BFFF)  # exponents below 128: neither inf nor NaN
+            flat = bits.view(np.uint16)[: int(np.prod(spec.shape))]
+            writer.add(spec.hf_name, flat.view(ml_dtypes.bfloat16).reshape(spec.hf_shape))
+        writer.close()
     write_json(directory / "config.json", hf | {"torch_dtype": "bfloat16"})
     write_tokenizer(directory)
     for file in directory.iterdir():

@@ -84,8 +84,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
     ids = {name: i for name, i in ids.items() if i is not None}
     needed = 4 * sum(math.prod(spec.shape) for spec in specs) + OVERHEAD
-    with atomic_directory(dst, needed=needed) as directory:
-        writer = TensorWriter(directory)
+    with atomic_directory(dst, needed=needed) as directory, TensorWriter(directory) as writer:
         for spec in specs:
             writer.add(spec.hf_name, _weights(tensors[_gguf_name(spec)], spec, config))
         writer.close()

@@ -30,7 +30,7 @@ flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: that of each
 def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = None) -> str:
     """Writes the converted directory and returns a summary line.
 
-    The host holds at most a shard and two copies of a tensor at a time.
+    The host holds two shards and two copies of a tensor at a time.
     """
     start = time.perf_counter()
     checkpoint = open_checkpoint(src, kind)
@@ -39,8 +39,10 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
     trunk = config if isinstance(config, LlamaConfig) else config.trunk
     load_hf_tokenizer(checkpoint.directory, trunk.vocab_size)
     dtypes = set()
-    with atomic_directory(dst, needed=checkpoint.bytes_stored(files, dtype)) as directory:
-        writer = TensorWriter(directory)
+    with (
+        atomic_directory(dst, needed=checkpoint.bytes_stored(files, dtype)) as directory,
+        TensorWriter(directory) as writer,
+    ):
         for spec in checkpoint.specs():
             array = checkpoint.read(files, spec)
             array = array if dtype is None else array.astype(jnp.dtype(dtype))

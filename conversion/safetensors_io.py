@@ -4,6 +4,7 @@ Two layouts: a single `model.safetensors`, or shards listed by `model.safetensor
 Pickled weights (.bin, .pt, .pth) are never opened.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,8 @@ class TensorFiles:
 class TensorWriter:
     """Collects tensors and writes a shard as soon as it holds `shard_bytes` or more.
 
-    No more than `shard_bytes` and one tensor are in memory at any time.
+    A shard is written while the next one is collected, so two are in memory at a time; either may
+    exceed `shard_bytes` by a tensor. Leaving the `with` block waits for what is being written.
     """
 
     def __init__(self, directory: Path, shard_bytes: int = 1 << 29):
@@ -127,6 +129,14 @@ class TensorWriter:
         self._waiting: dict[str, np.ndarray] = {}
         self._waiting_bytes = 0
         self._names: set[str] = set()
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
     def add(self, name: str, array: np.ndarray) -> None:
         if name in self._names:
@@ -141,6 +151,7 @@ class TensorWriter:
     def close(self) -> int:
         """Writes what is left, and the index where there are several shards: number of tensors."""
         self._flush()
+        self._wait()
         count = len(self._shards)
         if count == 1:
             (self.directory / _part(0)).rename(self.directory / SINGLE)
@@ -156,23 +167,34 @@ class TensorWriter:
 
     def _flush(self) -> None:
         if self._waiting or not self._shards:
+            self._wait()
             path = self.directory / _part(len(self._shards))
-            try:
-                save_file(self._waiting, path, metadata=METADATA)
-            except SafetensorError as error:  # a full disk, for one
-                raise InputError(f"{path}: cannot be written ({error})") from error
             self._shards.append(list(self._waiting))
+            self._writing = self._thread.submit(_save, self._waiting, path)
             self._waiting, self._waiting_bytes = {}, 0
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata=METADATA)
+    except SafetensorError as error:  # a full disk, for one
+        raise InputError(f"{path}: cannot be written ({error})") from error
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
     """The array in C order; a transposed one is copied in strips that stay in the cache."""
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.asarray(array, order="C")
-    out = np.empty(array.shape, array.dtype)
+    bits = np.dtype(f"u{array.dtype.itemsize}")  # integers are copied faster than bfloat16
+    source, out = array.view(bits), np.empty(array.shape, bits)
     for start in range(0, array.shape[1], STRIP):
-        out[:, start : start + STRIP] = array[:, start : start + STRIP]
-    return out
+        out[:, start : start + STRIP] = source[:, start : start + STRIP]
+    return out.view(array.dtype)
 
 
 def _part(n: int) -> str:

@@ -61,8 +61,10 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
     start = time.perf_counter()
     files = verified_files(checkpoint)
     dtypes: dict[str, int] = {}
-    with atomic_directory(dst, needed=checkpoint.bytes_stored(files)) as directory:
-        writer = TensorWriter(directory)
+    with (
+        atomic_directory(dst, needed=checkpoint.bytes_stored(files)) as directory,
+        TensorWriter(directory) as writer,
+    ):
         for spec in checkpoint.specs():
             array = checkpoint.read(files, spec)
             if adapter is not None and spec in adapter.factors:
@@ -99,8 +101,7 @@ def save_policy(dst: str | Path, policy: Llama, tokenizer: Any) -> None:
 
 def _save(dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, Any]) -> None:
     weights = parameters(model)
-    with atomic_directory(dst) as directory:
-        writer = TensorWriter(directory)
+    with atomic_directory(dst) as directory, TensorWriter(directory) as writer:
         for spec in tensor_specs(abstract_model(model.config)):
             value = weights[spec.path][...]
             array = np.asarray(value if spec.layer is None else value[spec.layer])
