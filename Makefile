@@ -6,7 +6,7 @@ WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
 
-.PHONY: demo study plan-h100 test lint types pytest smollm2 benchmark clean
+.PHONY: demo study plan-h100 test lint types pytest smollm2 verbosity benchmark clean
 
 # The reward-hacking lab: one seed, the reward model alone against the full method.
 demo: $(VENV)/.run
@@ -41,6 +41,13 @@ pytest: $(VENV)/.dev
 smollm2: $(SMOLLM2)/config.json
 	$(BIN)/python main.py --config=configs/smollm2.py --stage=all
 	test -e $(RUN)/merged || $(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
+
+# A reward model with a taste for detail; its features of verbosity found, certified and penalised,
+# against the same run without. RM_BENCH=chat.json,code.json names RM-Bench's files.
+verbosity: $(SMOLLM2)/config.json
+	$(BIN)/python main.py --config=configs/verbosity_smollm2_baseline.py --stage=all \
+	  --config.prepare_data.rm_bench=$(RM_BENCH)
+	$(BIN)/python main.py --config=configs/verbosity_smollm2.py --stage=all
 
 # Against transformers + peft in PyTorch, alternately.
 benchmark: $(VENV)/.dev $(SMOLLM2)/config.json

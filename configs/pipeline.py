@@ -169,7 +169,7 @@ def _run(name, recipe, config, workdir: Path, records: Records, made_from: Prove
 
 
 def _call(name: str, config: ConfigDict, workdir: Path, changed: str | None = None) -> None:
-    does = (STAGES[name].__doc__ or "").splitlines()[0]
+    does = (STAGES[name].__doc__ or name).splitlines()[0]
     LOG.info("stage %s: %s In %s%s", name, does, workdir, f"; {changed}" if changed else "")
     STAGES[name](config, workdir)
 

@@ -11,7 +11,7 @@ from configs.shared import mesh_config, split_paths
 from configs.stages import check_remat
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
-from ppo.options import lora_config, reward_config
+from ppo.options import guard_config, lora_config, reward_config
 from ppo.profiling import ProfileConfig
 from ppo.responses import ResponseConfig
 from sarm_jax.errors import InputError
@@ -35,6 +35,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     PPOConfig(**config.ppo)
     lora_config(config.lora)
     DiscriminatorConfig(**config.discriminator)
+    guard_config(config.guards)
     ProfileConfig(**config.profile).check_steps(config.ppo.total_steps)
     check_remat(config.remat)
     mesh_config(config)

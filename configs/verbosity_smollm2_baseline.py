@@ -1,23 +1,47 @@
-"""The run of `configs/verbosity_smollm2.py` on its reward model, without its penalties.
+"""A reward model with a taste for detail, and PPO that is rewarded by it: SmolLM2 and RM-Bench.
+
+The SARM is trained on RM-Bench's easy pairs alone, whose right answer is also the longer or the
+more formatted one. `configs/verbosity_smollm2.py` finds what it likes, penalises it, and compares.
 
 Command: make verbosity RM_BENCH=chat.json,code.json
+Hardware: 2 CPU cores, 8 GB of memory.
+Time and result: README, "Verbosity".
 """
 
 from ml_collections import ConfigDict
 
-from configs import verbosity_smollm2
+from configs import base
 
 
 def get_config() -> ConfigDict:
-    """PPO alone, on the SARM of the other run."""
-    config = verbosity_smollm2.get_config()
-    config.sarm_model = "outputs/verbosity_smollm2/sarm"
-    for section in ("train_sarm", "identify"):
-        config[section].pairs_jsonl = ""
-    config.prepare_data.source = "demonstrations"
-    config.probe.data_jsonl = ""
-    for name in ("penalize_features", "tau_values", "alpha_values"):
-        config.reward[name] = ""
-    config.evaluate.rm_bench = ""
-    config.evaluate.prompts_jsonl = ""
+    """A diff from `configs/base.py`."""
+    config = base.get_config()
+    config.policy_model = "outputs/models/SmolLM2-135M-Instruct"
+    config.sarm_model = "{workdir}/sarm"
+    config.prompts_jsonl = "configs/data/everyday_demos.jsonl"
+    config.sarm_max_length = 512
+
+    config.prepare_data.source = "benchmarks"
+    config.prepare_data.held_out_fraction = 0.3
+
+    config.train_sarm.pairs_jsonl = "{workdir}/data/easy.jsonl"
+    config.train_sarm.max_length = 512
+    config.train_sarm.source_layer = 15
+    config.train_sarm.latent_size = 4608
+    config.train_sarm.k = 32
+    config.train_sarm.mode = 0
+    config.train_sarm.sae_steps = 600
+    config.train_sarm.sae_learning_rate = 2e-3
+    config.train_sarm.dead_after_steps = 50
+    config.train_sarm.epochs = 60
+    config.train_sarm.head_learning_rate = 1e-3
+
+    config.ppo.total_steps = 20
+    config.ppo.batch_size = 16
+    config.ppo.ppo_epochs = 2
+    config.ppo.learning_rate = 1.5e-3
+    config.ppo.max_new_tokens = 96
+    config.ppo.max_prompt_tokens = 96
+    config.ppo.kl_coef = 0.02
+    config.ppo.calibration_batches = 4
     return config

@@ -101,6 +101,7 @@ def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
         ("evaluate.samples", 0, "evaluate.samples=0"),
         ("report.samples", -1, "report.samples=-1"),
         ("remat", "some", "remat='some'"),
+        ("guards.steps", 0, "guards.steps=0"),
         ("evaluate.rm_bench", "a.json", "evaluate.rm_bench=a.json: no such file"),
         ("eval_prompts_jsonl", "a.jsonl", "eval_prompts_jsonl=a.jsonl: no such file"),
         ("reward.penalize_features", "1,x", "penalize_features"),
