@@ -12,9 +12,9 @@ import sys
 
 from configs import command_line
 from configs.pipeline import run_all, run_stage
+from configs.shared import check_scoring
 from configs.stages import STAGES
 from configs.study import run_study
-from conversion.load import check_dtype
 from ppo.guards import TrainingStoppedError
 from sarm_jax.errors import InputError
 from sarm_jax.progress import show_progress
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
         show_progress(level=command_line.log_level())
         if stage not in STAGES and stage != "all":
             raise InputError(f"--stage={stage}: expected all or one of {', '.join(STAGES)}")
-        check_dtype(template.dtype)
+        check_scoring(template)
         with on_signal(_interrupted), open_workdir(workdir):
             if stage == "all" and template.prepare_data.source == "lab":
                 run_study(template, workdir)
@@ -46,11 +46,11 @@ def main(argv: list[str]) -> int:
     except TrainingStoppedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{error.filename or workdir}: {error.strerror}"
-        print(f"error: {where}; free space, and the same command goes on", file=sys.stderr)
+    except OSError as error:  # a full disk; a path that cannot be or must not be written
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free space, and the same command goes on" if full else ""
+        where = f"{error.filename or workdir}: {error.strerror or error}"
+        print(f"error: {InputError(where)}{advice}", file=sys.stderr)
         return 2
     return 0
 

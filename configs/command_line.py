@@ -66,6 +66,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise InputError(_one_line(error)) from error
+    except (SyntaxError, ImportError, NameError) as error:  # the file of --config is a program
+        raise InputError(f"{flags.FLAGS['config'].value or '--config'}: {error}") from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options are --name=value")
     if CONFIG.value is None:

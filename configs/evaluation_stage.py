@@ -7,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.policy_evaluation import evaluate_policies, policy_inputs
-from configs.shared import reward_model, split_paths, write_json
+from configs.shared import required, reward_model, split_paths, write_json
 from conversion.hub import locate_file
 from conversion.load import read_sarm_config
 from ppo.options import reward_config
@@ -43,6 +43,7 @@ def run_evaluate(config: ConfigDict, workdir: Path) -> None:
     Every file is read, and refused if it is bad, before the model is loaded.
     """
     section = config.evaluate
+    required(config, "sarm_model")
     steering = steering_config(config)
     answers = [a for path in given(section.data_jsonl) for a in read_answers(path)]
     styled = [r for src in given(section.rm_bench) for r in read_rm_bench(locate_file(src), src)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs.shared import mesh_config, placement, write_json
+from configs.shared import mesh_config, placement, required, write_json
 from conversion import load_policy
 from conversion.json_files import read_json
 from conversion.keys import abstract_policy, tensor_specs
@@ -54,6 +54,7 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
         raise InputError(f"evaluate.resamples={section.resamples}: must be at least 100")
     sampling = Sampling(config.ppo.max_new_tokens, section.temperature)
     options = ResponseConfig(sampling, section.samples, section.batch_size, section.seed)
+    required(config, "policy_model")
     model = read_policy_config(config.policy_model)
     mesh_config(config).check_model(model)
     _check_adapters(config, adapters)

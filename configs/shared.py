@@ -6,7 +6,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from conversion import load_sarm
-from conversion.load import read_sarm_config
+from conversion.load import check_dtype, read_sarm_config
+from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sharding import MeshConfig, Placement, make_mesh
@@ -22,6 +23,24 @@ def reward_model(config: ConfigDict) -> RewardModel:
     return model
 
 
+def check_scoring(config: ConfigDict) -> None:
+    """Raises InputError for a dtype or scoring options that no stage can use."""
+    check_dtype(config.dtype)
+    for name, least in (("sarm_max_length", 2), ("sarm_batch_size", 1)):
+        if config[name] < least:
+            raise InputError(f"{name}={config[name]}: must be at least {least}")
+
+
+def required(config: ConfigDict, *fields: str) -> None:
+    """Raises InputError for the first of these fields, such as "reward.beta", that is empty."""
+    for field in fields:
+        value = config
+        for name in field.split("."):
+            value = value[name]
+        if not value:
+            raise InputError(f"{field} is empty: name it with --config.{field}=…")
+
+
 def mesh_config(config: ConfigDict) -> MeshConfig:
     """The mesh section."""
     return MeshConfig(**config.mesh)
@@ -33,8 +52,11 @@ def placement(config: ConfigDict) -> Placement:
 
 
 def split_paths(text: str) -> tuple[str, ...]:
-    """Comma-separated paths."""
-    return tuple(path.strip() for path in text.split(","))
+    """Comma-separated paths; InputError for an empty one."""
+    paths = tuple(path.strip() for path in text.split(","))
+    if not all(paths):
+        raise InputError(f"found {text!r}, expected file names with commas between them")
+    return paths
 
 
 def plain(value):

@@ -17,6 +17,7 @@ from configs.shared import (
     mesh_config,
     placement,
     plain,
+    required,
     reward_model,
     split_paths,
     write_json,
@@ -24,7 +25,7 @@ from configs.shared import (
 from conversion import load_policy
 from conversion.checkpoint import open_checkpoint
 from conversion.keys import abstract_policy, abstract_sarm
-from conversion.load import load_hf_tokenizer, read_policy_config, read_sarm_config
+from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
 from conversion.to_hf import save_policy, save_sarm
 from ppo.human_latents import collect_human_latents, human_buffer, save_human_latents
@@ -45,7 +46,7 @@ from sarm_jax.lab.build import LabConfig, make_data, make_models
 from sarm_jax.lab.gates import measure_gates, require_gates
 from sarm_jax.llama import REMAT
 from sarm_jax.preference_pairs import PairsConfig, make_pairs
-from sarm_jax.probing import ProbeConfig, probe, write_probes
+from sarm_jax.probing import ProbeConfig, check_probe, probe, write_probes
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.training import PAIR_FIELDS, TrainSARMConfig, train_sarm
 from sarm_jax.workdir import claim
@@ -73,7 +74,9 @@ def run_prepare_data(config: ConfigDict, workdir: Path) -> None:
 
 def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> None:
     """Demonstrations → preference pairs, rejected answers being made from good ones."""
+    required(config, "prepare_data.demos_jsonl", "policy_model")
     demos = read_jsonl(options.demos_jsonl, DEMO)
+    options.check(demos)
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     pairs = make_pairs(options, policy, tokenizer, demos)
     write_jsonl(workdir / "data" / "pairs.jsonl", pairs)
@@ -97,11 +100,16 @@ def prepare_lab(config: ConfigDict, workdir: Path) -> None:
 
 def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
     """Preference pairs → a SARM on the first layers of the policy model, in the HF layout."""
+    required(config, "train_sarm.pairs_jsonl")
     paths = split_paths(config.train_sarm.pairs_jsonl)
     section = config.train_sarm.to_dict() | {"pairs_jsonl": paths}
     model = section.pop("model") or config.policy_model
+    if not model:
+        required(config, "policy_model")
     options = TrainSARMConfig(**section)
-    pairs = read_pairs(paths)
+    pairs = read_pairs(paths, unequal=True)
+    options.held_out(pairs)
+    options.check_layers(read_policy_config(model).num_hidden_layers)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
     policy, tokenizer = load_policy(model, config.dtype)
@@ -119,6 +127,7 @@ def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
 
 def run_identify(config: ConfigDict, workdir: Path) -> None:
     """Preference pairs → which latents tell chosen from rejected, with thresholds."""
+    required(config, "identify.pairs_jsonl", "sarm_model")
     section = config.identify.to_dict()
     paths = split_paths(section.pop("pairs_jsonl"))
     pairs = [{"source": Path(path).stem} | row for path in paths for row in read_pairs((path,))]
@@ -163,9 +172,10 @@ def run_probe(config: ConfigDict, workdir: Path) -> None:
     certificate = CertificateConfig(section.controls, section.flips, section.level, section.seed)
     ids = tuple(dict.fromkeys(features))
     options = ProbeConfig(ids, section.set_value, section.mode, certificate)
-    if not section.data_jsonl:
-        raise InputError("probe.data_jsonl is empty: name a file of responses, pairs or candidates")
+    required(config, "probe.data_jsonl", "sarm_model")
     data = read_jsonl(section.data_jsonl, {"prompt": str})
+    latent_size = read_sarm_config(config.sarm_model).sae.latent_size
+    check_probe(options, latent_size, data, section.data_jsonl)
     probes, certificates = probe(options, reward_model(config), data)
     folder = workdir / "probes"
     folder.mkdir(exist_ok=True)
@@ -181,8 +191,11 @@ def run_probe(config: ConfigDict, workdir: Path) -> None:
 
 def run_human_latents(config: ConfigDict, workdir: Path) -> None:
     """Human demonstrations → the buffer of latents that the discriminator compares with."""
+    required(config, "human_latents.demos_jsonl", "sarm_model")
     demos = read_jsonl(config.human_latents.demos_jsonl, DEMO)
-    indices = reward_config(config.reward).latent_indices
+    reward = reward_config(config.reward)
+    reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
+    indices = reward.latent_indices
     human = collect_human_latents(reward_model(config), demos, indices)
     save_human_latents(workdir / "human_latents.safetensors", human)
     LOG.info("latents %s in %s", human.z_ns.shape, workdir / "human_latents.safetensors")
@@ -196,6 +209,7 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     profile = ProfileConfig(**config.profile)
     profile.check_steps(options.ppo.total_steps)
     check_remat(config.remat)
+    required(config, "policy_model", "sarm_model", "prompts_jsonl")
     prompts = read_prompts(config.prompts_jsonl)
     mesh, placed = mesh_config(config), placement(config)
     mesh.check_model(read_policy_config(config.policy_model))
@@ -211,6 +225,7 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     if path := config.eval_prompts_jsonl:
         eval_prompts = read_prompts(path)
         eval_deck = PromptDeck(eval_prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, path)
+    check_models(config.policy_model, config.sarm_model)
     claim(workdir, train_settings(config))
 
     if options.lora.dropout:
@@ -247,6 +262,9 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
 def run_plan(config: ConfigDict, workdir: Path) -> None:
     """Architectures and options → memory, traffic and time of a PPO step on a machine."""
     options, section = train_config(config), config.plan
+    for part, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
+        if not section[part]:
+            required(config, model)
     policy = read_policy_config(section.policy_config or config.policy_model)
     sarm = read_sarm_config(section.sarm_config or config.sarm_model)
     options.reward.check_features(sarm.sae.latent_size)
@@ -308,6 +326,17 @@ def check_remat(name: str) -> None:
         raise InputError(f"remat={name!r}: expected one of {', '.join(REMAT)}")
 
 
-def read_pairs(paths: tuple[str, ...]) -> list[dict]:
-    """The preference pairs of JSONL files, one after the other."""
-    return [row for path in paths for row in read_jsonl(path, PAIR_FIELDS)]
+def read_pairs(paths: tuple[str, ...], unequal: bool = False) -> list[dict]:
+    """The preference pairs of JSONL files, one after the other.
+
+    InputError for a source that is no text and, if they have to be `unequal`, a pair of equals.
+    """
+    pairs = []
+    for path in paths:
+        for number, row in enumerate(read_jsonl(path, PAIR_FIELDS), 1):
+            if not isinstance(row.get("source", ""), str):
+                raise InputError(f"{path}:{number}: field 'source' must be str")
+            if unequal and row["chosen"] == row["rejected"]:
+                raise InputError(f"{path}:{number}: fields 'chosen' and 'rejected' are the same")
+            pairs.append(row)
+    return pairs

@@ -29,5 +29,5 @@ def run(
             raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag")
         print(main(values))
     except (InputError, flags.Error, OSError) as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"error: {InputError(error)}", file=sys.stderr)
         sys.exit(2)

@@ -9,6 +9,8 @@ fields are those of transformers' LlamaConfig.
 import re
 from typing import Any
 
+import numpy as np
+
 from conversion.problems import report
 from sarm_jax.llama import LlamaConfig
 from sarm_jax.rope import Llama3Scaling
@@ -51,6 +53,18 @@ _SARM_PARAM = {
     "sae_source_layer", "sae_latent_size", "sae_k", "sae_use_sequence_level",
     "sarm_use_activation", "sarm_train_mode", "sarm_rec_lambda",
 }  # fmt: skip
+# Far beyond any model there is. Without a limit the list of tensors alone could fill the memory.
+_LARGEST = {
+    "num_hidden_layers": 4096,
+    "sae_source_layer": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 26,
+    "hidden_size": 1 << 22,
+    "intermediate_size": 1 << 24,
+    "sae_latent_size": 1 << 28,
+}
 _LLAMA3_FIELDS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
@@ -58,7 +72,8 @@ _LLAMA3_FIELDS = (
 
 def is_sarm(hf: dict[str, Any]) -> bool:
     """Whether this config describes a SARM rather than a language model."""
-    names = hf.get("architectures") or []
+    names = hf.get("architectures")
+    names = names if isinstance(names, list) else [names]
     return "sarm_param" in hf or "sarm_use_topk" in hf or any("SARM" in str(n) for n in names)
 
 
@@ -134,7 +149,7 @@ def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict
     hf["vocab_size"] = config.trunk.vocab_size
     hf.setdefault("id2label", {"0": "LABEL_0"})  # one output: the reference sizes its head by it
     hf.setdefault("label2id", {"LABEL_0": 0})
-    if not any("SARM" in str(name) for name in hf.get("architectures") or []):
+    if not is_sarm(hf):
         hf["architectures"] = ["LlamaSARM"]
     hf["sarm_param"] = {
         "sae_source_layer": config.trunk.num_hidden_layers,
@@ -280,15 +295,18 @@ def _named_facts(directory_name: str) -> dict[str, Any]:
 
 def _positive(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> int:
     value = fields.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    most = _LARGEST.get(name, (1 << 31) - 1)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
         return value
-    problems.append(f"{prefix}{name}={value!r}: expected a positive integer")
+    limit = f", at most {most}" if isinstance(value, int) and value > most else ""
+    problems.append(f"{prefix}{name}={value!r}: expected a positive integer{limit}")
     return 1
 
 
 def _number(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> float:
     value = fields.get(name)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf"):
+    largest = float(np.finfo(np.float32).max)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= largest:
         return float(value)
     problems.append(f"{prefix}{name}={value!r}: expected a positive number")
     return 1.0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import huggingface_hub
 
+from conversion.containment import require_contained
 from sarm_jax.errors import InputError
 
 CONFIG_FILES = ("config.json", "sarm_jax.json")
@@ -23,7 +24,10 @@ def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
       InputError: `src` is neither, or the download fails; says how to get the model by hand.
     """
     path, name = Path(src), str(src)
+    if not name:
+        raise InputError("no model is named: give a directory or a repository id")
     if path.is_dir():
+        require_contained(path)
         return path
     if path.exists():
         raise InputError(f"{src}: is a file, expected a model directory or a repository id")

@@ -17,7 +17,7 @@ from conversion.hub import CONFIG_FILES, TOKENIZER_FILES, locate
 from conversion.json_files import read_json
 from conversion.keys import TensorSpec, abstract_model
 from conversion.safetensors_io import TensorFiles, contiguous
-from sarm_jax.chat import stop_ids
+from sarm_jax.chat import end_of_turn_id, stop_ids
 from sarm_jax.errors import InputError
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.reward_model import RewardModel
@@ -43,11 +43,7 @@ def load_policy(
       InputError: everything that is wrong with the files, before any weight is loaded.
     """
     check_dtype(dtype)
-    checkpoint = open_checkpoint(src, "policy")
-    files = verified_files(checkpoint)
-    config = cast(LlamaConfig, checkpoint.config)
-    tokenizer = load_hf_tokenizer(checkpoint.directory, config.vocab_size)
-    stops = _stop_ids(checkpoint.directory, tokenizer, config.vocab_size)
+    checkpoint, files, tokenizer, stops = _open_policy(src)
     policy = cast(Llama, _fill(checkpoint, files, dtype, place))
     policy.stop_ids = stops
     return policy, tokenizer
@@ -56,11 +52,33 @@ def load_policy(
 def load_sarm(src: str | Path, dtype: str = "float32", place: Place | None = None) -> RewardModel:
     """A SARM with its tokenizer; arguments and errors as in `load_policy`."""
     check_dtype(dtype)
+    checkpoint, files, tokenizer = _open_sarm(src)
+    return RewardModel(cast(SARM, _fill(checkpoint, files, dtype, place)), tokenizer)
+
+
+def check_models(policy: str | Path = "", sarm: str | Path = "") -> None:
+    """Raises the InputErrors of loading these, where they are given, without loading a weight."""
+    if policy:
+        _open_policy(policy)
+    if sarm:
+        _open_sarm(sarm)
+
+
+def _open_policy(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any, tuple[int, ...]]:
+    checkpoint = open_checkpoint(src, "policy")
+    files = verified_files(checkpoint)
+    vocab_size = cast(LlamaConfig, checkpoint.config).vocab_size
+    tokenizer = load_hf_tokenizer(checkpoint.directory, vocab_size)
+    return checkpoint, files, tokenizer, _stop_ids(checkpoint.directory, tokenizer, vocab_size)
+
+
+def _open_sarm(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any]:
     checkpoint = open_checkpoint(src, "sarm")
     files = verified_files(checkpoint)
     vocab_size = cast(SARMConfig, checkpoint.config).trunk.vocab_size
     tokenizer = load_hf_tokenizer(checkpoint.directory, vocab_size)
-    return RewardModel(cast(SARM, _fill(checkpoint, files, dtype, place)), tokenizer)
+    end_of_turn_id(tokenizer)  # where every response is scored: no use without it
+    return checkpoint, files, tokenizer
 
 
 def read_policy_config(src: str | Path) -> LlamaConfig:
@@ -142,12 +160,12 @@ def _stop_ids(directory: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ..
     path = directory / "generation_config.json"
     if path.is_file():
         eos = read_json(path).get("eos_token_id")
-        ids |= set(eos if isinstance(eos, list) else [eos])
-    ids.discard(None)
-    for token in ids:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise InputError(f"{path}: eos_token_id={token!r}, expected ids below {vocab_size}")
-    return tuple(sorted(ids))
+        for token in eos if isinstance(eos, list) else [eos]:
+            fits = isinstance(token, int) and not isinstance(token, bool)
+            if token is not None and not (fits and 0 <= token < vocab_size):
+                raise InputError(f"{path}: eos_token_id={token!r}, expected ids below {vocab_size}")
+            ids.add(token)
+    return tuple(sorted(ids - {None}))
 
 
 def check_dtype(dtype: str) -> None:

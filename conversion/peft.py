@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
+from conversion.containment import require_contained
 from conversion.directory import atomic_directory
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, tensor_specs
@@ -110,6 +111,7 @@ def load_adapter(src: str | Path, policy: Llama) -> None:
 def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
     """The adapter of a PEFT directory, checked against the tensors of the base model."""
     src = Path(src)
+    require_contained(src)
     config = _read_config(src / CONFIG)
     files = TensorFiles(src, single=WEIGHTS)
     left = set(files.names())

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from conversion.containment import contained
 from conversion.json_files import read_json, write_json
 from conversion.problems import report
 from sarm_jax.errors import InputError
@@ -202,7 +203,7 @@ def _part(n: int) -> str:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    listed = read_json(path).get("weight_map")
+    listed = read_json(contained(path.parent, path.name)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise InputError(f"{path}: weight_map is missing or empty")
     for name, shard in listed.items():
@@ -216,12 +217,12 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _open_shard(directory: Path, shard: str) -> Any:
-    path = directory / shard
+    path = contained(directory, shard)
     if not path.is_file():
         raise InputError(f"{shard}: the shard is missing")
     try:
         return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{shard}: truncated or not safetensors ({error})") from error
 
 

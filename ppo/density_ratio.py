@@ -37,10 +37,12 @@ class DiscriminatorConfig:
         for name in ("hidden_size", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"discriminator.{name}={getattr(self, name)}: must be at least 1")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"disc_lr={self.learning_rate}: must be positive")
-        if not self.weight_decay >= 0:
-            raise InputError(f"discriminator.weight_decay={self.weight_decay}: is negative")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise InputError(
+                f"discriminator.weight_decay={self.weight_decay}: must not be negative"
+            )
 
 
 class Discriminator(nnx.Module):

@@ -62,16 +62,18 @@ def save_human_latents(path: str | Path, human: HumanLatents) -> None:
 def load_human_latents(path: str | Path) -> HumanLatents:
     """Reads and checks the file: shapes, types, finite values."""
     path = Path(path)
-    if path.suffix in (".pt", ".pth", ".pkl", ".bin"):
+    if path.suffix in (".pt", ".pth", ".pkl", ".bin", ".npy", ".npz"):
         raise InputError(
-            f"human_latents={path}: pickled files are refused; use --stage=human_latents"
+            f"human_latents={path}: only safetensors are read, because unpickling runs code; make "
+            "it with --stage=human_latents, or where you trust the file save its tensors z and "
+            "latent_indices with safetensors.torch.save_file"
         )
     if not path.is_file():
         raise InputError(f"human_latents={path}: no such file; make it with --stage=human_latents")
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise InputError(f"human_latents={path}: not a safetensors file ({error})") from error
     if set(tensors) != {"z", "latent_indices"}:
         raise InputError(
@@ -84,6 +86,10 @@ def load_human_latents(path: str | Path) -> HumanLatents:
         )
     if not np.issubdtype(z_ns.dtype, np.floating) or not np.isfinite(z_ns).all():
         raise InputError(f"human_latents={path}: z must hold finite floats, found {z_ns.dtype}")
+    if not np.issubdtype(indices.dtype, np.integer) or len(set(indices.tolist())) < len(indices):
+        raise InputError(
+            f"human_latents={path}: latent_indices must be distinct integers, found {indices.dtype}"
+        )
     return HumanLatents(z_ns.astype(np.float32), tuple(int(i) for i in indices))
 
 

@@ -39,7 +39,8 @@ def end_of_turn_id(tokenizer: Any) -> int:
     """The special token that closes an assistant turn in this tokenizer's chat template."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     special = set(tokenizer.all_special_ids)
-    for token in reversed(_encode(tokenizer, turns, generation=False)):
+    start = 1 if _adds_bos(tokenizer) else 0  # a BOS closes nothing
+    for token in reversed(_encode(tokenizer, turns, generation=False)[start:]):
         if token in special:
             return token
     raise InputError("the tokenizer's chat template closes an assistant turn with no special token")
@@ -86,9 +87,15 @@ def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> li
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: use an "
             "instruction-tuned model, or add chat_template to its tokenizer_config.json"
         )
-    text = tokenizer.apply_chat_template(
-        turns, tokenize=False, add_generation_prompt=generation, date_string=DATE_STRING
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=generation, date_string=DATE_STRING
+        )
+    except Exception as error:  # a template is a program: it may fail in any way
+        raise InputError(
+            f"the chat template of {tokenizer.name_or_path!r} fails ({error}): "
+            "repair chat_template.jinja or tokenizer_config.json there"
+        ) from error
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if _adds_bos(tokenizer):
         bos = tokenizer.bos_token_id

@@ -4,13 +4,15 @@
 and any of them one after the other.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sarm_jax.errors import InputError
+from sarm_jax.strict_json import parse_json
+
+LARGEST_ID = 2**31 - 1  # device indices are int32
 
 
 def parse_features(option: str, text: str) -> tuple[int, ...]:
@@ -20,7 +22,7 @@ def parse_features(option: str, text: str) -> tuple[int, ...]:
         if isinstance(entry, (float, bool)):
             raise ValueError
         value = int(entry)
-        if value < 0:
+        if not 0 <= value <= LARGEST_ID:
             raise ValueError
         return value
 
@@ -53,7 +55,7 @@ def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str)
     for entry in _entries(option, text.strip()):
         try:
             values.append(convert(entry))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise InputError(f"{option}: found {entry!r}, expected {expected}") from None
     return tuple(values)
 
@@ -72,10 +74,14 @@ def _from_file(option: str, text: str) -> list[Any]:
     if not match:
         raise InputError(f"{option}={text}: expected @FILE:key or @FILE:key[:n]")
     path, key, count = Path(match[1]), match[2], match[3]
-    if not path.is_file():
-        raise InputError(f"{option}={text}: no such file {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise InputError(f"{option}={text}: no such file {path}")
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"{option}={text}: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise InputError(f"{option}={text}: {path} is not JSON ({error})") from None
     if not isinstance(content, dict):
@@ -87,6 +93,6 @@ def _from_file(option: str, text: str) -> list[Any]:
     entries = lists[key]
     if count is None:
         return entries
-    if int(count) > len(entries):
+    if len(count) > 9 or int(count) > len(entries):
         raise InputError(f"{option}={text}: {path} lists only {len(entries)} under {key!r}")
     return entries[: int(count)]

@@ -10,23 +10,42 @@ from typing import Any
 
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
+from sarm_jax.strict_json import parse_json
+
+LARGEST = 1 << 32  # bytes of a file that is read as a whole
 
 
-def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+def read_jsonl(
+    path: str | Path, fields: Mapping[str, type], own: bool = False
+) -> list[dict[str, Any]]:
     """The rows of a file, each an object that has every one of `fields` with its type.
 
     Strings and lists must not be empty, `float` also takes an integer, and `int` takes no bool.
-    Further fields are kept as they are. Raises `InputError` naming file, line and field.
+    Further fields are kept as they are. `own`: this project wrote the file, so that it may hold
+    NaN, and halves of surrogate pairs. Raises `InputError` naming file, line and field.
     """
+    return parse_jsonl(read_bytes(path), fields, path, own)
+
+
+def read_bytes(path: str | Path, name: str = "") -> bytes:
+    """The content of a file, which messages call `name`.
+
+    Raises InputError where it cannot be read, is no plain file, or huge.
+    """
+    path, name = Path(path), name or str(path)
     try:
-        content = Path(path).read_bytes()
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe or a device may never end
+            raise InputError(f"{name}: is not a file")
+        if size > LARGEST:
+            raise InputError(f"{name}: has {size:,} bytes, at most {LARGEST:,} are read: split it")
+        return path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return parse_jsonl(content, fields, path)
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
 
 
 def parse_jsonl(
-    content: bytes, fields: Mapping[str, type], path: str | Path
+    content: bytes, fields: Mapping[str, type], path: str | Path, own: bool = False
 ) -> list[dict[str, Any]]:
     """`read_jsonl` of what was read already; `path` is what errors call it."""
     try:
@@ -36,7 +55,7 @@ def parse_jsonl(
     lines = text.removesuffix("\n").split("\n")  # splitlines would also split at U+2028
     if lines == [""]:
         raise InputError(f"{path}: the file is empty")
-    return [_row(line, fields, f"{path}:{number}") for number, line in enumerate(lines, 1)]
+    return [_row(line, fields, f"{path}:{number}", own) for number, line in enumerate(lines, 1)]
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -47,21 +66,40 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _row(line: str, fields: Mapping[str, type], place: str) -> dict[str, Any]:
+def parse_line(line: str, own: bool = False) -> dict[str, Any]:
+    """The object on one line; ValueError says what stands there instead. `own` as above."""
+    if not line.strip():
+        raise ValueError("expected a JSON object, found a blank line")
     try:
-        row = json.loads(line)
+        row = parse_json(line, constants=own, unicode=not own)
     except ValueError as error:
-        found = f"{line[:60]!r}" if line.strip() else "a blank line"
-        raise InputError(f"{place}: expected a JSON object, found {found}") from error
+        raise ValueError(
+            f"expected a JSON object, found {line[:60]!r} ({_without_place(error)})"
+        ) from None
     if not isinstance(row, dict):
-        raise InputError(f"{place}: expected a JSON object, found {_short(row)}")
+        raise ValueError(f"expected a JSON object, found {short(row)}")
+    return row
+
+
+def _without_place(error: ValueError) -> str:
+    """The line is known already, but not the column."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at character {error.pos + 1}"
+    return str(error)
+
+
+def _row(line: str, fields: Mapping[str, type], place: str, own: bool) -> dict[str, Any]:
+    try:
+        row = parse_line(line, own)
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None
     for field, kind in fields.items():
         if field not in row:
             raise InputError(f"{place}: field {field!r} is missing, found {sorted(row)}")
         value = row[field]
         if not _has_type(value, kind):
             raise InputError(
-                f"{place}: field {field!r} must be {kind.__name__}, found {_short(value)}"
+                f"{place}: field {field!r} must be {kind.__name__}, found {short(value)}"
             )
         if (isinstance(value, str) and not value.strip()) or value == []:
             raise InputError(f"{place}: field {field!r} is empty")
@@ -74,6 +112,10 @@ def _has_type(value: Any, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+def short(value: Any) -> str:
+    """A JSON value, or its beginning, as messages show it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:  # it fitted the reader's stack, but not this one's
+        return f"a deeply nested {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."

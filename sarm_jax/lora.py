@@ -42,8 +42,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"lora.rank={self.rank}: must be at least 1")
-        if not self.alpha > 0:
-            raise InputError(f"lora.alpha={self.alpha}: must be positive")
+        if not 0 < self.alpha < float("inf"):
+            raise InputError(f"lora.alpha={self.alpha}: must be positive and finite")
         if not 0 <= self.dropout < 1:
             raise InputError(f"lora.dropout={self.dropout}: must lie in [0, 1)")
         unknown = sorted(set(self.target_modules) - set(TARGET_MODULES))

@@ -20,9 +20,14 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     lines = text[: text.rfind("\n") + 1].splitlines()
     if not lines:
         raise InputError(f"{path}: the file has no header")
-    names, *rows = csv.reader(lines)
+    try:
+        names, *rows = csv.reader(lines)
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV ({error})") from None
     if "step" not in names:
-        raise InputError(f"{path}:1: no column 'step' (the first is {names[0]!r})")
+        raise InputError(f"{path}:1: no column 'step' (found {', '.join(names[:3]) or 'nothing'})")
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}:1: column {max(names, key=names.count)!r} appears twice")
     return [_row(names, cells, f"{path}:{number}") for number, cells in enumerate(rows, 2)]
 
 

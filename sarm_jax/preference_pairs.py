@@ -75,6 +75,13 @@ class PairsConfig:
             )
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"prepare_data.temperature={self.temperature}: must be positive")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"prepare_data.seed={self.seed}: must lie in [0, 2^31)")
+
+    def check(self, demos: Sequence[dict[str, str]]) -> None:
+        """Raises InputError for demonstrations that no pairs can be made from."""
+        if len(demos) < 2:
+            raise InputError(f"{self.demos_jsonl}: {len(demos)} row(s), at least 2 are needed")
 
 
 @dataclasses.dataclass
@@ -94,8 +101,7 @@ def make_pairs(
     Prompts whose samples all ended have no unfinished answer; other prompts' second ones fill up.
     Deterministic in `config.seed`. Raises `InputError` for fewer than two demonstrations.
     """
-    if len(demos) < 2:
-        raise InputError(f"{config.demos_jsonl}: {len(demos)} row(s), at least 2 are needed")
+    config.check(demos)
     answers = [Answers(demo["prompt"], [demo["response"].strip()], []) for demo in demos]
     if config.samples_per_prompt:
         add_samples(config, policy, tokenizer, answers)

@@ -58,11 +58,7 @@ def probe(
     config: ProbeConfig, model: RewardModel, data: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Probe], list[dict[str, Any]]]:
     """(probes, certificates) of every feature on `data`; see the module for the rows' fields."""
-    size = model.model.config.sae.latent_size
-    beyond = [i for i in config.features if i >= size]
-    if beyond:
-        raise InputError(f"probe.feature: feature {beyond[0]} of a SARM with {size} latents")
-    groups = [_responses(config.mode, row, number) for number, row in enumerate(data, 1)]
+    groups = check_probe(config, model.model.config.sae.latent_size, data)
     prompts = [row["prompt"] for row, group in zip(data, groups, strict=True) for _ in group]
     responses = [text for group in groups for text in group]
     score_b, latents = model.store(prompts, responses, "probe")
@@ -86,6 +82,19 @@ def probe(
         }
         probes.append(Probe(int(feature), rows, summary))
     return probes, _certificates(config, latents, weight_f, data, groups, score_b)
+
+
+def check_probe(
+    config: ProbeConfig,
+    latent_size: int,
+    data: Sequence[Mapping[str, Any]],
+    source: str = "probe.data_jsonl",
+) -> list[list[str]]:
+    """The responses of every row; InputError, naming `source` and the row, for what cannot be."""
+    beyond = [i for i in config.features if i >= latent_size]
+    if beyond:
+        raise InputError(f"probe.feature: feature {beyond[0]} of a SARM with {latent_size} latents")
+    return [_responses(config.mode, row, f"{source}:{n}") for n, row in enumerate(data, 1)]
 
 
 def _certificates(
@@ -137,20 +146,20 @@ def write_probes(folder: Path, probes: Sequence[Probe]) -> None:
             writer.writerows(found.rows)
 
 
-def _responses(mode: str, row: Mapping[str, Any], number: int) -> list[str]:
+def _responses(mode: str, row: Mapping[str, Any], place: str) -> list[str]:
     """The responses of a row of the data."""
     if mode == "bestofn":
         candidates = row.get("candidates")
         if not (isinstance(candidates, list) and len(candidates) > 1):
-            raise InputError(f"probe.data_jsonl:{number}: 'candidates' must list two or more")
+            raise InputError(f"{place}: 'candidates' must list two or more")
         if not all(isinstance(text, str) for text in candidates):
-            raise InputError(f"probe.data_jsonl:{number}: 'candidates' must be texts")
+            raise InputError(f"{place}: 'candidates' must be texts")
         return candidates
     fields = ("response",) if "response" in row else ("chosen", "rejected")
     for field in fields:
         if not isinstance(row.get(field), str):
             raise InputError(
-                f"probe.data_jsonl:{number}: expected 'response', or 'chosen' and 'rejected', "
+                f"{place}: expected 'response', or 'chosen' and 'rejected', "
                 f"as text; found {sorted(row)}"
             )
     return [row[field] for field in fields]

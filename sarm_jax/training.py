@@ -95,12 +95,31 @@ class TrainSARMConfig:
         for name in ("reconstruction_weight", "aux_weight", "weight_decay"):
             self._require(name, 0 <= getattr(self, name) < np.inf, "must not be negative")
         at_most = f"must be at most latent_size={self.latent_size}"
+        self._require("max_length", self.max_length >= 2, "must be at least 2")
+        self._require("seed", 0 <= self.seed < 2**31, "must lie in [0, 2^31)")
         self._require("k", self.k <= self.latent_size, at_most)
         self._require("aux_k", self.aux_k <= self.latent_size, at_most)
 
     def _require(self, name: str, condition: bool, rule: str) -> None:
         if not condition:
             raise InputError(f"train_sarm.{name}={getattr(self, name)}: {rule}")
+
+    def check_layers(self, layers: int) -> None:
+        """Raises InputError for a model of so many layers that the trunk cannot be cut from."""
+        most = f"the model has {layers} layers"
+        self._require("source_layer", 1 <= self.source_layer <= layers, most)
+
+    def held_out(self, pairs: Sequence[dict[str, str]]) -> set[str]:
+        """The held-out prompts; InputError where either side of the split would be empty."""
+        prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
+        order = np.random.default_rng(self.seed).permutation(len(prompts))
+        held_out = order[: round(self.held_out_fraction * len(prompts))]
+        if not 0 < len(held_out) < len(prompts):
+            raise InputError(
+                f"train_sarm.held_out_fraction={self.held_out_fraction}: holds out {len(held_out)} "
+                f"of {len(prompts)} prompts; training and evaluation each need at least one"
+            )
+        return {prompts[i] for i in held_out}
 
     def sae_training(self) -> SAETraining:
         """The options of SAE pretraining."""
@@ -150,6 +169,7 @@ def train_sarm(
     do not fit the model or the pairs.
     """
     start = time.perf_counter()
+    config.check_layers(policy.config.num_hidden_layers)
     data = encode_pairs(tokenizer, pairs, config)
     trunk = truncate(policy, config.source_layer)
     dtype = trunk.embed_tokens.dtype
@@ -199,9 +219,6 @@ def truncate(policy: Llama, source_layer: int) -> Llama:
 
     Embedding and norm are shared with `policy`, the layers are sliced out of the stack.
     """
-    layers = policy.config.num_hidden_layers
-    if not 1 <= source_layer <= layers:
-        raise InputError(f"train_sarm.source_layer={source_layer}: the model has {layers} layers")
     config = dataclasses.replace(policy.config, num_hidden_layers=source_layer)
     abstract = nnx.eval_shape(
         lambda: Llama(config, rngs=nnx.Rngs(0), final_norm=False, head=False, remat=policy.remat)
@@ -237,13 +254,7 @@ def encode_pairs(
         prompts.setdefault(pair["prompt"], len(prompts))
         for side in ("chosen", "rejected"):
             rows.setdefault((pair["prompt"], pair[side]), len(rows))
-    order = np.random.default_rng(config.seed).permutation(len(prompts))
-    held_out = order[: round(config.held_out_fraction * len(prompts))]
-    if not 0 < len(held_out) < len(prompts):
-        raise InputError(
-            f"train_sarm.held_out_fraction={config.held_out_fraction}: holds out {len(held_out)} "
-            f"of {len(prompts)} prompts; training and evaluation each need at least one"
-        )
+    held_out = [prompts[prompt] for prompt in config.held_out(pairs)]
     prompt_p = np.asarray([prompts[pair["prompt"]] for pair in pairs])
     return PairSet(
         rows=[encode_turn(tokenizer, *row, config.max_length) for row in rows],

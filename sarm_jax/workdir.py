@@ -9,6 +9,8 @@ from typing import Any
 
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
+from sarm_jax.jsonl import short
+from sarm_jax.strict_json import parse_json
 
 
 @contextlib.contextmanager
@@ -17,19 +19,29 @@ def open_workdir(workdir: Path) -> Iterator[None]:
 
     A directory that was created here and is still empty after an error is removed again.
     """
-    existed = workdir.exists()
+    created: list[Path] = []
     try:
+        created = [path for path in (workdir, *workdir.parents) if not path.exists()]
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
+        _remove_empty(created)
         raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from None
     try:
         yield
     except BaseException:
-        if not existed and not any(workdir.iterdir()):
-            workdir.rmdir()
+        _remove_empty(created)
         raise
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Removes directories, the innermost first, up to the first that holds something."""
+    for path in directories:
+        try:
+            path.rmdir()
+        except OSError:
+            return
 
 
 def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") -> None:
@@ -37,10 +49,12 @@ def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") ->
     path = workdir / name
     if path.exists():
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = parse_json(path.read_text(encoding="utf-8"), constants=True)
         except ValueError as error:
             raise InputError(f"{path}: not JSON ({error})") from None
-        difference = first_difference(found, settings, "")
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: expected the options of a run, found {short(found)}")
+        difference = first_difference(found, settings)
         if difference:
             raise InputError(
                 f"--workdir={workdir} holds a run of another configuration: {difference}; "

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sarm_jax.errors import InputError
+from sarm_jax.jsonl import parse_line, read_bytes, short
+from sarm_jax.strict_json import parse_json
 
 STYLES = ("concise", "detailed", "markdown")
 DOMAINS = ("safety-refuse", "safety-response", "chat", "code", "math")
@@ -135,7 +137,7 @@ def fields_of(content: Any) -> dict[str, Any]:
     if isinstance(content, RowError):
         raise content
     if not isinstance(content, dict):
-        raise RowError(f"expected an object, found {_short(content)}")
+        raise RowError(f"expected an object, found {short(content)}")
     return content
 
 
@@ -146,7 +148,7 @@ def text(row: dict[str, Any], *names: str) -> str:
         raise RowError(f"field {' or '.join(map(repr, names))} is missing, found {sorted(row)}")
     value = row[name]
     if not isinstance(value, str):
-        raise RowError(f"field {name!r} must be text, found {_short(value)}")
+        raise RowError(f"field {name!r} must be text, found {short(value)}")
     if not value.strip():
         raise RowError(f"field {name!r} is empty")
     return value
@@ -158,7 +160,7 @@ def texts(row: dict[str, Any], name: str) -> tuple[str, ...]:
         raise RowError(f"field {name!r} is missing, found {sorted(row)}")
     value = row[name]
     if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise RowError(f"field {name!r} must be a list of texts, found {_short(value)}")
+        raise RowError(f"field {name!r} must be a list of texts, found {short(value)}")
     return tuple(value)
 
 
@@ -173,19 +175,16 @@ def _tie(row: dict[str, Any], right: int) -> tuple[str, int]:
 
 def _object(line: str) -> Any:
     try:
-        return json.loads(line)
-    except ValueError:
-        found = repr(line[:60]) if line.strip() else "a blank line"
-        return RowError(f"expected a JSON object, found {found}")
+        return parse_line(line)
+    except ValueError as error:
+        return RowError(str(error))
 
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = read_bytes(path, name).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 (byte {error.start}: {error.reason})") from error
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
     if not content.strip():
         raise InputError(f"{name}: the file is empty")
     return content
@@ -193,11 +192,13 @@ def _read_text(path: Path, name: str) -> str:
 
 def _parse_array(content: str, name: str) -> list[Any]:
     try:
-        array = json.loads(content)
+        array = parse_json(content)
     except json.JSONDecodeError as error:
         raise InputError(f"{name}:{error.lineno}: not JSON ({error.msg})") from error
+    except ValueError as error:
+        raise InputError(f"{name}: not JSON ({error})") from error
     if not isinstance(array, list):
-        raise InputError(f"{name}: expected a JSON array of rows, found {_short(array)}")
+        raise InputError(f"{name}: expected a JSON array of rows, found {short(array)}")
     return array
 
 
@@ -209,8 +210,3 @@ def _read_parquet(path: Path, name: str) -> list[Any]:
         return parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{name}: not parquet ({' '.join(str(error).split())[:120]})") from error
-
-
-def _short(value: Any) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -11,7 +11,6 @@ is no property of a single response and is left out.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from sarm_jax.errors import InputError
+from sarm_jax.feature_lists import LARGEST_ID
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sarm import Intervention
+from sarm_jax.strict_json import parse_json
 
 PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
 BATCHES_PER_BLOCK = 4  # between two updates of the progress bar
@@ -132,7 +133,7 @@ def _score(
 def read_steering(path: str | Path) -> dict[int, tuple[str, float]]:
     """A steering file, {"48659": ["*", 0.0], "7": ["+", 1.5]}: multiply a feature, or add to it."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -141,7 +142,7 @@ def read_steering(path: str | Path) -> dict[int, tuple[str, float]]:
         raise InputError(f"{path}: expected an object of features, as in {{'7': ['*', 0.0]}}")
     steering: dict[int, tuple[str, float]] = {}
     for key, action in content.items():
-        if not key.isdecimal() or int(key) in steering:
+        if not key.isdecimal() or len(key) > 10 or int(key) > LARGEST_ID or int(key) in steering:
             raise InputError(f"{path}: {key!r}: expected a feature id, and each one once")
         if not _is_action(action):
             raise InputError(
@@ -155,6 +156,9 @@ def _is_action(action: Any) -> bool:
     if not (isinstance(action, list) and len(action) == 2 and action[0] in ("*", "+")):
         return False
     value = action[1]
+    largest = float(np.finfo(np.float32).max)
     return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and -largest <= value <= largest
     )

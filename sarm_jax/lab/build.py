@@ -48,8 +48,10 @@ class LabConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "seed" and not value > 0:
+            if field.name != "seed" and not 0 < value < float("inf"):
                 raise InputError(f"lab.{field.name}={value}: must be positive")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"lab.seed={self.seed}: must lie in [0, 2^31)")
         if not self.held_out_fraction < 1:
             raise InputError(f"lab.held_out_fraction={self.held_out_fraction}: must be below 1")
         if self.tap_layer > LAYERS:

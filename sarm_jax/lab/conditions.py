@@ -6,6 +6,7 @@ from typing import Any
 
 from sarm_jax.errors import InputError
 
+MOST_SEEDS = 1000  # in a range
 DESCRIPTIONS = {
     "baseline": "the reward model alone",
     "penalty": "a penalty for each detector that fires",
@@ -53,18 +54,23 @@ def parse_conditions(text: str) -> list[str]:
 
 def parse_seeds(text: str) -> list[int]:
     """Comma-separated seeds, and ranges such as 10-19."""
-    seeds: list[int] = []
+    seeds: dict[int, None] = {}
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
         try:
-            seeds += range(int(first), int(last or first) + 1)
+            found = range(int(first), int(last or first) + 1)
         except ValueError:
             raise InputError(
                 f"lab.seeds: found {part.strip()!r}, expected a seed or a range such as 10-19"
             ) from None
-    repeated = [seed for seed in seeds if seeds.count(seed) > 1]
-    if repeated:
-        raise InputError(f"lab.seeds: {repeated[0]} is given twice")
+        if found and (found[-1] >= 2**31 or found[-1] - found[0] >= MOST_SEEDS):
+            raise InputError(
+                f"lab.seeds: found {part.strip()!r}, expected at most {MOST_SEEDS} seeds below 2^31"
+            )
+        repeated = seeds.keys() & found
+        if repeated:
+            raise InputError(f"lab.seeds: {min(repeated)} is given twice")
+        seeds |= dict.fromkeys(found)
     if not seeds:
         raise InputError(f"lab.seeds={text!r}: names no seed")
-    return seeds
+    return list(seeds)

@@ -5,7 +5,6 @@ be penalised, and a reward model that cannot tell right from wrong leaves nothin
 """
 
 import dataclasses
-import json
 import logging
 import operator
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from sarm_jax.errors import InputError
 from sarm_jax.lab import world
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae_training import Conversation, collect_activations
+from sarm_jax.strict_json import parse_json
 
 LOG = logging.getLogger(__name__)
 RESPONSES = 2000  # that a probe is fitted to, and as many that it is tested on
@@ -91,9 +91,9 @@ def require_gates(path: Path, ignore_failed: bool) -> None:
             f"lab.gates_json={path}: no such file; --stage=identify measures the gates"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         gates = [Gate(name, float(values[name]["value"])) for name in LIMITS]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise InputError(
             f"lab.gates_json={path}: not what --stage=identify writes ({error!r})"
         ) from None

@@ -43,7 +43,8 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
     found = {part: read_object(place / f"{part}.json") for part in FILES}
     parts = {part: content for part, content in found.items() if content is not None}
     path = place / "responses.jsonl"
-    responses = read_jsonl(path, {"prompt": str, "responses": dict}) if path.exists() else []
+    fields = {"prompt": str, "responses": dict}
+    responses = read_jsonl(path, fields, own=True) if path.exists() else []
     for number, row in enumerate(responses, 1):
         for policy, response in row["responses"].items():
             _check_response(response, f"{path}:{number}: {policy}")
@@ -62,6 +63,8 @@ def _check_response(response: Any, place: str) -> None:
     terms = response.get("terms")
     if terms is None:
         return
+    if not isinstance(terms, list):
+        raise InputError(f"{place}: field 'terms' must be a list")
     for term in terms:
         if not (isinstance(term, list) and len(term) == 4 and all(map(_is_number, term))):
             raise InputError(f"{place}: a term must be [feature, z, w, z·w], found {term!r}")

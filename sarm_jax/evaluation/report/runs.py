@@ -9,7 +9,6 @@ down to reward.penalty_cap, it is their total shared out in proportion. The part
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from sarm_jax.errors import InputError
 from sarm_jax.feature_lists import parse_values
 from sarm_jax.jsonl import parse_jsonl
 from sarm_jax.metrics_csv import read_metrics
+from sarm_jax.strict_json import parse_json
 
 SAMPLE = {"step": int, "prompt": str, "rm_score": float, "penalties": dict, "total_reward": float}
 EDGE = 5  # steps at the start and the end of a run, whose mean is its start and its end
@@ -135,7 +135,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"), constants=True, unicode=False)
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
@@ -151,7 +151,7 @@ def _rows(path: Path, fields: Mapping[str, type], lacks: Callable[[bool, str], N
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     lacks(bool(whole), f"an empty {path.name}")
-    rows = parse_jsonl(whole, fields, str(path)) if whole else []
+    rows = parse_jsonl(whole, fields, str(path), own=True) if whole else []
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):  # unlike a prompt, it may be empty
             raise InputError(f"{path}:{number}: field 'response' must be str")

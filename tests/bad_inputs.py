@@ -1,0 +1,1373 @@
+"""A table of bad inputs: what is typed, what is spoilt, and what the one line must say.
+
+`{bad}` in the options and messages is the spoilt copy or file, `{world}` the good models and data
+(`tests/test_bad_inputs.py` builds them). Each case is refused before any weight is loaded, unless
+`loads` says that it takes a model to see what is wrong.
+"""
+
+import dataclasses
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tests.oracles import LLAMA3_ROPE
+
+Spoil = Callable[[Path, Path], Path]  # (world, an empty directory) → what {bad} stands for
+INDEX, WEIGHTS, ADAPTER = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "adapter_model.safetensors",
+)
+Q = "model.layers.0.self_attn.q_proj.weight"
+A = f"base_model.model.{Q.removesuffix('.weight')}.lora_A.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """`options` are separated by blanks; `says` are parts of the message."""
+
+    what: str
+    options: str
+    says: tuple[str, ...]
+    spoil: Spoil | None = None
+    command: str = "main"  # or from_hf, to_hf
+    loads: bool = False
+
+
+# ---- what is spoilt, and how
+
+
+def file(content: bytes | str, name: str = "bad.jsonl") -> Spoil:
+    """A file with this content."""
+
+    def spoil(world: Path, place: Path) -> Path:
+        path = place / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return spoil
+
+
+def copied(part: str, change: Callable[[Path], object]) -> Spoil:
+    """A copy of a directory of the world, changed in place."""
+
+    def spoil(world: Path, place: Path) -> Path:
+        copy = place / Path(part).name
+        shutil.copytree(world / part, copy, symlinks=True)
+        change(copy)
+        return copy
+
+    return spoil
+
+
+def json_fields(part: str, name: str, **fields: Any) -> Spoil:
+    """A copy with fields of a JSON file set; `...` deletes one. A dict updates an object."""
+
+    def change(copy: Path) -> None:
+        path = copy / name
+        content = json.loads(path.read_text())
+        for key, value in fields.items():
+            old = content.get(key)
+            content[key] = old | value if isinstance(old, dict) and type(value) is dict else value
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not ...}))
+
+    return copied(part, change)
+
+
+def config(**fields: Any) -> Spoil:
+    """A policy with another config.json."""
+    return json_fields("policy", "config.json", **fields)
+
+
+def content(part: str, name: str, text: bytes | str) -> Spoil:
+    """A copy in which one file holds something else."""
+    encoded = text if isinstance(text, bytes) else text.encode()
+    return copied(part, lambda copy: (copy / name).write_bytes(encoded))
+
+
+def without(part: str, *names: str) -> Spoil:
+    """A copy in which files are missing."""
+    return copied(part, lambda copy: [(copy / name).unlink() for name in names])
+
+
+def tensors(part: str, change: Callable[[dict], object], name: str = WEIGHTS) -> Spoil:
+    """A copy with other tensors."""
+
+    def rewrite(copy: Path) -> None:
+        found = load_file(copy / name)
+        change(found)
+        save_file(found, copy / name, metadata={"format": "pt"})
+
+    return copied(part, rewrite)
+
+
+def header(fields: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file with any header; `length` is what it says of the header's own."""
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def described(dtype: str, shape: list, start: int, end: int) -> dict:
+    """A tensor as a safetensors header describes it."""
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def weights(raw: bytes) -> Spoil:
+    """A policy whose weights file is this."""
+    return content("policy", WEIGHTS, raw)
+
+
+def cut(copy: Path) -> None:
+    """Takes the last bytes off the weights."""
+    path = copy / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def indexed(change: Callable[[dict], object]) -> Spoil:
+    """A sharded policy with another weight_map."""
+
+    def rewrite(copy: Path) -> None:
+        listed = json.loads((copy / INDEX).read_text())
+        change(listed["weight_map"])
+        (copy / INDEX).write_text(json.dumps(listed))
+
+    return copied("sharded", rewrite)
+
+
+def linked(part: str, name: str) -> Spoil:
+    """A copy in which a file is a link to its original, outside of the copy."""
+
+    def spoil(world: Path, place: Path) -> Path:
+        copy = copied(part, lambda copy: (copy / name).unlink())(world, place)
+        (copy / name).symlink_to(world / part / name)
+        return copy
+
+    return spoil
+
+
+def shard_linked(world: Path, place: Path) -> Path:
+    """A sharded policy of which one shard is a link out of the directory."""
+    copy = copied("sharded", lambda copy: None)(world, place)
+    name = json.loads((copy / INDEX).read_text())["weight_map"][Q]
+    (copy / name).unlink()
+    (copy / name).symlink_to(Path("..") / ".." / ".." / "world" / "sharded" / name)
+    return copy
+
+
+def template(text: str, part: str = "policy") -> Spoil:
+    """A tokenizer with this chat template."""
+    return content(part, "chat_template.jinja", text)
+
+
+def latents(**arrays: np.ndarray) -> Spoil:
+    """A human-latents file of these arrays."""
+
+    def spoil(world: Path, place: Path) -> Path:
+        save_file(arrays, place / "human.safetensors")
+        return place / "human.safetensors"
+
+    return spoil
+
+
+def parquet(rows: list[dict]) -> Spoil:
+    """A parquet file of these rows."""
+
+    def spoil(world: Path, place: Path) -> Path:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), place / "bad.parquet")
+        return place / "bad.parquet"
+
+    return spoil
+
+
+def run_with(**files: str) -> Spoil:
+    """A run's directory in which files (dots for __) hold something else; "-" deletes one."""
+
+    def change(copy: Path) -> None:
+        for name, text in files.items():
+            path = copy / name.replace("__", ".")
+            path.unlink() if text == "-" else path.write_text(text)
+
+    return copied("run", change)
+
+
+def pickled(part: str, weights_name: str, name: str) -> Spoil:
+    """A copy whose weights are pickled. Unpickling them would create a file beside them."""
+
+    def change(copy: Path) -> None:
+        (copy / weights_name).unlink()
+        target = str(copy / "unpickled").encode()
+        (copy / name).write_bytes(b"cbuiltins\nopen\n(V" + target + b"\nVw\ntR.")
+
+    return copied(part, change)
+
+
+def main(what: str, options: str, *says: str, spoil: Spoil | None = None, loads=False) -> Bad:
+    return Bad(what, options, says, spoil, loads=loads)
+
+
+def policy(what: str, spoil: Spoil, *says: str) -> Bad:
+    """A policy that `train` refuses."""
+    return Bad(what, "--policy_model={bad}", says, spoil)
+
+
+def prompts(what: str, text: bytes | str, *says: str) -> Bad:
+    """Prompts that `train` refuses."""
+    return Bad(what, "--prompts_jsonl={bad}", says, file(text))
+
+
+def human(what: str, spoil: Spoil, *says: str) -> Bad:
+    """A human-latents file that `train` refuses."""
+    return Bad(what, "--beta=0.5 --human_latents={bad}", says, spoil)
+
+
+def adapter(what: str, spoil: Spoil, *says: str) -> Bad:
+    """An adapter that `evaluate` refuses."""
+    options = "--stage=evaluate --config.evaluate.runs={bad}"
+    return Bad(
+        what, f"{options} --config.evaluate.prompts_jsonl={{world}}/demos.jsonl", says, spoil
+    )
+
+
+def bench(what: str, options: str, *says: str, spoil: Spoil | None = None) -> Bad:
+    """Something that `evaluate` refuses; the options are fields of that section."""
+    given = " ".join(f"--config.evaluate.{option}" for option in options.split())
+    return Bad(what, f"--stage=evaluate {given}", says, spoil)
+
+
+def features(what: str, spoil: Spoil | None, *says: str, key: str = "{bad}:harming") -> Bad:
+    """A list behind "@" that `train` refuses."""
+    options = f"--penalize_features=@{key} --tau_values=1 --alpha_values=1"
+    return Bad(what, options, says, spoil)
+
+
+PENALTY = "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1,1"
+PLAN = "--stage=plan --config.plan.target"
+ALL = "--stage=all --config.prepare_data.source=lab"
+
+FLAGS = [
+    main("unknown stage", "--stage=dance", "--stage=dance", "train_sarm"),
+    main("unknown config field", "--config.ppo.steps=3", "steps"),
+    main("word for a number in the config", "--config.ppo.total_steps=many", "total_steps"),
+    main("fraction for a whole number", "--config.ppo.total_steps=1.5", "total_steps", "1.5"),
+    main("unknown flag", "--no_such_flag=1", "no_such_flag"),
+    main("argument without a flag", "stray", "unexpected argument 'stray'"),
+    main("no steps", "--total_steps=0", "ppo.total_steps=0: must be at least 1"),
+    main("word for a number in a flag", "--total_steps=x", "--total_steps=x"),
+    main(
+        "batch that cannot be split",
+        "--batch_size=5 --gradient_accumulation_steps=2",
+        "ppo.batch_size=5 is not divisible",
+    ),
+    main("negative learning rate", "--learning_rate=-1", "ppo.learning_rate=-1.0"),
+    main("clip range NaN", "--clip_range=nan", "ppo.clip_range=nan"),
+    main("temperature 0 in PPO", "--temperature=0", "ppo.temperature=0.0"),
+    main("top-p in PPO", "--top_p=0.95", "top_p=0.95", "use top_p=1.0"),
+    main("rank 0", "--lora_r=0", "lora.rank=0"),
+    main("LoRA scale 0", "--lora_alpha=0", "lora.alpha=0.0"),
+    main("LoRA scale infinite", "--lora_alpha=inf", "lora.alpha=inf"),
+    main("dropout 1", "--lora_dropout=1", "lora.dropout=1.0"),
+    main("negative seed", "--seed=-1", "seed=-1"),
+    main("unknown LoRA target", "--config.lora.target_modules=q_proj,wrong", "q_proj,wrong"),
+    main("unknown dtype", "--config.dtype=float16", "dtype='float16'", "bfloat16"),
+    main("unknown remat", "--config.remat=some", "remat='some'", "dots"),
+    main("unknown schedule", "--config.ppo.lr_schedule=step", "lr_schedule='step'", "cosine"),
+    main("gamma above 1", "--config.ppo.gamma=1.5", "ppo.gamma=1.5", "[0, 1]"),
+    main("infinite KL weight", "--config.ppo.kl_coef=inf", "ppo.kl_coef=inf"),
+    main("no evaluation step", "--config.ppo.eval_every=0", "ppo.eval_every=0"),
+    main("discriminator without a rate", "--disc_lr=inf", "disc_lr=inf"),
+    main("discriminator of no width", "--config.discriminator.hidden_size=0", "hidden_size=0"),
+    main("discriminator decay NaN", "--config.discriminator.weight_decay=nan", "weight_decay=nan"),
+    main("no room for a conversation", "--config.sarm_max_length=0", "sarm_max_length=0"),
+    main("no rows at a time", "--config.sarm_batch_size=0", "sarm_batch_size=0"),
+    main("trace before the start", "--config.profile.start_step=-2", "profile.start_step=-2"),
+    main(
+        "trace after the end",
+        "--config.profile.start_step=1",
+        "start_step=1 and num_steps=2 end after ppo.total_steps=2",
+    ),
+    main(
+        "trace of nothing",
+        "--config.profile.start_step=0 --config.profile.num_steps=0",
+        "profile.num_steps=0",
+    ),
+    main("mesh of no devices", "--config.mesh.data=0", "mesh.data=0"),
+    main(
+        "mesh of too many devices",
+        "--config.mesh.data=16",
+        "mesh data=16 fsdp=1 tensor=1 takes 16 devices; there are 8",
+    ),
+    main(
+        "heads that cannot be split",
+        "--config.mesh.tensor=8",
+        "mesh.tensor=8 does not divide num_attention_heads=4",
+    ),
+    main(
+        "rows that cannot be split",
+        "--config.mesh.fsdp=8",
+        "= 4 rows do not divide over data × fsdp = 8",
+    ),
+    main("workdir that cannot be made", "--workdir=/proc/run", "--workdir=/proc/run"),
+    main("workdir that is a file", "--workdir={world}/demos.jsonl", "demos.jsonl"),
+    main("workdir with a name too long", f"--workdir={{world}}/{'x' * 300}", "name too long"),
+    main("config that is not there", "--config=configs/nope.py", "--config=configs/nope.py"),
+    main(
+        "config that is no Python",
+        "--config={bad}",
+        "bad.py",
+        spoil=file("def get_config(:", "bad.py"),
+    ),
+]
+
+REWARD = [
+    main(
+        "fewer α than features",
+        "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1",
+        "alpha_values has 1 values for 2 penalize_features",
+    ),
+    main(
+        "fewer τ than features",
+        "--penalize_features=1,2 --tau_values=1 --alpha_values=1,1",
+        "tau_values has 1",
+    ),
+    main(
+        "negative α",
+        "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1,-1",
+        "alpha_values: -1.0",
+    ),
+    main("α that is no number", f"{PENALTY} --alpha_values=1,x", "alpha_values: found 'x'"),
+    main("τ infinite", f"{PENALTY} --tau_values=1,inf", "tau_values: found 'inf'"),
+    main(
+        "feature beyond the SARM",
+        f"{PENALTY} --penalize_features=1,64",
+        "feature 64 of a SARM with 64 latents",
+    ),
+    main(
+        "feature that is no number",
+        f"{PENALTY} --penalize_features=1,b",
+        "penalize_features: found 'b'",
+    ),
+    main("feature twice", f"{PENALTY} --penalize_features=1,1", "feature 1 is given twice"),
+    main(
+        "feature beyond any index",
+        f"{PENALTY} --penalize_features=1,99999999999",
+        "penalize_features: found '99999999999'",
+    ),
+    main("clamp without a value", "--clamp_features=1", "clamp_features=1"),
+    main(
+        "clamp with its ends exchanged",
+        "--clamp_features=1 --clamp_min_values=2 --clamp_max_values=1",
+        "feature 1: clamp minimum 2.0 exceeds its maximum 1.0",
+    ),
+    main(
+        "set and bounded",
+        "--clamp_features=1 --clamp_set_values=2 --clamp_max_values=1",
+        "feature 1 is set to 2.0",
+    ),
+    main("negative β", "--beta=-0.5", "beta=-0.5"),
+    main("β without human latents", "--beta=0.5", "beta=0.5 needs human latents", "human_latents"),
+    main("unknown unit", "--config.reward.unit=nats", "reward.unit='nats'", "sd"),
+    main("negative cap", "--config.reward.penalty_cap=-1", "reward.penalty_cap=-1.0"),
+    main(
+        "failed or foreign gates",
+        "--config.lab.gates_json={bad}",
+        "bad.json: not what",
+        spoil=file("[1]", "bad.json"),
+    ),
+    main("no gates", "--config.lab.gates_json=none.json", "none.json: no such file"),
+    features("list in no file", None, "no such file", key="nowhere.json:harming"),
+    features("list without a key", file("{}", "a.json"), "expected @FILE:key", key="{bad}"),
+    features("list that is not there", file('{"tau": [1]}', "a.json"), "no list 'harming'", "tau"),
+    features(
+        "list too short",
+        file('{"harming": [1]}', "a.json"),
+        "lists only 1",
+        key="{bad}:harming[:2]",
+    ),
+    features(
+        "list of fractions", file('{"harming": [1.5]}', "a.json"), "found 1.5", "a whole number"
+    ),
+    features("list of lists", file('{"harming": [[1]]}', "a.json"), "found [1]"),
+    features("list in broken JSON", file('{"harming": [1', "a.json"), "a.json is not JSON"),
+    features("list in a nesting bomb", file("[" * 100_000, "a.json"), "nested too deeply"),
+    features(
+        "list under a key that is there twice",
+        file('{"harming": [1], "harming": [2]}'),
+        "key 'harming' appears twice",
+    ),
+]
+
+JSONL = [
+    main("no file", "--prompts_jsonl=/no/such/file.jsonl", "/no/such/file.jsonl: cannot be read"),
+    main("no file name", "--prompts_jsonl=", "prompts_jsonl is empty"),
+    main("directory for a file", "--prompts_jsonl={world}", "is not a file"),
+    main("device for a file", "--prompts_jsonl=/dev/zero", "/dev/zero: is not a file"),
+    main("path that is too long", f"--prompts_jsonl={'y' * 5000}", "name too long"),
+    main("held-out prompts not there", "--config.eval_prompts_jsonl=/no/such.jsonl", "such.jsonl"),
+    main(
+        "prompts too long",
+        "--config.ppo.max_prompt_tokens=10",
+        "demos.jsonl:1",
+        "ppo.max_prompt_tokens=10",
+    ),
+    prompts("empty file", b"", "bad.jsonl: the file is empty"),
+    prompts(
+        "number for text",
+        '{"prompt": "a"}\n{"prompt": 3}\n',
+        "bad.jsonl:2: field 'prompt' must be str, found 3",
+    ),
+    prompts("null for text", '{"prompt": null}\n', "bad.jsonl:1", "found null"),
+    prompts(
+        "field missing",
+        '{"prompt": "a"}\n{"text": "b"}\n',
+        "bad.jsonl:2: field 'prompt' is missing, found ['text']",
+    ),
+    prompts("blank line", '{"prompt": "a"}\n\n{"prompt": "b"}\n', "bad.jsonl:2", "a blank line"),
+    prompts("blank text", '{"prompt": "  "}\n', "bad.jsonl:1: field 'prompt' is empty"),
+    prompts("no JSON", '{"prompt": "a"}\nnot json\n', "bad.jsonl:2", "'not json'"),
+    prompts("not UTF-8", b'{"prompt": "\xff"}\n', "not UTF-8 (byte 12"),
+    prompts("UTF-16", '{"prompt": "a"}\n'.encode("utf-16"), "not UTF-8 (byte 0"),
+    prompts("byte order mark", '\ufeff{"prompt": "a"}\n', "bad.jsonl:1", "byte order mark"),
+    prompts("byte 0 between", b'{"prompt": "a"}\x00\n', "bad.jsonl:1", "Extra data"),
+    prompts("byte 0 within a text", b'{"prompt": "a\x00b"}\n', "bad.jsonl:1", "control character"),
+    prompts("array for an object", '["prompt"]\n', "bad.jsonl:1: expected a JSON object"),
+    prompts("one array for all lines", '[{"prompt": "a"},\n{"prompt": "b"}]\n', "bad.jsonl:1"),
+    prompts("key twice", '{"prompt": "a", "prompt": "b"}\n', "key 'prompt' appears twice"),
+    prompts("NaN", '{"prompt": "a", "score": NaN}\n', "bad.jsonl:1", "NaN is not a number"),
+    prompts("nesting bomb", '{"prompt": ' + "[" * 100_000, "bad.jsonl:1", "nested too deeply"),
+    prompts("huge line without sense", "x" * (4 << 20), "bad.jsonl:1", "xxx"),
+    prompts("huge number", '{"prompt": "a", "n": ' + "9" * 5000 + "}\n", "bad.jsonl:1"),
+    prompts("half a surrogate pair", '{"prompt": "\\ud83d"}\n', "half of a surrogate pair"),
+    prompts("two objects on a line", '{"prompt": "a"} {"prompt": "b"}\n', "Extra data"),
+    prompts("single quotes", "{'prompt': 'a'}\n", "bad.jsonl:1", "double quotes"),
+    prompts(
+        "escape codes for a terminal",
+        b'{"\\u001b[2J\\u001b]0;x\\u0007": "a"}\n',
+        "bad.jsonl:1: field 'prompt' is missing",
+    ),
+]
+
+STAGES = [
+    main(
+        "no demonstrations for pairs", "--stage=prepare_data", "prepare_data.demos_jsonl is empty"
+    ),
+    main("unknown source", "--stage=prepare_data --config.prepare_data.source=web", "source='web'"),
+    main(
+        "one demonstration",
+        "--stage=prepare_data --config.prepare_data.demos_jsonl={bad}",
+        "1 row(s), at least 2",
+        spoil=file('{"prompt": "a", "response": "b"}\n'),
+    ),
+    main(
+        "no samples",
+        "--stage=prepare_data --config.prepare_data.samples_per_prompt=-1",
+        "samples_per_prompt=-1",
+    ),
+    main("no pairs to train on", "--stage=train_sarm", "train_sarm.pairs_jsonl is empty"),
+    main(
+        "pairs file with no name",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl=a.jsonl,",
+        "'a.jsonl,'",
+    ),
+    main(
+        "pair of equals",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={bad}",
+        "bad.jsonl:1: fields 'chosen' and 'rejected' are the same",
+        spoil=file('{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+    ),
+    main(
+        "source that is no text",
+        "--stage=identify --config.identify.pairs_jsonl={bad}",
+        "bad.jsonl:1: field 'source' must be str",
+        spoil=file('{"prompt": "a", "chosen": "b", "rejected": "c", "source": [1]}\n'),
+    ),
+    main(
+        "nothing held out",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.held_out_fraction=0.01",
+        "holds out 0 of 8 prompts",
+    ),
+    main(
+        "unknown mode",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.mode=4",
+        "train_sarm.mode=4",
+    ),
+    main(
+        "more kept than there are",
+        "--stage=train_sarm --config.train_sarm.k=9 "
+        "--config.train_sarm.latent_size=8 --config.train_sarm.aux_k=1 "
+        "--config.train_sarm.pairs_jsonl={world}/pairs.jsonl",
+        "train_sarm.k=9: must be at most latent_size=8",
+    ),
+    main(
+        "layer the model does not have",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.source_layer=4",
+        "train_sarm.source_layer=4: the model has 3 layers",
+    ),
+    main(
+        "trained already",
+        "--stage=train_sarm --config.train_sarm.source_layer=1 "
+        "--config.train_sarm.pairs_jsonl={world}/pairs.jsonl --workdir={world}",
+        "sarm exists already: delete it",
+    ),
+    main("no pairs to identify on", "--stage=identify", "identify.pairs_jsonl is empty"),
+    main(
+        "no list",
+        "--stage=identify --config.identify.top_k=0 "
+        "--config.identify.pairs_jsonl={world}/pairs.jsonl",
+        "identify.top_k=0",
+    ),
+    main(
+        "unknown method",
+        "--stage=identify --config.identify.method=luck "
+        "--config.identify.pairs_jsonl={world}/pairs.jsonl",
+        "identify.method='luck'",
+    ),
+    main(
+        "quantile 1",
+        "--stage=identify --config.identify.tau_quantile=1.0 "
+        "--config.identify.pairs_jsonl={world}/pairs.jsonl",
+        "identify.tau_quantile=1.0",
+    ),
+    main("no feature to probe", "--stage=probe", "probe.feature is empty"),
+    main(
+        "no data to probe on", "--stage=probe --config.probe.feature=1", "probe.data_jsonl is empty"
+    ),
+    main(
+        "probed feature no number",
+        "--stage=probe --config.probe.feature=1,x",
+        "probe.feature: found 'x'",
+    ),
+    main(
+        "unknown probe",
+        "--stage=probe --config.probe.feature=1 --config.probe.mode=all",
+        "probe.mode='all'",
+        "bestofn",
+    ),
+    main(
+        "probed feature beyond the SARM",
+        "--stage=probe --config.probe.feature=64 --config.probe.data_jsonl={world}/demos.jsonl",
+        "feature 64 of a SARM with 64 latents",
+    ),
+    main(
+        "best of no candidates",
+        "--stage=probe --config.probe.feature=1 "
+        "--config.probe.mode=bestofn --config.probe.data_jsonl={world}/demos.jsonl",
+        "demos.jsonl:1: 'candidates' must list two or more",
+    ),
+    main(
+        "few flips",
+        "--stage=probe --config.probe.feature=1 --config.probe.flips=9",
+        "probe.flips=9",
+    ),
+    main(
+        "no demonstrations for latents",
+        "--stage=human_latents",
+        "human_latents.demos_jsonl is empty",
+    ),
+    main(
+        "latents beyond the SARM",
+        "--stage=human_latents --latent_indices=3,64 "
+        "--config.human_latents.demos_jsonl={world}/demos.jsonl",
+        "latent_indices: feature 64 of a SARM with 64",
+    ),
+    main("unknown target", f"{PLAN}=tpu", "plan.target='tpu': expected host"),
+    main(
+        "unknown target of a search", f"{PLAN}=tpu --config.plan.search=True", "plan.target='tpu'"
+    ),
+    main("mesh smaller than the target", f"{PLAN}=h100x2", "the mesh takes 1 devices, not 2"),
+    main(
+        "plan of rows that cannot be split",
+        "--stage=plan --config.mesh.data=3",
+        "do not divide over data × fsdp = 3",
+    ),
+    main("plan of no model", f"{PLAN}=host --policy_model=", "policy_model is empty"),
+    main("seeds that are no numbers", f"{ALL} --config.lab.seeds=a", "lab.seeds: found 'a'"),
+    main("too many seeds", f"{ALL} --config.lab.seeds=0-999999999999", "at most 1000"),
+    main(
+        "unknown condition", f"{ALL} --config.lab.conditions=none", "lab.conditions: found 'none'"
+    ),
+    main(
+        "seed of the lab",
+        "--stage=prepare_data --config.prepare_data.source=lab --config.lab.seed=-1",
+        "lab.seed=-1",
+    ),
+    main("controls of a study", f"{ALL} --beta=1.0", "reward.beta=1.0", "lab.beta"),
+]
+
+ROPE = "rope_parameters"
+HF_CONFIG = [
+    main("no model", "--policy_model=/no/such/model", "/no/such/model: no such directory"),
+    main("no model's name", "--policy_model=", "policy_model is empty"),
+    main("model with .. for an id", "--policy_model=../x/y", "../x/y: no such directory"),
+    main("file for a model", "--policy_model={world}/demos.jsonl", "is a file, expected a model"),
+    main("model with a name too long", f"--sarm_model={'z' * 5000}", "name too long"),
+    main("SARM for a policy", "--policy_model={world}/sarm", "is a SARM"),
+    main("policy for a SARM", "--sarm_model={world}/policy", "not a SARM"),
+    policy("no config.json", without("policy", "config.json"), "config.json: cannot be read"),
+    policy("broken config.json", content("policy", "config.json", "{"), "config.json", "cannot be"),
+    policy("list for a config", content("policy", "config.json", "[]"), "found list"),
+    policy(
+        "nesting bomb for a config",
+        content("policy", "config.json", '{"a":' * 100_000),
+        "nested too deeply",
+    ),
+    policy(
+        "config with a key twice",
+        content("policy", "config.json", '{"a": 1, "a": 2}'),
+        "key 'a' appears twice",
+    ),
+    policy("another architecture", config(model_type="mistral"), "model_type='mistral'", "'llama'"),
+    policy("classifier", config(architectures=["LlamaForSequenceClassification"]), "Sequence"),
+    policy("number for architectures", config(architectures=3), "architectures=3"),
+    policy("attention bias", config(attention_bias=True), "attention_bias=True: only False"),
+    policy("another activation", config(hidden_act="gelu"), "hidden_act='gelu': only 'silu'"),
+    policy("sliding window", config(sliding_window=4096), "sliding_window=4096: unknown field"),
+    policy("quantised", config(quantization_config={"bits": 4}), "quantization_config"),
+    policy("code of its own", config(auto_map={"AutoModel": "x.Y"}), "auto_map=", "unknown field"),
+    policy("no vocabulary", config(vocab_size=0), "vocab_size=0: expected a positive integer"),
+    policy("negative width", config(hidden_size=-32), "hidden_size=-32: expected a positive"),
+    policy("text for a width", config(hidden_size="32"), "hidden_size='32': expected a positive"),
+    policy("no width", config(hidden_size=...), "hidden_size=None: expected a positive integer"),
+    policy("absurd width", config(hidden_size=10**30), "hidden_size=1000", "at most"),
+    policy(
+        "a billion layers", config(num_hidden_layers=10**9), "num_hidden_layers", "at most 4096"
+    ),
+    policy("ε beyond any float", config(rms_norm_eps=10**400), "rms_norm_eps=1000"),
+    policy("ε not a number", config(rms_norm_eps=float("nan")), "rms_norm_eps=nan"),
+    policy("heads that do not fit", config(num_key_value_heads=3), "not a multiple of 3"),
+    policy("odd head", config(head_dim=7), "head_dim=7: must be even"),
+    policy("text for true", config(tie_word_embeddings="yes"), "tie_word_embeddings='yes'"),
+    policy("unknown rope", config(rope_parameters=[1]), "rope_parameters=[1]: expected an object"),
+    policy("yarn", config(rope_parameters={"rope_type": "yarn", "factor": 4}), "rope_type='yarn'"),
+    policy(
+        "two ropes", config(rope_scaling={"rope_type": "linear"}), "contradicts rope_parameters"
+    ),
+    policy("two thetas", config(rope_theta=5.0), "rope_theta=5.0 contradicts"),
+    policy(
+        "rope without a factor",
+        config(rope_parameters={**LLAMA3_ROPE, "factor": None}),
+        "factor=None: expected a positive number",
+    ),
+    policy(
+        "rope with its ends exchanged",
+        config(rope_parameters={**LLAMA3_ROPE, "high_freq_factor": 1.0}),
+        "must exceed",
+    ),
+    main(
+        "more kept latents than there are",
+        "--sarm_model={bad}",
+        "sae_k=65: exceeds",
+        spoil=json_fields("sarm", "config.json", sarm_param={"sae_k": 65}),
+    ),
+    main(
+        "absurd SAE",
+        "--sarm_model={bad}",
+        "sae_latent_size",
+        "at most",
+        spoil=json_fields("sarm", "config.json", sarm_param={"sae_latent_size": 10**12}),
+    ),
+    main(
+        "SAE of another size",
+        "--sarm_model={bad}",
+        "sae.encoder.weight: shape [64, 32]",
+        spoil=json_fields("sarm", "config.json", sarm_param={"sae_latent_size": 63}),
+    ),
+    main(
+        "SAE that does not say what it reads",
+        "--sarm_model={bad}",
+        "sarm_use_activation=1",
+        spoil=json_fields("sarm", "config.json", sarm_param={"sarm_use_activation": 1}),
+    ),
+    main(
+        "converted with a format of the future",
+        "--policy_model={bad}",
+        "format=2, expected 1",
+        spoil=json_fields("ours", "sarm_jax.json", format=2),
+    ),
+    main(
+        "converted with half a config",
+        "--policy_model={bad}",
+        "config or hf_config is not",
+        spoil=json_fields("ours", "sarm_jax.json", config=[1]),
+    ),
+]
+
+ONE_WORD = {"type": "WordLevel", "vocab": {"a": 262}, "unk_token": "a"}
+TOKENIZER = [
+    policy("no tokenizer", without("policy", "tokenizer.json"), "tokenizer.json is missing"),
+    policy(
+        "broken tokenizer",
+        content("policy", "tokenizer.json", '{"model": 3}'),
+        "the tokenizer cannot be read",
+    ),
+    policy(
+        "no chat template",
+        without("policy", "chat_template.jinja"),
+        "has no chat template",
+        "instruction-tuned",
+    ),
+    policy("template with bad syntax", template("{% for %}"), "chat template", "fails"),
+    policy("template that asks for more", template("{{ nothing.there.at_all }}"), "fails"),
+    policy("template that raises", template("{{ raise_exception('only system') }}"), "only system"),
+    policy(
+        "template that reaches into Python",
+        template("{{ ''.__class__.__mro__[1].__subclasses__() }}"),
+        "fails",
+    ),
+    policy(
+        "template without a special token",
+        template("{{ messages[0]['content'] }}"),
+        "closes an assistant turn with no special token",
+    ),
+    policy(
+        "more tokens than embeddings",
+        content("policy", "tokenizer.json", json.dumps({"model": ONE_WORD})),
+        "token 'a' has id 262",
+        "embeds 262 tokens",
+    ),
+    policy(
+        "end token beyond the vocabulary",
+        json_fields("policy", "generation_config.json", eos_token_id=[262]),
+        "eos_token_id=262",
+    ),
+    policy(
+        "end token that is a list of lists",
+        json_fields("policy", "generation_config.json", eos_token_id=[[1]]),
+        "eos_token_id=[1]",
+    ),
+    main(
+        "SARM without a chat template",
+        "--sarm_model={bad}",
+        "has no chat template",
+        spoil=without("sarm", "chat_template.jinja"),
+    ),
+    main(
+        "SARM without a tokenizer",
+        "--sarm_model={bad}",
+        "tokenizer.json is missing",
+        spoil=without("sarm", "tokenizer.json"),
+    ),
+]
+
+ONE = described("F32", [2], 0, 8)
+SAFETENSORS = [
+    policy("weights missing", without("policy", WEIGHTS), "neither model.safetensors nor"),
+    policy("weights cut off", copied("policy", cut), "truncated or not safetensors"),
+    policy("empty weights", weights(b""), "truncated or not safetensors"),
+    policy("header longer than the file", weights(header({}, length=1 << 20)), "truncated"),
+    policy("absurd header", weights(header({}, length=(1 << 63) - 1)), "truncated"),
+    policy("header that is no JSON", weights(header(b"{]")), "truncated or not safetensors"),
+    policy("header that is a list", weights(header([1])), "truncated or not safetensors"),
+    policy("header that is not UTF-8", weights(header(b'{"\xff": 1}')), "truncated or not"),
+    policy(
+        "overlapping tensors",
+        weights(header({"a": ONE, "b": described("F32", [2], 4, 12)}, bytes(12))),
+        "truncated or not safetensors",
+    ),
+    policy(
+        "offsets backwards",
+        weights(header({"a": described("F32", [2], 8, 0)}, bytes(8))),
+        "truncated or not safetensors",
+    ),
+    policy(
+        "offsets beyond the file",
+        weights(header({"a": described("F32", [2**40], 0, 2**42)})),
+        "truncated or not safetensors",
+    ),
+    policy(
+        "absurd shape",
+        weights(header({"a": described("F32", [2**62, 2**62], 0, 8)}, bytes(8))),
+        "truncated or not safetensors",
+    ),
+    policy(
+        "negative shape",
+        weights(header({"a": described("F32", [-2], 0, 8)}, bytes(8))),
+        "truncated or not safetensors",
+    ),
+    policy(
+        "unknown dtype",
+        weights(header({"a": described("F77", [2], 0, 8)}, bytes(8))),
+        "truncated or not safetensors",
+    ),
+    policy("tensors missing and surplus", weights(header({"a": ONE}, bytes(8))), "missing", "more"),
+    policy(
+        "tensor missing",
+        tensors("policy", lambda t: t.pop("model.norm.weight")),
+        "model.norm.weight: missing",
+    ),
+    policy(
+        "bias",
+        tensors("policy", lambda t: t.update({f"{Q[:-6]}bias": np.ones(32)})),
+        "q_proj.bias: unexpected tensor",
+    ),
+    policy(
+        "shape",
+        tensors("policy", lambda t: t.update({Q: np.ones((32, 31), np.float32)})),
+        f"{Q}: shape [32, 31], expected [32, 32]",
+    ),
+    policy(
+        "integers",
+        tensors("policy", lambda t: t.update({Q: np.ones((32, 32), np.int8)})),
+        f"{Q}: dtype int8",
+    ),
+    main(
+        "SARM without a head",
+        "--sarm_model={bad}",
+        "score.weight: missing",
+        spoil=tensors("sarm", lambda t: t.pop("score.weight")),
+    ),
+    policy(
+        "pickled weights",
+        pickled("policy", WEIGHTS, "pytorch_model.bin"),
+        "pytorch_model.bin",
+        "unpickling runs code",
+        "safe_serialization=True",
+    ),
+    policy("pickled .pt", pickled("policy", WEIGHTS, "model.pt"), "model.pt", "unpickling"),
+    policy(
+        "shard missing",
+        copied("sharded", lambda copy: next(copy.glob("model-00002*")).unlink()),
+        "model-00002",
+        "the shard is missing",
+    ),
+    policy(
+        "tensor listed in another shard",
+        indexed(lambda m: m.update(ghost=m[Q])),
+        "ghost:",
+        "which does not hold it",
+    ),
+    policy(
+        "tensor not listed",
+        indexed(lambda m: m.pop("model.norm.weight")),
+        "model.norm.weight: stored in model-",
+        f"missing from {INDEX}",
+    ),
+    policy("index of nothing", content("sharded", INDEX, "{}"), "weight_map is missing or empty"),
+    policy("index that is a bomb", content("sharded", INDEX, "[" * 100_000), "nested too deeply"),
+    policy(
+        "shard above the directory",
+        indexed(lambda m: m.update({Q: "../policy/" + WEIGHTS})),
+        Q,
+        "'../policy/model.safetensors'",
+        "not the name of a safetensors file",
+    ),
+    policy(
+        "shard with an absolute path",
+        indexed(lambda m: m.update({Q: "/etc/passwd"})),
+        Q,
+        "'/etc/passwd'",
+    ),
+    policy("shard with a backslash", indexed(lambda m: m.update({Q: "..\\x.safetensors"})), Q),
+    policy("shard with a byte 0", indexed(lambda m: m.update({Q: "x\0.safetensors"})), "x\\x00"),
+    policy("shard that is pickled", indexed(lambda m: m.update({Q: "x.bin"})), Q, "'x.bin'"),
+    policy("shard that is a number", indexed(lambda m: m.update({Q: 3})), Q, "3"),
+    policy("shard linked out of the directory", shard_linked, "leads out of its directory", "copy"),
+    policy("weights linked out of the directory", linked("policy", WEIGHTS), WEIGHTS, "leads out"),
+    policy("config linked out of the directory", linked("policy", "config.json"), "leads out"),
+]
+
+ADAPTERS = [
+    adapter("no adapter", lambda world, place: place, "no adapter there (expected adapter/"),
+    adapter("another rank", json_fields("adapter", "adapter_config.json", r=3), "expected [3, "),
+    adapter(
+        "rank that is text",
+        json_fields("adapter", "adapter_config.json", r="x"),
+        "adapter_config.json",
+    ),
+    adapter(
+        "unknown target",
+        json_fields("adapter", "adapter_config.json", target_modules=["q_proj", "lm_head"]),
+        "q_proj,lm_head",
+    ),
+    adapter(
+        "targets that are text",
+        json_fields("adapter", "adapter_config.json", target_modules="all-linear"),
+        "'all-linear'",
+    ),
+    adapter(
+        "target without tensors",
+        json_fields("adapter", "adapter_config.json", target_modules=["up_proj"]),
+        "up_proj.lora_A.weight: missing",
+    ),
+    adapter(
+        "infinite scale",
+        json_fields("adapter", "adapter_config.json", lora_alpha=float("inf")),
+        "lora.alpha=inf",
+    ),
+    adapter("DoRA", json_fields("adapter", "adapter_config.json", use_dora=True), "use_dora=True"),
+    adapter("another kind", json_fields("adapter", "adapter_config.json", peft_type="IA3"), "IA3"),
+    adapter(
+        "rank pattern",
+        json_fields("adapter", "adapter_config.json", rank_pattern={"q_proj": 4}),
+        "rank_pattern",
+    ),
+    adapter(
+        "saved modules",
+        json_fields("adapter", "adapter_config.json", modules_to_save=["lm_head"]),
+        "modules_to_save",
+    ),
+    adapter("tensor missing", tensors("adapter", lambda t: t.pop(A), ADAPTER), f"{A}: missing"),
+    adapter(
+        "tensor surplus",
+        tensors("adapter", lambda t: t.update(x=np.ones(1)), ADAPTER),
+        "x: unexpected tensor",
+    ),
+    adapter(
+        "tensor of integers",
+        tensors("adapter", lambda t: t.update({A: t[A].astype("int32")}), ADAPTER),
+        f"{A}: dtype int32",
+    ),
+    adapter(
+        "pickled adapter",
+        pickled("adapter", ADAPTER, "adapter_model.bin"),
+        "adapter_model.bin",
+        "unpickling runs code",
+    ),
+    adapter("no weights", without("adapter", ADAPTER), "neither adapter_model.safetensors nor"),
+    adapter("weights linked out of the directory", linked("adapter", ADAPTER), "leads out"),
+    adapter("file linked out of the directory", linked("adapter", "tokenizer.json"), "leads out"),
+    adapter("broken description", content("adapter", "adapter_config.json", "{"), "cannot be read"),
+]
+
+Z = np.ones((4, 2), np.float32)
+I = np.array([1, 2], np.int32)  # noqa: E741 (the indices)
+HUMAN = [
+    main(
+        "no human latents",
+        "--beta=0.5 --human_latents=nowhere.safetensors",
+        "no such file",
+        "--stage=human_latents",
+    ),
+    human("width", latents(z=Z, latent_indices=np.arange(3)), "z has shape (4, 2) for (3,)"),
+    human("no rows", latents(z=Z[:0], latent_indices=I), "z has shape (0, 2)"),
+    human("NaN", latents(z=Z * np.nan, latent_indices=I), "must hold finite floats"),
+    human("integers", latents(z=Z.astype(int), latent_indices=I), "finite floats, found int64"),
+    human(
+        "indices that are floats",
+        latents(z=Z, latent_indices=I.astype(float)),
+        "latent_indices must be distinct integers, found float64",
+    ),
+    human("index twice", latents(z=Z, latent_indices=I * 0), "must be distinct integers"),
+    human(
+        "index of another SARM",
+        latents(z=Z, latent_indices=I + 90),
+        "feature 91 of a SARM with 64 latents",
+        "another SARM?",
+    ),
+    human("other tensors", latents(x=Z), "holds ['x'], expected z and latent_indices"),
+    human("no safetensors", file("no", "human.safetensors"), "not a safetensors file"),
+    human("pickled", file(b"\x80\x04", "human.pt"), "unpickling runs code", "save_file"),
+    main(
+        "feature that was not collected",
+        "--beta=0.5 --human_latents={bad} --latent_indices=3",
+        "feature 3 is not in the human latents",
+        spoil=latents(z=Z, latent_indices=I),
+    ),
+]
+
+STYLED = {"prompt": "p", "chosen": ["a"] * 3, "rejected": ["b"] * 3, "domain": "chat"}
+CHOICE = {"prompt": "p", "chosen": ["a"], "rejected": ["b"], "subset": "Math", "id": "1"}
+ANSWERS = "data_jsonl={world}/answers.jsonl"
+STEER = f"{ANSWERS} steering_json={{bad}}"
+
+
+def rows(*found: dict, **changes: Any) -> Spoil:
+    """A JSON Lines file of a row with fields changed; `...` deletes one."""
+    changed = [{k: v for k, v in (row | changes).items() if v is not ...} for row in found]
+    return file("".join(json.dumps(row) + "\n" for row in changed))
+
+
+BENCHMARKS = [
+    bench("nothing", "num_example=0", "nothing to evaluate: name evaluate.data_jsonl"),
+    bench(
+        "negative number of examples",
+        "rm_bench={world}/demos.jsonl num_example=-2",
+        "evaluate.num_example=-2",
+    ),
+    bench("no such file", "rm_bench=none.json", "none.json: no such file"),
+    bench("address of something else", "rm_bench=https://x.y/z.json", "expected a path or hf://"),
+    bench(
+        "another benchmark",
+        "rm_bench={bad}",
+        "bad.jsonl:1: field 'chosen' has 1 texts",
+        spoil=rows(CHOICE),
+    ),
+    bench(
+        "text for a list",
+        "rm_bench={bad}",
+        "bad.jsonl:1: field 'chosen' must be a list",
+        spoil=rows(STYLED, chosen="a"),
+    ),
+    bench(
+        "no prompt", "rm_bench={bad}", "field 'prompt' is missing", spoil=rows(STYLED, prompt=...)
+    ),
+    bench(
+        "number for a domain",
+        "rm_bench={bad}",
+        "'domain' must be text",
+        spoil=rows(STYLED, domain=3),
+    ),
+    bench(
+        "array with a number",
+        "rm_bench={bad}",
+        "bad.json row 1: expected an object",
+        spoil=file("[1]", "bad.json"),
+    ),
+    bench("broken array", "rm_bench={bad}", "bad.json:2: not JSON", spoil=file("[\n1", "bad.json")),
+    bench(
+        "array bomb", "rm_bench={bad}", "nested too deeply", spoil=file("[" * 100_000, "bad.json")
+    ),
+    bench("no rows", "rewardbench2={bad}", "holds no rows", spoil=file("[]", "bad.json")),
+    bench(
+        "object for rows",
+        "rewardbench2={bad}",
+        "expected a JSON array",
+        spoil=file("{}", "bad.json"),
+    ),
+    bench(
+        "two right answers",
+        "rewardbench2={bad}",
+        "has 2 texts, expected 1",
+        spoil=rows(CHOICE, chosen=["a", "b"]),
+    ),
+    bench(
+        "count that is wrong",
+        "rewardbench2={bad}",
+        "num_correct=2",
+        spoil=rows(CHOICE, num_correct=2),
+    ),
+    bench(
+        "tie without a number",
+        "rewardbench2={bad}",
+        "expected ref:N or tied:N",
+        spoil=rows(CHOICE, subset="Ties"),
+    ),
+    bench(
+        "tie without its other half",
+        "rewardbench2={bad}",
+        "evaluate.rewardbench2=",
+        spoil=rows(CHOICE, subset="Ties", id="ref:1"),
+    ),
+    bench(
+        "no parquet",
+        "rewardbench2={bad}",
+        "bad.parquet: not parquet",
+        spoil=file(b"PAR1" + bytes(64) + b"PAR1", "bad.parquet"),
+    ),
+    bench(
+        "parquet without a column",
+        "rewardbench2={bad}",
+        "row 1: field 'subset' is missing",
+        spoil=parquet([{"prompt": "p", "chosen": ["a"], "rejected": ["b"]}]),
+    ),
+    bench(
+        "parquet of numbers",
+        "rewardbench2={bad}",
+        "row 1: field 'chosen' must be a list of",
+        spoil=parquet([CHOICE | {"chosen": [1]}]),
+    ),
+    bench(
+        "parquet of bytes",
+        "rewardbench2={bad}",
+        "row 1: field 'prompt' must be text",
+        spoil=parquet([CHOICE | {"prompt": b"p"}]),
+    ),
+    bench("nothing steered", ANSWERS, "nothing is steered: give evaluate.steering_json"),
+    bench(
+        "no answers",
+        "data_jsonl={world}/pairs.jsonl steering_json=s.json",
+        "pairs.jsonl:1: field 'answer' or 'response' is missing",
+    ),
+    bench("no steering file", f"{ANSWERS} steering_json=none.json", "none.json: cannot be read"),
+    bench(
+        "steering beyond the SARM",
+        STEER,
+        "a.json: feature 640 does not exist",
+        spoil=file('{"640": ["*", 0]}', "a.json"),
+    ),
+    bench(
+        "steering beyond any index",
+        STEER,
+        "expected a feature id",
+        spoil=file('{"%s": ["*", 0]}' % ("9" * 5000), "a.json"),
+    ),
+    bench(
+        "steering by words",
+        STEER,
+        "feature 1: found ['set', 0]",
+        "'*' or '+'",
+        spoil=file('{"1": ["set", 0]}', "a.json"),
+    ),
+    bench(
+        "steering by NaN", STEER, "NaN is not a number", spoil=file('{"1": ["+", NaN]}', "a.json")
+    ),
+    bench(
+        "steering beyond floats",
+        STEER,
+        "feature 1: found",
+        spoil=file('{"1": ["+", 1%s]}' % ("0" * 400), "a.json"),
+    ),
+    bench(
+        "steering twice",
+        STEER,
+        "key '1' appears twice",
+        spoil=file('{"1": ["+", 1], "1": ["+", 2]}', "a.json"),
+    ),
+    bench("steering list", STEER, "expected an object of features", spoil=file("[1]", "a.json")),
+    bench("steering in no text", STEER, "not JSON", spoil=file(b"\xff", "a.json")),
+    main(
+        "no benchmark to prepare",
+        "--stage=prepare_data --config.prepare_data.source=benchmarks",
+        "name prepare_data.steering_dir",
+    ),
+    main(
+        "benchmark of another kind",
+        "--stage=prepare_data "
+        "--config.prepare_data.source=benchmarks --config.prepare_data.rm_bench={bad}",
+        "bad.jsonl:1: field 'chosen' has 1 texts",
+        spoil=rows(CHOICE),
+    ),
+    main(
+        "everything held out",
+        "--stage=prepare_data --config.prepare_data.source=benchmarks "
+        "--config.prepare_data.rm_bench=x --config.prepare_data.held_out_fraction=1.0",
+        "held_out_fraction=1.0",
+    ),
+    bench("prompts without a run", "prompts_jsonl={world}/demos.jsonl", "has no adapter"),
+    bench("run without prompts", "runs={world}/adapter", "needs evaluate.prompts_jsonl"),
+    bench(
+        "no samples",
+        "prompts_jsonl={world}/demos.jsonl runs={world}/adapter samples=0",
+        "evaluate.samples=0",
+    ),
+    bench(
+        "greedy samples",
+        "prompts_jsonl={world}/demos.jsonl runs={world}/adapter samples=2",
+        "greedy responses are all alike",
+    ),
+    bench(
+        "few resamples",
+        "prompts_jsonl={world}/demos.jsonl runs={world}/adapter resamples=9",
+        "evaluate.resamples=9",
+    ),
+    bench(
+        "run called as the base",
+        "prompts_jsonl={world}/demos.jsonl runs=base={world}/adapter",
+        "'base' has a meaning of its own",
+    ),
+    bench(
+        "no human responses",
+        "prompts_jsonl={world}/demos.jsonl runs={world}/adapter human_jsonl=none.jsonl",
+        "none.jsonl: cannot be read",
+    ),
+]
+
+REPORT = [
+    Bad(what, f"--stage=report --config.report.{options}", says, spoil)
+    for what, options, says, spoil in [
+        ("negative samples", "samples=-1", ("report.samples=-1",), None),
+        ("no such run", "runs={world}/none", ("none is not a directory",), None),
+        ("no run in it", "runs={bad}", ("holds no run", "makes one"), lambda world, place: place),
+        ("two of a name", "runs={world}/run,{bad}", ("called 'run'", "NAME=DIR"), run_with()),
+        ("nothing between commas", "runs={world}/run,,", ("found ''", "NAME=DIR"), None),
+        ("no name before =", "runs={world}/run,={world}/run", ("expected DIR or NAME=DIR",), None),
+        (
+            "row too short",
+            "runs={bad}",
+            ("metrics.csv:2: 1 cells for 2",),
+            run_with(metrics__csv="step,a\n1\n1,2\n"),
+        ),
+        (
+            "word in a column",
+            "runs={bad}",
+            ("metrics.csv:2: column 'a' is 'high'",),
+            run_with(metrics__csv="step,a\n1,high\n"),
+        ),
+        (
+            "no header",
+            "runs={bad}",
+            ("metrics.csv:1: no column 'step'",),
+            run_with(metrics__csv="\n1,2\n"),
+        ),
+        (
+            "column twice",
+            "runs={bad}",
+            ("column 'a' appears twice",),
+            run_with(metrics__csv="step,a,a\n1,2,3\n"),
+        ),
+        (
+            "cell without an end",
+            "runs={bad}",
+            ("metrics.csv: not CSV (field larger",),
+            run_with(metrics__csv='step,a\n1,"' + "x" * 200_000 + "\n"),
+        ),
+        (
+            "sample with a word",
+            "runs={bad}",
+            ("samples.jsonl:1: field 'step' must be int",),
+            run_with(samples__jsonl='{"step": "x"}\n'),
+        ),
+        ("broken options", "runs={bad}", ("config.json: not JSON",), run_with(config__json="{")),
+        (
+            "options bomb",
+            "runs={bad}",
+            ("nested too deeply",),
+            run_with(config__json="[" * 100_000),
+        ),
+        (
+            "list for a summary",
+            "runs={bad}",
+            ("summary.json: expected a JSON object, found list",),
+            run_with(summary__json="[]"),
+        ),
+    ]
+]
+
+WORKDIRS = [
+    main(
+        "run of other options",
+        "--workdir={bad}",
+        "holds a run of another configuration",
+        "choose another --workdir",
+        spoil=run_with(),
+    ),
+    main(
+        "options that are a list",
+        "--workdir={bad}",
+        "config.json: expected the options of a run",
+        spoil=run_with(config__json="[1]"),
+    ),
+    main(
+        "options that are broken",
+        "--workdir={bad}",
+        "config.json: not JSON",
+        spoil=run_with(config__json="{"),
+    ),
+]
+
+
+def convert(what: str, options: str, *says: str, spoil: Spoil | None = None) -> Bad:
+    return Bad(what, options, says, spoil, "from_hf")
+
+
+def export(what: str, options: str, *says: str, spoil: Spoil | None = None) -> Bad:
+    return Bad(what, options, says, spoil, "to_hf")
+
+
+NEW = "--dst={world}/../new"
+CONVERSION = [
+    convert("no kind", f"--src={{world}}/policy {NEW}", "--kind"),
+    convert("unknown kind", f"--kind=reward --src={{world}}/policy {NEW}", "reward", "policy|sarm"),
+    convert("unknown dtype", f"--kind=policy --dtype=int4 --src={{world}}/policy {NEW}", "int4"),
+    convert("unknown flag", f"--kind=policy --source={{world}}/policy {NEW}", "source"),
+    convert("stray argument", f"--kind=policy --src=x {NEW} stray", "'stray'"),
+    convert("no source", f"--kind=policy --src={{world}}/none {NEW}", "none: no such directory"),
+    convert("policy for a SARM", f"--kind=sarm --src={{world}}/policy {NEW}", "not a SARM"),
+    convert("SARM for a policy", f"--kind=policy --src={{world}}/sarm {NEW}", "is a SARM"),
+    convert(
+        "destination taken",
+        "--kind=policy --src={world}/policy --dst={world}/sarm",
+        "sarm: exists already",
+        "name a new directory",
+    ),
+    convert(
+        "destination within a file",
+        "--kind=policy --src={world}/policy --dst={world}/demos.jsonl/x",
+        "cannot be written",
+    ),
+    convert(
+        "another architecture",
+        f"--kind=policy --src={{bad}} {NEW}",
+        "model_type='gpt2'",
+        spoil=config(model_type="gpt2"),
+    ),
+    convert(
+        "tensor missing",
+        f"--kind=policy --src={{bad}} {NEW}",
+        "model.norm.weight: missing",
+        spoil=tensors("policy", lambda t: t.pop("model.norm.weight")),
+    ),
+    convert(
+        "pickled",
+        f"--kind=policy --src={{bad}} {NEW}",
+        "unpickling runs code",
+        spoil=pickled("policy", WEIGHTS, "consolidated.00.pth"),
+    ),
+    convert(
+        "weights linked out",
+        f"--kind=policy --src={{bad}} {NEW}",
+        "leads out",
+        spoil=linked("policy", WEIGHTS),
+    ),
+    convert(
+        "template linked out",
+        f"--kind=policy --src={{bad}} {NEW}",
+        "leads out",
+        spoil=linked("policy", "chat_template.jinja"),
+    ),
+    export(
+        "merge without an adapter",
+        f"--merge --src={{world}}/policy {NEW}",
+        "--merge",
+        "holds no adapter",
+    ),
+    export("policy for a SARM", f"--kind=sarm --src={{world}}/policy {NEW}", "not a SARM"),
+    export(
+        "adapter without a base",
+        f"--src={{bad}} {NEW}",
+        "base_model_name_or_path=None",
+        spoil=json_fields("adapter", "adapter_config.json", base_model_name_or_path=...),
+    ),
+    export(
+        "adapter with a base that is a list",
+        f"--merge --src={{bad}} {NEW}",
+        "base_model_name_or_path=['x']",
+        spoil=json_fields("adapter", "adapter_config.json", base_model_name_or_path=["x"]),
+    ),
+    export(
+        "adapter of another model",
+        f"--merge --src={{bad}} {NEW}",
+        "expected [2, 32]",
+        spoil=tensors("adapter", lambda t: t.update({A: np.ones((2, 31), np.float32)}), ADAPTER),
+    ),
+    export(
+        "adapter with a file linked out",
+        f"--src={{bad}} {NEW}",
+        "leads out",
+        spoil=linked("adapter", "tokenizer.json"),
+    ),
+    export(
+        "pickled adapter",
+        f"--src={{bad}} {NEW}",
+        "unpickling runs code",
+        spoil=pickled("adapter", ADAPTER, "adapter_model.bin"),
+    ),
+    export("destination taken", "--src={world}/adapter --dst={world}/sarm", "exists already"),
+]
+
+BAD_INPUTS = [
+    *FLAGS,
+    *REWARD,
+    *JSONL,
+    *STAGES,
+    *HF_CONFIG,
+    *TOKENIZER,
+    *SAFETENSORS,
+    *ADAPTERS,
+    *HUMAN,
+    *BENCHMARKS,
+    *REPORT,
+    *WORKDIRS,
+    *CONVERSION,
+]
