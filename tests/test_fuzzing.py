@@ -232,13 +232,11 @@ def test_indices(folder, weight_map, other, data):
     result(read_all, place)
 
 
-SECTION = {
-    name: ""
-    for name in (
-        "penalize_features tau_values alpha_values clamp_features clamp_set_values "
-        "clamp_min_values clamp_max_values latent_indices"
-    ).split()
-}
+SECTION = dict.fromkeys(
+    "penalize_features tau_values alpha_values clamp_features clamp_set_values "
+    "clamp_min_values clamp_max_values latent_indices".split(),
+    "",
+)
 lists = st.lists(st.integers(-1, 70) | st.floats() | st.just("none"), max_size=3).map(
     lambda entries: ",".join(map(str, entries))
 )
