@@ -7,6 +7,7 @@ by size and time of change. A model on the hub counts by its name.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import time
@@ -16,10 +17,12 @@ from typing import Any
 
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
+from sarm_jax.strict_json import parse_json
 from sarm_jax.workdir import first_difference
 
 FILE = "stages.json"
 LARGE = 64 << 20  # bytes
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Records:
 
     def _read(self) -> dict[str, dict]:
         try:
-            stages = json.loads(self.path.read_text(encoding="utf-8"))
+            stages = parse_json(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
         except ValueError as error:
@@ -95,8 +98,9 @@ class Records:
         self._write({**before, stage: entry})
         try:
             yield
-        except InputError:
-            self._write(before)
+        except (InputError, OSError) as error:
+            if getattr(error, "errno", None) not in FULL_DISK:  # which may leave half an output
+                self._write(before)
             raise
         entry["seconds"] = round(time.monotonic() - start, 1)
         entry["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -126,9 +130,16 @@ def _paths(text: str) -> Iterator[Path]:
         if name.startswith("@"):
             name = name[1:].split(":")[0]
         for candidate in dict.fromkeys((name, name.rpartition("=")[2])):
-            if ("/" in candidate or "." in candidate) and Path(candidate).exists():
+            if ("/" in candidate or "." in candidate) and _exists(candidate):
                 yield Path(candidate)
                 break
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def _files_in(folder: Path, run_files: tuple[str, ...]) -> list[Path]:

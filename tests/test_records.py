@@ -56,6 +56,7 @@ def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
 
 def test_a_refused_first_stage_leaves_no_record(tmp_path):
     config = base.get_config()
+    config.policy_model = "a/policy"
     config.train_sarm.pairs_jsonl = str(tmp_path / "none.jsonl")
     with pytest.raises(InputError, match=r"none\.jsonl"):
         run_stage("train_sarm", config, tmp_path)
