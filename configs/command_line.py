@@ -62,6 +62,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
 
     "{workdir}" is not filled in yet.
     """
+    named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
+    if named is not None and not Path(named.partition(":")[0]).is_file():
+        raise InputError(f"--config={named}: no such file")
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

@@ -318,7 +318,11 @@ FLAGS = [
     main("workdir that cannot be made", "--workdir=/proc/run", "--workdir=/proc/run"),
     main("workdir that is a file", "--workdir={world}/demos.jsonl", "demos.jsonl"),
     main("workdir with a name too long", f"--workdir={{world}}/{'x' * 300}", "name too long"),
-    main("config that is not there", "--config=configs/nope.py", "--config=configs/nope.py"),
+    main(
+        "config that is not there",
+        "--config=configs/nope.py",
+        "--config=configs/nope.py: no such file",
+    ),
     main(
         "config that is no Python",
         "--config={bad}",

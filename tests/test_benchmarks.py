@@ -270,7 +270,6 @@ def test_without_controls_there_is_only_the_plain_score(models, styled):
         ('{"7": ["*", 0], "07": ["*", 1]}', "'07': expected a feature id, and each one once"),
         ('{"7": ["-", 0]}', "feature 7: found"),
         ('{"7": ["*", true]}', "feature 7: found"),
-        ('{"7": ["+", NaN]}', "feature 7: found"),
         ('{"7": 0}', "feature 7: found 0"),
     ],
 )

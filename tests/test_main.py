@@ -1,4 +1,4 @@
-"""The command line: the pipeline end to end on a tiny model, and bad input → exit code 2."""
+"""The command line: the pipeline end to end on a tiny model, (bad input: test_bad_inputs)."""
 
 import json
 import re
@@ -209,124 +209,16 @@ def test_load_sarm_scores_text(world):
     assert score.shape == (1,) and z.shape == (1, 64)
 
 
-PENALTY = ["--penalize_features=1,2", "--tau_values=1,1", "--alpha_values=1,1"]
-BAD_INPUT = [
-    (["--stage=dance"], "--stage=dance"),
-    (["--config.ppo.steps=3"], "steps"),
-    (["--config.ppo.total_steps=many"], "total_steps"),
-    (["--no_such_flag=1"], "no_such_flag"),
-    (["stray"], "unexpected argument 'stray'"),
-    (["--total_steps=0"], "ppo.total_steps=0"),
-    (["--total_steps=x"], "total_steps"),
-    (["--batch_size=5", "--gradient_accumulation_steps=2"], "ppo.batch_size=5"),
-    (["--learning_rate=-1"], "ppo.learning_rate=-1.0"),
-    (["--clip_range=nan"], "ppo.clip_range=nan"),
-    (["--temperature=0"], "ppo.temperature=0.0"),
-    (["--top_p=0.95"], "top_p=0.95"),
-    (["--lora_r=0"], "lora.rank=0"),
-    (["--lora_alpha=0"], "lora.alpha=0.0"),
-    (["--lora_dropout=1"], "lora.dropout=1.0"),
-    (["--config.lora.target_modules=q_proj,wrong"], "target_modules=q_proj,wrong"),
-    (["--config.dtype=float16"], "dtype='float16'"),
-    (["--config.remat=some"], "remat='some'"),
-    (["--config.ppo.lr_schedule=step"], "lr_schedule='step'"),
-    ([*PENALTY[:2], "--alpha_values=1"], "alpha_values has 1 values for 2 penalize_features"),
-    (["--penalize_features=1,2", "--tau_values=1", "--alpha_values=1,1"], "tau_values has 1"),
-    ([*PENALTY[:2], "--alpha_values=1,-1"], "alpha_values: -1.0"),
-    ([*PENALTY[:2], "--alpha_values=1,x"], "alpha_values: found 'x'"),
-    ([*PENALTY, "--penalize_features=1,64"], "feature 64 of a SARM with 64 latents"),
-    ([*PENALTY, "--penalize_features=1,b"], "penalize_features: found 'b'"),
-    (["--clamp_features=1"], "clamp_features=1"),
-    (
-        ["--clamp_features=1", "--clamp_min_values=2", "--clamp_max_values=1"],
-        "feature 1: clamp minimum 2.0 exceeds its maximum 1.0",
-    ),
-    (["--beta=-0.5"], "beta=-0.5"),
-    (["--beta=0.5"], "beta=0.5 needs human latents"),
-    (["--beta=0.5", "--human_latents=nowhere.safetensors"], "no such file"),
-    (["--penalize_features=@nowhere.json:key"], "no such file"),
-    (["--policy_model=/no/such/model"], "/no/such/model"),
-    (["--prompts_jsonl=/no/such/file.jsonl"], "/no/such/file.jsonl"),
-    (["--config.ppo.max_prompt_tokens=10"], "demos.jsonl:1"),
-    (["--workdir=/proc/run"], "--workdir=/proc/run"),
-    (["--config.profile.start_step=-2"], "profile.start_step=-2"),
-    (["--config.profile.start_step=1"], "start_step=1 and num_steps=2 end after ppo.total_steps=2"),
-    (["--config.profile.start_step=0", "--config.profile.num_steps=0"], "profile.num_steps=0"),
-    (["--config.mesh.data=16"], "mesh data=16 fsdp=1 tensor=1 takes 16 devices; there are 8"),
-    (["--config.mesh.tensor=8"], "mesh.tensor=8 does not divide num_attention_heads=4"),
-    (["--config.mesh.fsdp=8"], "= 4 rows do not divide over data × fsdp = 8"),
-    (["--stage=probe"], "probe.feature is empty"),
-    (["--stage=probe", "--config.probe.feature=1"], "probe.data_jsonl is empty"),
-    (["--config.lab.gates_json=README.md"], "lab.gates_json=README.md: not what"),
-    (["--stage=probe", "--config.probe.feature=1,x"], "probe.feature: found 'x'"),
-    (["--stage=probe", "--config.probe.feature=1", "--config.probe.mode=all"], "probe.mode='all'"),
-    (["--config.ppo.eval_every=0"], "ppo.eval_every=0"),
-    (["--config.eval_prompts_jsonl=/no/such.jsonl"], "/no/such.jsonl"),
-    (["--config.reward.penalty_cap=-1"], "reward.penalty_cap=-1.0"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD_INPUT)
-def test_bad_input_is_one_line_and_exit_2(run, tmp_path, capsys, options, message):
-    assert run(*options) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ")
-    assert message in error
-    assert not list((tmp_path / "run").glob("*"))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "the file is empty"),
-        (b'{"prompt": "a"}\n{"prompt": 3}\n', "bad.jsonl:2: field 'prompt' must be str, found 3"),
-        (b'{"prompt": "a"}\n{"text": "b"}\n', "bad.jsonl:2: field 'prompt' is missing"),
-        (b'{"prompt": "a"}\n\n{"prompt": "b"}\n', "bad.jsonl:2"),
-        (b'{"prompt": "  "}\n', "bad.jsonl:1: field 'prompt' is empty"),
-        (b'{"prompt": "a"}\nnot json\n', "bad.jsonl:2"),
-        (b'{"prompt": "\xff"}\n', "not UTF-8"),
-        (b'["prompt"]\n', "bad.jsonl:1"),
-    ],
-)
-def test_bad_prompts_name_file_and_line(run, tmp_path, capsys, content, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    assert run(f"--prompts_jsonl={path}") == 2
-    assert message in capsys.readouterr().err
-    assert not list((tmp_path / "run").glob("*"))
-
-
 def test_help_is_shown(capsys):
     assert main.main(["main.py", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "--penalize_features" in shown and "Exit codes" in shown
 
 
-def test_a_config_file_that_is_not_there(monkeypatch, capsys):
-    argv = ["main.py", "--config=configs/nope.py"]
-    monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-        assert main.main(argv) == 2
-    assert capsys.readouterr().err == "error: --config=configs/nope.py: no such file\n"
-
-
 def test_a_missing_config_is_said(capsys):
     with flagsaver.flagsaver():
         assert main.main(["main.py"]) == 2
     assert "--config is missing" in capsys.readouterr().err
-
-
-def test_a_tokenizer_without_chat_template(run, world, tmp_path, capsys):
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for file in (world / "policy").iterdir():
-        (bare / file.name).write_bytes(file.read_bytes())
-    (bare / "chat_template.jinja").unlink(missing_ok=True)
-    settings = json.loads((bare / "tokenizer_config.json").read_text())
-    settings.pop("chat_template", None)
-    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert run(f"--policy_model={bare}") == 2
-    assert "no chat template" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -378,21 +270,6 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
     step = next(row for row in plan["programs"] if row["name"] == "step")
     assert step["collectives"]["all-reduce"]["count"] > 0
     assert "| decode | 5 |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--config.plan.target=tpu"], "plan.target='tpu': expected host"),
-        (["--config.plan.target=tpu", "--config.plan.search=True"], "plan.target='tpu': expected"),
-        (["--config.plan.target=h100x2"], "the mesh takes 1 devices, not 2"),
-        (["--config.mesh.data=3"], "do not divide over data × fsdp = 3"),
-    ],
-)
-def test_plans_that_cannot_be(run, tmp_path, capsys, options, message):
-    assert run("--stage=plan", *options) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run" / "plan.json").exists()
 
 
 def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Policies against their base: the measures by hand, and the stage through the command line."""
 
 import json
-import shutil
 import sys
 
 import jax
@@ -197,29 +196,6 @@ def test_stage_compares_adapters_with_their_base(world, run, tmp_path):
     assert [row["responses"]["base"]["response"] for row in rows] == greedy.texts
     sources = [p["source"] for p in json.loads((folder / "latent_map.json").read_text())["points"]]
     assert sources == ["base"] * 3 + ["first"] * 3 + ["other"] * 3 + ["human"]
-
-
-def test_bad_policy_options_are_one_line_and_load_nothing(world, run, tmp_path, capsys):
-    def refused(message: str, *options: str) -> None:
-        assert run(*(f"--config.{option}" for option in options)) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1 and message in error, error
-        assert not (tmp_path / "run").exists()
-
-    runs = f"evaluate.runs={world}/first"
-    refused("has no adapter")
-    refused(f"evaluate.runs={world}/none: no adapter there", f"evaluate.runs={world}/none")
-    refused("evaluate.samples=0", runs, "evaluate.samples=0")
-    refused("greedy responses are all alike", runs, "evaluate.samples=2")
-    refused("evaluate.resamples=9", runs, "evaluate.resamples=9")
-    refused("more than ppo.max_prompt_tokens=8", runs, "ppo.max_prompt_tokens=8")
-    refused("none.jsonl", runs, "evaluate.human_jsonl=none.jsonl")
-    refused("needs evaluate.prompts_jsonl", runs, "evaluate.prompts_jsonl=")
-    broken = world / "broken"
-    shutil.copytree(world / "first" / "adapter", broken)
-    content = (broken / "adapter_config.json").read_text()
-    (broken / "adapter_config.json").write_text(content.replace('"r": 2', '"r": 3'))
-    refused("expected [3, ", f"evaluate.runs={broken}")
 
 
 def test_names_of_runs(tmp_path):

@@ -7,7 +7,6 @@ import html
 import json
 import math
 import re
-import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -282,47 +281,6 @@ def test_an_empty_metrics_file_and_none_at_all(stage, tmp_path):
     assert stage(workdir=folder) == 0
     assert "has no metrics.csv; python main.py" in notes_of(folder)
     assert len(page_rows(folder)) == len(HOSTILE)
-
-
-@pytest.mark.parametrize(
-    ("runs", "message"),
-    [
-        ("{0}/none", "report.runs: {0}/none is not a directory"),
-        ("{0}/empty", "report.runs: {0}/empty holds no run"),
-        ("{0}/run,{0}/other/run", "two runs are called 'run': give them as NAME=DIR"),
-        ("{0}/run,,", "report.runs: found '', expected DIR or NAME=DIR"),
-        ("={0}/run", "expected DIR or NAME=DIR"),
-        ("{0}/torn", "torn/metrics.csv:3: 2 cells for"),
-        ("{0}/words", "words/metrics.csv:2: column 'rm_score' is 'high', not a number"),
-        ("{0}/samples", "samples/samples.jsonl:2: field 'rm_score' must be float"),
-        ("{0}/json", "json/config.json: not JSON"),
-        ("{0}/list", "list/summary.json: expected a JSON object, found list"),
-    ],
-)
-def test_bad_runs_are_refused(stage, tmp_path, capsys, runs, message):
-    write_run(tmp_path / "run")
-    (tmp_path / "empty").mkdir()
-    for name in ("torn", "words", "samples", "json", "list"):
-        shutil.copytree(tmp_path / "run", tmp_path / name)
-    lines = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    (tmp_path / "torn" / "metrics.csv").write_text("\n".join([*lines[:2], "1,2", *lines[3:], ""]))
-    cells = dict(zip(lines[0].split(","), lines[1].split(","), strict=True)) | {"rm_score": "high"}
-    (tmp_path / "words" / "metrics.csv").write_text(f"{lines[0]}\n{','.join(cells.values())}\n")
-    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").open(encoding="utf-8")]
-    samples[1]["rm_score"] = "high"
-    write_lines(tmp_path / "samples" / "samples.jsonl", samples)
-    (tmp_path / "json" / "config.json").write_text("{")
-    (tmp_path / "list" / "summary.json").write_text("[]")
-    assert stage(f"runs={runs.format(tmp_path)}") == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ") and told.count("\n") == 1
-    assert message.format(tmp_path) in told
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_negative_number_of_samples_is_refused(stage, capsys):
-    assert stage("samples=-1") == 2
-    assert "report.samples=-1: must not be negative" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
