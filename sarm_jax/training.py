@@ -169,7 +169,6 @@ def train_sarm(
     do not fit the model or the pairs.
     """
     start = time.perf_counter()
-    config.check_layers(policy.config.num_hidden_layers)
     data = encode_pairs(tokenizer, pairs, config)
     trunk = truncate(policy, config.source_layer)
     dtype = trunk.embed_tokens.dtype
@@ -219,6 +218,9 @@ def truncate(policy: Llama, source_layer: int) -> Llama:
 
     Embedding and norm are shared with `policy`, the layers are sliced out of the stack.
     """
+    layers = policy.config.num_hidden_layers
+    if not 1 <= source_layer <= layers:
+        raise InputError(f"train_sarm.source_layer={source_layer}: the model has {layers} layers")
     config = dataclasses.replace(policy.config, num_hidden_layers=source_layer)
     abstract = nnx.eval_shape(
         lambda: Llama(config, rngs=nnx.Rngs(0), final_norm=False, head=False, remat=policy.remat)

@@ -736,7 +736,11 @@ TOKENIZER = [
     ),
     policy(
         "more tokens than embeddings",
-        content("policy", "tokenizer.json", json.dumps({"model": ONE_WORD})),
+        content(
+            "policy",
+            "tokenizer.json",
+            json.dumps({"version": "1.0", "added_tokens": [], "model": ONE_WORD}),
+        ),
         "token 'a' has id 262",
         "embeds 262 tokens",
     ),
