@@ -237,8 +237,8 @@ class Trainer:
                 state["train"], self.base, batch, order, slots
             )
             scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
-            scalars["skipped_updates"] += disc_metrics.pop("skipped", 0)
             metrics = jax.device_get(scalars | disc_metrics)
+            metrics["skipped_updates"] += metrics.pop("skipped", 0)
         clock.append(time.perf_counter())
 
         row = self._row(step, clock, rollout, terms, scored, reward_b)

@@ -119,9 +119,9 @@ def test_what_stops_a_stage_is_one_line(failing, capsys, error, code, line):
     assert line in shown
 
 
-def test_other_errors_of_the_system_are_not_hidden(failing):
-    with pytest.raises(PermissionError):
-        failing(raises(PermissionError(errno.EACCES, "Permission denied", "x")))
+def test_other_errors_of_the_system_are_one_line(failing, capsys):
+    assert failing(raises(PermissionError(errno.EACCES, "Permission denied", "x"))) == 2
+    assert capsys.readouterr().err == "error: x: Permission denied\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
