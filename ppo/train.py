@@ -238,11 +238,12 @@ class Trainer:
             )
             scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
             metrics = jax.device_get(scalars | disc_metrics)
-            metrics["skipped_updates"] += metrics.pop("skipped", 0)
+            skipped = metrics["skipped_updates"] + metrics.pop("skipped", 0)
         clock.append(time.perf_counter())
 
         row = self._row(step, clock, rollout, terms, scored, reward_b)
         row |= {name: float(value) for name, value in metrics.items()}
+        row["skipped_updates"] = float(skipped)
         new_state = {"train": train_state} | disc_state
         if row["skipped_updates"]:
             path = dump(self.workdir, row, rollout, scored, batch, new_state)
