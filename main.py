@@ -7,7 +7,6 @@ Exit codes: 0 done; 2 bad input or a full disk (one `error: …` line on stderr)
 because numbers became non-finite, or by a guard; 130 and 143 interrupted, after a checkpoint.
 """
 
-import errno
 import sys
 
 from configs import command_line
@@ -17,6 +16,7 @@ from configs.stages import STAGES
 from configs.study import run_study
 from ppo.guards import TrainingStoppedError
 from sarm_jax.errors import InputError
+from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress
 from sarm_jax.signals import on_signal
 from sarm_jax.workdir import open_workdir
@@ -47,8 +47,7 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except OSError as error:  # a full disk; a path that cannot be or must not be written
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "; free space, and the same command goes on" if full else ""
+        advice = "; free space, and the same command goes on" if disk_is_full(error) else ""
         where = f"{error.filename or workdir}: {error.strerror or error}"
         print(f"error: {InputError(where)}{advice}", file=sys.stderr)
         return 2

@@ -34,6 +34,7 @@ from ppo.manifest import (
     check_manifest,
 )
 from sarm_jax.errors import InputError
+from sarm_jax.files import disk_is_full
 
 LOG = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def _quiet() -> Iterator[None]:
 def _disk_is_full(error: BaseException | None) -> bool:
     """Whether this, or what it came from, says so; TensorStore tells only in words."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             return True
         if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
             return True

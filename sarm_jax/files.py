@@ -1,6 +1,7 @@
 """Writing a file so that it is either the old one or the whole new one, never half of it."""
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,11 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
         to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error says that no space, or none of the quota, is left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def to_disk(path: Path) -> None:

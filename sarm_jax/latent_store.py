@@ -64,25 +64,11 @@ class EncodedLatents:
 
     def columns(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Dense columns `[N, n]`."""
-        where = jnp.asarray(ids)
+        where = jnp.asarray(ids, jnp.int32)
         encoder = self.sae.encoder[...][:, where]
         centred = (jnp.asarray(self.x_nd) - self.sae.pre_bias[...]).astype(encoder.dtype)
         a_nb = jnp.einsum("nd,db->nb", centred, encoder, preferred_element_type=jnp.float32)
         return np.asarray(a_nb + self.sae.latent_bias[...][where], np.float32)
-
-
-class DenseLatents:
-    """Latents `[N, M]` that are in memory already."""
-
-    def __init__(self, z_nf: np.ndarray):
-        self.z_nf, self.size = z_nf, z_nf.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.z_nf)
-
-    def columns(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Columns `[N, n]`."""
-        return np.take(self.z_nf, ids, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,10 +105,3 @@ def feature_blocks(size: int, rows: int) -> Iterator[np.ndarray]:
         starts.pop()
     for start, stop in zip(starts, [*starts[1:], size], strict=True):
         yield np.arange(start, stop)
-
-
-def dense_contrast(chosen_pf: np.ndarray, rejected_pf: np.ndarray) -> Contrast:
-    """Two arrays `[P, M]`, the same row being the same pair."""
-    count = len(chosen_pf)
-    both = DenseLatents(np.concatenate([chosen_pf, rejected_pf]))
-    return Contrast(both, np.arange(count), np.arange(count, 2 * count))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sarm_jax.detectors import find_detectors, firing_rate, random_control, taus_of
-from sarm_jax.latent_store import dense_contrast
+from tests.dense_latents import dense_contrast
 
 
 def latents():

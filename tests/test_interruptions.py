@@ -44,11 +44,7 @@ def train(world, workdir, *killed):
     line = [sys.executable, *program, "--config=configs/base.py", f"--workdir={workdir}"]
     line += [f"--policy_model={world / 'policy'}", f"--sarm_model={world / 'sarm'}"]
     line += [f"--prompts_jsonl={world / 'demos.jsonl'}", *(f"--config.{o}" for o in options)]
-    environment = os.environ | {
-        "TQDM_DISABLE": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(world / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
+    environment = os.environ | {"TQDM_DISABLE": "1"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
 

@@ -16,7 +16,8 @@ from sarm_jax.contrast_statistics import (
     row_totals,
 )
 from sarm_jax.detectors import calibrated_tau, taus_of
-from sarm_jax.latent_store import Contrast, TopKLatents, dense_contrast
+from sarm_jax.latent_store import Contrast, TopKLatents
+from tests.dense_latents import dense_contrast
 
 TEXTS = [f"answer {i} " * (i % 4 + 1) for i in range(11)]
 

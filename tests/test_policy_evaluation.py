@@ -21,10 +21,12 @@ from sarm_jax.evaluation import response_metrics as metrics
 from sarm_jax.evaluation.controls import Controls
 from sarm_jax.evaluation.latent_map import largest_terms, principal_plane
 from sarm_jax.generate import Sampling
-from sarm_jax.latent_store import DenseLatents, TopKLatents
+from sarm_jax.latent_store import TopKLatents
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
-from sarm_jax.sarm import intervention
+from sarm_jax.sae import SAEConfig
+from sarm_jax.sarm import SARMConfig, intervention
 from sarm_jax.sharding import ONE_DEVICE
+from tests.dense_latents import DenseLatents
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
 PROMPTS = ["say 1", "say 2", "say 3"]
@@ -138,6 +140,28 @@ def test_comparison_against_scores_one_by_one(reward_model):
     difference = (plain["y"] - plain["x"]).mean()
     assert told["between"]["y − x"]["score"]["mean"] == pytest.approx(difference, abs=1e-5)
     assert set(told["paired"]) == {"x", "y"} and "win_rate" not in told["runs"]["base"]
+
+
+def test_without_controls_and_without_topk(reward_model):
+    reward_model.model.config = sarm = SARMConfig(
+        reward_model.model.config.trunk, SAEConfig(32, latent_size=64, k=8, use_topk=False)
+    )
+    reward_model.model.sae.config = sarm.sae
+    answers = ["a", "bb", "ccc"]
+    ended = np.ones(3, bool), np.zeros(3)
+    sides = {"base": Responses(answers, np.array([1, 2, 3]), *ended)}
+    found = compare(reward_model, Controls(), PROMPTS, sides)
+    told = summary(found, resamples=100, seed=0)["runs"]["base"]
+    expected, z = reward_model.score(PROMPTS, answers)
+    assert (z != 0).all()  # every pre-activation counts
+    for name in ("score", "controlled_score", "score_without"):
+        assert told[name]["mean"] == pytest.approx(expected.mean(), abs=1e-5)
+    assert told["penalty"]["mean"] == 0 and not any(name.startswith("latent_") for name in told)
+    weight = np.asarray(reward_model.model.score[...])
+    for n, row in enumerate(response_rows(found)):
+        terms = [term[3] for term in row["responses"]["base"]["terms"]]
+        largest = np.sort(np.abs(z[n] * weight))[::-1][: len(terms)]
+        np.testing.assert_allclose(np.abs(terms), largest, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

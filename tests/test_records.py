@@ -35,6 +35,26 @@ def test_inputs_are_the_existing_files_that_options_name(tmp_path):
     assert {p for p in again if again[p] != found.inputs[p]} == {str(pairs)}
 
 
+def test_large_files_count_by_content_wherever_they_lie(tmp_path, monkeypatch):
+    monkeypatch.setattr("configs.records.LARGE", 1 << 10)
+    monkeypatch.setattr("configs.records.PIECE", 64)
+    first, again = tmp_path / "a.bin", tmp_path / "b.bin"
+    first.write_bytes(bytes(range(256)) * 16)
+    again.write_bytes(first.read_bytes())  # another place, another time: the same weights
+
+    def digest(path):
+        return provenance({"model": str(path)}).inputs[str(path)]
+
+    assert digest(first) == digest(again)
+    for place in (0, 4095):
+        content = bytearray(first.read_bytes())
+        content[place] ^= 1
+        again.write_bytes(content)
+        assert digest(first) != digest(again)
+    again.write_bytes(first.read_bytes() + b"0")
+    assert digest(first) != digest(again)
+
+
 def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
     made_from = provenance({"a": 1})
     with pytest.raises(KeyboardInterrupt), Records(tmp_path).recording("identify", made_from):
