@@ -189,11 +189,11 @@ class Learner:
         packing = Packing.of(mask_bt[:, -responses:], slots.responses, parts)
         packed = packing.pack(x_brd), packing.pack(targets_br)
         rows = parts * math.gcd(len(packed[1]) // parts, MULTIPLE)  # for the cores of a CPU
-        x_scd, targets_sc = (y.reshape(rows, -1, *y.shape[2:]) for y in packed)
+        x_scd, targets_sc = (y.reshape(rows, -1, *y.shape[1:]) for y in packed)
         chunk = -(-chunk * len(tokens_bt) // rows)
         given = (x_scd, model.vocabulary, targets_sc)
         per_token = token_logprobs(*given, temperature, chunk, size)
-        return *map(packing.unpack, per_token), x_brd
+        return *(packing.unpack(y.reshape(-1)) for y in per_token), x_brd
 
 
 def make_optimizer(config: PPOConfig) -> optax.GradientTransformation:

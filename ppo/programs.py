@@ -119,41 +119,29 @@ class _Halves:
             return draw_token(policy.logits(x_b1d)[:, 0], key, sampling), cache
 
         params, base = self.state.params, self.base
-        layers, cache = self._unstacked()
+        layers, cache = self._layers(), self._cache()
         token_b = placement.abstract_rows((config.batch_size,), jnp.int32)
         key = placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
         donated = jax.jit(decode, donate_argnums=3)
         return donated.lower(params, base, layers, cache, token_b, key)
 
-    def _unstacked(self) -> tuple[tuple[nnx.State, ...] | None, KVCache]:
+    def _layers(self) -> tuple[nnx.State, ...]:
         """`Llama.unstacked` of the abstract policy, each layer split like its stack."""
-        policy, cache = self._policy(self.state.params, self.base), self._cache()
-        if not policy.decodes_unstacked:
-            return None, cache
-        layer = self.learner.placement.abstract_layer
-        count = policy.config.num_hidden_layers
-        layers = (jax.tree.map(layer, nnx.state(policy.layers)),) * count
-        k, v = ((layer(x),) * count for x in (cache.k, cache.v))
-        return layers, KVCache(k, v, cache.mask_bs, cache.column, cache.position_b)
+        policy = self._policy(self.state.params, self.base)
+        layer = jax.tree.map(self.learner.placement.abstract_layer, nnx.state(policy.layers))
+        return (layer,) * policy.config.num_hidden_layers
 
     def _cache(self) -> KVCache:
         config, placement = self.learner.config, self.learner.placement
         model = self._policy(self.state.params, self.base).config
         rows, size = config.batch_size, self.prompt + config.max_new_tokens
-        shape = (
-            model.num_hidden_layers,
-            rows,
-            model.num_key_value_heads,
-            model.head_dim,
-            size,
-        )
-        dtype = self.base.embed_tokens.dtype
-        spec = jax.sharding.PartitionSpec(None, BATCH[0], "tensor")
-        kv = placement.abstract(shape, dtype, spec)
+        shape = (rows, model.num_key_value_heads, model.head_dim, size)
+        spec = jax.sharding.PartitionSpec(BATCH[0], "tensor")
+        kv = (placement.abstract(shape, self.base.embed_tokens.dtype, spec),)
         whole: Any = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.int32))
         return KVCache(
-            k=kv,
-            v=kv,
+            k=kv * model.num_hidden_layers,
+            v=kv * model.num_hidden_layers,
             mask_bs=placement.abstract_rows((rows, size), bool),
             column=whole,
             position_b=placement.abstract_rows((rows,), jnp.int32),

@@ -129,7 +129,7 @@ def sample(
     tokens_br = jnp.full((batch, budget), pad, jnp.int32).at[:, 0].set(token_b)
     logp_br = jnp.zeros((batch, budget)).at[:, 0].set(logp_b)
     running_b &= ~jnp.isin(token_b, stop_ids)
-    layers, cache = policy.unstacked(cache)
+    layers = policy.unstacked()
     carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
     _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
 

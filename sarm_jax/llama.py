@@ -54,15 +54,15 @@ class LlamaConfig:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all layers, `[L, B, K, head_dim, S]`, filled column by column.
+    """Keys and values of each layer, `[B, K, head_dim, S]`, filled column by column.
 
     With the columns last, both products of attention read the cache as it lies. `mask_bs` marks
     the columns that hold real tokens, `column` is the next one to write and `position_b` the next
-    position of each row. Where `Llama.unstacked` is used, `k` and `v` are a tuple of layers.
+    position of each row.
     """
 
-    k: jax.Array | tuple[jax.Array, ...]
-    v: jax.Array | tuple[jax.Array, ...]
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
     mask_bs: jax.Array
     column: jax.Array
     position_b: jax.Array
@@ -107,7 +107,7 @@ class Attention(nnx.Module):
 
     def project(self, x_btd, rope, keys):
         """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`."""
-        split = (*x_btd.shape[:2], -1, self.head_dim)
+        split = (*x_btd.shape[:-1], -1, self.head_dim)
         q_btnh = apply_rope(self.q_proj(x_btd, keys[0]).reshape(split), rope)
         k_btkh = apply_rope(self.k_proj(x_btd, keys[1]).reshape(split), rope)
         return q_btnh, k_btkh, self.v_proj(x_btd, keys[2]).reshape(split)
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
         )
         if packing is not None:
             out_btnh = packing.pack(out_btnh)
-        return self.o_proj(out_btnh.reshape(*out_btnh.shape[:2], -1), key)
+        return self.o_proj(out_btnh.reshape(*out_btnh.shape[:-2], -1), key)
 
 
 class MLP(nnx.Module):
@@ -144,7 +144,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btd, rope, mask_bts, implementation, dropout_key=None, packing=None):
-        """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G · N, 1, D]`."""
+        """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G · N, D]`."""
         keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
         q, k, v = self.attn.project(self.input_layernorm(x_btd), rope, keys[:3])
         if packing is not None:
@@ -152,17 +152,16 @@ class Block(nnx.Module):
         x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, implementation, keys[3], packing)
         return x_btd + self.mlp(self.post_attention_layernorm(x_btd), keys[4:]), (k, v)
 
-    def decode(self, x_b1d, rope, mask_b1s, layer, column, k_cache, v_cache):
-        """One token through layer number `layer`; its keys and values go into the cache."""
+    def decode(self, x_b1d, rope, mask_b1s, column, k_bkhs, v_bkhs):
+        """One token through the layer; its keys and values go into the cache."""
         keys = [None] * 7
         q, k, v = self.attn.project(self.input_layernorm(x_b1d), rope, keys[:3])
-        at = (layer, 0, 0, 0, column)
-        k_cache = jax.lax.dynamic_update_slice(k_cache, jnp.moveaxis(k, 1, -1)[None], at)
-        v_cache = jax.lax.dynamic_update_slice(v_cache, jnp.moveaxis(v, 1, -1)[None], at)
-        k_bskh = jnp.moveaxis(jax.lax.dynamic_index_in_dim(k_cache, layer, 0, False), -1, 1)
-        v_bskh = jnp.moveaxis(jax.lax.dynamic_index_in_dim(v_cache, layer, 0, False), -1, 1)
-        x_b1d = x_b1d + self.attn.attend(q, k_bskh, v_bskh, mask_b1s, "xla", None)
-        return x_b1d + self.mlp(self.post_attention_layernorm(x_b1d), keys[4:]), k_cache, v_cache
+        at = (0, 0, 0, column)
+        k_bkhs = jax.lax.dynamic_update_slice(k_bkhs, jnp.moveaxis(k, 1, -1), at)
+        v_bkhs = jax.lax.dynamic_update_slice(v_bkhs, jnp.moveaxis(v, 1, -1), at)
+        cached = jnp.moveaxis(k_bkhs, -1, 1), jnp.moveaxis(v_bkhs, -1, 1)
+        x_b1d = x_b1d + self.attn.attend(q, *cached, mask_b1s, "xla", None)
+        return x_b1d + self.mlp(self.post_attention_layernorm(x_b1d), keys[4:]), k_bkhs, v_bkhs
 
 
 class Llama(nnx.Module):
@@ -248,69 +247,48 @@ class Llama(nnx.Module):
         x_btd = self.norm(x_btd) if self.final_norm else x_btd
         x_btd = x_btd if packing is None else packing.unpack(x_btd)
         extra = cache_size - length
-        widths = ((0, 0), (0, 0), (0, 0), (0, 0), (0, extra))
+
+        def by_layer(y):
+            y = jnp.pad(jnp.moveaxis(y, 2, -1), ((0, 0), (0, 0), (0, 0), (0, 0), (0, extra)))
+            return tuple(y[layer] for layer in range(self.config.num_hidden_layers))
+
         return x_btd, KVCache(
-            k=jnp.pad(jnp.moveaxis(k, 2, -1), widths),
-            v=jnp.pad(jnp.moveaxis(v, 2, -1), widths),
+            k=by_layer(k),
+            v=by_layer(v),
             mask_bs=jnp.pad(mask_bt.astype(bool), ((0, 0), (0, extra))),
             column=jnp.int32(length),
             position_b=mask_bt.astype(jnp.int32).sum(axis=1),
         )
 
+    def unstacked(self) -> tuple[nnx.State, ...]:
+        """The weights of each layer in arrays of their own, for many calls of `decode`.
+
+        A layer that is read out of its stack is copied first, up to three times the traffic of
+        reading it, so `decode` would copy all weights at every token.
+        """
+        stack = nnx.state(self.layers)
+        numbers = range(self.config.num_hidden_layers)
+        return tuple(jax.tree.map(lambda x, layer=layer: x[layer], stack) for layer in numbers)
+
     def decode(
-        self, token_b: jax.Array, cache: KVCache, layers: tuple[nnx.State, ...] | None = None
+        self, token_b: jax.Array, cache: KVCache, layers: tuple[nnx.State, ...]
     ) -> tuple[jax.Array, KVCache]:
         """Feeds one token per row: (its `hidden` `[B, 1, D]`, the cache with one column more).
 
-        `layers` and the cache are stacked, or both as `unstacked` gives them.
+        `layers` are `unstacked`'s.
         """
         mask_bs = cache.mask_bs.at[:, cache.column].set(True)
         rope = self._rope(cache.position_b[:, None])
-        graphdef, state = nnx.split(self.layers)
-
-        def step(carry, layer_and_state):
-            x, k, v = carry
-            layer, layer_state = layer_and_state
-            block = nnx.merge(graphdef, layer_state)
-            return block.decode(x, rope, mask_bs[:, None], layer, cache.column, k, v), None
-
+        graphdef = nnx.graphdef(self.layers)
         x_b1d = self.embed_tokens[...][token_b[:, None]]
-        k: Any
-        v: Any
-        if layers is None:
-            numbers = jnp.arange(self.config.num_hidden_layers)
-            (x_b1d, k, v), _ = jax.lax.scan(step, (x_b1d, cache.k, cache.v), (numbers, state))
-        else:
-            k, v = list(cache.k), list(cache.v)
-            for i, layer_state in enumerate(layers):
-                carry = (x_b1d, k[i][None], v[i][None])
-                (x_b1d, k_1bkhs, v_1bkhs), _ = step(carry, (0, layer_state))
-                k[i], v[i] = k_1bkhs[0], v_1bkhs[0]
-            k, v = tuple(k), tuple(v)
+        keys_and_values = []
+        for layer, k_bkhs, v_bkhs in zip(layers, cache.k, cache.v, strict=True):
+            block = nnx.merge(graphdef, layer)
+            x_b1d, *kv = block.decode(x_b1d, rope, mask_bs[:, None], cache.column, k_bkhs, v_bkhs)
+            keys_and_values.append(kv)
+        k, v = zip(*keys_and_values, strict=True)
         cache = KVCache(k, v, mask_bs, cache.column + 1, cache.position_b + 1)
         return (self.norm(x_b1d) if self.final_norm else x_b1d), cache
-
-    def unstacked(self, cache: KVCache) -> tuple[tuple[nnx.State, ...] | None, KVCache]:
-        """(weights by layer, the cache by layer) for many calls of `decode`, where it pays.
-
-        A GPU copies every layer out of its stack before it multiplies, three times the traffic of
-        reading it, so the copies are made once. A CPU reads the stack as it lies: (None, cache).
-        """
-        if not self.decodes_unstacked:
-            return None, cache
-        numbers = range(self.config.num_hidden_layers)
-
-        def layer(tree, i):
-            return jax.tree.map(lambda x: x[i], tree)
-
-        layers = tuple(layer(nnx.state(self.layers), i) for i in numbers)
-        k, v = (tuple(layer(x, i) for i in numbers) for x in (cache.k, cache.v))
-        return layers, KVCache(k, v, cache.mask_bs, cache.column, cache.position_b)
-
-    @property
-    def decodes_unstacked(self) -> bool:
-        """Whether `unstacked` does anything."""
-        return self._backend == "gpu"
 
     @property
     def _backend(self):
@@ -324,7 +302,7 @@ class Llama(nnx.Module):
     def _forward(self, tokens_bt, mask_bt, dropout_key=None, packing=None, keep=lambda x, kv: None):
         """(the last layer's output, `keep(output, (keys, values))` of every layer, stacked).
 
-        With a packing, outputs are `[G · N, 1, D]`; keys and values are `[B, T, …]` either way.
+        With a packing, outputs are `[G · N, D]`; keys and values are `[B, T, …]` either way.
         """
         mask_bt = mask_bt.astype(bool)
         length = tokens_bt.shape[1]

@@ -1,9 +1,10 @@
-"""Leaving the padding out: the real tokens of `[B, T]` as rows of one token, `[G · N, 1]`.
+"""Leaving the padding out: the real tokens of `[B, T]` side by side, `[G · N]`.
 
 Norms and matrix products look at one token at a time and need no padding; only attention needs
 the rows. A group is a run of consecutive rows with N slots of its own, so that on a mesh each
 part of the batch keeps its tokens. N is fixed in advance and must hold every group's real tokens.
-Slots come first because XLA shares work among a CPU's cores along the first axis alone.
+There is no axis beside that of the slots: XLA shares work among a CPU's cores along the first one
+alone, and sums over the last one twenty times slower where there is a unit axis before it.
 """
 
 from functools import partial
@@ -36,16 +37,16 @@ class Packing:
         return cls(source_gn, used_gn, slot_gm.reshape(mask_bt.shape), mask_bt.astype(bool))
 
     def pack(self, x_bt: jax.Array) -> jax.Array:
-        """`[B, T, …]` → `[G · N, 1, …]`; unused slots are 0."""
+        """`[B, T, …]` → `[G · N, …]`; unused slots are 0."""
         x_gm = x_bt.reshape(self.used_gn.shape[0], -1, *x_bt.shape[2:])
         y_gn = _move(x_gm, self._to_slots, self._to_rows)
-        return y_gn.reshape(-1, 1, *x_bt.shape[2:])
+        return y_gn.reshape(-1, *x_bt.shape[2:])
 
-    def unpack(self, x_s1: jax.Array) -> jax.Array:
-        """`[G · N, 1, …]` → `[B, T, …]`; padding is 0."""
-        x_gn = x_s1.reshape(*self.used_gn.shape, *x_s1.shape[2:])
+    def unpack(self, x_s: jax.Array) -> jax.Array:
+        """`[G · N, …]` → `[B, T, …]`; padding is 0."""
+        x_gn = x_s.reshape(*self.used_gn.shape, *x_s.shape[1:])
         y_gm = _move(x_gn, self._to_rows, self._to_slots)
-        return y_gm.reshape(*self.mask_bt.shape, *x_s1.shape[2:])
+        return y_gm.reshape(*self.mask_bt.shape, *x_s.shape[1:])
 
     @property
     def _to_slots(self):

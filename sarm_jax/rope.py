@@ -39,14 +39,14 @@ def inverse_frequencies(
 
 
 def rope_tables(positions_bt: jax.Array, inv_freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 `[B, T, head_dim / 2]`."""
+    """(cos, sin), each float32 `[B, T, head_dim / 2]`; any axes may stand for B, T."""
     angles_bth = positions_bt[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles_bth), jnp.sin(angles_bth)
 
 
 def apply_rope(x_btnh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates every head of `[B, T, N, head_dim]`; computed in float32, returned in x's dtype."""
-    cos, sin = (table[:, :, None, :] for table in tables)
+    cos, sin = (table[..., None, :] for table in tables)
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_btnh.dtype)

@@ -50,7 +50,7 @@ def test_cached_decode_is_the_full_forward(policy, batch_bt, side):
     x, cache = policy.prefill(tokens, mask, cache_size=9)
     np.testing.assert_allclose(x[mask], expected[:, :5][mask], atol=1e-5)
     for t in range(4):
-        x, cache = policy.decode(new[:, t], cache)
+        x, cache = policy.decode(new[:, t], cache, policy.unstacked())
         np.testing.assert_allclose(x[:, 0], expected[:, 5 + t], atol=1e-5)
 
 

@@ -18,22 +18,21 @@ MASK = np.asarray([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 0]], bool
 def test_pack_and_unpack_against_a_loop(groups, slots):
     x = np.random.default_rng(0).normal(size=(*MASK.shape, 2, 3)).astype(np.float32)
     packing = Packing.of(jnp.asarray(MASK), slots, groups)
-    packed = packing.pack(jnp.asarray(x)).reshape(groups, -1, 2, 3)
+    slots_s = packing.pack(jnp.asarray(x))
+    packed = slots_s.reshape(groups, -1, 2, 3)
     per_group = np.split(np.arange(4), groups)
     for rows, got in zip(per_group, packed, strict=True):
         real = [x[b, t] for b in rows for t in range(4) if MASK[b, t]]
         np.testing.assert_array_equal(got[: len(real)], real)
         np.testing.assert_array_equal(got[len(real) :], 0)
-    np.testing.assert_array_equal(packing.unpack(packed), np.where(MASK[..., None, None], x, 0))
+    np.testing.assert_array_equal(packing.unpack(slots_s), np.where(MASK[..., None, None], x, 0))
 
 
 def test_gradients_are_those_of_indexing():
     rng = np.random.default_rng(0)
     x, weight_gn = rng.normal(size=(4, 4)), rng.normal(size=(2, 7))
     packing = Packing.of(jnp.asarray(MASK), 7, 2)
-    gradient = jax.grad(lambda x: (packing.pack(x) * weight_gn.reshape(14, 1)).sum())(
-        jnp.asarray(x)
-    )
+    gradient = jax.grad(lambda x: (packing.pack(x) * weight_gn.reshape(14)).sum())(jnp.asarray(x))
     expected = np.zeros((4, 4))
     for g, rows in enumerate(((0, 1), (2, 3))):
         places = [(b, t) for b in rows for t in range(4) if MASK[b, t]]
@@ -41,7 +40,7 @@ def test_gradients_are_those_of_indexing():
             expected[place] = weight_gn[g, n]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
     weight_bt = rng.normal(size=(4, 4))
-    gradient = jax.grad(lambda y: (packing.unpack(y) * weight_bt).sum())(jnp.zeros((14, 1)))
+    gradient = jax.grad(lambda y: (packing.unpack(y) * weight_bt).sum())(jnp.zeros(14))
     np.testing.assert_allclose(gradient, packing.pack(jnp.asarray(weight_bt)), rtol=1e-6)
 
 
@@ -70,8 +69,8 @@ def test_prefill_fills_the_same_cache(policy, batch_bt):
     packed, cache = policy.prefill(tokens, mask, 7, Packing.of(mask, 8))
     padded, expected = policy.prefill(tokens, mask, 7)
     np.testing.assert_allclose(packed[mask], padded[mask], atol=1e-5)
-    real = np.pad(np.asarray(mask), ((0, 0), (0, 2)))[None, :, None, None]
-    for a, b in ((cache.k, expected.k), (cache.v, expected.v)):
+    real = np.pad(np.asarray(mask), ((0, 0), (0, 2)))[:, None, None]
+    for a, b in zip(cache.k + cache.v, expected.k + expected.v, strict=True):
         np.testing.assert_allclose(np.where(real, a, 0), np.where(real, b, 0), atol=1e-5)
     assert cache.column == expected.column
     np.testing.assert_array_equal(cache.position_b, expected.position_b)

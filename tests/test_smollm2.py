@@ -87,5 +87,5 @@ def test_cached_decode_is_the_full_forward(models):
     full = policy.hidden(tokens, mask)
     _, cache = policy.prefill(tokens[:, :-3], mask[:, :-3], len(row))
     for t in range(len(row) - 3, len(row)):
-        x, cache = policy.decode(tokens[:, t], cache)
+        x, cache = policy.decode(tokens[:, t], cache, policy.unstacked())
         np.testing.assert_allclose(x[:, 0], full[:, t], atol=1e-5 * float(jnp.abs(full).max()))
