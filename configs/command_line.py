@@ -9,10 +9,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sarm_jax.errors import InputError
+from sarm_jax.errors import InputError, refuse_secrets
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment: configs/*.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "results; default outputs/<name of the config>")
@@ -62,6 +63,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
 
     "{workdir}" is not filled in yet.
     """
+    for option in argv[1:]:
+        refuse_secrets(option)
     named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
     if named is not None and not Path(named.partition(":")[0]).is_file():
         raise InputError(f"--config={named}: no such file")
@@ -84,6 +87,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         value = flags.FLAGS[flag].value
         if value is not None:
             config.update_from_flattened_dict({field: value})
+    for parts, value in jax.tree_util.tree_leaves_with_path(config.to_dict()):
+        name = jax.tree_util.keystr(parts, simple=True, separator=".")
+        refuse_secrets(f"--config.{name}={value}")
     return config, STAGE.value, workdir
 
 

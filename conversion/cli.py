@@ -6,7 +6,8 @@ from typing import Any
 
 from absl import flags
 
-from sarm_jax.errors import InputError
+from sarm_jax.errors import InputError, refuse_secrets
+from sarm_jax.signals import on_signal
 
 
 def run(
@@ -17,17 +18,26 @@ def run(
 ) -> None:
     """Parses `argv` into `values`, prints the line that `main(values)` returns.
 
-    Bad flags, bad input and file-system errors become one `error: …` line on stderr and exit 2.
+    Bad flags, bad input and file-system errors become one `error: …` line on stderr and exit 2;
+    Ctrl-C and SIGTERM exit 130 and 143, with nothing left behind.
     """
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "--helpfull"} & set(argv[1:]):
         print(f"{usage}\n{values.get_help()}")
         sys.exit(0)
     try:
+        for option in argv[1:]:
+            refuse_secrets(option)
         rest = values(argv)[1:]
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag")
-        print(main(values))
+        with on_signal(_interrupted):
+            print(main(values))
     except (InputError, flags.Error, OSError) as error:
         print(f"error: {InputError(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _interrupted(number: int) -> None:
+    print("interrupted; the same command starts again", file=sys.stderr)
+    sys.exit(128 + number)

@@ -1,14 +1,44 @@
 """What a run says while it goes."""
 
 import logging
+import sys
 
 from absl import logging as absl_logging
 
+from sarm_jax.errors import secrets, without_secrets
+
+LOG = logging.getLogger(__name__)
+OTHERS = ("transformers", "huggingface_hub")  # which bring handlers of their own
+
 
 def show_progress(prefix: str = "", level: int = logging.INFO) -> None:
-    """Shows this project's own messages from `level` on; of the libraries' only warnings."""
-    line = f"%(asctime)s {prefix}%(message)s"
-    logging.basicConfig(format=line, datefmt="%H:%M:%S", force=True)
+    """Shows this project's own messages from `level` on; of the libraries' only warnings.
+
+    No line shows a secret, whoever logs it: neither theirs, nor an error's that nobody expected.
+    """
+    handler = logging.StreamHandler()
+    handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    logging.basicConfig(handlers=[handler], force=True)
+    for name in OTHERS:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    sys.excepthook = _unexpected
     for package in ("sarm_jax", "ppo", "configs", "conversion"):
         logging.getLogger(package).setLevel(level)
     absl_logging.set_verbosity(absl_logging.WARNING)
+
+
+class _WithoutSecrets(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record), secrets())
+
+
+def _unexpected(kind, *error) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, *error)
+        return
+    LOG.critical(
+        "an error in the program: please report it with these lines; checkpoints and finished "
+        "stages are kept, and the same command goes on from them",
+        exc_info=(kind, *error),
+    )

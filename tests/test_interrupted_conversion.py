@@ -1,7 +1,9 @@
 """A conversion that is killed, that finds no room, or that runs beside another one."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -143,3 +145,14 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     cli.run(command.main, command.FLAGS, "", argv)
     written = sum(map(len, contents(dst).values()))
     assert written <= needed < written + (1 << 20)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, number):
+    options = ["from_hf", "--kind=policy", f"--src={source}", f"--dst={tmp_path}/dst"]
+    monkeypatch.setattr(from_hf, "write_description", lambda *_: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(from_hf.main, from_hf.FLAGS, "", options)
+    assert stopped.value.code == 128 + number
+    assert capsys.readouterr().err == "interrupted; the same command starts again\n"
+    assert not list(tmp_path.iterdir())

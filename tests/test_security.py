@@ -3,7 +3,9 @@
 import ast
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,10 +14,12 @@ import pytest
 from absl.testing import flagsaver
 
 import main
-from conversion import load_policy, to_hf
+from conversion import cli, from_hf, load_policy, to_hf
 from conversion.containment import contained
 from conversion.load import load_hf_tokenizer
-from sarm_jax.errors import InputError, printable
+from sarm_jax.errors import InputError, printable, secrets
+from sarm_jax.evaluation.report.page import ReportConfig, write_report
+from sarm_jax.progress import show_progress
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.report_runs import write_run
 
@@ -95,11 +99,19 @@ def test_an_export_does_not_copy_what_links_point_to(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_messages_are_one_printable_line_without_secrets():
-    environment = {"HF_TOKEN": CANARY, "MY_API_KEY": "abcdefgh1", "HOME": "/home/someone"}
-    text = f"a\n\tb {CANARY} abcdefgh1 /home/someone \x1b[2J \u202e"
-    assert printable(text, environment) == (
-        "a b [HF_TOKEN] [MY_API_KEY] /home/someone \\x1b[2J \\u202e"
+@pytest.fixture
+def only_login(monkeypatch):
+    """A login that `hf auth login` has stored, and no token in the environment."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: CANARY)
+
+
+def test_messages_are_one_printable_line_without_secrets(monkeypatch):
+    for name, value in (("HF_TOKEN", CANARY), ("MY_API_KEY", CANARY[:9]), ("SECRET_FLAG", "true")):
+        monkeypatch.setenv(name, value)
+    text = f"a\n\tb {CANARY} {CANARY[:9]} true /home/someone \x1b[2J \u202e"
+    assert printable(text, secrets()) == (
+        "a b [HF_TOKEN] [MY_API_KEY] true /home/someone \\x1b[2J \\u202e"
     )
     assert len(printable("x" * 10**6, {})) < 2100
 
@@ -144,3 +156,96 @@ def test_the_token_is_in_no_output(tmp_path, monkeypatch, capfd, caplog):
     everything += [path.read_bytes().decode("latin-1") for path in files]
     for text in everything:
         assert not re.search(CANARY, text) and CANARY[::-1] not in text
+
+
+def test_a_stored_login_is_a_secret_too(only_login):
+    assert str(InputError(f"401 for {CANARY}")) == "401 for [HF_TOKEN]"
+
+
+@pytest.mark.parametrize("logger", ["ppo.train", "transformers", "huggingface_hub", "absl", "any"])
+def test_no_log_line_shows_a_secret_whoever_writes_it(only_login, capfd, logger):
+    show_progress()
+    try:
+        raise OSError(f"Bearer {CANARY}")
+    except OSError:
+        logging.getLogger(logger).warning("asked with %s", CANARY, exc_info=True)
+    shown = capfd.readouterr().err
+    assert "asked with [HF_TOKEN]" in shown and "OSError: Bearer [HF_TOKEN]" in shown
+    assert CANARY not in shown
+
+
+def test_an_unexpected_error_shows_no_secret_and_says_what_to_do():
+    script = (
+        "import os; from sarm_jax.progress import show_progress; show_progress()\n"
+        "raise LookupError(os.environ['HF_TOKEN'])"
+    )
+    environment = os.environ | {"HF_TOKEN": CANARY}
+    line = [sys.executable, "-c", script]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and CANARY not in done.stderr
+    assert "LookupError: [HF_TOKEN]" in done.stderr and "please report it" in done.stderr
+
+
+PLANTED = [  # an address with a token in it is how other tools take one
+    f"--policy_model=https://user:{CANARY}@huggingface.co/owner/name",
+    f"--prompts_jsonl={CANARY}.jsonl",
+    f"--workdir=outputs/{CANARY}",
+    f"--config.report.runs={CANARY}=a",
+    f"--config.evaluate.rm_bench=hf://datasets/owner/name@{CANARY}/a.json",
+    f"--stage={CANARY}",
+    f"--{CANARY}=1",
+]
+
+
+@pytest.mark.parametrize("stage", ["train", "report", "all"])
+@pytest.mark.parametrize("option", PLANTED)
+def test_an_option_with_a_secret_is_refused(
+    only_login, tmp_path, monkeypatch, capfd, option, stage
+):
+    argv = ["main.py", f"--config={Path('configs/base.py').resolve()}", f"--stage={stage}", option]
+    refused(argv, tmp_path, monkeypatch, capfd)
+
+
+def test_a_config_that_takes_a_secret_from_the_environment_is_refused(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "import os\nfrom configs import base\n\n\ndef get_config():\n"
+        "    config = base.get_config()\n"
+        "    config.train_sarm.model = 'https://' + os.environ['HF_TOKEN']\n    return config\n"
+    )
+    shown = refused(["main.py", f"--config={config}"], tmp_path / "run", monkeypatch, capfd)
+    assert "--config.train_sarm.model=https://[HF_TOKEN]" in shown
+
+
+def refused(argv, place, monkeypatch, capfd) -> str:
+    """What main says; exit code 2, one line without the secret, nothing in `place`."""
+    place.mkdir(exist_ok=True)
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "argv", argv)
+    with flagsaver.flagsaver():
+        assert main.main(argv) == 2
+    shown = capfd.readouterr().err
+    assert shown.count("\n") == 1 and "[HF_TOKEN]" in shown and "holds a secret" in shown
+    assert CANARY not in shown and not list(place.iterdir())
+    return shown
+
+
+def test_a_conversion_takes_no_secret(only_login, tmp_path, capfd):
+    options = ["--kind=policy", f"--src=https://{CANARY}@host/x", f"--dst={tmp_path}/new"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(from_hf.main, from_hf.FLAGS, "", ["from_hf", *options])
+    shown = capfd.readouterr().err
+    assert stopped.value.code == 2 and "[HF_TOKEN]" in shown and CANARY not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_shows_no_secret_that_stands_in_the_data(only_login, tmp_path):
+    run = write_run(tmp_path / "run", steps=3)
+    for name in ("samples.jsonl", "evaluations.jsonl"):
+        path = run / name
+        path.write_text(path.read_text().replace("second line", CANARY))
+    assert CANARY in path.read_text()
+    page = write_report(ReportConfig(str(run), 0), tmp_path).read_text()
+    assert CANARY not in page and "[HF_TOKEN]" in page

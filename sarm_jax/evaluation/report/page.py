@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from sarm_jax.errors import InputError
+from sarm_jax.errors import InputError, secrets, without_secrets
 from sarm_jax.evaluation.report.evaluations import EVALUATE, Evaluation, read_evaluation
 from sarm_jax.evaluation.report.pictures import file_name
 from sarm_jax.evaluation.report.runs import Run, read_run
@@ -65,7 +65,7 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
                 file.write(picture.light)
     path = workdir / "report.html"
     with replacing(path) as file:
-        file.write(page)
+        file.write(without_secrets(page, secrets()))
     return path
 
 
