@@ -3,8 +3,9 @@
     python main.py --config=configs/full_method.py [--stage=train] [--workdir=outputs/full_method]
                    [--config.ppo.total_steps=20 …] [--alpha_values=0.1,0.1 …] [--log_level=info]
 
-Exit codes: 0 done; 2 bad input or a full disk (one `error: …` line on stderr); 3 training stopped
-because numbers became non-finite, or by a guard; 130 and 143 interrupted, after a checkpoint.
+Exit codes: 0 done; 2 bad input, a full disk or no memory (one `error: …` line on stderr); 3
+training stopped because numbers became non-finite, or by a guard; 130 and 143 interrupted, after a
+checkpoint.
 """
 
 import sys
@@ -15,11 +16,16 @@ from configs.shared import check_scoring
 from configs.stages import STAGES
 from configs.study import run_study
 from ppo.guards import TrainingStoppedError
-from sarm_jax.errors import InputError
+from sarm_jax.errors import InputError, out_of_memory
 from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress
 from sarm_jax.signals import on_signal
 from sarm_jax.workdir import open_workdir
+
+MEMORY_ADVICE = (
+    "--stage=plan says what fits: remat=full, a larger mesh.fsdp or mesh.tensor, "
+    "ppo.gradient_accumulation_steps, or a smaller ppo.batch_size or sarm_batch_size"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -46,6 +52,12 @@ def main(argv: list[str]) -> int:
     except TrainingStoppedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        first = (str(error) or "out of memory").splitlines()[0]
+        print(f"error: {InputError(first)}; {MEMORY_ADVICE}", file=sys.stderr)
+        return 2
     except OSError as error:  # a full disk; a path that cannot be or must not be written
         advice = "; free space, and the same command goes on" if disk_is_full(error) else ""
         where = f"{error.filename or workdir}: {error.strerror or error}"

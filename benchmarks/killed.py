@@ -4,8 +4,8 @@
     python -m benchmarks.killed --record=calls.json -- --config=configs/demo.py …
 
 `--delay` seconds after the `--call`-th call of a place has begun, whatever runs then; without a
-delay, before the call does anything. With `--record` nothing is killed, and the seconds of every
-call of every place are written.
+delay, before the call does anything. With `--record` the seconds of every call of every place are
+written, if it comes to that.
 """
 
 import argparse
@@ -91,14 +91,14 @@ def command() -> int:
     parser.add_argument("--record")
     cut = sys.argv.index("--")
     args, sys.argv = parser.parse_args(sys.argv[1:cut]), ["main.py", *sys.argv[cut + 1 :]]
-    if args.record is None:
-        signal_at(args.place, args.call, args.delay, args.signal)
-        return main.main(sys.argv)
     seconds: dict[str, list[float]] = defaultdict(list)
-    for place in PLACES:
+    if args.place:
+        signal_at(args.place, args.call, args.delay, args.signal)
+    for place in PLACES if args.record else ():
         around(place, lambda: None, seconds[place].append)
     code = main.main(sys.argv)
-    Path(args.record).write_text(json.dumps(seconds), encoding="utf-8")
+    if args.record:
+        Path(args.record).write_text(json.dumps(seconds), encoding="utf-8")
     return code
 
 

@@ -60,8 +60,9 @@ def run_evaluate(config: ConfigDict, workdir: Path) -> None:
     controls = controls_of(config)
     if answers:
         check_steering(steering, answers, controls)
-    model = reward_model(config)
     folder = workdir / "eval"
+    LOG.info("evaluating %s, for %s", config.sarm_model, folder)
+    model = reward_model(config)
     folder.mkdir(exist_ok=True)
     if answers:
         evaluate_on_answers(steering, model, answers, controls, folder)

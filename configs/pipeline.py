@@ -128,12 +128,18 @@ def run_stage(name: str, config: ConfigDict, workdir: Path) -> None:
 
 
 def run_stages(config: ConfigDict, workdir: Path, names: Sequence[str]) -> list[Outcome]:
-    """Those of the stages that the config asks for and that are not up to date, in order."""
+    """Those of the stages that the config asks for and that are not up to date, in order.
+
+    An InputError names its stage; what is finished by then is kept.
+    """
     outcomes = []
     for name in names:
         recipe = recipes(config, workdir)[name]  # anew: earlier stages write what it names
         if recipe.wanted:
-            outcomes.append(_bring_up_to_date(name, recipe, config, workdir))
+            try:
+                outcomes.append(_bring_up_to_date(name, recipe, config, workdir))
+            except InputError as error:
+                raise InputError(f"stage {name}: {error}") from error
     return outcomes
 
 

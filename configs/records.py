@@ -10,10 +10,11 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ppo.checkpoint import newest_facts
 from sarm_jax.errors import InputError
 from sarm_jax.files import disk_is_full, replacing
 from sarm_jax.strict_json import parse_json
@@ -49,6 +50,35 @@ def provenance(
     return Provenance(options, found)
 
 
+def change(before: Mapping[str, Any], now: Provenance) -> str | None:
+    """What differs from a recorded {options, inputs}, in words; None: nothing."""
+    changed = first_difference(before["options"], json.loads(json.dumps(now.options)))
+    if changed:
+        return changed
+    for path in sorted(before["inputs"].keys() | now.inputs.keys()):
+        if before["inputs"].get(path) != now.inputs.get(path):
+            return f"{path} has changed"
+    return None
+
+
+def check_checkpoint(directory: Path, made_from: Provenance) -> None:
+    """Raises InputError where a run would go on from a checkpoint of another one.
+
+    stages.json and config.json say so too, where they are there and belong to the checkpoint.
+    Checkpoints of versions that did not record what they were made from are taken.
+    """
+    newest = newest_facts(directory)
+    if newest is None:
+        return
+    steps, facts = newest
+    changed = facts.get("made_from") and change(facts["made_from"], made_from)
+    if changed:
+        raise InputError(
+            f"{directory / str(steps)}: a checkpoint of another run: {changed}; put this run's "
+            "own back, or choose another --workdir"
+        )
+
+
 class Records:
     """stages.json of a working directory."""
 
@@ -75,14 +105,7 @@ class Records:
         """What changed since the stage ran, in words; None: nothing, or it never ran."""
         if stage not in self.stages:
             return None
-        found = self.stages[stage]
-        changed = first_difference(found["options"], json.loads(json.dumps(made_from.options)))
-        if changed:
-            return changed
-        for path in sorted(found["inputs"].keys() | made_from.inputs.keys()):
-            if found["inputs"].get(path) != made_from.inputs.get(path):
-                return f"{path} has changed"
-        return None
+        return change(self.stages[stage], made_from)
 
     def finished(self, stage: str) -> bool:
         """Whether the stage's last call came to its end."""
@@ -128,14 +151,16 @@ def _paths(text: str) -> Iterator[Path]:
         if name.startswith("@"):
             name = name[1:].split(":")[0]
         for candidate in dict.fromkeys((name, name.rpartition("=")[2])):
-            if ("/" in candidate or "." in candidate) and _exists(candidate):
+            if _is_path(candidate):
                 yield Path(candidate)
                 break
 
 
-def _exists(name: str) -> bool:
+def _is_path(name: str) -> bool:
+    """Whether it exists; a word, which may be an option's value, must be a model or a run."""
     try:
-        return Path(name).exists()
+        path = Path(name)
+        return path.exists() if "/" in name or "." in name else (path / "config.json").is_file()
     except (OSError, ValueError):  # no name that a file can have
         return False
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from configs.benchmark_stage import prepare_benchmarks
 from configs.evaluation_stage import run_evaluate
+from configs.records import check_checkpoint, provenance
 from configs.report_stage import run_report
 from configs.shared import (
     mesh_config,
@@ -77,6 +78,7 @@ def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> No
     required(config, "prepare_data.demos_jsonl", "policy_model")
     demos = read_jsonl(options.demos_jsonl, DEMO)
     options.check(demos)
+    LOG.info("pairs from %d demonstrations, for %s", len(demos), workdir / "data" / "pairs.jsonl")
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     pairs = make_pairs(options, policy, tokenizer, demos)
     write_jsonl(workdir / "data" / "pairs.jsonl", pairs)
@@ -88,6 +90,7 @@ def prepare_lab(config: ConfigDict, workdir: Path) -> None:
     options = lab_config(config)
     if (workdir / "policy").exists():
         raise InputError(f"{workdir / 'policy'} exists already: delete it to train again")
+    LOG.info("a world and its models, for %s", workdir)
     shutil.rmtree(workdir / "pretrained", ignore_errors=True)  # of a call that did not finish
     data = make_data(options)
     for field in dataclasses.fields(data):
@@ -112,6 +115,7 @@ def run_train_sarm(config: ConfigDict, workdir: Path) -> None:
     options.check_layers(read_policy_config(model).num_hidden_layers)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
+    LOG.info("training a SARM on %d pairs, for %s", len(pairs), workdir / "sarm")
     policy, tokenizer = load_policy(model, config.dtype)
     rows: list[dict] = []
     sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append)
@@ -132,9 +136,10 @@ def run_identify(config: ConfigDict, workdir: Path) -> None:
     paths = split_paths(section.pop("pairs_jsonl"))
     pairs = [{"source": Path(path).stem} | row for path in paths for row in read_pairs((path,))]
     options = IdentifyConfig(**section)
+    folder = workdir / "probes"
+    LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     model = reward_model(config)
     analysis, selected, scores = identify(options, model, pairs)
-    folder = workdir / "probes"
     folder.mkdir(exist_ok=True)
     write_json(folder / "feature_analysis.json", analysis)
     with replacing(folder / "feature_scores.safetensors", "wb") as file:
@@ -176,8 +181,9 @@ def run_probe(config: ConfigDict, workdir: Path) -> None:
     data = read_jsonl(section.data_jsonl, {"prompt": str})
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
     check_probe(options, latent_size, data, section.data_jsonl)
-    probes, certificates = probe(options, reward_model(config), data)
     folder = workdir / "probes"
+    LOG.info("probing %d features on %d rows, for %s", len(ids), len(data), folder)
+    probes, certificates = probe(options, reward_model(config), data)
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)
     content = {"options": dataclasses.asdict(options), "features": certificates}
@@ -195,10 +201,11 @@ def run_human_latents(config: ConfigDict, workdir: Path) -> None:
     demos = read_jsonl(config.human_latents.demos_jsonl, DEMO)
     reward = reward_config(config.reward)
     reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
-    indices = reward.latent_indices
-    human = collect_human_latents(reward_model(config), demos, indices)
-    save_human_latents(workdir / "human_latents.safetensors", human)
-    LOG.info("latents %s in %s", human.z_ns.shape, workdir / "human_latents.safetensors")
+    path = workdir / "human_latents.safetensors"
+    LOG.info("latents of %d demonstrations, for %s", len(demos), path)
+    human = collect_human_latents(reward_model(config), demos, reward.latent_indices)
+    save_human_latents(path, human)
+    LOG.info("latents %s in %s", human.z_ns.shape, path)
 
 
 def run_train(config: ConfigDict, workdir: Path) -> None:
@@ -226,15 +233,29 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
         eval_prompts = read_prompts(path)
         eval_deck = PromptDeck(eval_prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, path)
     check_models(config.policy_model, config.sarm_model)
+    made_from = provenance(train_settings(config), (), workdir / ADAPTER)
+    check_checkpoint(workdir / "checkpoints", made_from)
     claim(workdir, train_settings(config))
 
+    steps = options.ppo.total_steps
+    LOG.info("PPO, %d steps on %d prompts; log and checkpoints in %s", steps, len(prompts), workdir)
     if options.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
     policy, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
     policy.remat = config.remat
     model = reward_model(config)
     trainer = Trainer(
-        options, policy, tokenizer, model, deck, human, workdir, eval_deck, placed, profile
+        options,
+        policy,
+        tokenizer,
+        model,
+        deck,
+        human,
+        workdir,
+        eval_deck,
+        placed,
+        profile,
+        dataclasses.asdict(made_from),
     )
     summary = trainer.run()
     params = trainer.state["train"].params

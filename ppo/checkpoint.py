@@ -10,7 +10,7 @@ import dataclasses
 import errno
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,40 +110,37 @@ class Checkpoints:
         `like` gives structure and placement. Damaged checkpoints that are newer are set aside,
         with a warning. Raises InputError where none is whole, or where it does not fit `like`.
         """
-        damaged: dict[int, str] = {}
-        for steps in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                check_manifest(self._directory / str(steps))
-            except DamagedCheckpointError as error:
-                damaged[steps] = str(error)
-                continue
-            self._set_aside(damaged, steps)
-            return steps, *self._read(steps, like)
-        found = "; ".join(f"{steps}: {problem}" for steps, problem in damaged.items())
-        raise InputError(
-            f"{self._directory}: no checkpoint is whole ({found}); put back a copy of one, or "
-            "delete the working directory to start again"
-        )
+        steps, damaged = _newest_whole(self._directory)
+        self._set_aside(damaged, steps)
+        return steps, *self._read(steps, like)
 
     def close(self) -> None:
         """Ends Orbax's threads."""
         self._manager.close()
 
     def _read(self, steps: int, like: Any) -> tuple[Any, dict]:
+        self._check_fits(steps, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named_arrays(like))
         items = {
             "state": StandardRestore(abstract),
             "facts": JsonRestore(),
         }
-        try:
-            restored = self._manager.restore(steps, args=Composite(**items))
-        except (ValueError, KeyError) as error:
-            raise InputError(
-                f"checkpoint {steps} in {self._directory} does not fit this configuration: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
+        restored = self._manager.restore(steps, args=Composite(**items))
         leaves = [restored["state"][name] for name in named_arrays(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["facts"]
+
+    def _check_fits(self, steps: int, like: Any) -> None:
+        """Raises InputError unless the arrays are those of `like`: Orbax would cast some of them,
+        and say of the others what no user can read."""
+        step = self._directory / str(steps)
+        found = _descriptions(ocp.StandardCheckpointHandler().metadata(step / "state").tree)
+        wanted = _descriptions(named_arrays(like))
+        for name in wanted | found:
+            if found.get(name) != wanted.get(name):
+                raise InputError(
+                    f"{step}: a checkpoint of another model or configuration: {name} is "
+                    f"{found.get(name, 'not there')}, expected {wanted.get(name, 'none')}"
+                )
 
     def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
         """Moves damaged checkpoints out of Orbax's folder: their steps are done again."""
@@ -159,12 +156,52 @@ class Checkpoints:
             self._manager.reload()
 
 
+def newest_facts(directory: Path) -> tuple[int, dict] | None:
+    """(steps, facts) of the checkpoint that a run would go on from; None where none was made.
+
+    Only reads. Raises InputError where no checkpoint is whole.
+    """
+    if not _steps(directory):
+        return None
+    steps, _ = _newest_whole(directory)
+    return steps, ocp.JsonCheckpointHandler().restore(directory.absolute() / str(steps) / "facts")
+
+
+def _newest_whole(directory: Path) -> tuple[int, dict[int, str]]:
+    """The newest step whose files are those written, and what is wrong with each newer one."""
+    damaged: dict[int, str] = {}
+    for steps in sorted(_steps(directory), reverse=True):
+        try:
+            check_manifest(directory / str(steps))
+        except DamagedCheckpointError as error:
+            damaged[steps] = str(error)
+            continue
+        return steps, damaged
+    found = "; ".join(f"{steps}: {problem}" for steps, problem in damaged.items())
+    raise InputError(
+        f"{directory}: no checkpoint is whole ({found}); put back a copy of one, or "
+        "delete the working directory to start again"
+    )
+
+
+def _steps(directory: Path) -> list[int]:
+    """Those of the checkpoints that were finished: only they have a number for a name."""
+    if not directory.is_dir():
+        return []
+    return [int(path.name) for path in directory.iterdir() if path.name.isdecimal()]
+
+
 def named_arrays(tree: Any) -> dict[str, Any]:
     """A flat {path: array}: readable in the checkpoint, whatever containers the tree is made of."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): _array(leaf) for path, leaf in paths
     }
+
+
+def _descriptions(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """{path: type and shape}."""
+    return {name: f"{np.dtype(x.dtype)} {list(x.shape)}" for name, x in arrays.items()}
 
 
 def _array(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Trainer:
 
     `eval_deck` are prompts to evaluate the policy on while it is trained; None: no evaluation.
     `placement` is where the weights of policy and reward model are, `profile` which steps are
-    traced.
+    traced. `made_from` (JSON) goes into every checkpoint, for the next call to compare.
     """
 
     def __init__(
@@ -85,8 +86,10 @@ class Trainer:
         eval_deck: PromptDeck | None = None,
         placement: Placement = ONE_DEVICE,
         profile: ProfileConfig = NO_PROFILE,
+        made_from: Mapping[str, Any] | None = None,
     ):
         self.config, self.workdir, self.deck = config, workdir, deck
+        self._made_from = made_from
         self.density_ratio = None
         if human is not None:
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
@@ -152,7 +155,8 @@ class Trainer:
                     log.write_evaluation(self._evaluate(finished, state))
                 stop = self._stop_signal
                 if last or finished % config.checkpoint_every == 0 or stop is not None or held:
-                    checkpoints.save(finished, state, dataclasses.asdict(self.scale))
+                    facts = dataclasses.asdict(self.scale) | {"made_from": self._made_from}
+                    checkpoints.save(finished, state, facts)
                 if stop is not None or held:
                     self._profiler.stop()
                 if stop is not None:
@@ -193,7 +197,7 @@ class Trainer:
             self.scale = self._calibrate(state["train"].params)
             return state, 0
         done, state, facts = checkpoints.restore(state)
-        self.scale = ScoreScale(**facts)
+        self.scale = ScoreScale(facts["mean"], facts["std"])
         LOG.info("resuming after step %d of %d", done, config.total_steps)
         return state, done
 

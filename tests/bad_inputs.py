@@ -199,6 +199,54 @@ def run_with(**files: str) -> Spoil:
     return copied("run", change)
 
 
+def trained(change: Callable[[Path], object], *forgotten: str) -> Spoil:
+    """A copy of a run with its models, whose paths are relative, changed in place.
+
+    `forgotten` are files of the run that are deleted: what else tells whose checkpoint it is.
+    """
+
+    def spoil(world: Path, place: Path) -> Path:
+        shutil.copytree(world / "trained", place, dirs_exist_ok=True)
+        for name in forgotten:
+            (place / "run" / name).unlink()
+        change(place)
+        return place / "run"
+
+    return spoil
+
+
+def exchanged(part: str, other: str) -> Callable[[Path], object]:
+    """Puts a model of the world in the place of another."""
+
+    def change(place: Path) -> None:
+        shutil.rmtree(place / part)
+        shutil.copytree(place.parent.parent / "world" / other, place / part)
+
+    return change
+
+
+def doubled(name: str) -> Callable[[Path], object]:
+    """Other weights in the same shapes."""
+
+    def change(place: Path) -> None:
+        found = load_file(place / name)
+        save_file({key: 2 * value for key, value in found.items()}, place / name)
+
+    return change
+
+
+def flipped(pattern: str) -> Callable[[Path], object]:
+    """Changes a bit in the middle of a file of the run's checkpoint."""
+
+    def change(place: Path) -> None:
+        path = next(p for p in sorted((place / "run/checkpoints/2").glob(pattern)) if p.is_file())
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    return change
+
+
 def pickled(part: str, weights_name: str, name: str) -> Spoil:
     """A copy whose weights are pickled. Unpickling them would create a file beside them."""
 
@@ -1265,6 +1313,104 @@ WORKDIRS = [
 ]
 
 
+TRAINED = (
+    "--workdir=run --policy_model=policy --sarm_model=sarm --prompts_jsonl=demos.jsonl "
+    "--config.ppo.max_prompt_tokens=120 --config.ppo.calibration_batches=1"
+)
+RECORDS = "stages.json", "config.json"  # without them a checkpoint itself says whose it is
+
+
+def nothing(place: Path) -> None:
+    """Changes nothing."""
+
+
+def checkpoint(what: str, spoil: Spoil, *says: str, options: str = "") -> Bad:
+    """A run that cannot go on from its checkpoint."""
+    return main(what, f"{TRAINED} {options}", *says, spoil=spoil)
+
+
+OF_ANOTHER = "run/checkpoints/2: a checkpoint of another run: "
+CHECKPOINTS = [
+    checkpoint(
+        "checkpoint of another rank",
+        trained(nothing, *RECORDS),
+        f"{OF_ANOTHER}lora.rank was 16 and is now 4; put this run's own back",
+        options="--lora_r=4",
+    ),
+    checkpoint(
+        "checkpoint of another seed",
+        trained(nothing, *RECORDS),
+        f"{OF_ANOTHER}ppo.seed was 0 and is now 1",
+        options="--seed=1",
+    ),
+    checkpoint(
+        "checkpoint of another reward",
+        trained(nothing, *RECORDS),
+        f"{OF_ANOTHER}reward.alpha_values was '' and is now '1,1'",
+        options=PENALTY,
+    ),
+    checkpoint(
+        "checkpoint of a wider model",
+        trained(exchanged("policy", "wide"), *RECORDS),
+        f"{OF_ANOTHER}policy/config.json has changed",
+    ),
+    checkpoint(
+        "checkpoint of other weights",
+        trained(doubled("policy/model.safetensors"), *RECORDS),
+        f"{OF_ANOTHER}policy/model.safetensors has changed",
+    ),
+    checkpoint(
+        "checkpoint of another SARM",
+        trained(doubled("sarm/model.safetensors"), *RECORDS),
+        f"{OF_ANOTHER}sarm/model.safetensors has changed",
+    ),
+    checkpoint(
+        "checkpoint of other prompts",
+        trained(lambda place: (place / "demos.jsonl").write_text('{"prompt": "a"}\n'), *RECORDS),
+        f"{OF_ANOTHER}demos.jsonl has changed",
+    ),
+    checkpoint(
+        "run of a wider model",
+        trained(exchanged("policy", "wide")),
+        "--workdir=run holds a run of another configuration: train: policy/config.json has changed",
+    ),
+    checkpoint(
+        "run of other weights",
+        trained(doubled("policy/model.safetensors")),
+        "train: policy/model.safetensors has changed",
+    ),
+    checkpoint(
+        "run of another rank",
+        trained(nothing),
+        "train: lora.rank was 16 and is now 4",
+        options="--lora_r=4",
+    ),
+    checkpoint(
+        "run of another rank without its record",
+        trained(nothing, "stages.json"),
+        f"{OF_ANOTHER}lora.rank was 16 and is now 4",
+        options="--lora_r=4",
+    ),
+    checkpoint(
+        "only checkpoint damaged",
+        trained(flipped("state/**/*")),
+        "run/checkpoints: no checkpoint is whole (2: state/",
+        "has another SHA-256",
+        "put back a copy of one",
+    ),
+    checkpoint(
+        "facts of a checkpoint of another run",
+        trained(flipped("facts/metadata")),
+        "no checkpoint is whole (2: facts/metadata has another SHA-256",
+    ),
+    checkpoint(
+        "manifest of a checkpoint missing",
+        trained(lambda place: (place / "run/checkpoints/2/manifest/sha256.json").unlink()),
+        "no checkpoint is whole (2: manifest/sha256.json is missing)",
+    ),
+]
+
+
 def convert(what: str, options: str, *says: str, spoil: Spoil | None = None) -> Bad:
     return Bad(what, options, says, spoil, "from_hf")
 
@@ -1377,5 +1523,6 @@ BAD_INPUTS = [
     *BENCHMARKS,
     *REPORT,
     *WORKDIRS,
+    *CHECKPOINTS,
     *CONVERSION,
 ]

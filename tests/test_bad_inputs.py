@@ -21,7 +21,7 @@ import main
 from conversion import cli, from_hf, load_policy, to_hf
 from conversion.peft import save_adapter
 from sarm_jax.lora import LoRAConfig, add_lora
-from tests.bad_inputs import BAD_INPUTS, Bad
+from tests.bad_inputs import BAD_INPUTS, TRAINED, Bad
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.report_runs import write_run
 
@@ -49,7 +49,23 @@ def root(tmp_path_factory):
     pairs = [{"prompt": d["prompt"], "chosen": d["response"], "rejected": "no"} for d in demos]
     write_rows(world / "pairs.jsonl", pairs)
     write_rows(world / "answers.jsonl", [{"question": "q", "answer": "a"}])
+    save_tiny_llama(world / "wide", tiny_llama_config(hidden_size=64), tokenizer)
+    train_in(world / "trained", world)
     return root
+
+
+def train_in(place: Path, world: Path) -> None:
+    """A finished run in place/run, with copies of what it was made from beside it."""
+    for name in ("policy", "sarm"):
+        shutil.copytree(world / name, place / name)
+    shutil.copy(world / "demos.jsonl", place)
+    argv = ["main.py", f"--config={BASE}", *SMALL.split(), *TRAINED.split()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(sys, "argv", argv)
+        with flagsaver.flagsaver():
+            assert main.main(argv) == 0
+    assert (place / "run" / "checkpoints" / "2").is_dir()
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo.checkpoint import CheckpointConfig, Checkpoints
+from ppo.checkpoint import CheckpointConfig, Checkpoints, newest_facts
 from ppo.manifest import ManifestHandler
 from sarm_jax.errors import InputError
 
@@ -77,6 +77,40 @@ def test_damage_to_any_file_is_found_or_does_not_matter(two, tmp_path, caplog, h
         assert (directory.parent / "damaged_checkpoint_4").is_dir()
         assert not (directory / "4").exists()
     assert fallen_back >= len(names) - 3
+
+
+def test_what_the_next_run_goes_on_from_is_said_without_changing_anything(two, tmp_path, caplog):
+    assert newest_facts(tmp_path / "none") is None
+    assert newest_facts(two) == (4, {"mean": 2.0})
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two, directory)
+    damage(next((directory / "4" / "state" / "d").iterdir()), "truncated")
+    (directory / "6.orbax-checkpoint-tmp").mkdir()  # of a save that was killed
+    before = sorted(directory.rglob("*"))
+    assert newest_facts(directory) == (2, {"mean": 1.0})
+    assert before == sorted(directory.rglob("*")) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (
+            {"lora": {"a": jnp.zeros(7)}, "count": jnp.asarray(0)},
+            "float32 [6], expected float32 [7",
+        ),
+        ({"lora": {"a": jnp.zeros((6, 1))}, "count": jnp.asarray(0)}, "expected float32 [6, 1]"),
+        ({"lora": {"a": jnp.zeros(6, int)}, "count": jnp.asarray(0)}, "expected int32 [6]"),
+        ({"lora": {"b": jnp.zeros(6)}, "count": jnp.asarray(0)}, "lora.b is not there"),
+        ({"lora": {"a": jnp.zeros(6)}}, "count is int32 [], expected none"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(two, other, says):
+    checkpoints = Checkpoints(two, 2)
+    with pytest.raises(InputError, match="4: a checkpoint of another model") as error:
+        checkpoints.restore(other)
+    assert says in str(error.value)
+    assert checkpoints.restore(state(0))[0] == 4
+    checkpoints.close()
 
 
 def test_a_checkpoint_that_was_set_aside_is_made_again(two, tmp_path):

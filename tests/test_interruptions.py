@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 
 import main
 from benchmarks.kill_campaign import run_digest
 from ppo.guards import GuardStopError, NonFiniteError
+from ppo.human_latents import HumanLatents, save_human_latents
 from ppo.metrics import COLUMNS, RunLog
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
@@ -29,12 +31,14 @@ def world(tmp_path_factory):
     tokenizer = tiny_tokenizer()
     save_tiny_llama(root / "policy", tiny_llama_config(), tokenizer)
     save_tiny_sarm(root / "sarm", tokenizer)
+    z_ns = np.random.default_rng(0).exponential(size=(32, 3)).astype(np.float32)
+    save_human_latents(root / "human.safetensors", HumanLatents(z_ns, (1, 2, 7)))
     rows = [json.dumps({"prompt": f"name {n}", "response": f"it is {n}."}) for n in range(8)]
     (root / "demos.jsonl").write_text("\n".join(rows) + "\n")
     return root
 
 
-def train(world, workdir, *killed):
+def train(world, workdir, *killed, seed=0):
     """Runs the train stage in a process of its own; (exit code, what it said)."""
     program = ["-m", "benchmarks.killed", *killed, "--"] if killed else ["main.py"]
     options = (
@@ -44,14 +48,36 @@ def train(world, workdir, *killed):
     line = [sys.executable, *program, "--config=configs/base.py", f"--workdir={workdir}"]
     line += [f"--policy_model={world / 'policy'}", f"--sarm_model={world / 'sarm'}"]
     line += [f"--prompts_jsonl={world / 'demos.jsonl'}", *(f"--config.{o}" for o in options)]
+    line += [f"--config.eval_prompts_jsonl={world / 'demos.jsonl'}", "--config.ppo.eval_every=2"]
+    line += ["--penalize_features=3,5", "--tau_values=0.1,0.1", "--alpha_values=0.5,0.25"]
+    line += [f"--seed={seed}", "--beta=0.1", f"--human_latents={world / 'human.safetensors'}"]
     environment = os.environ | {"TQDM_DISABLE": "1"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
 
 
-def test_a_run_that_is_killed_and_preempted_ends_like_one_that_is_not(world, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train(world, whole)[0] == 0
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert train(world, workdir)[0] == 0
+    return workdir
+
+
+def test_the_same_command_leaves_the_same_bytes(world, whole, tmp_path):
+    assert train(world, tmp_path / "again")[0] == 0
+    first, again = run_digest(whole), run_digest(tmp_path / "again")
+    assert first == again
+    for part in ("lora", "value_head", "opt_state", "density_ratio", "metrics.csv", "adapter/"):
+        assert any(part in name for name in first), part
+    assert train(world, tmp_path / "other", seed=1)[0] == 0
+    other = run_digest(tmp_path / "other")
+    assert other.keys() == first.keys()
+    assert other["metrics.csv"] != first["metrics.csv"]  # or the digest sees nothing
+
+
+def test_a_run_that_is_killed_and_preempted_ends_like_one_that_is_not(world, whole, tmp_path):
+    parts = tmp_path / "parts"
     # While the last checkpoint is nearly there: the log is two steps ahead of what is saved.
     assert train(world, parts, "--place=manifest", "--call=2")[0] == -signal.SIGKILL
     assert list((parts / "checkpoints").glob("4*tmp*"))
@@ -105,6 +131,12 @@ FULL = OSError(errno.ENOSPC, "no space for the checkpoint of step 6", "/runs/a/c
     [
         (FULL, 2, "error: /runs/a/checkpoints: no space for the checkpoint of step 6; free space,"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "run: No space left on device; free"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nBuffers:"),
+            2,
+            "memory; --stage=plan says",
+        ),
+        (MemoryError(), 2, "error: out of memory; --stage=plan says what fits"),
         (NonFiniteError("step 3 is not finite"), 3, "error: step 3 is not finite"),
         (GuardStopError("step 3: stopped"), 3, "error: step 3: stopped"),
     ],
@@ -113,6 +145,11 @@ def test_what_stops_a_stage_is_one_line(failing, capsys, error, code, line):
     assert failing(raises(error)) == code
     (shown,) = capsys.readouterr().err.splitlines()
     assert line in shown
+
+
+def test_what_nobody_expected_is_not_hidden(failing):
+    with pytest.raises(RuntimeError, match="a bug"):
+        failing(raises(RuntimeError("a bug")))
 
 
 def test_other_errors_of_the_system_are_one_line(failing, capsys):

@@ -35,6 +35,16 @@ def test_inputs_are_the_existing_files_that_options_name(tmp_path):
     assert {p for p in again if again[p] != found.inputs[p]} == {str(pairs)}
 
 
+def test_a_word_counts_where_it_names_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dots", "mine"):  # the first is an option's value that a folder is called like
+        Path(name).mkdir()
+        Path(name, "weights").write_text(name)
+    Path("mine", "config.json").write_text("{}")
+    found = provenance({"remat": "dots", "policy_model": "mine", "source": "\0"}).inputs
+    assert sorted(found) == ["mine/config.json", "mine/weights"]
+
+
 def test_large_files_count_by_content_wherever_they_lie(tmp_path, monkeypatch):
     monkeypatch.setattr("configs.records.LARGE", 1 << 10)
     monkeypatch.setattr("configs.records.PIECE", 64)
