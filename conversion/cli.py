@@ -7,6 +7,8 @@ from typing import Any
 from absl import flags
 
 from sarm_jax.errors import InputError, refuse_secrets
+from sarm_jax.files import disk_is_full
+from sarm_jax.progress import show_progress
 from sarm_jax.signals import on_signal
 
 
@@ -19,12 +21,13 @@ def run(
     """Parses `argv` into `values`, prints the line that `main(values)` returns.
 
     Bad flags, bad input and file-system errors become one `error: …` line on stderr and exit 2;
-    Ctrl-C and SIGTERM exit 130 and 143, with nothing left behind.
+    Ctrl-C and SIGTERM exit 130 and 143. Nothing is left of the destination after either.
     """
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "--helpfull"} & set(argv[1:]):
         print(f"{usage}\n{values.get_help()}")
         sys.exit(0)
+    show_progress()
     try:
         for option in argv[1:]:
             refuse_secrets(option)
@@ -34,7 +37,8 @@ def run(
         with on_signal(_interrupted):
             print(main(values))
     except (InputError, flags.Error, OSError) as error:
-        print(f"error: {InputError(error)}", file=sys.stderr)
+        advice = "; free space, and try again" if disk_is_full(error) else ""
+        print(f"error: {InputError(error)}{advice}", file=sys.stderr)
         sys.exit(2)
 
 

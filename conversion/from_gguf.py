@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from conversion import cli
 from conversion.checkpoint import OVERHEAD
@@ -85,7 +86,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
     ids = {name: i for name, i in ids.items() if i is not None}
     needed = 4 * sum(math.prod(spec.shape) for spec in specs) + OVERHEAD
     with atomic_directory(dst, needed=needed) as directory, TensorWriter(directory) as writer:
-        for spec in specs:
+        for spec in tqdm(specs, desc=f"writing {dst}", unit="tensor"):
             writer.add(spec.hf_name, _weights(tensors[_gguf_name(spec)], spec, config))
         writer.close()
         write_json(directory / "config.json", hf_llama_dict(config, torch_dtype="float32", **ids))

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
+from tqdm import tqdm
 
 from conversion import cli
 from conversion.checkpoint import Kind, open_checkpoint, verified_files, write_description
@@ -43,7 +44,7 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
         atomic_directory(dst, needed=checkpoint.bytes_stored(files, dtype)) as directory,
         TensorWriter(directory) as writer,
     ):
-        for spec in checkpoint.specs():
+        for spec in tqdm(checkpoint.specs(), desc=f"writing {dst}", unit="tensor"):
             array = checkpoint.read(files, spec)
             array = array if dtype is None else array.astype(jnp.dtype(dtype))
             dtypes.add(array.dtype.name)

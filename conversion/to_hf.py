@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from conversion import cli
 from conversion.checkpoint import Checkpoint, Kind, open_checkpoint, verified_files
@@ -65,7 +66,7 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
         atomic_directory(dst, needed=checkpoint.bytes_stored(files)) as directory,
         TensorWriter(directory) as writer,
     ):
-        for spec in checkpoint.specs():
+        for spec in tqdm(checkpoint.specs(), desc=f"writing {dst}", unit="tensor"):
             array = checkpoint.read(files, spec)
             if adapter is not None and spec in adapter.factors:
                 array = _merged(array, adapter, spec)

@@ -1,5 +1,6 @@
 """A conversion that is killed, that finds no room, or that runs beside another one."""
 
+import errno
 import json
 import os
 import shutil
@@ -154,5 +155,18 @@ def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, n
     with pytest.raises(SystemExit) as stopped:
         cli.run(from_hf.main, from_hf.FLAGS, "", options)
     assert stopped.value.code == 128 + number
-    assert capsys.readouterr().err == "interrupted; the same command starts again\n"
+    assert "interrupted; the same command starts again" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_said_with_what_to_do(source, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "x")
+
+    monkeypatch.setattr(from_hf, "write_description", full)
+    options = ["from_hf", "--kind=policy", f"--src={source}", f"--dst={tmp_path}/dst"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(from_hf.main, from_hf.FLAGS, "", options)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and error.endswith("'x'; free space, and try again")
     assert not list(tmp_path.iterdir())

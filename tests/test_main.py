@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 import torch
 from absl.testing import flagsaver
+from flax import nnx
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import conversion.load
 import main
 from conversion import load_policy, load_sarm, to_hf
+from conversion.peft import save_adapter
 from ppo.plan import Layout
 from sarm_jax.chat import encode_prompt
+from sarm_jax.errors import InputError
+from sarm_jax.lora import LoRAConfig, add_lora
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.sharding import MeshConfig
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
@@ -191,6 +196,42 @@ def check_adapter_against_peft(base: Path, workdir: Path) -> None:
     logits = np.asarray(ours(tokens.numpy(), np.ones((1, 5), bool)))
     np.testing.assert_allclose(logits, adapted, atol=1e-3)
     assert (adapted - plain).abs().max() > 1e-5
+
+
+OUTPUTS = {
+    "prepare_data --config.prepare_data.demos_jsonl={demos}": "data/pairs.jsonl",
+    "train_sarm --config.train_sarm.pairs_jsonl={pairs} --config.train_sarm.source_layer=2": "sarm",
+    "identify --config.identify.pairs_jsonl={pairs}": "probes",
+    "probe --config.probe.feature=3 --config.probe.data_jsonl={pairs}": "probes",
+    "human_latents --config.human_latents.demos_jsonl={demos}": "human_latents.safetensors",
+    "train": "",
+    "evaluate --config.evaluate.prompts_jsonl={demos} --config.evaluate.runs={adapter}": "eval",
+}
+
+
+@pytest.mark.parametrize("stage", OUTPUTS)
+def test_a_stage_says_what_it_does_and_where_before_it_takes_long(
+    world, run, tmp_path, monkeypatch, capsys, stage
+):
+    names = {name: world / f"{name}.jsonl" for name in ("demos", "pairs")} | {"adapter": "none"}
+    if "{adapter}" in stage:
+        policy, tokenizer = load_policy(world / "policy")
+        lora = LoRAConfig(rank=2)
+        add_lora(policy, lora, nnx.Rngs(0))
+        names["adapter"] = tmp_path / "adapter"
+        save_adapter(names["adapter"], policy, lora, str(world / "policy"), tokenizer)
+
+    def stopped(*_):
+        raise InputError("the weights would be read now")
+
+    monkeypatch.setattr(conversion.load, "_fill", stopped)
+    capsys.readouterr()
+    assert run(*f"--stage={stage.format(**names)}".split()) == 2
+    said, error = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "run" / OUTPUTS[stage]) in said
+    assert error == "error: the weights would be read now"
+    assert run(*f"--stage={stage.format(**names)}".split(), "--log_level=warning") == 2
+    assert capsys.readouterr().err.splitlines() == [error]
 
 
 def test_a_mesh_changes_nothing_but_where_it_runs(run, tmp_path):
