@@ -249,8 +249,9 @@ class Llama(nnx.Module):
         extra = cache_size - length
 
         def by_layer(y):
-            y = jnp.pad(jnp.moveaxis(y, 2, -1), ((0, 0), (0, 0), (0, 0), (0, 0), (0, extra)))
-            return tuple(y[layer] for layer in range(self.config.num_hidden_layers))
+            widths = ((0, 0), (0, 0), (0, 0), (0, extra))
+            numbers = range(self.config.num_hidden_layers)
+            return tuple(jnp.pad(jnp.moveaxis(y[layer], 1, -1), widths) for layer in numbers)
 
         return x_btd, KVCache(
             k=by_layer(k),
