@@ -82,10 +82,7 @@ class RewardModel:
         width = size if latent_indices is None else len(latent_indices)
         score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
         graphdef, state = nnx.split(self.model)
-        order = np.argsort([len(row) for row in rows], kind="stable")
-        for start in range(0, len(rows), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            tokens_bt, mask_bt = self.placement.rows(self._pad([rows[i] for i in chosen]))
+        for chosen, tokens_bt, mask_bt in self._batches(rows):
             scores, latents = _score(graphdef, state, tokens_bt, mask_bt, clamp, indices)
             score_b[chosen] = np.asarray(scores)[: len(chosen)]
             z_bf[chosen] = np.asarray(latents)[: len(chosen)]
@@ -96,27 +93,35 @@ class RewardModel:
     ) -> tuple[np.ndarray, Latents]:
         """(scores `[N]`, all latents, in the order given, in far less memory than `[N, M]`).
 
-        One pass of the trunk in batches of similar lengths, with a progress bar.
+        One pass of the trunk in batches of similar lengths, with a progress bar; a conversation
+        that comes several times, such as an answer that is in several pairs, is run once.
         """
-        rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        encoded = [tuple(self.encode(p, r)) for p, r in zip(prompts, responses, strict=True)]
+        number = {row: n for n, row in enumerate(dict.fromkeys(encoded))}
+        rows, place_n = list(number), np.asarray([number[row] for row in encoded], np.int64)
         sae = self.model.config.sae
         width = sae.k if sae.use_topk else sae.hidden_size
         score_n, kept_nk = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
         index_nk = np.zeros((len(rows), sae.k if sae.use_topk else 0), np.int32)
         graphdef, state = nnx.split(self.model)
-        order = np.argsort([len(row) for row in rows], kind="stable")
         with tqdm(total=len(rows), desc=label, unit="row") as bar:
-            for start in range(0, len(rows), self.batch_size):
-                chosen = order[start : start + self.batch_size]
-                tokens_bt, mask_bt = self.placement.rows(self._pad([rows[i] for i in chosen]))
+            for chosen, tokens_bt, mask_bt in self._batches(rows):
                 scores, kept, index = _code(graphdef, state, tokens_bt, mask_bt)
                 score_n[chosen] = np.asarray(scores)[: len(chosen)]
                 kept_nk[chosen] = np.asarray(kept)[: len(chosen)]
                 index_nk[chosen] = np.asarray(index)[: len(chosen)]
                 bar.update(len(chosen))
+        score_n, kept_nk, index_nk = score_n[place_n], kept_nk[place_n], index_nk[place_n]
         if sae.use_topk:
             return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)
         return score_n, EncodedLatents(kept_nk, self.model.sae)
+
+    def _batches(self, rows):
+        """By length: (which rows, their tokens and mask with padding, rows beyond them filled)."""
+        order = np.argsort([len(row) for row in rows], kind="stable")
+        for start in range(0, len(rows), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            yield chosen, *self.placement.rows(self._pad([rows[i] for i in chosen]))
 
     def _pad(self, rows):
         length = min(bucket_length(max(map(len, rows))), self.max_length)

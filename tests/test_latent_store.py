@@ -31,6 +31,20 @@ def test_topk_codes_are_the_dense_latents_exactly(reward_model):
     np.testing.assert_allclose(stored_score, score, atol=1e-5)
 
 
+def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
+    alone, latents = reward_model.store(["p"] * 11, TEXTS)
+    rows = []
+    pad = reward_model._pad
+    monkeypatch.setattr(reward_model, "_pad", lambda batch: rows.extend(batch) or pad(batch))
+    order = [3, 3, 10, 0, 3, *range(11)]
+    score, again = reward_model.store(["p"] * len(order), [TEXTS[i] for i in order])
+    assert len(rows) == 11
+    np.testing.assert_array_equal(score[5:], alone)
+    np.testing.assert_array_equal(score[:5], alone[order[:5]])
+    every = range(latents.size)
+    np.testing.assert_array_equal(again.columns(every), latents.columns(every)[order])
+
+
 def test_without_topk_columns_are_encoded_again(reward_model):
     sarm = nnx.clone(reward_model.model)
     sae = dataclasses.replace(sarm.config.sae, use_topk=False)

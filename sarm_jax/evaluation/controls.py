@@ -17,7 +17,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sarm_jax.errors import InputError
 from sarm_jax.feature_lists import LARGEST_ID
@@ -26,7 +25,6 @@ from sarm_jax.sarm import Intervention
 from sarm_jax.strict_json import parse_json
 
 PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
-BATCHES_PER_BLOCK = 4  # between two updates of the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +62,8 @@ def score_variants(
     model: RewardModel, prompts: Sequence[str], responses: Sequence[str], controls: Controls
 ) -> Scored:
     """The scores of every variant that the controls give."""
-    plain_b, z_bn = _score(model, prompts, responses, controls.features)
+    plain_b, latents = model.store(prompts, responses, "scores")
+    z_bn = latents.columns(controls.features)
     weight_f = np.asarray(model.model.score[...], np.float32)
     variants = apply_controls(controls, plain_b, z_bn, weight_f, float(plain_b.std()))
     return Scored(variants, controls.features, z_bn)
@@ -107,27 +106,6 @@ def penalties(
     penalty_bj = (z_bn[:, places] > np.asarray(controls.tau, np.float32)) * alpha_j
     capped = controls.penalty_cap * deviation if np.isfinite(controls.penalty_cap) else np.inf
     return penalty_bj, np.minimum(penalty_bj.sum(axis=1), np.float32(capped))
-
-
-def _score(
-    model: RewardModel,
-    prompts: Sequence[str],
-    responses: Sequence[str],
-    features: tuple[int, ...],
-) -> tuple[np.ndarray, np.ndarray]:
-    """`model.score` in blocks of similar lengths, with a progress bar."""
-    score_b = np.zeros(len(prompts), np.float32)
-    z_bn = np.zeros((len(prompts), len(features)), np.float32)
-    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-    order = np.argsort(lengths, kind="stable")
-    size = BATCHES_PER_BLOCK * model.batch_size
-    with tqdm(total=len(prompts), desc="scores", unit="response") as bar:
-        for start in range(0, len(prompts), size):
-            rows = order[start : start + size]
-            texts = [prompts[i] for i in rows], [responses[i] for i in rows]
-            score_b[rows], z_bn[rows] = model.score(*texts, latent_indices=features)
-            bar.update(len(rows))
-    return score_b, z_bn
 
 
 def read_steering(path: str | Path) -> dict[int, tuple[str, float]]:
