@@ -2,6 +2,7 @@
 
     python main.py --config=configs/full_method.py [--stage=train] [--workdir=outputs/full_method]
                    [--config.ppo.total_steps=20 …] [--alpha_values=0.1,0.1 …] [--log_level=info]
+                   [--coordinator_address=host:port --num_processes=2 --process_id=0]
 
 Exit codes: 0 done; 2 bad input, a full disk or no memory (one `error: …` line on stderr); 3
 training stopped because numbers became non-finite, or by a guard; 130 and 143 interrupted, after a
@@ -16,6 +17,7 @@ from configs.shared import check_scoring
 from configs.stages import STAGES
 from configs.study import run_study
 from ppo.guards import TrainingStoppedError
+from sarm_jax import processes
 from sarm_jax.errors import InputError, out_of_memory
 from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress
@@ -39,15 +41,23 @@ def main(argv: list[str]) -> int:
         if stage not in STAGES and stage != "all":
             raise InputError(f"--stage={stage}: expected all or one of {', '.join(STAGES)}")
         check_scoring(template)
-        with on_signal(_interrupted), open_workdir(workdir):
+        if hosts := command_line.hosts(stage):
+            show_progress(f"process {hosts.number}: ", command_line.log_level(), not hosts.number)
+            processes.connect(hosts)
+        with (
+            on_signal(_interrupted),
+            processes.place_to_write(workdir) as place,
+            open_workdir(place),
+        ):
             if stage == "all" and template.prepare_data.source == "lab":
                 run_study(template, workdir)
             elif stage == "all":
                 run_all(command_line.fill_in(template, workdir), workdir)
             else:
-                run_stage(stage, command_line.fill_in(template, workdir), workdir)
+                run_stage(stage, command_line.fill_in(template, workdir), place)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        processes.refuse(str(error))
         return 2
     except TrainingStoppedError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,4 +83,5 @@ def _interrupted(number: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    with processes.nobody_waits():
+        sys.exit(main(sys.argv))

@@ -14,11 +14,17 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sarm_jax.errors import InputError, refuse_secrets
+from sarm_jax.processes import Hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment: configs/*.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "results; default outputs/<name of the config>")
 LEVELS = ("debug", "info", "warning", "error")
 LOG_LEVEL = flags.DEFINE_enum("log_level", "info", LEVELS, "the least severe messages shown")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "host:port of process 0, for a mesh over several hosts"
+)
+PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run this command")
+PROCESS = flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
 STAGE = flags.DEFINE_string("stage", "train", "what to run; README lists the stages")
 
 _STRING, _FLOAT, _INTEGER = flags.DEFINE_string, flags.DEFINE_float, flags.DEFINE_integer
@@ -91,6 +97,20 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         name = jax.tree_util.keystr(parts, simple=True, separator=".")
         refuse_secrets(f"--config.{name}={value}")
     return config, STAGE.value, workdir
+
+
+def hosts(stage: str) -> Hosts | None:
+    """The processes that this one belongs to; None: it is the only one."""
+    given = (COORDINATOR, PROCESSES, PROCESS)
+    if all(flag.value is None for flag in given):
+        return None
+    address, count, number = (flag.value for flag in given)
+    if address is None or count is None or number is None:
+        names = ", ".join(f"--{flag.name}" for flag in given)
+        raise InputError(f"{names} go together: one is missing")
+    if stage != "train":
+        raise InputError(f"--num_processes={count}: --stage={stage} runs in one process")
+    return Hosts(str(address), int(count), int(number))
 
 
 def log_level() -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppo.checkpoint import newest_facts
+from sarm_jax import processes
 from sarm_jax.errors import InputError
 from sarm_jax.files import disk_is_full, replacing
 from sarm_jax.strict_json import parse_json
@@ -77,6 +78,13 @@ def check_checkpoint(directory: Path, made_from: Provenance) -> None:
             f"{directory / str(steps)}: a checkpoint of another run: {changed}; put this run's "
             "own back, or choose another --workdir"
         )
+
+
+def check_same_everywhere(made_from: Provenance) -> None:
+    """Raises InputError in every process where one has other options or files than process 0."""
+    first = processes.from_first(dataclasses.asdict(made_from))
+    changed = change(first, made_from)
+    processes.agree(f"not what process 0 has: {changed}" if changed else "")
 
 
 class Records:

@@ -12,7 +12,7 @@ from safetensors.numpy import save
 
 from configs.benchmark_stage import prepare_benchmarks
 from configs.evaluation_stage import run_evaluate
-from configs.records import check_checkpoint, provenance
+from configs.records import check_checkpoint, check_same_everywhere, provenance
 from configs.report_stage import run_report
 from configs.shared import (
     mesh_config,
@@ -35,6 +35,7 @@ from ppo.plan import Layout, Planner, candidates, layouts_for, search, table
 from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import Trainer
+from sarm_jax import processes
 from sarm_jax.certificates import CertificateConfig
 from sarm_jax.chips import target_devices
 from sarm_jax.detectors import Detectors
@@ -236,6 +237,8 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
     made_from = provenance(train_settings(config), (), workdir / ADAPTER)
     check_checkpoint(workdir / "checkpoints", made_from)
     claim(workdir, train_settings(config))
+    processes.agree()
+    check_same_everywhere(made_from)
 
     steps = options.ppo.total_steps
     LOG.info("PPO, %d steps on %d prompts; log and checkpoints in %s", steps, len(prompts), workdir)
@@ -257,6 +260,7 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
         profile,
         dataclasses.asdict(made_from),
     )
+    processes.agree()
     summary = trainer.run()
     params = trainer.state["train"].params
     nnx.update(policy, params["lora"])
@@ -278,6 +282,7 @@ def run_train(config: ConfigDict, workdir: Path) -> None:
         100 * summary["last_steps"]["eos_fraction"],
     )
     LOG.info("adapter in %s, numbers in %s", workdir / "adapter", workdir / "summary.json")
+    processes.part()
 
 
 def run_plan(config: ConfigDict, workdir: Path) -> None:

@@ -3,6 +3,8 @@
 LoRA, value head, Adam's moments, the discriminator and its moments, the score scale, and the
 number of finished steps. Random keys, prompt order and schedules are functions of (seed, step),
 so the step restores them too.
+
+Of several processes the first one alone reads and writes; every other is told what it read.
 """
 
 import contextlib
@@ -33,8 +35,10 @@ from ppo.manifest import (
     ManifestHandler,
     check_manifest,
 )
+from sarm_jax import processes
 from sarm_jax.errors import InputError
 from sarm_jax.files import disk_is_full
+from sarm_jax.sharding import put_like
 
 LOG = logging.getLogger(__name__)
 
@@ -60,37 +64,46 @@ class Checkpoints:
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,  # of a save that was killed
             enable_async_checkpointing=False,
+            multiprocessing_options=alone,
+            create=False,  # Orbax would only for all processes
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        arrays = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        facts = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
         for item, handler, kinds in (
-            ("state", ocp.StandardCheckpointHandler(), (StandardSave, StandardRestore)),
-            ("facts", ocp.JsonCheckpointHandler(), (JsonSave, JsonRestore)),
+            ("state", arrays, (StandardSave, StandardRestore)),
+            ("facts", facts, (JsonSave, JsonRestore)),
             (ITEM, ManifestHandler(), (ManifestArgs,)),  # last: it is of the others
         ):
             for kind in kinds:
                 registry.add(item, kind, handler)
         self._directory = directory.absolute()
-        self._manager = ocp.CheckpointManager(
-            self._directory, options=options, handler_registry=registry
-        )
+        self._manager: ocp.CheckpointManager | None = None
+        if processes.is_first():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, handler_registry=registry
+            )
 
     def latest_step(self) -> int | None:
         """Finished PPO steps of the newest checkpoint, None when there is none."""
-        return self._manager.latest_step()
+        own = None if self._manager is None else self._manager.latest_step()
+        return processes.from_first(own)
 
     def save(self, steps: int, state: Any, facts: dict) -> None:
         """Writes `state` (a pytree of arrays) and `facts` (JSON) after `steps` steps; blocks.
 
         Raises OSError where the disk is full; the checkpoints before this one stay.
         """
-        if self._manager.latest_step() == steps:
+        if self._manager is None or self._manager.latest_step() == steps:
             return
         items = {
-            "state": StandardSave(named_arrays(state)),
+            "state": StandardSave(jax.device_get(named_arrays(state))),
             "facts": JsonSave(facts),
             ITEM: ManifestArgs(),
         }
@@ -110,24 +123,31 @@ class Checkpoints:
         `like` gives structure and placement. Damaged checkpoints that are newer are set aside,
         with a warning. Raises InputError where none is whole, or where it does not fit `like`.
         """
-        steps, damaged = _newest_whole(self._directory)
-        self._set_aside(damaged, steps)
-        return steps, *self._read(steps, like)
+        read = None if self._manager is None else self._read_newest(self._manager, like)
+        processes.agree()
+        steps, facts = processes.from_first(read and read[:2])
+        leaves = []
+        for name, wanted in named_arrays(like).items():
+            array = processes.array_from_first(wanted, read and read[2][name])
+            leaves.append(put_like(array, wanted))
+        return steps, jax.tree.unflatten(jax.tree.structure(like), leaves), facts
 
     def close(self) -> None:
         """Ends Orbax's threads."""
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
-    def _read(self, steps: int, like: Any) -> tuple[Any, dict]:
+    def _read_newest(
+        self, manager: ocp.CheckpointManager, like: Any
+    ) -> tuple[int, dict, dict[str, np.ndarray]]:
+        """(steps, facts, arrays by name) of the newest whole checkpoint."""
+        steps, damaged = _newest_whole(self._directory)
+        self._set_aside(manager, damaged, steps)
         self._check_fits(steps, like)
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, named_arrays(like))
-        items = {
-            "state": StandardRestore(abstract),
-            "facts": JsonRestore(),
-        }
-        restored = self._manager.restore(steps, args=Composite(**items))
-        leaves = [restored["state"][name] for name in named_arrays(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["facts"]
+        named = {name: np.empty(x.shape, x.dtype) for name, x in named_arrays(like).items()}
+        items = {"state": StandardRestore(named), "facts": JsonRestore()}
+        restored = manager.restore(steps, args=Composite(**items))
+        return steps, restored["facts"], restored["state"]
 
     def _check_fits(self, steps: int, like: Any) -> None:
         """Raises InputError unless the arrays are those of `like`: Orbax would cast some of them,
@@ -142,7 +162,9 @@ class Checkpoints:
                     f"{found.get(name, 'not there')}, expected {wanted.get(name, 'none')}"
                 )
 
-    def _set_aside(self, damaged: dict[int, str], intact: int) -> None:
+    def _set_aside(
+        self, manager: ocp.CheckpointManager, damaged: dict[int, str], intact: int
+    ) -> None:
         """Moves damaged checkpoints out of Orbax's folder: their steps are done again."""
         for steps, problem in damaged.items():
             place = self._directory.with_name(f"damaged_checkpoint_{steps}")
@@ -153,7 +175,7 @@ class Checkpoints:
             shutil.rmtree(place, ignore_errors=True)  # of an earlier damage to the same step
             (self._directory / str(steps)).rename(place)
         if damaged:
-            self._manager.reload()
+            manager.reload()
 
 
 def newest_facts(directory: Path) -> tuple[int, dict] | None:

@@ -18,6 +18,7 @@ from ppo.reward import RewardConfig, ScoreScale, compound_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scorer
 from ppo.slots import SlotPlan
+from sarm_jax.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,4 +88,4 @@ class HeldOut:
         ref_logp_br = learner.reference_logp(
             self.sampler.base, rollout.tokens_bt, rollout.mask_bt, slots=slots
         )
-        return np.asarray(response_kl(generation.logp_br, ref_logp_br, generation.mask_br))
+        return fetch(response_kl(generation.logp_br, ref_logp_br, generation.mask_br))

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from ppo.checkpoint import named_arrays
@@ -13,6 +12,7 @@ from ppo.rollout import Rollout
 from ppo.scoring import Scored
 from ppo.update import Batch
 from sarm_jax.files import replacing
+from sarm_jax.processes import fetch
 
 
 def dump(
@@ -36,5 +36,5 @@ def dump(
     arrays["sampler.logp_br"] = rollout.generation.logp_br
     arrays |= {"prompts": rollout.prompts, "responses": rollout.responses}
     with replacing(path, "wb") as file:
-        np.savez(file, **jax.device_get(arrays))
+        np.savez(file, **fetch(arrays))
     return path

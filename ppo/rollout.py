@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from ppo.learner import Learner
 from ppo.prompts import PromptDeck
 from sarm_jax.generate import Generation
+from sarm_jax.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Rollout:
     """Texts of B prompts and responses, and their tokens.
 
     Prompts `[B, P]` are padded on the left, responses `[B, R]` on the right, so that the response
-    is in the last R columns of `tokens_bt`.
+    is in the last R columns of `tokens_bt`. `ended_b` says whether a response ended by itself,
+    `lengths_b` are its tokens, the stop token included.
     """
 
     prompts: list[str]
@@ -26,6 +28,8 @@ class Rollout:
     tokens_bp: np.ndarray
     mask_bp: np.ndarray
     generation: Generation
+    ended_b: np.ndarray
+    lengths_b: np.ndarray
 
     @property
     def tokens_bt(self) -> jax.Array:
@@ -36,16 +40,6 @@ class Rollout:
     def mask_bt(self) -> jax.Array:
         """Where `tokens_bt` is not padding."""
         return jnp.concatenate([self.mask_bp, self.generation.mask_br], axis=1)
-
-    @property
-    def ended_b(self) -> np.ndarray:
-        """Whether the response ended by itself."""
-        return np.asarray(self.generation.ended_b)
-
-    @property
-    def lengths_b(self) -> np.ndarray:
-        """Response tokens, the stop token included."""
-        return np.asarray(self.generation.mask_br).sum(axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +60,9 @@ class Sampler:
         size = self.learner.config.batch_size
         prompts, tokens_bp, mask_bp = deck.deal(number, size)
         generation = self.learner.rollout(params, self.base, tokens_bp, mask_bp, key, slots=slots)
-        return Rollout(prompts, self._decode(generation), tokens_bp, mask_bp, generation)
-
-    def _decode(self, generation: Generation) -> list[str]:
-        """Response texts, without special tokens."""
-        tokens_br, mask_br = jax.device_get((generation.tokens_br, generation.mask_br))
-        rows = [tokens[mask] for tokens, mask in zip(tokens_br, mask_br, strict=True)]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        seen: Generation = fetch(generation)
+        rows = [tokens[mask] for tokens, mask in zip(seen.tokens_br, seen.mask_br, strict=True)]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        lengths_b = np.asarray(seen.mask_br).sum(axis=1)
+        ended_b = np.asarray(seen.ended_b)
+        return Rollout(prompts, texts, tokens_bp, mask_bp, generation, ended_b, lengths_b)

@@ -37,6 +37,7 @@ from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scored, Scorer
 from ppo.slots import SlotPlan, Slots
 from ppo.update import Batch, Updater, batch_metrics
+from sarm_jax import processes
 from sarm_jax.chat import pad_id
 from sarm_jax.files import replacing
 from sarm_jax.llama import Llama
@@ -121,7 +122,7 @@ class Trainer:
         )
         profile.check_steps(config.ppo.total_steps)
         self._profiler = Profiler(profile, workdir)
-        self._stop_signal: int | None = None
+        self._stop_signal = 0  # none
         self.scale = ScoreScale(0.0, 1.0)
 
     def run(self) -> dict:
@@ -139,7 +140,7 @@ class Trainer:
         features = self.config.reward.penalize_features
         log = RunLog(self.workdir, features, done, config.total_steps)
         with on_signal(self._remember), log:
-            for row in log.earlier_rows():
+            for row in processes.from_first(log.earlier_rows()):
                 watch(row)
             if done == 0:
                 log.write_evaluation(self._evaluate(0, state))
@@ -153,13 +154,14 @@ class Trainer:
                 last = finished == config.total_steps
                 if last or finished % config.eval_every == 0:
                     log.write_evaluation(self._evaluate(finished, state))
-                stop = self._stop_signal
-                if last or finished % config.checkpoint_every == 0 or stop is not None or held:
+                stop = processes.largest(self._stop_signal)
+                if last or finished % config.checkpoint_every == 0 or stop or held:
                     facts = dataclasses.asdict(self.scale) | {"made_from": self._made_from}
                     checkpoints.save(finished, state, facts)
-                if stop is not None or held:
+                if stop or held:
                     self._profiler.stop()
-                if stop is not None:
+                    processes.part()
+                if stop:
                     LOG.info("stopped by signal %d after step %d", stop, finished)
                     raise SystemExit(128 + stop)
                 if held:
@@ -259,6 +261,7 @@ class Trainer:
         """Raises NonFiniteError when more steps had a skipped update than may have."""
         limit = self.config.guards.max_nonfinite_steps
         if watch.nonfinite_steps > limit:
+            processes.part()
             raise NonFiniteError(
                 f"step {step} is not finite, and more than guards.max_nonfinite_steps={limit} "
                 f"were not: the batch is in {self.workdir / f'nonfinite_step_{step}.npz'}; the same"

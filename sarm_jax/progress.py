@@ -1,9 +1,11 @@
 """What a run says while it goes."""
 
+import functools
 import logging
 import sys
 
 from absl import logging as absl_logging
+from tqdm import tqdm
 
 from sarm_jax.errors import secrets, without_secrets
 
@@ -11,9 +13,10 @@ LOG = logging.getLogger(__name__)
 OTHERS = ("transformers", "huggingface_hub")  # which bring handlers of their own
 
 
-def show_progress(prefix: str = "", level: int = logging.INFO) -> None:
+def show_progress(prefix: str = "", level: int = logging.INFO, everything: bool = True) -> None:
     """Shows this project's own messages from `level` on; of the libraries' only warnings.
 
+    Of a process that only follows another, not `everything`: its errors, and no bars.
     No line shows a secret, whoever logs it: neither theirs, nor an error's that nobody expected.
     """
     handler = logging.StreamHandler()
@@ -24,8 +27,10 @@ def show_progress(prefix: str = "", level: int = logging.INFO) -> None:
         logging.getLogger(name).propagate = True
     sys.excepthook = _unexpected
     for package in ("sarm_jax", "ppo", "configs", "conversion"):
-        logging.getLogger(package).setLevel(level)
+        logging.getLogger(package).setLevel(level if everything else logging.ERROR)
     absl_logging.set_verbosity(absl_logging.WARNING)
+    if not everything:
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
 class _WithoutSecrets(logging.Formatter):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from sarm_jax.chat import bucket_length, encode_conversation, pad_batch, pad_id
 from sarm_jax.latent_store import EncodedLatents, Latents, TopKLatents
+from sarm_jax.processes import fetch
 from sarm_jax.sarm import SARM, Intervention, intervention
 from sarm_jax.sharding import ONE_DEVICE, Placement
 
@@ -84,8 +85,8 @@ class RewardModel:
         graphdef, state = nnx.split(self.model)
         for chosen, tokens_bt, mask_bt in self._batches(rows):
             scores, latents = _score(graphdef, state, tokens_bt, mask_bt, clamp, indices)
-            score_b[chosen] = np.asarray(scores)[: len(chosen)]
-            z_bf[chosen] = np.asarray(latents)[: len(chosen)]
+            scores, latents = fetch((scores, latents))
+            score_b[chosen], z_bf[chosen] = scores[: len(chosen)], latents[: len(chosen)]
         return score_b, z_bf
 
     def store(
@@ -106,10 +107,9 @@ class RewardModel:
         graphdef, state = nnx.split(self.model)
         with tqdm(total=len(rows), desc=label, unit="row") as bar:
             for chosen, tokens_bt, mask_bt in self._batches(rows):
-                scores, kept, index = _code(graphdef, state, tokens_bt, mask_bt)
-                score_n[chosen] = np.asarray(scores)[: len(chosen)]
-                kept_nk[chosen] = np.asarray(kept)[: len(chosen)]
-                index_nk[chosen] = np.asarray(index)[: len(chosen)]
+                found = fetch(_code(graphdef, state, tokens_bt, mask_bt))
+                for whole, part in zip((score_n, kept_nk, index_nk), found, strict=True):
+                    whole[chosen] = part[: len(chosen)]
                 bar.update(len(chosen))
         score_n, kept_nk, index_nk = score_n[place_n], kept_nk[place_n], index_nk[place_n]
         if sae.use_topk:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from sarm_jax.errors import InputError
@@ -94,6 +94,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
     devices = jax.devices() if devices is None else devices
     if config.devices > len(devices):
         raise InputError(f"{config} takes {config.devices} devices; there are {len(devices)}")
+    if jax.process_count() > 1 and config.devices < len(devices):
+        raise InputError(
+            f"{config} takes {config.devices} devices; over {jax.process_count()} processes it has "
+            f"to take all {len(devices)}"
+        )
     if config.devices == 1:
         return None
     grid = np.asarray(devices[: config.devices]).reshape(config.data, config.fsdp, config.tensor)
@@ -160,14 +165,14 @@ class Placement:
 
     def replicated(self, tree: Any) -> Any:
         """A copy on every device."""
-        return tree if self.mesh is None else jax.device_put(tree, self._at(P()))
+        return tree if self.mesh is None else jax.tree.map(lambda x: _put(x, self._at(P())), tree)
 
     def rows(self, tree: Any) -> Any:
         """Arrays split along their first dimension, or on every device where it does not divide."""
         if self.mesh is None:
             return tree
         return jax.tree.map(
-            lambda x: jax.device_put(x, self._at(P() if x.shape[0] % self.parts else BATCH)), tree
+            lambda x: _put(x, self._at(P() if x.shape[0] % self.parts else BATCH)), tree
         )
 
     def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
@@ -211,6 +216,20 @@ class Placement:
     def _at(self, spec: P) -> NamedSharding:
         assert self.mesh is not None
         return NamedSharding(self.mesh, spec)
+
+
+def put_like(array: np.ndarray, like: Any) -> Any:
+    """An array of the host's where `like` lies; as it is, where that is on the host itself."""
+    return _put(array, like.sharding) if isinstance(like, jax.Array) else array
+
+
+def _put(x: Any, sharding: Sharding) -> jax.Array:
+    """`x` on the mesh; of what a host holds, every process puts its own part there."""
+    on_mesh = isinstance(x, jax.Array) and not x.is_fully_addressable
+    if on_mesh or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
 def _read_padded(

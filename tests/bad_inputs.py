@@ -298,6 +298,7 @@ def features(what: str, spoil: Spoil | None, *says: str, key: str = "{bad}:harmi
 
 
 PENALTY = "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1,1"
+HOSTS = "--coordinator_address=localhost:1 --num_processes=2 --process_id=0"
 PLAN = "--stage=plan --config.plan.target"
 ALL = "--stage=all --config.prepare_data.source=lab"
 
@@ -347,6 +348,12 @@ FLAGS = [
         "--config.profile.start_step=0 --config.profile.num_steps=0",
         "profile.num_steps=0",
     ),
+    main("half of the hosts' flags", "--num_processes=2", "--coordinator_address", "go together"),
+    main("address without a port", f"{HOSTS} --coordinator_address=gpu0", "gpu0", "HOST:PORT"),
+    main("address of a port beyond", f"{HOSTS} --coordinator_address=gpu0:70000", "gpu0:70000"),
+    main("one process of one", f"{HOSTS} --num_processes=1", "--num_processes=1", "at least 2"),
+    main("process beyond the last", f"{HOSTS} --process_id=2", "--process_id=2", "0 to 1"),
+    main("processes for a stage of one", f"{HOSTS} --stage=identify", "--stage=identify", "one"),
     main("mesh of no devices", "--config.mesh.data=0", "mesh.data=0"),
     main(
         "mesh of too many devices",
