@@ -1,15 +1,10 @@
-"""The one exception for what a user gave us and we cannot accept, and what no message may show."""
+"""The one exception for what a user gave us and we cannot accept, in one line that can be shown."""
 
-import contextlib
-import os
-import re
 from collections.abc import Mapping
 
-import huggingface_hub
+from sarm_jax.secrets import secrets, without_secrets
 
 LONGEST = 2000  # characters; a message that quotes more loses its middle
-SHORTEST = 8  # characters of a secret; a shorter one would be found in ordinary words
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.I)
 
 
 class InputError(ValueError):
@@ -21,21 +16,6 @@ class InputError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(printable(str(message), secrets()))
-
-
-def secrets() -> dict[str, str]:
-    """What nothing may show, by name: the environment's secrets and the stored login of the hub."""
-    found = {name: value for name, value in os.environ.items() if SECRET_NAME.search(name)}
-    with contextlib.suppress(OSError, ValueError):  # what cannot be read cannot be shown either
-        found["HF_TOKEN"] = huggingface_hub.get_token() or ""  # the environment's, or the stored
-    return {name: value for name, value in found.items() if len(value) >= SHORTEST}
-
-
-def without_secrets(text: str, secret: Mapping[str, str]) -> str:
-    """The text with the name of each secret, in brackets, instead of its value."""
-    for name, value in sorted(secret.items(), key=lambda item: -len(item[1])):
-        text = text.replace(value, f"[{name}]")  # longest first: one may be part of another
-    return text
 
 
 def out_of_memory(error: BaseException) -> bool:

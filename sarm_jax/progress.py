@@ -7,7 +7,7 @@ import sys
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from sarm_jax.errors import secrets, without_secrets
+from sarm_jax.secrets import secrets, without_secrets
 
 LOG = logging.getLogger(__name__)
 OTHERS = ("transformers", "huggingface_hub")  # which bring handlers of their own

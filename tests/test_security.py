@@ -17,9 +17,10 @@ import main
 from conversion import cli, from_hf, load_policy, to_hf
 from conversion.containment import contained
 from conversion.load import load_hf_tokenizer
-from sarm_jax.errors import InputError, printable, secrets
+from sarm_jax.errors import InputError, printable
 from sarm_jax.evaluation.report.page import ReportConfig, write_report
 from sarm_jax.progress import show_progress
+from sarm_jax.secrets import secrets
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.report_runs import write_run
 

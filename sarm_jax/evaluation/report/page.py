@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from sarm_jax.errors import InputError, secrets, without_secrets
+from sarm_jax.errors import InputError
 from sarm_jax.evaluation.report.evaluations import EVALUATE, Evaluation, read_evaluation
 from sarm_jax.evaluation.report.pictures import file_name
 from sarm_jax.evaluation.report.runs import Run, read_run
@@ -26,6 +26,7 @@ from sarm_jax.evaluation.report.sections import (
 from sarm_jax.files import replacing
 from sarm_jax.page import HERE as SHARED
 from sarm_jax.page import content_policy, environment, json_in_html, picture_uri
+from sarm_jax.secrets import secrets, without_secrets
 from sarm_jax.workdir import named_workdirs
 
 HERE = Path(__file__).parent
