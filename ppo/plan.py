@@ -67,6 +67,7 @@ class Planner:
     sarm: Callable[[], SARM]
     score_batch: int
     watched: int
+    _rows: dict[tuple, dict] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def plan(self, layout: Layout) -> dict:
         """The content of plan.json for one layout."""
@@ -101,9 +102,14 @@ class Planner:
             config, self.lora, policy, sarm, placement, self.score_batch, self.watched
         )
         for program in programs:
-            LOG.info("compiling %s for %s on %s", program.name, self.name, mesh)
-            compiled = program.lowered.compile()
-            rows.append(_row(program, compiled, costs[program.name], chip, config, mesh))
+            # A search meets the same program in several layouts.
+            key = program.name, *(getattr(layout, field) for field in program.varies_with)
+            if key not in self._rows:
+                LOG.info("compiling %s for %s on %s", program.name, self.name, layout)
+                compiled = program.lower().compile()
+                cost = costs[program.name]
+                self._rows[key] = _row(program, compiled, cost, chip, config, mesh)
+            rows.append(self._rows[key])
         return _summary(self.name, layout, config, chip, rows, weights)
 
 

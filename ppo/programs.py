@@ -5,7 +5,8 @@
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,11 +29,15 @@ from sarm_jax.sharding import BATCH, Placement
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`runs` is how often a PPO step runs it; 0: it is a whole of which the parts are listed."""
+    """`runs` is how often a PPO step runs it; 0: it is a whole of which the parts are listed.
+
+    `varies_with` are the fields of a `Layout` that make it another program.
+    """
 
     name: str
     runs: int
-    lowered: Lowered
+    lower: Callable[[], Lowered]
+    varies_with: tuple[str, ...] = ("mesh",)
 
 
 def step_programs(
@@ -44,7 +49,7 @@ def step_programs(
     score_batch: int,
     watched: int,
 ) -> Iterator[Program]:
-    """Lowers them one after the other, for full batches: every prompt and response at its limit.
+    """All of them, for full batches: every prompt and response at its limit.
 
     `policy` and `sarm` are abstract, `score_batch` rows are scored at a time, and `watched` is how
     many latents the reward reads.
@@ -57,23 +62,23 @@ def step_programs(
     slots = Slots(group * (prompt + new), group * new) if config.pack_levels else None
     prefill = rows // placement.parts * prompt if config.pack_levels else None
 
-    yield Program("rollout", 0, learner.lower_rollout(state.params, base, prompt, prefill))
+    rollout = partial(learner.lower_rollout, state.params, base, prompt, prefill)
+    yield Program("rollout", 0, rollout)
     halves = _Halves(learner, state, base, prompt)
-    yield Program("prefill", 1, halves.lower_prefill())
-    yield Program("decode", new - 1, halves.lower_decode())
+    yield Program("prefill", 1, halves.lower_prefill)
+    yield Program("decode", new - 1, halves.lower_decode)
     calls = -(-rows // score_batch)
     graphdef, weights = nnx.split(sarm)
     length = bucket_length(prompt + new)
-    scoring = lower_score(
-        graphdef, _abstract(weights, placement), placement, min(rows, score_batch), length, watched
-    )
+    batch = min(rows, score_batch), length, watched
+    scoring = partial(lower_score, graphdef, _abstract(weights, placement), placement, *batch)
     yield Program("score", calls, scoring)
-    yield Program("reference", 1, learner.lower_reference(base, prompt, slots))
+    pieces = "mesh", "accumulation"
+    yield Program("reference", 1, partial(learner.lower_reference, base, prompt, slots), pieces)
     steps = config.updates_per_step
-    updater = Updater(learner)
-    for name, lowered in updater.lower(state, base, prompt, slots).items():
+    for name, lower in Updater(learner).lower(state, base, prompt, slots).items():
         runs = steps - (config.pieces == 1) if name == "step" else 1
-        yield Program(name, runs, lowered)
+        yield Program(name, runs, lower, pieces if name == "targets" else (*pieces, "remat"))
 
 
 def _abstract(state: nnx.State, placement: Placement) -> nnx.State:

@@ -190,9 +190,9 @@ class Trainer:
         self.scorer.compile(decks, config.max_new_tokens, config.batch_size)
         for slots in self._slot_plan.all():
             self.learner.lower_reference(self.base, self.deck.length, slots).compile()
-            lowered = self.updater.lower(self._fresh, self.base, self.deck.length, slots)
-            for program in lowered.values():
-                program.compile()
+            lowering = self.updater.lower(self._fresh, self.base, self.deck.length, slots)
+            for lower in lowering.values():
+                lower().compile()
         if self.held_out is not None:
             self.held_out.compile()
         if checkpoints.latest_step() is None:

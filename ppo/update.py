@@ -7,6 +7,7 @@ otherwise they are computed first, because whitening needs the advantages of the
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -93,8 +94,8 @@ class Updater:
 
     def lower(
         self, state: TrainState, base: nnx.State, prompt_length: int, slots: Slots | None
-    ) -> dict[str, Lowered]:
-        """The programs of an update of prompts padded to `prompt_length` tokens, to be compiled.
+    ) -> dict[str, Callable[[], Lowered]]:
+        """Lowers the programs of an update of prompts padded to `prompt_length` tokens.
 
         `targets` where they are computed beforehand, `first_step` where it makes them, `step` for
         all others. Arrays may be abstract.
@@ -116,14 +117,18 @@ class Updater:
 
         batch, targets = arrays(config.batch_size // config.num_minibatches)
         count = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.float32))
-        programs = {}
+        programs: dict[str, Callable[[], Lowered]] = {}
         if config.pieces == 1:
-            programs["first_step"] = self._step.lower(self, state, base, batch, None, count, slots)
+            first = self, state, base, batch, None, count, slots
+            programs["first_step"] = partial(self._step.lower, *first)
         else:
             whole, _ = arrays(config.batch_size)
-            programs["targets"] = self._targets.lower(self, state.params, base, whole, slots)
+            programs["targets"] = partial(
+                self._targets.lower, self, state.params, base, whole, slots
+            )
         if config.pieces > 1 or config.ppo_epochs > 1:
-            programs["step"] = self._step.lower(self, state, base, batch, targets, count, slots)
+            later = self, state, base, batch, targets, count, slots
+            programs["step"] = partial(self._step.lower, *later)
         return programs
 
     def _count(self, mask_br):

@@ -1,0 +1,83 @@
+"""What identify takes at the full size, from codes that are drawn: no model, no forward pass.
+
+    python -m benchmarks.identify_memory --pairs=100000 --latents=65536 --k=192
+
+Every response has codes of its own, features fire with frequencies that fall off like 1/rank, and a
+few hundred fire more on the rejected side. A dense array of the same latents would take
+2 × pairs × latents × 4 bytes.
+"""
+
+import argparse
+import resource
+import time
+from types import SimpleNamespace
+
+import numpy as np
+
+from sarm_jax.features import IdentifyConfig, identify
+from sarm_jax.latent_store import TopKLatents
+
+GIB = 2**30
+PLANTED = 300  # features that fire more on the rejected side
+WIDTH = 2048  # of a decoder row
+
+
+def draw_codes(rows: int, latents: int, k: int, rng: np.random.Generator) -> TopKLatents:
+    """k distinct features a row; the second half of the rows are rejected responses."""
+    weight_f = 1 / np.arange(10, latents + 10)
+    cdf_f = np.cumsum(weight_f / weight_f.sum())
+    index_nk = np.empty((rows, k), np.int32)
+    for start in range(0, rows, 4096):
+        part = index_nk[start : start + 4096]
+        drawn = np.minimum(np.searchsorted(cdf_f, rng.random(part.shape)), latents - 1)
+        drawn = np.sort(drawn, axis=1)
+        # A feature that is drawn again makes way for an unused one.
+        again = np.zeros_like(drawn, bool)
+        again[:, 1:] = drawn[:, 1:] == drawn[:, :-1]
+        spare = latents - 1 - np.cumsum(again, axis=1)
+        part[:] = np.where(again, spare, drawn)
+    marked = np.arange(rows // 2, rows)
+    index_nk[marked, 0] = rng.integers(latents // 2, latents // 2 + PLANTED, len(marked))
+    value_nk = rng.exponential(size=(rows, k)).astype(np.float32)
+    return TopKLatents(value_nk, index_nk, latents)
+
+
+def main() -> None:
+    """Prints seconds, and the peak of the memory before and after identify."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=100_000)
+    parser.add_argument("--latents", type=int, default=65_536)
+    parser.add_argument("--k", type=int, default=192)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = np.random.default_rng(args.seed)
+    latents = draw_codes(2 * args.pairs, args.latents, args.k, rng)
+    sae = SimpleNamespace(decoder=rng.normal(size=(args.latents, WIDTH)).astype(np.float32))
+    weight_f = rng.normal(size=args.latents).astype(np.float32)
+
+    def store(prompts, responses, label):
+        return np.zeros(len(prompts), np.float32), latents
+
+    model = SimpleNamespace(model=SimpleNamespace(score=weight_f, sae=sae), store=store)
+    pairs = [
+        {"prompt": f"p{n // 2}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(args.pairs)
+    ]
+    before, start = _peak(), time.perf_counter()
+    _, selected, _ = identify(IdentifyConfig(10, "differential", 0.98, 0.05, 0), model, pairs)
+    seconds, peak = time.perf_counter() - start, _peak()
+    planted = range(args.latents // 2, args.latents // 2 + PLANTED)
+    found = sum(i in planted for i in selected["safety_harming"])
+    dense = 2 * args.pairs * args.latents * 4 / GIB
+    print(
+        f"{args.pairs} pairs, {args.latents} latents, k={args.k}: identify takes {seconds:.0f} s, "
+        f"{peak - before:.2f} GiB beyond the {before:.2f} GiB of codes and decoder (dense latents: "
+        f"{dense:.1f} GiB); {found} of the 10 most harming are planted"
+    )
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+if __name__ == "__main__":
+    main()
