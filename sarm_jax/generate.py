@@ -5,6 +5,7 @@ log π = log_softmax(logits / T), renormalised over the kept tokens where top-k 
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -160,8 +161,8 @@ def draw_index(p_bv: jax.Array, key: jax.Array) -> jax.Array:
     than a sixth of a small model's decode step. An index of weight 0 is never drawn.
     """
     batch, size = p_bv.shape
-    width = 1 << ((size - 1).bit_length() + 1) // 2  # about √V
-    blocks = -(-size // width)
+    blocks = _blocks(size)
+    width = -(-size // blocks)
     p_bkw = jnp.pad(p_bv, ((0, 0), (0, blocks * width - size))).reshape(batch, blocks, width)
     block_cdf_bk = jnp.cumsum(p_bkw.sum(axis=-1), axis=-1)
     total_b = block_cdf_bk[:, -1]
@@ -175,6 +176,19 @@ def draw_index(p_bv: jax.Array, key: jax.Array) -> jax.Array:
     rest_b = jnp.minimum(target_b - before_b, jnp.nextafter(cdf_bw[:, -1], 0.0))
     inside_b = (cdf_bw <= rest_b[:, None]).sum(axis=-1)
     return block_b1[:, 0] * width + inside_b
+
+
+def _blocks(size: int) -> int:
+    """Into how many blocks to cut: about √size, so that both levels are short.
+
+    A divisor if there is one near, or the weights would be copied to be padded; best a multiple of
+    8, so that a vocabulary that is split over devices is cut where they meet, and stays there.
+    """
+    root = math.isqrt(size)
+    near = [n for n in range(max(root // 3, 1), 3 * root + 1) if size % n == 0]
+    if not near:
+        return root
+    return min(near, key=lambda n: (n % 8 != 0, abs(math.log(n * n / size))))
 
 
 def keep_top(logits_bv: jax.Array, top_k: int, top_p: float) -> jax.Array:

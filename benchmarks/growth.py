@@ -1,0 +1,199 @@
+"""How the cost of a PPO step grows: with context, batch, tokens, depth and features.
+
+    python -m benchmarks.growth [--rounds=5]
+
+Random weights in the shape of SmolLM2-135M, float32. Sizes take turns, so that a machine whose
+speed drifts slows all of them; medians. A decoded token has to read the weights and the keys and
+values before it: "predicted" is what these bytes grow by.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from configs import base
+from ppo.config import PPOConfig
+from ppo.costs import layer_weights
+from ppo.learner import Learner
+from ppo.update import Batch, Updater
+from sarm_jax.llama import KVCache, Llama, LlamaConfig
+from sarm_jax.lora import LoRAConfig
+from sarm_jax.reward_model import lower_score
+from sarm_jax.sae import SAEConfig
+from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.sharding import ONE_DEVICE
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+TOKENS = 16  # decoded in one timed call
+Run = Callable[[], Any]
+
+
+def measure(runs: dict[Any, Run], rounds: int) -> dict[Any, float]:
+    """Median seconds of each, in turns; all are run once before."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    seconds: dict[Any, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A Markdown table."""
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def decode_run(policy: Llama, batch: int, context: int) -> Run:
+    """Decodes a few tokens after `context` ones."""
+    graphdef, state = nnx.split(policy)
+    config = policy.config
+    size = context + TOKENS
+    shape = (batch, config.num_key_value_heads, config.head_dim, size)
+
+    @jax.jit
+    def run(state):
+        policy = nnx.merge(graphdef, state)
+        layers = policy.unstacked()
+        kv = tuple(jnp.zeros(shape) for _ in range(config.num_hidden_layers))
+        mask_bs = jnp.broadcast_to(jnp.arange(size) < context, (batch, size))
+        cache = KVCache(kv, kv, mask_bs, jnp.int32(context), jnp.full((batch,), context))
+
+        def step(_, carry):
+            token_b, cache = carry
+            x_b1d, cache = policy.decode(token_b, cache, layers)
+            return policy.logits(x_b1d)[:, 0].argmax(axis=-1).astype(jnp.int32), cache
+
+        token_b = jnp.ones((batch,), jnp.int32)
+        return jax.lax.fori_loop(0, TOKENS, step, (token_b, cache))[0]
+
+    return lambda: run(state)
+
+
+def decode_growth(rounds: int) -> None:
+    """Seconds a token against context, then tokens/s against batch."""
+    policy = Llama(SMOLLM2, rngs=nnx.Rngs(0))
+    config, batch = SMOLLM2, 8
+    weights = layer_weights(config) * config.num_hidden_layers
+    weights += config.vocab_size * config.hidden_size
+    per_token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+    contexts = (64, 128, 256, 512, 1024)
+    found = measure({n: decode_run(policy, batch, n) for n in contexts}, rounds)
+    # The unstacking of the layers is a part of every call; it does not depend on the context.
+    read = {n: weights + batch * (n + TOKENS / 2) * per_token for n in contexts}
+    first = contexts[0]
+    rows = [
+        (
+            n,
+            f"{1e3 * found[n] / TOKENS:.1f}",
+            f"{found[n] / found[first]:.2f}",
+            f"{read[n] / read[first]:.2f}",
+        )
+        for n in contexts
+    ]
+    columns = "context", "ms a token", "grows by", "predicted"
+    show(f"Decoding, batch {batch}", columns, rows)
+    batches = (1, 4, 16, 64)
+    found = measure({n: decode_run(policy, n, 128) for n in batches}, rounds)
+    rows = [(n, f"{n * TOKENS / found[n]:.0f}", f"{found[n] / found[1]:.2f}") for n in batches]
+    show("Decoding after 128 tokens", ("batch", "tokens/s", "time grows by"), rows)
+
+
+def learner_of(layers: int, batch: int, new_tokens: int) -> tuple[Learner, Any, Any]:
+    """A learner with random weights: (it, its state, the base)."""
+    options = base.get_config().ppo.to_dict()
+    options |= {"batch_size": batch, "max_new_tokens": new_tokens, "ppo_epochs": 1}
+    config = dataclasses.replace(SMOLLM2, num_hidden_layers=layers)
+    policy = Llama(config, rngs=nnx.Rngs(0))
+    return Learner.attach(PPOConfig(**options), LoRAConfig(rank=16), policy, pad=0)
+
+
+def update_growth(rounds: int) -> None:
+    """Seconds of an update against its tokens, and what the compiler sets aside for it."""
+    prompt, new = 64, 64
+    runs, memory = {}, {}
+    for batch in (4, 8, 16, 32):
+        learner, state, frozen = learner_of(SMOLLM2.num_hidden_layers, batch, new)
+        rng = np.random.default_rng(0)
+        tokens = jnp.asarray(rng.integers(3, 49152, (batch, prompt + new)), jnp.int32)
+        logp_br, reward_b = jnp.full((batch, new), -5.0), jnp.zeros((batch,))
+        whole = jnp.ones(tokens.shape, bool)
+        data = Batch(tokens, whole, whole[:, :new], logp_br, reward_b)
+        order, updater = np.arange(batch)[None], Updater(learner)
+
+        def run(updater=updater, state=state, frozen=frozen, data=data, order=order):
+            fresh = jax.tree.map(jnp.copy, state)  # the update takes it
+            return updater(fresh, frozen, data, order)[2]
+
+        runs[batch * (prompt + new)] = run
+        compiled = updater.lower(state, frozen, prompt, None)["first_step"]().compile()
+        analysis: Any = compiled.memory_analysis()
+        memory[batch * (prompt + new)] = analysis.temp_size_in_bytes / 2**20
+    found = measure(runs, rounds)
+    first = min(found)
+    rows = [
+        (n, f"{found[n]:.2f}", f"{found[n] / found[first] / (n / first):.2f}", f"{memory[n]:.0f}")
+        for n in found
+    ]
+    columns = "tokens", "s", "s a token, × the first", "temporaries, MiB"
+    show("A gradient step on all tokens of a batch", columns, rows)
+
+
+def compile_seconds(lower: Callable[[], Any]) -> float:
+    """Of tracing, lowering and compiling, anew."""
+    jax.clear_caches()
+    start = time.perf_counter()
+    lower().compile()
+    return time.perf_counter() - start
+
+
+def compile_growth() -> None:
+    """Compile times against depth, and against the number of features that the reward reads."""
+    rows = []
+    for layers in (2, 8, 30):
+        learner, state, frozen = learner_of(layers, 8, 64)
+        update = Updater(learner).lower(state, frozen, 64, None)["first_step"]
+        rollout = partial(learner.lower_rollout, state.params, frozen, 64, None)
+        rows.append((layers, *(f"{compile_seconds(lower):.1f}" for lower in (update, rollout))))
+    show("Compiling", ("layers", "update, s", "rollout (unstacked layers), s"), rows)
+    trunk = dataclasses.replace(SMOLLM2, num_hidden_layers=15)
+    sarm = SARM(SARMConfig(trunk, SAEConfig(576, latent_size=4608, k=32)), rngs=nnx.Rngs(0))
+    score = partial(lower_score, *nnx.split(sarm), ONE_DEVICE, 8, 128)
+    rows = [(n, f"{compile_seconds(partial(score, n)):.1f}") for n in (1, 10, 100, 1000)]
+    show("Compiling the score", ("features read", "s"), rows)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    decode_growth(args.rounds)
+    update_growth(args.rounds)
+    compile_growth()
+
+
+if __name__ == "__main__":
+    main()
