@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
-from sarm_jax.llama import REMAT, Llama, LlamaConfig
+from sarm_jax.llama import REMAT, Llama, LlamaConfig, attention
 from sarm_jax.lora import (
     TARGET_MODULES,
     LoRAConfig,
@@ -52,6 +53,26 @@ def test_cached_decode_is_the_full_forward(policy, batch_bt, side):
     for t in range(4):
         x, cache = policy.decode(new[:, t], cache, policy.unstacked())
         np.testing.assert_allclose(x[:, 0], expected[:, 5 + t], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 150])
+def test_attention_by_blocks_is_that_of_torch(length):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
+    mask = np.tril(np.ones((length, length), bool)) & (rng.random((2, 1, length)) < 0.7)
+    mask |= np.eye(length, dtype=bool)
+    g = rng.normal(size=q.shape).astype(np.float32)
+    theirs = [torch.tensor(x, requires_grad=True) for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in theirs),
+        attn_mask=torch.tensor(mask)[:, None],
+        enable_gqa=True,
+    ).transpose(1, 2)
+    out.backward(torch.tensor(g))
+    ours, pull = jax.vjp(lambda q, k, v: attention(q, k, v, jnp.asarray(mask), "xla"), q, k, v)
+    np.testing.assert_allclose(ours, out.detach(), atol=1e-5)
+    for gradient, x in zip(pull(jnp.asarray(g)), theirs, strict=True):
+        np.testing.assert_allclose(gradient, x.grad, atol=1e-5)
 
 
 def test_remat_changes_nothing_but_memory(policy, batch_bt):
