@@ -61,8 +61,11 @@ class Sampler:
         prompts, tokens_bp, mask_bp = deck.deal(number, size)
         generation = self.learner.rollout(params, self.base, tokens_bp, mask_bp, key, slots=slots)
         seen: Generation = fetch(generation)
-        rows = [tokens[mask] for tokens, mask in zip(seen.tokens_br, seen.mask_br, strict=True)]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         lengths_b = np.asarray(seen.mask_br).sum(axis=1)
-        ended_b = np.asarray(seen.ended_b)
+        ended_b, texts = np.asarray(seen.ended_b), self._decode(seen)
         return Rollout(prompts, texts, tokens_bp, mask_bp, generation, ended_b, lengths_b)
+
+    def _decode(self, seen: Generation) -> list[str]:
+        """Response texts, without special tokens, of what the host has."""
+        rows = [tokens[mask] for tokens, mask in zip(seen.tokens_br, seen.mask_br, strict=True)]
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
