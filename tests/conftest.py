@@ -1,11 +1,13 @@
 """Tiny models for tests that need no oracle: a byte-level chat policy and a SARM, both random."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -13,7 +15,7 @@ from configs import base
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
 from ppo.guards import GuardConfig
-from ppo.human_latents import collect_human_latents
+from ppo.human_latents import HumanLatents, collect_human_latents, save_human_latents
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
 from ppo.train import NO_PROFILE, TrainConfig, Trainer
@@ -23,7 +25,7 @@ from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig
-from tests.oracles import tiny_tokenizer
+from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of sharding
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux allows
@@ -167,3 +169,17 @@ def batch_bt():
         tokens=[[5, 6, 7, 8, 9], [10, 0, 11, 0, 12]], mask=[[1, 1, 1, 1, 1], [1, 0, 1, 0, 1]]
     )
     return SimpleNamespace(rows=rows, left=left, right=right, middle=middle)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A tiny policy, a tiny SARM, human latents and prompts, for commands in other processes."""
+    root = tmp_path_factory.mktemp("world")
+    tokenizer = tiny_tokenizer()
+    save_tiny_llama(root / "policy", tiny_llama_config(), tokenizer)
+    save_tiny_sarm(root / "sarm", tokenizer)
+    z_ns = np.random.default_rng(0).exponential(size=(32, 3)).astype(np.float32)
+    save_human_latents(root / "human.safetensors", HumanLatents(z_ns, (1, 2, 7)))
+    rows = [json.dumps({"prompt": f"name {n}", "response": f"it is {n}."}) for n in range(8)]
+    (root / "demos.jsonl").write_text("\n".join(rows) + "\n")
+    return root

@@ -1,7 +1,6 @@
 """Processes that are killed, pre-empted and told to stop, and disks that are full."""
 
 import errno
-import json
 import logging
 import os
 import signal
@@ -10,32 +9,15 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from absl.testing import flagsaver
 
 import main
 from benchmarks.kill_campaign import run_digest
 from ppo.guards import GuardStopError, NonFiniteError
-from ppo.human_latents import HumanLatents, save_human_latents
 from ppo.metrics import COLUMNS, RunLog
-from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny policy, a tiny SARM and prompts."""
-    root = tmp_path_factory.mktemp("world")
-    tokenizer = tiny_tokenizer()
-    save_tiny_llama(root / "policy", tiny_llama_config(), tokenizer)
-    save_tiny_sarm(root / "sarm", tokenizer)
-    z_ns = np.random.default_rng(0).exponential(size=(32, 3)).astype(np.float32)
-    save_human_latents(root / "human.safetensors", HumanLatents(z_ns, (1, 2, 7)))
-    rows = [json.dumps({"prompt": f"name {n}", "response": f"it is {n}."}) for n in range(8)]
-    (root / "demos.jsonl").write_text("\n".join(rows) + "\n")
-    return root
 
 
 def train(world, workdir, *killed, seed=0):

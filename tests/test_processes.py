@@ -10,13 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from ppo.human_latents import HumanLatents, save_human_latents
 from sarm_jax import processes
 from sarm_jax.errors import InputError
-from sarm_jax.jsonl import read_jsonl, write_jsonl
+from sarm_jax.jsonl import read_jsonl
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.processes import Hosts
-from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.test_sharding import SAME
 
 ROOT = Path(__file__).parent.parent
@@ -27,24 +25,11 @@ OPTIONS = (
 ).split()
 TRAIN = (
     "--config=configs/base.py --policy_model={0}/policy --sarm_model={0}/sarm "
-    "--prompts_jsonl={0}/prompts.jsonl --config.eval_prompts_jsonl={0}/prompts.jsonl "
+    "--prompts_jsonl={0}/demos.jsonl --config.eval_prompts_jsonl={0}/demos.jsonl "
     "--penalize_features=3,5 --tau_values=0.1,0.1 --alpha_values=0.5,0.25 "
     "--beta=0.1 --human_latents={0}/human.safetensors"
 )
 BIT = ["-m", "benchmarks.killed", "--place=update", "--call=4", "--signal=SIGTERM", "--"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A tiny policy, a tiny SARM and prompts."""
-    root = tmp_path_factory.mktemp("world")
-    tokenizer = tiny_tokenizer()
-    save_tiny_llama(root / "policy", tiny_llama_config(), tokenizer)
-    save_tiny_sarm(root / "sarm", tokenizer)
-    z_ns = np.random.default_rng(0).exponential(size=(32, 3)).astype(np.float32)
-    save_human_latents(root / "human.safetensors", HumanLatents(z_ns, (1, 2, 7)))
-    write_jsonl(root / "prompts.jsonl", [{"prompt": f"name {n}"} for n in range(8)])
-    return root
 
 
 def unused_port() -> int:
