@@ -43,6 +43,6 @@ def get_config() -> ConfigDict:
     config.ppo.max_new_tokens = 96
     config.ppo.max_prompt_tokens = 96
     config.ppo.kl_coef = 0.02
-    config.ppo.pack_levels = 2  # a third of a step's tokens would be padding
+    config.ppo.pack_levels = 2  # prompts and responses differ much in length
     config.ppo.calibration_batches = 4
     return config

@@ -68,9 +68,14 @@ def connect(hosts: Hosts) -> None:
         raise InputError(f"{flag}: {' '.join(str(error).split())}") from error
 
 
+def connected() -> bool:
+    """Whether there are other processes. Asks for no device: a GPU would be taken by it."""
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this is the process that keeps the run."""
-    return jax.process_index() == 0
+    return not connected() or jax.process_index() == 0
 
 
 def fetch(tree: Any) -> Any:
@@ -87,14 +92,14 @@ def fetch(tree: Any) -> Any:
 
 def from_first(value: Any) -> Any:
     """Process 0's JSON value; the others' own is ignored."""
-    if jax.process_count() == 1:
+    if not connected():
         return value
     return json.loads(_bytes_from_first(json.dumps(value).encode()))
 
 
 def array_from_first(like: Any, array: np.ndarray | None) -> np.ndarray:
     """Process 0's `array`, bit for bit, of the shape and type of `like`; the others give None."""
-    if jax.process_count() == 1:
+    if not connected():
         assert array is not None
         return array
     data = b"" if array is None else np.ascontiguousarray(array).tobytes()
@@ -103,7 +108,7 @@ def array_from_first(like: Any, array: np.ndarray | None) -> np.ndarray:
 
 def largest(number: int) -> int:
     """The largest of all processes' numbers."""
-    if jax.process_count() == 1:
+    if not connected():
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
@@ -113,7 +118,7 @@ def agree(problem: str = "") -> None:
 
     A process that refuses before it comes here is spoken for by `refuse`.
     """
-    if jax.process_count() == 1 or not jax.distributed.is_initialized():
+    if not connected():
         return
     own = np.zeros(TEXT, np.uint8)
     text = np.frombuffer(problem.encode()[:TEXT], np.uint8)
@@ -133,7 +138,7 @@ def refuse(problem: str) -> None:
 
 def part() -> None:
     """The end that all processes come to; waits for the others."""
-    if jax.distributed.is_initialized():
+    if connected():
         jax.distributed.shutdown()
 
 
@@ -146,7 +151,7 @@ def nobody_waits() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not jax.distributed.is_initialized():
+        if not connected():
             raise
         code = error.code if isinstance(error, SystemExit) else 1
         if not isinstance(error, SystemExit):
