@@ -84,7 +84,7 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
         def step(_, carry):
             token_b, cache = carry
             x_b1d, cache = policy.decode(token_b, cache, layers)
-            return policy.logits(x_b1d)[:, 0].argmax(axis=-1).astype(jnp.int32), cache
+            return policy.next_logits(x_b1d).argmax(axis=-1).astype(jnp.int32), cache
 
         token_b = jnp.ones((batch,), jnp.int32)
         return jax.lax.fori_loop(0, TOKENS, step, (token_b, cache))[0]

@@ -20,7 +20,7 @@ from ppo.slots import Slots
 from ppo.update import Updater
 from sarm_jax.chat import bucket_length
 from sarm_jax.generate import Sampling, draw_token
-from sarm_jax.llama import KVCache, Llama
+from sarm_jax.llama import KVCache, Llama, is_kernel
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import lower_score
 from sarm_jax.sarm import SARM
@@ -121,7 +121,7 @@ class _Halves:
         def decode(params, base, layers, cache, token_b, key):
             policy = self._policy(params, base)
             x_b1d, cache = policy.decode(token_b, cache, layers)
-            return draw_token(policy.logits(x_b1d)[:, 0], key, sampling), cache
+            return draw_token(policy.next_logits(x_b1d), key, sampling), cache
 
         params, base = self.state.params, self.base
         layers, cache = self._layers(), self._cache()
@@ -133,7 +133,12 @@ class _Halves:
     def _layers(self) -> tuple[nnx.State, ...]:
         """`Llama.unstacked` of the abstract policy, each layer split like its stack."""
         policy = self._policy(self.state.params, self.base)
-        layer = jax.tree.map(self.learner.placement.abstract_layer, nnx.state(policy.layers))
+        abstract = self.learner.placement.abstract_layer
+
+        def take(path, stacked):
+            return abstract(stacked, transposed=is_kernel(path))
+
+        layer = jax.tree.map_with_path(take, nnx.state(policy.layers))
         return (layer,) * policy.config.num_hidden_layers
 
     def _cache(self) -> KVCache:

@@ -107,7 +107,7 @@ def sample(
     stop_ids = jnp.asarray(stops, jnp.int32)
 
     def draw(x_b1d, key, running_b):
-        token_b, logp_b = draw_token(policy.logits(x_b1d)[:, 0], key, sampling)
+        token_b, logp_b = draw_token(policy.next_logits(x_b1d), key, sampling)
         return jnp.where(running_b, token_b, pad), jnp.where(running_b, logp_b, 0.0)
 
     def unfinished(carry):
