@@ -24,7 +24,7 @@ from sarm_jax.lora import FOLDED, LoRA
 from sarm_jax.packing import Packing
 from sarm_jax.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
 
-QUERY_BLOCK = 64  # queries that attend at a time; see `attention`
+QUERY_BLOCK, QUERY_BLOCKS = 32, 8  # the least queries in a block, the most blocks; see `attention`
 
 REMAT = {
     # Everything: no recomputation.
@@ -120,16 +120,18 @@ def attention(
 
     A mask of more than one row must be causal. XLA would compute all of `[T, S]`, so it is given
     the queries in blocks, each with the columns up to its own end: half the work, and on a CPU
-    about half the time. cuDNN's never writes `[T, S]` to memory.
+    about half the time. There are few blocks, since each is compiled. cuDNN's never writes `[T, S]`
+    to memory.
     """
     attend = partial(jax.nn.dot_product_attention, implementation=implementation)
     length = q_btnh.shape[1]
-    if implementation == "cudnn" or length <= QUERY_BLOCK:
+    block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
+    if implementation == "cudnn" or length <= block:
         return attend(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
     chex.assert_axis_dimension(mask_bts, 2, length)
     blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
+    for start in range(0, length, block):
+        end = min(start + block, length)
         mask_b1ts = mask_bts[:, None, start:end, :end]
         blocks.append(
             attend(q_btnh[:, start:end], k_bskh[:, :end], v_bskh[:, :end], mask=mask_b1ts)
