@@ -2,7 +2,9 @@
 
 import json
 
-from ppo.profiling import PHASES, ProfileConfig, own_times
+import numpy as np
+
+from ppo.profiling import PHASES, SHOWN, ProfileConfig, own_times
 
 
 def test_own_times_by_hand():
@@ -24,7 +26,10 @@ def test_two_steps_of_a_run_are_traced(make_trainer, tmp_path):
     assert summary["steps"] == 2 and set(summary["phases"]) == set(PHASES)
     assert min(summary["phases"].values()) > 0
     assert sum(summary["phases"].values()) <= summary["step_seconds"]
+    seconds = [row["seconds"] for row in summary["top_operations"]]
+    assert len(seconds) == SHOWN and seconds == sorted(seconds, reverse=True)
     shares = [row["share"] for row in summary["top_operations"]]
-    assert shares == sorted(shares, reverse=True) and 0.2 < sum(shares) <= 1
+    np.testing.assert_allclose(shares, np.divide(seconds, summary["operation_seconds"]))
+    assert 0 < sum(shares) <= 1
     assert {row["program"] for row in summary["top_operations"]} & {"jit__step", "jit_rollout"}
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
