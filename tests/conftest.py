@@ -33,7 +33,8 @@ PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}"
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux allows
 UNOPTIMISED = "jax_disable_most_optimizations"
-OPTIMISED = ("test_smollm2",)  # a real model
+# A real model, and what compares programs of different shape closely.
+OPTIMISED = ("test_smollm2", "test_train", "test_training", "test_update")
 PROMPTS = [f"say {i}" for i in range(10)]
 HELD_OUT = [f"what about {i}" for i in range(6)]
 REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
