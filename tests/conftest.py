@@ -33,7 +33,7 @@ PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}"
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux allows
 UNOPTIMISED = "jax_disable_most_optimizations"
-# A real model, and what compares programs of different shape closely.
+# Modules that compile as in use: a real model, PPO's steps, and training.
 OPTIMISED = ("test_smollm2", "test_train", "test_training", "test_update")
 PROMPTS = [f"say {i}" for i in range(10)]
 HELD_OUT = [f"what about {i}" for i in range(6)]
@@ -77,9 +77,9 @@ def policy(architecture, tokenizer):
 def keep_compiled_programs(tmp_path_factory):
     """Compiles a program once for all modules, workers and child processes of a run of the tests.
 
-    Most of the time of the tests is compilation. pytest removes the folder after a few runs. What
-    LLVM optimises is left as it is, as in JAX's own tests: models are tiny, and compiling takes
-    half the time; see `OPTIMISED`.
+    Most of the time of the tests is compilation. pytest removes the folder after a few runs. LLVM
+    does not optimise, as in JAX's own tests: models are tiny, and compiling takes half the time.
+    `OPTIMISED` names the exceptions.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
