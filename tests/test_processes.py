@@ -45,7 +45,7 @@ def start(world, workdir, *further, program=("main.py",)):
     line = [sys.executable, *program, *options, f"--workdir={workdir}", *further]
     environment = os.environ | {
         "TQDM_DISABLE": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
         "TMPDIR": str(world.parent),
     }
     text = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

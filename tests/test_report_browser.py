@@ -10,10 +10,9 @@ from sarm_jax.evaluation.report.page import ReportConfig, write_report
 from tests.browser import Browser, find_chromium
 from tests.report_runs import HOSTILE, NAMES, write_evaluation, write_run
 
-pytestmark = [
-    pytest.mark.skipif(not find_chromium(), reason="no Chromium here (apt-get install chromium)"),
-    pytest.mark.xdist_group("browser"),  # one browser, not one per worker
-]
+pytestmark = pytest.mark.skipif(
+    not find_chromium(), reason="no Chromium here (apt-get install chromium)"
+)
 CARDS = "[...document.querySelectorAll('article')]"
 PHONE, DESKTOP = 390, 1200
 

@@ -252,7 +252,7 @@ def compilations():
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces, compilations):
     many = tuple(range(3, 70))  # stop tokens, so that lengths differ between the steps
-    options = {"total_steps": 8, "eval_every": 3, "pack_levels": 4, "num_minibatches": pieces}
+    options = {"total_steps": 8, "eval_every": 3, "pack_levels": 3, "num_minibatches": pieces}
     trainer = make_trainer(tmp_path / "run", evaluate=True, stop_ids=many, **options)
     taken = set()
     plan = trainer._slot_plan.of
