@@ -18,7 +18,7 @@ from ppo.config import PPOConfig
 from ppo.learner import Learner, TrainState
 from ppo.slots import Slots
 from ppo.update import Updater
-from sarm_jax.chat import bucket_length
+from sarm_jax.chat import scored_length
 from sarm_jax.generate import Sampling, draw_token
 from sarm_jax.llama import KVCache, Llama, is_kernel
 from sarm_jax.lora import LoRAConfig
@@ -69,7 +69,7 @@ def step_programs(
     yield Program("decode", new - 1, halves.lower_decode)
     calls = -(-rows // score_batch)
     graphdef, weights = nnx.split(sarm)
-    length = bucket_length(prompt + new)
+    length = scored_length(prompt + new)
     batch = min(rows, score_batch), length, watched
     scoring = partial(lower_score, graphdef, _abstract(weights, placement), placement, *batch)
     yield Program("score", calls, scoring)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.stages import Lowered
 from tqdm import tqdm
 
-from sarm_jax.chat import bucket_length, encode_conversation, pad_batch, pad_id
+from sarm_jax.chat import encode_conversation, pad_batch, pad_id, scored_length
 from sarm_jax.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.processes import fetch
 from sarm_jax.sarm import SARM, Intervention, intervention
@@ -61,13 +61,13 @@ class RewardModel:
         latent_indices: Sequence[int] | None = None,
     ) -> None:
         """Runs once on each padded shape that `rows` conversations of these lengths can take."""
-        length = bucket_length(min(shortest, self.max_length))
+        length = scored_length(min(shortest, self.max_length))
         while True:
             length = min(length, self.max_length)
             self.score_tokens([[0] * length] * rows, clamp, latent_indices)
             if length >= min(longest, self.max_length):
                 return
-            length = bucket_length(length + 1)
+            length = scored_length(length + 1)
 
     def score_tokens(
         self,
@@ -124,7 +124,7 @@ class RewardModel:
             yield chosen, *self.placement.rows(self._pad([rows[i] for i in chosen]))
 
     def _pad(self, rows):
-        length = min(bucket_length(max(map(len, rows))), self.max_length)
+        length = min(scored_length(max(map(len, rows))), self.max_length)
         filler = [rows[0]] * (_batch_bucket(len(rows), self.batch_size) - len(rows))
         return pad_batch([*rows, *filler], length, pad_id(self.tokenizer))
 

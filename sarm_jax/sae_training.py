@@ -31,7 +31,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from sarm_jax.chat import bucket_length, pad_batch
+from sarm_jax.chat import pad_batch, scored_length
 from sarm_jax.llama import Llama
 from sarm_jax.sae import SAE, reconstruction_loss, standardise, top_k
 
@@ -96,7 +96,7 @@ def collect_activations(
         chosen = order[start : start + ROWS_PER_BATCH]
         ids = [rows[i].ids for i in chosen]
         ids += [ids[0]] * (ROWS_PER_BATCH - len(ids))
-        tokens_bt, mask_bt = pad_batch(ids, bucket_length(max(map(len, ids))), 0)
+        tokens_bt, mask_bt = pad_batch(ids, scored_length(max(map(len, ids))), 0)
         x_btd = np.asarray(_standardised(graphdef, state, tokens_bt, mask_bt))
         for x_td, i in zip(x_btd, chosen, strict=False):
             x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]

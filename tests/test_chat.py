@@ -83,9 +83,18 @@ def test_pad_batch_sides():
     assert right.tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
 
 
-def test_buckets_are_few_and_waste_at_most_a_third():
-    buckets = {chat.bucket_length(n) for n in range(1, 4097)}
-    assert len(buckets) <= 15
-    for n in range(33, 4097):
-        assert n <= chat.bucket_length(n) < n * 1.5
-        assert chat.bucket_length(chat.bucket_length(n)) == chat.bucket_length(n)
+@pytest.mark.parametrize(
+    ("bucket", "sizes", "first"),
+    [
+        (chat.bucket_length, 16, "16 32 48 64 96 128 192 256 384 512"),
+        (chat.scored_length, 24, "32 64 96 128 160 192 224 256 320 384 448 512 640"),
+    ],
+)
+def test_buckets_are_few_and_waste_at_most_a_third(bucket, sizes, first):
+    buckets = sorted({bucket(n) for n in range(1, 4097)})
+    assert len(buckets) == sizes and buckets[-1] == 4096
+    expected = [int(size) for size in first.split()]
+    assert buckets[: len(expected)] == expected
+    for n in range(43, 4097):
+        assert n <= bucket(n) < n * 1.5
+        assert bucket(bucket(n)) == bucket(n)
