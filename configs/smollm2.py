@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     config.sarm_model = "{workdir}/sarm"
     config.prompts_jsonl = "configs/data/everyday_demos.jsonl"
     config.sarm_max_length = 512
+    config.sarm_batch_size = 4  # more than two cores need, and less padding than in 16
 
     config.prepare_data.demos_jsonl = "configs/data/everyday_demos.jsonl"
     config.prepare_data.samples_per_prompt = 2

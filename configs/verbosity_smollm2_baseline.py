@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.sarm_model = "{workdir}/sarm"
     config.prompts_jsonl = "configs/data/everyday_demos.jsonl"
     config.sarm_max_length = 512
+    config.sarm_batch_size = 4  # more than two cores need, and less padding than in 16
 
     config.prepare_data.source = "benchmarks"
     config.prepare_data.held_out_fraction = 0.3

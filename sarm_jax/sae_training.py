@@ -36,7 +36,7 @@ from sarm_jax.llama import Llama
 from sarm_jax.sae import SAE, reconstruction_loss, standardise, top_k
 
 Log = Callable[[dict[str, Any]], None]
-ROWS_PER_BATCH = 16  # of the trunk's forward pass
+TOKENS_PER_BATCH = 2048  # of the trunk's forward pass
 STEPS_PER_CALL = 20  # minibatches that are on the device at a time
 POOLED_FRACTION = 0.5  # of a minibatch; a random one would hold a few per cent
 
@@ -91,15 +91,19 @@ def collect_activations(
     offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])])
     x_nd = np.empty((offsets[-1], trunk.config.hidden_size), np.float32)
     graphdef, state = nnx.split(trunk)
-    order = np.argsort([len(row.ids) for row in rows], kind="stable")
-    for start in tqdm(range(0, len(rows), ROWS_PER_BATCH), desc="activations", unit="batch"):
-        chosen = order[start : start + ROWS_PER_BATCH]
-        ids = [rows[i].ids for i in chosen]
-        ids += [ids[0]] * (ROWS_PER_BATCH - len(ids))
-        tokens_bt, mask_bt = pad_batch(ids, scored_length(max(map(len, ids))), 0)
-        x_btd = np.asarray(_standardised(graphdef, state, tokens_bt, mask_bt))
-        for x_td, i in zip(x_btd, chosen, strict=False):
-            x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]
+    length_r = np.asarray([scored_length(len(row.ids)) for row in rows])
+    with tqdm(total=len(rows), desc="activations", unit="row") as bar:
+        for length in np.unique(length_r):
+            size = max(TOKENS_PER_BATCH // length, 1)
+            same = np.flatnonzero(length_r == length)
+            for start in range(0, len(same), size):
+                chosen = same[start : start + size]
+                ids = [rows[i].ids for i in chosen]
+                ids += [ids[0]] * (size - len(ids))
+                x_btd = np.asarray(_standardised(graphdef, state, *pad_batch(ids, length, 0)))
+                for x_td, i in zip(x_btd, chosen, strict=False):
+                    x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]
+                bar.update(len(chosen))
     pooled_n = np.zeros(len(x_nd), bool)
     pooled_n[offsets[1:] - 1] = True
     return Activations(x_nd, pooled_n)

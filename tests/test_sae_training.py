@@ -135,7 +135,9 @@ def conversations(rng, lengths, turns):
     ]
 
 
-def test_activations_are_those_of_each_turn_in_order(policy):
+@pytest.mark.parametrize("tokens", [32, 64, 2048])
+def test_activations_are_those_of_each_turn_in_order(policy, monkeypatch, tokens):
+    monkeypatch.setattr(sae_training, "TOKENS_PER_BATCH", tokens)
     trunk = truncate(policy, 2)
     rows = conversations(np.random.default_rng(0), [40, 9, 17, 33], [5, 1, 17, 12])
     activations = sae_training.collect_activations(trunk, rows, most=1000, seed=0)
