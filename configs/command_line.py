@@ -9,8 +9,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
+from jax.tree_util import keystr, tree_leaves_with_path
 from ml_collections import ConfigDict, config_flags
 
 from sarm_jax.errors import InputError, refuse_secrets
@@ -69,8 +69,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
 
     "{workdir}" is not filled in yet.
     """
-    for option in argv[1:]:
-        refuse_secrets(option)
+    refuse_secrets(argv[1:])
     named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
     if named is not None and not Path(named.partition(":")[0]).is_file():
         raise InputError(f"--config={named}: no such file")
@@ -93,9 +92,9 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         value = flags.FLAGS[flag].value
         if value is not None:
             config.update_from_flattened_dict({field: value})
-    for parts, value in jax.tree_util.tree_leaves_with_path(config.to_dict()):
-        name = jax.tree_util.keystr(parts, simple=True, separator=".")
-        refuse_secrets(f"--config.{name}={value}")
+    values = tree_leaves_with_path(config.to_dict())
+    named_values = ((keystr(parts, simple=True, separator="."), value) for parts, value in values)
+    refuse_secrets(f"--config.{name}={value}" for name, value in named_values)
     return config, STAGE.value, workdir
 
 

@@ -29,8 +29,7 @@ def run(
         sys.exit(0)
     show_progress()
     try:
-        for option in argv[1:]:
-            refuse_secrets(option)
+        refuse_secrets(argv[1:])
         rest = values(argv)[1:]
         if rest:
             raise InputError(f"unexpected argument {rest[0]!r}: every option is a --flag")

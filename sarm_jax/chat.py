@@ -80,19 +80,19 @@ def pad_batch(
     return tokens_bt, mask_bt
 
 
-def bucket_length(length: int, step: int = 16, parts: int = 2) -> int:
-    """The next of 16, 32, 48, 64, 96, 128, 192, …: few compiled shapes, at most a third wasted.
+def bucket_length(length: int, smallest: int = 32, parts: int = 2) -> int:
+    """The next of 32, 48, 64, 96, 128, 192, …: few compiled shapes, at most a third wasted.
 
-    An octave has `parts` sizes, multiples of `step`.
+    Above `smallest` there are `parts` sizes in an octave.
     """
     octave = 1 << max(length - 1, 1).bit_length() - 1
-    size = max(octave // parts, step)
-    return -(-length // size) * size
+    step = max(octave // parts, 1)
+    return max(smallest, -(-length // step) * step)
 
 
 def scored_length(length: int) -> int:
     """The next of 32, 64, 96, … 256, 320, …: for programs that are quick to compile."""
-    return bucket_length(length, step=32, parts=4)
+    return -(-bucket_length(length, parts=4) // 32) * 32
 
 
 def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> list[int]:

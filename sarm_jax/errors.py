@@ -1,6 +1,6 @@
 """The one exception for what a user gave us and we cannot accept, in one line that can be shown."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from sarm_jax.secrets import secrets, without_secrets
 
@@ -23,16 +23,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
 
 
-def refuse_secrets(option: str) -> None:
+def refuse_secrets(options: Iterable[str]) -> None:
     """Raises InputError for an option, such as "--flag=value", with a secret in it.
 
     Options are written to config.json, stages.json and reports.
     """
-    if option != without_secrets(option, secrets()):
-        raise InputError(
-            f"{option}: holds a secret of yours, and options are written to files; leave it out: "
-            "downloads take the login from the environment or `hf auth login`"
-        )
+    secret = secrets()
+    for option in options:
+        if option != without_secrets(option, secret):
+            raise InputError(
+                f"{option}: holds a secret of yours, and options are written to files; leave it "
+                "out: downloads take the login from the environment or `hf auth login`"
+            )
 
 
 def printable(text: str, secret: Mapping[str, str]) -> str:

@@ -68,7 +68,7 @@ def train_language_model(
     policy: Llama, rows: Sequence[WeightedText], options: LMTraining
 ) -> tuple[Llama, float]:
     """(a trained copy of `policy`, the mean loss of the last `STEPS_PER_CALL` minibatches)."""
-    length = bucket_length(max(len(row.ids) for row in rows), step=4)
+    length = bucket_length(max(len(row.ids) for row in rows), smallest=8)
     tokens_nt, mask_nt = pad_batch([row.ids for row in rows], length, 0)
     weights_nt = np.zeros(tokens_nt.shape, np.float32)
     for weights_t, row in zip(weights_nt, rows, strict=True):

@@ -86,7 +86,7 @@ def test_pad_batch_sides():
 @pytest.mark.parametrize(
     ("bucket", "sizes", "first"),
     [
-        (chat.bucket_length, 16, "16 32 48 64 96 128 192 256 384 512"),
+        (chat.bucket_length, 15, "32 48 64 96 128 192 256 384 512"),
         (chat.scored_length, 24, "32 64 96 128 160 192 224 256 320 384 448 512 640"),
     ],
 )

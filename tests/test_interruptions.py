@@ -21,19 +21,27 @@ from ppo.metrics import COLUMNS, RunLog
 ROOT = Path(__file__).parent.parent
 
 
+def options(world, workdir):
+    """Of a short run with everything that a run can have."""
+    small = (
+        "ppo.total_steps=4 ppo.batch_size=4 ppo.max_new_tokens=4 ppo.calibration_batches=2 "
+        "ppo.max_prompt_tokens=120 ppo.checkpoint_every=2 ppo.pack_levels=1 lora.rank=4 "
+        "ppo.eval_every=2"
+    ).split()
+    given = (
+        "--config=configs/base.py --policy_model={0}/policy --sarm_model={0}/sarm "
+        "--prompts_jsonl={0}/demos.jsonl --config.eval_prompts_jsonl={0}/demos.jsonl "
+        "--penalize_features=3,5 --tau_values=0.1,0.1 --alpha_values=0.5,0.25 --seed=0 "
+        "--beta=0.1 --human_latents={0}/human.safetensors"
+    )
+    line = [*given.format(world).split(), f"--workdir={workdir}"]
+    return [*line, *(f"--config.{option}" for option in small)]
+
+
 def train(world, workdir, *killed):
     """Runs the train stage in a process of its own; (exit code, what it said)."""
     program = ["-m", "benchmarks.killed", *killed, "--"] if killed else ["main.py"]
-    options = (
-        "ppo.total_steps=4 ppo.batch_size=4 ppo.max_new_tokens=4 ppo.calibration_batches=2 "
-        "ppo.max_prompt_tokens=120 ppo.checkpoint_every=2 ppo.pack_levels=1 lora.rank=4"
-    ).split()
-    line = [sys.executable, *program, "--config=configs/base.py", f"--workdir={workdir}"]
-    line += [f"--policy_model={world / 'policy'}", f"--sarm_model={world / 'sarm'}"]
-    line += [f"--prompts_jsonl={world / 'demos.jsonl'}", *(f"--config.{o}" for o in options)]
-    line += [f"--config.eval_prompts_jsonl={world / 'demos.jsonl'}", "--config.ppo.eval_every=2"]
-    line += ["--penalize_features=3,5", "--tau_values=0.1,0.1", "--alpha_values=0.5,0.25"]
-    line += ["--beta=0.1", f"--human_latents={world / 'human.safetensors'}"]
+    line = [sys.executable, *program, *options(world, workdir)]
     environment = os.environ | {"TQDM_DISABLE": "1"}
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.returncode, done.stderr
@@ -41,9 +49,12 @@ def train(world, workdir, *killed):
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    """A run that nothing interrupted."""
+    """A run that nothing interrupted, in this process."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    assert train(world, workdir)[0] == 0
+    argv = ["main.py", *options(world, workdir)]
+    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+        patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+        assert main.main(argv) == 0
     return workdir
 
 
