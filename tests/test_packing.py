@@ -76,7 +76,7 @@ def test_prefill_fills_the_same_cache(policy, batch_bt):
     np.testing.assert_array_equal(cache.position_b, expected.position_b)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2}, {"logprob_chunk": 2}])
+@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "logprob_chunk": 2}])
 def test_a_run_is_that_with_padding(make_trainer, tmp_path, options):
     options |= {"stop_ids": tuple(range(3, 70)), "total_steps": 2}
     runs = []
