@@ -20,7 +20,7 @@ from ppo.human_latents import HumanLatents, collect_human_latents, save_human_la
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
 from ppo.train import NO_PROFILE, TrainConfig, Trainer
-from sarm_jax import chat, llama
+from sarm_jax import chat
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
@@ -34,9 +34,8 @@ PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # XLA's older code generator: a third of the time to compile, and fast enough for tiny models.
 QUICK = "--xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE} {QUICK}"
-llama.QUERY_BLOCK = 64  # of the tiny models' prompts two blocks are enough
 torch.set_num_threads(1)  # each worker has one core; threads of several wait for each other
-MAPS, MOST_MAPS = Path("/proc/self/maps"), 24_000  # of the 65,530 that Linux allows
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux allows
 PROMPTS = [f"say {i}" for i in range(10)]
 HELD_OUT = [f"what about {i}" for i in range(6)]
 REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from flax import nnx
 
-from sarm_jax import llama
 from sarm_jax.llama import REMAT, Llama, LlamaConfig, attention
 from sarm_jax.lora import (
     TARGET_MODULES,
@@ -57,8 +56,7 @@ def test_cached_decode_is_the_full_forward(policy, batch_bt, side):
 
 
 @pytest.mark.parametrize("length", [1, 32, 33, 300])  # one, one, two and eight blocks
-def test_attention_by_blocks_is_that_of_torch(monkeypatch, length):
-    monkeypatch.setattr(llama, "QUERY_BLOCK", 32)  # as in use
+def test_attention_by_blocks_is_that_of_torch(length):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, length, heads, 8)).astype(np.float32) for heads in (6, 2, 2))
     mask = np.tril(np.ones((length, length), bool)) & (rng.random((2, 1, length)) < 0.7)

@@ -78,7 +78,7 @@ def test_prefill_fills_the_same_cache(policy, batch_bt):
 
 @pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "logprob_chunk": 2}])
 def test_a_run_is_that_with_padding(make_trainer, tmp_path, options):
-    options |= {"stop_ids": tuple(range(3, 70)), "total_steps": 2}
+    options = options | {"stop_ids": tuple(range(3, 70)), "total_steps": 2}
     runs = []
     for levels in (0, 3):
         trainer = make_trainer(tmp_path / str(levels), pack_levels=levels, **options)

@@ -64,18 +64,19 @@ def test_greedy_decoding_is_token_identical(models):
         temperature=0.0,
         pad_id=pad_id(tokenizer),
     )
+    with torch.no_grad():
+        expected = reference.generate(
+            torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(mask, dtype=torch.long),
+            max_new_tokens=48,
+            do_sample=False,
+            eos_token_id=list(policy.stop_ids),
+            pad_token_id=pad_id(tokenizer),
+        )[:, tokens.shape[1] :].tolist()
     identical = 0
-    for row, ours, real in zip(rows, out.tokens_br, np.asarray(out.mask_br), strict=True):
-        with torch.no_grad():
-            theirs = reference.generate(
-                torch.tensor([row]),
-                attention_mask=torch.ones(1, len(row), dtype=torch.long),
-                max_new_tokens=48,
-                do_sample=False,
-                eos_token_id=list(policy.stop_ids),
-                pad_token_id=pad_id(tokenizer),
-            )[0, len(row) :].tolist()
-        identical += np.asarray(ours)[real].tolist() == theirs
+    for ours, real, theirs in zip(out.tokens_br, np.asarray(out.mask_br), expected, strict=True):
+        stop = next((n for n, token in enumerate(theirs) if token in policy.stop_ids), len(theirs))
+        identical += np.asarray(ours)[real].tolist() == theirs[: stop + 1]
     assert identical >= 5
 
 
