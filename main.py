@@ -11,11 +11,9 @@ checkpoint.
 
 import sys
 
-from configs import command_line
-from configs.pipeline import run_all, run_stage
+from configs import command_line, stages
+from configs.pipeline import run_stage
 from configs.shared import check_scoring
-from configs.stages import STAGES
-from configs.study import run_study
 from ppo.guards import TrainingStoppedError
 from sarm_jax import processes
 from sarm_jax.errors import InputError, out_of_memory
@@ -38,8 +36,8 @@ def main(argv: list[str]) -> int:
     try:
         template, stage, workdir = command_line.parse(argv)
         show_progress(level=command_line.log_level())
-        if stage not in STAGES and stage != "all":
-            raise InputError(f"--stage={stage}: expected all or one of {', '.join(STAGES)}")
+        if stage not in (*stages.STAGES, "all"):
+            raise InputError(f"--stage={stage}: expected all or one of {', '.join(stages.STAGES)}")
         check_scoring(template)
         if hosts := command_line.hosts(stage):
             show_progress(f"process {hosts.number}: ", command_line.log_level(), not hosts.number)
@@ -49,10 +47,8 @@ def main(argv: list[str]) -> int:
             processes.place_to_write(workdir) as place,
             open_workdir(place),
         ):
-            if stage == "all" and template.prepare_data.source == "lab":
-                run_study(template, workdir)
-            elif stage == "all":
-                run_all(command_line.fill_in(template, workdir), workdir)
+            if stage == "all":
+                stages.load("all")(template, workdir)
             else:
                 run_stage(stage, command_line.fill_in(template, workdir), place)
     except InputError as error:

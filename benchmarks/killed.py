@@ -20,7 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import configs.stages
+import configs.stages.train
 import main
 from ppo.checkpoint import Checkpoints
 from ppo.held_out import HeldOut
@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "evaluation": (HeldOut, "__call__"),
     "checkpoint": (Checkpoints, "save"),
     "manifest": (ManifestHandler, "finalize"),
-    "export": (configs.stages, "save_adapter"),
+    "export": (configs.stages.train, "save_adapter"),
 }
 
 

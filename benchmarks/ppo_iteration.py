@@ -1,19 +1,24 @@
 """One PPO iteration on SmolLM2-135M, this project against PyTorch, alternately.
 
-Both do the same work on the same shapes in float32: a rollout of exactly `new_tokens`, scoring
+Both do the same work on the same prompts in float32: a rollout up to the longest response, scoring
 through a 15-layer trunk with a TopK SAE (M 4608, k 32), reference log-probabilities, and `epochs`
-full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Here prompts' padding is left out
-of all but attention (`--pack_levels=0` computes it); the PyTorch side computes it. Either side has
-a process to itself, as in use, and waits while the other works. Turns alternate, so that a machine
-whose speed drifts slows both; the ratio is taken pair by pair. A turn is two iterations of which
-the second counts: the first finds the caches, and on some machines its very memory, cold after the
-wait.
+full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head. Here padding is left out of all but
+attention (`--pack_levels=0` computes it); the PyTorch side computes it. Either side has a process
+to itself, as in use, and waits while the other works. Turns alternate, so that a machine whose
+speed drifts slows both; the ratio is taken pair by pair. A turn is two iterations of which the last
+counts: the first finds the caches, and on some machines its very memory, cold after the wait.
 
     python -m benchmarks.ppo_iteration --model_dir=outputs/models/SmolLM2-135M-Instruct
+
+`--workload=real` takes everyday prompts, and as lengths those of the responses that the model
+samples to them, at most `--new_tokens`; both sides then sample on to the longest, whatever the
+tokens, and what is beyond a response's length does not count. `--torch_without_cache` makes the
+PyTorch side compute all positions at every token, as loops without a KV cache do.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import statistics
@@ -24,48 +29,42 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from benchmarks import torch_ppo
+from benchmarks import torch_ppo, workload
+from benchmarks.workload import Workload
 from configs import base
 from conversion import load_policy
 from ppo.config import PPOConfig
 from ppo.learner import Learner
 from ppo.slots import SlotPlan
 from ppo.update import Batch, Updater
+from sarm_jax.chat import pad_batch
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig
 
 PHASES = ("rollout", "score", "update", "total")
+WORKLOADS = {"equal": workload.equal, "real": workload.real}
 
 
 class JaxPPO:
-    """The project's own programs, on random prompts and with no stop token."""
+    """The project's own programs, with no stop token."""
 
-    def __init__(
-        self,
-        model_dir: str,
-        batch: int,
-        prompt_len: int,
-        new_tokens: int,
-        epochs: int,
-        pack_levels: int,
-    ):
+    def __init__(self, model_dir: str, work: Workload, pack_levels: int, score_batch: int):
         policy, tokenizer = load_policy(model_dir)
+        batch, new_tokens, epochs = len(work.prompts), work.new_tokens, work.epochs
         options = base.get_config().ppo.to_dict()
         options |= {"batch_size": batch, "max_new_tokens": new_tokens, "ppo_epochs": epochs}
         options["pack_levels"] = pack_levels
         self.config = PPOConfig(**options)
-        self.reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=batch)
+        self.reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=score_batch)
         policy.stop_ids = ()
         lora = LoRAConfig(rank=16, alpha=32.0)
         self.learner, self.state, self.base = Learner.attach(self.config, lora, policy, pad=0)
-        rng = np.random.default_rng(0)
-        lengths = rng.integers(prompt_len // 2, prompt_len + 1, batch)
-        lengths[0] = prompt_len
-        self.mask = np.arange(prompt_len)[None] >= prompt_len - lengths[:, None]
-        tokens = rng.integers(3, policy.config.vocab_size, (batch, prompt_len))
-        self.tokens = np.where(self.mask, tokens, 0).astype(np.int32)
+        lengths = np.asarray([len(row) for row in work.prompts])
+        self.tokens, self.mask = pad_batch(work.prompts, lengths.max(), 0, side="left")
+        self.lengths = np.asarray(work.lengths)
+        self.counted = np.arange(new_tokens) < self.lengths[:, None]
         self.order = np.tile(np.arange(batch), (epochs, 1))
         self.plan = SlotPlan(self.config, [lengths], [self.order])
         self.steps = 0
@@ -78,16 +77,18 @@ class JaxPPO:
             self.state.params, self.base, self.tokens, self.mask, key, slots=self.plan.prefill
         )
         responses = np.asarray(generation.tokens_br)
+        responses = [row[:length] for row, length in zip(responses, self.lengths, strict=True)]
         clock.append(time.perf_counter())
         prompts = [row[mask] for row, mask in zip(self.tokens, self.mask, strict=True)]
         rows = [np.concatenate(pair) for pair in zip(prompts, responses, strict=True)]
         score_b, _ = self.reward_model.score_tokens(rows, latent_indices=(0,))
         clock.append(time.perf_counter())
         tokens = jnp.concatenate([jnp.asarray(self.tokens), generation.tokens_br], axis=1)
-        mask = jnp.concatenate([jnp.asarray(self.mask), generation.mask_br], axis=1)
-        slots = self.plan.of(np.asarray(generation.mask_br).sum(axis=1), self.order)
+        mask = jnp.concatenate([jnp.asarray(self.mask), jnp.asarray(self.counted)], axis=1)
+        slots = self.plan.of(self.lengths, self.order)
         reference = self.learner.reference_logp(self.base, tokens, mask, slots=slots)
-        batch = Batch(tokens, mask, generation.mask_br, reference, jnp.asarray(score_b))
+        counted = jnp.asarray(self.counted)
+        batch = Batch(tokens, mask, counted, reference, jnp.asarray(score_b))
         self.state, _, metrics = Updater(self.learner)(
             self.state, self.base, batch, self.order, slots
         )
@@ -109,20 +110,20 @@ def _sarm(policy) -> SARM:
     return sarm
 
 
-def serve(connection, name: str, *args) -> None:
+def serve(connection, build, iterations: int) -> None:
     """Runs in a process of its own: a turn of one side whenever asked to."""
-    side = JaxPPO(*args) if name == "jax" else torch_ppo.build(*args)
+    side = build()
     connection.send("ready")
     while connection.recv():
-        side.iteration()
-        connection.send(side.iteration())
+        for _ in range(iterations):
+            spans = side.iteration()
+        connection.send(spans)
 
 
-def start(name: str, *args):
+def start(context, iterations: int, build):
     """A loaded side: the connection to its process."""
-    context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe()
-    context.Process(target=serve, args=(theirs, name, *args), daemon=True).start()
+    context.Process(target=serve, args=(theirs, build, iterations), daemon=True).start()
     connection.recv()
     return connection
 
@@ -136,13 +137,22 @@ def main() -> None:
     parser.add_argument("--prompt_len", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--workload", choices=WORKLOADS, default="equal")
+    parser.add_argument("--iterations", type=int, default=2, help="of a turn; the last counts")
     parser.add_argument("--pack_levels", type=int, default=4)
+    parser.add_argument("--score_batch", type=int, default=4)
+    parser.add_argument("--torch_without_cache", action="store_true")
     args = parser.parse_args()
-    shape = (args.batch, args.prompt_len, args.new_tokens, args.epochs)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        work = pool.apply(WORKLOADS[args.workload], (args,))
+    print(work, flush=True)
+    here, there = JaxPPO, functools.partial(torch_ppo.build, cache=not args.torch_without_cache)
     sides = {
-        "jax": start("jax", args.model_dir, *shape, args.pack_levels),
-        "torch": start("torch", args.model_dir, *shape),
+        "jax": functools.partial(here, args.model_dir, work, args.pack_levels, args.score_batch),
+        "torch": functools.partial(there, args.model_dir, work),
     }
+    sides = {name: start(context, args.iterations, build) for name, build in sides.items()}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for turn in range(args.turns):
         for name, side in sides.items():

@@ -1,10 +1,10 @@
 """The PyTorch baseline: one PPO iteration on SmolLM2-135M with transformers and PEFT, in float32.
 
-An iteration does what this project's own does, on the same shapes:
+An iteration does what this project's own does, on the same prompts (`ppo_iteration` runs both):
 
-1. rollout: sample exactly `new_tokens` per prompt, with a KV cache;
+1. rollout: sample up to the longest response, with a KV cache;
 2. score: a SARM-shaped reward, the first 15 layers of the same model as the trunk, then
-   standardise → TopK SAE (random weights) → linear head at the last token;
+   standardise → TopK SAE (random weights) → linear head at the last token of the response;
 3. update: old log-probs and values, reference log-probs (adapters off), then `epochs` full-batch
    epochs of the clipped PPO loss on LoRA (r 16 on q, k, v, o) and a value head, with AdamW.
 
@@ -14,15 +14,8 @@ inference_mode wherever no gradient is needed, the adapters merged into the weig
 and gradients only for what is trained.
 
 Sources: PPO, arXiv 1707.06347, with the details of arXiv 2403.17031.
-
-    python benchmarks/torch_ppo.py --model_dir=DIR --iterations=3
-
-DIR is a HF directory (config.json, model.safetensors). Each iteration prints one JSON line; the
-first one also pays for warm-up.
 """
 
-import argparse
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -31,7 +24,10 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaModel
+
+from benchmarks.workload import Workload
 
 TRUNK_LAYERS, LATENTS, TOP_K = 15, 4608, 32
 GAMMA, LAM, CLIP, VALUE_CLIP, VF_COEF, KL_COEF = 1.0, 0.95, 0.2, 0.2, 0.1, 0.02
@@ -53,9 +49,10 @@ class Sarm(torch.nn.Module):
         self.requires_grad_(False)
 
     def forward(self, ids_bt: torch.Tensor, mask_bt: torch.Tensor) -> torch.Tensor:
-        """The score [B] at the last position, which left padding makes a real token everywhere."""
+        """The score [B] at the last real token."""
         h_btd = self.trunk(ids_bt, mask_bt, positions(mask_bt), use_cache=False).last_hidden_state
-        h_bd = h_btd[:, -1]
+        places_t = torch.arange(mask_bt.shape[1])
+        h_bd = h_btd[torch.arange(len(mask_bt)), (mask_bt * places_t).argmax(-1)]
         std_b1, mean_b1 = torch.std_mean(h_bd, dim=-1, keepdim=True)  # ddof = 1
         top_bk, index_bk = self.encoder((h_bd - mean_b1) / (std_b1 + 1e-6)).topk(TOP_K, dim=-1)
         return (top_bk * self.head.weight[0, index_bk]).sum(-1)
@@ -64,9 +61,7 @@ class Sarm(torch.nn.Module):
 class TorchPPO:
     """The policy with its adapters and value head, the reward model, the prompts, the optimizer."""
 
-    def __init__(
-        self, model_dir: str, batch: int, prompt_len: int, new_tokens: int, epochs: int
-    ) -> None:
+    def __init__(self, model_dir: str, work: Workload, cache: bool) -> None:
         base = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=torch.float32, attn_implementation="sdpa"
         )
@@ -88,17 +83,20 @@ class TorchPPO:
         self.optimizer = torch.optim.AdamW(
             self.params, lr=LEARNING_RATE, eps=1e-5, weight_decay=0.0, fused=True
         )
-        self.new_tokens, self.epochs = new_tokens, epochs
-        self.prompts_bp, self.prompt_mask_bp = random_prompts(
-            batch, prompt_len, base.config.vocab_size, base.config.pad_token_id or 0
-        )
+        self.new_tokens, self.epochs, self.cache = work.new_tokens, work.epochs, cache
+        prompts, lengths_b = [torch.tensor(row) for row in work.prompts], torch.tensor(work.lengths)
+        pad = base.config.pad_token_id or 0
+        self.prompts_bp = pad_sequence(prompts, True, pad, padding_side="left")
+        ones = [torch.ones_like(row) for row in prompts]
+        self.prompt_mask_bp = pad_sequence(ones, True, 0, padding_side="left")
+        self.counted_bn = (torch.arange(work.new_tokens) < lengths_b[:, None]).long()
         self.losses: list[float] = []  # of the last iteration, one per epoch
 
     def iteration(self) -> dict[str, float]:
         """Runs one PPO iteration; the seconds of rollout, score, update and total."""
         start = time.perf_counter()
         ids_bt = self.rollout()
-        mask_bt = F.pad(self.prompt_mask_bp, (0, self.new_tokens), value=1)
+        mask_bt = torch.cat([self.prompt_mask_bp, self.counted_bn], dim=1)
         rolled_out = time.perf_counter()
         with torch.inference_mode():
             score_b = self.sarm(ids_bt, mask_bt)
@@ -124,7 +122,7 @@ class TorchPPO:
                 top_p=1.0,
                 min_new_tokens=self.new_tokens,
                 max_new_tokens=self.new_tokens,
-                use_cache=True,
+                use_cache=self.cache,
             )
         return ids_bt.clone()  # out of inference mode, so that autograd may save it
 
@@ -141,14 +139,14 @@ class TorchPPO:
         return -nll_i.view_as(targets_bn), self.value_head(hidden_id).view_as(targets_bn)
 
     def update(self, ids_bt: torch.Tensor, mask_bt: torch.Tensor, score_b: torch.Tensor) -> None:
-        """Old, value and reference forwards, advantages, then the epochs. All N tokens count."""
+        """Old, value and reference forwards, advantages, then the epochs."""
         with torch.inference_mode():
             old_logp_bn, old_value_bn = self.logp_and_values(ids_bt, mask_bt)
             with self.policy.disable_adapter():
                 ref_logp_bn, _ = self.logp_and_values(ids_bt, mask_bt)
             reward_bn = -KL_COEF * (old_logp_bn - ref_logp_bn)
-            reward_bn[:, -1] += score_b
-            response_bn = mask_bt[:, -self.new_tokens :].float()
+            response_bn = self.counted_bn.float()
+            reward_bn[torch.arange(len(score_b)), self.counted_bn.sum(-1) - 1] += score_b
             advantage_bn = gae(reward_bn, old_value_bn, response_bn)
             return_bn = advantage_bn + old_value_bn
             advantage_bn = whiten(advantage_bn, response_bn)
@@ -169,17 +167,6 @@ class TorchPPO:
 def positions(mask_bt: torch.Tensor) -> torch.Tensor:
     """Position ids [B, T] that count real tokens only."""
     return (mask_bt.cumsum(-1) - 1).clamp(min=0)
-
-
-def random_prompts(
-    batch: int, prompt_len: int, vocab_size: int, pad_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Left-padded random token ids and their mask [B, P], of length P/2 to P (the first: P)."""
-    length_b1 = torch.randint(prompt_len // 2, prompt_len + 1, (batch, 1))
-    length_b1[0] = prompt_len
-    mask_bp = (torch.arange(prompt_len) >= prompt_len - length_b1).long()
-    ids_bp = torch.randint(vocab_size, (batch, prompt_len))
-    return torch.where(mask_bp.bool(), ids_bp, pad_id), mask_bp
 
 
 @contextmanager
@@ -230,45 +217,12 @@ def ppo_loss(
     return ((policy_bn + 0.5 * VF_COEF * error_bn) * mask_bn).sum() / mask_bn.sum()
 
 
-def build(
-    model_dir: str,
-    batch: int = 8,
-    prompt_len: int = 64,
-    new_tokens: int = 64,
-    epochs: int = 4,
-    seed: int = 0,
-    threads: int | None = None,
-) -> TorchPPO:
-    """Loads the models; `.iteration()` then runs and times one PPO iteration.
+def build(model_dir: str, work: Workload, cache: bool = True) -> TorchPPO:
+    """Loads the models, on all cores; `.iteration()` then runs and times one PPO iteration.
 
-    Args:
-      model_dir: a HF directory with config.json and model.safetensors.
-      threads: of the CPU; all cores this process may use by default.
+    `model_dir` is a HF directory with config.json and model.safetensors; without `cache` a token
+    costs a pass over all positions before it.
     """
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-    torch.manual_seed(seed)
-    return TorchPPO(model_dir, batch, prompt_len, new_tokens, epochs)
-
-
-def main() -> None:
-    """Prints one JSON line of seconds per iteration."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_dir", required=True)
-    parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--prompt_len", type=int, default=64)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="default: all cores")
-    args = vars(parser.parse_args())
-    iterations = args.pop("iterations")
-    ppo = build(**args)
-    for i in range(iterations):
-        seconds = {name: round(value, 3) for name, value in ppo.iteration().items()}
-        line = {"iteration": i, **seconds, "threads": torch.get_num_threads()}
-        print(json.dumps(line), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    return TorchPPO(model_dir, work, cache)

@@ -1,6 +1,6 @@
-"""Runs stages and keeps their records; `--stage=all` runs those whose inputs the config names.
+"""Runs stages and keeps their records: what is up to date is not done again.
 
-What is up to date is not done again. What took long to make (the lab's models, a SARM, a policy)
+What took long to make (the lab's models, a SARM, a policy)
 is never overwritten: where its options or inputs have changed the call is refused. Everything else
 is then made again.
 """
@@ -13,10 +13,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.preflight import check
-from configs.records import Provenance, Records, provenance
+from configs import stages
+from configs.records import ADAPTER, Provenance, Records, provenance, train_settings
 from configs.shared import plain
-from configs.stages import ADAPTER, STAGES, train_settings
 from sarm_jax.errors import InputError
 from sarm_jax.workdir import claim
 
@@ -122,7 +121,7 @@ def run_stage(name: str, config: ConfigDict, workdir: Path) -> None:
     """One stage, whether it is up to date or not, with its record."""
     recipe = recipes(config, workdir).get(name)
     if recipe is None:  # plan leaves nothing to others
-        STAGES[name](config, workdir)
+        stages.load(name)(config, workdir)
         return
     _run(name, recipe, config, workdir, Records(workdir), _made_from(name, recipe, workdir))
 
@@ -154,7 +153,7 @@ def _bring_up_to_date(name: str, recipe: Recipe, config: ConfigDict, workdir: Pa
     if output.exists() and records.finished(name) and changed is None:
         return Outcome(name, output, "up to date")
     why = f", because {changed}" if changed else ""
-    does = (STAGES[name].__doc__ or name).splitlines()[0]
+    does = (stages.load(name).__doc__ or name).splitlines()[0]
     LOG.info("stage %s: %s In %s%s", name, does, workdir, f"; {changed}" if changed else "")
     _run(name, recipe, config, workdir, records, made_from)
     return Outcome(name, output, f"done{why}", records.stages[name]["seconds"])
@@ -173,28 +172,8 @@ def _run(name, recipe, config, workdir: Path, records: Records, made_from: Prove
             "choose another --workdir, or delete it to start again"
         )
     with records.recording(name, made_from):
-        STAGES[name](config, workdir)
+        stages.load(name)(config, workdir)
 
 
 def _has_run(workdir: Path) -> bool:
     return (workdir / "config.json").exists()
-
-
-def run_all(config: ConfigDict, workdir: Path) -> None:
-    """Every stage whose inputs the config names, then what was done, as a table."""
-    wanted = [name for name, recipe in recipes(config, workdir).items() if recipe.wanted]
-    if not wanted:
-        raise InputError("--stage=all: nothing to do; name prompts_jsonl, or another stage's input")
-    check(config, workdir)
-    outcomes = run_stages(config, workdir, wanted)
-    print(summary(outcomes))
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """A line per stage: what was done, how long it took, where the result is."""
-    width = max(len(found.stage) for found in outcomes)
-    lines = []
-    for found in outcomes:
-        took = "" if found.seconds is None else f"{found.seconds:.0f} s"
-        lines.append(f"{found.stage:{width}}  {took:>7}  {found.output}  {found.what}")
-    return "\n".join(lines)

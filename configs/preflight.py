@@ -7,8 +7,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs.shared import mesh_config, split_paths
-from configs.stages import check_remat
+from configs.shared import check_remat, mesh_config, split_paths
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
 from ppo.options import guard_config, lora_config, reward_config

@@ -14,14 +14,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ppo.checkpoint import newest_facts
-from sarm_jax import processes
+from ml_collections import ConfigDict
+
+from configs.shared import plain
 from sarm_jax.errors import InputError
 from sarm_jax.files import disk_is_full, replacing
 from sarm_jax.strict_json import parse_json
 from sarm_jax.workdir import first_difference
 
 FILE = "stages.json"
+ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last
+TRAIN_SETTINGS = (
+    "policy_model sarm_model prompts_jsonl eval_prompts_jsonl dtype remat sarm_max_length "
+    "lora ppo reward discriminator"
+).split()
 LARGE, PIECE, PIECES = 64 << 20, 1 << 20, 16  # bytes, bytes, and how many of a large file
 
 
@@ -62,29 +68,9 @@ def change(before: Mapping[str, Any], now: Provenance) -> str | None:
     return None
 
 
-def check_checkpoint(directory: Path, made_from: Provenance) -> None:
-    """Raises InputError where a run would go on from a checkpoint of another one.
-
-    stages.json and config.json say so too, where they are there and belong to the checkpoint.
-    Checkpoints of versions that did not record what they were made from are taken.
-    """
-    newest = newest_facts(directory)
-    if newest is None:
-        return
-    steps, facts = newest
-    changed = facts.get("made_from") and change(facts["made_from"], made_from)
-    if changed:
-        raise InputError(
-            f"{directory / str(steps)}: a checkpoint of another run: {changed}; put this run's "
-            "own back, or choose another --workdir"
-        )
-
-
-def check_same_everywhere(made_from: Provenance) -> None:
-    """Raises InputError in every process where one has other options or files than process 0."""
-    first = processes.from_first(dataclasses.asdict(made_from))
-    changed = change(first, made_from)
-    processes.agree(f"not what process 0 has: {changed}" if changed else "")
+def train_settings(config: ConfigDict) -> dict:
+    """What a run in a working directory must not differ in."""
+    return {name: plain(config[name]) for name in TRAIN_SETTINGS}
 
 
 class Records:

@@ -1,4 +1,4 @@
-"""What several stages use: the reward model on its mesh, lists of paths, JSON files."""
+"""What several stages use: the reward model on its mesh, preference pairs, paths, JSON files."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,13 @@ from conversion import load_sarm
 from conversion.load import check_dtype, read_sarm_config
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
+from sarm_jax.jsonl import read_jsonl
+from sarm_jax.llama import REMAT
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sharding import MeshConfig, Placement, make_mesh
+
+DEMO = {"prompt": str, "response": str}
+PAIR = {"prompt": str, "chosen": str, "rejected": str}
 
 
 def reward_model(config: ConfigDict) -> RewardModel:
@@ -31,6 +36,12 @@ def check_scoring(config: ConfigDict) -> None:
             raise InputError(f"{name}={config[name]}: must be at least {least}")
 
 
+def check_remat(name: str) -> None:
+    """Raises InputError for what `Llama` does not know."""
+    if name not in REMAT:
+        raise InputError(f"remat={name!r}: expected one of {', '.join(REMAT)}")
+
+
 def required(config: ConfigDict, *fields: str) -> None:
     """Raises InputError for the first of these fields, such as "reward.beta", that is empty."""
     for field in fields:
@@ -49,6 +60,22 @@ def mesh_config(config: ConfigDict) -> MeshConfig:
 def placement(config: ConfigDict) -> Placement:
     """Where weights and batches go."""
     return Placement(make_mesh(mesh_config(config)))
+
+
+def read_pairs(paths: tuple[str, ...], unequal: bool = False) -> list[dict]:
+    """The preference pairs of JSONL files, one after the other.
+
+    InputError for a source that is no text and, if they have to be `unequal`, a pair of equals.
+    """
+    pairs = []
+    for path in paths:
+        for number, row in enumerate(read_jsonl(path, PAIR), 1):
+            if not isinstance(row.get("source", ""), str):
+                raise InputError(f"{path}:{number}: field 'source' must be str")
+            if unequal and row["chosen"] == row["rejected"]:
+                raise InputError(f"{path}:{number}: fields 'chosen' and 'rejected' are the same")
+            pairs.append(row)
+    return pairs
 
 
 def split_paths(text: str) -> tuple[str, ...]:

@@ -40,7 +40,6 @@ from sarm_jax.statistics import wilson_interval
 
 LOG = logging.getLogger(__name__)
 
-PAIR_FIELDS = {"prompt": str, "chosen": str, "rejected": str}
 SIDES = ("chosen", "rejected")
 
 

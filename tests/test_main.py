@@ -314,10 +314,8 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
 
 
 def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):
-    import configs.stages
-
     few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
-    monkeypatch.setattr(configs.stages, "layouts_for", lambda devices, rows: few)
+    monkeypatch.setattr("configs.stages.plan.layouts_for", lambda devices, rows: few)
     small = ["--config.ppo.ppo_epochs=1", "--batch_size=2", "--config.plan.search=True"]
     assert run("--stage=plan", *small) == 0
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())

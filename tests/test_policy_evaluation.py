@@ -10,7 +10,7 @@ from absl.testing import flagsaver
 from flax import nnx
 
 import main
-from configs.policy_evaluation import adapters_of
+from configs.stages.policies import adapters_of
 from conversion import load_policy
 from conversion.peft import save_adapter
 from ppo.policy_comparison import compare, latent_map, response_rows, summary

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, pipeline
+from configs import base
 from configs.command_line import fill_in
-from configs.pipeline import run_all, run_stage
+from configs.pipeline import run_stage
 from configs.preflight import INPUTS, check
 from configs.records import Records, provenance
+from configs.stages.all import run_all
 from sarm_jax.errors import InputError
 
 
@@ -100,7 +101,7 @@ def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
         calls.append(config.train_sarm.epochs)
         (workdir / "sarm").mkdir()
 
-    monkeypatch.setitem(pipeline.STAGES, "train_sarm", train_sarm)
+    monkeypatch.setattr("configs.stages.train_sarm.run", train_sarm)
     config, pairs = base.get_config(), tmp_path / "pairs.jsonl"
     pairs.write_text("one")
     config.train_sarm.pairs_jsonl = str(pairs)

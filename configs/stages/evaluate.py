@@ -1,4 +1,4 @@
-"""The stage evaluate: a SARM on benchmarks and under steering, with and without its controls."""
+"""A SARM on benchmarks and under steering, with and without its controls."""
 
 import logging
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs.policy_evaluation import evaluate_policies, policy_inputs
 from configs.shared import required, reward_model, split_paths, write_json
+from configs.stages.policies import evaluate_policies, policy_inputs
 from conversion.hub import locate_file
 from conversion.load import read_sarm_config
 from ppo.options import reward_config
@@ -37,7 +37,7 @@ from sarm_jax.reward_model import RewardModel
 LOG = logging.getLogger(__name__)
 
 
-def run_evaluate(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path) -> None:
     """What the config names files for → eval/*.json and eval/*.png.
 
     Every file is read, and refused if it is bad, before the model is loaded.

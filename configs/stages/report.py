@@ -1,4 +1,4 @@
-"""The stage report: runs and their evaluations → report.html and figures/*.png."""
+"""One page for a run, or several side by side."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from sarm_jax.evaluation.report.page import ReportConfig, write_report
 LOG = logging.getLogger(__name__)
 
 
-def run_report(config: ConfigDict, workdir: Path) -> None:
-    """Needs no model and no network."""
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Runs and their evaluations → report.html and figures; no model, no network."""
     path = write_report(ReportConfig(**config.report), workdir)
     LOG.info("the report is in %s", path)

@@ -1,4 +1,4 @@
-"""The policy part of the stage evaluate: the base and trained adapters on held-out prompts."""
+"""The policy part of `evaluate`: the base and trained adapters on held-out prompts."""
 
 import dataclasses
 import logging

@@ -1,0 +1,59 @@
+"""Features found by their contrast, and in the lab its gates."""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from safetensors.numpy import save
+
+from configs.shared import PAIR, read_pairs, required, reward_model, split_paths, write_json
+from ppo.prompts import read_prompts
+from sarm_jax.detectors import Detectors
+from sarm_jax.features import IdentifyConfig, identify
+from sarm_jax.files import replacing
+from sarm_jax.jsonl import read_jsonl
+from sarm_jax.lab.gates import measure_gates
+from sarm_jax.reward_model import RewardModel
+
+LOG = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Preference pairs → which latents tell chosen from rejected, with thresholds."""
+    required(config, "identify.pairs_jsonl", "sarm_model")
+    section = config.identify.to_dict()
+    paths = split_paths(section.pop("pairs_jsonl"))
+    pairs = [{"source": Path(path).stem} | row for path in paths for row in read_pairs((path,))]
+    options = IdentifyConfig(**section)
+    folder = workdir / "probes"
+    LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
+    model = reward_model(config)
+    analysis, selected, scores = identify(options, model, pairs)
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "feature_analysis.json", analysis)
+    with replacing(folder / "feature_scores.safetensors", "wb") as file:
+        file.write(save(scores))
+    if config.prepare_data.source == "lab":
+        detectors = Detectors(
+            tuple(selected["detectors"]),
+            tuple(selected["tau_detectors"]),
+            analysis["detectors"]["detection"],
+            analysis["detectors"]["false_alarms"],
+        )
+        check_lab(config, workdir, model, detectors)
+    write_json(folder / "selected_features.json", selected)
+    LOG.info("features in %s", folder / "selected_features.json")
+
+
+def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors) -> None:
+    """Measures the lab's gates on held-out prompts, says which hold, and writes gates.json."""
+    data = workdir / "data"
+    prompts, held_out = (
+        read_prompts(str(data / name)) for name in ("prompts.jsonl", "held_out_prompts.jsonl")
+    )
+    contrast = read_jsonl(data / "contrast_single.jsonl", PAIR)
+    gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed)
+    for gate in gates:
+        LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
+    values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
+    write_json(workdir / "probes" / "gates.json", values)

@@ -1,0 +1,41 @@
+"""Features proven causal, or not."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from configs.shared import required, reward_model, write_json
+from conversion.load import read_sarm_config
+from sarm_jax.certificates import CertificateConfig
+from sarm_jax.feature_lists import parse_features
+from sarm_jax.jsonl import read_jsonl
+from sarm_jax.probing import ProbeConfig, check_probe, probe, write_probes
+
+LOG = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Sets features to a value, one at a time, and says what the reward does."""
+    section = config.probe
+    features = parse_features("probe.feature", section.feature)
+    certificate = CertificateConfig(section.controls, section.flips, section.level, section.seed)
+    ids = tuple(dict.fromkeys(features))
+    options = ProbeConfig(ids, section.set_value, section.mode, certificate)
+    required(config, "probe.data_jsonl", "sarm_model")
+    data = read_jsonl(section.data_jsonl, {"prompt": str})
+    latent_size = read_sarm_config(config.sarm_model).sae.latent_size
+    check_probe(options, latent_size, data, section.data_jsonl)
+    folder = workdir / "probes"
+    LOG.info("probing %d features on %d rows, for %s", len(ids), len(data), folder)
+    probes, certificates = probe(options, reward_model(config), data)
+    folder.mkdir(exist_ok=True)
+    write_probes(folder, probes)
+    content = {"options": dataclasses.asdict(options), "features": certificates}
+    write_json(folder / "certificates.json", content)
+    # Last, because --stage=all takes it for the end of the stage.
+    write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})
+    certified = sum(row["certified"] for row in certificates)
+    LOG.info("%d of %d features certified", certified, len(certificates))
+    LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")

@@ -1,0 +1,128 @@
+"""PPO, and the adapter that it leaves."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs.records import ADAPTER, Provenance, change, provenance, train_settings
+from configs.shared import check_remat, mesh_config, placement, required, reward_model
+from conversion import load_policy
+from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
+from conversion.peft import save_adapter
+from ppo.checkpoint import newest_facts
+from ppo.human_latents import human_buffer
+from ppo.options import train_config
+from ppo.profiling import ProfileConfig
+from ppo.prompts import PromptDeck, read_prompts
+from ppo.train import Trainer
+from sarm_jax import processes
+from sarm_jax.errors import InputError
+from sarm_jax.lab.gates import require_gates
+from sarm_jax.workdir import claim
+
+LOG = logging.getLogger(__name__)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
+    options = train_config(config)
+    if config.lab.gates_json:
+        require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
+    profile = ProfileConfig(**config.profile)
+    profile.check_steps(options.ppo.total_steps)
+    check_remat(config.remat)
+    required(config, "policy_model", "sarm_model", "prompts_jsonl")
+    prompts = read_prompts(config.prompts_jsonl)
+    mesh, placed = mesh_config(config), placement(config)
+    mesh.check_model(read_policy_config(config.policy_model))
+    rows = options.ppo.batch_size // options.ppo.pieces
+    mesh.check_batch(rows, "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)")
+    latent_size = read_sarm_config(config.sarm_model).sae.latent_size
+    options.reward.check_features(latent_size)
+    human = human_buffer(options.reward, config.reward.human_latents, latent_size)
+    tokenizer = load_hf_tokenizer(config.policy_model)
+    ppo = options.ppo
+    deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)
+    eval_deck = None
+    if path := config.eval_prompts_jsonl:
+        eval_prompts = read_prompts(path)
+        eval_deck = PromptDeck(eval_prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, path)
+    check_models(config.policy_model, config.sarm_model)
+    made_from = provenance(train_settings(config), (), workdir / ADAPTER)
+    check_checkpoint(workdir / "checkpoints", made_from)
+    claim(workdir, train_settings(config))
+    processes.agree()
+    check_same_everywhere(made_from)
+
+    steps = options.ppo.total_steps
+    LOG.info("PPO, %d steps on %d prompts; log and checkpoints in %s", steps, len(prompts), workdir)
+    if options.lora.dropout:
+        LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
+    policy, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
+    policy.remat = config.remat
+    model = reward_model(config)
+    trainer = Trainer(
+        options,
+        policy,
+        tokenizer,
+        model,
+        deck,
+        human,
+        workdir,
+        eval_deck,
+        placed,
+        profile,
+        dataclasses.asdict(made_from),
+    )
+    processes.agree()
+    summary = trainer.run()
+    params = trainer.state["train"].params
+    nnx.update(policy, params["lora"])
+    value_head = jax.device_get(params["value_head"])
+    save_adapter(
+        workdir / "adapter",
+        policy,
+        options.lora,
+        config.policy_model,
+        tokenizer,
+        value_head,
+        replace=True,
+    )
+    LOG.info(
+        "%d steps: total reward %+.2f sd, reference KL %.2f nats, ended %.0f %%",
+        summary["steps"],
+        summary["total_reward_change_in_sd"],
+        summary["last_steps"]["ref_kl"],
+        100 * summary["last_steps"]["eos_fraction"],
+    )
+    LOG.info("adapter in %s, numbers in %s", workdir / "adapter", workdir / "summary.json")
+    processes.part()
+
+
+def check_checkpoint(directory: Path, made_from: Provenance) -> None:
+    """Raises InputError where a run would go on from a checkpoint of another one.
+
+    stages.json and config.json say so too, where they are there and belong to the checkpoint.
+    Checkpoints of versions that did not record what they were made from are taken.
+    """
+    newest = newest_facts(directory)
+    if newest is None:
+        return
+    steps, facts = newest
+    changed = facts.get("made_from") and change(facts["made_from"], made_from)
+    if changed:
+        raise InputError(
+            f"{directory / str(steps)}: a checkpoint of another run: {changed}; put this run's "
+            "own back, or choose another --workdir"
+        )
+
+
+def check_same_everywhere(made_from: Provenance) -> None:
+    """Raises InputError in every process where one has other options or files than process 0."""
+    first = processes.from_first(dataclasses.asdict(made_from))
+    changed = change(first, made_from)
+    processes.agree(f"not what process 0 has: {changed}" if changed else "")
