@@ -1,8 +1,9 @@
-"""Verbosity found, certified and penalised on a real model, against the run without a penalty.
+"""Verbosity found, certified and controlled on a real model, against the run without controls.
 
 A diff from `configs/verbosity_smollm2_baseline.py`, whose data and reward model it uses. Features
-are found between concise and longer versions of the same answers, certified on versions that they
-were not found on, and penalised while PPO trains the policy.
+are found between concise and longer versions of the same answers and certified on versions that
+they were not found on. While PPO trains the policy, detectors of detail are penalised, and the
+twenty features that carry most of the difference in reward are held close to short human answers.
 
 Command: make verbosity RM_BENCH=chat.json,code.json
 """
@@ -13,7 +14,7 @@ from configs import verbosity_smollm2_baseline
 
 BASELINE = "outputs/verbosity_smollm2_baseline"
 SELECTED = "@{workdir}/probes/selected_features.json"
-RUNS = f"baseline={BASELINE},penalised={{workdir}}"
+RUNS = f"baseline={BASELINE},controlled={{workdir}}"
 
 
 def get_config() -> ConfigDict:
@@ -24,16 +25,25 @@ def get_config() -> ConfigDict:
     config.train_sarm.pairs_jsonl = ""
 
     config.identify.pairs_jsonl = f"{BASELINE}/data/verbosity.jsonl"
-    config.probe.feature = SELECTED + ":detectors[:8]"
+    config.identify.top_k = 20
+    config.probe.feature = f"{SELECTED}:detectors[:8],{SELECTED}:carriers"
     config.probe.data_jsonl = f"{BASELINE}/data/held_out_verbosity.jsonl"
 
     config.reward.unit = "sd"
     config.reward.penalize_features = SELECTED + ":detectors[:8]"
     config.reward.tau_values = SELECTED + ":tau_detectors[:8]"
     config.reward.alpha_values = ",".join(["1.0"] * 8)
+    config.human_latents.demos_jsonl = "configs/data/brief_demos.jsonl"
+    config.reward.human_latents = "{workdir}/human_latents.safetensors"
+    config.reward.latent_indices = SELECTED + ":carriers"
+    config.reward.beta = 1.0
+    config.discriminator.steps = 16  # it has 20 PPO steps to learn in
 
     config.evaluate.rm_bench = f"{BASELINE}/data/held_out_rm_bench.jsonl"
-    config.evaluate.prompts_jsonl = "configs/data/everyday_held_out.jsonl"
+    config.evaluate.prompts_jsonl = "configs/data/brief_held_out.jsonl"
+    config.evaluate.human_jsonl = "configs/data/brief_demos.jsonl"
+    config.evaluate.temperature = 1.0
+    config.evaluate.samples = 4
     config.evaluate.runs = RUNS
     config.report.runs = RUNS
     return config

@@ -1,7 +1,9 @@
 """A reward model with a taste for detail, and PPO that is rewarded by it: SmolLM2 and RM-Bench.
 
 The SARM is trained on RM-Bench's easy pairs alone, whose right answer is also the longer or the
-more formatted one. `configs/verbosity_smollm2.py` finds what it likes, penalises it, and compares.
+more formatted one. The policy is asked for one short sentence, and nothing but the SARM's score is
+in its reward: no charge for a response without an end. `configs/verbosity_smollm2.py` finds what
+the SARM likes, controls it, and compares.
 
 Command: make verbosity RM_BENCH=chat.json,code.json
 Hardware: 2 CPU cores, 8 GB of memory.
@@ -18,7 +20,7 @@ def get_config() -> ConfigDict:
     config = base.get_config()
     config.policy_model = "outputs/models/SmolLM2-135M-Instruct"
     config.sarm_model = "{workdir}/sarm"
-    config.prompts_jsonl = "configs/data/everyday_demos.jsonl"
+    config.prompts_jsonl = "configs/data/brief_demos.jsonl"
     config.sarm_max_length = 512
     config.sarm_batch_size = 4  # more than two cores need, and less padding than in 16
 
@@ -40,10 +42,11 @@ def get_config() -> ConfigDict:
     config.ppo.total_steps = 20
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 2
-    config.ppo.learning_rate = 1.5e-3
+    config.ppo.learning_rate = 1e-3
     config.ppo.max_new_tokens = 96
     config.ppo.max_prompt_tokens = 96
-    config.ppo.kl_coef = 0.02
+    config.ppo.kl_coef = 0.05
+    config.ppo.missing_eos_penalty = 0.0
     config.ppo.pack_levels = 2  # prompts and responses differ much in length
     config.ppo.calibration_batches = 4
     return config
