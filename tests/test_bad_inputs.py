@@ -4,24 +4,23 @@ Exit code 2, one line on stderr that names the culprit, nothing on disk created 
 weight loaded, within seconds.
 """
 
+import contextlib
 import copy
 import hashlib
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from absl.testing import flagsaver
 from flax import nnx
 
 import conversion.load
-import main
 from conversion import cli, from_hf, load_policy, to_hf
 from conversion.peft import save_adapter
 from sarm_jax.lora import LoRAConfig, add_lora
 from tests.bad_inputs import BAD_INPUTS, TRAINED, Bad
+from tests.command import run_main
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.report_runs import write_run
 
@@ -59,12 +58,8 @@ def train_in(place: Path, world: Path) -> None:
     for name in ("policy", "sarm"):
         shutil.copytree(world / name, place / name)
     shutil.copy(world / "demos.jsonl", place)
-    argv = ["main.py", f"--config={BASE}", *SMALL.split(), *TRAINED.split()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
-        patch.setattr(sys, "argv", argv)
-        with flagsaver.flagsaver():
-            assert main.main(argv) == 0
+    with contextlib.chdir(place):
+        assert run_main(f"--config={BASE}", *SMALL.split(), *TRAINED.split()) == 0
     assert (place / "run" / "checkpoints" / "2").is_dir()
 
 
@@ -86,7 +81,7 @@ def fingerprint(root: Path) -> dict[str, str]:
     return found
 
 
-def run(case: Bad, options: list[str], root: Path, monkeypatch) -> int:
+def run(case: Bad, options: list[str], root: Path) -> int:
     """The exit code of the command."""
     if case.command != "main":
         module = {"from_hf": from_hf, "to_hf": to_hf}[case.command]
@@ -108,10 +103,7 @@ def run(case: Bad, options: list[str], root: Path, monkeypatch) -> int:
             given[name] = option
         else:
             further.append(option)
-    argv = ["main.py", *given.values(), *SMALL.split(), *further]
-    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-    with flagsaver.flagsaver():
-        return main.main(argv)
+    return run_main(*given.values(), *SMALL.split(), *further)
 
 
 @pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: case.what.replace(" ", "-"))
@@ -131,7 +123,7 @@ def test_bad_input_is_refused(case, root, tmp_path_factory, monkeypatch, capfd):
 
     before, start = fingerprint(root), time.monotonic()
     capfd.readouterr()
-    code = run(case, [filled(option) for option in case.options.split()], root, monkeypatch)
+    code = run(case, [filled(option) for option in case.options.split()], root)
     shown, seconds = capfd.readouterr(), time.monotonic() - start
     assert code == 2, shown
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err

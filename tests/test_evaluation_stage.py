@@ -1,14 +1,12 @@
 """From benchmark files to eval/*.json through the command line."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-import main
 from conversion import load_sarm
+from tests.command import run_main
 from tests.oracles import save_tiny_sarm, tiny_tokenizer
 
 STYLED = [
@@ -47,15 +45,12 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, tmp_path, monkeypatch):
+def run(world, tmp_path):
     """Runs `main` with the tiny SARM; returns its exit code."""
 
     def call(*options: str) -> int:
         given = [f"--workdir={tmp_path / 'run'}", f"--sarm_model={world / 'sarm'}"]
-        argv = ["main.py", "--config=configs/base.py", *given, *options]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        with flagsaver.flagsaver():
-            return main.main(argv)
+        return run_main("--config=configs/base.py", *given, *options)
 
     return call
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from absl.testing import flagsaver
 
 import main
 from benchmarks.kill_campaign import run_digest
 from ppo.guards import GuardStopError, NonFiniteError
 from ppo.metrics import COLUMNS, RunLog
+from tests.command import run_main
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,10 +51,7 @@ def train(world, workdir, *killed):
 def whole(world, tmp_path_factory):
     """A run that nothing interrupted, in this process."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    argv = ["main.py", *options(world, workdir)]
-    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
-        patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        assert main.main(argv) == 0
+    assert run_main(*options(world, workdir)) == 0
     return workdir
 
 
@@ -102,10 +99,7 @@ def failing(monkeypatch, tmp_path):
 
     def call(stage, *options):
         monkeypatch.setattr(main, "run_stage", stage)
-        argv = ["main.py", "--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *options]
-        monkeypatch.setattr(sys, "argv", argv)
-        with flagsaver.flagsaver():
-            return main.main(argv)
+        return run_main("--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *options)
 
     return call
 

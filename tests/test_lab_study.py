@@ -2,19 +2,17 @@
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-import main
 from sarm_jax.errors import InputError
 from sarm_jax.lab import gates, world
 from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
 from sarm_jax.lab.findings import claims, gates_passed, headline
 from sarm_jax.lab.gates import LIMITS
 from sarm_jax.lab.page import write_study
+from tests.command import run_main
 
 MINIATURE = (
     "lab.corpus_rows=300 lab.demonstrations=60 lab.pairs=200 lab.contrast_pairs=32 "
@@ -31,13 +29,12 @@ def study(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("study")
 
     def call(*options: str) -> int:
-        argv = ["main.py", "--config=configs/demo.py", "--stage=all", f"--workdir={workdir}"]
-        argv += [f"--config.{option}" for option in (*MINIATURE, *options)]
-        with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
-            patch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
+        given = [f"--config.{option}" for option in (*MINIATURE, *options)]
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gates, "PAIRS", 200)
             patch.setattr(gates, "RESPONSES", 300)
-            return main.main(argv)
+            config, stage = "--config=configs/demo.py", "--stage=all"
+            return run_main(config, stage, f"--workdir={workdir}", *given)
 
     # So little training does not make a good reward model: a gate fails, and says so.
     assert call() == 2

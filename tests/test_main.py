@@ -2,19 +2,16 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from absl.testing import flagsaver
 from flax import nnx
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import conversion.load
-import main
 from conversion import load_policy, load_sarm, to_hf
 from conversion.peft import save_adapter
 from ppo.plan import Layout
@@ -23,6 +20,7 @@ from sarm_jax.errors import InputError
 from sarm_jax.lora import LoRAConfig, add_lora
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.sharding import MeshConfig
+from tests.command import run_main
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
 SMALL = (
@@ -54,7 +52,7 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, tmp_path, monkeypatch):
+def run(world, tmp_path):
     """Runs `main` with the tiny world's models; returns its exit code."""
 
     def call(*options: str) -> int:
@@ -66,10 +64,7 @@ def run(world, tmp_path, monkeypatch):
         }
         for option in options:
             given.pop(option.split("=")[0], None)
-        argv = ["main.py", "--config=configs/base.py", *given.values(), *SMALL, *options]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        with flagsaver.flagsaver():
-            return main.main(argv)
+        return run_main("--config=configs/base.py", *given.values(), *SMALL, *options)
 
     return call
 
@@ -251,14 +246,13 @@ def test_load_sarm_scores_text(world):
 
 
 def test_help_is_shown(capsys):
-    assert main.main(["main.py", "--help"]) == 0
+    assert run_main("--help") == 0
     shown = capsys.readouterr().out
     assert "--penalize_features" in shown and "Exit codes" in shown
 
 
 def test_a_missing_config_is_said(capsys):
-    with flagsaver.flagsaver():
-        assert main.main(["main.py"]) == 2
+    assert run_main() == 2
     assert "--config is missing" in capsys.readouterr().err
 
 

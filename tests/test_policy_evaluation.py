@@ -1,15 +1,12 @@
 """Policies against their base: the measures by hand, and the stage through the command line."""
 
 import json
-import sys
 
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from flax import nnx
 
-import main
 from configs.stages.policies import adapters_of
 from conversion import load_policy
 from conversion.peft import save_adapter
@@ -26,6 +23,7 @@ from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARMConfig, intervention
 from sarm_jax.sharding import ONE_DEVICE
+from tests.command import run_main
 from tests.dense_latents import DenseLatents
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
@@ -184,18 +182,16 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture
-def run(world, tmp_path, monkeypatch):
+def run(world, tmp_path):
     """Runs the stage evaluate on the world's prompts; returns its exit code."""
 
     def call(*options: str) -> int:
         paths = [f"--{name}_model={world / name}" for name in ("sarm", "policy")]
-        argv = ["main.py", "--config=configs/base.py", "--stage=evaluate", *paths]
-        argv += [f"--workdir={tmp_path / 'run'}"]
-        argv += [f"--config.evaluate.prompts_jsonl={world}/prompts.jsonl"]
-        argv += ["--config.ppo.max_new_tokens=6", "--config.evaluate.resamples=100", *options]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        with flagsaver.flagsaver():
-            return main.main(argv)
+        given = ["--config=configs/base.py", "--stage=evaluate", *paths]
+        given += [f"--workdir={tmp_path / 'run'}"]
+        given += [f"--config.evaluate.prompts_jsonl={world}/prompts.jsonl"]
+        given += ["--config.ppo.max_new_tokens=6", "--config.evaluate.resamples=100"]
+        return run_main(*given, *options)
 
     return call
 

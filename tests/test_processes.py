@@ -9,14 +9,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-import main
 from sarm_jax import processes
 from sarm_jax.errors import InputError
 from sarm_jax.jsonl import read_jsonl
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.processes import Hosts
+from tests.command import run_main
 from tests.test_sharding import SAME
 
 ROOT = Path(__file__).parent.parent
@@ -79,11 +78,8 @@ def start_two(world, workdir, others=((), ()), programs=(("main.py",),) * 2):
     ]
 
 
-def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path, monkeypatch):
-    argv = ["main.py", *options(world, tmp_path / "one")]
-    monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-    with flagsaver.flagsaver():
-        assert main.main(argv) == 0
+def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path):
+    assert run_main(*options(world, tmp_path / "one")) == 0
     # The signal reaches the process that keeps nothing.
     stopped = finish(*start_two(world, tmp_path / "two", programs=(("main.py",), BIT)))
     assert [code for code, _ in stopped] == [143, 143], stopped

@@ -7,14 +7,11 @@ import html
 import json
 import math
 import re
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
-import main
 from sarm_jax.errors import InputError
 from sarm_jax.evaluation.report import curves, tables
 from sarm_jax.evaluation.report.evaluations import Evaluation, read_evaluation
@@ -24,6 +21,7 @@ from sarm_jax.evaluation.report.pictures import file_name, label, smooth
 from sarm_jax.evaluation.report.runs import read_run
 from sarm_jax.evaluation.report.samples import SHOWN_TERMS, browser_rows, pairs_of
 from sarm_jax.workdir import named_workdirs
+from tests.command import run_main
 from tests.report_runs import (
     ALPHAS,
     FEATURES,
@@ -49,15 +47,13 @@ def report(tmp_path_factory):
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch):
+def stage(tmp_path):
     """Runs the stage from the command line; returns its exit code."""
 
     def call(*options: str, workdir=tmp_path / "out") -> int:
-        argv = ["main.py", "--config=configs/base.py", "--stage=report", f"--workdir={workdir}"]
-        argv += [f"--config.report.{option}" for option in options]
-        monkeypatch.setattr(sys, "argv", argv)  # where ml_collections looks for overrides
-        with flagsaver.flagsaver():
-            return main.main(argv)
+        given = [f"--config.report.{option}" for option in options]
+        config = "--config=configs/base.py"
+        return run_main(config, "--stage=report", f"--workdir={workdir}", *given)
 
     return call
 

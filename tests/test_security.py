@@ -11,9 +11,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from absl.testing import flagsaver
 
-import main
 from conversion import cli, from_hf, load_policy, to_hf
 from conversion.containment import contained
 from conversion.load import load_hf_tokenizer
@@ -21,6 +19,7 @@ from sarm_jax.errors import InputError, printable
 from sarm_jax.evaluation.report.page import ReportConfig, write_report
 from sarm_jax.progress import show_progress
 from sarm_jax.secrets import secrets
+from tests.command import run_main
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.report_runs import write_run
 
@@ -145,10 +144,8 @@ def test_the_token_is_in_no_output(tmp_path, monkeypatch, capfd, caplog):
     for number, (command, code) in enumerate(commands.items()):
         workdir = f"--workdir={tmp_path}/out{number}"
         prompts = f"--prompts_jsonl={tmp_path}/demos.jsonl"
-        argv = ["main.py", "--config=configs/base.py", workdir, prompts, *models, *command.split()]
-        monkeypatch.setattr(sys, "argv", argv)
-        with flagsaver.flagsaver():
-            assert main.main(argv) == code, command
+        given = [workdir, prompts, *models, *command.split()]
+        assert run_main("--config=configs/base.py", *given) == code, command
     shown = capfd.readouterr()
     assert "[HF_TOKEN]" in shown.err  # it was in the message of the failing download
     everything = [shown.out, shown.err, caplog.text]
@@ -203,8 +200,8 @@ PLANTED = [  # an address with a token in it is how other tools take one
 def test_an_option_with_a_secret_is_refused(
     only_login, tmp_path, monkeypatch, capfd, option, stage
 ):
-    argv = ["main.py", f"--config={Path('configs/base.py').resolve()}", f"--stage={stage}", option]
-    refused(argv, tmp_path, monkeypatch, capfd)
+    given = [f"--config={Path('configs/base.py').resolve()}", f"--stage={stage}", option]
+    refused(given, tmp_path, monkeypatch, capfd)
 
 
 def test_a_config_that_takes_a_secret_from_the_environment_is_refused(tmp_path, monkeypatch, capfd):
@@ -216,17 +213,15 @@ def test_a_config_that_takes_a_secret_from_the_environment_is_refused(tmp_path, 
         "    config = base.get_config()\n"
         "    config.train_sarm.model = 'https://' + os.environ['HF_TOKEN']\n    return config\n"
     )
-    shown = refused(["main.py", f"--config={config}"], tmp_path / "run", monkeypatch, capfd)
+    shown = refused([f"--config={config}"], tmp_path / "run", monkeypatch, capfd)
     assert "--config.train_sarm.model=https://[HF_TOKEN]" in shown
 
 
-def refused(argv, place, monkeypatch, capfd) -> str:
+def refused(given, place, monkeypatch, capfd) -> str:
     """What main says; exit code 2, one line without the secret, nothing in `place`."""
     place.mkdir(exist_ok=True)
     monkeypatch.chdir(place)
-    monkeypatch.setattr(sys, "argv", argv)
-    with flagsaver.flagsaver():
-        assert main.main(argv) == 2
+    assert run_main(*given) == 2
     shown = capfd.readouterr().err
     assert shown.count("\n") == 1 and "[HF_TOKEN]" in shown and "holds a secret" in shown
     assert CANARY not in shown and not list(place.iterdir())
