@@ -62,6 +62,11 @@ class Checkpoint:
         array = files.read(self.stored_name(spec), region)
         return array if self.converted else spec.from_hf(array)
 
+    def mapped(self, files: TensorFiles, spec: TensorSpec) -> np.ndarray:
+        """One tensor in our orientation, to be passed on: see `TensorFiles.mapped`."""
+        array = files.mapped(self.stored_name(spec))
+        return array if self.converted else spec.from_hf(array)
+
     def bytes_stored(self, files: TensorFiles, dtype: str | None = None) -> int:
         """What a copy of it takes on disk; `dtype` None: every tensor keeps its own."""
         size = tokenizer_bytes(self.directory) + OVERHEAD

@@ -31,7 +31,7 @@ flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: that of each
 def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = None) -> str:
     """Writes the converted directory and returns a summary line.
 
-    The host holds two shards and two copies of a tensor at a time.
+    The host holds two shards and a tensor at a time.
     """
     start = time.perf_counter()
     checkpoint = open_checkpoint(src, kind)
@@ -45,11 +45,10 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
         TensorWriter(directory) as writer,
     ):
         for spec in tqdm(checkpoint.specs(), desc=f"writing {dst}", unit="tensor"):
-            array = checkpoint.read(files, spec)
+            array = checkpoint.mapped(files, spec)
             array = array if dtype is None else array.astype(jnp.dtype(dtype))
             dtypes.add(array.dtype.name)
             writer.add(spec.name, array)
-            del array  # before the next one is read
         tensors = writer.close()
         write_description(directory, checkpoint, config, ",".join(sorted(dtypes)))
         copy_tokenizer_files(checkpoint.directory, directory)

@@ -148,7 +148,8 @@ def _reader(
         layers, *inside = region
         stack = np.empty([s.stop - s.start for s in region], dtype)
         for spec in specs[layers]:
-            stack[spec.layer - layers.start] = checkpoint.read(files, spec, tuple(inside))
+            array = checkpoint.read(files, spec, tuple(inside))
+            stack[spec.layer - layers.start] = contiguous(array)
         return stack
 
     return read

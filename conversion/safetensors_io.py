@@ -4,6 +4,8 @@ Two layouts: a single `model.safetensors`, or shards listed by `model.safetensor
 Pickled weights (.bin, .pt, .pth) are never opened.
 """
 
+import json
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from conversion.containment import contained
 from conversion.json_files import read_json, write_json
 from conversion.problems import report
 from sarm_jax.errors import InputError
+from sarm_jax.files import to_disk
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 METADATA = {"format": "pt"}  # transformers refuses files that do not say so
 STRIP = 16  # rows of a transposed matrix that are copied at a time
+LARGE = 1 << 20  # elements of a matrix from which on several threads copy it
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -95,6 +99,21 @@ class TensorFiles:
         except (SafetensorError, OSError, TypeError) as error:
             shard = self.directory / self._shard_of[name]
             raise InputError(f"{shard}: tensor {name} cannot be read ({error})") from error
+
+    def mapped(self, name: str) -> np.ndarray:
+        """The tensor as stored, read-only: its pages are read from the file where it is used.
+
+        For what is only passed on; whoever keeps it is at the mercy of who writes to the file.
+        """
+        path = contained(self.directory, self._shard_of[name])
+        with path.open("rb") as file:  # `safe_open` has checked all of it
+            length = int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(length))[name]
+        start = 8 + length + entry["data_offsets"][0]
+        shape = tuple(entry["shape"])
+        if 0 in shape:  # which cannot be mapped
+            return self.read(name)
+        return np.memmap(path, self.dtype(name), "r", start, shape).view(np.ndarray)
 
     def _slice(self, name: str) -> Any:
         return self._open[self._shard_of[name]].get_slice(name)
@@ -183,18 +202,30 @@ class TensorWriter:
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
     try:
         save_file(tensors, path, metadata=METADATA)
+        to_disk(path)  # while the next shard is collected
     except SafetensorError as error:  # a full disk, for one
         raise InputError(f"{path}: cannot be written ({error})") from error
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order; a transposed one is copied in strips that stay in the cache."""
+    """The array in C order; a transposed one is copied in strips that stay in the cache.
+
+    Every core copies columns of its own.
+    """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.asarray(array, order="C")
     bits = np.dtype(f"u{array.dtype.itemsize}")  # integers are copied faster than bfloat16
     source, out = array.view(bits), np.empty(array.shape, bits)
-    for start in range(0, array.shape[1], STRIP):
-        out[:, start : start + STRIP] = source[:, start : start + STRIP]
+    cores = (os.cpu_count() or 1) if array.size >= LARGE else 1
+    columns = array.shape[1]
+    share = -(-columns // (cores * STRIP)) * STRIP
+
+    def copy(first: int) -> None:
+        for start in range(first, min(first + share, columns), STRIP):
+            out[:, start : start + STRIP] = source[:, start : start + STRIP]
+
+    with ThreadPoolExecutor(cores) as pool:
+        list(pool.map(copy, range(0, columns, share)))
     return out.view(array.dtype)
 
 

@@ -67,7 +67,7 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
         TensorWriter(directory) as writer,
     ):
         for spec in tqdm(checkpoint.specs(), desc=f"writing {dst}", unit="tensor"):
-            array = checkpoint.read(files, spec)
+            array = checkpoint.mapped(files, spec)
             if adapter is not None and spec in adapter.factors:
                 array = _merged(array, adapter, spec)
             dtypes[array.dtype.name] = dtypes.get(array.dtype.name, 0) + array.nbytes

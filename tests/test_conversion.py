@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import peft
 import pytest
@@ -369,6 +370,33 @@ def test_non_contiguous_arrays_are_written_as_they_read(tmp_path):
     writer.add("transposed", array.T)
     writer.close()
     np.testing.assert_array_equal(TensorFiles(tmp_path).read("transposed"), array.T)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_mapped_tensors_are_what_is_read(tmp_path, dtype):
+    arrays = {
+        "odd": np.arange(3, dtype=np.uint8),  # what follows it is not aligned
+        "matrix": np.arange(1100 * 1001).reshape(1100, 1001).astype(dtype),  # on several threads
+        "number": np.asarray(2.5, dtype),
+        "none": np.zeros((0, 4), dtype),
+    }
+    with TensorWriter(tmp_path / "hf") as writer:
+        (tmp_path / "hf").mkdir()
+        for name, array in arrays.items():
+            writer.add(name, array)
+        writer.close()
+    files = TensorFiles(tmp_path / "hf")
+    for name, array in arrays.items():
+        mapped = files.mapped(name)
+        assert (mapped.dtype, mapped.shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(mapped, array)
+        np.testing.assert_array_equal(mapped, files.read(name))
+    assert not files.mapped("matrix").flags.writeable
+    (tmp_path / "ours").mkdir()
+    with TensorWriter(tmp_path / "ours") as writer:
+        writer.add("matrix", files.mapped("matrix").T)
+        writer.close()
+    np.testing.assert_array_equal(TensorFiles(tmp_path / "ours").read("matrix"), arrays["matrix"].T)
 
 
 def test_tokenizer_is_the_same_from_either_layout(tmp_path):

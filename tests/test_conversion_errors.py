@@ -360,7 +360,7 @@ def test_an_existing_destination_is_untouched(policy_dir, tmp_path):
 
 
 def test_a_failure_leaves_nothing(policy_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(TensorFiles, "read", lambda *_: 1 / 0)
+    monkeypatch.setattr(TensorFiles, "mapped", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         from_hf.convert(policy_dir, tmp_path / "dst", "policy")
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
