@@ -1,8 +1,7 @@
 """Runs stages and keeps their records: what is up to date is not done again.
 
-What took long to make (the lab's models, a SARM, a policy)
-is never overwritten: where its options or inputs have changed the call is refused. Everything else
-is then made again.
+What took long to make (the lab's models, a SARM, a policy) is never overwritten: where its options
+or inputs have changed the call is refused. Everything else is then made again.
 """
 
 import dataclasses

@@ -13,7 +13,7 @@ from sarm_jax.errors import InputError
 
 
 def run(template: ConfigDict, workdir: Path) -> None:
-    """Of a config in which "{workdir}" is not filled in: the study has many."""
+    """The study, or one stage after the other; "{workdir}" is still to be filled in."""
     if template.prepare_data.source == "lab":
         run_study(template, workdir)
     else:
