@@ -43,8 +43,9 @@ smollm2: $(SMOLLM2)/config.json
 	$(BIN)/python main.py --config=configs/smollm2.py --stage=all
 	test -e $(RUN)/merged || $(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
 
-# A reward model with a taste for detail; its features of verbosity found, certified and penalised,
-# against the same run without. RM_BENCH=chat.json,code.json names RM-Bench's files.
+# A reward model with a taste for detail, and a policy that is asked for one short sentence: trained
+# as it is, and with the features of verbosity found, certified and controlled.
+# RM_BENCH=chat.json,code.json names RM-Bench's files.
 verbosity: $(SMOLLM2)/config.json
 	$(BIN)/python main.py --config=configs/verbosity_smollm2_baseline.py --stage=all \
 	  --config.prepare_data.rm_bench=$(RM_BENCH)
