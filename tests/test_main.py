@@ -235,8 +235,10 @@ def test_a_mesh_changes_nothing_but_where_it_runs(run, tmp_path):
         assert run(f"--workdir={tmp_path / name}", *mesh) == 0
         rows.append(read_metrics(tmp_path / name / "metrics.csv"))
     for one, four in zip(*rows, strict=True):
-        for column in ("total_reward", "ref_kl", "ppo_loss", "grad_norm", "response_length_mean"):
+        for column in ("total_reward", "ref_kl", "ppo_loss", "response_length_mean"):
             assert four[column] == pytest.approx(one[column], abs=1e-4), column
+        # About 16, of which 1e-4 is 50 float32 roundings: 56 on one kind of CPU.
+        assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
 
 
 def test_load_sarm_scores_text(world):
