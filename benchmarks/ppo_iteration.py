@@ -147,12 +147,12 @@ def main() -> None:
     with context.Pool(1) as pool:
         work = pool.apply(WORKLOADS[args.workload], (args,))
     print(work, flush=True)
-    here, there = JaxPPO, functools.partial(torch_ppo.build, cache=not args.torch_without_cache)
-    sides = {
-        "jax": functools.partial(here, args.model_dir, work, args.pack_levels, args.score_batch),
-        "torch": functools.partial(there, args.model_dir, work),
+    packing, cache = (args.pack_levels, args.score_batch), not args.torch_without_cache
+    builds = {
+        "jax": functools.partial(JaxPPO, args.model_dir, work, *packing),
+        "torch": functools.partial(torch_ppo.build, args.model_dir, work, cache),
     }
-    sides = {name: start(context, args.iterations, build) for name, build in sides.items()}
+    sides = {name: start(context, args.iterations, build) for name, build in builds.items()}
     times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for turn in range(args.turns):
         for name, side in sides.items():

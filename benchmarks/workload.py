@@ -14,6 +14,7 @@ from sarm_jax.generate import Sampling
 from sarm_jax.sharding import ONE_DEVICE
 
 PROMPTS = Path("configs/data/everyday_demos.jsonl")
+TOKENS = 32_000  # random ones lie below: every vocabulary of Llama's family has as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ def equal(args: argparse.Namespace) -> Workload:
     rng = np.random.default_rng(0)
     lengths = rng.integers(args.prompt_len // 2, args.prompt_len + 1, args.batch)
     lengths[0] = args.prompt_len
-    prompts = [rng.integers(3, 32_000, length).tolist() for length in lengths]
+    prompts = [rng.integers(3, TOKENS, length).tolist() for length in lengths]
     return Workload(prompts, [args.new_tokens] * args.batch, args.epochs)
 
 

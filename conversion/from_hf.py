@@ -49,6 +49,7 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
             array = array if dtype is None else array.astype(jnp.dtype(dtype))
             dtypes.add(array.dtype.name)
             writer.add(spec.name, array)
+            del array  # before the next one is converted
         tensors = writer.close()
         write_description(directory, checkpoint, config, ",".join(sorted(dtypes)))
         copy_tokenizer_files(checkpoint.directory, directory)

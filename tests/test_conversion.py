@@ -375,7 +375,7 @@ def test_non_contiguous_arrays_are_written_as_they_read(tmp_path):
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_mapped_tensors_are_what_is_read(tmp_path, dtype):
     arrays = {
-        "odd": np.arange(3, dtype=np.uint8),  # what follows it is not aligned
+        "odd": np.arange(3, dtype=np.uint8),
         "matrix": np.arange(1100 * 1001).reshape(1100, 1001).astype(dtype),  # on several threads
         "number": np.asarray(2.5, dtype),
         "none": np.zeros((0, 4), dtype),
