@@ -4,12 +4,13 @@
 
 Every response has codes of its own, features fire with frequencies that fall off like 1/rank, and a
 few hundred fire more on the rejected side. A dense array of the same latents would take
-2 × pairs × latents × 4 bytes.
+2 × pairs × latents × 4 bytes. Memory is what Linux says is resident, its peak counted from where
+identify starts.
 """
 
 import argparse
-import resource
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,7 +44,7 @@ def draw_codes(rows: int, latents: int, k: int, rng: np.random.Generator) -> Top
 
 
 def main() -> None:
-    """Prints seconds, and the peak of the memory before and after identify."""
+    """Prints seconds, and the peak of the memory beside what is held before identify."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--latents", type=int, default=65_536)
@@ -62,9 +63,10 @@ def main() -> None:
     pairs = [
         {"prompt": f"p{n // 2}", "chosen": f"c{n}", "rejected": f"r{n}"} for n in range(args.pairs)
     ]
-    before, start = _peak(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before, start = _resident("VmRSS"), time.perf_counter()
     _, selected, _ = identify(IdentifyConfig(10, "differential", 0.98, 0.05, 0), model, pairs)
-    seconds, peak = time.perf_counter() - start, _peak()
+    seconds, peak = time.perf_counter() - start, _resident("VmHWM")
     planted = range(args.latents // 2, args.latents // 2 + PLANTED)
     found = sum(i in planted for i in selected["safety_harming"])
     dense = 2 * args.pairs * args.latents * 4 / GIB
@@ -75,8 +77,10 @@ def main() -> None:
     )
 
 
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+def _resident(field: str) -> float:
+    """VmRSS, now, or VmHWM, at its peak, in GiB."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024 / GIB
 
 
 if __name__ == "__main__":

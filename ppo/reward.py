@@ -168,15 +168,19 @@ def compound_reward(
 
 @dataclasses.dataclass(frozen=True)
 class ScoreScale:
-    """μ and σ of the reward model's scores on reference responses."""
+    """μ and σ of the reward model's scores on reference responses.
+
+    μ is that of the clamped scores, from which R_total begins; σ is that of the scores before any
+    clamp, so that what a clamp takes away is gone, and the rest is not magnified in its place.
+    """
 
     mean: float
     std: float
 
     @classmethod
-    def of(cls, score_b: np.ndarray) -> "ScoreScale":
+    def of(cls, score_b: np.ndarray, unclamped_b: np.ndarray) -> "ScoreScale":
         """Estimates the scale; constant scores are an error, since nothing can be learned."""
-        std = float(np.std(score_b))
+        std = float(np.std(unclamped_b))
         if not (np.isfinite(std) and std > 0):
             raise InputError(
                 f"the reward model's scores on {len(score_b)} reference responses have a standard "

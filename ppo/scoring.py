@@ -41,6 +41,14 @@ class Scorer:
         )
         return Scored(score_b, z_bn[:, : self._split], z_bn[:, self._split :])
 
+    def with_and_without_clamp(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """Scores `[B]` under the run's clamp, and those that the reward model itself gives."""
+        score_b = self(rollout).score_b
+        if self._clamp is None:
+            return score_b, score_b
+        texts, neutral = (rollout.prompts, rollout.responses), self._clamp.neutral()
+        return score_b, self._model.score(*texts, neutral, self._watched)[0]
+
     def compile(self, decks: Sequence[PromptDeck], max_new_tokens: int, rows: int) -> None:
         """Compiles every padded length that scoring can meet, so that no step does."""
         lengths = [len(self._model.encode(p, "")) for deck in decks for p in deck.prompts]

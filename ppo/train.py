@@ -209,8 +209,8 @@ class Trainer:
         for batch in range(self.config.ppo.calibration_batches):
             key = jax.random.fold_in(self._calibration_key, batch)
             rollout = self.sampler(params, self.deck, batch, key, self._slot_plan.prefill)
-            scores.append(self.scorer(rollout).score_b)
-        scale = ScoreScale.of(np.concatenate(scores))
+            scores.append(self.scorer.with_and_without_clamp(rollout))
+        scale = ScoreScale.of(*np.concatenate(scores, axis=1))
         LOG.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
         return scale
 

@@ -49,6 +49,11 @@ class Intervention:
         z_bn = z_bf[:, self.indices] * self.multiply + self.add
         return z_bf.at[:, self.indices].set(jnp.clip(z_bn, self.minimum, self.maximum))
 
+    def neutral(self) -> "Intervention":
+        """One of the same shape that changes nothing, for what is compiled for this one."""
+        one, infinity = jnp.ones_like(self.add), jnp.full_like(self.add, jnp.inf)
+        return Intervention(self.indices, one, 0 * one, -infinity, infinity)
+
 
 def intervention(
     latent_size: int,

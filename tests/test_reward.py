@@ -41,7 +41,7 @@ def test_latent_kl_enters_with_beta():
 
 
 def test_normalised_reference_scores_have_zero_mean_and_unit_deviation():
-    scale = ScoreScale.of(SCORE)
+    scale = ScoreScale.of(SCORE, SCORE)
     normalised = scale.normalise(SCORE)
     assert normalised.dtype == np.float32
     np.testing.assert_allclose([normalised.mean(), normalised.std()], [0, 1], atol=1e-6)
@@ -49,7 +49,7 @@ def test_normalised_reference_scores_have_zero_mean_and_unit_deviation():
 
 def test_constant_scores_are_refused():
     with pytest.raises(InputError, match="standard deviation of 0.0"):
-        ScoreScale.of(np.zeros(4))
+        ScoreScale.of(np.zeros(4), np.zeros(4))
 
 
 def test_clamp_combines_set_minimum_and_maximum():

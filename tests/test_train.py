@@ -171,6 +171,7 @@ def poison(trainer):
     assert disc is not None
     trainer.scorer = scored
     scored.compile = score.compile
+    scored.with_and_without_clamp = score.with_and_without_clamp
     trainer.updater = updated
     updated.lower = update.lower
     trainer._step = stepped
@@ -324,6 +325,17 @@ def test_clamping_changes_the_reward_that_is_learned_from(make_trainer, tmp_path
         score, z = reward_model.score([sample["prompt"]], [sample["response"]])
         expected = score[0] - weight * z[0, 3]
         np.testing.assert_allclose(sample["rm_score"], expected, atol=1e-4)
+
+
+def test_a_clamp_does_not_magnify_what_it_leaves(make_trainer, tmp_path):
+    half = tuple(range(32))  # of the latents
+    reward = RewardConfig(clamp_features=half, clamp_set_values=(0.0,) * 32)
+    clamped = make_trainer(tmp_path / "clamped", reward=reward, total_steps=1)
+    plain = make_trainer(tmp_path / "plain", reward=RewardConfig(), total_steps=1)
+    clamped.run()
+    plain.run()
+    assert clamped.scale.std == pytest.approx(plain.scale.std, rel=1e-6)
+    assert clamped.scale.mean != pytest.approx(plain.scale.mean, abs=1e-3)
 
 
 def test_held_out_prompts_are_evaluated_and_not_learned_from(make_trainer, tmp_path, reward_model):
