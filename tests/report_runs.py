@@ -67,7 +67,10 @@ def write_evaluation(folder: Path, prompts: int = 30) -> Path:
         for n, source in enumerate(("human", "base", *NAMES))
         for _ in range(25)
     ]
-    measures = {"score": interval(1.5), "length": interval(20), "firing": {"7": interval(0.1)}}
+    nothing = dict.fromkeys(("mean", "low", "high"), 0.0)
+    measures = {"score": interval(1.5), "length": interval(20)}
+    measures |= {"latent_7": interval(0.5), "active_7": interval(0.3), "penalty_7": nothing}
+    measures |= {"latent_3": nothing, "active_3": nothing, "penalty_3": nothing}
     level = {name: interval(0.7) for name in ("easy", "normal", "hard", "average")}
     part = {"rows": 129, "matrix": [[0.5, 0.4, 0.3], [0.6, 0.5, 0.4], [0.7, 0.6, 0.5]]} | level
     domains = {"chat": part, "code": part}

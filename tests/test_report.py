@@ -306,6 +306,22 @@ def test_names_of_runs(tmp_path):
     assert {name: str(path) for name, path in runs.items()} == {"b": "a/b", "full method=c": "d/e"}
 
 
+def test_features_have_tables_of_their_own_and_silent_ones_are_only_named(tmp_path):
+    found = tables.policy(read_evaluation("both", write_evaluation(tmp_path)))
+    rows = {table.caption: [row[0] for row in table.rows] for table in found}
+    means = "Held-out prompts: means with 95 % intervals"
+    paired = "The same, minus base, paired by prompt"
+    active, latent = "share of responses with z above 0", "mean z"
+    assert rows == {
+        means: ["R_SARM", "length, tokens"],
+        f"{means}: {active}; 0 everywhere: 3": ["feature 7"],
+        f"{means}: {latent}; 0 everywhere: 3": ["feature 7"],
+        paired: ["R_SARM", "length, tokens"],
+        f"{paired}: {active}; 0 everywhere: 3": ["feature 7"],
+        f"{paired}: {latent}; 0 everywhere: 3": ["feature 7"],
+    }
+
+
 def test_benchmarks_in_either_layout():
     level = {"easy": 0.8, "normal": 0.7, "hard": 0.5, "average": 0.667}
     matrix = {"matrix": [[0.7, 0.5, 0.4], [0.8, 0.7, 0.6], [0.9, 0.8, 0.7]]}

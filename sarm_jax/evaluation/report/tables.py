@@ -2,6 +2,7 @@
 are shown under their own."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,12 @@ POLICY = {
     "win_rate_controlled": "wins under the controls",
     "win_rate_without": "wins without the controlled features",
     "length_score_correlation": "correlation of length and R_SARM",
+}
+FEATURE = re.compile(r"(penalty|latent|active)_(\d+)")
+FEATURE_MEASURES = {
+    "active": "share of responses with z above 0",
+    "latent": "mean z",
+    "penalty": "penalty before the cap",
 }
 VARIANTS = {
     "plain": "without controls",
@@ -119,10 +126,33 @@ def policy(evaluation: Evaluation) -> list[Table]:
         "paired": f"The same, minus {BASE}, paired by prompt",
         "between": "One adapter minus another, paired by prompt",
     }
-    found = [
-        (titles[part], _table_of(content.get(part), titles[part], known=POLICY)) for part in titles
-    ]
-    return [table for _, table in found if table]
+    tables = []
+    for part, title in titles.items():
+        columns = _dicts(content.get(part))
+        measures = {m for found in columns.values() for m in found}
+        of_features = [m for m in measures if FEATURE.fullmatch(m)]
+        whole = {name: _without(found, of_features) for name, found in columns.items()}
+        tables.append(_table_of(whole, title, known=POLICY))
+        tables += [_feature_table(columns, measure, title) for measure in FEATURE_MEASURES]
+    return [table for table in tables if table]
+
+
+def _feature_table(
+    columns: Mapping[str, Mapping[str, Any]], measure: str, title: str
+) -> Table | None:
+    """A measure of every controlled feature; those that are 0 everywhere are only counted."""
+    by_name: dict[str, dict[str, Any]] = {name: {} for name in columns}
+    for name, found in columns.items():
+        for full_name, value in found.items():
+            match = FEATURE.fullmatch(full_name)
+            if match and match[1] == measure:
+                by_name[name][f"feature {match[2]}"] = value
+    features = dict.fromkeys(i for found in by_name.values() for i in found)
+    silent = [i for i in features if all(_is_zero(f[i]) for f in by_name.values() if i in f)]
+    caption = f"{title}: {FEATURE_MEASURES[measure]}"
+    if silent:
+        caption += f"; 0 everywhere: {', '.join(i.removeprefix('feature ') for i in silent)}"
+    return _table_of({n: _without(found, silent) for n, found in by_name.items()}, caption)
 
 
 def rm_bench(evaluation: Evaluation) -> list[Table]:
@@ -239,6 +269,15 @@ def _dicts(found: Any) -> dict[str, Mapping[str, Any]]:
 
 def _mapping(found: Any) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
+
+
+def _without(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name not in names}
+
+
+def _is_zero(value: Any) -> bool:
+    numbers = value.values() if isinstance(value, Mapping) else [value]
+    return all(found == 0 for found in numbers)
 
 
 def _is_square(matrix: Sequence[Any]) -> bool:
