@@ -25,7 +25,8 @@ from ppo.config import PPOConfig
 from ppo.costs import layer_weights
 from ppo.learner import Learner
 from ppo.update import Batch, Updater
-from sarm_jax.llama import KVCache, Llama, LlamaConfig
+from sarm_jax.decoding import KVCache, decode, next_logits, unstacked
+from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import lower_score
 from sarm_jax.sae import SAEConfig
@@ -76,15 +77,15 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
     @jax.jit
     def run(state):
         policy = nnx.merge(graphdef, state)
-        layers = policy.unstacked()
+        layers = unstacked(policy)
         kv = tuple(jnp.zeros(shape) for _ in range(config.num_hidden_layers))
         mask_bs = jnp.broadcast_to(jnp.arange(size) < context, (batch, size))
         cache = KVCache(kv, kv, mask_bs, jnp.int32(context), jnp.full((batch,), context))
 
         def step(_, carry):
             token_b, cache = carry
-            x_b1d, cache = policy.decode(token_b, cache, layers)
-            return policy.next_logits(x_b1d).argmax(axis=-1).astype(jnp.int32), cache
+            x_b1d, cache = decode(policy, token_b, cache, layers)
+            return next_logits(policy, x_b1d).argmax(axis=-1).astype(jnp.int32), cache
 
         token_b = jnp.ones((batch,), jnp.int32)
         return jax.lax.fori_loop(0, TOKENS, step, (token_b, cache))[0]

@@ -18,9 +18,11 @@ from ppo.config import PPOConfig
 from ppo.learner import Learner, TrainState
 from ppo.slots import Slots
 from ppo.update import Updater
+from sarm_jax import decoding
 from sarm_jax.chat import scored_length
+from sarm_jax.decoding import KVCache, is_kernel
 from sarm_jax.generate import Sampling, draw_token
-from sarm_jax.llama import KVCache, Llama, is_kernel
+from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import lower_score
 from sarm_jax.sarm import SARM
@@ -107,7 +109,7 @@ class _Halves:
 
         def prefill(params, base, tokens_bp, mask_bp):
             policy = self._policy(params, base)
-            x_btd, cache = policy.prefill(tokens_bp, mask_bp, size)
+            x_btd, cache = decoding.prefill(policy, tokens_bp, mask_bp, size)
             return policy.logits(x_btd[:, -1:]), cache
 
         shape = (config.batch_size, self.prompt)
@@ -120,8 +122,8 @@ class _Halves:
 
         def decode(params, base, layers, cache, token_b, key):
             policy = self._policy(params, base)
-            x_b1d, cache = policy.decode(token_b, cache, layers)
-            return draw_token(policy.next_logits(x_b1d), key, sampling), cache
+            x_b1d, cache = decoding.decode(policy, token_b, cache, layers)
+            return draw_token(decoding.next_logits(policy, x_b1d), key, sampling), cache
 
         params, base = self.state.params, self.base
         layers, cache = self._layers(), self._cache()
@@ -131,7 +133,7 @@ class _Halves:
         return donated.lower(params, base, layers, cache, token_b, key)
 
     def _layers(self) -> tuple[nnx.State, ...]:
-        """`Llama.unstacked` of the abstract policy, each layer split like its stack."""
+        """`decoding.unstacked` of the abstract policy, each layer split like its stack."""
         policy = self._policy(self.state.params, self.base)
         abstract = self.learner.placement.abstract_layer
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from sarm_jax.chat import bucket_length
+from sarm_jax.decoding import decode, next_logits, prefill, unstacked
 from sarm_jax.errors import InputError
 from sarm_jax.llama import Llama
 from sarm_jax.packing import Packing
@@ -107,7 +108,7 @@ def sample(
     stop_ids = jnp.asarray(stops, jnp.int32)
 
     def draw(x_b1d, key, running_b):
-        token_b, logp_b = draw_token(policy.next_logits(x_b1d), key, sampling)
+        token_b, logp_b = draw_token(next_logits(policy, x_b1d), key, sampling)
         return jnp.where(running_b, token_b, pad), jnp.where(running_b, logp_b, 0.0)
 
     def unfinished(carry):
@@ -115,13 +116,13 @@ def sample(
 
     def step(carry):
         r, cache, key, tokens, logps, running_b = carry
-        x_b1d, cache = policy.decode(tokens[:, r - 1], cache, layers)
+        x_b1d, cache = decode(policy, tokens[:, r - 1], cache, layers)
         key, draw_key = jax.random.split(key)
         token_b, logp_b = draw(x_b1d, draw_key, running_b)
         tokens, logps = tokens.at[:, r].set(token_b), logps.at[:, r].set(logp_b)
         return r + 1, cache, key, tokens, logps, running_b & ~jnp.isin(token_b, stop_ids)
 
-    x_btd, cache = policy.prefill(tokens_bt, mask_bt, length + budget, packing)
+    x_btd, cache = prefill(policy, tokens_bt, mask_bt, length + budget, packing)
     last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
     x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
     key, first_key = jax.random.split(key)
@@ -130,7 +131,7 @@ def sample(
     tokens_br = jnp.full((batch, budget), pad, jnp.int32).at[:, 0].set(token_b)
     logp_br = jnp.zeros((batch, budget)).at[:, 0].set(logp_b)
     running_b &= ~jnp.isin(token_b, stop_ids)
-    layers = policy.unstacked()
+    layers = unstacked(policy)
     carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
     _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
 

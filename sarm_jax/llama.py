@@ -11,14 +11,14 @@ the amount of padding matters. Kernels are stored `[in, out]`, the transpose of 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 
 from sarm_jax.lora import FOLDED, LoRA
 from sarm_jax.packing import Packing
@@ -57,22 +57,6 @@ class LlamaConfig:
     max_position_embeddings: int = 8192
 
 
-@struct.dataclass
-class KVCache:
-    """Keys and values of each layer, `[B, K, head_dim, S]`, filled column by column.
-
-    With the columns last, both products of attention read the cache as it lies. `mask_bs` marks
-    the columns that hold real tokens, `column` is the next one to write and `position_b` the next
-    position of each row.
-    """
-
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
-    mask_bs: jax.Array
-    column: jax.Array
-    position_b: jax.Array
-
-
 class Linear(nnx.Module):
     """x W, plus the adapter where one is attached."""
 
@@ -85,15 +69,6 @@ class Linear(nnx.Module):
         if self.lora is None:
             return x @ self.kernel[...]
         return self.lora(x, self.kernel[...], dropout_key)
-
-    def columns(self, x_db: jax.Array) -> jax.Array:
-        """The same of few tokens in columns, `[in, B]` → `[out, B]`; the kernel is `[out, in]`.
-
-        With few tokens a product takes as long as reading its kernel. A CPU's matrix product copies
-        the operand on the right before it starts, so that is the tokens here: half the time.
-        """
-        y_ob = self.kernel[...] @ x_db
-        return y_ob if self.lora is None else y_ob + self.lora.columns(x_db)
 
 
 class RMSNorm(nnx.Module):
@@ -139,17 +114,6 @@ def attention(
     return jnp.concatenate(blocks, axis=1)
 
 
-def to_columns(x_b1d: jax.Array) -> jax.Array:
-    """`[B, 1, D]` → `[D, B]`, for `Linear.columns`."""
-    # Behind the barrier, or XLA undoes the transposition and swaps the operands of the product.
-    return jax.lax.optimization_barrier(x_b1d[:, 0].T)
-
-
-def from_columns(x_db: jax.Array) -> jax.Array:
-    """`[D, B]` → `[B, 1, D]`."""
-    return jax.lax.optimization_barrier(x_db).T[:, None]
-
-
 class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         d, h = config.hidden_size, config.head_dim
@@ -163,7 +127,7 @@ class Attention(nnx.Module):
     def project(self, x_btd, rope, keys):
         """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        return self._heads([f(x_btd, key) for f, key in zip(projections, keys, strict=True)], rope)
+        return self.heads([f(x_btd, key) for f, key in zip(projections, keys, strict=True)], rope)
 
     def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, implementation, key, packing=None):
         """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, projected back to D."""
@@ -172,19 +136,8 @@ class Attention(nnx.Module):
             out_btnh = packing.pack(out_btnh)
         return self.o_proj(out_btnh.reshape(*out_btnh.shape[:-2], -1), key)
 
-    def decode(self, x_b1d, rope, mask_b1s, column, k_bkhs, v_bkhs):
-        """`project` and `attend` of one token; its keys and values go into the cache."""
-        x_db = to_columns(x_b1d)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = self._heads([from_columns(f.columns(x_db)) for f in projections], rope)
-        at = (0, 0, 0, column)
-        k_bkhs = jax.lax.dynamic_update_slice(k_bkhs, jnp.moveaxis(k, 1, -1), at)
-        v_bkhs = jax.lax.dynamic_update_slice(v_bkhs, jnp.moveaxis(v, 1, -1), at)
-        cached = jnp.moveaxis(k_bkhs, -1, 1), jnp.moveaxis(v_bkhs, -1, 1)
-        out_b1d = attention(q, *cached, mask_b1s, "xla").reshape(*x_b1d.shape[:-1], -1)
-        return from_columns(self.o_proj.columns(to_columns(out_b1d))), k_bkhs, v_bkhs
-
-    def _heads(self, projected, rope):
+    def heads(self, projected, rope):
+        """What the three products give, cut into heads; queries and keys rotated."""
         q_btnh, k_btkh, v_btkh = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in projected)
         return apply_rope(q_btnh, rope), apply_rope(k_btkh, rope), v_btkh
 
@@ -199,11 +152,6 @@ class MLP(nnx.Module):
     def __call__(self, x_btd, keys):
         gated = jax.nn.silu(self.gate_proj(x_btd, keys[0])) * self.up_proj(x_btd, keys[1])
         return self.down_proj(gated, keys[2])
-
-    def decode(self, x_b1d):
-        x_db = to_columns(x_b1d)
-        gated_fb = jax.nn.silu(self.gate_proj.columns(x_db)) * self.up_proj.columns(x_db)
-        return from_columns(self.down_proj.columns(gated_fb))
 
 
 class Block(nnx.Module):
@@ -223,13 +171,6 @@ class Block(nnx.Module):
             q, k, v = map(packing.unpack, (q, k, v))
         x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, implementation, keys[3], packing)
         return x_btd + self.mlp(self.post_attention_layernorm(x_btd), keys[4:]), (k, v)
-
-    def decode(self, x_b1d, rope, mask_b1s, column, k_bkhs, v_bkhs):
-        """One token through the layer; its keys and values go into the cache."""
-        normed_b1d = self.input_layernorm(x_b1d)
-        y_b1d, k, v = self.attn.decode(normed_b1d, rope, mask_b1s, column, k_bkhs, v_bkhs)
-        x_b1d = x_b1d + y_b1d
-        return x_b1d + self.mlp.decode(self.post_attention_layernorm(x_b1d)), k, v
 
 
 class Llama(nnx.Module):
@@ -279,13 +220,11 @@ class Llama(nnx.Module):
 
         With a packing of `mask_bt` no padding is computed, and what stands there is 0.
         """
-        x_btd, _ = self._forward(tokens_bt, mask_bt, dropout_key, packing)
-        x_btd = self.norm(x_btd) if self.final_norm else x_btd
-        return x_btd if packing is None else packing.unpack(x_btd)
+        return self.forward(tokens_bt, mask_bt, dropout_key, packing)[0]
 
     def layer_states(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         """The residual stream after each layer, `[L, B, T, D]`, before any final norm."""
-        return self._forward(tokens_bt, mask_bt, keep=lambda x, kv: x)[1]
+        return self.forward(tokens_bt, mask_bt, keep=lambda x, kv: x)[1]
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
         """Vocabulary projection in float32, `[B, T, V]`, with columns for the padding on a mesh."""
@@ -293,12 +232,6 @@ class Llama(nnx.Module):
             "btd,vd->btv", x_btd, self.vocabulary, preferred_element_type=jnp.float32
         )
         return mask_padding(logits_btv, self.config.vocab_size)
-
-    def next_logits(self, x_b1d: jax.Array) -> jax.Array:
-        """`logits` of one token per row, `[B, V]`, with the vocabulary read as it lies."""
-        x_db = to_columns(x_b1d)
-        logits_vb = jnp.matmul(self.vocabulary, x_db, preferred_element_type=jnp.float32)
-        return mask_padding(from_columns(logits_vb)[:, 0], self.config.vocab_size)
 
     @property
     def vocabulary(self) -> jax.Array:
@@ -308,80 +241,28 @@ class Llama(nnx.Module):
         """
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
-    def prefill(
-        self,
-        tokens_bt: jax.Array,
-        mask_bt: jax.Array,
-        cache_size: int,
-        packing: Packing | None = None,
-    ) -> tuple[jax.Array, KVCache]:
-        """Runs the prompt: (`hidden` of it, a cache of `cache_size` ≥ T columns holding it)."""
-        length = tokens_bt.shape[1]
-        x_btd, (k, v) = self._forward(tokens_bt, mask_bt, packing=packing, keep=lambda x, kv: kv)
-        x_btd = self.norm(x_btd) if self.final_norm else x_btd
-        x_btd = x_btd if packing is None else packing.unpack(x_btd)
-        extra = cache_size - length
-
-        def by_layer(y):
-            widths = ((0, 0), (0, 0), (0, 0), (0, extra))
-            numbers = range(self.config.num_hidden_layers)
-            return tuple(jnp.pad(jnp.moveaxis(y[layer], 1, -1), widths) for layer in numbers)
-
-        return x_btd, KVCache(
-            k=by_layer(k),
-            v=by_layer(v),
-            mask_bs=jnp.pad(mask_bt.astype(bool), ((0, 0), (0, extra))),
-            column=jnp.int32(length),
-            position_b=mask_bt.astype(jnp.int32).sum(axis=1),
-        )
-
-    def unstacked(self) -> tuple[nnx.State, ...]:
-        """The weights of each layer in arrays of their own, for many calls of `decode`.
-
-        A layer that is read out of its stack is copied first, up to three times the traffic of
-        reading it, so `decode` would copy all weights at every token. Kernels are `[out, in]`, as
-        `Linear.columns` reads them.
-        """
-        stack, numbers = nnx.state(self.layers), range(self.config.num_hidden_layers)
-
-        def take(layer, path, x):
-            return x[layer].T if is_kernel(path) else x[layer]
-
-        return tuple(jax.tree.map_with_path(partial(take, layer), stack) for layer in numbers)
-
-    def decode(
-        self, token_b: jax.Array, cache: KVCache, layers: tuple[nnx.State, ...]
-    ) -> tuple[jax.Array, KVCache]:
-        """Feeds one token per row: (its `hidden` `[B, 1, D]`, the cache with one column more).
-
-        `layers` are `unstacked`'s.
-        """
-        mask_bs = cache.mask_bs.at[:, cache.column].set(True)
-        rope = self._rope(cache.position_b[:, None])
-        graphdef = nnx.graphdef(self.layers)
-        x_b1d = self.embed_tokens[...][token_b[:, None]]
-        keys_and_values = []
-        for layer, k_bkhs, v_bkhs in zip(layers, cache.k, cache.v, strict=True):
-            block = nnx.merge(graphdef, layer)
-            x_b1d, *kv = block.decode(x_b1d, rope, mask_bs[:, None], cache.column, k_bkhs, v_bkhs)
-            keys_and_values.append(kv)
-        k, v = zip(*keys_and_values, strict=True)
-        cache = KVCache(k, v, mask_bs, cache.column + 1, cache.position_b + 1)
-        return (self.norm(x_b1d) if self.final_norm else x_b1d), cache
-
     @property
     def _backend(self):
         return self.backend or jax.default_backend()
 
-    def _rope(self, positions_bt):
+    def rope(self, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The rotation of queries and keys at these positions, see `rope_tables`."""
         config = self.config
         inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         return rope_tables(positions_bt, inv_freq)
 
-    def _forward(self, tokens_bt, mask_bt, dropout_key=None, packing=None, keep=lambda x, kv: None):
-        """(the last layer's output, `keep(output, (keys, values))` of every layer, stacked).
+    def forward(
+        self,
+        tokens_bt: jax.Array,
+        mask_bt: jax.Array,
+        dropout_key: jax.Array | None = None,
+        packing: Packing | None = None,
+        keep: Callable[[jax.Array, tuple[jax.Array, jax.Array]], Any] = lambda x, kv: None,
+    ) -> tuple[jax.Array, Any]:
+        """(`hidden`, `keep(output, (keys, values))` of every layer, stacked).
 
-        With a packing, outputs are `[G · N, D]`; keys and values are `[B, T, …]` either way.
+        With a packing, a layer's output is `[G · N, D]`; keys and values are `[B, T, …]` either
+        way.
         """
         mask_bt = mask_bt.astype(bool)
         length = tokens_bt.shape[1]
@@ -389,7 +270,7 @@ class Llama(nnx.Module):
         positions_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
         if packing is not None:
             tokens_bt, positions_bt = packing.pack(tokens_bt), packing.pack(positions_bt)
-        rope = self._rope(positions_bt)
+        rope = self.rope(positions_bt)
         x_btd = self.embed_tokens[...][tokens_bt]
         implementation = attention_implementation(self._backend, x_btd.dtype)
         graphdef, state = nnx.split(self.layers)
@@ -404,12 +285,9 @@ class Llama(nnx.Module):
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
         body = jax.checkpoint(layer, policy=REMAT[self.remat])
-        return jax.lax.scan(body, x_btd, (state, keys))
-
-
-def is_kernel(path: Sequence[Any]) -> bool:
-    """Whether the leaf of a layer's state at this path is the kernel of a `Linear`."""
-    return "kernel" in (getattr(key, "key", None) for key in path)
+        x_btd, kept = jax.lax.scan(body, x_btd, (state, keys))
+        x_btd = self.norm(x_btd) if self.final_norm else x_btd
+        return (x_btd if packing is None else packing.unpack(x_btd)), kept
 
 
 def mask_padding(logits_btv: jax.Array, vocab_size: int) -> jax.Array:

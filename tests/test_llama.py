@@ -40,21 +40,6 @@ def test_padding_tokens_are_never_seen(policy, batch_bt):
     np.testing.assert_array_equal(policy(tokens, mask)[mask], policy(other, mask)[mask])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_cached_decode_is_the_full_forward(policy, batch_bt, side):
-    batch = getattr(batch_bt, side)
-    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask, bool)
-    new = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 2]])
-    full_tokens = jnp.concatenate([tokens, new], axis=1)
-    full_mask = jnp.concatenate([mask, jnp.ones_like(new, bool)], axis=1)
-    expected = policy.hidden(full_tokens, full_mask)
-    x, cache = policy.prefill(tokens, mask, cache_size=9)
-    np.testing.assert_allclose(x[mask], expected[:, :5][mask], atol=1e-5)
-    for t in range(4):
-        x, cache = policy.decode(new[:, t], cache, policy.unstacked())
-        np.testing.assert_allclose(x[:, 0], expected[:, 5 + t], atol=1e-5)
-
-
 @pytest.mark.parametrize("length", [1, 32, 33, 300])  # one, one, two and eight blocks
 def test_attention_by_blocks_is_that_of_torch(length):
     rng = np.random.default_rng(0)

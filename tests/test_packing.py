@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from ppo.slots import SlotPlan, Slots
+from sarm_jax.decoding import prefill
 from sarm_jax.packing import Packing
 
 MASK = np.asarray([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 0]], bool)
@@ -66,8 +67,8 @@ def test_hidden_and_its_gradient_are_those_with_padding(policy, batch_bt, side, 
 
 def test_prefill_fills_the_same_cache(policy, batch_bt):
     tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
-    packed, cache = policy.prefill(tokens, mask, 7, Packing.of(mask, 8))
-    padded, expected = policy.prefill(tokens, mask, 7)
+    packed, cache = prefill(policy, tokens, mask, 7, Packing.of(mask, 8))
+    padded, expected = prefill(policy, tokens, mask, 7)
     np.testing.assert_allclose(packed[mask], padded[mask], atol=1e-5)
     real = np.pad(np.asarray(mask), ((0, 0), (0, 2)))[:, None, None]
     for a, b in zip(cache.k + cache.v, expected.k + expected.v, strict=True):

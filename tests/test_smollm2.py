@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conversion import from_gguf, load_policy
 from sarm_jax.chat import bucket_length, encode_prompt, pad_batch, pad_id
+from sarm_jax.decoding import decode, prefill, unstacked
 from sarm_jax.generate import generate
 
 PROMPTS = [
@@ -86,7 +87,7 @@ def test_cached_decode_is_the_full_forward(models):
     tokens = jnp.asarray([row])
     mask = jnp.ones_like(tokens, bool)
     full = policy.hidden(tokens, mask)
-    _, cache = policy.prefill(tokens[:, :-3], mask[:, :-3], len(row))
+    _, cache = prefill(policy, tokens[:, :-3], mask[:, :-3], len(row))
     for t in range(len(row) - 3, len(row)):
-        x, cache = policy.decode(tokens[:, t], cache, policy.unstacked())
+        x, cache = decode(policy, tokens[:, t], cache, unstacked(policy))
         np.testing.assert_allclose(x[:, 0], full[:, t], atol=1e-5 * float(jnp.abs(full).max()))

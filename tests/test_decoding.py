@@ -1,0 +1,35 @@
+"""One token at a time is the full forward pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sarm_jax.decoding import decode, next_logits, prefill, unstacked
+from sarm_jax.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_cached_decode_is_the_full_forward(policy, batch_bt, side, adapted):
+    if adapted:
+        add_lora(policy, LoRAConfig(rank=4, alpha=8.0, target_modules=TARGET_MODULES), nnx.Rngs(3))
+        adapter = nnx.state(policy, LoRAParam)
+        noise = nnx.Rngs(4)
+        nnx.update(
+            policy,
+            jax.tree.map(lambda x: 0.1 * jax.random.normal(noise.params(), x.shape), adapter),
+        )
+    batch = getattr(batch_bt, side)
+    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask, bool)
+    new = jnp.asarray([[3, 4, 5, 6], [7, 8, 9, 2]])
+    full_tokens = jnp.concatenate([tokens, new], axis=1)
+    full_mask = jnp.concatenate([mask, jnp.ones_like(new, bool)], axis=1)
+    expected, logits = policy.hidden(full_tokens, full_mask), policy(full_tokens, full_mask)
+    x, cache = prefill(policy, tokens, mask, cache_size=9)
+    np.testing.assert_allclose(x[mask], expected[:, :5][mask], atol=1e-5)
+    for t in range(4):
+        x, cache = decode(policy, new[:, t], cache, unstacked(policy))
+        np.testing.assert_allclose(x[:, 0], expected[:, 5 + t], atol=1e-5)
+        np.testing.assert_allclose(next_logits(policy, x), logits[:, 5 + t], atol=1e-5)
