@@ -11,7 +11,6 @@ from conversion import load_policy
 from ppo.prompts import encode_prompts, read_prompts
 from ppo.responses import ResponseConfig, respond
 from sarm_jax.generate import Sampling
-from sarm_jax.sharding import ONE_DEVICE
 
 PROMPTS = Path("configs/data/everyday_demos.jsonl")
 TOKENS = 32_000  # random ones lie below: every vocabulary of Llama's family has as many
@@ -50,5 +49,5 @@ def real(args: argparse.Namespace) -> Workload:
     prompts = list(islice(read_prompts(str(PROMPTS)), args.batch))
     rows = encode_prompts(prompts, tokenizer, args.prompt_len, str(PROMPTS))
     options = ResponseConfig(Sampling(args.new_tokens, temperature=1.0), batch_size=args.batch)
-    found = respond(options, policy, policy, tokenizer, rows, ONE_DEVICE)
+    found = respond(options, policy, policy, tokenizer, rows)
     return Workload(rows, found.length_n.tolist(), args.epochs)

@@ -1,21 +1,30 @@
-"""What several stages use: the reward model on its mesh, preference pairs, paths, JSON files."""
+"""What several stages use: the two models on their mesh, preference pairs, paths, JSON files."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from conversion import load_sarm
+from conversion import load_policy, load_sarm
 from conversion.load import check_dtype, read_sarm_config
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import read_jsonl
-from sarm_jax.llama import REMAT
+from sarm_jax.llama import REMAT, Llama
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sharding import MeshConfig, Placement, make_mesh
 
 DEMO = {"prompt": str, "response": str}
 PAIR = {"prompt": str, "chosen": str, "rejected": str}
+
+
+def policy_model(config: ConfigDict) -> tuple[Llama, Any]:
+    """The policy of the config on the mesh, and its tokenizer."""
+    placed = placement(config)
+    model, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
+    model.placement = placed
+    return model, tokenizer
 
 
 def reward_model(config: ConfigDict) -> RewardModel:
@@ -24,7 +33,7 @@ def reward_model(config: ConfigDict) -> RewardModel:
     placed = placement(config)
     model = load_sarm(config.sarm_model, config.dtype, placed.load)
     model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
-    model.placement = placed
+    model.model.trunk.placement = placed
     return model
 
 

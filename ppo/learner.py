@@ -64,23 +64,22 @@ class Learner:
         lora: LoRAConfig,
         policy: Llama,
         pad: int,
-        placement: Placement = ONE_DEVICE,
     ) -> tuple["Learner", TrainState, nnx.State]:
         """Gives `policy` a fresh adapter, in place: (learner, initial state, base).
 
-        `placement` is where the policy's weights are already.
+        The state is still to be put where the policy's weights are, `placement.replicated`.
         """
         reference_graph = nnx.graphdef(policy)
         add_lora(policy, lora, nnx.Rngs(config.seed))
         graphdef, adapter, base = nnx.split(policy, LoRAParam, ...)  # type: ignore[misc]
-        learner = cls(config, graphdef, reference_graph, policy.stop_ids, pad, placement)
+        learner = cls(config, graphdef, reference_graph, policy.stop_ids, pad, policy.placement)
         width = policy.config.hidden_size
         params = {
             "lora": jax.tree.map(jnp.copy, adapter),  # updates donate it
             "value_head": {"kernel": jnp.zeros((width,)), "bias": jnp.zeros(())},
         }
         state = TrainState(params, learner.optimizer.init(params))
-        return learner, placement.replicated(state), base
+        return learner, state, base
 
     @property
     def optimizer(self) -> optax.GradientTransformation:

@@ -73,15 +73,17 @@ class Planner:
         """The content of plan.json for one layout."""
         config = dataclasses.replace(self.config, gradient_accumulation_steps=layout.accumulation)
         policy, sarm, mesh = self.policy(), self.sarm(), layout.mesh
-        for model in (policy.config, sarm.config.trunk):
-            mesh.check_model(model)
+        mesh.check_model(policy.config)
+        mesh.check_model(sarm.config.trunk)
         mesh.check_batch(
             config.batch_size // config.pieces,
             "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
         )
         chip, devices, backend = target(self.name, mesh.devices)
-        policy.remat, policy.backend, sarm.trunk.backend = layout.remat, backend, backend
         placement = Placement(_mesh(mesh, devices))
+        policy.remat = layout.remat
+        for model in (policy, sarm.trunk):
+            model.backend, model.placement = backend, placement
         score_rows = min(config.batch_size, self.score_batch)
         costs = step_costs(
             config,
@@ -98,9 +100,7 @@ class Planner:
             for name, model in (("policy", policy), ("sarm", sarm))
         }
         rows = []
-        programs = step_programs(
-            config, self.lora, policy, sarm, placement, self.score_batch, self.watched
-        )
+        programs = step_programs(config, self.lora, policy, sarm, self.score_batch, self.watched)
         for program in programs:
             # A search meets the same program in several layouts.
             key = program.name, *(getattr(layout, field) for field in program.varies_with)

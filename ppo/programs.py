@@ -47,18 +47,17 @@ def step_programs(
     lora: LoRAConfig,
     policy: Llama,
     sarm: SARM,
-    placement: Placement,
     score_batch: int,
     watched: int,
 ) -> Iterator[Program]:
     """All of them, for full batches: every prompt and response at its limit.
 
-    `policy` and `sarm` are abstract, `score_batch` rows are scored at a time, and `watched` is how
-    many latents the reward reads.
+    `policy` and `sarm` are abstract and know where they would be, `score_batch` rows are scored at
+    a time, and `watched` is how many latents the reward reads.
     """
     prompt, new, rows = config.max_prompt_tokens, config.max_new_tokens, config.batch_size
+    placement = policy.placement
     learner, fresh, bare = Learner.attach(config, lora, policy, pad=0)
-    learner = dataclasses.replace(learner, placement=placement)
     base, state = _abstract(bare, placement), placement.abstract_replicated(fresh)
     group = rows // (config.pieces * placement.parts)
     slots = Slots(group * (prompt + new), group * new) if config.pack_levels else None

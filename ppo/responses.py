@@ -23,7 +23,6 @@ from sarm_jax.chat import bucket_length, pad_batch, pad_id
 from sarm_jax.errors import InputError
 from sarm_jax.generate import Sampling, generate
 from sarm_jax.llama import Llama
-from sarm_jax.sharding import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +64,6 @@ def respond(
     policy: Llama,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    placement: Placement,
     chunk: int = 0,
     label: str = "base",
 ) -> Responses:
@@ -79,9 +77,8 @@ def respond(
             filler = [rows[0]] * (config.batch_size - len(batch))  # one compiled shape
             padded = pad_batch([*batch, *filler], length, pad_id(tokenizer), side="left")
             key = jax.random.fold_in(jax.random.key(config.seed), number)
-            parts.append(
-                _batch(config, base, policy, tokenizer, placement.rows(padded), key, chunk)
-            )
+            placed = base.placement.rows(padded)
+            parts.append(_batch(config, base, policy, tokenizer, placed, key, chunk))
             bar.update(len(batch))
     texts, *arrays = zip(*parts, strict=True)
     flat = [text for part in texts for text in part][: len(rows)]

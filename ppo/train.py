@@ -44,7 +44,6 @@ from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.reward_model import RewardModel
-from sarm_jax.sharding import ONE_DEVICE, Placement
 from sarm_jax.signals import on_signal
 
 LOG = logging.getLogger(__name__)
@@ -71,8 +70,8 @@ class Trainer:
     """A run in `workdir`. `human` is the buffer for the latent KL, None when β = 0.
 
     `eval_deck` are prompts to evaluate the policy on while it is trained; None: no evaluation.
-    `placement` is where the weights of policy and reward model are, `profile` which steps are
-    traced. `made_from` (JSON) goes into every checkpoint, for the next call to compare.
+    `profile` says which steps are traced. `made_from` (JSON) goes into every checkpoint, for the
+    next call to compare.
     """
 
     def __init__(
@@ -85,7 +84,6 @@ class Trainer:
         human: HumanLatents | None,
         workdir: Path,
         eval_deck: PromptDeck | None = None,
-        placement: Placement = ONE_DEVICE,
         profile: ProfileConfig = NO_PROFILE,
         made_from: Mapping[str, Any] | None = None,
     ):
@@ -95,9 +93,10 @@ class Trainer:
         if human is not None:
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
         self.scorer = Scorer(reward_model, config.reward, human.latent_indices if human else ())
-        self.learner, self._fresh, self.base = Learner.attach(
-            config.ppo, config.lora, policy, pad_id(tokenizer), placement
+        self.learner, fresh, self.base = Learner.attach(
+            config.ppo, config.lora, policy, pad_id(tokenizer)
         )
+        self._fresh = policy.placement.replicated(fresh)
         self.sampler = Sampler(self.learner, self.base, tokenizer)
         self.updater = Updater(self.learner)
         keys = jax.random.split(jax.random.key(config.ppo.seed), 5)
@@ -118,7 +117,7 @@ class Trainer:
             config.ppo,
             [deck.lengths(n, config.ppo.batch_size) for n in numbers],
             [self._order(n) for n in numbers],
-            placement.parts,
+            policy.placement.parts,
         )
         profile.check_steps(config.ppo.total_steps)
         self._profiler = Profiler(profile, workdir)

@@ -23,6 +23,7 @@ from flax import nnx
 from sarm_jax.lora import FOLDED, LoRA
 from sarm_jax.packing import Packing
 from sarm_jax.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
+from sarm_jax.sharding import ONE_DEVICE, Placement
 
 QUERY_BLOCK, QUERY_BLOCKS = 32, 8  # the least queries in a block, the most blocks; see `attention`
 
@@ -90,6 +91,7 @@ def attention(
     v_bskh: jax.Array,
     mask_bts: jax.Array,
     implementation: str,
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, `[B, T, N, H]`.
 
@@ -98,6 +100,7 @@ def attention(
     about half the time. There are few blocks, since each is compiled. cuDNN's never writes `[T, S]`
     to memory.
     """
+    q_btnh, k_bskh, v_bskh = placement.keep_heads(q_btnh, k_bskh, v_bskh)
     attend = partial(jax.nn.dot_product_attention, implementation=implementation)
     length = q_btnh.shape[1]
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
@@ -129,9 +132,9 @@ class Attention(nnx.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         return self.heads([f(x_btd, key) for f, key in zip(projections, keys, strict=True)], rope)
 
-    def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, implementation, key, packing=None):
-        """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, projected back to D."""
-        out_btnh = attention(q_btnh, k_bskh, v_bskh, mask_bts, implementation)
+    def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, attention, key, packing=None):
+        """What `attention` makes of them, projected back to D."""
+        out_btnh = attention(q_btnh, k_bskh, v_bskh, mask_bts)
         if packing is not None:
             out_btnh = packing.pack(out_btnh)
         return self.o_proj(out_btnh.reshape(*out_btnh.shape[:-2], -1), key)
@@ -163,13 +166,13 @@ class Block(nnx.Module):
         )
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btd, rope, mask_bts, implementation, dropout_key=None, packing=None):
+    def __call__(self, x_btd, rope, mask_bts, attention, dropout_key=None, packing=None):
         """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G · N, D]`."""
         keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
         q, k, v = self.attn.project(self.input_layernorm(x_btd), rope, keys[:3])
         if packing is not None:
             q, k, v = map(packing.unpack, (q, k, v))
-        x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, implementation, keys[3], packing)
+        x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, attention, keys[3], packing)
         return x_btd + self.mlp(self.post_attention_layernorm(x_btd), keys[4:]), (k, v)
 
 
@@ -178,7 +181,7 @@ class Llama(nnx.Module):
     the residual stream itself (`norm` is kept, unused, because its checkpoints carry it).
     `stop_ids` are the tokens that end a response, which the tokenizer knows best. `remat` says
     what a layer keeps for its backward pass, see `REMAT`; `backend` the platform that programs are
-    made for, None: JAX's default."""
+    made for, None: JAX's default; `placement` where the weights are."""
 
     def __init__(
         self,
@@ -194,6 +197,7 @@ class Llama(nnx.Module):
         self.config, self.final_norm, self.remat = config, final_norm, remat
         self.stop_ids = stop_ids
         self.backend: str | None = None
+        self.placement = ONE_DEVICE
         init = jax.nn.initializers.normal(0.02)
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = nnx.Param(init(rngs.params(), shape, dtype))
@@ -273,12 +277,13 @@ class Llama(nnx.Module):
         rope = self.rope(positions_bt)
         x_btd = self.embed_tokens[...][tokens_bt]
         implementation = attention_implementation(self._backend, x_btd.dtype)
+        attend = partial(attention, implementation=implementation, placement=self.placement)
         graphdef, state = nnx.split(self.layers)
 
         def layer(x, xs):
             layer_state, key = xs
             block = nnx.merge(graphdef, layer_state)
-            x, kv = block(x, rope, mask_bts, implementation, key, packing)
+            x, kv = block(x, rope, mask_bts, attend, key, packing)
             return x, keep(x, kv)
 
         keys = None

@@ -19,19 +19,18 @@ from sarm_jax.chat import encode_conversation, pad_batch, pad_id, scored_length
 from sarm_jax.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.processes import fetch
 from sarm_jax.sarm import SARM, Intervention, intervention
-from sarm_jax.sharding import ONE_DEVICE, Placement
+from sarm_jax.sharding import Placement
 
 
 class RewardModel:
     """`max_length` in tokens (longer conversations lose their beginning), `batch_size` in rows.
 
-    `placement` is where the model's weights are; rows are put beside them.
+    Rows are put where the model's weights are, see `Llama.placement`.
     """
 
     def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
-        self.placement = ONE_DEVICE
 
     def score(
         self,
@@ -121,7 +120,7 @@ class RewardModel:
         order = np.argsort([len(row) for row in rows], kind="stable")
         for start in range(0, len(rows), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            yield chosen, *self.placement.rows(self._pad([rows[i] for i in chosen]))
+            yield chosen, *self.model.trunk.placement.rows(self._pad([rows[i] for i in chosen]))
 
     def _pad(self, rows):
         length = min(scored_length(max(map(len, rows))), self.max_length)

@@ -4,15 +4,16 @@
     fsdp     splits the weights, and the batch further: less memory for more communication
     tensor   splits heads and widths within a layer: less latency
 
-Modules know nothing of this. Weights are put on the mesh as they are loaded, the programs state
-where their inputs and outputs live, and the compiler derives the rest. Adapters, value head and
-optimizer state are small and replicated.
+Modules know little of this. Weights are put on the mesh as they are loaded, the programs state
+where their inputs and outputs live, and the compiler derives the rest. But for attention, whose
+fused kernel wants queries, keys and values split alike, along rows and heads alone (`keep_heads`).
+Adapters, value head and optimizer state are small and replicated.
 """
 
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -20,7 +21,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from sarm_jax.errors import InputError
-from sarm_jax.llama import LlamaConfig
 
 # Reads a region of a parameter: every slice has a start and a stop.
 Read = Callable[[tuple[slice, ...]], np.ndarray]
@@ -44,6 +44,16 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"score", P()),
 )
 VOCABULARY = re.compile(r"(trunk\.)?(embed_tokens|lm_head)")
+
+
+class HeadCounts(Protocol):
+    """What a mesh asks of a model."""
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +90,7 @@ class MeshConfig:
                 f"({self})"
             )
 
-    def check_model(self, config: LlamaConfig) -> None:
+    def check_model(self, config: HeadCounts) -> None:
         """Raises InputError where the heads cannot be split over `tensor`."""
         for name in ("num_attention_heads", "num_key_value_heads"):
             if getattr(config, name) % self.tensor:
@@ -207,6 +217,13 @@ class Placement:
     def keep_rows(self, tree: Any) -> Any:
         """Inside a program: arrays `[B, …]` stay split along the batch."""
         return self._constrain(tree, BATCH)
+
+    def keep_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Inside a program: arrays `[B, T, heads, H]` are split along batch and heads alone."""
+        if self.mesh is None:
+            return arrays
+        rows = None if len(arrays[0]) % self.parts else BATCH[0]
+        return self._constrain(arrays, P(rows, None, "tensor"))
 
     def keep_replicated(self, tree: Any) -> Any:
         """Inside a program: arrays stay whole on every device."""

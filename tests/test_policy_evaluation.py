@@ -22,7 +22,6 @@ from sarm_jax.latent_store import TopKLatents
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARMConfig, intervention
-from sarm_jax.sharding import ONE_DEVICE
 from tests.command import run_main
 from tests.dense_latents import DenseLatents
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
@@ -90,14 +89,14 @@ def test_zero_adapter_is_the_base(policy, tokenizer):
     rows = encode_prompts(PROMPTS, tokenizer, 500)
     adapted = nnx.merge(*nnx.split(policy))
     add_lora(adapted, LoRAConfig(rank=2), nnx.Rngs(0))
-    base = respond(config, policy, policy, tokenizer, rows, ONE_DEVICE)
-    zero = respond(config, policy, adapted, tokenizer, rows, ONE_DEVICE)
+    base = respond(config, policy, policy, tokenizer, rows)
+    zero = respond(config, policy, adapted, tokenizer, rows)
     assert base.texts == zero.texts and len(base.texts) == len(base.kl_n) == 6
     assert base.texts[0] != base.texts[1]
     np.testing.assert_allclose(zero.kl_n, base.kl_n, atol=1e-6)
     for _, value in nnx.to_flat_state(nnx.state(adapted, LoRAParam)):
         value[...] = jax.random.normal(jax.random.key(0), value[...].shape)
-    moved = respond(config, policy, adapted, tokenizer, rows, ONE_DEVICE)
+    moved = respond(config, policy, adapted, tokenizer, rows)
     assert moved.kl_n.sum() > 0.1
     assert not nnx.to_flat_state(nnx.state(policy, LoRAParam))
 
@@ -212,7 +211,7 @@ def test_stage_compares_adapters_with_their_base(world, run, tmp_path):
     policy, tokenizer = load_policy(str(world / "policy"), "float32")
     config = ResponseConfig(Sampling(6, 0.0))
     encoded = encode_prompts(PROMPTS, tokenizer, 500)
-    greedy = respond(config, policy, policy, tokenizer, encoded, ONE_DEVICE)
+    greedy = respond(config, policy, policy, tokenizer, encoded)
     assert [row["responses"]["base"]["response"] for row in rows] == greedy.texts
     sources = [p["source"] for p in json.loads((folder / "latent_map.json").read_text())["points"]]
     assert sources == ["base"] * 3 + ["first"] * 3 + ["other"] * 3 + ["human"]

@@ -69,8 +69,8 @@ def train(tokenizer, ppo_config, placement: Placement, workdir: Path, **changes)
     sarm = SARM(SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8)), rngs=nnx.Rngs(1))
     spread(sarm.trunk)
     sarm.score[...] = jax.random.normal(jax.random.key(2), (64,))
+    policy.placement = sarm.trunk.placement = placement
     model = RewardModel(put(sarm, placement), tokenizer, max_length=512, batch_size=8)
-    model.placement = placement
     ppo = ppo_config(**{"batch_size": 8, "total_steps": 10, "learning_rate": 1e-3, **changes})
     demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
     options = TrainConfig(
@@ -87,7 +87,6 @@ def train(tokenizer, ppo_config, placement: Placement, workdir: Path, **changes)
         PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed),
         collect_human_latents(model, demos, (1, 2, 7)),
         workdir,
-        placement=placement,
     )
     trainer.run()
     return trainer
@@ -186,6 +185,24 @@ def test_what_does_not_divide():
         MeshConfig(tensor=4).check_model(config)
 
 
+def constraints(jaxpr):
+    """The specs of all sharding constraints, those within loops too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "sharding_constraint":
+            yield eqn.params["sharding"].spec
+        for inner in jax.core.jaxprs_in_params(eqn.params):
+            yield from constraints(inner)
+
+
+@pytest.mark.parametrize(("rows", "axes"), [(8, BATCH[0]), (6, None)])
+def test_attention_gets_queries_keys_and_values_split_alike(tokenizer, rows, axes):
+    policy = Llama(llama(tokenizer), rngs=nnx.Rngs(0))
+    policy.placement = Placement(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    tokens, mask = np.ones((rows, 5), np.int32), np.ones((rows, 5), bool)
+    found = list(constraints(jax.make_jaxpr(policy.hidden)(tokens, mask).jaxpr))
+    assert found == 3 * [P(axes, None, "tensor")]
+
+
 def test_rows_that_do_not_divide_are_replicated():
     placement = Placement(make_mesh(MeshConfig(data=4)))
     even, odd = placement.rows((np.zeros((8, 3)), np.zeros((6, 3))))
@@ -248,7 +265,7 @@ def test_weights_are_read_into_their_shards_once(directories, layout, shape):
         assert not array[rows:].any()
     rows = 264 if shape[2] == 4 else 262
     assert model.trunk.embed_tokens.shape == (rows, 32)
-    loaded.placement = placement
+    model.trunk.placement = placement
     conversations = np.random.default_rng(0).integers(0, 262, (8, 12)).tolist()
     scored = (m.score_tokens(conversations) for m in (loaded, single))
     for ours, theirs in zip(*scored, strict=True):

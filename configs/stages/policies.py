@@ -7,8 +7,7 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs.shared import mesh_config, placement, required, write_json
-from conversion import load_policy
+from configs.shared import mesh_config, policy_model, required, write_json
 from conversion.json_files import read_json
 from conversion.keys import abstract_policy, tensor_specs
 from conversion.load import load_hf_tokenizer, read_policy_config
@@ -116,12 +115,11 @@ def evaluate_policies(
 
 def responses_of(config: ConfigDict, inputs: PolicyInputs) -> dict[str, Responses]:
     """Responses of the base and of every adapter, by name."""
-    placed = placement(config)
-    base, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
+    base, tokenizer = policy_model(config)
     options, rows, chunk = inputs.options, inputs.rows, config.ppo.logprob_chunk
-    sides = {BASE: respond(options, base, base, tokenizer, rows, placed, chunk)}
+    sides = {BASE: respond(options, base, base, tokenizer, rows, chunk)}
     for name, path in inputs.adapters.items():
         policy = nnx.merge(*nnx.split(base))  # shares the base's arrays
         load_adapter(path, policy)
-        sides[name] = respond(options, base, policy, tokenizer, rows, placed, chunk, name)
+        sides[name] = respond(options, base, policy, tokenizer, rows, chunk, name)
     return sides

@@ -9,8 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs.records import ADAPTER, Provenance, change, provenance, train_settings
-from configs.shared import check_remat, mesh_config, placement, required, reward_model
-from conversion import load_policy
+from configs.shared import check_remat, mesh_config, policy_model, required, reward_model
 from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
 from ppo.checkpoint import newest_facts
@@ -22,6 +21,7 @@ from ppo.train import Trainer
 from sarm_jax import processes
 from sarm_jax.errors import InputError
 from sarm_jax.lab.gates import require_gates
+from sarm_jax.sharding import make_mesh
 from sarm_jax.workdir import claim
 
 LOG = logging.getLogger(__name__)
@@ -37,7 +37,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_remat(config.remat)
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
     prompts = read_prompts(config.prompts_jsonl)
-    mesh, placed = mesh_config(config), placement(config)
+    mesh = mesh_config(config)
+    make_mesh(mesh)  # before anything is read: are there enough devices?
     mesh.check_model(read_policy_config(config.policy_model))
     rows = options.ppo.batch_size // options.ppo.pieces
     mesh.check_batch(rows, "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)")
@@ -62,7 +63,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     LOG.info("PPO, %d steps on %d prompts; log and checkpoints in %s", steps, len(prompts), workdir)
     if options.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
-    policy, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
+    policy, tokenizer = policy_model(config)
     policy.remat = config.remat
     model = reward_model(config)
     trainer = Trainer(
@@ -74,7 +75,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
         human,
         workdir,
         eval_deck,
-        placed,
         profile,
         dataclasses.asdict(made_from),
     )
