@@ -1,7 +1,8 @@
 """The compiled programs of a PPO step, made from shapes alone: no weights, no tokenizer.
 
 `rollout`, `score`, `reference` and those of the update are the very programs that a run compiles.
-`prefill` and `decode` are the two halves of `rollout`, which a plan accounts for separately.
+`prefill` and `decode` are the two halves of `rollout`, compiled by themselves to look at: on some
+meshes the compiler splits their arrays otherwise than within the whole.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from sarm_jax.sharding import BATCH, Placement
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`runs` is how often a PPO step runs it; 0: it is a whole of which the parts are listed.
+    """`runs` is how often a PPO step runs it; 0: it is a part of one that is listed.
 
     `varies_with` are the fields of a `Layout` that make it another program.
     """
@@ -64,10 +65,10 @@ def step_programs(
     prefill = rows // placement.parts * prompt if config.pack_levels else None
 
     rollout = partial(learner.lower_rollout, state.params, base, prompt, prefill)
-    yield Program("rollout", 0, rollout)
+    yield Program("rollout", 1, rollout)
     halves = _Halves(learner, state, base, prompt)
-    yield Program("prefill", 1, halves.lower_prefill)
-    yield Program("decode", new - 1, halves.lower_decode)
+    yield Program("prefill", 0, halves.lower_prefill)
+    yield Program("decode", 0, halves.lower_decode)
     calls = -(-rows // score_batch)
     graphdef, weights = nnx.split(sarm)
     length = scored_length(prompt + new)

@@ -295,7 +295,7 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
     assert plan["fits"] and plan["batch"] == 4
     runs = {row["name"]: row["runs"] for row in plan["programs"]}
     assert runs == {
-        "rollout": 0, "prefill": 1, "decode": 5, "score": 1,
+        "rollout": 1, "prefill": 0, "decode": 0, "score": 1,
         "reference": 1, "targets": 1, "step": 4,
     }  # fmt: skip
     for row in plan["programs"]:
@@ -306,7 +306,7 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
     # Data-parallel gradients are summed over the devices; nothing else of the weights moves.
     step = next(row for row in plan["programs"] if row["name"] == "step")
     assert step["collectives"]["all-reduce"]["count"] > 0
-    assert "| decode | 5 |" in capsys.readouterr().out
+    assert "| decode | – |" in capsys.readouterr().out
 
 
 def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):
