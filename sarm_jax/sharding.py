@@ -5,9 +5,9 @@
     tensor   splits heads and widths within a layer: less latency
 
 Modules know little of this. Weights are put on the mesh as they are loaded, the programs state
-where their inputs and outputs live, and the compiler derives the rest. But for attention, whose
-fused kernel wants queries, keys and values split alike, along rows and heads alone (`keep_heads`).
-Adapters, value head and optimizer state are small and replicated.
+where their inputs and outputs live, and the compiler derives the rest. The exception is attention,
+whose fused kernel wants queries, keys and values split alike, along rows and heads alone
+(`keep_heads`). Adapters, value head and optimizer state are small and replicated.
 """
 
 import dataclasses
