@@ -12,6 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import conversion.load
+from configs import base
+from configs.shared import policy_model, reward_model
 from conversion import load_policy, load_sarm, to_hf
 from conversion.peft import save_adapter
 from ppo.plan import Layout
@@ -239,6 +241,16 @@ def test_a_mesh_changes_nothing_but_where_it_runs(run, tmp_path):
             assert four[column] == pytest.approx(one[column], abs=1e-4), column
         # About 16, of which 1e-4 is 50 float32 roundings: 56 on one kind of CPU.
         assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+
+
+def test_both_models_know_the_mesh_of_the_config(world):
+    config = base.get_config()
+    config.policy_model, config.sarm_model = str(world / "policy"), str(world / "sarm")
+    config.mesh.fsdp = 2
+    policy, _ = policy_model(config)
+    for model in (policy, reward_model(config).model.trunk):
+        assert model.placement.mesh.shape["fsdp"] == 2
+        assert model.embed_tokens.sharding.mesh == model.placement.mesh
 
 
 def test_load_sarm_scores_text(world):

@@ -140,7 +140,7 @@ def policy(evaluation: Evaluation) -> list[Table]:
 def _feature_table(
     columns: Mapping[str, Mapping[str, Any]], measure: str, title: str
 ) -> Table | None:
-    """A measure of every controlled feature; those that are 0 everywhere are only counted."""
+    """A measure of every controlled feature; those that are 0 everywhere are only named."""
     by_name: dict[str, dict[str, Any]] = {name: {} for name in columns}
     for name, found in columns.items():
         for full_name, value in found.items():
