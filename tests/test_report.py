@@ -314,11 +314,11 @@ def test_features_have_tables_of_their_own_and_silent_ones_are_only_named(tmp_pa
     active, latent = "share of responses with z above 0", "mean z"
     assert rows == {
         means: ["R_SARM", "length, tokens"],
-        f"{means}: {active}; 0 everywhere: 3": ["feature 7"],
-        f"{means}: {latent}; 0 everywhere: 3": ["feature 7"],
+        f"{means}: {active}; 0 everywhere: feature 3": ["feature 7"],
+        f"{means}: {latent}; 0 everywhere: feature 3": ["feature 7"],
         paired: ["R_SARM", "length, tokens"],
-        f"{paired}: {active}; 0 everywhere: 3": ["feature 7"],
-        f"{paired}: {latent}; 0 everywhere: 3": ["feature 7"],
+        f"{paired}: {active}; 0 everywhere: feature 3": ["feature 7"],
+        f"{paired}: {latent}; 0 everywhere: feature 3": ["feature 7"],
     }
 
 

@@ -151,7 +151,7 @@ def _feature_table(
     silent = [i for i in features if all(_is_zero(f[i]) for f in by_name.values() if i in f)]
     caption = f"{title}: {FEATURE_MEASURES[measure]}"
     if silent:
-        caption += f"; 0 everywhere: {', '.join(i.removeprefix('feature ') for i in silent)}"
+        caption += f"; 0 everywhere: {', '.join(silent)}"
     return _table_of({n: _without(found, silent) for n, found in by_name.items()}, caption)
 
 
