@@ -1,4 +1,7 @@
-"""What a PPO iteration is timed on: prompts, and how long each response to them is."""
+"""What a PPO iteration is timed on: prompts, and how long each response to them is.
+
+Read by sides that have none of this project's requirements, too.
+"""
 
 import argparse
 import dataclasses
@@ -6,11 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-
-from conversion import load_policy
-from ppo.prompts import encode_prompts, read_prompts
-from ppo.responses import ResponseConfig, respond
-from sarm_jax.generate import Sampling
 
 PROMPTS = Path("configs/data/everyday_demos.jsonl")
 TOKENS = 32_000  # random ones lie below: every vocabulary of Llama's family has as many
@@ -45,6 +43,11 @@ def equal(args: argparse.Namespace) -> Workload:
 
 def real(args: argparse.Namespace) -> Workload:
     """Everyday prompts, and the lengths of the responses that the model itself samples to them."""
+    from conversion import load_policy
+    from ppo.prompts import encode_prompts, read_prompts
+    from ppo.responses import ResponseConfig, respond
+    from sarm_jax.generate import Sampling
+
     policy, tokenizer = load_policy(args.model_dir)
     prompts = list(islice(read_prompts(str(PROMPTS)), args.batch))
     rows = encode_prompts(prompts, tokenizer, args.prompt_len, str(PROMPTS))
