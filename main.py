@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
             open_workdir(place),
         ):
             if stage == "all":
-                stages.load("all")(template, workdir)
+                stages.load("all").run(template, workdir)
             else:
                 run_stage(stage, command_line.fill_in(template, workdir), place)
     except InputError as error:

@@ -120,7 +120,7 @@ def run_stage(name: str, config: ConfigDict, workdir: Path) -> None:
     """One stage, whether it is up to date or not, with its record."""
     recipe = recipes(config, workdir).get(name)
     if recipe is None:  # plan leaves nothing to others
-        stages.load(name)(config, workdir)
+        stages.load(name).run(config, workdir)
         return
     _run(name, recipe, config, workdir, Records(workdir), _made_from(name, recipe, workdir))
 
@@ -152,7 +152,7 @@ def _bring_up_to_date(name: str, recipe: Recipe, config: ConfigDict, workdir: Pa
     if output.exists() and records.finished(name) and changed is None:
         return Outcome(name, output, "up to date")
     why = f", because {changed}" if changed else ""
-    does = (stages.load(name).__doc__ or name).splitlines()[0]
+    does = (stages.load(name).run.__doc__ or name).splitlines()[0]
     LOG.info("stage %s: %s In %s%s", name, does, workdir, f"; {changed}" if changed else "")
     _run(name, recipe, config, workdir, records, made_from)
     return Outcome(name, output, f"done{why}", records.stages[name]["seconds"])
@@ -171,7 +171,7 @@ def _run(name, recipe, config, workdir: Path, records: Records, made_from: Prove
             "choose another --workdir, or delete it to start again"
         )
     with records.recording(name, made_from):
-        stages.load(name)(config, workdir)
+        stages.load(name).run(config, workdir)
 
 
 def _has_run(workdir: Path) -> bool:

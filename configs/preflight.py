@@ -3,63 +3,76 @@
 Files that an earlier stage writes are not there yet, and lists that are read from them wait too.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from configs import stages
 from configs.shared import check_remat, mesh_config, split_paths
-from ppo.config import PPOConfig
-from ppo.density_ratio import DiscriminatorConfig
-from ppo.options import guard_config, lora_config, reward_config
-from ppo.profiling import ProfileConfig
-from ppo.responses import ResponseConfig
+from ppo.options import PARSERS
 from sarm_jax.errors import InputError
-from sarm_jax.evaluation.report.page import ReportConfig
-from sarm_jax.features import IdentifyConfig
-from sarm_jax.generate import Sampling
-from sarm_jax.training import TrainSARMConfig
+from sarm_jax.sharding import make_mesh
+from sarm_jax.workdir import named_workdirs
 
 INPUTS = (
     "prompts_jsonl eval_prompts_jsonl prepare_data.demos_jsonl prepare_data.steering_dir "
     "prepare_data.rewardbench2 prepare_data.rm_bench prepare_data.safety_pairs "
     "prepare_data.complement_pairs train_sarm.pairs_jsonl identify.pairs_jsonl "
     "human_latents.demos_jsonl probe.data_jsonl evaluate.prompts_jsonl evaluate.human_jsonl "
-    "evaluate.data_jsonl evaluate.steering_json evaluate.rm_bench evaluate.rewardbench2"
+    "evaluate.data_jsonl evaluate.steering_json evaluate.rm_bench evaluate.rewardbench2 "
+    "reward.human_latents"
 ).split()
+RUNS = ("evaluate.runs", "report.runs")
 
 
-def check(config: ConfigDict, workdir: Path) -> None:
-    """Raises InputError for an option out of range or a file that no stage will write."""
-    check_inputs(config, workdir)
-    PPOConfig(**config.ppo)
-    lora_config(config.lora)
-    DiscriminatorConfig(**config.discriminator)
-    guard_config(config.guards)
-    ProfileConfig(**config.profile).check_steps(config.ppo.total_steps)
-    check_remat(config.remat)
-    mesh_config(config)
-    references = [v for v in config.reward.values() if isinstance(v, str) and v.startswith("@")]
-    if all(Path(text[1:].split(":")[0]).exists() for text in references):
-        reward_config(config.reward)
-    pairs = config.train_sarm.pairs_jsonl
-    if pairs:
-        section = config.train_sarm.to_dict() | {"pairs_jsonl": split_paths(pairs)}
-        TrainSARMConfig(**{k: v for k, v in section.items() if k != "model"})
-    if config.identify.pairs_jsonl:
-        section = config.identify.to_dict()
-        IdentifyConfig(**{k: v for k, v in section.items() if k != "pairs_jsonl"})
-    section = config.evaluate
-    sampling = Sampling(config.ppo.max_new_tokens, section.temperature)
-    ResponseConfig(sampling, section.samples, section.batch_size, section.seed)
-    ReportConfig(**config.report)
-
-
-def check_inputs(config: ConfigDict, workdir: Path) -> None:
-    """Raises InputError for the first file that is not there and lies outside `workdir`."""
+def check(config: ConfigDict, workdir: Path, wanted: Sequence[str]) -> None:
+    """Raises InputError for an option of the stages `wanted` that is out of range, or a file that
+    none of them will write."""
     for field in INPUTS:
-        section, _, name = field.rpartition(".")
-        text = (config[section] if section else config)[name]
+        text = _value(config, field)
         for path in split_paths(text) if text else ():
-            own = Path(path).absolute().is_relative_to(workdir.absolute())
-            if not (path.startswith("hf://") or own or Path(path).exists()):
-                raise InputError(f"{field}={path}: no such file")
+            if not path.startswith("hf://"):
+                _check_there(path, workdir, field)
+    for field in RUNS:
+        for folder in named_workdirs(_value(config, field), workdir, field).values():
+            _check_there(str(folder), workdir, field)
+    check_remat(config.remat)
+    make_mesh(mesh_config(config))
+    config = without_lists_to_come(config, workdir)
+    for name in wanted:
+        stages.load(name).options(config)
+
+
+def without_lists_to_come(config: ConfigDict, workdir: Path) -> ConfigDict:
+    """A copy in which lists that wait for a file are set aside, after a look at all others."""
+    config = config.copy_and_resolve_references()
+    waiting = [name for name in PARSERS if _waits(config.reward[name], workdir)]
+    if waiting:  # and with them the lists that must be as long
+        for name, parse in PARSERS.items():
+            if name not in waiting:
+                parse(name, config.reward[name])
+            config.reward[name] = ""
+    if _waits(config.probe.feature, workdir):
+        config.probe.feature = "0"
+    return config
+
+
+def _value(config: ConfigDict, field: str) -> str:
+    section, _, name = field.rpartition(".")
+    return (config[section] if section else config)[name]
+
+
+def _check_there(path: str, workdir: Path, field: str) -> None:
+    if not (_own(path, workdir) or Path(path).exists()):
+        raise InputError(f"{field}={path}: no such file")
+
+
+def _waits(text: str, workdir: Path) -> bool:
+    """Whether a list is read from a file that a stage is still to write."""
+    files = [part.strip()[1:].split(":")[0] for part in text.split(",") if "@" in part]
+    return any(_own(path, workdir) and not Path(path).exists() for path in files)
+
+
+def _own(path: str, workdir: Path) -> bool:
+    return Path(path).absolute().is_relative_to(workdir.absolute())

@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from conversion import load_policy, load_sarm
-from conversion.load import check_dtype, read_sarm_config
+from conversion.load import check_dtype, read_policy_config, read_sarm_config
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import read_jsonl
@@ -21,6 +21,7 @@ PAIR = {"prompt": str, "chosen": str, "rejected": str}
 
 def policy_model(config: ConfigDict) -> tuple[Llama, Any]:
     """The policy of the config on the mesh, and its tokenizer."""
+    mesh_config(config).check_model(read_policy_config(config.policy_model))
     placed = placement(config)
     model, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
     model.placement = placed
@@ -93,6 +94,11 @@ def split_paths(text: str) -> tuple[str, ...]:
     if not all(paths):
         raise InputError(f"found {text!r}, expected file names with commas between them")
     return paths
+
+
+def given(text: str) -> tuple[str, ...]:
+    """The files of a field that may be empty."""
+    return split_paths(text) if text else ()
 
 
 def plain(value):

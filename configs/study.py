@@ -13,7 +13,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.command_line import fill_in
-from configs.pipeline import run_stages
+from configs.pipeline import recipes, run_stages
+from configs.preflight import check
 from configs.shared import reward_model, write_json
 from ppo.guards import TrainingStoppedError
 from ppo.metrics import read_evaluations
@@ -46,6 +47,10 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     seeds = parse_seeds(template.lab.seeds)
     conditions = parse_conditions(template.lab.conditions)
     check_study(template)
+    folder = seed_folder(workdir, seeds[0])
+    config = fill_in(template, folder)
+    wanted = [name for name, recipe in recipes(config, folder).items() if recipe.wanted]
+    check(config, folder, [name for name in wanted if name in (*PREPARATION, "train")])
     settings = template.to_dict()
     if template.lab.processes == 1 or len(seeds) == 1:
         level = LOG.getEffectiveLevel()
@@ -68,6 +73,9 @@ def check_study(template: ConfigDict) -> None:
     """Raises InputError for options that the study sets itself."""
     if template.lab.processes < 1:
         raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
+    for name in ("alpha", "beta"):
+        if not 0 <= template.lab[name] < float("inf"):
+            raise InputError(f"lab.{name}={template.lab[name]}: must be 0 or positive, and finite")
     for name in CONTROLS:
         if template.reward[name]:
             raise InputError(
@@ -107,7 +115,7 @@ def _exit(number: int, _frame) -> None:
 def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO) -> SeedOutcome:
     """One seed of the study; messages from `level` on are shown."""
     show_progress(f"seed {seed}: ", level)
-    folder = workdir / f"seed_{seed}"
+    folder = seed_folder(workdir, seed)
     folder.mkdir(parents=True, exist_ok=True)
     template = ConfigDict(settings)
     for section in SEEDED:
@@ -123,6 +131,11 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
         LOG.error("stopped: %s", error)
         return SeedOutcome(finished, str(error), isinstance(error, TrainingStoppedError))
     return SeedOutcome(finished)
+
+
+def seed_folder(workdir: Path, seed: int) -> Path:
+    """Where a seed's world and runs are."""
+    return workdir / f"seed_{seed}"
 
 
 def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:

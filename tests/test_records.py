@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from configs import base
+from configs import base, demo, preflight, stages
 from configs.command_line import fill_in
-from configs.pipeline import run_stage
-from configs.preflight import INPUTS, check
+from configs.pipeline import recipes, run_stage
+from configs.preflight import check
 from configs.records import Records, provenance
 from configs.stages.all import run_all
+from configs.study import run_study
 from sarm_jax.errors import InputError
 
 
@@ -104,7 +105,7 @@ def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr("configs.stages.train_sarm.run", train_sarm)
     config, pairs = base.get_config(), tmp_path / "pairs.jsonl"
     pairs.write_text("one")
-    config.train_sarm.pairs_jsonl = str(pairs)
+    config.policy_model, config.train_sarm.pairs_jsonl = "a/policy", str(pairs)
     run_all(config, tmp_path)
     run_all(config, tmp_path)
     assert calls == [3]
@@ -124,30 +125,85 @@ def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "stages.json").read_text())["train_sarm"]["seconds"] >= 0
 
 
+ALL = [name for name in stages.STAGES if name != "plan"]
+
+
+@pytest.fixture
+def everything(tmp_path):
+    """A config that asks for every stage; each reads what one before it writes."""
+    config = base.get_config()
+    config.policy_model, config.sarm_model = f"{tmp_path}/policy", f"{tmp_path}/sarm"
+    config.prompts_jsonl = config.prepare_data.demos_jsonl = f"{tmp_path}/data/prompts.jsonl"
+    for section in ("train_sarm", "identify"):
+        config[section].pairs_jsonl = f"{tmp_path}/data/pairs.jsonl"
+    config.human_latents.demos_jsonl = config.probe.data_jsonl = f"{tmp_path}/data/demos.jsonl"
+    selected = f"@{tmp_path}/probes/selected_features.json"
+    config.probe.feature = f"{selected}:detectors,3"
+    config.reward.penalize_features = f"{selected}:detectors"
+    config.reward.tau_values = f"{selected}:tau_detectors"
+    config.reward.alpha_values = "1,1"
+    return config
+
+
 @pytest.mark.parametrize(
     "field, value, message",
     [
         ("ppo.clip_range", -1.0, "ppo.clip_range=-1.0"),
-        ("identify.top_k", 0, "identify.top_k=0"),
-        ("train_sarm.k", 0, "train_sarm.k=0"),
-        ("evaluate.samples", 0, "evaluate.samples=0"),
-        ("report.samples", -1, "report.samples=-1"),
-        ("remat", "some", "remat='some'"),
+        ("checkpoint.keep_every", -1, "checkpoint.keep_every=-1"),
         ("guards.steps", 0, "guards.steps=0"),
+        ("remat", "some", "remat='some'"),
+        ("mesh.tensor", 64, "mesh data=1 fsdp=1 tensor=64"),
+        ("policy_model", "", "policy_model is empty"),
+        ("reward.unit", "points", "reward.unit='points'"),
+        ("reward.beta", -1.0, "beta=-1.0"),
+        ("reward.penalty_cap", -1.0, "reward.penalty_cap=-1.0"),
+        ("reward.alpha_values", "1,x", "alpha_values: found 'x'"),
+        ("reward.penalize_features", "@gone.json:a", "gone.json"),
+        ("reward.human_latents", "gone.safetensors", "reward.human_latents=gone.safetensors: no"),
+        ("prepare_data.source", "somewhere", "prepare_data.source='somewhere'"),
+        ("prepare_data.temperature", -1.0, "prepare_data.temperature=-1.0"),
+        ("train_sarm.k", 0, "train_sarm.k=0"),
+        ("identify.top_k", 0, "identify.top_k=0"),
+        ("probe.mode", "dance", "probe.mode='dance'"),
+        ("probe.level", 2.0, "probe.level=2.0"),
+        ("probe.feature", "x", "probe.feature: found 'x'"),
+        ("evaluate.samples", 0, "evaluate.samples=0"),
+        ("evaluate.num_example", -1, "evaluate.num_example=-1"),
+        ("evaluate.resamples", 5, "evaluate.resamples=5"),
+        ("evaluate.seed", 2**31, f"evaluate.seed={2**31}"),
         ("evaluate.rm_bench", "a.json", "evaluate.rm_bench=a.json: no such file"),
+        ("evaluate.runs", "a=gone", "evaluate.runs=gone: no such file"),
+        ("report.runs", "gone", "report.runs=gone: no such file"),
+        ("report.samples", -1, "report.samples=-1"),
         ("eval_prompts_jsonl", "a.jsonl", "eval_prompts_jsonl=a.jsonl: no such file"),
-        ("reward.penalize_features", "1,x", "penalize_features"),
     ],
 )
-def test_all_refuses_before_the_first_stage(tmp_path, field, value, message):
-    config = base.get_config()
-    config.train_sarm.pairs_jsonl = f"{tmp_path}/data/pairs.jsonl"  # written by prepare_data
-    config.identify.pairs_jsonl = f"{tmp_path}/data/pairs.jsonl"
-    check(config, tmp_path)
+def test_all_refuses_before_the_first_stage(tmp_path, everything, field, value, message):
+    check(everything, tmp_path, ALL)
+    everything.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as error:
+        check(everything, tmp_path, ALL)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("ppo.batch_size", -1, "ppo.batch_size=-1"),
+        ("ppo.lr_schedule", "bogus", "bogus"),
+        ("identify.tau_quantile", 7.0, "identify.tau_quantile=7.0"),
+        ("lab.alpha", -1.0, "lab.alpha=-1.0"),
+        ("lab.held_out_fraction", 1e-6, "lab.held_out_fraction=1e-06"),
+        ("lab.held_out_fraction", 1 - 1e-6, "lab.held_out_fraction=0.999999"),
+    ],
+)
+def test_the_study_refuses_before_the_first_world(tmp_path, field, value, message):
+    config = demo.get_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(InputError) as error:
-        check(config, tmp_path)
+        run_study(config, tmp_path)
     assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_needs_something_to_do(tmp_path):
@@ -159,9 +215,11 @@ CONFIGS = Path(base.__file__).parent.glob("*.py")
 
 
 @pytest.mark.parametrize("name", [p.stem for p in CONFIGS if "def get_config" in p.read_text()])
-def test_every_experiment_passes_the_preflight(name, tmp_path):
-    config = importlib.import_module(f"configs.{name}").get_config()
-    for field in INPUTS:  # of the machine it runs on
-        section, _, key = field.rpartition(".")
-        (config[section] if section else config)[key] = ""
-    check(fill_in(config, tmp_path), tmp_path)
+def test_every_experiment_passes_the_preflight(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_own", lambda path, workdir: True)  # files of another machine
+    config = fill_in(importlib.import_module(f"configs.{name}").get_config(), tmp_path)
+    if config.prepare_data.source == "benchmarks":
+        config.prepare_data.rm_bench = "rm_bench.json"
+    wanted = [stage for stage, recipe in recipes(config, tmp_path).items() if recipe.wanted]
+    assert wanted or name == "base"
+    check(config, tmp_path, wanted)

@@ -10,7 +10,7 @@ from configs import stages
 
 @pytest.mark.parametrize("name", [*stages.STAGES, "all"])
 def test_every_stage_says_what_it_does(name):
-    run = stages.load(name)
+    run = stages.load(name).run
     assert run.__module__ == f"configs.stages.{name}"
     assert run.__doc__ and run.__doc__.splitlines()[0].endswith(".")
 

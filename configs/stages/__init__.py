@@ -1,13 +1,11 @@
 """The stages: a module each, imported when it runs.
 
-A module's `run(config, workdir)` reads its options, calls what does the work, and writes the files.
+A module's `options(config)` reads its options and refuses bad ones, from the config alone; its
+`run(config, workdir)` takes them, calls what does the work, and writes the files.
 """
 
 import importlib
-from collections.abc import Callable
-from pathlib import Path
-
-from ml_collections import ConfigDict
+from types import ModuleType
 
 STAGES = (
     "prepare_data",
@@ -22,6 +20,6 @@ STAGES = (
 )
 
 
-def load(name: str) -> Callable[[ConfigDict, Path], None]:
-    """What runs the stage."""
-    return importlib.import_module(f"configs.stages.{name}").run
+def load(name: str) -> ModuleType:
+    """The stage's module."""
+    return importlib.import_module(f"configs.stages.{name}")

@@ -25,7 +25,7 @@ def run_all(config: ConfigDict, workdir: Path) -> None:
     wanted = [name for name, recipe in recipes(config, workdir).items() if recipe.wanted]
     if not wanted:
         raise InputError("--stage=all: nothing to do; name prompts_jsonl, or another stage's input")
-    check(config, workdir)
+    check(config, workdir, wanted)
     outcomes = run_stages(config, workdir, wanted)
     print(summary(outcomes))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs.shared import required, reward_model, split_paths, write_json
-from configs.stages.policies import evaluate_policies, policy_inputs
+from configs.shared import given, required, reward_model, write_json
+from configs.stages.policies import evaluate_policies, policy_inputs, response_config
 from conversion.hub import locate_file
 from conversion.load import read_sarm_config
 from ppo.options import reward_config
@@ -37,14 +37,20 @@ from sarm_jax.reward_model import RewardModel
 LOG = logging.getLogger(__name__)
 
 
+def options(config: ConfigDict) -> SteeringConfig:
+    """The section evaluate; its sampling options are `policies.response_config`'s."""
+    required(config, "sarm_model")
+    reward_config(config.reward)
+    response_config(config)
+    return steering_config(config)
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """What the config names files for → eval/*.json and eval/*.png.
 
     Every file is read, and refused if it is bad, before the model is loaded.
     """
-    section = config.evaluate
-    required(config, "sarm_model")
-    steering = steering_config(config)
+    steering, section = options(config), config.evaluate
     answers = [a for path in given(section.data_jsonl) for a in read_answers(path)]
     styled = [r for src in given(section.rm_bench) for r in read_rm_bench(locate_file(src), src)]
     choices = [
@@ -149,11 +155,6 @@ def controls_of(config: ConfigDict) -> Controls:
         reward.unit,
         reward.penalty_cap,
     )
-
-
-def given(text: str) -> tuple[str, ...]:
-    """The files of a field that may be empty."""
-    return split_paths(text) if text else ()
 
 
 def write_figure(path: Path, content: bytes) -> None:

@@ -18,17 +18,23 @@ from sarm_jax.reward_model import RewardModel
 LOG = logging.getLogger(__name__)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Preference pairs → which latents tell chosen from rejected, with thresholds."""
+def options(config: ConfigDict) -> IdentifyConfig:
+    """The section identify, but for its files."""
     required(config, "identify.pairs_jsonl", "sarm_model")
     section = config.identify.to_dict()
-    paths = split_paths(section.pop("pairs_jsonl"))
+    del section["pairs_jsonl"]
+    return IdentifyConfig(**section)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Preference pairs → which latents tell chosen from rejected, with thresholds."""
+    asked = options(config)
+    paths = split_paths(config.identify.pairs_jsonl)
     pairs = [{"source": Path(path).stem} | row for path in paths for row in read_pairs((path,))]
-    options = IdentifyConfig(**section)
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     model = reward_model(config)
-    analysis, selected, scores = identify(options, model, pairs)
+    analysis, selected, scores = identify(asked, model, pairs)
     folder.mkdir(exist_ok=True)
     write_json(folder / "feature_analysis.json", analysis)
     with replacing(folder / "feature_scores.safetensors", "wb") as file:

@@ -7,7 +7,7 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs.shared import mesh_config, policy_model, required, write_json
+from configs.shared import DEMO, mesh_config, policy_model, required, write_json
 from conversion.json_files import read_json
 from conversion.keys import abstract_policy, tensor_specs
 from conversion.load import load_hf_tokenizer, read_policy_config
@@ -36,6 +36,13 @@ class PolicyInputs:
     options: ResponseConfig
 
 
+def response_config(config: ConfigDict) -> ResponseConfig:
+    """How the section evaluate has responses sampled."""
+    section = config.evaluate
+    sampling = Sampling(config.ppo.max_new_tokens, section.temperature)
+    return ResponseConfig(sampling, section.samples, section.batch_size, section.seed)
+
+
 def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     """None where the config names nothing to compare."""
     section = config.evaluate
@@ -49,10 +56,7 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
                 f"evaluate.prompts_jsonl={path}: name evaluate.runs, {workdir} has no adapter"
             )
         return None
-    if section.resamples < 100:
-        raise InputError(f"evaluate.resamples={section.resamples}: must be at least 100")
-    sampling = Sampling(config.ppo.max_new_tokens, section.temperature)
-    options = ResponseConfig(sampling, section.samples, section.batch_size, section.seed)
+    options = response_config(config)
     required(config, "policy_model")
     model = read_policy_config(config.policy_model)
     mesh_config(config).check_model(model)
@@ -62,7 +66,7 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     rows = encode_prompts(prompts, tokenizer, config.ppo.max_prompt_tokens, path)
     human = []
     if section.human_jsonl:
-        human = read_jsonl(section.human_jsonl, {"prompt": str, "response": str})
+        human = read_jsonl(section.human_jsonl, DEMO)
     pairs = [(row["prompt"], row["response"]) for row in human]
     return PolicyInputs(prompts, rows, pairs, adapters, options)
 

@@ -16,23 +16,29 @@ from sarm_jax.probing import ProbeConfig, check_probe, probe, write_probes
 LOG = logging.getLogger(__name__)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Sets features to a value, one at a time, and says what the reward does."""
+def options(config: ConfigDict) -> ProbeConfig:
+    """The section probe."""
     section = config.probe
     features = parse_features("probe.feature", section.feature)
     certificate = CertificateConfig(section.controls, section.flips, section.level, section.seed)
     ids = tuple(dict.fromkeys(features))
-    options = ProbeConfig(ids, section.set_value, section.mode, certificate)
+    found = ProbeConfig(ids, section.set_value, section.mode, certificate)
     required(config, "probe.data_jsonl", "sarm_model")
-    data = read_jsonl(section.data_jsonl, {"prompt": str})
+    return found
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Sets features to a value, one at a time, and says what the reward does."""
+    asked, path = options(config), config.probe.data_jsonl
+    data = read_jsonl(path, {"prompt": str})
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
-    check_probe(options, latent_size, data, section.data_jsonl)
+    check_probe(asked, latent_size, data, path)
     folder = workdir / "probes"
-    LOG.info("probing %d features on %d rows, for %s", len(ids), len(data), folder)
-    probes, certificates = probe(options, reward_model(config), data)
+    LOG.info("probing %d features on %d rows, for %s", len(asked.features), len(data), folder)
+    probes, certificates = probe(asked, reward_model(config), data)
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)
-    content = {"options": dataclasses.asdict(options), "features": certificates}
+    content = {"options": dataclasses.asdict(asked), "features": certificates}
     write_json(folder / "certificates.json", content)
     # Last, because --stage=all takes it for the end of the stage.
     write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})

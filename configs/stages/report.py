@@ -10,7 +10,12 @@ from sarm_jax.evaluation.report.page import ReportConfig, write_report
 LOG = logging.getLogger(__name__)
 
 
+def options(config: ConfigDict) -> ReportConfig:
+    """The section report."""
+    return ReportConfig(**config.report)
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Runs and their evaluations → report.html and figures; no model, no network."""
-    path = write_report(ReportConfig(**config.report), workdir)
+    path = write_report(options(config), workdir)
     LOG.info("the report is in %s", path)

@@ -17,7 +17,7 @@ from ppo.human_latents import human_buffer
 from ppo.options import train_config
 from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
-from ppo.train import Trainer
+from ppo.train import TrainConfig, Trainer
 from sarm_jax import processes
 from sarm_jax.errors import InputError
 from sarm_jax.lab.gates import require_gates
@@ -27,26 +27,31 @@ from sarm_jax.workdir import claim
 LOG = logging.getLogger(__name__)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
-    options = train_config(config)
-    if config.lab.gates_json:
-        require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
-    profile = ProfileConfig(**config.profile)
-    profile.check_steps(options.ppo.total_steps)
+def options(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
+    """All that PPO reads, on a mesh that the devices can make."""
+    found, profile = train_config(config), ProfileConfig(**config.profile)
+    profile.check_steps(found.ppo.total_steps)
     check_remat(config.remat)
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
-    prompts = read_prompts(config.prompts_jsonl)
     mesh = mesh_config(config)
-    make_mesh(mesh)  # before anything is read: are there enough devices?
-    mesh.check_model(read_policy_config(config.policy_model))
-    rows = options.ppo.batch_size // options.ppo.pieces
+    make_mesh(mesh)  # are there enough devices?
+    rows = found.ppo.batch_size // found.ppo.pieces
     mesh.check_batch(rows, "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)")
+    return found, profile
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
+    asked, profile = options(config)
+    if config.lab.gates_json:
+        require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
+    prompts = read_prompts(config.prompts_jsonl)
+    mesh_config(config).check_model(read_policy_config(config.policy_model))
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
-    options.reward.check_features(latent_size)
-    human = human_buffer(options.reward, config.reward.human_latents, latent_size)
+    asked.reward.check_features(latent_size)
+    human = human_buffer(asked.reward, config.reward.human_latents, latent_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
-    ppo = options.ppo
+    ppo = asked.ppo
     deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)
     eval_deck = None
     if path := config.eval_prompts_jsonl:
@@ -59,15 +64,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
     processes.agree()
     check_same_everywhere(made_from)
 
-    steps = options.ppo.total_steps
+    steps = ppo.total_steps
     LOG.info("PPO, %d steps on %d prompts; log and checkpoints in %s", steps, len(prompts), workdir)
-    if options.lora.dropout:
-        LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", options.lora.dropout)
+    if asked.lora.dropout:
+        LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", asked.lora.dropout)
     policy, tokenizer = policy_model(config)
     policy.remat = config.remat
     model = reward_model(config)
     trainer = Trainer(
-        options,
+        asked,
         policy,
         tokenizer,
         model,
@@ -86,7 +91,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     save_adapter(
         workdir / "adapter",
         policy,
-        options.lora,
+        asked.lora,
         config.policy_model,
         tokenizer,
         value_head,

@@ -44,8 +44,8 @@ class SteeringConfig:
             raise InputError(f"evaluate.num_example={self.num_example}: must not be negative")
         if self.resamples < 100:
             raise InputError(f"evaluate.resamples={self.resamples}: must be at least 100")
-        if self.seed < 0:
-            raise InputError(f"evaluate.seed={self.seed}: must not be negative")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"evaluate.seed={self.seed}: must lie in [0, 2^31)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ it. The policy is that model, tuned on demonstrations.
 
 import dataclasses
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,12 @@ class LabConfig:
                 raise InputError(f"lab.{field.name}={value}: must be positive")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"lab.seed={self.seed}: must lie in [0, 2^31)")
-        if not self.held_out_fraction < 1:
-            raise InputError(f"lab.held_out_fraction={self.held_out_fraction}: must be below 1")
+        combinations = math.comb(len(world.CAPITALS), world.COUNTRIES_PER_PROMPT)
+        if not 0 < round(self.held_out_fraction * combinations) < combinations:
+            raise InputError(
+                f"lab.held_out_fraction={self.held_out_fraction}: leaves one side without any of "
+                f"the {combinations} combinations of countries"
+            )
         if self.tap_layer > LAYERS:
             raise InputError(f"lab.tap_layer={self.tap_layer}: the model has {LAYERS} layers")
 
