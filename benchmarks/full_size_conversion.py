@@ -33,6 +33,7 @@ from conversion.hf_config import is_sarm, llama_config, sarm_config
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.safetensors_io import TensorFiles, TensorWriter
+from sarm_jax.files import to_disk
 
 TWICE = 2.05  # of the checkpoint's bytes: source and result
 
@@ -92,7 +93,7 @@ def write_checkpoint(directory: Path, hf: dict[str, Any], specs: list[TensorSpec
     write_json(directory / "config.json", hf | {"torch_dtype": "bfloat16"})
     write_tokenizer(directory)
     for file in directory.iterdir():
-        flush(file)
+        to_disk(file)
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -139,8 +140,8 @@ def copy(source: Path, dst: Path) -> dict[str, float]:
     for file in source.iterdir():
         if file.suffix == ".safetensors" or file.name in TOKENIZER_FILES:
             shutil.copyfile(file, dst / file.name)
-            flush(dst / file.name)
-    flush(dst)
+            to_disk(dst / file.name)
+    to_disk(dst)
     return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
 
 
@@ -184,13 +185,6 @@ def forget(directory: Path) -> None:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
-
-
-def flush(path: Path) -> None:
-    """fsync of a file or a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _bits(files: TensorFiles, name: str) -> np.ndarray:

@@ -5,7 +5,10 @@ given leaves the field alone. "{workdir}" in a string field becomes the working 
 `fill_in`.
 """
 
+import difflib
 import logging
+import runpy
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +73,21 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     "{workdir}" is not filled in yet.
     """
     refuse_secrets(argv[1:])
-    named = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
+    given = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    named = given[-1] if given else None
     if named is not None and not Path(named.partition(":")[0]).is_file():
         raise InputError(f"--config={named}: no such file")
     try:
         rest = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise InputError(_one_line(error)) from error
-    except (SyntaxError, ImportError, NameError) as error:  # the file of --config is a program
-        raise InputError(f"{flags.FLAGS['config'].value or '--config'}: {error}") from error
+    except Exception as error:  # the file of --config is a program
+        if named is not None:
+            _refuse_unknown_options(argv, named)
+        raise InputError(_place(error, named or "") + _one_line(error)) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options are --name=value")
-    if CONFIG.value is None:
+    if named is None:
         raise InputError("--config is missing: for example --config=configs/smollm2.py")
+    _check_kind(CONFIG.value, named)
     path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not path.is_file():
         raise InputError(f"--config={path}: no such file")
@@ -131,6 +136,39 @@ def fill_in(template: ConfigDict, workdir: Path) -> ConfigDict:
         elif isinstance(value, str):
             config[name] = value.replace("{workdir}", str(workdir))
     return config
+
+
+def _refuse_unknown_options(argv: list[str], path: str) -> None:
+    """Raises InputError for the first --config.… that names no option of the file at `path`."""
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception:  # of the file itself: the caller has it already
+        return
+    _check_kind(config, path)
+    leaves = tree_leaves_with_path(config.to_dict())
+    known = [keystr(parts, simple=True, separator=".") for parts, _ in leaves]
+    for argument in argv:
+        name = argument.removeprefix("--config.").partition("=")[0]
+        if argument.startswith("--config.") and name not in known:
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.85)
+            hint = f" (did you mean --config.{near[0]}?)" if near else ""
+            raise InputError(f"{argument}: no such option{hint}")
+
+
+def _check_kind(config: Any, path: str) -> None:
+    if not isinstance(config, ConfigDict):
+        raise InputError(f"--config={path}: its get_config() must return a ConfigDict")
+
+
+def _place(error: Exception, path: str) -> str:
+    """Where in the file of --config it happened, if it did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if path and Path(frame.filename) == Path(path)]
+    if isinstance(error, AttributeError) and error.name == "get_config":
+        return f"--config={path}: "
+    if isinstance(error, SyntaxError) or not lines:
+        return ""
+    return f"{path}:{lines[-1]}: {type(error).__name__}: "
 
 
 def _one_line(error: Exception) -> str:

@@ -61,6 +61,13 @@ _KNOWN = {
     "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
     "tokenizer.chat_template",
 }  # fmt: skip
+_KINDS = {  # of what else is a whole number
+    "llama.attention.layer_norm_rms_epsilon": float,
+    "llama.rope.freq_base": float,
+    "tokenizer.ggml.tokens": list,
+    "tokenizer.ggml.token_type": list,
+    "tokenizer.ggml.merges": list,
+}
 _DESCRIPTIVE = ("GGUF.", "general.", "quantize.")
 _SPECIAL = ("bos", "eos", "pad")
 
@@ -97,10 +104,12 @@ def convert(src: str | Path, dst: str | Path) -> str:
 
 
 def _open(src: Path) -> Any:
-    import gguf  # only this command needs it
-
     if not src.is_file():
         raise InputError(f"{src}: no such file")
+    try:
+        import gguf  # only this command needs it
+    except ImportError:
+        raise InputError(f"{src}: reading it needs one more package: pip install gguf") from None
     try:
         return gguf.GGUFReader(src)
     except (ValueError, IndexError, KeyError, OSError, OverflowError, TypeError) as error:
@@ -117,6 +126,10 @@ def _config(metadata: dict[str, Any], tied: bool) -> LlamaConfig:
             problems.append(f"{name}={str(value)[:60]}: unknown metadata")
     if metadata.get("tokenizer.ggml.add_eos_token"):
         problems.append("tokenizer.ggml.add_eos_token=True: only False is supported")
+    for name, value in metadata.items():
+        kind = _KINDS.get(name, int) if name.startswith("llama.") else _KINDS.get(name)
+        if kind is not None and type(value) is not kind:
+            problems.append(f"{name}={str(value)[:60]}: expected {kind.__name__}")
     report("metadata", problems)
     heads = metadata["llama.attention.head_count"]
     head_dim = metadata.get(

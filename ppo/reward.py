@@ -44,7 +44,7 @@ class RewardConfig:
     beta: float = 0.0
     latent_indices: tuple[int, ...] = ()
     unit: str = "score"
-    penalty_cap: float = float("inf")
+    penalty_cap: float = 10.0
 
     def __post_init__(self) -> None:
         self._check_lengths()

@@ -120,13 +120,3 @@ def last_position(mask_bt: jax.Array) -> jax.Array:
     """Index of the last 1 of each row, `[B]`, wherever the padding is."""
     length = mask_bt.shape[1]
     return length - 1 - jnp.argmax(mask_bt.astype(bool)[:, ::-1], axis=1)
-
-
-def edit_head(model: SARM, weights: dict[int, float]) -> None:
-    """Overwrites head weights in place: `{48659: 0.0}` removes a feature from the reward."""
-    size = model.config.sae.latent_size
-    for i in weights:
-        if not 0 <= i < size:
-            raise InputError(f"feature {i} does not exist: this SARM has {size} latents")
-    ids, values = jnp.asarray(list(weights)), jnp.asarray(list(weights.values()))
-    model.score[...] = model.score[...].at[ids].set(values.astype(model.score.dtype))

@@ -304,7 +304,12 @@ ALL = "--stage=all --config.prepare_data.source=lab"
 
 FLAGS = [
     main("unknown stage", "--stage=dance", "--stage=dance", "train_sarm"),
-    main("unknown config field", "--config.ppo.steps=3", "steps"),
+    main("unknown option", "--config.ppo.steps=3", "--config.ppo.steps=3: no such option"),
+    main(
+        "option that is nearly one",
+        "--config.ppo.learning_rat=1",
+        "--config.ppo.learning_rat=1: no such option (did you mean --config.ppo.learning_rate?)",
+    ),
     main("word for a number in the config", "--config.ppo.total_steps=many", "total_steps"),
     main("fraction for a whole number", "--config.ppo.total_steps=1.5", "total_steps", "1.5"),
     main("unknown flag", "--no_such_flag=1", "no_such_flag"),
@@ -383,6 +388,25 @@ FLAGS = [
         "--config={bad}",
         "bad.py",
         spoil=file("def get_config(:", "bad.py"),
+    ),
+    main(
+        "config that fails",
+        "--config={bad}",
+        "bad.py:2: ZeroDivisionError: division by zero",
+        spoil=file("def get_config():\n    return 1 / 0\n", "bad.py"),
+    ),
+    main(
+        "config without get_config",
+        "--config={bad}",
+        "bad.jsonl: ",
+        "has no attribute 'get_config'",
+        spoil=file('{"prompt": "x"}\n'),
+    ),
+    main(
+        "config that forgets to return",
+        "--config={bad}",
+        "bad.py: its get_config() must return a ConfigDict",
+        spoil=file("def get_config():\n    pass\n", "bad.py"),
     ),
 ]
 

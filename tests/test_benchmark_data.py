@@ -1,8 +1,11 @@
 """prepare_data from benchmarks: every row accounted for, and what it becomes."""
 
+import datetime
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from conversion.hub import locate_file
 from sarm_jax.errors import InputError
@@ -12,6 +15,7 @@ from sarm_jax.evaluation.benchmark_data import (
     counts_table,
 )
 from sarm_jax.evaluation.benchmark_files import domain_of, read_rewardbench2, read_rm_bench
+from sarm_jax.jsonl import write_jsonl
 
 STYLED = {
     "id": 1,
@@ -149,12 +153,9 @@ def test_rewardbench2_gives_pairs_and_ties_give_candidates(tmp_path):
 
 
 def test_parquet_is_read_as_json_is(tmp_path):
-    import pyarrow as arrow
-    from pyarrow import parquet
-
     rows = [CHOICE | {"additional_metadata": {"x": 1}}]
     rows += [{"num_correct": len(t["chosen"]), "additional_metadata": None} | t for t in TIES]
-    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "test.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
     same = save(tmp_path / "test.jsonl", rows)
     assert read_rewardbench2(tmp_path / "test.parquet") == read_rewardbench2(same)
     assert read_rewardbench2(same)[2].tie == ("tied", 3)
@@ -218,6 +219,22 @@ def test_held_out_prompts_are_in_tests_alone(tmp_path):
     assert {row.prompt for row in again} <= held and again[0].domain == "code"
     assert gather(held_out=0.25, **files).outputs == data.outputs
     assert gather(held_out=0.25, seed=1, **files).outputs != data.outputs
+
+
+def test_columns_that_json_cannot_hold_are_left_behind(tmp_path):
+    odd = {"at": datetime.date(2026, 1, 1), "score": float("nan")}
+    rows = [odd | TIES[n % 2] | {"id": f"tied:{n}", "prompt": str(n)} for n in range(1, 99, 2)]
+    path = tmp_path / "rb2.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    infinite = json.dumps([STYLED | {"prompt": str(n), "x": 0} for n in range(50)])
+    (tmp_path / "code.json").write_text(infinite.replace('"x": 0', '"x": 1e999'))
+    files = {"rewardbench2": [path], "rm_bench": [tmp_path / "code.json"]}
+    data = gather(held_out=0.9, **files)
+    for name, read in (("rewardbench2", read_rewardbench2), ("rm_bench", read_rm_bench)):
+        held = tmp_path / f"{name}.jsonl"
+        write_jsonl(held, data.outputs[f"held_out_{name}"])
+        given = {row.prompt: row for row in read(files[name][0])}
+        assert len(read(held)) > 30 and all(row == given[row.prompt] for row in read(held))
 
 
 def test_what_the_steering_files_train_on_is_never_held_out(tmp_path):

@@ -156,6 +156,11 @@ def test_digits_are_split_as_the_file_says(tmp_path, model, pre, expected):
         ),
         ({"llama.expert_count": ("uint32", 8)}, "llama.expert_count=8: unknown metadata"),
         ({"llama.rope.dimension_count": ("uint32", 4)}, "rope.dimension_count=4: only the head"),
+        (
+            {"llama.attention.head_count": ("array", [4, 4, 4])},
+            r"llama.attention.head_count=\[4, 4, 4\]: expected int",
+        ),
+        ({"tokenizer.ggml.merges": ("string", "a b")}, "merges=a b: expected list"),
         ({"llama.block_count": None}, "llama.block_count: missing"),
         ({"tokenizer.ggml.model": ("string", "llama")}, "tokenizer.ggml.model='llama'"),
         ({"tokenizer.ggml.pre": ("string", "viking")}, "tokenizer.ggml.pre='viking'"),

@@ -6,7 +6,7 @@ import pytest
 
 from sarm_jax.errors import InputError
 from sarm_jax.sae import standardise, top_k
-from sarm_jax.sarm import edit_head, intervention, last_position
+from sarm_jax.sarm import intervention, last_position
 
 PROMPTS = ["say one", "a somewhat longer prompt than the first", "x"]
 RESPONSES = ["one", "yes, that it is", "a response of quite a few more words than the others"]
@@ -77,7 +77,8 @@ def test_head_edit_removes_a_feature(reward_model):
     base, z = reward_model.score(PROMPTS, RESPONSES)
     feature = int(np.argmax(np.abs(z[0])))
     weight = float(reward_model.model.score[...][feature])
-    edit_head(reward_model.model, {feature: 0.0})
+    score = reward_model.model.score
+    score[...] = score[...].at[feature].set(0.0)
     edited, _ = reward_model.score(PROMPTS, RESPONSES)
     np.testing.assert_allclose(base - edited, weight * z[:, feature], atol=1e-5)
 

@@ -31,7 +31,9 @@ from typing import Any
 from sarm_jax.errors import InputError
 from sarm_jax.evaluation.benchmark_files import (
     STYLES,
+    ChoiceRow,
     RowError,
+    StyledRow,
     domain_of,
     fields_of,
     parse_choice,
@@ -209,7 +211,7 @@ def take_choice(into: Collector, content: Any) -> bool:
     fresh = [into.prompt(row.prompt, row.chosen[0], held_out)]
     if held_out:
         key = (row.prompt, row.chosen, row.rejected)
-        fresh.append(into.add("held_out_rewardbench2", content, key))
+        fresh.append(into.add("held_out_rewardbench2", _kept(content, row, "subset"), key))
     if row.tie is None:
         safety, source = row.subset.lower() == "safety", f"rewardbench2:{row.subset}"
         for wrong in dict.fromkeys(row.rejected):
@@ -217,6 +219,13 @@ def take_choice(into: Collector, content: Any) -> bool:
     elif not held_out:
         fresh.append(_candidates(into, row.prompt, row.chosen, row.rejected))
     return any(fresh)
+
+
+def _kept(content: dict[str, Any], row: ChoiceRow | StyledRow, group: str) -> dict[str, Any]:
+    """The row as it is read again; other columns may hold what JSON cannot."""
+    name = {"id": content["id"]} if isinstance(content.get("id"), str) else {}
+    sides = {"chosen": list(row.chosen), "rejected": list(row.rejected)}
+    return name | {"prompt": row.prompt} | sides | {group: getattr(row, group)}
 
 
 def styled_taker(domain: str) -> Take:
@@ -232,7 +241,7 @@ def take_styled(into: Collector, content: Any, domain: str) -> bool:
     fresh = [into.prompt(row.prompt, row.chosen[0], held_out)]
     if held_out:
         key = (row.prompt, row.chosen, row.rejected)
-        fresh.append(into.add("held_out_rm_bench", content | {"domain": row.domain}, key))
+        fresh.append(into.add("held_out_rm_bench", _kept(content, row, "domain"), key))
     for style, right, wrong in zip(STYLES, row.chosen, row.rejected, strict=True):
         source = f"rm_bench:{row.domain}:{style}"
         fresh.append(into.pair(row.prompt, right, wrong, safety, source, held_out))

@@ -1,0 +1,38 @@
+"""Options stand in `configs/base.py`; where a dataclass has a default too, it is the same one."""
+
+import dataclasses
+
+import pytest
+
+from configs import base
+from ppo.guards import GuardConfig
+from ppo.profiling import ProfileConfig
+from ppo.responses import ResponseConfig
+from ppo.reward import RewardConfig
+from sarm_jax.certificates import CertificateConfig
+from sarm_jax.features import IdentifyConfig
+from sarm_jax.lora import LoRAConfig
+from sarm_jax.sharding import MeshConfig
+
+SECTIONS = [
+    (GuardConfig, "guards"),
+    (ProfileConfig, "profile"),
+    (RewardConfig, "reward"),
+    (ResponseConfig, "evaluate"),
+    (CertificateConfig, "probe"),
+    (IdentifyConfig, "identify"),
+    (LoRAConfig, "lora"),
+    (MeshConfig, "mesh"),
+]
+
+
+@pytest.mark.parametrize("kind, section", SECTIONS)
+def test_defaults_are_those_of_base(kind, section):
+    options = base.get_config()[section]
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING:
+            continue
+        value = options[field.name]
+        if isinstance(field.default, tuple):  # comma-separated in a config
+            value = tuple(name for name in value.split(",") if name)
+        assert field.default == value, field.name
