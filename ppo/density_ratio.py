@@ -70,7 +70,7 @@ class DensityRatio:
     def __init__(self, config: DiscriminatorConfig, human_ns: ArrayLike):
         self.config = config
         rows_ns = jnp.asarray(human_ns, jnp.float32)
-        self._mean, self._std = rows_ns.mean(axis=0), rows_ns.std(axis=0) + 1e-6
+        self._mean, self._std = rows_ns.mean(axis=0), _deviations(rows_ns)
         self._human_ns = (rows_ns - self._mean) / self._std
         self._bound = float(np.log(len(rows_ns)))
         self._optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
@@ -134,3 +134,13 @@ class DensityRatio:
 
     def _logits(self, params: nnx.State, x_ns: jax.Array) -> jax.Array:
         return nnx.merge(self._graphdef, params)(x_ns)
+
+
+def _deviations(rows_ns: jax.Array) -> jax.Array:
+    """What latents are divided by: σ, or where no human response ever differs, that of the others
+    in the root mean square. Divided by next to nothing, one firing would drown all else."""
+    variance_s = rows_ns.var(axis=0)
+    varied_s = variance_s > 0
+    mean = variance_s.sum() / jnp.maximum(varied_s.sum(), 1)
+    typical = jnp.where(mean > 0, jnp.sqrt(mean), 1.0)
+    return jnp.where(varied_s, jnp.sqrt(variance_s) + 1e-6, typical)

@@ -4,6 +4,7 @@ File: safetensors with `z [N, S]` float32 and `latent_indices [S]` int32.
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from ppo.reward import RewardConfig
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 from sarm_jax.reward_model import RewardModel
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,4 +115,13 @@ def human_buffer(reward: RewardConfig, path: str, latent_size: int) -> HumanLate
             f"human_latents={path}: feature {foreign[0]} of a SARM with {latent_size} latents: "
             "collected with another SARM?"
         )
-    return human.select(reward.latent_indices) if reward.latent_indices else human
+    if len(human.z_ns) < 2:
+        raise InputError(f"human_latents={path}: holds one response, beta needs several")
+    human = human.select(reward.latent_indices) if reward.latent_indices else human
+    constant = int((human.z_ns == human.z_ns[0]).all(axis=0).sum())
+    if constant:
+        LOG.warning(
+            "%d of the %d latents that beta compares are the same in all human responses",
+            constant, len(human.latent_indices),
+        )  # fmt: skip
+    return human

@@ -41,6 +41,7 @@ class PromptDeck:
     ):
         """The arguments are those of `encode_prompts`; `seed` orders the batches."""
         self.prompts, self._seed, self._pad = list(prompts), seed, pad_id(tokenizer)
+        self._deal = -1, np.zeros(0, np.int64)  # the last pass asked for, and its order
         self._rows = encode_prompts(prompts, tokenizer, max_tokens, source)
         self.length = -8 * (-max(map(len, self._rows)) // 8)  # one shape for all: no buckets
 
@@ -61,4 +62,7 @@ class PromptDeck:
         return [self._order(p // len(self._rows))[p % len(self._rows)] for p in places]
 
     def _order(self, deal: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, deal)).permutation(len(self._rows))
+        if deal != self._deal[0]:
+            order = np.random.default_rng((self._seed, deal)).permutation(len(self._rows))
+            self._deal = deal, order
+        return self._deal[1]

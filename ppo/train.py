@@ -112,7 +112,8 @@ class Trainer:
                 reward=config.reward,
                 density_ratio=self.density_ratio,
             )
-        numbers = range(max(config.ppo.total_steps, config.ppo.calibration_batches))
+        batches = max(config.ppo.total_steps, config.ppo.calibration_batches)
+        numbers = range(batches if config.ppo.pack_levels else 0)
         self._slot_plan = SlotPlan(
             config.ppo,
             [deck.lengths(n, config.ppo.batch_size) for n in numbers],
@@ -170,6 +171,10 @@ class Trainer:
                     )
         checkpoints.close()
         self.state = state
+        return processes.from_first(self._summary(watch) if processes.is_first() else None)
+
+    def _summary(self, watch: Watch) -> dict:
+        """summary.json, of rows that earlier calls wrote too: the first process has them."""
         rows = read_metrics(self.workdir / "metrics.csv")
         summary = summarise(rows, self.scale.mean, self.scale.std)
         summary["warnings"] = watch.warnings

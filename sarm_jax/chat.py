@@ -1,12 +1,14 @@
 """(prompt, response) → token ids, through the tokenizer's own chat template.
 
 Rules: exactly one BOS wherever the tokenizer uses one; a fixed `date_string`, so that a score
-does not depend on today; truncation on the left, so that the end-of-turn token survives; and
-what a template writes after the end-of-turn token (ChatML's newline) is dropped, so that the
-pooled token of a SARM is the end-of-turn token itself.
+does not depend on today; truncation on the left, so that the end-of-turn token survives; what a
+template writes after the end-of-turn token (ChatML's newline) is dropped, so that the pooled token
+of a SARM is the end-of-turn token itself; and special tokens come from the template alone: one
+spelled out in a prompt or response is text, so that no policy ends its turn and writes another.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 from sarm_jax.errors import InputError
 
 DATE_STRING = "26 Jul 2024"  # the Llama-3.1 template's own default
+_MARK = re.compile("( ?)(\ue000\\d\ue001)( ?)")  # of content that is encoded apart
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -101,6 +104,12 @@ def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> li
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: use an "
             "instruction-tuned model, or add chat_template to its tokenizer_config.json"
         )
+    spelled = {}
+    for number, turn in enumerate(turns):
+        if _special_tokens(tokenizer).search(turn["content"]):
+            mark = f"\ue000{number}\ue001"
+            spelled[mark] = turn["content"]
+            turns[number] = turn | {"content": f" {mark} "}
     try:
         text = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=generation, date_string=DATE_STRING
@@ -110,12 +119,34 @@ def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> li
             f"the chat template of {tokenizer.name_or_path!r} fails ({error}): "
             "repair chat_template.jinja or tokenizer_config.json there"
         ) from error
-    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids: list[int] = []
+    for piece, written in _pieces(text, spelled):
+        options = {"split_special_tokens": True} if written else {}
+        ids += tokenizer(piece, add_special_tokens=False, **options)["input_ids"]
     if _adds_bos(tokenizer):
         bos = tokenizer.bos_token_id
         start = next((n for n, token in enumerate(ids) if token != bos), len(ids))
         ids = [bos, *ids[start:]]
     return ids
+
+
+def _pieces(text: str, spelled: dict[str, str]) -> Iterator[tuple[str, bool]]:
+    """The rendered text, cut where a mark stands for content: (piece, is it such content)."""
+    done = 0
+    for found in _MARK.finditer(text) if spelled else ():
+        before, mark, after = found.groups()
+        content = spelled[mark]
+        yield text[done : found.start()], False
+        yield content if before and after else content.strip(), True  # as the template trims
+        done = found.end()
+    yield text[done:], False
+
+
+@lru_cache(maxsize=8)
+def _special_tokens(tokenizer: Any) -> re.Pattern:
+    """Matches what stands for a special token, and nothing where there are none."""
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
 
 
 @lru_cache(maxsize=8)

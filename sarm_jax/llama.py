@@ -103,6 +103,13 @@ def attention(
     q_btnh, k_bskh, v_bskh = placement.keep_heads(q_btnh, k_bskh, v_bskh)
     attend = partial(jax.nn.dot_product_attention, implementation=implementation)
     length = q_btnh.shape[1]
+    if implementation == "cudnn" and length > 1 and length % 2:  # it has no gradient of odd ones
+        q_btnh, k_bskh, v_bskh = (
+            jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_btnh, k_bskh, v_bskh)
+        )
+        mask_bts = jnp.pad(mask_bts, ((0, 0), (0, 1), (0, 0)), mode="edge")  # no row is empty
+        mask_bts = jnp.pad(mask_bts, ((0, 0), (0, 0), (0, 1)))
+        return attend(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])[:, :length]
     block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
     if implementation == "cudnn" or length <= block:
         return attend(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])

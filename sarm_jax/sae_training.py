@@ -243,8 +243,13 @@ def unit_rows(decoder_fd: jax.Array) -> jax.Array:
 
 
 def warmup_cosine(peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:
-    """A linear warm-up over the first `warmup_fraction` of `steps` updates, then a cosine to 0."""
-    warmup = max(round(warmup_fraction * steps), 1)
+    """A linear warm-up over the first `warmup_fraction` of `steps` updates, then a cosine to 0.
+
+    Its first update has rate 0, so that there is none where it would be a single one.
+    """
+    warmup = round(warmup_fraction * steps)
+    if warmup < 2:
+        return optax.cosine_decay_schedule(peak, steps)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 

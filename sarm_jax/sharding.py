@@ -240,8 +240,13 @@ class Placement:
 
 
 def put_like(array: np.ndarray, like: Any) -> Any:
-    """An array of the host's where `like` lies; as it is, where that is on the host itself."""
-    return _put(array, like.sharding) if isinstance(like, jax.Array) else array
+    """An array of the host's where `like` lies; as it is, where that is on the host itself.
+
+    One that is free to move stays so: programs are compiled anew for one that is not.
+    """
+    if not isinstance(like, jax.Array):
+        return array
+    return _put(array, like.sharding) if like.committed else jax.device_put(array)
 
 
 def _put(x: Any, sharding: Sharding) -> jax.Array:

@@ -50,6 +50,30 @@ def test_prompt_and_response_join_to_the_conversation(any_tokenizer):
     assert whole[: len(prompt)] == prompt
 
 
+@pytest.mark.parametrize("space", ["", " "])
+def test_special_tokens_that_are_spelled_out_are_text(any_tokenizer, space):
+    end = any_tokenizer.convert_ids_to_tokens(chat.end_of_turn_id(any_tokenizer))
+    honest = chat.encode_conversation(any_tokenizer, "hi", "yo")
+    special = set(any_tokenizer.all_special_ids)
+    for prompt, response in [
+        ("hi", f"{space}a{end}\nb{space}"),
+        ("hi", end),
+        (f"{end}hi", f"user{end}"),
+        (end, "yo"),
+    ]:
+        ids = chat.encode_conversation(any_tokenizer, prompt, response)
+        assert [i for i in ids if i in special] == [i for i in honest if i in special]
+        text = any_tokenizer.decode(ids)
+        rendered = any_tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+            tokenize=False,
+            date_string=chat.DATE_STRING,
+        )
+        assert text.split() == rendered.split()
+        start = chat.encode_prompt(any_tokenizer, prompt)
+        assert ids[: len(start)] == start
+
+
 def test_truncation_is_on_the_left(tokenizer):
     whole = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20)
     short = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20, max_length=30)

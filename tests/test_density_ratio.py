@@ -40,6 +40,25 @@ def test_same_distribution_gives_no_penalty():
     assert abs(float(logits.mean())) < 0.1
 
 
+def test_latents_that_no_human_response_fires_do_not_drown_the_others():
+    rng = np.random.default_rng(5)
+
+    def sparse(rows, latents=512, k=8):  # a few fire often, most hardly ever
+        p_f = 1 / np.arange(1, latents + 1)
+        z_nf = np.zeros((rows, latents), np.float32)
+        for z_f in z_nf:
+            z_f[rng.choice(latents, k, replace=False, p=p_f / p_f.sum())] = 1 + 3 * rng.random(k)
+        return z_nf
+
+    human, policy = sparse(120), sparse(16)
+    silent = human.max(axis=0) == 0
+    assert silent.sum() > 100 and policy[:, silent].any()
+    config = DiscriminatorConfig(1e-3, hidden_size=64, steps=4, batch_size=32, weight_decay=1e-2)
+    ratio = DensityRatio(config, human)
+    _, logits, _ = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
+    assert float(jnp.abs(logits).max()) < 0.3
+
+
 def test_it_is_stepped_before_it_is_read():
     human = np.zeros((50, 1), np.float32) + np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
     ratio = DensityRatio(CONFIG, human)
@@ -108,6 +127,10 @@ def test_features_must_be_in_the_buffer(tmp_path):
         human_buffer(RewardConfig(beta=0.1), "", 64)
     with pytest.raises(InputError, match="feature 6 of a SARM with 6 latents"):
         human_buffer(RewardConfig(beta=0.1), str(path), 6)
+    one = tmp_path / "one.safetensors"
+    save_human_latents(one, HumanLatents(np.ones((1, 2), np.float32), (5, 6)))
+    with pytest.raises(InputError, match="holds one response"):
+        human_buffer(RewardConfig(beta=0.1), str(one), 64)
     assert human_buffer(RewardConfig(beta=0.0), "", 64) is None
 
 

@@ -88,6 +88,10 @@ def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path)
     finished = finish(*start_two(world, tmp_path / "two"))
     assert [code for code, _ in finished] == [0, 0], finished
     assert "resuming after step 4 of 10" in finished[0][1] and "PPO" not in finished[1][1]
+    summary = (tmp_path / "two" / "summary.json").read_text()
+    again = finish(*start_two(world, tmp_path / "two"))  # nothing is left to do
+    assert [code for code, _ in again] == [0, 0], again
+    assert (tmp_path / "two" / "summary.json").read_text() == summary
 
     one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     for row, expected in zip(two, one, strict=True):

@@ -7,7 +7,7 @@ from flax import nnx
 
 from sarm_jax import sae_training
 from sarm_jax.sae import SAE, SAEConfig, standardise
-from sarm_jax.sae_training import Activations, Conversation, SAETraining
+from sarm_jax.sae_training import Activations, Conversation, SAETraining, warmup_cosine
 from sarm_jax.training import truncate
 
 OPTIONS = SAETraining(
@@ -168,3 +168,15 @@ def test_a_fixed_share_of_a_minibatch_is_pooled():
     share = sae_training.POOLED_FRACTION
     assert rows.shape == (50, 400)
     assert pooled_n[rows].mean() == pytest.approx(share + (1 - share) * 0.01, abs=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 50, 1000])
+def test_rates_of_the_schedule(steps):
+    rates = [float(warmup_cosine(2.0, 0.03, steps)(step)) for step in range(steps)]
+    warmup = round(0.03 * steps)
+    if warmup < 2:
+        assert rates[0] == 2.0
+        warmup = 0
+    np.testing.assert_allclose(rates[:warmup], 2.0 * np.arange(warmup) / max(warmup, 1), rtol=1e-6)
+    done = np.arange(steps - warmup) / (steps - warmup)
+    np.testing.assert_allclose(rates[warmup:], 1 + np.cos(np.pi * done), atol=1e-6)

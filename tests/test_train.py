@@ -270,6 +270,18 @@ def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces, co
     assert len(taken) > 1 and taken <= set(trainer._slot_plan.all())
 
 
+def test_what_a_resumed_run_compiles_it_compiles_before_its_second_step(
+    make_trainer, tmp_path, compilations
+):
+    many = tuple(range(3, 70))
+    options = {"pack_levels": 3, "stop_ids": many}
+    make_trainer(tmp_path / "run", total_steps=3, **options).run()
+    trainer = make_trainer(tmp_path / "run", total_steps=9, **options)
+    compiled = compilations(trainer)
+    trainer.run()
+    assert compiled and max(compiled) < 4
+
+
 def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(
         tmp_path / "run",
