@@ -19,6 +19,7 @@ from conversion.peft import save_adapter
 from ppo.plan import Layout
 from sarm_jax.chat import encode_prompt
 from sarm_jax.errors import InputError
+from sarm_jax.jsonl import read_jsonl
 from sarm_jax.lora import LoRAConfig, add_lora
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.sharding import MeshConfig
@@ -330,3 +331,25 @@ def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):
     others = plan["candidates"]
     assert len(others) == 1
     assert all(not o["fits"] or o["step_seconds"] >= plan["step_seconds"] for o in others)
+
+
+def test_pairs_are_sampled_on_the_mesh_and_a_sarm_trained_beside_it(world, tmp_path, capsys):
+    given = ["--config=configs/base.py", f"--policy_model={world}/policy", "--stage=prepare_data"]
+    given += [f"--config.prepare_data.demos_jsonl={world}/demos.jsonl"]
+    given += ["--config.prepare_data.max_new_tokens=6"]
+    meshes = {"one": (), "two": ("--config.mesh.tensor=2", "--config.mesh.data=2")}
+    for name, mesh in meshes.items():
+        assert run_main(*given, *mesh, f"--workdir={tmp_path / name}") == 0
+    pairs = [read_jsonl(tmp_path / name / "data" / "pairs.jsonl", {}) for name in meshes]
+    assert len(pairs[0]) == len(pairs[1]) > 8
+    same = sum(one == two for one, two in zip(*pairs, strict=True))
+    assert same > 0.9 * len(pairs[0])  # a rounding may turn a draw
+    options = (
+        "source_layer=1 latent_size=16 k=4 mode=0 sae_steps=2 sae_batch_tokens=8 aux_k=4"
+    )
+    train = [f"--config.train_sarm.{option}" for option in options.split()]
+    train += ["--stage=train_sarm", "--config.mesh.tensor=2", "--config.remat=full"]
+    train += [f"--config.train_sarm.pairs_jsonl={tmp_path}/one/data/pairs.jsonl"]
+    assert run_main(*given[:2], *train, f"--workdir={tmp_path}/sarm") == 0
+    said = capsys.readouterr().err
+    assert "train_sarm runs on one device: mesh data=1 fsdp=1 tensor=2 is for" in said
