@@ -344,9 +344,7 @@ def test_pairs_are_sampled_on_the_mesh_and_a_sarm_trained_beside_it(world, tmp_p
     assert len(pairs[0]) == len(pairs[1]) > 8
     same = sum(one == two for one, two in zip(*pairs, strict=True))
     assert same > 0.9 * len(pairs[0])  # a rounding may turn a draw
-    options = (
-        "source_layer=1 latent_size=16 k=4 mode=0 sae_steps=2 sae_batch_tokens=8 aux_k=4"
-    )
+    options = "source_layer=1 latent_size=16 k=4 mode=0 sae_steps=2 sae_batch_tokens=8 aux_k=4"
     train = [f"--config.train_sarm.{option}" for option in options.split()]
     train += ["--stage=train_sarm", "--config.mesh.tensor=2", "--config.remat=full"]
     train += [f"--config.train_sarm.pairs_jsonl={tmp_path}/one/data/pairs.jsonl"]
