@@ -85,12 +85,7 @@ class Updater:
                     piece = self.learner.placement.rows(piece)
                     state, _, metrics = self._step(state, base, *piece, count, slots)
                 history.append(metrics)
-        metrics = {k: jnp.stack([m[k] for m in history]) for k in history[0]}
-        first_deviation = metrics.pop("ratio_max_dev")[0]
-        skipped = (~metrics.pop("finite")).sum()
-        summary = {name: values.mean() for name, values in metrics.items()}
-        summary |= {"ratio_0_max_dev": first_deviation, "skipped_updates": skipped}
-        return state, targets, summary
+        return state, targets, _summary(history)
 
     def lower(
         self, state: TrainState, base: nnx.State, prompt_length: int, slots: Slots | None
@@ -208,6 +203,16 @@ class Updater:
         return loss, (targets, metrics)
 
 
+@jax.jit
+def _summary(history: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The metrics of an update's optimizer steps as those of the update."""
+    metrics = {k: jnp.stack([m[k] for m in history]) for k in history[0]}
+    first_deviation = metrics.pop("ratio_max_dev")[0]
+    skipped = (~metrics.pop("finite")).sum()
+    summary = {name: values.mean() for name, values in metrics.items()}
+    return summary | {"ratio_0_max_dev": first_deviation, "skipped_updates": skipped}
+
+
 def make_targets(
     config: PPOConfig, batch: Batch, logp_br: jax.Array, values_br: jax.Array
 ) -> Targets:
@@ -221,12 +226,14 @@ def make_targets(
     return Targets(logp_br, values_br, advantages_br, returns_br)
 
 
+@jax.jit
 def batch_metrics(batch: Batch, targets: Targets, sampler_logp_br: jax.Array) -> dict:
     """Scalars of the rollout itself.
 
     `ref_kl`: of π_old, nats per response, averaged over responses;
     `sampler_drift`: mean |log π_sampler − log π_old| per token;
     `advantage_*`: of returns − values, before whitening.
+    One program: on virtual devices dozens of small ones behind an update can wait for each other.
     """
     mask_br = batch.response_mask_br
     advantages_br = targets.returns_br - targets.values_br
