@@ -389,25 +389,6 @@ FLAGS = [
         "bad.py",
         spoil=file("def get_config(:", "bad.py"),
     ),
-    main(
-        "config that fails",
-        "--config={bad}",
-        "bad.py:2: ZeroDivisionError: division by zero",
-        spoil=file("def get_config():\n    return 1 / 0\n", "bad.py"),
-    ),
-    main(
-        "config without get_config",
-        "--config={bad}",
-        "bad.jsonl: ",
-        "has no attribute 'get_config'",
-        spoil=file('{"prompt": "x"}\n'),
-    ),
-    main(
-        "config that forgets to return",
-        "--config={bad}",
-        "bad.py: its get_config() must return a ConfigDict",
-        spoil=file("def get_config():\n    pass\n", "bad.py"),
-    ),
 ]
 
 REWARD = [

@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from configs import stages
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", [*stages.STAGES, "all"])
@@ -20,3 +23,19 @@ def test_help_waits_for_no_plots_tests_or_dashboards():
     program = f"import sys, main; print(*({set(heavy)} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (found.returncode, found.stdout.split()) == (0, [])
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ("def get_config():\n    return 1 / 0\n", "bad.py:2: ZeroDivisionError: division by zero"),
+        ("def get_config():\n    pass\n", "bad.py: its get_config() must return a ConfigDict"),
+        ("x = 1\n", "has no attribute 'get_config'"),
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path, content, says):
+    (tmp_path / "bad.py").write_text(content)
+    command = [sys.executable, "main.py", f"--config={tmp_path}/bad.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ") and says in done.stderr

@@ -34,8 +34,9 @@ def options(config: ConfigDict) -> PairsConfig | BenchmarkDataConfig | LabConfig
     if source == "lab":
         return from_section(LabConfig, config.lab)
     if source == "demonstrations":
+        found = from_section(PairsConfig, section)
         required(config, "prepare_data.demos_jsonl", "policy_model")
-        return from_section(PairsConfig, section)
+        return found
     if source == "benchmarks":
         fields: dict[str, Any] = {
             name: tuple((f, Path(f)) for f in given(section[name])) for name in FILES
