@@ -2,7 +2,7 @@
 
 All do the same work on the same prompts in float32: a rollout up to the longest response, scoring
 through a 15-layer trunk, reference log-probabilities, and `epochs` full-batch epochs on LoRA (r 16
-on q, k, v, o) and a value head; `jax_ppo`, `torch_ppo` and `tunix_ppo` say how. Either side has a
+on q, k, v, o) and a value head; `jax_ppo`, `torch_ppo` and `tunix_ppo` say how. Each side has a
 process to itself, as in use, and waits while another works. Turns alternate, so that a machine
 whose speed drifts slows all; the ratio is taken turn by turn. A turn is two iterations of which the
 last counts: the first finds the caches, and on some machines its very memory, cold after the wait.
@@ -13,8 +13,8 @@ last counts: the first finds the caches, and on some machines its very memory, c
 samples to them, at most `--new_tokens`; the sides then sample on to the longest, whatever the
 tokens, and what is beyond a response's length does not count. `--torch_without_cache` makes the
 PyTorch side compute all positions at every token, as loops without a KV cache do.
-`--tunix_python=ENV/bin/python` adds Tunix, from an environment of its own with the same Python
-(`pip install google-tunix`): it asks for an older safetensors than this project.
+`--tunix_python=ENV/bin/python` adds Tunix, from an environment of its own (`pip install
+google-tunix`): it asks for an older safetensors than this project.
 """
 
 import argparse

@@ -140,7 +140,7 @@ def _deviations(rows_ns: jax.Array) -> jax.Array:
     """What latents are divided by: σ, or where no human response ever differs, that of the others
     in the root mean square. Divided by next to nothing, one firing would drown all else."""
     variance_s = rows_ns.var(axis=0)
-    varied_s = variance_s > 0
-    mean = variance_s.sum() / jnp.maximum(varied_s.sum(), 1)
+    varied_s = rows_ns.max(axis=0) > rows_ns.min(axis=0)  # equal rows may have a rounded variance
+    mean = jnp.where(varied_s, variance_s, 0).sum() / jnp.maximum(varied_s.sum(), 1)
     typical = jnp.where(mean > 0, jnp.sqrt(mean), 1.0)
     return jnp.where(varied_s, jnp.sqrt(variance_s) + 1e-6, typical)
