@@ -16,6 +16,7 @@ from configs.pipeline import run_stage
 from configs.shared import check_scoring
 from ppo.guards import TrainingStoppedError
 from sarm_jax import processes
+from sarm_jax.chips import take_memory
 from sarm_jax.errors import InputError, out_of_memory
 from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
         if stage not in (*stages.STAGES, "all"):
             raise InputError(f"--stage={stage}: expected all or one of {', '.join(stages.STAGES)}")
         check_scoring(template)
+        take_memory()
         if hosts := command_line.hosts(stage):
             show_progress(f"process {hosts.number}: ", command_line.log_level(), not hosts.number)
             processes.connect(hosts)

@@ -27,6 +27,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import safe_open
 
+from benchmarks.word_tokenizer import word_tokenizer
 from conversion.checkpoint import Kind
 from conversion.directory import TOKENIZER_FILES
 from conversion.hf_config import is_sarm, llama_config, sarm_config
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def write_checkpoint(directory: Path, hf: dict[str, Any], specs: list[TensorSpec]) -> None:
-    """A Hugging Face directory with random finite bfloat16 weights and a small tokenizer."""
+    """A Hugging Face directory with random finite bfloat16 weights and a tokenizer."""
     directory.mkdir()
     rng = np.random.default_rng(0)
     with TensorWriter(directory) as writer:
@@ -91,20 +92,9 @@ def write_checkpoint(directory: Path, hf: dict[str, Any], specs: list[TensorSpec
             writer.add(spec.hf_name, flat.view(ml_dtypes.bfloat16).reshape(spec.hf_shape))
         writer.close()
     write_json(directory / "config.json", hf | {"torch_dtype": "bfloat16"})
-    write_tokenizer(directory)
+    word_tokenizer(hf["vocab_size"]).save_pretrained(directory)
     for file in directory.iterdir():
         to_disk(file)
-
-
-def write_tokenizer(directory: Path) -> None:
-    """Bytes as tokens: the command reads a tokenizer and copies it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>").save_pretrained(directory)
 
 
 def convert(source: Path, dst: Path, kind: Kind) -> dict[str, float]:

@@ -1,7 +1,8 @@
-"""This project's side of `ppo_iteration`: its own programs, with no stop token.
+"""This project's PPO iteration on prompts and response lengths that are given, with no stop token.
 
-Padding is left out of all but attention (`pack_levels` 0 computes it), and what the reward model
-scores is a SARM of the usual shape over the policy's own first layers.
+`build` makes the side of `ppo_iteration`: padding is left out of all but attention (`pack_levels` 0
+computes it), and what the reward model scores is a SARM of the usual shape over the policy's own
+first layers.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from ppo.learner import Learner
 from ppo.slots import SlotPlan
 from ppo.update import Batch, Updater
 from sarm_jax.chat import pad_batch
+from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
@@ -29,25 +31,30 @@ PHASES = ("rollout", "score", "update", "total")
 
 
 class JaxPPO:
-    """The learner with its adapters, the reward model, the prompts."""
+    """The learner with its adapters, the reward model, the prompts.
 
-    def __init__(self, model_dir: str, work: Workload, pack_levels: int, score_batch: int):
-        policy, tokenizer = load_policy(model_dir)
-        batch, new_tokens, epochs = len(work.prompts), work.new_tokens, work.epochs
-        options = base.get_config().ppo.to_dict()
-        options |= {"batch_size": batch, "max_new_tokens": new_tokens, "ppo_epochs": epochs}
-        options["pack_levels"] = pack_levels
-        self.config = PPOConfig(**options)
-        self.reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=score_batch)
+    `watched` are the latents that the reward reads.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        lora: LoRAConfig,
+        policy: Llama,
+        reward_model: RewardModel,
+        work: Workload,
+        watched: tuple[int, ...] = (0,),
+    ):
+        self.reward_model, self.watched = reward_model, watched
         policy.stop_ids = ()
-        lora = LoRAConfig(rank=16, alpha=32.0)
-        self.learner, self.state, self.base = Learner.attach(self.config, lora, policy, pad=0)
+        self.learner, fresh, self.base = Learner.attach(config, lora, policy, pad=0)
+        self.state = policy.placement.replicated(fresh)
         lengths = np.asarray([len(row) for row in work.prompts])
         self.tokens, self.mask = pad_batch(work.prompts, lengths.max(), 0, side="left")
         self.lengths = np.asarray(work.lengths)
-        self.counted = np.arange(new_tokens) < self.lengths[:, None]
-        self.order = np.tile(np.arange(batch), (epochs, 1))
-        self.plan = SlotPlan(self.config, [lengths], [self.order])
+        self.counted = np.arange(config.max_new_tokens) < self.lengths[:, None]
+        self.order = np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1))
+        self.plan = SlotPlan(config, [lengths], [self.order], policy.placement.parts)
         self.steps = 0
 
     def iteration(self) -> dict[str, float]:
@@ -62,14 +69,15 @@ class JaxPPO:
         clock.append(time.perf_counter())
         prompts = [row[mask] for row, mask in zip(self.tokens, self.mask, strict=True)]
         rows = [np.concatenate(pair) for pair in zip(prompts, responses, strict=True)]
-        score_b, _ = self.reward_model.score_tokens(rows, latent_indices=(0,))
+        score_b, _ = self.reward_model.score_tokens(rows, latent_indices=self.watched)
         clock.append(time.perf_counter())
+        place = self.learner.placement.rows
         tokens = jnp.concatenate([jnp.asarray(self.tokens), generation.tokens_br], axis=1)
         mask = jnp.concatenate([jnp.asarray(self.mask), jnp.asarray(self.counted)], axis=1)
+        tokens, mask, counted = place((tokens, mask, jnp.asarray(self.counted)))
         slots = self.plan.of(self.lengths, self.order)
         reference = self.learner.reference_logp(self.base, tokens, mask, slots=slots)
-        counted = jnp.asarray(self.counted)
-        batch = Batch(tokens, mask, counted, reference, jnp.asarray(score_b))
+        batch = Batch(tokens, mask, counted, *place((reference, jnp.asarray(score_b))))
         self.state, _, metrics = Updater(self.learner)(
             self.state, self.base, batch, self.order, slots
         )
@@ -80,17 +88,24 @@ class JaxPPO:
         return dict(zip(PHASES, [*spans, sum(spans)], strict=True))
 
 
-def _sarm(policy) -> SARM:
+def _sarm(policy: Llama) -> SARM:
     """A SARM of the usual shape: the policy's first 15 layers, a random SAE and head."""
     trunk = dataclasses.replace(policy.config, num_hidden_layers=15)
     config = SARMConfig(trunk, SAEConfig(trunk.hidden_size, latent_size=4608, k=32))
-    sarm = SARM(config, rngs=nnx.Rngs(0))
+    dtype = policy.embed_tokens.dtype
+    sarm = SARM(config, dtype=dtype, rngs=nnx.Rngs(0))
     nnx.update(sarm.trunk.layers, jax.tree.map(lambda x: x[:15], nnx.state(policy.layers)))
     sarm.trunk.embed_tokens[...] = policy.embed_tokens[...]
-    sarm.score[...] = jax.random.normal(jax.random.key(1), sarm.score.shape)
+    sarm.score[...] = jax.random.normal(jax.random.key(1), sarm.score.shape, sarm.score.dtype)
     return sarm
 
 
-def build(model_dir: str, work: Workload, pack_levels: int, score_batch: int) -> JaxPPO:
+def build(model_dir: str, work: Workload, dtype: str, pack_levels: int, score_batch: int) -> JaxPPO:
     """Loads the models; `.iteration()` then runs and times one PPO iteration."""
-    return JaxPPO(model_dir, work, pack_levels, score_batch)
+    policy, tokenizer = load_policy(model_dir, dtype)
+    options = base.get_config().ppo.to_dict()
+    options |= {"batch_size": len(work.prompts), "max_new_tokens": work.new_tokens}
+    options |= {"ppo_epochs": work.epochs, "pack_levels": pack_levels}
+    reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=score_batch)
+    lora = LoRAConfig(rank=16, alpha=32.0)
+    return JaxPPO(PPOConfig(**options), lora, policy, reward_model, work)

@@ -1,11 +1,12 @@
 """One PPO iteration on SmolLM2-135M: this project, PyTorch and Tunix, alternately.
 
-All do the same work on the same prompts in float32: a rollout up to the longest response, scoring
-through a 15-layer trunk, reference log-probabilities, and `epochs` full-batch epochs on LoRA (r 16
-on q, k, v, o) and a value head; `jax_ppo`, `torch_ppo` and `tunix_ppo` say how. Each side has a
-process to itself, as in use, and waits while another works. Turns alternate, so that a machine
-whose speed drifts slows all; the ratio is taken turn by turn. A turn is two iterations of which the
-last counts: the first finds the caches, and on some machines its very memory, cold after the wait.
+All do the same work on the same prompts, in float32 unless `--dtype` says otherwise: a rollout up
+to the longest response, scoring through a 15-layer trunk, reference log-probabilities, and `epochs`
+full-batch epochs on LoRA (r 16 on q, k, v, o) and a value head; `jax_ppo`, `torch_ppo` and
+`tunix_ppo` say how. Each side has a process to itself, as in use, and waits while another works.
+Turns alternate, so that a machine whose speed drifts slows all; the ratio is taken turn by turn. A
+turn is two iterations of which the last counts: the first finds the caches, and on some machines
+its very memory, cold after the wait.
 
     python -m benchmarks.ppo_iteration --model_dir=outputs/models/SmolLM2-135M-Instruct
 
@@ -44,15 +45,18 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2, help="of a turn; the last counts")
     parser.add_argument("--pack_levels", type=int, default=4)
     parser.add_argument("--score_batch", type=int, default=4)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--torch_without_cache", action="store_true")
     parser.add_argument("--tunix_python", help="the Python of an environment with google-tunix")
     args = parser.parse_args()
+    if args.tunix_python and args.dtype != "float32":
+        parser.error(f"--dtype={args.dtype}: Tunix's side is float32")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         work = pool.apply(WORKLOADS[args.workload], (args,))
     print(work, flush=True)
     options: dict[str, tuple[Any, ...]] = {
-        "jax": (args.pack_levels, args.score_batch),
-        "torch": (not args.torch_without_cache,),
+        "jax": (args.dtype, args.pack_levels, args.score_batch),
+        "torch": (args.dtype, not args.torch_without_cache),
         "tunix": (),
     }
     pythons = {"jax": sys.executable, "torch": sys.executable, "tunix": args.tunix_python}

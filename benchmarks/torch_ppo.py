@@ -1,4 +1,4 @@
-"""The PyTorch baseline: one PPO iteration on SmolLM2-135M with transformers and PEFT, in float32.
+"""The PyTorch baseline: one PPO iteration on SmolLM2-135M with transformers and PEFT.
 
 An iteration does what this project's own does, on the same prompts (`ppo_iteration` runs both):
 
@@ -8,7 +8,8 @@ An iteration does what this project's own does, on the same prompts (`ppo_iterat
 3. update: old log-probs and values, reference log-probs (adapters off), then `epochs` full-batch
    epochs of the clipped PPO loss on LoRA (r 16 on q, k, v, o) and a value head, with AdamW.
 
-It is meant to be as fast as plain PyTorch on a CPU gets without a compiler: sdpa attention,
+It runs on a GPU where there is one, with float32 products in TF32 there, as JAX has them, and is
+meant to be as fast as plain PyTorch gets without a compiler: sdpa attention,
 inference_mode wherever no gradient is needed, the adapters merged into the weights for the rollout
 (faster than running them apart, and than a static cache), logits on the response positions only,
 and gradients only for what is trained.
@@ -37,33 +38,32 @@ LEARNING_RATE, MAX_GRAD_NORM = 1e-4, 1.0
 class Sarm(torch.nn.Module):
     """A reward model of SARM's shape: frozen trunk, TopK SAE with random weights, linear head."""
 
-    def __init__(self, model_dir: str) -> None:
+    def __init__(self, model_dir: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.trunk = LlamaModel.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        self.trunk = LlamaModel.from_pretrained(model_dir, dtype=dtype, attn_implementation="sdpa")
         self.trunk.layers = self.trunk.layers[:TRUNK_LAYERS]
         self.trunk.norm = torch.nn.Identity()  # SARM applies no final norm
-        self.encoder = torch.nn.Linear(self.trunk.config.hidden_size, LATENTS)
+        self.encoder = torch.nn.Linear(self.trunk.config.hidden_size, LATENTS, dtype=dtype)
         self.head = torch.nn.Linear(LATENTS, 1, bias=False)
         self.requires_grad_(False)
 
     def forward(self, ids_bt: torch.Tensor, mask_bt: torch.Tensor) -> torch.Tensor:
         """The score [B] at the last real token."""
         h_btd = self.trunk(ids_bt, mask_bt, positions(mask_bt), use_cache=False).last_hidden_state
-        places_t = torch.arange(mask_bt.shape[1])
-        h_bd = h_btd[torch.arange(len(mask_bt)), (mask_bt * places_t).argmax(-1)]
+        places_t = torch.arange(mask_bt.shape[1], device=mask_bt.device)
+        h_bd = h_btd[torch.arange(len(mask_bt)), (mask_bt * places_t).argmax(-1)].float()
         std_b1, mean_b1 = torch.std_mean(h_bd, dim=-1, keepdim=True)  # ddof = 1
-        top_bk, index_bk = self.encoder((h_bd - mean_b1) / (std_b1 + 1e-6)).topk(TOP_K, dim=-1)
+        x_bd = ((h_bd - mean_b1) / (std_b1 + 1e-6)).to(self.encoder.weight.dtype)
+        top_bk, index_bk = self.encoder(x_bd).float().topk(TOP_K, dim=-1)
         return (top_bk * self.head.weight[0, index_bk]).sum(-1)
 
 
 class TorchPPO:
     """The policy with its adapters and value head, the reward model, the prompts, the optimizer."""
 
-    def __init__(self, model_dir: str, work: Workload, cache: bool) -> None:
+    def __init__(self, model_dir: str, work: Workload, dtype: torch.dtype, cache: bool) -> None:
         base = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=torch.float32, attn_implementation="sdpa"
+            model_dir, dtype=dtype, attn_implementation="sdpa"
         )
         lora = LoraConfig(
             r=16,
@@ -72,12 +72,14 @@ class TorchPPO:
             target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
             task_type="CAUSAL_LM",
         )
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.policy = get_peft_model(base, lora).eval()  # no dropout anywhere: eval changes nothing
+        self.policy.to(self.device)
         self.trunk, self.lm_head = base.model, base.lm_head
-        self.value_head = torch.nn.Linear(base.config.hidden_size, 1)
+        self.value_head = torch.nn.Linear(base.config.hidden_size, 1, device=self.device)
         torch.nn.init.zeros_(self.value_head.weight)
         torch.nn.init.zeros_(self.value_head.bias)
-        self.sarm = Sarm(model_dir)
+        self.sarm = Sarm(model_dir, dtype).to(self.device)
         self.params = [p for p in self.policy.parameters() if p.requires_grad]
         self.params += list(self.value_head.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -86,29 +88,38 @@ class TorchPPO:
         self.new_tokens, self.epochs, self.cache = work.new_tokens, work.epochs, cache
         prompts, lengths_b = [torch.tensor(row) for row in work.prompts], torch.tensor(work.lengths)
         pad = base.config.pad_token_id or 0
-        self.prompts_bp = pad_sequence(prompts, True, pad, padding_side="left")
         ones = [torch.ones_like(row) for row in prompts]
-        self.prompt_mask_bp = pad_sequence(ones, True, 0, padding_side="left")
-        self.counted_bn = (torch.arange(work.new_tokens) < lengths_b[:, None]).long()
+        arrays = (
+            pad_sequence(prompts, True, pad, padding_side="left"),
+            pad_sequence(ones, True, 0, padding_side="left"),
+            (torch.arange(work.new_tokens) < lengths_b[:, None]).long(),
+        )
+        self.prompts_bp, self.prompt_mask_bp, self.counted_bn = (x.to(self.device) for x in arrays)
         self.losses: list[float] = []  # of the last iteration, one per epoch
 
     def iteration(self) -> dict[str, float]:
         """Runs one PPO iteration; the seconds of rollout, score, update and total."""
-        start = time.perf_counter()
+        start = self.now()
         ids_bt = self.rollout()
         mask_bt = torch.cat([self.prompt_mask_bp, self.counted_bn], dim=1)
-        rolled_out = time.perf_counter()
+        rolled_out = self.now()
         with torch.inference_mode():
             score_b = self.sarm(ids_bt, mask_bt)
-        scored = time.perf_counter()
+        scored = self.now()
         self.update(ids_bt, mask_bt, score_b)
-        end = time.perf_counter()
+        end = self.now()
         return {
             "rollout": rolled_out - start,
             "score": scored - rolled_out,
             "update": end - scored,
             "total": end - start,
         }
+
+    def now(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def rollout(self) -> torch.Tensor:
         """Samples from the softmax at temperature 1; prompts and responses [B, P + N]."""
@@ -135,8 +146,9 @@ class TorchPPO:
         ).last_hidden_state
         hidden_id = hidden_btd[:, -self.new_tokens :].flatten(0, 1)  # i: B · N; one large matmul
         targets_bn = ids_bt[:, -self.new_tokens :]
-        nll_i = F.cross_entropy(self.lm_head(hidden_id), targets_bn.flatten(), reduction="none")
-        return -nll_i.view_as(targets_bn), self.value_head(hidden_id).view_as(targets_bn)
+        logits_iv = self.lm_head(hidden_id).float()
+        nll_i = F.cross_entropy(logits_iv, targets_bn.flatten(), reduction="none")
+        return -nll_i.view_as(targets_bn), self.value_head(hidden_id.float()).view_as(targets_bn)
 
     def update(self, ids_bt: torch.Tensor, mask_bt: torch.Tensor, score_b: torch.Tensor) -> None:
         """Old, value and reference forwards, advantages, then the epochs."""
@@ -217,12 +229,14 @@ def ppo_loss(
     return ((policy_bn + 0.5 * VF_COEF * error_bn) * mask_bn).sum() / mask_bn.sum()
 
 
-def build(model_dir: str, work: Workload, cache: bool = True) -> TorchPPO:
+def build(model_dir: str, work: Workload, dtype: str, cache: bool = True) -> TorchPPO:
     """Loads the models, on all cores; `.iteration()` then runs and times one PPO iteration.
 
     `model_dir` is a HF directory with config.json and model.safetensors; without `cache` a token
     costs a pass over all positions before it.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    return TorchPPO(model_dir, work, cache)
+    return TorchPPO(model_dir, work, getattr(torch, dtype), cache)

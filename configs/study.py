@@ -94,6 +94,7 @@ def run_seeds(
 ) -> list[SeedOutcome]:
     """`run_seed` of every seed, a process each, some at a time."""
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
     signal.signal(signal.SIGTERM, _exit)
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:

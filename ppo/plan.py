@@ -21,13 +21,13 @@ from jax.stages import Compiled
 from ppo.config import PPOConfig
 from ppo.costs import Cost, step_costs
 from ppo.programs import Program, step_programs
-from sarm_jax.chips import GIB, Chip, target
+from sarm_jax.chips import GIB, MEMORY_SHARE, Chip, target
 from sarm_jax.errors import InputError
 from sarm_jax.hlo import Collective, read_traffic
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.sarm import SARM
-from sarm_jax.sharding import AXES, MeshConfig, Placement
+from sarm_jax.sharding import AXES, MeshConfig, Placement, make_mesh
 
 LOG = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ ASSUMPTIONS = {
     "share_of_peak_bandwidth": 0.8,
     "seconds_per_kernel": 1.5e-6,
     "seconds_per_collective": 1e-5,
-    "share_of_memory": 0.92,  # what is left beside the CUDA context and fragmentation
+    "share_of_memory": MEMORY_SHARE,
 }
 HALVES = ("prefill", "decode")  # of the program `rollout`, which needs memory for both
 
@@ -71,19 +71,8 @@ class Planner:
 
     def plan(self, layout: Layout) -> dict:
         """The content of plan.json for one layout."""
-        config = dataclasses.replace(self.config, gradient_accumulation_steps=layout.accumulation)
-        policy, sarm, mesh = self.policy(), self.sarm(), layout.mesh
-        mesh.check_model(policy.config)
-        mesh.check_model(sarm.config.trunk)
-        mesh.check_batch(
-            config.batch_size // config.pieces,
-            "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
-        )
-        chip, devices, backend = target(self.name, mesh.devices)
-        placement = Placement(_mesh(mesh, devices))
-        policy.remat = layout.remat
-        for model in (policy, sarm.trunk):
-            model.backend, model.placement = backend, placement
+        config, mesh = self._config(layout), layout.mesh
+        policy, sarm, chip = self._models(layout)
         score_rows = min(config.batch_size, self.score_batch)
         costs = step_costs(
             config,
@@ -96,12 +85,11 @@ class Planner:
             policy.embed_tokens.dtype.itemsize,
         )
         weights = {
-            name: _weight_bytes(model, placement)
+            name: _weight_bytes(model, policy.placement)
             for name, model in (("policy", policy), ("sarm", sarm))
         }
         rows = []
-        programs = step_programs(config, self.lora, policy, sarm, self.score_batch, self.watched)
-        for program in programs:
+        for program in self._programs(config, policy, sarm):
             # A search meets the same program in several layouts.
             key = program.name, *(getattr(layout, field) for field in program.varies_with)
             if key not in self._rows:
@@ -111,6 +99,35 @@ class Planner:
                 self._rows[key] = _row(program, compiled, cost, chip, config, mesh)
             rows.append(self._rows[key])
         return _summary(self.name, layout, config, chip, rows, weights)
+
+    def programs(self, layout: Layout) -> Iterator[Program]:
+        """What `plan` compiles."""
+        policy, sarm, _ = self._models(layout)
+        return self._programs(self._config(layout), policy, sarm)
+
+    def _config(self, layout: Layout) -> PPOConfig:
+        return dataclasses.replace(self.config, gradient_accumulation_steps=layout.accumulation)
+
+    def _programs(self, config: PPOConfig, policy: Llama, sarm: SARM) -> Iterator[Program]:
+        return step_programs(config, self.lora, policy, sarm, self.score_batch, self.watched)
+
+    def _models(self, layout: Layout) -> tuple[Llama, SARM, Chip]:
+        """The abstract models, placed; InputError where they or the batch do not divide."""
+        policy, sarm, mesh = self.policy(), self.sarm(), layout.mesh
+        mesh.check_model(policy.config)
+        mesh.check_model(sarm.config.trunk)
+        config = self._config(layout)
+        mesh.check_batch(
+            config.batch_size // config.pieces,
+            "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
+        )
+        chip, devices, backend = target(self.name, mesh.devices)
+        here = self.name == "host"  # then these are the very programs of a run
+        placement = Placement(make_mesh(mesh, devices) if here else _mesh(mesh, devices))
+        policy.remat = layout.remat
+        for model in (policy, sarm.trunk):
+            model.backend, model.placement = backend, placement
+        return policy, sarm, chip
 
 
 def search(planner: Planner, layouts: Sequence[Layout]) -> list[dict]:
@@ -249,7 +266,9 @@ def _weight_bytes(model: Llama | SARM, placement: Placement) -> int:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path))
         placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
-        total += math.prod(placed.sharding.shard_shape(placed.shape)) * placed.dtype.itemsize
+        whole, sharding = placed.shape, placed.sharding
+        part = whole if sharding is None else sharding.shard_shape(whole)
+        total += math.prod(part) * placed.dtype.itemsize
     return total
 
 

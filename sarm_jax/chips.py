@@ -34,6 +34,9 @@ CHIPS = {
     "h100": Chip("NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 80 * GIB, 450e9),
     "h200": Chip("NVIDIA H200", 989e12, 4.8e12, 141 * 10**9, 450e9),
 }
+PCIE = 32e9  # bytes/s between GPUs of no known kind: generation 4, 16 lanes
+# Of a GPU's memory, for JAX: what is left beside the CUDA context. Its own default is 0.75.
+MEMORY_SHARE = 0.92
 _ABSENT = re.compile(r"(h100|h200)x([1-9]\d?)")
 # Of compute capability 9.0 with 132 multiprocessors (CUDA C programming guide).
 _HOPPER = """
@@ -62,6 +65,15 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{name}"
 """
+
+
+def take_memory() -> None:
+    """Lets JAX have `MEMORY_SHARE` of each GPU, unless the environment says how much it may have.
+
+    To be called before the first array is made.
+    """
+    if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the older name; never both
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
 
 
 def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
@@ -117,15 +129,31 @@ def _absent_gpus(chip: Chip, count: int) -> list[Any]:
 
 
 def measure_host(devices: int) -> Chip:
-    """This machine's rates, measured for a moment and shared by `devices` virtual devices."""
-    size = 1024
-    square = jnp.ones((size, size))
-    flops = 2 * size**3 / _seconds(jax.jit(jnp.matmul), square, square)
-    large = jnp.ones((2**25,))
-    moved = 2 * large.nbytes / _seconds(jax.jit(lambda x: x + 1), large)
+    """What each of `devices` devices of this machine can do.
+
+    A GPU of `CHIPS` has its published rates. Those of another GPU, and of a CPU that is shared by
+    virtual devices, are measured for a moment.
+    """
+    device = jax.devices()[0]
+    if device.platform == "gpu":
+        known = [chip for chip in CHIPS.values() if chip.name == device.device_kind]
+        return known[0] if known else _measure_gpu(device)
+    flops, moved = _rates(1024, jnp.float32, 2**25)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     share = moved / devices
     return Chip("this machine", flops / devices, share, memory // devices, share)
+
+
+def _measure_gpu(device: Any) -> Chip:
+    memory = round(device.memory_stats()["bytes_limit"] / MEMORY_SHARE)
+    return Chip(device.device_kind, *_rates(8192, jnp.bfloat16, 2**28), memory, PCIE)
+
+
+def _rates(size: int, dtype: Any, length: int) -> tuple[float, float]:
+    """(FLOP/s of a square product, bytes/s of memory)."""
+    square, large = jnp.ones((size, size), dtype), jnp.ones((length,))
+    flops = 2 * size**3 / _seconds(jax.jit(jnp.matmul), square, square)
+    return flops, 2 * large.nbytes / _seconds(jax.jit(lambda x: x + 1), large)
 
 
 def _seconds(function, *arguments) -> float:

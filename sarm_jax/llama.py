@@ -283,7 +283,7 @@ class Llama(nnx.Module):
             tokens_bt, positions_bt = packing.pack(tokens_bt), packing.pack(positions_bt)
         rope = self.rope(positions_bt)
         x_btd = self.embed_tokens[...][tokens_bt]
-        implementation = attention_implementation(self._backend, x_btd.dtype)
+        implementation = attention_implementation(self._backend, x_btd.dtype, self.config.head_dim)
         attend = partial(attention, implementation=implementation, placement=self.placement)
         graphdef, state = nnx.split(self.layers)
 
@@ -313,7 +313,8 @@ def mask_padding(logits_btv: jax.Array, vocab_size: int) -> jax.Array:
     return jnp.where(jnp.arange(columns) < vocab_size, logits_btv, -1e30)
 
 
-def attention_implementation(backend: str, dtype: Any) -> str:
-    """cuDNN's fused attention where it exists (GPU, half precision), XLA's elsewhere."""
-    fused = backend == "gpu" and dtype in (jnp.bfloat16, jnp.float16)
+def attention_implementation(backend: str, dtype: Any, head_dim: int) -> str:
+    """cuDNN's fused attention where it exists (GPU, half precision, usual heads), else XLA's."""
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    fused = backend == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128
     return "cudnn" if fused else "xla"

@@ -112,8 +112,9 @@ class SARM(nnx.Module):
         return standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
 
     def head(self, z_bf: jax.Array) -> jax.Array:
-        """w · z, float32 `[B]`."""
-        return z_bf @ self.score[...].astype(jnp.float32)
+        """w · z, float32 `[B]`, on GPUs too."""
+        weights_f = self.score[...].astype(jnp.float32)
+        return jnp.dot(z_bf, weights_f, precision=jax.lax.Precision.HIGHEST)
 
 
 def last_position(mask_bt: jax.Array) -> jax.Array:

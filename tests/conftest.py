@@ -32,7 +32,8 @@ jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of sh
 # They meet on few cores that others use as well: XLA would give up, and abort, after 40 seconds.
 PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # XLA's older code generator: a third of the time to compile, and fast enough for tiny models.
-QUICK = "--xla_cpu_use_fusion_emitters=false"
+# Later versions have no other any more, and end at a flag that they do not know.
+QUICK = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE} {QUICK}"
 torch.set_num_threads(1)  # each worker has one core; threads of several wait for each other
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux allows

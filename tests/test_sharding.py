@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.extend.core
 import numpy as np
 import pytest
 from flax import nnx
@@ -190,7 +191,7 @@ def constraints(jaxpr):
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "sharding_constraint":
             yield eqn.params["sharding"].spec
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
             yield from constraints(inner)
 
 

@@ -26,13 +26,13 @@ def options(config: ConfigDict) -> TrainConfig:
     return found
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Architectures and options → memory, traffic and time of a PPO step on a machine."""
+def planner(config: ConfigDict) -> Planner:
+    """For the target of the config, with the architectures that its models have."""
     asked, section = options(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
     sarm = read_sarm_config(section.sarm_config or config.sarm_model)
     asked.reward.check_features(sarm.sae.latent_size)
-    planner = Planner(
+    return Planner(
         name=section.target,
         config=asked.ppo,
         lora=asked.lora,
@@ -41,14 +41,23 @@ def run(config: ConfigDict, workdir: Path) -> None:
         score_batch=config.sarm_batch_size,
         watched=len(asked.reward.penalize_features) + len(asked.reward.latent_indices),
     )
-    if section.search:
-        found = layouts_for(target_devices(section.target), asked.ppo.batch_size)
-        plans = search(planner, list(found))
-        plan = plans[0] | {"candidates": plans[1:]}
-        print(candidates(plans), end="\n\n")
+
+
+def layout(config: ConfigDict) -> Layout:
+    """That of the config itself."""
+    return Layout(mesh_config(config), config.remat, config.ppo.gradient_accumulation_steps)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Architectures and options → memory, traffic and time of a PPO step on a machine."""
+    plans = planner(config)
+    if config.plan.search:
+        found = layouts_for(target_devices(plans.name), plans.config.batch_size)
+        ranked = search(plans, list(found))
+        plan = ranked[0] | {"candidates": ranked[1:]}
+        print(candidates(ranked), end="\n\n")
     else:
-        accumulation = asked.ppo.gradient_accumulation_steps
-        plan = planner.plan(Layout(mesh_config(config), config.remat, accumulation))
+        plan = plans.plan(layout(config))
     write_json(workdir / "plan.json", plan)
     print(table(plan))
     LOG.info("the plan is in %s", workdir / "plan.json")
