@@ -1,8 +1,10 @@
 """How the cost of a PPO step grows: with context, batch, tokens, depth and features.
 
-    python -m benchmarks.growth [--rounds=5]
+    python -m benchmarks.growth [--rounds=5] [--tables=decode,update,compile]
+                                [--architecture=DIR --dtype=bfloat16]
 
-Random weights in the shape of SmolLM2-135M, float32. Sizes take turns, so that a machine whose
+Random weights in the shape of SmolLM2-135M, float32; `--architecture` names a directory with
+another config.json for the table of decoding. Sizes take turns, so that a machine whose
 speed drifts slows all of them; medians. A decoded token has to read the weights and the keys and
 values before it: "predicted" is what these bytes grow by.
 """
@@ -20,7 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.random_weights import random_weights
 from configs import base
+from conversion.keys import abstract_policy
+from conversion.load import read_policy_config
 from ppo.config import PPOConfig
 from ppo.costs import layer_weights
 from ppo.learner import Learner
@@ -70,7 +75,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> N
 def decode_run(policy: Llama, batch: int, context: int) -> Run:
     """Decodes a few tokens after `context` ones."""
     graphdef, state = nnx.split(policy)
-    config = policy.config
+    config, dtype = policy.config, policy.embed_tokens.dtype
     size = context + TOKENS
     shape = (batch, config.num_key_value_heads, config.head_dim, size)
 
@@ -78,7 +83,7 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
     def run(state):
         policy = nnx.merge(graphdef, state)
         layers = unstacked(policy)
-        kv = tuple(jnp.zeros(shape) for _ in range(config.num_hidden_layers))
+        kv = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         mask_bs = jnp.broadcast_to(jnp.arange(size) < context, (batch, size))
         cache = KVCache(kv, kv, mask_bs, jnp.int32(context), jnp.full((batch,), context))
 
@@ -93,14 +98,16 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
     return lambda: run(state)
 
 
-def decode_growth(rounds: int) -> None:
+def decode_growth(args: argparse.Namespace) -> None:
     """Seconds a token against context, then tokens/s against batch."""
-    policy = Llama(SMOLLM2, rngs=nnx.Rngs(0))
-    config, batch = SMOLLM2, 8
+    config, batch, rounds = SMOLLM2, 8, args.rounds
+    if args.architecture:
+        config = read_policy_config(args.architecture)
+    policy = random_weights(abstract_policy(config, args.dtype), ONE_DEVICE)
     weights = layer_weights(config) * config.num_hidden_layers
     weights += config.vocab_size * config.hidden_size
     per_token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
-    contexts = (64, 128, 256, 512, 1024)
+    contexts = args.contexts
     found = measure({n: decode_run(policy, batch, n) for n in contexts}, rounds)
     # The unstacking of the layers is a part of every call; it does not depend on the context.
     read = {n: weights + batch * (n + TOKENS / 2) * per_token for n in contexts}
@@ -108,7 +115,7 @@ def decode_growth(rounds: int) -> None:
     rows = [
         (
             n,
-            f"{1e3 * found[n] / TOKENS:.1f}",
+            f"{1e3 * found[n] / TOKENS:.2f}",
             f"{found[n] / found[first]:.2f}",
             f"{read[n] / read[first]:.2f}",
         )
@@ -116,9 +123,11 @@ def decode_growth(rounds: int) -> None:
     ]
     columns = "context", "ms a token", "grows by", "predicted"
     show(f"Decoding, batch {batch}", columns, rows)
-    batches = (1, 4, 16, 64)
+    batches = args.batches
     found = measure({n: decode_run(policy, n, 128) for n in batches}, rounds)
-    rows = [(n, f"{n * TOKENS / found[n]:.0f}", f"{found[n] / found[1]:.2f}") for n in batches]
+    rows = [
+        (n, f"{n * TOKENS / found[n]:.0f}", f"{found[n] / found[batches[0]]:.2f}") for n in batches
+    ]
     show("Decoding after 128 tokens", ("batch", "tokens/s", "time grows by"), rows)
 
 
@@ -190,10 +199,28 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tables", type=_names, default=("decode", "update", "compile"))
+    parser.add_argument(
+        "--architecture", help="of the table of decoding: a folder with config.json"
+    )
+    parser.add_argument("--dtype", default="float32", help="of the same table")
+    parser.add_argument("--contexts", type=_numbers, default=(64, 128, 256, 512, 1024))
+    parser.add_argument("--batches", type=_numbers, default=(1, 4, 16, 64))
     args = parser.parse_args()
-    decode_growth(args.rounds)
-    update_growth(args.rounds)
-    compile_growth()
+    if "decode" in args.tables:
+        decode_growth(args)
+    if "update" in args.tables:
+        update_growth(args.rounds)
+    if "compile" in args.tables:
+        compile_growth()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":

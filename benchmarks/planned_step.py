@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from benchmarks.jax_ppo import JaxPPO
+from benchmarks.random_weights import random_weights
 from benchmarks.word_tokenizer import word_tokenizer
 from benchmarks.workload import TOKENS, Workload
 from configs import command_line
@@ -32,7 +32,6 @@ from ppo.programs import Program
 from sarm_jax.chips import GIB, take_memory
 from sarm_jax.progress import show_progress
 from sarm_jax.reward_model import RewardModel
-from sarm_jax.sharding import Placement
 
 ITERATIONS = 3
 UPDATE = ("reference", "targets", "first_step", "step")
@@ -101,27 +100,6 @@ def main() -> None:
         peaks = plan["peak_bytes"] / GIB, statistics["peak_bytes_in_use"] / GIB
         print(f"| peak, GiB | {peaks[0]:.1f} | {peaks[1]:.1f} | {peaks[1] / peaks[0]:.2f} |")
     print(f"\nfirst iteration: {first:.1f} s", flush=True)
-
-
-def random_weights(model: Any, placed: Placement) -> Any:
-    """The abstract model with weights made on the devices: normal ones, and ones for the norms."""
-    graphdef, state = nnx.split(model)
-    flat = []
-    for number, (path, variable) in enumerate(nnx.to_flat_state(state)):
-        name = ".".join(map(str, path))
-        target = placed.abstract_parameter(name, variable.shape, variable.dtype)
-        array = _random(number, target, 0.0 if name.endswith("bias") else 0.02)
-        if name.endswith("scale"):
-            array = jnp.ones_like(array)
-        flat.append((path, variable.replace(array)))
-    return nnx.merge(graphdef, nnx.from_flat_state(flat))
-
-
-def _random(number: int, target: jax.ShapeDtypeStruct, deviation: float) -> jax.Array:
-    def make(key: jax.Array) -> jax.Array:
-        return deviation * jax.random.normal(key, target.shape, target.dtype)
-
-    return jax.jit(make, out_shardings=target.sharding)(jax.random.key(number))
 
 
 def _prefill(loop: JaxPPO, program: Program) -> float:

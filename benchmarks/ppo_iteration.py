@@ -1,4 +1,4 @@
-"""One PPO iteration on SmolLM2-135M: this project, PyTorch and Tunix, alternately.
+"""One PPO iteration on SmolLM2-135M, or any Llama: this project, PyTorch and Tunix, alternately.
 
 All do the same work on the same prompts, in float32 unless `--dtype` says otherwise: a rollout up
 to the longest response, scoring through a 15-layer trunk, reference log-probabilities, and `epochs`
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt_len", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--lengths", type=_numbers, help="of the responses, instead of new_tokens")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--workload", choices=WORKLOADS, default="equal")
     parser.add_argument("--iterations", type=int, default=2, help="of a turn; the last counts")
@@ -51,6 +52,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.tunix_python and args.dtype != "float32":
         parser.error(f"--dtype={args.dtype}: Tunix's side is float32")
+    if args.lengths and args.workload == "real":
+        parser.error("--lengths: --workload=real has lengths of its own")
+    if args.lengths and len(args.lengths) != args.batch:
+        parser.error(f"--lengths: {len(args.lengths)} of them, and --batch={args.batch}")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         work = pool.apply(WORKLOADS[args.workload], (args,))
     print(work, flush=True)
@@ -72,6 +77,8 @@ def main() -> None:
         for name, python in pythons.items()
         if python
     }
+    for side in sides.values():
+        side.ready()
     times: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     for turn in range(args.turns):
         for name, side in sides.items():
@@ -89,6 +96,10 @@ def main() -> None:
             pairs = zip(column["jax"], column[name], strict=True)
             figures.append(statistics.median(theirs / ours for ours, theirs in pairs))
         print(f"{phase:8} " + " ".join(f"{figure:10.2f}" for figure in figures))
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from benchmarks.workload import Workload
 
 
 class Side:
-    """A loaded side; `turn` runs it."""
+    """Loads in the background; `ready` waits for it, `turn` runs it."""
 
     def __init__(
         self, python: str, module: str, iterations: int, model_dir: str, work: Workload, *rest: Any
@@ -31,20 +31,28 @@ class Side:
             text=True,
             cwd=Path(__file__).parents[1],
         )
-        self._ask([str(Path(model_dir).resolve()), vars(work), *rest])
+        self._say([str(Path(model_dir).resolve()), vars(work), *rest])
+
+    def ready(self) -> None:
+        """Returns when it is loaded."""
+        self._hear()
 
     def turn(self) -> dict[str, float]:
         """Seconds by phase."""
-        return self._ask("go")
+        self._say("go")
+        return self._hear()
 
     def close(self) -> None:
         """Ends the process, whatever threads it has."""
         self.process.terminate()
         self.process.wait()
 
-    def _ask(self, line: Any) -> Any:
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def _say(self, line: Any) -> None:
+        assert self.process.stdin is not None
         print(json.dumps(line), file=self.process.stdin, flush=True)
+
+    def _hear(self) -> Any:
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"{self.process.args}: ended with {self.process.wait()}")

@@ -33,12 +33,12 @@ class Workload:
 
 
 def equal(args: argparse.Namespace) -> Workload:
-    """Random prompts of half to all of `prompt_len`, responses of exactly `new_tokens`."""
+    """Random prompts of half to all of `prompt_len`, responses of `new_tokens`, or `lengths`."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(args.prompt_len // 2, args.prompt_len + 1, args.batch)
     lengths[0] = args.prompt_len
     prompts = [rng.integers(3, TOKENS, length).tolist() for length in lengths]
-    return Workload(prompts, [args.new_tokens] * args.batch, args.epochs)
+    return Workload(prompts, args.lengths or [args.new_tokens] * args.batch, args.epochs)
 
 
 def real(args: argparse.Namespace) -> Workload:

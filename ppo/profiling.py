@@ -105,6 +105,7 @@ def summarise_trace(data: ProfileData) -> dict[str, Any]:
     phases: dict[str, float] = defaultdict(float)
     operations: dict[tuple[str, str], list[float]] = defaultdict(list)
     for plane in data.planes:
+        on_device = plane.name.startswith("/device:")
         for line in plane.lines:
             events = []
             for event in line.events:
@@ -114,7 +115,9 @@ def summarise_trace(data: ProfileData) -> dict[str, Any]:
                 elif event.name in PHASES:
                     phases[event.name] += event.duration_ns * 1e-9
                 elif "hlo_op" in stats:
-                    key = (str(stats.get("hlo_module", "")), str(stats["hlo_op"]))
+                    # A GPU runs many operations as one graph, and calls them by its kernels.
+                    operation = event.name if on_device else str(stats["hlo_op"])
+                    key = (str(stats.get("hlo_module", "")), operation)
                     events.append((event.start_ns, event.duration_ns, key))
             for key, nanoseconds in own_times(events):
                 operations[key].append(nanoseconds * 1e-9)
@@ -141,21 +144,24 @@ def summarise_trace(data: ProfileData) -> dict[str, Any]:
 
 
 def own_times(events: Sequence[tuple[float, float, Any]]) -> list[tuple[Any, float]]:
-    """(key, duration without the events inside it) of a thread's (start, duration, key) events."""
+    """(key, duration without the events inside it) of a thread's (start, duration, key) events.
+
+    An event is inside another where it ends before it, too: kernels of a GPU overlap a little.
+    """
     own: list[tuple[Any, float]] = []
     open_events: list[list] = []  # [end, key, own time], the innermost last
 
-    def close(until: float) -> None:
-        while open_events and open_events[-1][0] <= until:
+    def close(start: float, end: float) -> None:
+        while open_events and (open_events[-1][0] <= start or open_events[-1][0] < end):
             _, key, time = open_events.pop()
             own.append((key, time))
 
     for start, duration, key in sorted(events, key=lambda event: (event[0], -event[1])):
-        close(start)
+        close(start, start + duration)
         if open_events:
             open_events[-1][2] -= duration
         open_events.append([start + duration, key, duration])
-    close(float("inf"))
+    close(float("inf"), float("inf"))
     return own
 
 

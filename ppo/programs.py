@@ -135,10 +135,10 @@ class _Halves:
     def _layers(self) -> tuple[nnx.State, ...]:
         """`decoding.unstacked` of the abstract policy, each layer split like its stack."""
         policy = self._policy(self.state.params, self.base)
-        abstract = self.learner.placement.abstract_layer
+        abstract, dtype = self.learner.placement.abstract_layer, policy.embed_tokens.dtype
 
         def take(path, stacked):
-            return abstract(stacked, transposed=is_kernel(path))
+            return abstract(stacked, dtype, transposed=is_kernel(path))
 
         layer = jax.tree.map_with_path(take, nnx.state(policy.layers))
         return (layer,) * policy.config.num_hidden_layers

@@ -63,12 +63,13 @@ def unstacked(policy: Llama) -> tuple[nnx.State, ...]:
 
     A layer that is read out of its stack is copied first, up to three times the traffic of
     reading it, so `decode` would copy all weights at every token. Kernels are `[out, in]`, as
-    products with tokens in columns read them.
+    products with tokens in columns read them, and adapters have the dtype they are used in.
     """
     stack, numbers = nnx.state(policy.layers), range(policy.config.num_hidden_layers)
+    dtype = policy.embed_tokens.dtype
 
     def take(layer, path, x):
-        return x[layer].T if is_kernel(path) else x[layer]
+        return (x[layer].T if is_kernel(path) else x[layer]).astype(dtype)
 
     return tuple(jax.tree.map_with_path(partial(take, layer), stack) for layer in numbers)
 

@@ -85,6 +85,17 @@ class RMSNorm(nnx.Module):
         return (x32 * inv_rms).astype(x_btd.dtype) * self.scale[...]
 
 
+def causal_mask(mask_bt: jax.Array) -> jax.Array:
+    """Which columns S each token T attends to, `[B, T, S]`: the real ones up to itself, and itself.
+
+    Padding so has a column too, its own: a fused kernel may answer an empty row with NaN, and its
+    gradient then makes NaN of the rest.
+    """
+    length = mask_bt.shape[1]
+    itself_ts = jnp.eye(length, dtype=bool)
+    return jnp.tril(jnp.ones((length, length), bool)) & mask_bt[:, None, :] | itself_ts
+
+
 def attention(
     q_btnh: jax.Array,
     k_bskh: jax.Array,
@@ -103,7 +114,7 @@ def attention(
     q_btnh, k_bskh, v_bskh = placement.keep_heads(q_btnh, k_bskh, v_bskh)
     attend = partial(jax.nn.dot_product_attention, implementation=implementation)
     length = q_btnh.shape[1]
-    if implementation == "cudnn" and length > 1 and length % 2:  # it has no gradient of odd ones
+    if implementation == "cudnn" and length % 2:  # it has no gradient of odd ones
         q_btnh, k_bskh, v_bskh = (
             jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_btnh, k_bskh, v_bskh)
         )
@@ -276,8 +287,7 @@ class Llama(nnx.Module):
         way.
         """
         mask_bt = mask_bt.astype(bool)
-        length = tokens_bt.shape[1]
-        mask_bts = jnp.tril(jnp.ones((length, length), bool)) & mask_bt[:, None, :]
+        mask_bts = causal_mask(mask_bt)
         positions_bt = jnp.maximum(jnp.cumsum(mask_bt, axis=1) - 1, 0)
         if packing is not None:
             tokens_bt, positions_bt = packing.pack(tokens_bt), packing.pack(positions_bt)

@@ -1,10 +1,11 @@
 """Traces: own times by hand, and the summary of a real run."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 
-from ppo.profiling import PHASES, SHOWN, ProfileConfig, own_times
+from ppo.profiling import PHASES, SHOWN, ProfileConfig, own_times, summarise_trace
 
 
 def test_own_times_by_hand():
@@ -17,6 +18,31 @@ def test_own_times_by_hand():
     ]
     found = sorted(own_times(events))
     assert found == [("after", 7), ("inner", 20), ("inner", 25), ("innermost", 5), ("outer", 50)]
+
+
+def test_events_that_overlap_are_not_inside_each_other():
+    events = [(0, 100, "step"), (10, 30, "first"), (39, 40, "second"), (79, 21, "third")]
+    assert sorted(own_times(events)) == [("first", 30), ("second", 40), ("step", 9), ("third", 21)]
+
+
+def event(name, start, duration, **stats):
+    return SimpleNamespace(name=name, start_ns=start, duration_ns=duration, stats=stats.items())
+
+
+def test_operations_of_a_gpu_are_its_kernels():
+    graph = {"hlo_module": "jit_rollout", "hlo_op": "command_buffer_7"}
+    kernels = [event("gemm", 0, 60, **graph), event("add", 59, 40, **graph)]
+    kernels += [event("gemm", 100, 50, **graph)]
+    host = [event("ppo_step", 0, 1000), event("rollout", 0, 300)]
+    planes = [
+        SimpleNamespace(name="/device:GPU:0", lines=[SimpleNamespace(events=kernels)]),
+        SimpleNamespace(name="/host:CPU", lines=[SimpleNamespace(events=host)]),
+    ]
+    summary = summarise_trace(SimpleNamespace(planes=planes))
+    top = [(row["operation"], row["calls"]) for row in summary["top_operations"]]
+    assert top == [("gemm", 2), ("add", 1)]
+    np.testing.assert_allclose(summary["top_operations"][0]["seconds"], 110e-9)
+    np.testing.assert_allclose(summary["operation_seconds"], 150e-9)
 
 
 def test_two_steps_of_a_run_are_traced(make_trainer, tmp_path):
