@@ -21,7 +21,7 @@ from ppo.slots import Slots
 from ppo.update import Updater
 from sarm_jax import decoding
 from sarm_jax.chat import scored_length
-from sarm_jax.decoding import KVCache, is_kernel
+from sarm_jax.decoding import KVCache
 from sarm_jax.generate import Sampling, draw_token
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
@@ -137,10 +137,7 @@ class _Halves:
         policy = self._policy(self.state.params, self.base)
         abstract, dtype = self.learner.placement.abstract_layer, policy.embed_tokens.dtype
 
-        def take(path, stacked):
-            return abstract(stacked, dtype, transposed=is_kernel(path))
-
-        layer = jax.tree.map_with_path(take, nnx.state(policy.layers))
+        layer = jax.tree.map(lambda stacked: abstract(stacked, dtype), nnx.state(policy.layers))
         return (layer,) * policy.config.num_hidden_layers
 
     def _cache(self) -> KVCache:

@@ -5,9 +5,7 @@ each weight and each cached column once, as it lies. Weights are those of the mo
 different is their layout (`unstacked`) and that tokens stand in columns, `[D, B]`.
 """
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,21 +60,16 @@ def unstacked(policy: Llama) -> tuple[nnx.State, ...]:
     """The weights of each layer in arrays of their own, for many calls of `decode`.
 
     A layer that is read out of its stack is copied first, up to three times the traffic of
-    reading it, so `decode` would copy all weights at every token. Kernels are `[out, in]`, as
+    reading it, so `decode` would copy all weights at every token. Matrices are `[out, in]`, as
     products with tokens in columns read them, and adapters have the dtype they are used in.
     """
     stack, numbers = nnx.state(policy.layers), range(policy.config.num_hidden_layers)
     dtype = policy.embed_tokens.dtype
 
-    def take(layer, path, x):
-        return (x[layer].T if is_kernel(path) else x[layer]).astype(dtype)
+    def take(layer, x):
+        return x[layer].T.astype(dtype)  # of a vector, itself
 
-    return tuple(jax.tree.map_with_path(partial(take, layer), stack) for layer in numbers)
-
-
-def is_kernel(path: Sequence[Any]) -> bool:
-    """Whether the leaf of a layer's state at this path is the kernel of a `Linear`."""
-    return "kernel" in (getattr(key, "key", None) for key in path)
+    return tuple(jax.tree.map(partial(take, layer), stack) for layer in numbers)
 
 
 def decode(

@@ -88,10 +88,12 @@ class LoRA(nnx.Module):
         return y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.scale
 
     def columns(self, x_db: jax.Array) -> jax.Array:
-        """(α / r) Bᵀ Aᵀ x, the adapter's own part for tokens in columns, in x's dtype."""
+        """(α / r) B A x, the adapter's own part for tokens in columns.
+
+        `sarm_jax.decoding` has A as `[r, in]` and B as `[out, r]`, in x's dtype.
+        """
         x_db = jax.lax.optimization_barrier(x_db)  # as above
-        a, b = self.a[...].astype(x_db.dtype), self.b[...].astype(x_db.dtype)
-        return b.T @ (a.T @ x_db) * self.scale
+        return self.b[...] @ (self.a[...] @ x_db) * self.scale
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))

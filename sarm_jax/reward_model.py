@@ -82,9 +82,11 @@ class RewardModel:
         width = size if latent_indices is None else len(latent_indices)
         score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
         graphdef, state = nnx.split(self.model)
-        for chosen, tokens_bt, mask_bt in self._batches(rows):
-            scores, latents = _score(graphdef, state, tokens_bt, mask_bt, clamp, indices)
-            scores, latents = fetch((scores, latents))
+
+        def run(tokens_bt, mask_bt):
+            return _score(graphdef, state, tokens_bt, mask_bt, clamp, indices)
+
+        for chosen, (scores, latents) in self._on_batches(run, rows):
             score_b[chosen], z_bf[chosen] = scores[: len(chosen)], latents[: len(chosen)]
         return score_b, z_bf
 
@@ -105,8 +107,7 @@ class RewardModel:
         index_nk = np.zeros((len(rows), sae.k if sae.use_topk else 0), np.int32)
         graphdef, state = nnx.split(self.model)
         with tqdm(total=len(rows), desc=label, unit="row") as bar:
-            for chosen, tokens_bt, mask_bt in self._batches(rows):
-                found = fetch(_code(graphdef, state, tokens_bt, mask_bt))
+            for chosen, found in self._on_batches(partial(_code, graphdef, state), rows):
                 for whole, part in zip((score_n, kept_nk, index_nk), found, strict=True):
                     whole[chosen] = part[: len(chosen)]
                 bar.update(len(chosen))
@@ -114,6 +115,17 @@ class RewardModel:
         if sae.use_topk:
             return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)
         return score_n, EncodedLatents(kept_nk, self.model.sae)
+
+    def _on_batches(self, run, rows):
+        """(which rows, what `run` gives for them, on the host); the next batch runs meanwhile."""
+        waiting = None
+        for chosen, tokens_bt, mask_bt in self._batches(rows):
+            found = chosen, run(tokens_bt, mask_bt)
+            if waiting is not None:
+                yield waiting[0], fetch(waiting[1])
+            waiting = found
+        if waiting is not None:
+            yield waiting[0], fetch(waiting[1])
 
     def _batches(self, rows):
         """By length: (which rows, their tokens and mask with padding, rows beyond them filled)."""

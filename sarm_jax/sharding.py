@@ -190,14 +190,12 @@ class Placement:
         sharding = None if self.mesh is None else self._at(spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def abstract_layer(self, stacked: Any, dtype: Any, transposed: bool = False) -> Any:
-        """One layer of an abstract array, or its transpose, in `dtype`, split as the stack is."""
+    def abstract_layer(self, stacked: Any, dtype: Any) -> Any:
+        """The transpose of one layer of an abstract array, in `dtype`, split as the stack is."""
         shape = stacked.shape[1:]
         axes = () if self.mesh is None else stacked.sharding.spec[1:]
         axes = (*axes, *[None] * (len(shape) - len(axes)))
-        if transposed:
-            shape, axes = shape[::-1], axes[::-1]
-        return self.abstract(shape, dtype, P(*axes))
+        return self.abstract(shape[::-1], dtype, P(*axes[::-1]))
 
     def abstract_parameter(self, path: str, shape: Sequence[int], dtype: Any) -> Any:
         """What `load` makes of such an array."""
