@@ -16,7 +16,7 @@ from configs.pipeline import run_stage
 from configs.shared import check_scoring
 from ppo.guards import TrainingStoppedError
 from sarm_jax import processes
-from sarm_jax.chips import take_memory
+from sarm_jax.chips import exact_float32, set_memory_share
 from sarm_jax.errors import InputError, out_of_memory
 from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress
@@ -25,7 +25,8 @@ from sarm_jax.workdir import open_workdir
 
 MEMORY_ADVICE = (
     "--stage=plan says what fits: remat=full, a larger mesh.fsdp or mesh.tensor, "
-    "ppo.gradient_accumulation_steps, or a smaller ppo.batch_size or sarm_batch_size"
+    "ppo.gradient_accumulation_steps, or a smaller ppo.batch_size or sarm_batch_size; what is not "
+    "JAX's own memory needs a smaller XLA_CLIENT_MEM_FRACTION"
 )
 
 
@@ -40,7 +41,9 @@ def main(argv: list[str]) -> int:
         if stage not in (*stages.STAGES, "all"):
             raise InputError(f"--stage={stage}: expected all or one of {', '.join(stages.STAGES)}")
         check_scoring(template)
-        take_memory()
+        set_memory_share()
+        if template.dtype == "float32":
+            exact_float32()
         if hosts := command_line.hosts(stage):
             show_progress(f"process {hosts.number}: ", command_line.log_level(), not hosts.number)
             processes.connect(hosts)

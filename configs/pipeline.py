@@ -5,6 +5,7 @@ or inputs have changed the call is refused. Everything else is then made again.
 """
 
 import dataclasses
+import gc
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,6 +173,7 @@ def _run(name, recipe, config, workdir: Path, records: Records, made_from: Prove
         )
     with records.recording(name, made_from):
         stages.load(name).run(config, workdir)
+    gc.collect()  # models are cycles: without it theirs and the next stage's weights are alive
 
 
 def _has_run(workdir: Path) -> bool:

@@ -47,6 +47,8 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     seeds = parse_seeds(template.lab.seeds)
     conditions = parse_conditions(template.lab.conditions)
     check_study(template)
+    if template.lab.processes > 1:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
     folder = seed_folder(workdir, seeds[0])
     config = fill_in(template, folder)
     wanted = [name for name, recipe in recipes(config, folder).items() if recipe.wanted]
@@ -94,7 +96,6 @@ def run_seeds(
 ) -> list[SeedOutcome]:
     """`run_seed` of every seed, a process each, some at a time."""
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
     signal.signal(signal.SIGTERM, _exit)
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:

@@ -33,11 +33,12 @@ class HeldOut:
     reward: RewardConfig
     density_ratio: DensityRatio | None
 
-    def compile(self) -> None:
-        """Compiles the reference pass for every length that responses can have."""
+    def compile(self, params: dict) -> None:
+        """Compiles the rollout, and the reference pass for every length of responses."""
+        learner, base, length = self.sampler.learner, self.sampler.base, self.deck.length
+        learner.lower_rollout(params, base, length, self.slot_plan.prefill).compile()
         for slots in self.slot_plan.all():
-            learner, base = self.sampler.learner, self.sampler.base
-            learner.lower_reference(base, self.deck.length, slots).compile()
+            learner.lower_reference(base, length, slots).compile()
 
     @cached_property
     def slot_plan(self) -> SlotPlan:

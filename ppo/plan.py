@@ -72,7 +72,7 @@ class Planner:
     def plan(self, layout: Layout) -> dict:
         """The content of plan.json for one layout."""
         config, mesh = self._config(layout), layout.mesh
-        policy, sarm, chip = self._models(layout)
+        policy, sarm, chip = self._models(config, mesh, layout.remat)
         score_rows = min(config.batch_size, self.score_batch)
         costs = step_costs(
             config,
@@ -102,8 +102,9 @@ class Planner:
 
     def programs(self, layout: Layout) -> Iterator[Program]:
         """What `plan` compiles."""
-        policy, sarm, _ = self._models(layout)
-        return self._programs(self._config(layout), policy, sarm)
+        config = self._config(layout)
+        policy, sarm, _ = self._models(config, layout.mesh, layout.remat)
+        return self._programs(config, policy, sarm)
 
     def _config(self, layout: Layout) -> PPOConfig:
         return dataclasses.replace(self.config, gradient_accumulation_steps=layout.accumulation)
@@ -111,12 +112,11 @@ class Planner:
     def _programs(self, config: PPOConfig, policy: Llama, sarm: SARM) -> Iterator[Program]:
         return step_programs(config, self.lora, policy, sarm, self.score_batch, self.watched)
 
-    def _models(self, layout: Layout) -> tuple[Llama, SARM, Chip]:
+    def _models(self, config: PPOConfig, mesh: MeshConfig, remat: str) -> tuple[Llama, SARM, Chip]:
         """The abstract models, placed; InputError where they or the batch do not divide."""
-        policy, sarm, mesh = self.policy(), self.sarm(), layout.mesh
+        policy, sarm = self.policy(), self.sarm()
         mesh.check_model(policy.config)
         mesh.check_model(sarm.config.trunk)
-        config = self._config(layout)
         mesh.check_batch(
             config.batch_size // config.pieces,
             "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
@@ -124,7 +124,7 @@ class Planner:
         chip, devices, backend = target(self.name, mesh.devices)
         here = self.name == "host"  # then these are the very programs of a run
         placement = Placement(make_mesh(mesh, devices) if here else _mesh(mesh, devices))
-        policy.remat = layout.remat
+        policy.remat = remat
         for model in (policy, sarm.trunk):
             model.backend, model.placement = backend, placement
         return policy, sarm, chip

@@ -146,7 +146,7 @@ def summarise_trace(data: ProfileData) -> dict[str, Any]:
 def own_times(events: Sequence[tuple[float, float, Any]]) -> list[tuple[Any, float]]:
     """(key, duration without the events inside it) of a thread's (start, duration, key) events.
 
-    An event is inside another where it ends before it, too: kernels of a GPU overlap a little.
+    An event is inside another that does not end before it: kernels of a GPU overlap a little.
     """
     own: list[tuple[Any, float]] = []
     open_events: list[list] = []  # [end, key, own time], the innermost last

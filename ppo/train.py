@@ -198,7 +198,7 @@ class Trainer:
             for lower in lowering.values():
                 lower().compile()
         if self.held_out is not None:
-            self.held_out.compile()
+            self.held_out.compile(self._fresh.params)
         if checkpoints.latest_step() is None:
             self.scale = self._calibrate(state["train"].params)
             return state, 0
@@ -280,7 +280,8 @@ class Trainer:
             new, ratio, metrics = self.density_ratio.update(
                 state["density_ratio"], jnp.asarray(scored.subset_bs), key
             )
-            ratio_b, disc_state = np.asarray(ratio), {"density_ratio": new}
+            ratio_b, metrics = _of_first(ratio, metrics)
+            disc_state = {"density_ratio": new}
         terms = compound_reward(
             self.config.reward, scored.score_b, scored.penalised_bn, ratio_b, self.scale.std
         )
@@ -353,3 +354,13 @@ class Trainer:
         """SIGTERM and SIGINT ask for a checkpoint at the end of the step in progress."""
         LOG.info("signal %d: finishing this step, then saving; a second one ends at once", number)
         self._stop_signal = number
+
+
+def _of_first(
+    ratio: jax.Array, metrics: dict[str, jax.Array]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Process 0's D `[B]` and metrics: every process has a discriminator, and GPUs may round apart,
+    but rewards and what stops a run have to be the same in all."""
+    own = np.asarray([*np.asarray(ratio), *jax.device_get(list(metrics.values()))], np.float32)
+    same = processes.array_from_first(own, own if processes.is_first() else None)
+    return same[: len(ratio)], dict(zip(metrics, same[len(ratio) :], strict=True))

@@ -5,6 +5,7 @@ description of the chip stands in for it. Descriptions and rates are the vendor'
 """
 
 import dataclasses
+import functools
 import os
 import re
 import time
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sarm_jax.errors import InputError
+from sarm_jax.sharding import find_devices
 
 GIB = 2**30
 
@@ -67,13 +69,31 @@ device_description_str: "{name}"
 """
 
 
-def take_memory() -> None:
+def set_memory_share() -> None:
     """Lets JAX have `MEMORY_SHARE` of each GPU, unless the environment says how much it may have.
 
     To be called before the first array is made.
     """
     if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the older name; never both
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
+
+
+def exact_float32() -> None:
+    """Makes float32 products float32 on GPUs, unless the environment says what they are to be.
+
+    By itself JAX rounds their operands to TF32, ten bits: a young adapter that is added to a kernel
+    would be rounded away.
+    """
+    if not os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
+        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # for processes that this one starts
+        jax.config.update("jax_default_matmul_precision", "float32")
+
+
+def describe_devices(used: int) -> str:
+    """Such as "1 of 4 × NVIDIA H100 80GB HBM3"."""
+    found = find_devices()
+    count = str(used) if used == len(found) else f"{used} of {len(found)}"
+    return f"{count} × {found[0].device_kind}"
 
 
 def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
@@ -85,7 +105,7 @@ def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
       InputError: an unknown target, too few devices, or no CUDA extra of JAX.
     """
     if name == "host":
-        found = jax.devices()
+        found = find_devices()
         if devices > len(found):
             raise InputError(
                 f"plan.target=host: the mesh takes {devices} devices and there are {len(found)}; "
@@ -100,7 +120,7 @@ def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
 
 def target_devices(name: str) -> int:
     """How many devices a target has; of the host, all. Raises InputError for an unknown one."""
-    return len(jax.devices()) if name == "host" else _parse(name)[1]
+    return len(find_devices()) if name == "host" else _parse(name)[1]
 
 
 def _parse(name: str) -> tuple[Chip, int]:
@@ -128,24 +148,37 @@ def _absent_gpus(chip: Chip, count: int) -> list[Any]:
     return list(topology.devices)
 
 
+@functools.cache
 def measure_host(devices: int) -> Chip:
     """What each of `devices` devices of this machine can do.
 
     A GPU of `CHIPS` has its published rates. Those of another GPU, and of a CPU that is shared by
     virtual devices, are measured for a moment.
+
+    Raises:
+      InputError: a GPU whose allocator does not say how much memory it has.
     """
-    device = jax.devices()[0]
+    device = find_devices()[0]
     if device.platform == "gpu":
-        known = [chip for chip in CHIPS.values() if chip.name == device.device_kind]
-        return known[0] if known else _measure_gpu(device)
+        return _gpu(device)
     flops, moved = _rates(1024, jnp.float32, 2**25)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     share = moved / devices
     return Chip("this machine", flops / devices, share, memory // devices, share)
 
 
-def _measure_gpu(device: Any) -> Chip:
-    memory = round(device.memory_stats()["bytes_limit"] / MEMORY_SHARE)
+def _gpu(device: Any) -> Chip:
+    statistics = device.memory_stats()
+    if not statistics:
+        raise InputError(
+            "plan.target=host: the allocator of this GPU does not say what it has; unset "
+            "XLA_PYTHON_CLIENT_ALLOCATOR"
+        )
+    # Of which JAX may have its share: as much as it has here, whatever the environment says.
+    memory = round(statistics["bytes_limit"] / MEMORY_SHARE)
+    for chip in CHIPS.values():
+        if chip.name == device.device_kind:
+            return dataclasses.replace(chip, memory=memory)
     return Chip(device.device_kind, *_rates(8192, jnp.bfloat16, 2**28), memory, PCIE)
 
 

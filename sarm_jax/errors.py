@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from sarm_jax.secrets import secrets, without_secrets
 
+# What CUDA and its libraries say when a GPU's memory beside JAX's own is used up.
+OUTSIDE_THE_POOL = ("CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
 LONGEST = 2000  # characters; a message that quotes more loses its middle
 
 
@@ -20,7 +22,10 @@ class InputError(ValueError):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device, or the host, has no memory left."""
-    return isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")
+    text = str(error)
+    if isinstance(error, MemoryError) or any(sign in text for sign in OUTSIDE_THE_POOL):
+        return True
+    return text.startswith("RESOURCE_EXHAUSTED") and "Shared memory" not in text
 
 
 def refuse_secrets(options: Iterable[str]) -> None:

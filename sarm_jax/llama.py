@@ -106,7 +106,8 @@ def attention(
 ) -> jax.Array:
     """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, `[B, T, N, H]`.
 
-    A mask of more than one row must be causal. XLA would compute all of `[T, S]`, so it is given
+    A mask of more than one row must be causal, and let every row look at something, see
+    `causal_mask`. XLA would compute all of `[T, S]`, so it is given
     the queries in blocks, each with the columns up to its own end: half the work, and on a CPU
     about half the time. There are few blocks, since each is compiled. cuDNN's never writes `[T, S]`
     to memory.

@@ -62,7 +62,11 @@ def connect(hosts: Hosts) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            hosts.address, hosts.count, hosts.number, initialization_timeout=hosts.timeout
+            hosts.address,
+            hosts.count,
+            hosts.number,
+            cluster_detection_method="deactivate",  # Slurm's would leave a process one GPU
+            initialization_timeout=hosts.timeout,
         )
     except RuntimeError as error:
         raise InputError(f"{flag}: {' '.join(str(error).split())}") from error

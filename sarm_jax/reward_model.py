@@ -6,6 +6,7 @@ stay bounded; a score does not depend on the rows it is batched with.
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 import jax
@@ -118,14 +119,10 @@ class RewardModel:
 
     def _on_batches(self, run, rows):
         """(which rows, what `run` gives for them, on the host); the next batch runs meanwhile."""
-        waiting = None
-        for chosen, tokens_bt, mask_bt in self._batches(rows):
-            found = chosen, run(tokens_bt, mask_bt)
-            if waiting is not None:
-                yield waiting[0], fetch(waiting[1])
-            waiting = found
-        if waiting is not None:
-            yield waiting[0], fetch(waiting[1])
+        batches = self._batches(rows)
+        started: Any = ((chosen, run(tokens, mask)) for chosen, tokens, mask in batches)
+        for (chosen, found), _ in pairwise(chain(started, [None])):
+            yield chosen, fetch(found)
 
     def _batches(self, rows):
         """By length: (which rows, their tokens and mask with padding, rows beyond them filled)."""

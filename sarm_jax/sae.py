@@ -40,7 +40,7 @@ def top_k(a_bf: jax.Array, k: int) -> jax.Array:
     """Keeps the k largest of `[B, M]` per row and sets the rest to exactly 0."""
     values_bk, indices_bk = jax.lax.top_k(a_bf, k)
     rows_b1 = jnp.arange(a_bf.shape[0])[:, None]
-    return jnp.zeros_like(a_bf).at[rows_b1, indices_bk].set(values_bk)
+    return jnp.zeros_like(a_bf).at[rows_b1, indices_bk].set(values_bk, unique_indices=True)
 
 
 class SAE(nnx.Module):

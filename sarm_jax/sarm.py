@@ -47,7 +47,8 @@ class Intervention:
     def __call__(self, z_bf: jax.Array) -> jax.Array:
         """The intervened latents; all other features are untouched."""
         z_bn = z_bf[:, self.indices] * self.multiply + self.add
-        return z_bf.at[:, self.indices].set(jnp.clip(z_bn, self.minimum, self.maximum))
+        z_bn = jnp.clip(z_bn, self.minimum, self.maximum)
+        return z_bf.at[:, self.indices].set(z_bn, unique_indices=True)
 
     def neutral(self) -> "Intervention":
         """One of the same shape that changes nothing, for what is compiled for this one."""

@@ -11,6 +11,7 @@ whose fused kernel wants queries, keys and values split alike, along rows and he
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -99,9 +100,20 @@ class MeshConfig:
                 )
 
 
+def find_devices() -> list[Any]:
+    """All devices of the run; InputError where JAX was told of some that it does not find."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS=cuda, and no GPU
+        platforms = os.environ.get("JAX_PLATFORMS")
+        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        reason = " ".join(str(error).split()) or "there is none, or no driver for it"
+        raise InputError(f"{asked}JAX finds no device: {reason}") from error
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
     """The mesh over the first devices; None where one device is all it takes."""
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     if config.devices > len(devices):
         raise InputError(f"{config} takes {config.devices} devices; there are {len(devices)}")
     if jax.process_count() > 1 and config.devices < len(devices):
@@ -159,7 +171,8 @@ class Placement:
         What this process has no shard of is not read; a vocabulary is padded, see `padded_shape`.
         """
         if self.mesh is None:
-            return jax.device_put(read(tuple(slice(0, size) for size in shape)))
+            whole = read(tuple(slice(0, size) for size in shape))
+            return jax.block_until_ready(jax.device_put(whole))
         padded = padded_shape(path, shape, self.mesh)
         sharding = self._at(partition_spec(path, padded, self.mesh))
         devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}

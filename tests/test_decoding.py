@@ -6,8 +6,34 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ppo.learner import Learner
+from ppo.programs import _Halves
 from sarm_jax.decoding import decode, next_logits, prefill, unstacked
+from sarm_jax.llama import Llama
 from sarm_jax.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
+
+
+def test_unstacked_layers_are_transposed_and_have_one_dtype(architecture):
+    policy = Llama(architecture, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    add_lora(policy, LoRAConfig(rank=4), nnx.Rngs(1))
+    layers = unstacked(policy)
+    assert len(layers) == architecture.num_hidden_layers
+    for number, layer in enumerate(layers):
+        pairs = zip(*map(jax.tree.leaves, (layer, nnx.state(policy.layers))), strict=True)
+        for leaf, stack in pairs:
+            assert leaf.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(leaf, stack[number].T.astype(jnp.bfloat16))
+
+
+def test_planned_layers_are_those_of_a_run(architecture, ppo_config):
+    def make() -> Llama:
+        return Llama(architecture, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    learner, state, base = Learner.attach(ppo_config(), LoRAConfig(rank=4), make(), pad=0)
+    planned = _Halves(learner, state, base, prompt=8)._layers()
+    policy = nnx.merge(learner.graphdef, state.params["lora"], base)
+    for ours, theirs in zip(*map(jax.tree.leaves, (planned, unstacked(policy))), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
 
 
 @pytest.mark.parametrize("adapted", [False, True])

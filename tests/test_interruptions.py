@@ -124,6 +124,11 @@ FULL = OSError(errno.ENOSPC, "no space for the checkpoint of step 6", "/runs/a/c
             2,
             "memory; --stage=plan says",
         ),
+        (
+            RuntimeError("INTERNAL: Failed to load module: CUDA_ERROR_OUT_OF_MEMORY"),
+            2,
+            "needs a smaller XLA_CLIENT_MEM_FRACTION",
+        ),
         (MemoryError(), 2, "error: out of memory; --stage=plan says what fits"),
         (NonFiniteError("step 3 is not finite"), 3, "error: step 3 is not finite"),
         (GuardStopError("step 3: stopped"), 3, "error: step 3: stopped"),
@@ -135,9 +140,10 @@ def test_what_stops_a_stage_is_one_line(failing, capsys, error, code, line):
     assert line in shown
 
 
-def test_what_nobody_expected_is_not_hidden(failing):
-    with pytest.raises(RuntimeError, match="a bug"):
-        failing(raises(RuntimeError("a bug")))
+@pytest.mark.parametrize("text", ["a bug", "RESOURCE_EXHAUSTED: Shared memory size limit exceeded"])
+def test_what_nobody_expected_is_not_hidden(failing, text):
+    with pytest.raises(RuntimeError, match=text):
+        failing(raises(RuntimeError(text)))
 
 
 def test_other_errors_of_the_system_are_one_line(failing, capsys):

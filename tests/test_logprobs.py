@@ -37,6 +37,32 @@ def test_chunked_gradient_is_the_whole_gradient(arrays):
     np.testing.assert_allclose(jax.grad(loss)(x, 3), jax.grad(loss)(x, 0), rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_are_those_of_torch(arrays):
+    x, vocabulary, targets = arrays
+
+    def loss(x, vocabulary):
+        return token_logprobs(x, vocabulary, jnp.asarray(targets), 0.7)[0].sum()
+
+    theirs = [torch.tensor(array, requires_grad=True) for array in (x, vocabulary)]
+    logp = torch.log_softmax(theirs[0] @ theirs[1].T / 0.7, dim=-1)
+    logp.gather(-1, torch.tensor(targets, dtype=torch.int64)[..., None]).sum().backward()
+    for ours, their in zip(jax.grad(loss, argnums=(0, 1))(x, vocabulary), theirs, strict=True):
+        np.testing.assert_allclose(ours, their.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_in_half_precision_casts_no_vocabulary(arrays):
+    x, vocabulary = (jnp.asarray(array, jnp.bfloat16) for array in arrays[:2])
+
+    def loss(x):
+        return token_logprobs(x, vocabulary.astype(x.dtype), jnp.asarray(arrays[2]), 1.0)[0].sum()
+
+    text = jax.jit(jax.grad(loss)).lower(x).as_text()
+    assert "tensor<50x16xbf16>" in text and "tensor<50x16xf32>" not in text
+    found = jax.grad(loss)(x).astype(jnp.float32)
+    exact = jax.grad(loss)(x.astype(jnp.float32))
+    assert jnp.linalg.norm(found - exact) <= 0.01 * jnp.linalg.norm(exact)
+
+
 def test_chunks_never_hold_the_whole_projection(arrays):
     x, vocabulary, targets = (jnp.asarray(a) for a in arrays)
     grad = jax.jit(jax.grad(lambda x: token_logprobs(x, vocabulary, targets, 1.0, 1)[0].sum()))

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 OPTIONS = (
     "ppo.total_steps=10 ppo.batch_size=4 ppo.max_new_tokens=4 ppo.calibration_batches=2 "
     "ppo.max_prompt_tokens=120 ppo.checkpoint_every=10 ppo.pack_levels=1 ppo.eval_every=5 "
-    "ppo.eval_batches=1 ppo.learning_rate=1e-3 lora.rank=4"
+    "ppo.eval_batches=1 ppo.learning_rate=1e-3 lora.rank=4 sarm_batch_size=2"
 ).split()
 TRAIN = (
     "--config=configs/base.py --policy_model={0}/policy --sarm_model={0}/sarm "

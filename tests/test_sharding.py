@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -20,9 +21,9 @@ from ppo.reward import RewardConfig
 from ppo.train import TrainConfig, Trainer
 from sarm_jax import chat
 from sarm_jax.errors import InputError
-from sarm_jax.generate import Sampling, draw_token
+from sarm_jax.generate import Sampling, draw_token, generate
 from sarm_jax.llama import Llama, LlamaConfig
-from sarm_jax.lora import LoRAConfig
+from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
@@ -127,6 +128,28 @@ def test_ten_steps_are_those_of_one_device(one_device, tokenizer, tmp_path, shap
     shards = {str(path[-2]): v[...].sharding for path, v in kernel if "kernel" in map(str, path)}
     split = P(None, "fsdp", "tensor")
     assert shards["q_proj"].spec == split and len(shards["q_proj"].device_set) == np.prod(shape)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2)])
+def test_decoding_with_adapters_is_that_of_one_device(tokenizer, shape):
+    """A float32 rollout folds its adapters into the kernels; in half precision they stay apart."""
+    found = []
+    tokens = jnp.asarray(np.random.default_rng(0).integers(3, 200, (4, 7)))
+    for placement in (Placement(), Placement(make_mesh(MeshConfig(*shape)))):
+        policy = put(spread(Llama(llama(tokenizer), rngs=nnx.Rngs(0))), placement)
+        policy.placement = placement
+        add_lora(policy, LoRAConfig(rank=4), nnx.Rngs(1))
+        adapter = jax.tree.map(
+            lambda x: 0.3 * jnp.cos(jnp.arange(x.size)).reshape(x.shape),
+            nnx.state(policy, LoRAParam),
+        )
+        nnx.update(policy, placement.replicated(adapter))
+        whole = jnp.ones(tokens.shape, bool)
+        out = generate(policy, tokens, whole, max_new_tokens=8, temperature=0.0, stop_ids=())
+        found.append(jax.device_get((out.tokens_br, out.logp_br)))
+    (tokens_br, logp_br), (expected_br, expected_logp_br) = found
+    np.testing.assert_array_equal(tokens_br, expected_br)
+    np.testing.assert_allclose(logp_br, expected_logp_br, atol=1e-4)
 
 
 def test_minibatches_and_accumulation_on_a_mesh(one_device, tokenizer, tmp_path):

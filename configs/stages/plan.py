@@ -1,4 +1,4 @@
-"""A PPO step, compiled for a machine that is not there."""
+"""A PPO step, compiled for this machine or for one that is not there."""
 
 import logging
 from pathlib import Path
@@ -26,7 +26,7 @@ def options(config: ConfigDict) -> TrainConfig:
     return found
 
 
-def planner(config: ConfigDict) -> Planner:
+def make_planner(config: ConfigDict) -> Planner:
     """For the target of the config, with the architectures that its models have."""
     asked, section = options(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
@@ -50,14 +50,14 @@ def layout(config: ConfigDict) -> Layout:
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Architectures and options → memory, traffic and time of a PPO step on a machine."""
-    plans = planner(config)
+    planner = make_planner(config)
     if config.plan.search:
-        found = layouts_for(target_devices(plans.name), plans.config.batch_size)
-        ranked = search(plans, list(found))
+        found = layouts_for(target_devices(planner.name), planner.config.batch_size)
+        ranked = search(planner, list(found))
         plan = ranked[0] | {"candidates": ranked[1:]}
         print(candidates(ranked), end="\n\n")
     else:
-        plan = plans.plan(layout(config))
+        plan = planner.plan(layout(config))
     write_json(workdir / "plan.json", plan)
     print(table(plan))
     LOG.info("the plan is in %s", workdir / "plan.json")

@@ -19,6 +19,7 @@ from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import TrainConfig, Trainer
 from sarm_jax import processes
+from sarm_jax.chips import describe_devices
 from sarm_jax.errors import InputError
 from sarm_jax.lab.gates import require_gates
 from sarm_jax.sharding import make_mesh
@@ -65,7 +66,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_same_everywhere(made_from)
 
     steps = ppo.total_steps
-    LOG.info("PPO, %d steps on %d prompts; log and checkpoints in %s", steps, len(prompts), workdir)
+    where = describe_devices(mesh_config(config).devices)
+    LOG.info("PPO, %d steps on %d prompts, on %s", steps, len(prompts), where)
+    LOG.info("log and checkpoints in %s", workdir)
     if asked.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", asked.lora.dropout)
     policy, tokenizer = policy_model(config)
