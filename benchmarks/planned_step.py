@@ -3,13 +3,12 @@
     python -m benchmarks.planned_step --config=configs/full_method.py --config.plan.target=host \\
         --config.mesh.tensor=1 --batch_size=8 --config.ppo.max_prompt_tokens=512 [--workdir=DIR]
 
-Options are those of `main.py`, `--stage=plan` among them. Every prompt and response is as long as
-it may be, as the plan has it. The seconds are the least of three iterations after one that
-compiles; a decoded token is what the rollout takes beyond its prefill. Peaks are the allocator's,
-where it has any; the table is written to `planned_step.json` too.
+Options are those of `main.py --stage=plan`. Every prompt and response is as long as it may be, as
+the plan has it. The seconds are the least of three iterations after one that compiles; a decoded
+token is what the rollout takes beyond its prefill. The peak is the allocator's, where it has any,
+from the first weight to the last iteration. All of it goes to `planned_step.json` too.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,18 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from benchmarks.jax_ppo import JaxPPO
 from benchmarks.random_weights import random_weights
 from benchmarks.word_tokenizer import word_tokenizer
 from benchmarks.workload import TOKENS, Workload
 from configs import command_line
-from configs.shared import placement
-from configs.stages.plan import layout, planner
+from configs.shared import placement, write_json
+from configs.stages.plan import layout, make_planner
 from conversion.keys import abstract_policy, abstract_sarm
-from ppo.plan import table
+from ppo.plan import Planner, table
 from ppo.programs import Program
-from sarm_jax.chips import GIB, take_memory
+from sarm_jax.chips import GIB, set_memory_share
 from sarm_jax.progress import show_progress
 from sarm_jax.reward_model import RewardModel
 
@@ -39,83 +39,93 @@ UPDATE = ("reference", "targets", "first_step", "step")
 
 def main() -> None:
     """Prints the plan, and a row per program: planned and measured milliseconds."""
-    config, _, workdir = command_line.parse(sys.argv)
+    template, _, workdir = command_line.parse(sys.argv)
+    config = command_line.fill_in(template, workdir)
+    if config.plan.target != "host" or config.plan.search:
+        raise SystemExit("what is here is measured: --config.plan.target=host, and no search")
     show_progress()
-    take_memory()
-    plans = planner(config)
-    plan = plans.plan(layout(config))
+    set_memory_share()
+    planner = make_planner(config)
+    plan = planner.plan(layout(config))
     print(table(plan), flush=True)
-    placed = placement(config)
-    policy = random_weights(abstract_policy(plans.policy().config, config.dtype), placed)
+    prefill = next(p for p in planner.programs(layout(config)) if p.name == "prefill")
+    found = planned(plan) | measure(make_loop(config, planner), prefill)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_json(workdir / "planned_step.json", found | {"plan": plan})
+    show(found)
+
+
+def planned(plan: dict) -> dict[str, Any]:
+    """Seconds of a step's parts, as `measure` has them."""
+    rows = {row["name"]: row for row in plan["programs"]}
+    seconds = {name: rows[name]["seconds"] for name in ("rollout", "prefill", "decode")}
+    seconds["score"] = rows["score"]["runs"] * rows["score"]["seconds"]
+    update = (rows[name] for name in UPDATE if name in rows)
+    seconds["update"] = sum(row["runs"] * row["seconds"] for row in update)
+    seconds["total"] = plan["step_seconds"]
+    return {"planned_seconds": seconds, "planned_peak_bytes": plan["peak_bytes"]}
+
+
+def make_loop(config: ConfigDict, planner: Planner) -> JaxPPO:
+    """The step, with models and prompts that are as large as planned."""
+    ppo, placed = planner.config, placement(config)
+    policy = random_weights(abstract_policy(planner.policy().config, config.dtype), placed)
     policy.remat, policy.placement = config.remat, placed
-    sarm = random_weights(abstract_sarm(plans.sarm().config, config.dtype), placed)
+    sarm = random_weights(abstract_sarm(planner.sarm().config, config.dtype), placed)
     sarm.trunk.placement = placed
-    ppo = plans.config
+    tokenizer = word_tokenizer(policy.config.vocab_size)
+    options = config.sarm_max_length, config.sarm_batch_size
+    reward_model = RewardModel(sarm, tokenizer, *options)
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, TOKENS, (ppo.batch_size, ppo.max_prompt_tokens)).tolist()
     work = Workload(prompts, [ppo.max_new_tokens] * ppo.batch_size, ppo.ppo_epochs)
-    tokenizer = word_tokenizer(plans.policy().config.vocab_size)
-    reward_model = RewardModel(sarm, tokenizer, batch_size=config.sarm_batch_size)
-    watched = tuple(range(plans.watched))
-    loop = JaxPPO(ppo, plans.lora, policy, reward_model, work, watched)
+    return JaxPPO(ppo, planner.lora, policy, reward_model, work, tuple(range(planner.watched)))
+
+
+def measure(loop: JaxPPO, prefill: Program) -> dict[str, Any]:
+    """Seconds of a step's parts, and what they took of the device."""
     start = time.perf_counter()
     loop.iteration()
     first = time.perf_counter() - start
     spans = [loop.iteration() for _ in range(ITERATIONS)]
-    least = {name: min(span[name] for span in spans) for name in spans[0]}
-    half = next(p for p in plans.programs(layout(config)) if p.name == "prefill")
-    prefill = _prefill(loop, half)
-    rows = [dict(row) for row in plan["programs"]]
-    planned = {row["name"]: row["seconds"] for row in rows}
-    planned["update"] = sum(r["runs"] * r["seconds"] for r in rows if r["name"] in UPDATE)
-    planned["score"] *= next(row["runs"] for row in rows if row["name"] == "score")
-    planned["total"] = plan["step_seconds"]
-    measured = least | {"prefill": prefill}
-    measured["decode"] = (least["rollout"] - prefill) / (ppo.max_new_tokens - 1)
-    names = ("rollout", "prefill", "decode", "score", "update", "total")
-    device = jax.devices()[0]
-    statistics: Any = device.memory_stats() or {}
-    found = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "layout": plan["layout"],
-        "batch": ppo.batch_size,
-        "first_iteration_seconds": first,
-        "planned_peak_bytes": plan["peak_bytes"],
-        "measured_peak_bytes": statistics.get("peak_bytes_in_use"),
-        "seconds": {n: {"planned": planned[n], "measured": measured[n]} for n in names},
-        "iterations": spans,
-        "plan": plan,
-    }
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "planned_step.json").write_text(json.dumps(found, indent=2))
-    print(
-        f"\n{device.device_kind}, jax {jax.__version__}, {plan['layout']}, batch {ppo.batch_size}"
-    )
-    print("\n| | planned, ms | measured, ms | measured / planned |\n|---|---|---|---|")
-    for name in names:
-        ours, theirs = 1e3 * planned[name], 1e3 * measured[name]
-        print(f"| {name} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")
-    if statistics:
-        peaks = plan["peak_bytes"] / GIB, statistics["peak_bytes_in_use"] / GIB
-        print(f"| peak, GiB | {peaks[0]:.1f} | {peaks[1]:.1f} | {peaks[1] / peaks[0]:.2f} |")
-    print(f"\nfirst iteration: {first:.1f} s", flush=True)
-
-
-def _prefill(loop: JaxPPO, program: Program) -> float:
-    """Seconds of the rollout's first half, by itself."""
-    compiled = program.lower().compile()
+    statistics: Any = jax.devices()[0].memory_stats() or {}
+    seconds = {name: min(span[name] for span in spans) for name in spans[0]}
+    compiled = prefill.lower().compile()
     tokens, mask = loop.learner.placement.rows((jnp.asarray(loop.tokens), jnp.asarray(loop.mask)))
-    return _least(lambda: compiled(loop.state.params, loop.base, tokens, mask))
+    seconds["prefill"] = least(lambda: compiled(loop.state.params, loop.base, tokens, mask))
+    decoded = loop.learner.config.max_new_tokens - 1
+    seconds["decode"] = (seconds["rollout"] - seconds["prefill"]) / decoded
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "first_iteration_seconds": first,
+        "measured_seconds": seconds,
+        "measured_peak_bytes": statistics.get("peak_bytes_in_use"),
+        "iterations": spans,
+    }
 
 
-def _least(run: Callable[[], Any]) -> float:
+def least(run: Callable[[], Any]) -> float:
+    """Seconds of a call, the first not counted."""
     seconds = []
     for _ in range(1 + ITERATIONS):
         start = time.perf_counter()
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+def show(found: dict[str, Any]) -> None:
+    """Planned beside measured, as a Markdown table."""
+    print(f"\n{found['device']}, jax {found['jax']}")
+    print("\n| | planned, ms | measured, ms | measured / planned |\n|---|---|---|---|")
+    for name, planned_seconds in found["planned_seconds"].items():
+        ours, theirs = 1e3 * planned_seconds, 1e3 * found["measured_seconds"][name]
+        print(f"| {name} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")
+    if found["measured_peak_bytes"]:
+        ours, theirs = found["planned_peak_bytes"] / GIB, found["measured_peak_bytes"] / GIB
+        print(f"| peak, GiB | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")
+    print(f"\nfirst iteration: {found['first_iteration_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

@@ -16,15 +16,16 @@ def random_weights(model: Any, placed: Placement) -> Any:
     for number, (path, variable) in enumerate(nnx.to_flat_state(state)):
         name = ".".join(map(str, path))
         target = placed.abstract_parameter(name, variable.shape, variable.dtype)
-        array = _random(number, target, 0.0 if name.endswith("bias") else 0.02)
-        if name.endswith("scale"):
-            array = jnp.ones_like(array)
-        flat.append((path, variable.replace(array)))
+        flat.append((path, variable.replace(_make(name, number, target))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _random(number: int, target: jax.ShapeDtypeStruct, deviation: float) -> jax.Array:
+def _make(name: str, number: int, target: jax.ShapeDtypeStruct) -> jax.Array:
     def make(key: jax.Array) -> jax.Array:
-        return deviation * jax.random.normal(key, target.shape, target.dtype)
+        if name.endswith("scale"):
+            return jnp.ones(target.shape, target.dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(target.shape, target.dtype)
+        return 0.02 * jax.random.normal(key, target.shape, target.dtype)
 
     return jax.jit(make, out_shardings=target.sharding)(jax.random.key(number))

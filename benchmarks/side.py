@@ -30,6 +30,7 @@ class Side:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[1],
+            env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},  # sides share a GPU
         )
         self._say([str(Path(model_dir).resolve()), vars(work), *rest])
 

@@ -9,10 +9,10 @@ An iteration does what this project's own does, on the same prompts (`ppo_iterat
    epochs of the clipped PPO loss on LoRA (r 16 on q, k, v, o) and a value head, with AdamW.
 
 It runs on a GPU where there is one, with float32 products in TF32 there, as JAX has them, and is
-meant to be as fast as plain PyTorch gets without a compiler: sdpa attention,
+meant to be as fast as plain PyTorch gets without a compiler or CUDA graphs: sdpa attention,
 inference_mode wherever no gradient is needed, the adapters merged into the weights for the rollout
-(faster than running them apart, and than a static cache), logits on the response positions only,
-and gradients only for what is trained.
+(on a CPU faster than running them apart, and than a static cache), logits on the response positions
+only, and gradients only for what is trained.
 
 Sources: PPO, arXiv 1707.06347, with the details of arXiv 2403.17031.
 """
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaModel
 
@@ -184,11 +185,17 @@ def positions(mask_bt: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def merged(policy: torch.nn.Module) -> Iterator[None]:
     """Adds the adapters to the weights in place for the time of the block."""
+    layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
+    weights = [layer.get_base_layer().weight.data for layer in layers]
+    halves = [weight for weight in weights if weight.dtype != torch.float32]
+    kept = [weight.clone() for weight in halves]  # a rounded sum cannot be taken back
     policy.merge_adapter()
     try:
         yield
     finally:
         policy.unmerge_adapter()
+        for weight, original in zip(halves, kept, strict=True):
+            weight.copy_(original)
 
 
 def gae(reward_bn: torch.Tensor, value_bn: torch.Tensor, mask_bn: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ class TunixPPO:
 
     def __init__(self, model_dir: str, work: Workload) -> None:
         if set(work.lengths) != {work.new_tokens}:
-            raise SystemExit("Tunix stops at tokens, not at given lengths: --workload=equal only")
+            raise SystemExit("Tunix stops at tokens, not at given lengths: equal ones only")
         config = llama_config(model_dir)
         base = params.create_model_from_safe_tensors(model_dir, config, dtype=jnp.float32)
         provider = qwix.LoraProvider(

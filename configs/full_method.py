@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
     config.ppo.max_new_tokens = 256
     config.ppo.logprob_chunk = 64
 
+    config.guards.ratio_0_max_dev = 0.1  # where old and new are two programs, bfloat16 rounds apart
     config.reward.penalize_features = "48659,28879,26446"
     config.reward.tau_values = "3.0,3.0,3.0"
     config.reward.alpha_values = "0.1,0.1,0.1"

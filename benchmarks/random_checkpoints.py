@@ -1,0 +1,58 @@
+"""What a run of full_method reads, at full size and random: both models, prompts, demonstrations.
+
+    python -m benchmarks.random_checkpoints DIR
+
+Hugging Face directories DIR/llama_3_1_8b_instruct and DIR/llama_sarm_4b, 25 GB, of random bits in
+the shapes of configs/architectures; prompts.jsonl and demos.jsonl of words of their tokenizer.
+"""
+
+import argparse
+import json
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.full_size_conversion import write_checkpoint
+from conversion.hf_config import is_sarm, llama_config, sarm_config
+from conversion.json_files import read_json
+from conversion.keys import abstract_model, tensor_specs
+
+MODELS = ("llama_3_1_8b_instruct", "llama_sarm_4b")
+ROWS, PROMPT_WORDS, RESPONSE_WORDS = 64, (400, 505), 200
+
+
+def main() -> None:
+    """Writes them, the models side by side."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="a new one")
+    parser.add_argument("--architectures", type=Path, default=Path("configs/architectures"))
+    args = parser.parse_args()
+    args.directory.mkdir(parents=True)
+    with get_context("spawn").Pool(len(MODELS)) as pool:
+        pool.starmap(write, [(args.architectures / m, args.directory / m) for m in MODELS])
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> str:
+        return " ".join(f"w{number}" for number in rng.integers(10, 30_000, count))
+
+    prompts = [words(count) for count in rng.integers(*PROMPT_WORDS, ROWS)]
+    demos = [{"prompt": prompt, "response": words(RESPONSE_WORDS)} for prompt in prompts]
+    write_lines(args.directory / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    write_lines(args.directory / "demos.jsonl", demos)
+
+
+def write(architecture: Path, destination: Path) -> None:
+    """A checkpoint in the shapes of a config.json."""
+    hf = read_json(architecture / "config.json")
+    config = sarm_config(hf, "") if is_sarm(hf) else llama_config(hf)
+    write_checkpoint(destination, hf, tensor_specs(abstract_model(config)))
+
+
+def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()
