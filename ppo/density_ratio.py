@@ -64,14 +64,30 @@ class DensityRatioState:
     opt_state: optax.OptState
 
 
+@struct.dataclass
+class Human:
+    """The buffer, standardised `[N, S]`, and what it was standardised with, `[S]`."""
+
+    rows_ns: jax.Array
+    mean_s: jax.Array
+    deviation_s: jax.Array
+
+    def standardise(self, z_bs: jax.Array) -> jax.Array:
+        """Other latents in the same units."""
+        return (z_bs.astype(jnp.float32) - self.mean_s) / self.deviation_s
+
+
 class DensityRatio:
-    """The estimator of one run; `human_ns` is the buffer of human latents."""
+    """The estimator of one run; `human_ns` is the buffer of human latents.
+
+    The buffer is an argument of the programs, or it would be compiled into each of them.
+    """
 
     def __init__(self, config: DiscriminatorConfig, human_ns: ArrayLike):
         self.config = config
         rows_ns = jnp.asarray(human_ns, jnp.float32)
-        self._mean, self._std = rows_ns.mean(axis=0), _deviations(rows_ns)
-        self._human_ns = (rows_ns - self._mean) / self._std
+        mean_s, deviation_s = rows_ns.mean(axis=0), _deviations(rows_ns)
+        self._human = Human((rows_ns - mean_s) / deviation_s, mean_s, deviation_s)
         self._bound = float(np.log(len(rows_ns)))
         self._optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
         model = Discriminator(rows_ns.shape[1], config.hidden_size, rngs=nnx.Rngs(0))
@@ -79,12 +95,11 @@ class DensityRatio:
 
     def init(self, key: jax.Array) -> DensityRatioState:
         """A fresh state: D = 0 everywhere."""
-        size = self._human_ns.shape[1]
+        size = self._human.rows_ns.shape[1]
         model = Discriminator(size, self.config.hidden_size, rngs=nnx.Rngs(params=key))
         params = nnx.state(model)
         return DensityRatioState(params, self._optimizer.init(params))
 
-    @partial(jax.jit, static_argnums=0)
     def update(
         self, state: DensityRatioState, policy_bs: jax.Array, key: jax.Array
     ) -> tuple[DensityRatioState, jax.Array, dict[str, jax.Array]]:
@@ -94,7 +109,15 @@ class DensityRatio:
         and `skipped`, which is `steps` where they made a number non-finite: the state is then the
         one before them. Otherwise 0.
         """
-        policy_bs = self._standardised(policy_bs)
+        return self._update(self._human, state, policy_bs, key)
+
+    def read(self, state: DensityRatioState, policy_bs: jax.Array) -> jax.Array:
+        """D `[B]` of latents that are not trained on."""
+        return self._read(self._human, state, policy_bs)
+
+    @partial(jax.jit, static_argnums=0)
+    def _update(self, buffer: Human, state: DensityRatioState, policy_bs, key):
+        policy_bs = buffer.standardise(policy_bs)
         size, logits = self.config.batch_size, self._logits
 
         def loss(params, human, policy):
@@ -104,7 +127,7 @@ class DensityRatio:
 
         def step(state, key):
             human_key, policy_key = jax.random.split(key)
-            human = jax.random.choice(human_key, self._human_ns, (size,))
+            human = jax.random.choice(human_key, buffer.rows_ns, (size,))
             policy = jax.random.choice(policy_key, policy_bs, (size,))
             grad_fn = jax.value_and_grad(loss, has_aux=True)
             (value, accuracy), grads = grad_fn(state.params, human, policy)
@@ -122,12 +145,8 @@ class DensityRatio:
         return state, self._bounded(logits(state.params, policy_bs)), metrics
 
     @partial(jax.jit, static_argnums=0)
-    def read(self, state: DensityRatioState, policy_bs: jax.Array) -> jax.Array:
-        """D `[B]` of latents that are not trained on."""
-        return self._bounded(self._logits(state.params, self._standardised(policy_bs)))
-
-    def _standardised(self, z_bs: jax.Array) -> jax.Array:
-        return (z_bs.astype(jnp.float32) - self._mean) / self._std
+    def _read(self, buffer: Human, state: DensityRatioState, policy_bs):
+        return self._bounded(self._logits(state.params, buffer.standardise(policy_bs)))
 
     def _bounded(self, d_b: jax.Array) -> jax.Array:
         return jnp.clip(d_b, -self._bound, self._bound)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ppo.density_ratio import DensityRatio
@@ -60,7 +61,7 @@ class HeldOut:
         scored = self.scorer(rollout)
         ratio_b = np.zeros_like(scored.score_b)
         if self.density_ratio is not None:
-            read = self.density_ratio.read(state["density_ratio"], scored.subset_bs)
+            read = self.density_ratio.read(state["density_ratio"], jnp.asarray(scored.subset_bs))
             ratio_b = np.asarray(read)
         terms = compound_reward(
             self.reward, scored.score_b, scored.penalised_bn, ratio_b, scale.std

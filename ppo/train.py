@@ -274,13 +274,14 @@ class Trainer:
 
     def _reward(self, step, state, scored: Scored) -> tuple[RewardTerms, dict, dict]:
         """The reward's terms; the discriminator is stepped on this batch before it is read."""
-        ratio_b, disc_state, metrics = np.zeros_like(scored.score_b), {}, {}
+        ratio_b, disc_state = np.zeros_like(scored.score_b), {}
+        metrics: dict[str, np.ndarray] = {}
         if self.density_ratio is not None:
             key = jax.random.fold_in(self._disc_data_key, step)
-            new, ratio, metrics = self.density_ratio.update(
+            new, ratio, numbers = self.density_ratio.update(
                 state["density_ratio"], jnp.asarray(scored.subset_bs), key
             )
-            ratio_b, metrics = _of_first(ratio, metrics)
+            ratio_b, metrics = _of_first(ratio, numbers)
             disc_state = {"density_ratio": new}
         terms = compound_reward(
             self.config.reward, scored.score_b, scored.penalised_bn, ratio_b, self.scale.std

@@ -67,8 +67,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
     steps = ppo.total_steps
     where = describe_devices(mesh_config(config).devices)
-    LOG.info("PPO, %d steps on %d prompts, on %s", steps, len(prompts), where)
-    LOG.info("log and checkpoints in %s", workdir)
+    what = f"PPO, {steps} steps on {len(prompts)} prompts, on {where}"
+    LOG.info("%s; log and checkpoints in %s", what, workdir)
     if asked.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", asked.lora.dropout)
     policy, tokenizer = policy_model(config)
