@@ -16,7 +16,7 @@ from configs.pipeline import run_stage
 from configs.shared import check_scoring
 from ppo.guards import TrainingStoppedError
 from sarm_jax import processes
-from sarm_jax.chips import exact_float32, set_memory_share
+from sarm_jax.devices import exact_float32, set_memory_share
 from sarm_jax.errors import InputError, out_of_memory
 from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress

@@ -209,6 +209,10 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"--tables: no {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+    decoding = ("architecture", "dtype", "contexts", "batches")
+    given = [name for name in decoding if getattr(args, name) != parser.get_default(name)]
+    if given and "decode" not in args.tables:
+        parser.error(f"--{given[0]}: of the table of decoding, which --tables leaves out")
     if "decode" in args.tables:
         decode_growth(args)
     if "update" in args.tables:

@@ -29,7 +29,9 @@ from configs.stages.plan import layout, make_planner
 from conversion.keys import abstract_policy, abstract_sarm
 from ppo.plan import Planner, table
 from ppo.programs import Program
-from sarm_jax.chips import GIB, set_memory_share
+from sarm_jax.chips import GIB
+from sarm_jax.devices import exact_float32, set_memory_share
+from sarm_jax.errors import InputError
 from sarm_jax.progress import show_progress
 from sarm_jax.reward_model import RewardModel
 
@@ -40,11 +42,14 @@ UPDATE = ("reference", "targets", "first_step", "step")
 def main() -> None:
     """Prints the plan, and a row per program: planned and measured milliseconds."""
     template, _, workdir = command_line.parse(sys.argv)
+    command_line.hosts("plan")  # there are none
     config = command_line.fill_in(template, workdir)
     if config.plan.target != "host" or config.plan.search:
-        raise SystemExit("what is here is measured: --config.plan.target=host, and no search")
+        raise InputError("what is here is measured: --config.plan.target=host, and no search")
     show_progress()
     set_memory_share()
+    if config.dtype == "float32":
+        exact_float32()
     planner = make_planner(config)
     plan = planner.plan(layout(config))
     print(table(plan), flush=True)
@@ -129,4 +134,8 @@ def show(found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

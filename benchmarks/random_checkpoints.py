@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="a new one")
     parser.add_argument("--architectures", type=Path, default=Path("configs/architectures"))
     args = parser.parse_args()
+    if args.directory.exists():
+        parser.error(f"{args.directory}: exists already; name a new directory")
     args.directory.mkdir(parents=True)
     with get_context("spawn").Pool(len(MODELS)) as pool:
         pool.starmap(write, [(args.architectures / m, args.directory / m) for m in MODELS])

@@ -21,7 +21,8 @@ from jax.stages import Compiled
 from ppo.config import PPOConfig
 from ppo.costs import Cost, step_costs
 from ppo.programs import Program, step_programs
-from sarm_jax.chips import GIB, MEMORY_SHARE, Chip, target
+from sarm_jax.chips import GIB, Chip, target
+from sarm_jax.devices import MEMORY_SHARE
 from sarm_jax.errors import InputError
 from sarm_jax.hlo import Collective, read_traffic
 from sarm_jax.llama import Llama

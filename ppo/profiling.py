@@ -151,17 +151,17 @@ def own_times(events: Sequence[tuple[float, float, Any]]) -> list[tuple[Any, flo
     own: list[tuple[Any, float]] = []
     open_events: list[list] = []  # [end, key, own time], the innermost last
 
-    def close(start: float, end: float) -> None:
-        while open_events and (open_events[-1][0] <= start or open_events[-1][0] < end):
+    def close(end: float) -> None:
+        while open_events and open_events[-1][0] < end:
             _, key, time = open_events.pop()
             own.append((key, time))
 
     for start, duration, key in sorted(events, key=lambda event: (event[0], -event[1])):
-        close(start, start + duration)
+        close(start + duration)
         if open_events:
             open_events[-1][2] -= duration
         open_events.append([start + duration, key, duration])
-    close(float("inf"), float("inf"))
+    close(float("inf"))
     return own
 
 

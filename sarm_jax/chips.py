@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sarm_jax.devices import MEMORY_SHARE, find_devices
 from sarm_jax.errors import InputError
-from sarm_jax.sharding import find_devices
 
 GIB = 2**30
 
@@ -37,8 +37,6 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", 989e12, 4.8e12, 141 * 10**9, 450e9),
 }
 PCIE = 32e9  # bytes/s between GPUs of no known kind: generation 4, 16 lanes
-# Of a GPU's memory, for JAX: what is left beside the CUDA context. Its own default is 0.75.
-MEMORY_SHARE = 0.92
 _ABSENT = re.compile(r"(h100|h200)x([1-9]\d?)")
 # Of compute capability 9.0 with 132 multiprocessors (CUDA C programming guide).
 _HOPPER = """
@@ -67,33 +65,6 @@ dnn_version_info {{ major: 9 minor: 10 }}
 runtime_version {{ major: 12 minor: 9 }}
 device_description_str: "{name}"
 """
-
-
-def set_memory_share() -> None:
-    """Lets JAX have `MEMORY_SHARE` of each GPU, unless the environment says how much it may have.
-
-    To be called before the first array is made.
-    """
-    if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the older name; never both
-        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
-
-
-def exact_float32() -> None:
-    """Makes float32 products float32 on GPUs, unless the environment says what they are to be.
-
-    By itself JAX rounds their operands to TF32, ten bits: a young adapter that is added to a kernel
-    would be rounded away.
-    """
-    if not os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
-        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # for processes that this one starts
-        jax.config.update("jax_default_matmul_precision", "float32")
-
-
-def describe_devices(used: int) -> str:
-    """Such as "1 of 4 × NVIDIA H100 80GB HBM3"."""
-    found = find_devices()
-    count = str(used) if used == len(found) else f"{used} of {len(found)}"
-    return f"{count} × {found[0].device_kind}"
 
 
 def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:

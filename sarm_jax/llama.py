@@ -251,10 +251,7 @@ class Llama(nnx.Module):
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
         """Vocabulary projection in float32, `[B, T, V]`, with columns for the padding on a mesh."""
-        logits_btv = jnp.einsum(
-            "btd,vd->btv", x_btd, self.vocabulary, preferred_element_type=jnp.float32
-        )
-        return mask_padding(logits_btv, self.config.vocab_size)
+        return mask_padding(to_logits(x_btd, self.vocabulary), self.config.vocab_size)
 
     @property
     def vocabulary(self) -> jax.Array:
@@ -311,6 +308,34 @@ class Llama(nnx.Module):
         x_btd, kept = jax.lax.scan(body, x_btd, (state, keys))
         x_btd = self.norm(x_btd) if self.final_norm else x_btd
         return (x_btd if packing is None else packing.unpack(x_btd)), kept
+
+
+@jax.custom_vjp
+def to_logits(x_btd: jax.Array, vocabulary_vd: jax.Array) -> jax.Array:
+    """x Eᵀ, float32 `[B, T, V]`, with gradients computed in the dtype of x and E.
+
+    JAX's own are products with the float32 gradient of the logits, for which a half-precision E is
+    cast to float32: on an H200 177 TFLOP/s in a trace, where the bfloat16 products of the layers
+    do four times as much.
+    """
+    return jnp.einsum("btd,vd->btv", x_btd, vocabulary_vd, preferred_element_type=jnp.float32)
+
+
+def _to_logits_forward(x_btd, vocabulary_vd):
+    return to_logits(x_btd, vocabulary_vd), (x_btd, vocabulary_vd)
+
+
+def _to_logits_backward(residuals, d_btv):
+    x_btd, vocabulary_vd = residuals
+    d_btv = d_btv.astype(x_btd.dtype)
+    # The vocabulary's own gradient costs nothing where nobody asks for it.
+    return (
+        jnp.einsum("btv,vd->btd", d_btv, vocabulary_vd),
+        jnp.einsum("btv,btd->vd", d_btv, x_btd),
+    )
+
+
+to_logits.defvjp(_to_logits_forward, _to_logits_backward)
 
 
 def mask_padding(logits_btv: jax.Array, vocab_size: int) -> jax.Array:

@@ -11,7 +11,6 @@ whose fused kernel wants queries, keys and values split alike, along rows and he
 """
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from sarm_jax.devices import find_devices
 from sarm_jax.errors import InputError
 
 # Reads a region of a parameter: every slice has a start and a stop.
@@ -98,17 +98,6 @@ class MeshConfig:
                 raise InputError(
                     f"mesh.tensor={self.tensor} does not divide {name}={getattr(config, name)}"
                 )
-
-
-def find_devices() -> list[Any]:
-    """All devices of the run; InputError where JAX was told of some that it does not find."""
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS=cuda, and no GPU
-        platforms = os.environ.get("JAX_PLATFORMS")
-        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
-        reason = " ".join(str(error).split()) or "there is none, or no driver for it"
-        raise InputError(f"{asked}JAX finds no device: {reason}") from error
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sarm_jax import chips, sharding
-from sarm_jax.chips import CHIPS, MEMORY_SHARE, describe_devices, measure_host
+from sarm_jax import chips, devices
+from sarm_jax.chips import CHIPS, measure_host
+from sarm_jax.devices import MEMORY_SHARE, describe_devices
 from sarm_jax.errors import InputError
 
 NEW, OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -31,17 +32,17 @@ def environment(monkeypatch):
 )
 def test_the_environment_decides_on_memory(environment, given, expected):
     environment.update(given)
-    chips.set_memory_share()
+    devices.set_memory_share()
     assert {name: environment[name] for name in (NEW, OLD) if name in environment} == expected
 
 
 def test_float32_is_float32_unless_the_environment_says_otherwise(environment):
     jax.config.update("jax_default_matmul_precision", None)
     environment[PRECISION] = "tensorfloat32"
-    chips.exact_float32()
+    devices.exact_float32()
     assert jax.config.jax_default_matmul_precision is None  # JAX has read it at its start
     del environment[PRECISION]
-    chips.exact_float32()
+    devices.exact_float32()
     assert jax.config.jax_default_matmul_precision == "float32"
     assert environment[PRECISION] == "float32"
 
@@ -90,4 +91,4 @@ def test_devices_that_jax_was_told_of_and_does_not_find(monkeypatch, error):
     monkeypatch.setattr(jax, "devices", missing)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(InputError, match=r"^JAX_PLATFORMS=cuda: JAX finds no device: \w.*$"):
-        sharding.find_devices()
+        devices.find_devices()

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,22 @@ def test_the_study_refuses_before_the_first_world(tmp_path, field, value, messag
         run_study(config, tmp_path)
     assert message in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_seeds_side_by_side_share_a_gpu(tmp_path, monkeypatch):
+    """JAX would give nearly all of its memory to whoever asks for devices first: the preflight."""
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+
+    def checked(*_):
+        raise InputError(f"{name}={os.environ.get(name)}")
+
+    monkeypatch.setattr("configs.study.check", checked)
+    config = demo.get_config()
+    config.lab.processes = 2
+    with pytest.raises(InputError, match=f"{name}=false"):
+        run_study(config, tmp_path)
 
 
 def test_all_needs_something_to_do(tmp_path):

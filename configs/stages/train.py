@@ -19,7 +19,7 @@ from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.train import TrainConfig, Trainer
 from sarm_jax import processes
-from sarm_jax.chips import describe_devices
+from sarm_jax.devices import describe_devices
 from sarm_jax.errors import InputError
 from sarm_jax.lab.gates import require_gates
 from sarm_jax.sharding import make_mesh
