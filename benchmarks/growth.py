@@ -30,7 +30,8 @@ from ppo.config import PPOConfig
 from ppo.costs import layer_weights
 from ppo.learner import Learner
 from ppo.update import Batch, Updater
-from sarm_jax.decoding import KVCache, decode, next_logits, unstacked
+from sarm_jax.decoding import KVCache, decode, next_logits
+from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import lower_score
@@ -95,7 +96,7 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
         token_b = jnp.ones((batch,), jnp.int32)
         return jax.lax.fori_loop(0, TOKENS, step, (token_b, cache))[0]
 
-    layers = jax.jit(lambda state: unstacked(nnx.merge(graphdef, state)))(state)
+    layers = jax.jit(lambda state: fuse_layers(nnx.merge(graphdef, state)))(state)
     return lambda: run(state, layers)
 
 
@@ -187,7 +188,7 @@ def compile_growth() -> None:
         update = Updater(learner).lower(state, frozen, 64, None)["first_step"]
         rollout = partial(learner.lower_rollout, state.params, frozen, 64, None)
         rows.append((layers, *(f"{compile_seconds(lower):.1f}" for lower in (update, rollout))))
-    show("Compiling", ("layers", "update, s", "rollout (unstacked layers), s"), rows)
+    show("Compiling", ("layers", "update, s", "rollout (every layer in the loop), s"), rows)
     trunk = dataclasses.replace(SMOLLM2, num_hidden_layers=15)
     sarm = SARM(SARMConfig(trunk, SAEConfig(576, latent_size=4608, k=32)), rngs=nnx.Rngs(0))
     score = partial(lower_score, *nnx.split(sarm), ONE_DEVICE, 8, 128)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
 
 from ppo.config import PPOConfig
@@ -22,12 +23,15 @@ from ppo.update import Updater
 from sarm_jax import decoding
 from sarm_jax.chat import scored_length
 from sarm_jax.decoding import KVCache
+from sarm_jax.fused_layers import FusedLayer, FusedLinear, fuse_layers
 from sarm_jax.generate import Sampling, draw_token
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import lower_score
 from sarm_jax.sarm import SARM
 from sarm_jax.sharding import BATCH, Placement
+
+REPLICATED = P()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,8 @@ class _Halves:
         def decode(params, base, layers, cache, token_b, key):
             policy = self._policy(params, base)
             x_b1d, cache = decoding.decode(policy, token_b, cache, layers)
-            return draw_token(decoding.next_logits(policy, x_b1d), key, sampling), cache
+            logits_bv = decoding.next_logits(policy, x_b1d)
+            return draw_token(logits_bv, key, sampling, placement), cache
 
         params, base = self.state.params, self.base
         layers, cache = self._layers(), self._cache()
@@ -132,20 +137,30 @@ class _Halves:
         donated = jax.jit(decode, donate_argnums=3)
         return donated.lower(params, base, layers, cache, token_b, key)
 
-    def _layers(self) -> tuple[nnx.State, ...]:
-        """`decoding.unstacked` of the abstract policy, each layer split like its stack."""
-        policy = self._policy(self.state.params, self.base)
-        abstract, dtype = self.learner.placement.abstract_layer, policy.embed_tokens.dtype
+    def _layers(self) -> tuple[FusedLayer, ...]:
+        """`fuse_layers` of the abstract policy, each array split as it is there."""
+        abstract = self.learner.placement.abstract
 
-        layer = jax.tree.map(lambda stacked: abstract(stacked, dtype), nnx.state(policy.layers))
-        return (layer,) * policy.config.num_hidden_layers
+        def put(x, spec=REPLICATED):
+            return abstract(x.shape, x.dtype, spec)
+
+        layers = jax.eval_shape(
+            lambda params, base: fuse_layers(self._policy(params, base)),
+            self.state.params,
+            self.base,
+        )
+        return jax.tree.map(
+            lambda x: x.placed(put) if isinstance(x, FusedLinear) else put(x),
+            layers,
+            is_leaf=lambda x: isinstance(x, FusedLinear),
+        )
 
     def _cache(self) -> KVCache:
         config, placement = self.learner.config, self.learner.placement
         model = self._policy(self.state.params, self.base).config
         rows, size = config.batch_size, self.prompt + config.max_new_tokens
         shape = (rows, model.num_key_value_heads, model.head_dim, size)
-        spec = jax.sharding.PartitionSpec(BATCH[0], "tensor")
+        spec = P(BATCH[0], "tensor")
         kv = (placement.abstract(shape, self.base.embed_tokens.dtype, spec),)
         whole: Any = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.int32))
         return KVCache(

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from sarm_jax.chat import bucket_length
-from sarm_jax.decoding import decode, next_logits, prefill, unstacked
+from sarm_jax.decoding import decode, next_logits, prefill
 from sarm_jax.errors import InputError
+from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.llama import Llama
 from sarm_jax.packing import Packing
+from sarm_jax.sharding import ONE_DEVICE, Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,8 @@ def sample(
     stop_ids = jnp.asarray(stops, jnp.int32)
 
     def draw(x_b1d, key, running_b):
-        token_b, logp_b = draw_token(next_logits(policy, x_b1d), key, sampling)
+        logits_bv = next_logits(policy, x_b1d)
+        token_b, logp_b = draw_token(logits_bv, key, sampling, policy.placement)
         return jnp.where(running_b, token_b, pad), jnp.where(running_b, logp_b, 0.0)
 
     def unfinished(carry):
@@ -131,7 +134,7 @@ def sample(
     tokens_br = jnp.full((batch, budget), pad, jnp.int32).at[:, 0].set(token_b)
     logp_br = jnp.zeros((batch, budget)).at[:, 0].set(logp_b)
     running_b &= ~jnp.isin(token_b, stop_ids)
-    layers = unstacked(policy)
+    layers = fuse_layers(policy)
     carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
     _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
 
@@ -141,7 +144,7 @@ def sample(
 
 
 def draw_token(
-    logits_bv: jax.Array, key: jax.Array, sampling: Sampling
+    logits_bv: jax.Array, key: jax.Array, sampling: Sampling, placement: Placement = ONE_DEVICE
 ) -> tuple[jax.Array, jax.Array]:
     """(token `[B]` int32, its log-probability `[B]` under the distribution drawn from)."""
     if sampling.temperature == 0:
@@ -150,12 +153,12 @@ def draw_token(
     else:
         kept_bv = keep_top(logits_bv / sampling.temperature, sampling.top_k, sampling.top_p)
         logp_bv = jax.nn.log_softmax(kept_bv)
-        token_b = draw_index(jnp.exp(logp_bv), key)
+        token_b = draw_index(jnp.exp(logp_bv), key, placement)
     logp_b = jnp.take_along_axis(logp_bv, token_b[:, None], axis=-1)[:, 0]
     return token_b.astype(jnp.int32), logp_b
 
 
-def draw_index(p_bv: jax.Array, key: jax.Array) -> jax.Array:
+def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVICE) -> jax.Array:
     """Draws `[B]` indices from rows of weights by inverting their cumulative sum in two levels.
 
     One uniform number per row: on a CPU, a Gumbel variate per vocabulary entry would cost more
@@ -165,7 +168,9 @@ def draw_index(p_bv: jax.Array, key: jax.Array) -> jax.Array:
     blocks = _blocks(size)
     width = -(-size // blocks)
     p_bkw = jnp.pad(p_bv, ((0, 0), (0, blocks * width - size))).reshape(batch, blocks, width)
-    block_cdf_bk = jnp.cumsum(p_bkw.sum(axis=-1), axis=-1)
+    # Where the vocabulary is split, all blocks' sums come to each device first: a cumulative sum
+    # along a split axis becomes a loop of as many steps as there are blocks.
+    block_cdf_bk = jnp.cumsum(placement.keep_rows(p_bkw.sum(axis=-1)), axis=-1)
     total_b = block_cdf_bk[:, -1]
     target_b = jax.random.uniform(key, (batch,)) * total_b
     target_b = jnp.minimum(target_b, jnp.nextafter(total_b, 0.0))

@@ -11,7 +11,7 @@ the amount of padding matters. Kernels are stored `[in, out]`, the transpose of 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -73,16 +73,21 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / √(mean(x²) + ε) · scale, the mean in float32."""
+    """`rms_norm` with its scale."""
 
     def __init__(self, size: int, eps: float, *, dtype: Any):
         self.scale = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
-        x32 = x_btd.astype(jnp.float32)
-        inv_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return (x32 * inv_rms).astype(x_btd.dtype) * self.scale[...]
+        return rms_norm(x_btd, self.scale[...], self.eps)
+
+
+def rms_norm(x_btd: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
+    """x / √(mean(x²) + ε) · scale, the mean in float32."""
+    x32 = x_btd.astype(jnp.float32)
+    inv_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return (x32 * inv_rms).astype(x_btd.dtype) * scale_d
 
 
 def causal_mask(mask_bt: jax.Array) -> jax.Array:
@@ -149,7 +154,8 @@ class Attention(nnx.Module):
     def project(self, x_btd, rope, keys):
         """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        return self.heads([f(x_btd, key) for f, key in zip(projections, keys, strict=True)], rope)
+        projected = [f(x_btd, key) for f, key in zip(projections, keys, strict=True)]
+        return cut_heads(projected, self.head_dim, rope)
 
     def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, attention, key, packing=None):
         """What `attention` makes of them, projected back to D."""
@@ -158,10 +164,13 @@ class Attention(nnx.Module):
             out_btnh = packing.pack(out_btnh)
         return self.o_proj(out_btnh.reshape(*out_btnh.shape[:-2], -1), key)
 
-    def heads(self, projected, rope):
-        """What the three products give, cut into heads; queries and keys rotated."""
-        q_btnh, k_btkh, v_btkh = (y.reshape(*y.shape[:-1], -1, self.head_dim) for y in projected)
-        return apply_rope(q_btnh, rope), apply_rope(k_btkh, rope), v_btkh
+
+def cut_heads(
+    projected: Sequence[jax.Array], head_dim: int, rope: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the products for queries, keys and values give, in heads; the first two rotated."""
+    q_btnh, k_btkh, v_btkh = (y.reshape(*y.shape[:-1], -1, head_dim) for y in projected)
+    return apply_rope(q_btnh, rope), apply_rope(k_btkh, rope), v_btkh
 
 
 class MLP(nnx.Module):

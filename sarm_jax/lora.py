@@ -87,14 +87,6 @@ class LoRA(nnx.Module):
         x = jax.lax.optimization_barrier(x)
         return y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.scale
 
-    def columns(self, x_db: jax.Array) -> jax.Array:
-        """(α / r) B A x, the adapter's own part for tokens in columns.
-
-        `sarm_jax.decoding` has A as `[r, in]` and B as `[out, r]`, in x's dtype.
-        """
-        x_db = jax.lax.optimization_barrier(x_db)  # as above
-        return self.b[...] @ (self.a[...] @ x_db) * self.scale
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def folded_matmul(

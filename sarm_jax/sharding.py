@@ -148,7 +148,11 @@ class Placement:
     @property
     def parts(self) -> int:
         """How many parts of a batch lie on devices of their own."""
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return self.size("data") * self.size("fsdp")
+
+    def size(self, axis: str) -> int:
+        """How many devices there are along an axis of the mesh."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
 
     def parameter(self, path: str, array: np.ndarray) -> jax.Array:
         """A frozen parameter that the host holds; on a mesh as `load` puts it."""
@@ -183,21 +187,12 @@ class Placement:
         """Arrays split along their first dimension, or on every device where it does not divide."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(
-            lambda x: _put(x, self._at(P() if x.shape[0] % self.parts else BATCH)), tree
-        )
+        return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape))), tree)
 
     def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
         """An array for compiling ahead, split like `spec`."""
         sharding = None if self.mesh is None else self._at(spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    def abstract_layer(self, stacked: Any, dtype: Any) -> Any:
-        """The transpose of one layer of an abstract array, in `dtype`, split as the stack is."""
-        shape = stacked.shape[1:]
-        axes = () if self.mesh is None else stacked.sharding.spec[1:]
-        axes = (*axes, *[None] * (len(shape) - len(axes)))
-        return self.abstract(shape[::-1], dtype, P(*axes[::-1]))
 
     def abstract_parameter(self, path: str, shape: Sequence[int], dtype: Any) -> Any:
         """What `load` makes of such an array."""
@@ -212,27 +207,31 @@ class Placement:
 
     def abstract_rows(self, shape: Sequence[int], dtype: Any) -> Any:
         """What `rows` makes of such an array."""
-        return self.abstract(shape, dtype, P() if shape[0] % self.parts else BATCH)
+        return self.abstract(shape, dtype, self._rows(shape))
 
     def keep_rows(self, tree: Any) -> Any:
-        """Inside a program: arrays `[B, …]` stay split along the batch."""
-        return self._constrain(tree, BATCH)
+        """Inside a program: arrays stay as `rows` puts them."""
+        return jax.tree.map(lambda x: self.keep(x, self._rows(x.shape)), tree)
 
     def keep_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Inside a program: arrays `[B, T, heads, H]` are split along batch and heads alone."""
         if self.mesh is None:
             return arrays
         rows = None if len(arrays[0]) % self.parts else BATCH[0]
-        return self._constrain(arrays, P(rows, None, "tensor"))
+        return self.keep(arrays, P(rows, None, "tensor"))
 
     def keep_replicated(self, tree: Any) -> Any:
         """Inside a program: arrays stay whole on every device."""
-        return self._constrain(tree, P())
+        return self.keep(tree, P())
 
-    def _constrain(self, tree: Any, spec: P) -> Any:
+    def keep(self, tree: Any, spec: P) -> Any:
+        """Inside a program: arrays stay split like `spec`."""
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, self._at(spec))
+
+    def _rows(self, shape: Sequence[int]) -> P:
+        return P() if shape[0] % self.parts else BATCH
 
     def _at(self, spec: P) -> NamedSharding:
         assert self.mesh is not None

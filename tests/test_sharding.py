@@ -21,7 +21,7 @@ from ppo.reward import RewardConfig
 from ppo.train import TrainConfig, Trainer
 from sarm_jax import chat
 from sarm_jax.errors import InputError
-from sarm_jax.generate import Sampling, draw_token, generate
+from sarm_jax.generate import Sampling, draw_index, draw_token, generate
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
 from sarm_jax.metrics_csv import read_metrics
@@ -294,6 +294,19 @@ def test_weights_are_read_into_their_shards_once(directories, layout, shape):
     scored = (m.score_tokens(conversations) for m in (loaded, single))
     for ours, theirs in zip(*scored, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+def test_drawing_from_a_split_vocabulary_adds_up_whole_rows():
+    """Else GPUs would do it in a loop of as many steps as there are blocks, which no CPU shows."""
+    placement = Placement(make_mesh(MeshConfig(2, 1, 4)))
+    p_bv, key = jax.random.uniform(jax.random.key(0), (4, 1024)) ** 8, jax.random.key(1)
+
+    def on_mesh(p_bv, key):
+        return draw_index(placement.keep(p_bv, P(None, "tensor")), key, placement)
+
+    np.testing.assert_array_equal(jax.jit(on_mesh)(p_bv, key), draw_index(p_bv, key))
+    draw = jax.make_jaxpr(lambda p_bv, key: draw_index(p_bv, key, placement))(p_bv, key)
+    assert list(constraints(draw.jaxpr)) == [BATCH]
 
 
 def test_rows_added_to_the_vocabulary_are_no_tokens(directories, tmp_path):

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from conversion import from_gguf, load_policy
 from sarm_jax.chat import bucket_length, encode_prompt, pad_batch, pad_id
-from sarm_jax.decoding import decode, prefill, unstacked
+from sarm_jax.decoding import decode, prefill
+from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.generate import generate
 
 PROMPTS = [
@@ -89,5 +90,5 @@ def test_cached_decode_is_the_full_forward(models):
     full = policy.hidden(tokens, mask)
     _, cache = prefill(policy, tokens[:, :-3], mask[:, :-3], len(row))
     for t in range(len(row) - 3, len(row)):
-        x, cache = decode(policy, tokens[:, t], cache, unstacked(policy))
+        x, cache = decode(policy, tokens[:, t], cache, fuse_layers(policy))
         np.testing.assert_allclose(x[:, 0], full[:, t], atol=1e-5 * float(jnp.abs(full).max()))
