@@ -25,7 +25,9 @@ from sarm_jax.packing import Packing
 from sarm_jax.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
 from sarm_jax.sharding import ONE_DEVICE, Placement
 
-QUERY_BLOCK, QUERY_BLOCKS = 32, 8  # the least queries in a block, the most blocks; see `attention`
+# The least queries in a block, and the most blocks; see `attention`. A GPU takes longer to start
+# the kernels of a small block than to compute what it saves.
+QUERY_BLOCK, QUERY_BLOCKS = {"cpu": 32, "gpu": 512}, 8
 
 REMAT = {
     # Everything: no recomputation.
@@ -108,12 +110,13 @@ def attention(
     mask_bts: jax.Array,
     implementation: str,
     placement: Placement = ONE_DEVICE,
+    query_block: int = QUERY_BLOCK["cpu"],
 ) -> jax.Array:
     """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, `[B, T, N, H]`.
 
     A mask of more than one row must be causal, and let every row look at something, see
-    `causal_mask`. XLA would compute all of `[T, S]`, so it is given
-    the queries in blocks, each with the columns up to its own end: half the work, and on a CPU
+    `causal_mask`. XLA would compute all of `[T, S]`, so it is given the queries in blocks of
+    `query_block` or more, each with the columns up to its own end: half the work, and on a CPU
     about half the time. There are few blocks, since each is compiled. cuDNN's never writes `[T, S]`
     to memory.
     """
@@ -127,7 +130,7 @@ def attention(
         mask_bts = jnp.pad(mask_bts, ((0, 0), (0, 1), (0, 0)), mode="edge")  # no row is empty
         mask_bts = jnp.pad(mask_bts, ((0, 0), (0, 0), (0, 1)))
         return attend(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])[:, :length]
-    block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
+    block = max(query_block, -(-length // QUERY_BLOCKS))
     if implementation == "cudnn" or length <= block:
         return attend(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])
     chex.assert_axis_dimension(mask_bts, 2, length)
@@ -270,10 +273,6 @@ class Llama(nnx.Module):
         """
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
-    @property
-    def _backend(self):
-        return self.backend or jax.default_backend()
-
     def rope(self, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The rotation of queries and keys at these positions, see `rope_tables`."""
         config = self.config
@@ -300,8 +299,13 @@ class Llama(nnx.Module):
             tokens_bt, positions_bt = packing.pack(tokens_bt), packing.pack(positions_bt)
         rope = self.rope(positions_bt)
         x_btd = self.embed_tokens[...][tokens_bt]
-        implementation = attention_implementation(self._backend, x_btd.dtype, self.config.head_dim)
-        attend = partial(attention, implementation=implementation, placement=self.placement)
+        backend = self.backend or jax.default_backend()
+        attend = partial(
+            attention,
+            implementation=attention_implementation(backend, x_btd.dtype, self.config.head_dim),
+            placement=self.placement,
+            query_block=QUERY_BLOCK.get(backend, QUERY_BLOCK["gpu"]),
+        )
         graphdef, state = nnx.split(self.layers)
 
         def layer(x, xs):
