@@ -7,17 +7,20 @@ predicted. The base travels as an argument through every program and is never co
 
 import dataclasses
 import math
-from functools import partial
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 from jax.stages import Lowered
+from jax.typing import ArrayLike
 
 from ppo.config import PPOConfig
 from ppo.logprobs import token_logprobs
 from ppo.slots import MULTIPLE, Slots
+from sarm_jax.decoding import compiler_options
 from sarm_jax.generate import Generation, Sampling, sample
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, fold_lora
@@ -47,7 +50,8 @@ class Learner:
     """The compiled programs over a policy. Holds no arrays, so equal learners share compilations.
 
     `graphdef` describes the policy with its adapter, `reference_graph` without; `stops` end a
-    response, `pad` fills up after it. `base` is the frozen state in every signature.
+    response, `pad` fills up after it; programs are made for `platform`. `base` is the frozen state
+    in every signature.
     """
 
     config: PPOConfig
@@ -55,6 +59,7 @@ class Learner:
     reference_graph: nnx.GraphDef
     stops: tuple[int, ...]
     pad: int
+    platform: str
     placement: Placement = ONE_DEVICE
 
     @classmethod
@@ -72,7 +77,8 @@ class Learner:
         reference_graph = nnx.graphdef(policy)
         add_lora(policy, lora, nnx.Rngs(config.seed))
         graphdef, adapter, base = nnx.split(policy, LoRAParam, ...)  # type: ignore[misc]
-        learner = cls(config, graphdef, reference_graph, policy.stop_ids, pad, policy.placement)
+        known = policy.stop_ids, pad, policy.platform, policy.placement
+        learner = cls(config, graphdef, reference_graph, *known)
         width = policy.config.hidden_size
         params = {
             "lora": jax.tree.map(jnp.copy, adapter),  # updates donate it
@@ -86,13 +92,12 @@ class Learner:
         """The optimizer of `config`."""
         return make_optimizer(self.config)
 
-    @partial(jax.jit, static_argnums=0, static_argnames="slots")
     def rollout(
         self,
         params: dict,
         base: nnx.State,
-        tokens_bp: jax.Array,
-        mask_bp: jax.Array,
+        tokens_bp: ArrayLike,
+        mask_bp: ArrayLike,
         key: jax.Array,
         slots: int | None = None,
     ) -> Generation:
@@ -100,6 +105,18 @@ class Learner:
 
         `slots` are what the prompts are packed in, of each part of the mesh; None: not packed.
         """
+        return self._rollout_program(self, params, base, tokens_bp, mask_bp, key, slots=slots)
+
+    @property
+    def decoding_options(self) -> dict[str, Any]:
+        """What the compiler is told about programs that decode."""
+        return compiler_options(self.platform, self.config.batch_size // self.placement.parts)
+
+    @property
+    def _rollout_program(self):
+        return _rollout_program(tuple(self.decoding_options.items()))
+
+    def _sample(self, params, base, tokens_bp, mask_bp, key, slots):
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
         policy = nnx.merge(self.graphdef, params["lora"], base)
         if policy.embed_tokens.dtype == jnp.float32:  # half precision would round it away
@@ -135,7 +152,8 @@ class Learner:
         """`rollout` of prompts padded to `prompt_length` tokens; arrays may be abstract."""
         tokens_bp, mask_bp = self._abstract_tokens(prompt_length)
         key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
-        return self.rollout.lower(self, params, base, tokens_bp, mask_bp, key, slots=slots)
+        given = self, params, base, tokens_bp, mask_bp, key
+        return self._rollout_program.lower(*given, slots=slots)
 
     def lower_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> Lowered:
         """`reference_logp` after prompts padded to `prompt_length` tokens."""
@@ -193,6 +211,19 @@ class Learner:
         given = (x_scd, model.vocabulary, targets_sc)
         per_token = token_logprobs(*given, temperature, chunk, size)
         return *(packing.unpack(y.reshape(-1)) for y in per_token), x_brd
+
+
+@cache
+def _rollout_program(options: tuple[tuple[str, Any], ...]) -> Any:
+    """`Learner.rollout`, compiled with these options and known by this name in traces."""
+
+    compiled = partial(jax.jit, compiler_options=dict(options))
+
+    @partial(compiled, static_argnums=0, static_argnames="slots")
+    def rollout(learner, params, base, tokens_bp, mask_bp, key, slots):
+        return learner._sample(params, base, tokens_bp, mask_bp, key, slots)
+
+    return rollout
 
 
 def make_optimizer(config: PPOConfig) -> optax.GradientTransformation:

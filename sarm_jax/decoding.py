@@ -5,6 +5,10 @@ each weight and each cached column once, as it lies. Weights are those of the mo
 different is their layout (`sarm_jax.fused_layers`) and that tokens stand in columns, `[D, B]`.
 """
 
+import os
+from functools import cache
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -12,6 +16,31 @@ from flax import struct
 from sarm_jax.fused_layers import FusedLayer, product
 from sarm_jax.llama import Llama, attention, cut_heads, mask_padding, rms_norm
 from sarm_jax.packing import Packing
+
+# A GPU's products of few rows are cut along their inner axis, so that all of its multiprocessors
+# have something to do, and the partial sums added up. From so many rows on, writing and reading
+# these costs more than it gives.
+UNCUT_ROWS, UNCUT = 64, {"xla_gpu_experimental_force_split_k": 1}
+
+
+def compiler_options(platform: str, rows: int) -> dict[str, Any]:
+    """What a program that decodes `rows` rows on each device is best compiled with."""
+    (name,) = UNCUT
+    if platform != "gpu" or rows < UNCUT_ROWS or name in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return UNCUT if _is_known(name) else {}
+
+
+@cache
+def _is_known(option: str) -> bool:
+    """Whether this XLA has the option; experimental ones come and go."""
+    try:
+        jax.jit(lambda: 0, compiler_options={option: UNCUT[option]}).lower().compile()
+    except Exception as error:  # its type is jaxlib's
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 @struct.dataclass

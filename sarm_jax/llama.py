@@ -273,6 +273,11 @@ class Llama(nnx.Module):
         """
         return (self.embed_tokens if self.lm_head is None else self.lm_head)[...]
 
+    @property
+    def platform(self) -> str:
+        """What programs are made for: `cpu`, `gpu` …"""
+        return self.backend or jax.default_backend()
+
     def rope(self, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The rotation of queries and keys at these positions, see `rope_tables`."""
         config = self.config
@@ -299,12 +304,12 @@ class Llama(nnx.Module):
             tokens_bt, positions_bt = packing.pack(tokens_bt), packing.pack(positions_bt)
         rope = self.rope(positions_bt)
         x_btd = self.embed_tokens[...][tokens_bt]
-        backend = self.backend or jax.default_backend()
+        implementation = attention_implementation(self.platform, x_btd.dtype, self.config.head_dim)
         attend = partial(
             attention,
-            implementation=attention_implementation(backend, x_btd.dtype, self.config.head_dim),
+            implementation=implementation,
             placement=self.placement,
-            query_block=QUERY_BLOCK.get(backend, QUERY_BLOCK["gpu"]),
+            query_block=QUERY_BLOCK.get(self.platform, QUERY_BLOCK["gpu"]),
         )
         graphdef, state = nnx.split(self.layers)
 

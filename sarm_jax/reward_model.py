@@ -5,7 +5,7 @@ stay bounded; a score does not depend on the rows it is batched with.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from typing import Any
 
@@ -26,12 +26,18 @@ from sarm_jax.sharding import Placement
 class RewardModel:
     """`max_length` in tokens (longer conversations lose their beginning), `batch_size` in rows.
 
-    Rows are put where the model's weights are, see `Llama.placement`.
+    Rows are put where the model's weights are, see `Llama.placement`. The model is not to be
+    changed once it has scored something.
     """
 
     def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
+
+    @cached_property
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The model for compiled programs; to take it apart takes longer than some of them."""
+        return nnx.split(self.model)
 
     def score(
         self,
@@ -79,13 +85,12 @@ class RewardModel:
         size = self.model.config.sae.latent_size
         if isinstance(clamp, dict):
             clamp = intervention(size, set_to=clamp)
-        indices = None if latent_indices is None else jnp.asarray(latent_indices, jnp.int32)
+        indices = None if latent_indices is None else np.asarray(latent_indices, np.int32)
         width = size if latent_indices is None else len(latent_indices)
         score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
-        graphdef, state = nnx.split(self.model)
 
         def run(tokens_bt, mask_bt):
-            return _score(graphdef, state, tokens_bt, mask_bt, clamp, indices)
+            return _score(*self._split, tokens_bt, mask_bt, clamp, indices)
 
         for chosen, (scores, latents) in self._on_batches(run, rows):
             score_b[chosen], z_bf[chosen] = scores[: len(chosen)], latents[: len(chosen)]
@@ -106,9 +111,8 @@ class RewardModel:
         width = sae.k if sae.use_topk else sae.hidden_size
         score_n, kept_nk = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
         index_nk = np.zeros((len(rows), sae.k if sae.use_topk else 0), np.int32)
-        graphdef, state = nnx.split(self.model)
         with tqdm(total=len(rows), desc=label, unit="row") as bar:
-            for chosen, found in self._on_batches(partial(_code, graphdef, state), rows):
+            for chosen, found in self._on_batches(partial(_code, *self._split), rows):
                 for whole, part in zip((score_n, kept_nk, index_nk), found, strict=True):
                     whole[chosen] = part[: len(chosen)]
                 bar.update(len(chosen))

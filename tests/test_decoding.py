@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sarm_jax.decoding import decode, next_logits, prefill
+from sarm_jax import decoding
+from sarm_jax.decoding import compiler_options, decode, next_logits, prefill
 from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
 
@@ -34,3 +35,19 @@ def test_cached_decode_is_the_full_forward(policy, batch_bt, side, adapted):
         x, cache = decode(policy, new[:, t], cache, fuse_layers(policy))
         np.testing.assert_allclose(x[:, 0], expected[:, 5 + t], atol=1e-5)
         np.testing.assert_allclose(next_logits(policy, x), logits[:, 5 + t], atol=1e-5)
+
+
+def test_products_of_many_rows_on_a_gpu_are_not_cut(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    uncut = {"xla_gpu_experimental_force_split_k": 1}
+    assert compiler_options("gpu", 64) == uncut
+    assert compiler_options("gpu", 63) == compiler_options("cpu", 64) == {}
+    double = jax.jit(lambda x: 2 * x, compiler_options=compiler_options("gpu", 64))
+    assert double(3) == 6  # this XLA knows the option
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_experimental_force_split_k=8")
+    assert compiler_options("gpu", 64) == {}
+
+
+def test_an_option_that_xla_has_no_longer_is_left_out(monkeypatch):
+    monkeypatch.setattr(decoding, "UNCUT", {"xla_gpu_of_yesterday": 1})
+    assert compiler_options("gpu", 64) == {}
