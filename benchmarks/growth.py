@@ -1,10 +1,11 @@
 """How the cost of a PPO step grows: with context, batch, tokens, depth and features.
 
     python -m benchmarks.growth [--rounds=5] [--tables=decode,update,compile]
-                                [--architecture=DIR --dtype=bfloat16]
+                                [--architecture=DIR --dtype=bfloat16 --tensor=4 --layers=8]
 
 Random weights in the shape of SmolLM2-135M, float32; `--architecture` names a directory with
-another config.json for the table of decoding. Sizes take turns, so that a machine whose
+another config.json for the table of decoding, of which `--tensor` takes what one of so many devices
+of `mesh.tensor` has, and `--layers` the first layers. Sizes take turns, so that a machine whose
 speed drifts slows all of them; medians. A decoded token has to read the weights and the keys and
 values before it: "predicted" is what these bytes grow by.
 """
@@ -30,14 +31,15 @@ from ppo.config import PPOConfig
 from ppo.costs import layer_weights
 from ppo.learner import Learner
 from ppo.update import Batch, Updater
-from sarm_jax.decoding import KVCache, decode, next_logits
+from sarm_jax.decoding import KVCache, compiler_options, decode, next_logits
+from sarm_jax.errors import InputError
 from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.reward_model import lower_score
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig
-from sarm_jax.sharding import ONE_DEVICE
+from sarm_jax.sharding import ONE_DEVICE, MeshConfig
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152,
@@ -81,7 +83,7 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
     size = context + TOKENS
     shape = (batch, config.num_key_value_heads, config.head_dim, size)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=compiler_options(policy.platform, batch))
     def run(state, layers):
         policy = nnx.merge(graphdef, state)
         kv = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
@@ -100,11 +102,28 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
     return lambda: run(state, layers)
 
 
+def shard(config: LlamaConfig, tensor: int, layers: int) -> LlamaConfig:
+    """The shapes that one of `tensor` devices has of a model, and of its first layers."""
+    MeshConfig(tensor=tensor).check_model(config)
+    return dataclasses.replace(
+        config,
+        num_hidden_layers=layers,
+        num_attention_heads=config.num_attention_heads // tensor,
+        num_key_value_heads=config.num_key_value_heads // tensor,
+        intermediate_size=config.intermediate_size // tensor,
+        vocab_size=-(-config.vocab_size // tensor),
+    )
+
+
 def decode_growth(args: argparse.Namespace) -> None:
     """Seconds a token against context, then tokens/s against batch."""
     config, batch, rounds = SMOLLM2, 8, args.rounds
     if args.architecture:
         config = read_policy_config(args.architecture)
+    layers = config.num_hidden_layers if args.layers is None else args.layers
+    if not 1 <= layers <= config.num_hidden_layers:
+        raise InputError(f"--layers={layers}: the model has {config.num_hidden_layers}")
+    config = shard(config, args.tensor, layers)
     policy = random_weights(abstract_policy(config, args.dtype), ONE_DEVICE)
     weights = layer_weights(config) * config.num_hidden_layers
     weights += config.vocab_size * config.hidden_size
@@ -205,17 +224,22 @@ def main() -> None:
         "--architecture", help="of the table of decoding: a folder with config.json"
     )
     parser.add_argument("--dtype", default="float32", help="of the same table")
+    parser.add_argument("--tensor", type=int, default=1, help="devices, for the same table")
+    parser.add_argument("--layers", type=int, help="of the model, for the same table")
     parser.add_argument("--contexts", type=_numbers, default=(64, 128, 256, 512, 1024))
     parser.add_argument("--batches", type=_numbers, default=(1, 4, 16, 64))
     args = parser.parse_args()
     if unknown := set(args.tables) - set(TABLES):
         parser.error(f"--tables: no {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
-    decoding = ("architecture", "dtype", "contexts", "batches")
+    decoding = ("architecture", "dtype", "tensor", "layers", "contexts", "batches")
     given = [name for name in decoding if getattr(args, name) != parser.get_default(name)]
     if given and "decode" not in args.tables:
         parser.error(f"--{given[0]}: of the table of decoding, which --tables leaves out")
     if "decode" in args.tables:
-        decode_growth(args)
+        try:
+            decode_growth(args)
+        except InputError as error:
+            parser.error(str(error))
     if "update" in args.tables:
         update_growth(args.rounds)
     if "compile" in args.tables:
