@@ -34,6 +34,8 @@ from conversion.hf_config import is_sarm, llama_config, sarm_config
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.safetensors_io import TensorFiles, TensorWriter
+from conversion.scratch import check_space
+from sarm_jax.errors import InputError
 from sarm_jax.files import to_disk
 
 TWICE = 2.05  # of the checkpoint's bytes: source and result
@@ -48,16 +50,15 @@ def main() -> None:
     parser.add_argument("--sampled", type=int, default=24, help="tensors compared bit by bit")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    hf = read_json(args.config / "config.json")
+    try:
+        hf, specs = read_architecture(args.config)
+        size = stored_bytes(specs)
+        check_space(args.workdir, round(TWICE * size))
+    except InputError as error:
+        parser.error(str(error))
     kind: Kind = "sarm" if is_sarm(hf) else "policy"
-    config = sarm_config(hf, "") if kind == "sarm" else llama_config(hf)
-    specs = tensor_specs(abstract_model(config))
-    size = 2 * sum(int(np.prod(spec.shape)) for spec in specs)
     args.workdir.mkdir(parents=True)
     try:
-        free = shutil.disk_usage(args.workdir).free
-        if free < TWICE * size:
-            raise SystemExit(f"{args.workdir}: takes {TWICE * size:,.0f} bytes, {free:,} are free")
         source = args.workdir / "hf"
         write_checkpoint(source, hf, specs)
         print(f"{args.config.name}: {len(specs)} tensors, {size:,} bytes", flush=True)
@@ -78,6 +79,19 @@ def main() -> None:
             write_json(args.json, summary | {"turns": turns})
     finally:
         shutil.rmtree(args.workdir)
+
+
+def read_architecture(directory: Path) -> tuple[dict[str, Any], list[TensorSpec]]:
+    """(a config.json, the tensors of the policy or SARM that it describes)."""
+    hf = read_json(directory / "config.json")
+    return hf, tensor_specs(
+        abstract_model(sarm_config(hf, "") if is_sarm(hf) else llama_config(hf))
+    )
+
+
+def stored_bytes(specs: list[TensorSpec]) -> int:
+    """Of their bfloat16 values."""
+    return 2 * sum(int(np.prod(spec.shape)) for spec in specs)
 
 
 def write_checkpoint(directory: Path, hf: dict[str, Any], specs: list[TensorSpec]) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.full_size_conversion import write_checkpoint
-from conversion.hf_config import is_sarm, llama_config, sarm_config
-from conversion.json_files import read_json
-from conversion.keys import abstract_model, tensor_specs
+from benchmarks.full_size_conversion import read_architecture, stored_bytes, write_checkpoint
+from conversion.scratch import check_space
+from sarm_jax.errors import InputError
 
 MODELS = ("llama_3_1_8b_instruct", "llama_sarm_4b")
 ROWS, PROMPT_WORDS, RESPONSE_WORDS = 64, (400, 505), 200
@@ -30,9 +29,17 @@ def main() -> None:
     args = parser.parse_args()
     if args.directory.exists():
         parser.error(f"{args.directory}: exists already; name a new directory")
+    try:
+        models = [read_architecture(args.architectures / model) for model in MODELS]
+        check_space(args.directory, sum(stored_bytes(specs) for _, specs in models))
+    except InputError as error:
+        parser.error(str(error))
     args.directory.mkdir(parents=True)
+    places = [args.directory / model for model in MODELS]
     with get_context("spawn").Pool(len(MODELS)) as pool:
-        pool.starmap(write, [(args.architectures / m, args.directory / m) for m in MODELS])
+        pool.starmap(
+            write_checkpoint, [(place, *m) for place, m in zip(places, models, strict=True)]
+        )
     rng = np.random.default_rng(0)
 
     def words(count: int) -> str:
@@ -42,13 +49,6 @@ def main() -> None:
     demos = [{"prompt": prompt, "response": words(RESPONSE_WORDS)} for prompt in prompts]
     write_lines(args.directory / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     write_lines(args.directory / "demos.jsonl", demos)
-
-
-def write(architecture: Path, destination: Path) -> None:
-    """A checkpoint in the shapes of a config.json."""
-    hf = read_json(architecture / "config.json")
-    config = sarm_config(hf, "") if is_sarm(hf) else llama_config(hf)
-    write_checkpoint(destination, hf, tensor_specs(abstract_model(config)))
 
 
 def write_lines(path: Path, rows: list[dict[str, str]]) -> None:
