@@ -83,7 +83,7 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
     size = context + TOKENS
     shape = (batch, config.num_key_value_heads, config.head_dim, size)
 
-    @partial(jax.jit, compiler_options=compiler_options(policy.platform, batch))
+    @partial(jax.jit, compiler_options=dict(compiler_options(policy.platform, batch)))
     def run(state, layers):
         policy = nnx.merge(graphdef, state)
         kv = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
@@ -105,6 +105,10 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
 def shard(config: LlamaConfig, tensor: int, layers: int) -> LlamaConfig:
     """The shapes that one of `tensor` devices has of a model, and of its first layers."""
     MeshConfig(tensor=tensor).check_model(config)
+    if config.intermediate_size % tensor:
+        raise InputError(
+            f"--tensor={tensor} does not divide intermediate_size={config.intermediate_size}"
+        )
     return dataclasses.replace(
         config,
         num_hidden_layers=layers,

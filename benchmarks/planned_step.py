@@ -54,16 +54,18 @@ def main() -> None:
     plan = planner.plan(layout(config))
     print(table(plan), flush=True)
     prefill = next(p for p in planner.programs(layout(config)) if p.name == "prefill")
-    found = planned(plan) | measure(make_loop(config, planner), prefill)
+    decoded = planner.config.max_new_tokens - 1
+    found = planned(plan, decoded) | measure(make_loop(config, planner), prefill)
     workdir.mkdir(parents=True, exist_ok=True)
     write_json(workdir / "planned_step.json", found | {"plan": plan})
     show(found)
 
 
-def planned(plan: dict) -> dict[str, Any]:
-    """Seconds of a step's parts, as `measure` has them."""
+def planned(plan: dict, decoded: int) -> dict[str, Any]:
+    """Seconds of a step's parts, as `measure` has them; a rollout decodes `decoded` tokens."""
     rows = {row["name"]: row for row in plan["programs"]}
-    seconds = {name: rows[name]["seconds"] for name in ("rollout", "prefill", "decode")}
+    seconds = {name: rows[name]["seconds"] for name in ("rollout", "prefill")}
+    seconds["decode"] = (seconds["rollout"] - seconds["prefill"]) / decoded
     seconds["score"] = rows["score"]["runs"] * rows["score"]["seconds"]
     update = (rows[name] for name in UPDATE if name in rows)
     seconds["update"] = sum(row["runs"] * row["seconds"] for row in update)

@@ -103,20 +103,21 @@ class Learner:
     ) -> Generation:
         """Samples responses to left-padded prompts with the current policy.
 
-        `slots` are what the prompts are packed in, of each part of the mesh; None: not packed.
+        `slots` are what the prompts are packed in, of each part of the mesh; None: not packed. Not
+        to be called within a `jax.jit`, since the compiler gets options of its own for it.
         """
-        return self._rollout_program(self, params, base, tokens_bp, mask_bp, key, slots=slots)
+        return self._compiled_rollout(self, params, base, tokens_bp, mask_bp, key, slots=slots)
 
     @property
-    def decoding_options(self) -> dict[str, Any]:
-        """What the compiler is told about programs that decode."""
+    def decoding_options(self) -> tuple[tuple[str, Any], ...]:
+        """What the compiler is told about programs that decode, see `compiler_options`."""
         return compiler_options(self.platform, self.config.batch_size // self.placement.parts)
 
     @property
-    def _rollout_program(self):
-        return _rollout_program(tuple(self.decoding_options.items()))
+    def _compiled_rollout(self):
+        return _compile_rollout(self.decoding_options)
 
-    def _sample(self, params, base, tokens_bp, mask_bp, key, slots):
+    def _rollout(self, params, base, tokens_bp, mask_bp, key, slots):
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
         policy = nnx.merge(self.graphdef, params["lora"], base)
         if policy.embed_tokens.dtype == jnp.float32:  # half precision would round it away
@@ -153,7 +154,7 @@ class Learner:
         tokens_bp, mask_bp = self._abstract_tokens(prompt_length)
         key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
         given = self, params, base, tokens_bp, mask_bp, key
-        return self._rollout_program.lower(*given, slots=slots)
+        return self._compiled_rollout.lower(*given, slots=slots)
 
     def lower_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> Lowered:
         """`reference_logp` after prompts padded to `prompt_length` tokens."""
@@ -214,16 +215,13 @@ class Learner:
 
 
 @cache
-def _rollout_program(options: tuple[tuple[str, Any], ...]) -> Any:
-    """`Learner.rollout`, compiled with these options and known by this name in traces."""
-
-    compiled = partial(jax.jit, compiler_options=dict(options))
-
-    @partial(compiled, static_argnums=0, static_argnames="slots")
-    def rollout(learner, params, base, tokens_bp, mask_bp, key, slots):
-        return learner._sample(params, base, tokens_bp, mask_bp, key, slots)
-
-    return rollout
+def _compile_rollout(options: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(
+        Learner._rollout,
+        static_argnums=0,
+        static_argnames="slots",
+        compiler_options=dict(options),
+    )
 
 
 def make_optimizer(config: PPOConfig) -> optax.GradientTransformation:

@@ -134,7 +134,8 @@ class _Halves:
         layers, cache = self._layers(), self._cache()
         token_b = placement.abstract_rows((config.batch_size,), jnp.int32)
         key = placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
-        donated = jax.jit(decode, donate_argnums=3, compiler_options=self.learner.decoding_options)
+        options = dict(self.learner.decoding_options)
+        donated = jax.jit(decode, donate_argnums=3, compiler_options=options)
         return donated.lower(params, base, layers, cache, token_b, key)
 
     def _layers(self) -> tuple[FusedLayer, ...]:

@@ -17,25 +17,29 @@ from sarm_jax.fused_layers import FusedLayer, product
 from sarm_jax.llama import Llama, attention, cut_heads, mask_padding, rms_norm
 from sarm_jax.packing import Packing
 
-# A GPU's products of few rows are cut along their inner axis, so that all of its multiprocessors
-# have something to do, and the partial sums added up. From so many rows on, writing and reading
-# these costs more than it gives.
-UNCUT_ROWS, UNCUT = 64, {"xla_gpu_experimental_force_split_k": 1}
+# A GPU's products of few rows are cut along their inner axis (split-K), so that all of its
+# multiprocessors have something to do, and the partial sums added up. From so many rows on, writing
+# and reading these costs more than it gives.
+NO_SPLIT_K_ROWS, NO_SPLIT_K = 64, ("xla_gpu_experimental_force_split_k", 1)
 
 
-def compiler_options(platform: str, rows: int) -> dict[str, Any]:
-    """What a program that decodes `rows` rows on each device is best compiled with."""
-    (name,) = UNCUT
-    if platform != "gpu" or rows < UNCUT_ROWS or name in os.environ.get("XLA_FLAGS", ""):
-        return {}
-    return UNCUT if _is_known(name) else {}
+def compiler_options(platform: str, rows: int) -> tuple[tuple[str, Any], ...]:
+    """What a program that decodes `rows` rows on each device is best compiled with.
+
+    (name, value) of each option, for the `compiler_options` of a `jax.jit` that is not within
+    another.
+    """
+    name, _ = NO_SPLIT_K
+    if platform != "gpu" or rows < NO_SPLIT_K_ROWS or name in os.environ.get("XLA_FLAGS", ""):
+        return ()
+    return (NO_SPLIT_K,) if _is_known(NO_SPLIT_K) else ()
 
 
 @cache
-def _is_known(option: str) -> bool:
+def _is_known(option: tuple[str, Any]) -> bool:
     """Whether this XLA has the option; experimental ones come and go."""
     try:
-        jax.jit(lambda: 0, compiler_options={option: UNCUT[option]}).lower().compile()
+        jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
     except Exception as error:  # its type is jaxlib's
         if "No such compile option" not in str(error):
             raise

@@ -29,7 +29,8 @@ class FusedLinear:
 
     `kernel_poi` `[parts, out / parts + r, in]` holds all rows of W, then those of A; `b_por`
     `[parts, out / parts, r]` is block-diagonal, None without adapters. `r` is the sum of the ranks,
-    `out` of the `widths`. `axes` of the mesh split the rows and the columns.
+    `out` of the `widths`. `axes` of the mesh split the rows and the columns. (Suffixes here: part,
+    output, input, rank.)
     """
 
     kernel_poi: jax.Array
@@ -47,8 +48,8 @@ class FusedLinear:
         if self.b_por is not None:
             adapted_pob = self.b_por @ a_prb * self.scale
             pieces = jnp.split(adapted_pob, cuts[:-1], axis=1)
-            y = [y_pob + piece for y_pob, piece in zip(y, pieces, strict=True)]
-        return [y_pob.reshape(-1, batch) for y_pob in y]
+            y = [own + adapted for own, adapted in zip(y, pieces, strict=True)]
+        return [own.reshape(-1, batch) for own in y]
 
     def placed(self, put: Callable[[Any, P], Any]) -> "FusedLinear":
         """With `put(array, spec)` for its arrays, the spec saying how they are split."""

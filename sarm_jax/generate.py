@@ -6,14 +6,14 @@ log π = log_softmax(logits / T), renormalised over the kept tokens where top-k 
 
 import dataclasses
 import math
-from functools import partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
 from sarm_jax.chat import bucket_length
-from sarm_jax.decoding import decode, next_logits, prefill
+from sarm_jax.decoding import compiler_options, decode, next_logits, prefill
 from sarm_jax.errors import InputError
 from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.llama import Llama
@@ -83,11 +83,16 @@ def generate(
     tokens_bt, mask_bt = jnp.pad(tokens_bt, widths), jnp.pad(mask_bt, widths)
     stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
     graphdef, state = nnx.split(policy)
-    return _compiled(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad_id)
+    run = _compiled(compiler_options(policy.platform, len(tokens_bt) // policy.placement.parts))
+    return run(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad_id)
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def _compiled(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad):
+@cache
+def _compiled(options):
+    return jax.jit(_sample, static_argnums=(0, 5, 6, 7), compiler_options=dict(options))
+
+
+def _sample(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad):
     return sample(nnx.merge(graphdef, state), tokens_bt, mask_bt, key, sampling, stops, pad)
 
 
@@ -151,7 +156,8 @@ def draw_token(
         logp_bv = jax.nn.log_softmax(logits_bv)
         token_b = jnp.argmax(logits_bv, axis=-1)
     else:
-        kept_bv = keep_top(logits_bv / sampling.temperature, sampling.top_k, sampling.top_p)
+        logits_bv = logits_bv / sampling.temperature
+        kept_bv = keep_top(logits_bv, sampling.top_k, sampling.top_p, placement)
         logp_bv = jax.nn.log_softmax(kept_bv)
         token_b = draw_index(jnp.exp(logp_bv), key, placement)
     logp_b = jnp.take_along_axis(logp_bv, token_b[:, None], axis=-1)[:, 0]
@@ -165,11 +171,11 @@ def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVIC
     than a sixth of a small model's decode step. An index of weight 0 is never drawn.
     """
     batch, size = p_bv.shape
-    blocks = _blocks(size)
+    blocks = _blocks(size, placement.size("tensor"))
     width = -(-size // blocks)
     p_bkw = jnp.pad(p_bv, ((0, 0), (0, blocks * width - size))).reshape(batch, blocks, width)
-    # Where the vocabulary is split, all blocks' sums come to each device first: a cumulative sum
-    # along a split axis becomes a loop of as many steps as there are blocks.
+    # Where the vocabulary is split, all blocks' sums come to each device first: current XLA adds
+    # up along a split axis in a loop of as many steps as there are blocks.
     block_cdf_bk = jnp.cumsum(placement.keep_rows(p_bkw.sum(axis=-1)), axis=-1)
     total_b = block_cdf_bk[:, -1]
     target_b = jax.random.uniform(key, (batch,)) * total_b
@@ -184,26 +190,29 @@ def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVIC
     return block_b1[:, 0] * width + inside_b
 
 
-def _blocks(size: int) -> int:
+def _blocks(size: int, parts: int) -> int:
     """Into how many blocks to cut: about √size, so that both levels are short.
 
-    A divisor if there is one near, or the weights would be copied to be padded; best a multiple of
-    8, so that a vocabulary that is split over devices is cut where they meet, and stays there.
+    A multiple of `parts`, so that a vocabulary that is split over as many devices is cut where they
+    meet, and stays there; a divisor if there is one near, or the weights would be copied to be
+    padded; best a multiple of 8, so that other meshes cut alike.
     """
     root = math.isqrt(size)
-    near = [n for n in range(max(root // 3, 1), 3 * root + 1) if size % n == 0]
+    near = [n for n in range(max(root // 3, 1), 3 * root + 1) if size % n == n % parts == 0]
     if not near:
-        return root
+        return -(-root // parts) * parts
     return min(near, key=lambda n: (n % 8 != 0, abs(math.log(n * n / size))))
 
 
-def keep_top(logits_bv: jax.Array, top_k: int, top_p: float) -> jax.Array:
+def keep_top(
+    logits_bv: jax.Array, top_k: int, top_p: float, placement: Placement = ONE_DEVICE
+) -> jax.Array:
     """Sets to −∞ all but the k likeliest tokens, then all but the nucleus of mass top_p."""
     if 0 < top_k < logits_bv.shape[-1]:
         threshold_b1 = jax.lax.top_k(logits_bv, top_k)[0][:, -1:]
         logits_bv = jnp.where(logits_bv >= threshold_b1, logits_bv, -jnp.inf)
     if top_p < 1:
-        descending_bv = -jnp.sort(-logits_bv, axis=-1)
+        descending_bv = placement.keep_rows(-jnp.sort(-logits_bv, axis=-1))
         p_bv = jax.nn.softmax(descending_bv, axis=-1)
         inside_bv = jnp.cumsum(p_bv, axis=-1) - p_bv < top_p  # the token that crosses is kept
         threshold_b1 = jnp.min(jnp.where(inside_bv, descending_bv, jnp.inf), -1, keepdims=True)

@@ -83,7 +83,7 @@ class LoRA(nnx.Module):
         if dropout_key is not None:
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
-        # Or XLA merges this product with the other and copies W beside A for it, at every token.
+        # Or XLA merges this product with the other and copies W beside A for it, at every call.
         x = jax.lax.optimization_barrier(x)
         return y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.scale
 

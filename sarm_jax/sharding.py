@@ -5,9 +5,11 @@
     tensor   splits heads and widths within a layer: less latency
 
 Modules know little of this. Weights are put on the mesh as they are loaded, the programs state
-where their inputs and outputs live, and the compiler derives the rest. The exception is attention,
+where their inputs and outputs live, and the compiler derives the rest. The exceptions: attention,
 whose fused kernel wants queries, keys and values split alike, along rows and heads alone
-(`keep_heads`). Adapters, value head and optimizer state are small and replicated.
+(`keep_heads`); decoding's copy of the weights, which is laid out anew and split as they are
+(`sarm_jax.fused_layers`); and what is added up along the vocabulary when a token is drawn
+(`sarm_jax.generate`). Adapters, value head and optimizer state are small and replicated.
 """
 
 import dataclasses
@@ -211,6 +213,8 @@ class Placement:
 
     def keep_rows(self, tree: Any) -> Any:
         """Inside a program: arrays stay as `rows` puts them."""
+        if self.mesh is None:
+            return tree
         return jax.tree.map(lambda x: self.keep(x, self._rows(x.shape)), tree)
 
     def keep_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -102,6 +102,12 @@ def compiled_collectives(run, *arguments) -> list[str]:
     return re.findall(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 4, 1), (2, 2, 2)])
+def test_fusing_moves_no_weight_to_another_device(tokenizer, shape):
+    graphdef, state = nnx.split(make(tokenizer, mesh(*shape)))
+    assert compiled_collectives(lambda state: fuse_layers(nnx.merge(graphdef, state)), state) == []
+
+
 def test_an_adapter_sends_nothing_of_its_own(tokenizer):
     def sent(adapted):
         layer = jax.jit(lambda state: fuse_layers(nnx.merge(graphdef, state)))

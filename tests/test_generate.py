@@ -135,13 +135,3 @@ def test_bad_options(policy, batch_bt, options, message):
     given = {"max_new_tokens": 2, "key": jax.random.key(0)} | options
     with pytest.raises(InputError, match=message):
         generate(policy, *arrays(batch_bt.left), **given)
-
-
-def test_decoding_layer_by_layer_is_decoding_the_stack(policy, batch_bt):
-    tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
-    options = {"max_new_tokens": 6, "temperature": 1.0, "key": jax.random.key(0), "stop_ids": ()}
-    stacked = generate(policy, tokens, mask, **options)
-    policy.backend = "gpu"  # float32, so that attention stays the same
-    by_layer = generate(policy, tokens, mask, **options)
-    np.testing.assert_array_equal(by_layer.tokens_br, stacked.tokens_br)
-    np.testing.assert_allclose(by_layer.logp_br, stacked.logp_br, atol=1e-5)

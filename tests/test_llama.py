@@ -8,6 +8,7 @@ import torch
 from flax import nnx
 
 from sarm_jax.llama import (
+    QUERY_BLOCK,
     REMAT,
     Llama,
     LlamaConfig,
@@ -102,6 +103,21 @@ def test_attention_by_blocks_is_that_of_torch(length, implementation, monkeypatc
     np.testing.assert_allclose(ours, out.detach(), atol=1e-5)
     for gradient, x in zip(pull(jnp.asarray(g)), theirs, strict=True):
         np.testing.assert_allclose(gradient, x.grad, atol=1e-5)
+
+
+def test_a_gpu_gets_fewer_blocks_of_queries_and_the_same_states(policy, monkeypatch):
+    tokens = jax.random.randint(jax.random.key(0), (2, 70), 0, 200)
+    mask = jnp.arange(70) >= jnp.asarray([[0], [20]])
+
+    def products() -> int:
+        return str(jax.make_jaxpr(policy.hidden)(tokens, mask)).count("dot_general")
+
+    on_cpu, expected = products(), policy.hidden(tokens, mask)
+    policy.backend = "gpu"  # float32, so that attention is XLA's
+    assert products() == on_cpu - 2 * 2  # one block in place of three
+    monkeypatch.setitem(QUERY_BLOCK, "gpu", 50)
+    assert products() == on_cpu - 2
+    np.testing.assert_allclose(policy.hidden(tokens, mask)[mask], expected[mask], atol=1e-5)
 
 
 def test_remat_changes_nothing_but_memory(policy, batch_bt):

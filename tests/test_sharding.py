@@ -296,10 +296,11 @@ def test_weights_are_read_into_their_shards_once(directories, layout, shape):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
 
 
-def test_drawing_from_a_split_vocabulary_adds_up_whole_rows():
+@pytest.mark.parametrize("size", [1024, 1044])  # of the latter 29 blocks would do for one device
+def test_drawing_from_a_split_vocabulary_adds_up_whole_rows(size):
     """Else GPUs would do it in a loop of as many steps as there are blocks, which no CPU shows."""
-    placement = Placement(make_mesh(MeshConfig(2, 1, 4)))
-    p_bv, key = jax.random.uniform(jax.random.key(0), (4, 1024)) ** 8, jax.random.key(1)
+    placement = Placement(make_mesh(MeshConfig(1, 1, 4)))
+    p_bv, key = jax.random.uniform(jax.random.key(0), (4, size)) ** 8, jax.random.key(1)
 
     def on_mesh(p_bv, key):
         return draw_index(placement.keep(p_bv, P(None, "tensor")), key, placement)
@@ -307,6 +308,8 @@ def test_drawing_from_a_split_vocabulary_adds_up_whole_rows():
     np.testing.assert_array_equal(jax.jit(on_mesh)(p_bv, key), draw_index(p_bv, key))
     draw = jax.make_jaxpr(lambda p_bv, key: draw_index(p_bv, key, placement))(p_bv, key)
     assert list(constraints(draw.jaxpr)) == [BATCH]
+    text = jax.jit(on_mesh).lower(p_bv, key).compile().as_text()
+    assert f"f32[4,{size // 4}]" in text and f"f32[4,{size}]" not in text  # p stays where it is
 
 
 def test_rows_added_to_the_vocabulary_are_no_tokens(directories, tmp_path):

@@ -1,5 +1,6 @@
 """The update: ratio 1 at first, microbatches change nothing, one optimizer step by hand."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from ppo.losses import kl_k3
 from ppo.update import Batch, Updater, batch_metrics
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
+from sarm_jax.sharding import MeshConfig, Placement, make_mesh
 from tests.conftest import spread
 from tests.oracles import gae_loop, masked_whiten_loop, ppo_loss_loop
 
@@ -202,6 +204,20 @@ def test_reference_and_policy_share_the_temperature(make_setup, batch):
         generation.mask_br, setup.learner.reference_logp(setup.base, tokens, mask), 0
     )
     np.testing.assert_allclose(sampled, trained, atol=1e-4)
+
+
+def test_a_rollout_is_compiled_for_its_rows_on_each_gpu(make_setup, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    setup = make_setup(batch_size=64)
+    on_gpu = dataclasses.replace(setup.learner, platform="gpu")
+    assert setup.learner.decoding_options == ()
+    assert [name for name, _ in on_gpu.decoding_options] == ["xla_gpu_experimental_force_split_k"]
+    halved = Placement(make_mesh(MeshConfig(data=2)))
+    assert dataclasses.replace(on_gpu, placement=halved).decoding_options == ()
+    tokens = jax.random.randint(jax.random.key(0), (64, PROMPT), 3, 100)
+    given = setup.state.params, setup.base, tokens, jnp.ones_like(tokens, bool), jax.random.key(1)
+    ours, theirs = (learner.rollout(*given) for learner in (on_gpu, setup.learner))
+    np.testing.assert_array_equal(ours.tokens_br, theirs.tokens_br)
 
 
 def test_batch_metrics_by_hand(make_setup, batch):
