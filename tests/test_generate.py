@@ -84,11 +84,11 @@ def test_keys_decide(policy, batch_bt):
 
 def test_prompt_lengths_share_compilations(policy):
     key = jax.random.key(0)
-    generation._compiled.clear_cache()
+    generation._compiled(()).clear_cache()
     for length in range(3, 30):
         tokens = jnp.ones((2, length), jnp.int32)
         generate(policy, tokens, tokens > 0, max_new_tokens=3, key=key)
-    assert generation._compiled._cache_size() == 1
+    assert generation._compiled(())._cache_size() == 1
 
 
 def test_draws_follow_the_distribution():
