@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--sampled", type=int, default=24, help="tensors compared bit by bit")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.workdir.exists():
+        parser.error(f"{args.workdir}: exists already; name a new directory")
     try:
         hf, specs = read_architecture(args.config)
         size = stored_bytes(specs)

@@ -118,10 +118,11 @@ def _fuse(
     for lora in adapted:
         a_ri = lora.a[layer].T.astype(dtype)
         rows.append(jnp.broadcast_to(a_ri, (parts, *a_ri.shape)))
+    (scale,) = {lora.scale for lora in adapted} or {1.0}  # one configuration made them all
     fused = FusedLinear(
         kernel_poi=jnp.concatenate(rows, axis=1),
         b_por=_block_diagonal(loras, layer, widths, parts).astype(dtype) if adapted else None,
-        scale=adapted[0].scale if adapted else 1.0,
+        scale=scale,
         widths=widths,
         axes=axes,
     )

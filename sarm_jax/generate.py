@@ -174,8 +174,8 @@ def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVIC
     blocks = _blocks(size, placement.size("tensor"))
     width = -(-size // blocks)
     p_bkw = jnp.pad(p_bv, ((0, 0), (0, blocks * width - size))).reshape(batch, blocks, width)
-    # Where the vocabulary is split, all blocks' sums come to each device first: current XLA adds
-    # up along a split axis in a loop of as many steps as there are blocks.
+    # Where the vocabulary is split, all blocks' sums come to each device first: jax 0.11 has them
+    # added up along a split axis in a loop of as many steps as there are blocks.
     block_cdf_bk = jnp.cumsum(placement.keep_rows(p_bkw.sum(axis=-1)), axis=-1)
     total_b = block_cdf_bk[:, -1]
     target_b = jax.random.uniform(key, (batch,)) * total_b
