@@ -31,8 +31,11 @@ def step_costs(
     score_rows: int,
     remat: str,
     bytes_per_weight: int,
-) -> dict[str, Cost]:
-    """By the names of `ppo.programs`, of full batches; `rollout` is prefill and every token."""
+) -> dict[str, tuple[Cost, ...]]:
+    """By the names of `ppo.programs`, of full batches: what is done one after the other.
+
+    Of a rollout that is the prefill and then all tokens; of others it is one.
+    """
     rows, prompt, new = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     length = prompt + new
     step_rows = rows // config.num_minibatches
@@ -51,6 +54,7 @@ def step_costs(
     decode_flops += 4 * rows * context * heads * policy.num_hidden_layers
     kv = 2 * policy.num_key_value_heads * policy.head_dim * policy.num_hidden_layers
     decode = cost(decode_flops, whole + head, cache=rows * context * kv)
+    tokens = Cost((new - 1) * decode.flops, (new - 1) * decode.inherent_bytes)
     trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
     encoder = sarm.sae.hidden_size * sarm.sae.latent_size
     score_flops = forward_flops(sarm.trunk, score_rows, length) + 2 * score_rows * encoder
@@ -61,17 +65,14 @@ def step_costs(
     again = forward if remat == "full" else 0.0
     step = cost(2 * forward + again + 3 * adapters, whole + head, passes=3 if again else 2)
     return {
-        "prefill": prefill,
-        "decode": decode,
-        "rollout": Cost(
-            prefill.flops + (new - 1) * decode.flops,
-            prefill.inherent_bytes + (new - 1) * decode.inherent_bytes,
-        ),
-        "score": cost(score_flops, trunk + encoder),
-        "reference": cost(reference, whole + head, passes=config.pieces),
-        "targets": cost(reference, whole + head, passes=config.pieces),
-        "first_step": step,
-        "step": step,
+        "rollout": (prefill, tokens),
+        "prefill": (prefill,),
+        "decode": (decode,),
+        "score": (cost(score_flops, trunk + encoder),),
+        "reference": (cost(reference, whole + head, passes=config.pieces),),
+        "targets": (cost(reference, whole + head, passes=config.pieces),),
+        "first_step": (step,),
+        "step": (step,),
     }
 
 

@@ -1,8 +1,8 @@
 """`--stage=plan`: compile every program of a PPO step for a machine, and say what it will take.
 
 Memory is the compiler's. Traffic, kernels and collectives are counted in the compiled programs.
-The time is an estimate: the roofline at the shares of the peak below, plus collectives and kernel
-launches, none of which overlap.
+The time is an estimate: the roofline at the shares of the peak below (of a rollout that of its
+prefill and then that of decoding), plus collectives and kernel launches, none of which overlap.
 """
 
 import dataclasses
@@ -201,7 +201,7 @@ def _mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
 def _row(
     program: Program,
     compiled: Compiled,
-    cost: Cost,
+    costs: tuple[Cost, ...],
     chip: Chip,
     config: PPOConfig,
     mesh: MeshConfig,
@@ -209,11 +209,16 @@ def _row(
     memory: Any = compiled.memory_analysis()
     traffic = read_traffic(compiled.as_text() or "", open_loops=config.max_new_tokens - 1)
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    roofline = max(cost.flops / chip.flops, traffic.bytes / chip.bandwidth)
-    inherent = max(cost.flops / chip.flops, cost.inherent_bytes / chip.bandwidth)
-    work = max(
-        cost.flops / chip.flops / ASSUMPTIONS["share_of_peak_flops"],
-        traffic.bytes / chip.bandwidth / ASSUMPTIONS["share_of_peak_bandwidth"],
+    flops = [cost.flops for cost in costs]
+    inherent_bytes = [cost.inherent_bytes for cost in costs]
+    moved = [traffic.bytes]
+    if len(costs) > 1:  # decoding is a loop until the last row has ended
+        moved = [traffic.bytes - traffic.open_bytes, traffic.open_bytes]
+    roofline = chip.seconds(flops, moved)
+    reached = dataclasses.replace(
+        chip,
+        flops=chip.flops * ASSUMPTIONS["share_of_peak_flops"],
+        bandwidth=chip.bandwidth * ASSUMPTIONS["share_of_peak_bandwidth"],
     )
     launches = traffic.kernels * ASSUMPTIONS["seconds_per_kernel"]
     sent = sum(
@@ -225,15 +230,15 @@ def _row(
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": kept - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
-        "flops": cost.flops,
+        "flops": sum(flops),
         "compiler_flops": _compiler_flops(compiled),
         "bytes": traffic.bytes,
-        "inherent_bytes": cost.inherent_bytes,
+        "inherent_bytes": sum(inherent_bytes),
         "kernels": traffic.kernels,
         "collectives": _by_kind(traffic.collectives),
         "roofline_seconds": roofline,
-        "inherent_share": inherent / roofline,
-        "seconds": work + launches + sent,
+        "inherent_share": chip.seconds(flops, inherent_bytes) / roofline,
+        "seconds": reached.seconds(flops, moved) + launches + sent,
     }
 
 

@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,11 @@ class Chip:
     bandwidth: float
     memory: int
     link: float
+
+    def seconds(self, flops: Sequence[float], moved: Sequence[float]) -> float:
+        """Of parts that follow each other, each the longer of computing and moving its bytes."""
+        parts = zip(flops, moved, strict=True)
+        return sum(max(f / self.flops, size / self.bandwidth) for f, size in parts)
 
 
 # NVIDIA data sheets of the SXM boards; NVLink counted in one direction.

@@ -41,9 +41,10 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one run of a program on one device."""
+    """Of one run of a program on one device; `open_bytes` are those of loops of unknown length."""
 
     bytes: int
+    open_bytes: int
     kernels: int
     collectives: tuple[Collective, ...]
 
@@ -66,7 +67,7 @@ def read_traffic(text: str, open_loops: int = 1) -> Traffic:
         raise ValueError("no ENTRY computation in the HLO text")
     reader = _Reader(computations, open_loops)
     reader.visit(entry.group(1), 1)
-    return Traffic(reader.bytes, reader.kernels, tuple(reader.collectives))
+    return Traffic(reader.bytes, reader.open_bytes, reader.kernels, tuple(reader.collectives))
 
 
 def array_bytes(shape: str) -> int:
@@ -108,10 +109,10 @@ def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
 class _Reader:
     def __init__(self, computations: dict[str, list[_Instruction]], open_loops: int):
         self._computations, self._open_loops = computations, open_loops
-        self.bytes = self.kernels = 0
+        self.bytes = self.open_bytes = self.kernels = 0
         self.collectives: list[Collective] = []
 
-    def visit(self, name: str, times: int) -> None:
+    def visit(self, name: str, times: int, is_open: bool = False) -> None:
         instructions = self._computations[name]
         shapes = {i.name: i.shape for i in instructions}
         for at, instruction in enumerate(instructions):
@@ -120,21 +121,24 @@ class _Reader:
             if operation in FREE or operation.endswith("-done"):
                 continue
             if operation in INSIDE:
-                self._enter(instruction, times)
+                self._enter(instruction, times, is_open)
             elif kind:
                 sizes = [_bytes(*found) for found in _ARRAY.findall(instruction.shape)]
                 overlapped = _overlapped(instructions, at)
                 self.collectives.append(Collective(kind, max(sizes), times, overlapped))
             else:
+                moved = times * self._kernel_bytes(instruction, shapes)
                 self.kernels += times
-                self.bytes += times * self._kernel_bytes(instruction, shapes)
+                self.bytes += moved
+                self.open_bytes += moved * is_open
 
-    def _enter(self, instruction: _Instruction, times: int) -> None:
+    def _enter(self, instruction: _Instruction, times: int, is_open: bool) -> None:
         if instruction.operation == "while":
             found = _TRIPS.search(instruction.attributes)
             times *= int(found.group(1)) if found else self._open_loops
+            is_open = is_open or not found
         for called in _CALLED.findall(instruction.attributes):
-            self.visit(called, times)
+            self.visit(called, times, is_open)
 
     def _kernel_bytes(self, instruction: _Instruction, shapes: dict[str, str]) -> int:
         operands = [array_bytes(shapes[name]) for name in instruction.operands]

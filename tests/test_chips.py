@@ -13,6 +13,7 @@ from sarm_jax.errors import InputError
 
 NEW, OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
+KEEP = "--xla_gpu_enable_triton_gemm=true"
 
 
 @pytest.fixture
@@ -45,6 +46,40 @@ def test_float32_is_float32_unless_the_environment_says_otherwise(environment):
     devices.exact_float32()
     assert jax.config.jax_default_matmul_precision == "float32"
     assert environment[PRECISION] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("", devices.NO_TRITON), ("--a=1", f"--a=1 {devices.NO_TRITON}"), (KEEP, KEEP)],
+)
+def test_float32_goes_without_triton_unless_the_environment_says_otherwise(
+    environment, monkeypatch, given, expected
+):
+    monkeypatch.setattr(devices, "_has_cuda", lambda: True)
+    environment["XLA_FLAGS"] = given
+    devices.exact_float32()
+    assert environment["XLA_FLAGS"] == expected
+
+
+def test_a_flag_that_xla_does_not_know_is_left_out(environment, monkeypatch):
+    monkeypatch.setattr(devices, "_has_cuda", lambda: True)
+    monkeypatch.setattr(devices, "NO_TRITON", "--xla_gpu_none_such=false")
+    environment["XLA_FLAGS"] = ""
+    devices.exact_float32()
+    assert environment["XLA_FLAGS"] == ""
+
+
+def test_without_cuda_no_flag_is_needed(environment, monkeypatch):
+    monkeypatch.setattr(devices, "_has_cuda", lambda: False)
+    environment["XLA_FLAGS"] = ""
+    devices.exact_float32()
+    assert environment["XLA_FLAGS"] == ""
+
+
+def test_what_follows_is_not_hidden():
+    chip = chips.Chip("one", flops=2.0, bandwidth=5.0, memory=1, link=1.0)
+    assert chip.seconds([6.0], [5.0]) == 3.0
+    assert chip.seconds([6.0, 2.0], [5.0, 20.0]) == 3.0 + 4.0
 
 
 @pytest.fixture

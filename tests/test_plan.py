@@ -68,7 +68,9 @@ def test_traffic_by_hand(trips, times):
     traffic = read_traffic(HLO.replace("TRIPS", trips), open_loops=7)
     # In the loop: a slice of 128 bytes read (and the index, 4), 128 written; a copy of 128 twice.
     # Outside: one row of 32 bytes is read (and an index) and written, in place.
-    assert traffic.bytes == times * (128 + 4 + 128 + 256) + 32 + 4 + 32
+    looped = times * (128 + 4 + 128 + 256)
+    assert traffic.bytes == looped + 32 + 4 + 32
+    assert traffic.open_bytes == (looped if times == 7 else 0)
     assert traffic.kernels == times * 2 + 1
     assert traffic.collectives == (
         Collective("all-reduce", 128, times, overlapped=True),
@@ -101,10 +103,15 @@ def test_costs_by_hand(ppo_config):
     assert forward_flops(LLAMA, 3, 5, logits=3) == 2 * layer + 2 * 3 * 40
     config: PPOConfig = ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5)
     sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
-    one, two = (
+    all_one, all_two = (
         step_costs(config, LoRAConfig(rank=3), LLAMA, sarm, mesh, 4, "dots", bytes_per_weight=2)
         for mesh in (MeshConfig(), MeshConfig(data=2, tensor=2))
     )
+    prefill, tokens = all_one.pop("rollout")
+    assert (prefill,) == all_one["prefill"]
+    one, two = ({name: costs[0] for name, costs in all_.items()} for all_ in (all_one, all_two))
+    assert tokens.flops == 5 * one["decode"].flops
+    assert tokens.inherent_bytes == 5 * one["decode"].inherent_bytes
     # Weights without the embedding 2 · 120 + 40; 4 rows of 5 + 6 / 2 tokens with 2 · 2 · 2 each.
     assert one["decode"].inherent_bytes == 2 * (280 + 4 * 8 * 8)
     assert two["decode"].inherent_bytes == 2 * (280 / 2 + 4 * 8 * 8 / 4)
