@@ -39,6 +39,7 @@ class GuardConfig:
     ratio_0_max_dev: float = 1e-5
     ref_kl: float = 15.0
     ref_kl_per_token: float = 0.1
+    approx_kl: float = 0.1
     disc_acc: float = 0.97
     entropy: float = 0.02
     distinct_responses: float = 0.3
@@ -110,6 +111,15 @@ GUARDS = (
         "better",
         "read samples.jsonl; raise ppo.kl_coef, lower ppo.learning_rate, or take an earlier "
         "checkpoint",
+    ),
+    Guard(
+        "update_kl",
+        ("approx_kl", "clip_fraction"),
+        lambda row, limit: row["approx_kl"] > limit.approx_kl,
+        "updates take the policy far from the one that sampled: what PPO measured there no longer "
+        "holds, and clipping cannot take back a step that is made",
+        "read samples.jsonl; lower ppo.learning_rate or ppo.ppo_epochs, or let ppo.lr_schedule "
+        "lower it",
     ),
     Guard(
         "discriminator",

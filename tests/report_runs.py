@@ -51,8 +51,10 @@ def write_run(folder: Path, steps: int = 12, controls: bool = True, seed: int = 
     reward = {"alpha_values": "0.5,1.0", "tau_values": "0.2,0.4", "unit": "sd", "beta": 0.1}
     options = {"ppo": {"total_steps": steps, "seed": seed}, "reward": reward if controls else {}}
     (folder / "config.json").write_text(json.dumps(options))
-    scale = {"score_mean_at_start": -1.0, "score_std_at_start": SIGMA}
-    (folder / "summary.json").write_text(json.dumps({"steps": steps} | scale))
+    summary = {"steps": steps, "score_mean_at_start": -1.0, "score_std_at_start": SIGMA}
+    warning = {"guard": "no_eos", "first_step": 7, "steps": 3, "message": HOSTILE[0]}
+    summary["warnings"] = [] if controls else [warning]
+    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 

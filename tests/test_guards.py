@@ -14,13 +14,14 @@ from sarm_jax.errors import InputError
 HEALTHY = {
     "step": 0, "skipped_updates": 0, "ratio_0_max_dev": 0.0, "ref_kl": 5.4, "disc_acc": 0.89,
     "response_length_mean": 4.4, "kl_penalty": 0.1, "entropy": 0.3, "distinct_responses": 0.9,
-    "eos_fraction": 1.0,
+    "eos_fraction": 1.0, "approx_kl": 0.006, "clip_fraction": 0.05,
 }  # fmt: skip
 HACKED = HEALTHY | {"ref_kl": 24.9, "response_length_mean": 14.0, "entropy": 1.4}
 BAD = {
     "nonfinite": {"skipped_updates": 1},
     "ratio": {"ratio_0_max_dev": 2e-5},
     "reference_kl": {"ref_kl": 24.9, "response_length_mean": 14.0},
+    "update_kl": {"approx_kl": 0.19},
     "discriminator": {"disc_acc": 0.99},
     "entropy": {"entropy": 0.01},
     "identical_responses": {"distinct_responses": 1 / 8},

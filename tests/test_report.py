@@ -116,6 +116,22 @@ def test_the_page_has_every_part_and_needs_nothing_else(report):
         assert not any(name.startswith("on") or name == "style" for name in attrs)
 
 
+def test_the_guards_warnings_are_said_of_the_run_that_has_them(report):
+    text, _ = read_page(report)
+    glance = text.split('id="glance"')[1].split("</section>")[0]
+    table = glance.split("<caption>Warnings of the guards</caption>")[1].split("</table>")[0]
+    (row,) = re.findall("<tr>(.*)</tr>", table.split("<tbody>")[1])
+    cells = [html.unescape(cell) for cell in re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row)]
+    assert cells == ["reward model alone", "no_eos", "7", "3", HOSTILE[0]]
+
+
+@pytest.mark.parametrize("warnings", [5, "x", None, [1, {}], {"guard": 1}])
+def test_warnings_that_are_none(tmp_path, warnings):
+    folder = write_run(tmp_path / "run")
+    (folder / "summary.json").write_text(json.dumps({"warnings": warnings}))
+    assert [dict(w) for w in read_run("run", folder).warnings] in ([], [{}])
+
+
 def test_figures_are_files_too(report):
     _, page = read_page(report)
     shown = {base64.b64decode(p["src"].split(",")[1]) for p in page.all("img")}

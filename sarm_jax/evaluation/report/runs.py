@@ -34,8 +34,9 @@ class Run:
     `column_t` maps the columns of metrics.csv to `[T]`, NaN where a step has no value. `samples`
     and `held_out` are the rows of samples.jsonl and evaluations.jsonl. `alphas` and `taus` are
     those of `features`, None where the options cannot be read any more. `scale` is the mean and
-    deviation of the reference responses' scores. `missing` are sentences on what is not there,
-    each with the command that makes it.
+    deviation of the reference responses' scores. `warnings` are those of the guards, by the names
+    of summary.json. `missing` are sentences on what is not there, each with the command that makes
+    it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Run:
     alphas: tuple[float, ...] | None
     taus: tuple[float, ...] | None
     scale: tuple[float, float] | None
+    warnings: Sequence[Mapping[str, Any]]
     missing: tuple[str, ...]
 
     @property
@@ -126,6 +128,7 @@ def read_run(name: str, folder: Path, place: int = 0) -> Run:
         alphas=_option(reward, "alpha_values", features, folder),
         taus=_option(reward, "tau_values", features, folder),
         scale=_scale(summary or {}),
+        warnings=_dicts((summary or {}).get("warnings")),
         missing=tuple(missing),
     )
 
@@ -191,6 +194,11 @@ def _scale(summary: Mapping[str, Any]) -> tuple[float, float] | None:
     if isinstance(mean, (int, float)) and isinstance(deviation, (int, float)) and deviation > 0:
         return float(mean), float(deviation)
     return None
+
+
+def _dicts(values: Any) -> list[dict]:
+    found = values if isinstance(values, list) else []
+    return [value for value in found if isinstance(value, dict)]
 
 
 def _mean(values: np.ndarray) -> float:

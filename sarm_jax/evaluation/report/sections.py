@@ -56,7 +56,11 @@ def _glance(runs: Sequence[Run], recorded: Sequence[Run]) -> Section:
         "glance",
         "At a glance",
         "Where each run started and where it ended.",
-        tables=[tables.glance(recorded) if recorded else None, tables.options(runs)],
+        tables=[
+            tables.glance(recorded) if recorded else None,
+            tables.warnings(runs),
+            tables.options(runs),
+        ],
         notes=[*missing, *_not_numbers(recorded), *_incomparable(runs)],
     )
 

@@ -81,6 +81,18 @@ def glance(runs: Sequence[Run]) -> Table:
     return Table(caption, ["", *(run.name for run in runs)], rows)
 
 
+def warnings(runs: Sequence[Run]) -> Table | None:
+    """What the guards said while the runs were trained."""
+    fields = "guard", "first_step", "steps", "message"
+    rows = [
+        [run.name, *(str(warning.get(field, NOTHING)) for field in fields)]
+        for run in runs
+        for warning in run.warnings
+    ]
+    header = ["run", "guard", "from step", "on steps", "what it means"]
+    return Table("Warnings of the guards", header, rows, numeric=len(header)) if rows else None
+
+
 def options(runs: Sequence[Run]) -> Table | None:
     """What the runs differ in; of a single run, its reward."""
     flat = [_flatten(run.options) for run in runs]
