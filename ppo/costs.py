@@ -32,9 +32,9 @@ def step_costs(
     remat: str,
     bytes_per_weight: int,
 ) -> dict[str, tuple[Cost, ...]]:
-    """By the names of `ppo.programs`, of full batches: what is done one after the other.
+    """By the names of `ppo.programs`, of full batches: parts that follow each other.
 
-    Of a rollout that is the prefill and then all tokens; of others it is one.
+    Those of a rollout are its prefill and all tokens after it; other programs are one part.
     """
     rows, prompt, new = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     length = prompt + new

@@ -118,8 +118,7 @@ GUARDS = (
         lambda row, limit: row["approx_kl"] > limit.approx_kl,
         "updates take the policy far from the one that sampled: what PPO measured there no longer "
         "holds, and clipping cannot take back a step that is made",
-        "read samples.jsonl; lower ppo.learning_rate or ppo.ppo_epochs, or let ppo.lr_schedule "
-        "lower it",
+        "read samples.jsonl; lower ppo.learning_rate, or let ppo.lr_schedule lower it",
     ),
     Guard(
         "discriminator",

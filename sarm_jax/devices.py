@@ -13,8 +13,8 @@ from sarm_jax.errors import InputError
 # Of a GPU's memory, for JAX: what is left beside the CUDA context. Its own default is 0.75.
 MEMORY_SHARE = 0.92
 
-# XLA would write and time kernels of its own (Triton's) for every product, which takes minutes in
-# full float32, and cuBLAS's are as fast there.
+# For products in full float32 XLA would write kernels of its own, Triton's, and time them beside
+# cuBLAS's: minutes of compiling.
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 
 
@@ -31,15 +31,19 @@ def exact_float32() -> None:
     """Makes float32 products float32 on GPUs, unless the environment says what they are to be.
 
     By itself JAX rounds their operands to TF32, ten bits: a young adapter that is added to a kernel
-    would be rounded away. XLA is told `NO_TRITON`, unless XLA_FLAGS says otherwise. To be called
-    before the first array is made.
+    would be rounded away. Where they are float32, XLA is told `NO_TRITON`, unless XLA_FLAGS says
+    otherwise. To be called before the first array is made.
     """
-    if os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
-        return
-    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # for processes that this one starts
-    jax.config.update("jax_default_matmul_precision", "float32")
-    flags, name = os.environ.get("XLA_FLAGS", ""), NO_TRITON.split("=")[0]
-    if name not in flags and _has_cuda() and _is_known(NO_TRITON):
+    if not os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
+        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # for processes that this one starts
+        jax.config.update("jax_default_matmul_precision", "float32")
+    flags = os.environ.get("XLA_FLAGS", "")
+    says_otherwise = NO_TRITON.split("=")[0] in flags or flags.strip()[:1] not in (
+        "",
+        "-",
+    )  # a file
+    exact = os.environ["JAX_DEFAULT_MATMUL_PRECISION"] in ("float32", "highest")
+    if exact and not says_otherwise and _has_cuda() and _accepts(NO_TRITON):
         os.environ["XLA_FLAGS"] = f"{flags} {NO_TRITON}".strip()
 
 
@@ -48,9 +52,9 @@ def _has_cuda() -> bool:
     return any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins"))
 
 
-def _is_known(flag: str) -> bool:
+def _accepts(flag: str) -> bool:
     """Whether this XLA has the flag; one that it does not know ends the process."""
-    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    command = [sys.executable, "-P", "-c", "import jax; jax.devices()"]
     environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
     return not subprocess.run(command, env=environment, capture_output=True).returncode
 

@@ -13,7 +13,7 @@ from sarm_jax.errors import InputError
 
 NEW, OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 PRECISION = "JAX_DEFAULT_MATMUL_PRECISION"
-KEEP = "--xla_gpu_enable_triton_gemm=true"
+TRITON = "--xla_gpu_enable_triton_gemm=true"
 
 
 @pytest.fixture
@@ -48,29 +48,54 @@ def test_float32_is_float32_unless_the_environment_says_otherwise(environment):
     assert environment[PRECISION] == "float32"
 
 
+@pytest.fixture
+def cuda(monkeypatch):
+    """Makes JAX have the plugins of those names."""
+
+    def have(*names):
+        plugins = [SimpleNamespace(name=name) for name in names]
+        monkeypatch.setattr(devices, "entry_points", lambda group: plugins)
+
+    have("xla_cuda13")
+    return have
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("", devices.NO_TRITON), ("--a=1", f"--a=1 {devices.NO_TRITON}"), (KEEP, KEEP)],
+    [
+        ("", devices.NO_TRITON),
+        ("--a=1", f"--a=1 {devices.NO_TRITON}"),
+        (TRITON, TRITON),
+        ("/a/file/of/flags", "/a/file/of/flags"),
+    ],
 )
 def test_float32_goes_without_triton_unless_the_environment_says_otherwise(
-    environment, monkeypatch, given, expected
+    environment, cuda, given, expected
 ):
-    monkeypatch.setattr(devices, "_has_cuda", lambda: True)
     environment["XLA_FLAGS"] = given
     devices.exact_float32()
     assert environment["XLA_FLAGS"] == expected
 
 
-def test_a_flag_that_xla_does_not_know_is_left_out(environment, monkeypatch):
-    monkeypatch.setattr(devices, "_has_cuda", lambda: True)
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("highest", devices.NO_TRITON), ("tensorfloat32", "")]
+)
+def test_triton_stays_where_products_are_not_float32(environment, cuda, precision, expected):
+    environment |= {"XLA_FLAGS": "", PRECISION: precision}
+    devices.exact_float32()
+    assert environment["XLA_FLAGS"] == expected
+
+
+def test_a_flag_that_xla_does_not_know_is_left_out(environment, cuda, monkeypatch):
     monkeypatch.setattr(devices, "NO_TRITON", "--xla_gpu_none_such=false")
     environment["XLA_FLAGS"] = ""
     devices.exact_float32()
     assert environment["XLA_FLAGS"] == ""
 
 
-def test_without_cuda_no_flag_is_needed(environment, monkeypatch):
-    monkeypatch.setattr(devices, "_has_cuda", lambda: False)
+@pytest.mark.parametrize("plugins", [(), ("xla_metal",)])
+def test_without_cuda_no_flag_is_needed(environment, cuda, plugins):
+    cuda(*plugins)
     environment["XLA_FLAGS"] = ""
     devices.exact_float32()
     assert environment["XLA_FLAGS"] == ""

@@ -18,6 +18,7 @@ from conversion import load_policy, load_sarm, to_hf
 from conversion.peft import save_adapter
 from ppo.plan import Layout
 from sarm_jax.chat import encode_prompt
+from sarm_jax.chips import GIB, Chip, target
 from sarm_jax.errors import InputError
 from sarm_jax.jsonl import read_jsonl
 from sarm_jax.lora import LoRAConfig, add_lora
@@ -320,6 +321,20 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
     step = next(row for row in plan["programs"] if row["name"] == "step")
     assert step["collectives"]["all-reduce"]["count"] > 0
     assert "| decode | – |" in capsys.readouterr().out
+
+
+def test_decoding_does_not_hide_behind_the_prefill(run, tmp_path, monkeypatch):
+    _, devices, backend = target("host", 1)
+    balanced = Chip("balanced", 1e9, 1e9, GIB, 1e9)  # the prefill computes, decoding reads
+    monkeypatch.setattr("ppo.plan.target", lambda name, count: (balanced, devices, backend))
+    assert run("--stage=plan") == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    rows = {row["name"]: row for row in plan["programs"]}
+    rollout, prefill, decode = (rows[name] for name in ("rollout", "prefill", "decode"))
+    assert prefill["flops"] > prefill["bytes"] and decode["flops"] < decode["bytes"]
+    in_turn = prefill["roofline_seconds"] + 5 * decode["roofline_seconds"]
+    assert rollout["roofline_seconds"] == pytest.approx(in_turn, rel=0.015)
+    assert max(rollout["flops"], rollout["bytes"]) / 1e9 < 0.98 * in_turn
 
 
 def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):

@@ -112,7 +112,7 @@ def read_run(name: str, folder: Path, place: int = 0) -> Run:
         held_out = _rows(folder / "evaluations.jsonl", fields, lacks)
     summary = read_object(folder / "summary.json")
     if summary is None:
-        lacks(False, "no summary.json: the run did not finish")
+        lacks(False, "no summary.json: the run did not finish, its log alone has any warnings")
     options = read_object(folder / "config.json") or {}
     features = _features(rows[0]) if rows else ()
     reward = options.get("reward", {})
@@ -128,7 +128,7 @@ def read_run(name: str, folder: Path, place: int = 0) -> Run:
         alphas=_option(reward, "alpha_values", features, folder),
         taus=_option(reward, "tau_values", features, folder),
         scale=_scale(summary or {}),
-        warnings=_dicts((summary or {}).get("warnings")),
+        warnings=_objects((summary or {}).get("warnings")),
         missing=tuple(missing),
     )
 
@@ -196,7 +196,7 @@ def _scale(summary: Mapping[str, Any]) -> tuple[float, float] | None:
     return None
 
 
-def _dicts(values: Any) -> list[dict]:
+def _objects(values: Any) -> list[dict]:
     found = values if isinstance(values, list) else []
     return [value for value in found if isinstance(value, dict)]
 

@@ -58,7 +58,7 @@ def _glance(runs: Sequence[Run], recorded: Sequence[Run]) -> Section:
         "Where each run started and where it ended.",
         tables=[
             tables.glance(recorded) if recorded else None,
-            tables.warnings(runs),
+            tables.guard_warnings(runs),
             tables.options(runs),
         ],
         notes=[*missing, *_not_numbers(recorded), *_incomparable(runs)],

@@ -81,7 +81,7 @@ def glance(runs: Sequence[Run]) -> Table:
     return Table(caption, ["", *(run.name for run in runs)], rows)
 
 
-def warnings(runs: Sequence[Run]) -> Table | None:
+def guard_warnings(runs: Sequence[Run]) -> Table | None:
     """What the guards said while the runs were trained."""
     fields = "guard", "first_step", "steps", "message"
     rows = [
