@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 2
     config.ppo.learning_rate = 1.5e-3
+    config.ppo.lr_schedule = "linear"  # constant, late updates were too large for one seed of three
     config.ppo.max_new_tokens = 48
     config.ppo.max_prompt_tokens = 96
     config.ppo.kl_coef = 0.02
