@@ -122,7 +122,7 @@ class Planner:
             config.batch_size // config.pieces,
             "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
         )
-        chip, devices, backend = target(self.name, mesh.devices)
+        chip, devices, backend = target(self.name, mesh.devices, policy.embed_tokens.dtype)
         here = self.name == "host"  # then these are the very programs of a run
         placement = Placement(make_mesh(mesh, devices) if here else _mesh(mesh, devices))
         policy.remat = remat

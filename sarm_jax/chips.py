@@ -23,7 +23,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Per device: bf16 FLOP/s, bytes/s of memory, bytes of it, bytes/s to other devices."""
+    """Per device: FLOP/s of products, bytes/s of memory, bytes of it, bytes/s to other devices."""
 
     name: str
     flops: float
@@ -37,10 +37,12 @@ class Chip:
         return sum(max(f / self.flops, size / self.bandwidth) for f, size in parts)
 
 
-# NVIDIA data sheets of the SXM boards; NVLink counted in one direction.
+# NVIDIA data sheets of the SXM boards; NVLink counted in one direction. Products of dense matrices,
+# by precision: float32 has no tensor cores.
+FLOPS = {"bfloat16": 989e12, "tensorfloat32": 494e12, "float32": 67e12}
 CHIPS = {
-    "h100": Chip("NVIDIA H100 80GB HBM3", 989e12, 3.35e12, 80 * GIB, 450e9),
-    "h200": Chip("NVIDIA H200", 989e12, 4.8e12, 141 * 10**9, 450e9),
+    "h100": Chip("NVIDIA H100 80GB HBM3", FLOPS["bfloat16"], 3.35e12, 80 * GIB, 450e9),
+    "h200": Chip("NVIDIA H200", FLOPS["bfloat16"], 4.8e12, 141 * 10**9, 450e9),
 }
 PCIE = 32e9  # bytes/s between GPUs of no known kind: generation 4, 16 lanes
 _ABSENT = re.compile(r"(h100|h200)x([1-9]\d?)")
@@ -73,8 +75,8 @@ device_description_str: "{name}"
 """
 
 
-def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
-    """(chip, devices to compile for, their backend) of a `plan.target`.
+def target(name: str, devices: int, dtype: Any) -> tuple[Chip, list[Any], str]:
+    """(chip, devices to compile for, their backend) of a `plan.target`, for products of `dtype`.
 
     `host` is this machine, of which `devices` are taken; `h100x4` and the like need not exist.
 
@@ -88,11 +90,20 @@ def target(name: str, devices: int) -> tuple[Chip, list[Any], str]:
                 f"plan.target=host: the mesh takes {devices} devices and there are {len(found)}; "
                 f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes as many"
             )
-        return measure_host(devices), found[:devices], jax.default_backend()
+        return measure_host(devices, dtype), found[:devices], jax.default_backend()
     chip, count = _parse(name)
     if devices != count:
         raise InputError(f"plan.target={name}: the mesh takes {devices} devices, not {count}")
-    return chip, _absent_gpus(chip, count), "gpu"
+    return _with_products_of(chip, dtype), _absent_gpus(chip, count), "gpu"
+
+
+def _with_products_of(chip: Chip, dtype: Any) -> Chip:
+    """One of `CHIPS` with the rate of that dtype, at JAX's present precision."""
+    precision = "bfloat16"
+    if jnp.dtype(dtype).itemsize > 2:
+        asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        precision = "float32" if asked in ("float32", "highest") else "tensorfloat32"
+    return dataclasses.replace(chip, flops=FLOPS[precision])
 
 
 def target_devices(name: str) -> int:
@@ -126,8 +137,8 @@ def _absent_gpus(chip: Chip, count: int) -> list[Any]:
 
 
 @functools.cache
-def measure_host(devices: int) -> Chip:
-    """What each of `devices` devices of this machine can do.
+def measure_host(devices: int, dtype: Any) -> Chip:
+    """What each of `devices` devices of this machine can do, with products of `dtype` on a GPU.
 
     A GPU of `CHIPS` has its published rates. Those of another GPU, and of a CPU that is shared by
     virtual devices, are measured for a moment.
@@ -137,14 +148,14 @@ def measure_host(devices: int) -> Chip:
     """
     device = find_devices()[0]
     if device.platform == "gpu":
-        return _gpu(device)
+        return _gpu(device, dtype)
     flops, moved = _rates(1024, jnp.float32, 2**25)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     share = moved / devices
     return Chip("this machine", flops / devices, share, memory // devices, share)
 
 
-def _gpu(device: Any) -> Chip:
+def _gpu(device: Any, dtype: Any) -> Chip:
     statistics = device.memory_stats()
     if not statistics:
         raise InputError(
@@ -155,8 +166,8 @@ def _gpu(device: Any) -> Chip:
     memory = round(statistics["bytes_limit"] / MEMORY_SHARE)
     for chip in CHIPS.values():
         if chip.name == device.device_kind:
-            return dataclasses.replace(chip, memory=memory)
-    return Chip(device.device_kind, *_rates(8192, jnp.bfloat16, 2**28), memory, PCIE)
+            return dataclasses.replace(_with_products_of(chip, dtype), memory=memory)
+    return Chip(device.device_kind, *_rates(8192, dtype, 2**28), memory, PCIE)
 
 
 def _rates(size: int, dtype: Any, length: int) -> tuple[float, float]:

@@ -122,7 +122,7 @@ def gpus(monkeypatch):
 
 def test_a_gpu_here_has_its_published_rates_and_the_memory_that_jax_has(gpus):
     gpus("NVIDIA H200", {"bytes_limit": 46 * 2**30}, count=4)
-    chip = measure_host(4)
+    chip = measure_host(4, "bfloat16")
     assert (chip.flops, chip.bandwidth) == (CHIPS["h200"].flops, CHIPS["h200"].bandwidth)
     assert chip.memory * MEMORY_SHARE == pytest.approx(46 * 2**30)
     assert (
@@ -130,17 +130,33 @@ def test_a_gpu_here_has_its_published_rates_and_the_memory_that_jax_has(gpus):
     )
 
 
+@pytest.mark.parametrize(
+    ("dtype", "precision", "teraflops"),
+    [
+        ("bfloat16", "float32", 989),
+        ("float32", "float32", 67),
+        ("float32", "highest", 67),
+        ("float32", "tensorfloat32", 494),
+        ("float32", None, 494),
+    ],
+)
+def test_products_have_the_rate_of_their_precision(gpus, dtype, precision, teraflops):
+    gpus("NVIDIA H100 80GB HBM3", {"bytes_limit": 2**30})
+    with jax.default_matmul_precision(precision):
+        assert measure_host(1, dtype).flops == teraflops * 1e12
+
+
 def test_an_unknown_gpu_is_measured(gpus, monkeypatch):
     gpus("a new one", {"bytes_limit": 92})
     monkeypatch.setattr(chips, "_rates", lambda size, dtype, length: (1e12, 1e9))
-    chip = measure_host(1)
+    chip = measure_host(1, "bfloat16")
     assert (chip.name, chip.flops, chip.bandwidth, chip.memory) == ("a new one", 1e12, 1e9, 100)
 
 
 def test_an_allocator_without_statistics(gpus):
     gpus("NVIDIA H200", None)
     with pytest.raises(InputError, match="unset XLA_PYTHON_CLIENT_ALLOCATOR"):
-        measure_host(1)
+        measure_host(1, "bfloat16")
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize\nbackend")])

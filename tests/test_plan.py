@@ -144,7 +144,7 @@ def test_layouts_of_a_search():
 )
 def test_targets_that_cannot_be(name, devices, message):
     with pytest.raises(InputError, match=message):
-        target(name, devices)
+        target(name, devices, "bfloat16")
 
 
 def test_without_the_cuda_extra(monkeypatch):
@@ -155,4 +155,4 @@ def test_without_the_cuda_extra(monkeypatch):
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(InputError, match=r"needs the CUDA extra of JAX \(pip install 'jax\[cuda12"):
-        target("h100x4", 4)
+        target("h100x4", 4, "bfloat16")
