@@ -104,9 +104,7 @@ def get_config() -> ConfigDict:
     config.guards.ratio_0_max_dev = 1e-5  # warns above, on the first step
     config.guards.ref_kl = 15.0  # nats per response, and
     config.guards.ref_kl_per_token = 0.1  # nats per response token: warns above both
-    config.guards.approx_kl = (
-        0.1  # nats per token, mean over a step's updates (the first: 0); warns above
-    )
+    config.guards.approx_kl = 0.1  # nats per token, mean over updates (first: 0); warns above
     config.guards.disc_acc = 0.97  # warns above
     config.guards.entropy = 0.02  # nats per token; warns below
     config.guards.distinct_responses = 0.3  # per distinct prompt of a batch; warns below
