@@ -326,8 +326,15 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
 def test_decoding_does_not_hide_behind_the_prefill(run, tmp_path, monkeypatch):
     _, devices, backend = target("host", 1, "float32")
     balanced = Chip("balanced", 1e9, 1e9, GIB, 1e9)  # the prefill computes, decoding reads
-    monkeypatch.setattr("ppo.plan.target", lambda *_: (balanced, devices, backend))
+    asked = []
+
+    def stand_in(*given):
+        asked.append(given)
+        return balanced, devices, backend
+
+    monkeypatch.setattr("ppo.plan.target", stand_in)
     assert run("--stage=plan") == 0
+    assert asked == [("host", 1, "float32")]
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     rows = {row["name"]: row for row in plan["programs"]}
     rollout, prefill, decode = (rows[name] for name in ("rollout", "prefill", "decode"))
