@@ -1,15 +1,12 @@
 """What all M features do on preference pairs, block by block: means, rates, tests, stability.
 
-    differential   s_i = (c_i − j_i) / (c_i + j_i + C),   C = mean(c + j) + 1e-9
-with c and j the means of z_i on chosen and rejected responses (see `features`).
+    differential   s_i = (c_i − j_i) / (a_i + C),   C = mean(a) + 1e-9
+with c and j the means of z_i on chosen and rejected responses, and a those of |z_i| on both
+together, c + j where no latent is negative (see `features`).
 
-Test: the exact two-sided sign test. For each prompt the mean of z_i on chosen minus rejected is
-taken, since pairs of one prompt are not independent; prompts without a difference say nothing.
-Under the null either sign is equally likely. It needs no shape of the differences, which matters
-for latents that are 0 nearly everywhere; a t test is too bold there.
-Correction: Benjamini–Yekutieli (2001) over all latents that differ anywhere, not only the selected
-ones. Latents of a TopK code compete, so some are negatively dependent; Benjamini–Hochberg does not
-cover that, Benjamini–Yekutieli holds under any dependence.
+Test: `median_test`. Correction: Benjamini–Yekutieli (2001) over all latents that differ anywhere,
+not only the selected ones. Latents of a TopK code compete, so some are negatively dependent;
+Benjamini–Hochberg does not cover that, Benjamini–Yekutieli holds under any dependence.
 """
 
 import dataclasses
@@ -18,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from sarm_jax.latent_store import Contrast
+from sarm_jax.median_test import MedianTest
 
 FOLDS = 10  # of the prompts; halves of them are what stability compares
 HALVES = 20
@@ -29,18 +27,20 @@ class ContrastStatistics:
 
     chosen_f: np.ndarray
     rejected_f: np.ndarray
+    activity_f: np.ndarray
     fires_chosen_f: np.ndarray
     fires_rejected_f: np.ndarray
     p_f: np.ndarray
     q_f: np.ndarray
     chosen_sf: np.ndarray
     rejected_sf: np.ndarray
+    activity_sf: np.ndarray
     pairs_s: np.ndarray
 
 
-def differential(c: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """s `[M]` of the mean latents of chosen and rejected responses."""
-    return (c - j) / (c + j + (c + j).mean() + 1e-9)
+def differential(c: np.ndarray, j: np.ndarray, activity: np.ndarray) -> np.ndarray:
+    """s `[M]` of the mean latents of chosen and rejected responses, and of their sizes."""
+    return (c - j) / (activity + activity.mean() + 1e-9)
 
 
 def measure(
@@ -50,34 +50,35 @@ def measure(
     size, sources = contrast.size, int(source_p.max()) + 1
     folds = int(fold_p.max()) + 1
     member_gp = _indicator(source_p * folds + fold_p, sources * folds)
-    order = np.argsort(prompt_p, kind="stable")
-    first = np.searchsorted(prompt_p[order], np.arange(prompt_p.max() + 1))
-    mean_f, fires_f = np.zeros((2, size), np.float32), np.zeros((2, size))
-    sum_gf = np.zeros((2, len(member_gp), size), np.float32)
-    p_f, differs_f = np.ones(size), np.zeros(size, bool)
-    for ids, *sides in contrast.blocks():
-        for side, z_pb in enumerate(sides):
-            mean_f[side, ids] = z_pb.mean(axis=0)
-            fires_f[side, ids] = (z_pb > 0).mean(axis=0)
-            sum_gf[side][:, ids] = member_gp @ z_pb
-        by_prompt = np.add.reduceat((sides[0] - sides[1])[order].astype(np.float64), first, axis=0)
-        more, less = (by_prompt > 0).sum(axis=0), (by_prompt < 0).sum(axis=0)
-        p_f[ids] = np.minimum(1, 2 * stats.binom.cdf(np.minimum(more, less), more + less, 0.5))
-        differs_f[ids] = more + less > 0
-    shaped = sum_gf.reshape(2, sources, folds, size)
+    test = MedianTest.of(prompt_p, contrast.chosen_p, contrast.rejected_p)
+    mean_f, fires_f = np.zeros((3, size), np.float32), np.zeros((2, size))
+    sum_gf = np.zeros((3, len(member_gp), size), np.float32)
+    p_f = np.full(size, np.nan)
+    for ids, z_nb in contrast.latents_by_block():
+        chosen_pb, rejected_pb = contrast.sides(z_nb)
+        parts = chosen_pb, rejected_pb, np.abs(chosen_pb) + np.abs(rejected_pb)
+        for part, z_pb in enumerate(parts):
+            mean_f[part, ids] = z_pb.mean(axis=0)
+            sum_gf[part][:, ids] = member_gp @ z_pb
+        fires_f[:, ids] = [(z_pb > 0).mean(axis=0) for z_pb in (chosen_pb, rejected_pb)]
+        p_f[ids] = test(z_nb)
+    differs_f = np.isfinite(p_f)
     q_f = np.ones(size)
     if differs_f.any():
         q_f[differs_f] = stats.false_discovery_control(p_f[differs_f], method="by")
+    shaped = sum_gf.reshape(3, sources, folds, size)
     pairs_s = member_gp.sum(axis=1).reshape(sources, folds)
     return ContrastStatistics(
         chosen_f=mean_f[0],
         rejected_f=mean_f[1],
+        activity_f=mean_f[2],
         fires_chosen_f=fires_f[0],
         fires_rejected_f=fires_f[1],
-        p_f=p_f,
+        p_f=np.where(differs_f, p_f, 1),
         q_f=q_f,
         chosen_sf=shaped[0],
         rejected_sf=shaped[1],
+        activity_sf=shaped[2],
         pairs_s=pairs_s,
     )
 
@@ -97,8 +98,8 @@ def half_differentials(found: ContrastStatistics, seed: int) -> np.ndarray:
     rows = []
     for half in halves:
         pairs = max(found.pairs_s[:, half].sum(), 1)
-        c = found.chosen_sf[:, half].sum(axis=(0, 1)) / pairs
-        rows.append(differential(c, found.rejected_sf[:, half].sum(axis=(0, 1)) / pairs))
+        sums = found.chosen_sf, found.rejected_sf, found.activity_sf
+        rows.append(differential(*(x[:, half].sum(axis=(0, 1)) / pairs for x in sums)))
     return np.array(rows).reshape(len(rows), -1)
 
 
@@ -113,10 +114,14 @@ def bootstrap_differential(
 ) -> np.ndarray:
     """Low and high `[2, n]` of the 95 % percentile interval of s, prompts being resampled.
 
-    `total_p` is the sum of all latents of both sides of a pair; C is resampled with the rest.
+    `total_p` is the sum of |z| over all latents of both sides of a pair; C is resampled with the
+    rest.
     """
     prompts = int(prompt_p.max()) + 1
-    columns_pa = np.column_stack([chosen_pn, rejected_pn, total_p, np.ones(len(prompt_p))])
+    activity_pn = np.abs(chosen_pn) + np.abs(rejected_pn)
+    columns_pa = np.column_stack(
+        [chosen_pn, rejected_pn, activity_pn, total_p, np.ones(len(prompt_p))]
+    )
     sums_qa = np.zeros((prompts, columns_pa.shape[1]))
     np.add.at(sums_qa, prompt_p, columns_pa)
     rng, n = np.random.default_rng(seed), chosen_pn.shape[1]
@@ -125,17 +130,17 @@ def bootstrap_differential(
         weight_q = np.bincount(rng.integers(prompts, size=prompts), minlength=prompts)
         sums_a = weight_q @ sums_qa
         mean_a = sums_a[:-1] / sums_a[-1]
-        c, j, constant = mean_a[:n], mean_a[n : 2 * n], mean_a[2 * n] / size + 1e-9
-        s_rn[r] = (c - j) / (c + j + constant)
+        c, j, activity = np.split(mean_a[:-1], 3)
+        s_rn[r] = (c - j) / (activity + mean_a[-1] / size + 1e-9)
     return np.percentile(s_rn, [2.5, 97.5], axis=0)
 
 
 def row_totals(contrast: Contrast) -> np.ndarray:
-    """The sum of all latents of both sides, `[P]` float64."""
+    """The sum of |z| over all latents of both sides, `[P]` float64."""
     total_p = np.zeros(len(contrast))
-    for _, chosen_pb, rejected_pb in contrast.blocks():
-        total_p += chosen_pb.sum(axis=1, dtype=np.float64)
-        total_p += rejected_pb.sum(axis=1, dtype=np.float64)
+    for _, z_nb in contrast.latents_by_block():
+        total_n = np.abs(z_nb).sum(axis=1, dtype=np.float64)
+        total_p += total_n[contrast.chosen_p] + total_n[contrast.rejected_p]
     return total_p
 
 

@@ -4,8 +4,9 @@ Two methods, as in the reference implementation:
     head weight               the most positive and the most negative w_i
     differential activation   s_i = (c_i − j_i) / (c_i + j_i + C),   C = mean(c + j) + 1e-9
 with c and j the mean pooled latents of chosen and rejected responses, and C a mean over all
-latents. Every source (a row's "source", else its file) has its own s; `combine` says whether the
-lists follow s of all pairs or the mean of the sources' s, as in the reference.
+latents (where they can be negative, without TopK, means of |z_i| stand in the denominator).
+Every source (a row's "source", else its file) has its own s; `combine` says whether the lists
+follow s of all pairs or the mean of the sources' s, as in the reference.
 
 Beyond it: a threshold for every selected feature, the quantile of z_i on the chosen responses that
 a penalty may start at, with the share of responses above it on either side; detectors and carriers
@@ -92,7 +93,8 @@ def identify(
     source_p, sources = _number([pair.get("source") or "pairs" for pair in pairs])
     found = measure(contrast, prompt_p, source_p, folds_of(prompt_p, config.seed))
     weight_f = np.asarray(reward_model.model.score[...], np.float32)
-    pooled_f, by_source_sf = differential(found.chosen_f, found.rejected_f), _by_source(found)
+    pooled_f = differential(found.chosen_f, found.rejected_f, found.activity_f)
+    by_source_sf = _by_source(found)
     differential_f = pooled_f if config.combine == "pooled" else by_source_sf.mean(axis=0)
     score_f = differential_f if config.method == "differential" else weight_f
     order = np.argsort(score_f, kind="stable")
@@ -156,7 +158,7 @@ def identify(
         "prompts": int(prompt_p.max()) + 1,
         "sources": {name: int(n) for name, n in zip(sources, np.bincount(source_p), strict=True)},
         "options": dataclasses.asdict(config),
-        "test": "sign test over prompts, Benjamini-Yekutieli over all features that differ",
+        "test": "median test within prompts, Benjamini-Yekutieli over all features that differ",
         "harming": [rows[i] for i in harming],
         "promoting": [rows[i] for i in promoting],
         "detectors": describe_together(detectors),
@@ -183,9 +185,9 @@ def _number(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
 def _by_source(found: ContrastStatistics) -> np.ndarray:
     """s `[S, M]` of each source."""
     pairs_s1 = found.pairs_s.sum(axis=1)[:, None]
-    chosen_sf = found.chosen_sf.sum(axis=1) / pairs_s1
-    rejected_sf = found.rejected_sf.sum(axis=1) / pairs_s1
-    return np.array([differential(*sides) for sides in zip(chosen_sf, rejected_sf, strict=True)])
+    sums = found.chosen_sf, found.rejected_sf, found.activity_sf
+    means = (x.sum(axis=1) / pairs_s1 for x in sums)
+    return np.array([differential(*of_source) for of_source in zip(*means, strict=True)])
 
 
 def _thresholds(contrast: Contrast, ids: list[int], tau_f: np.ndarray) -> list[dict[str, float]]:

@@ -88,13 +88,21 @@ class Contrast:
 
     def columns(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The columns `[P, n]` of either side."""
-        z_nb = self.latents.columns(ids)
+        return self.sides(self.latents.columns(ids))
+
+    def sides(self, z_nb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of columns of all rows `[N, n]` those of either side, `[P, n]`."""
         return z_nb[self.chosen_p], z_nb[self.rejected_p]
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(ids, chosen `[P, b]`, rejected `[P, b]`) until every feature has had its turn."""
+        for ids, z_nb in self.latents_by_block():
+            yield ids, *self.sides(z_nb)
+
+    def latents_by_block(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(ids, the columns `[N, b]` of all rows) until every feature has had its turn."""
         for ids in feature_blocks(self.size, max(len(self.latents), len(self))):
-            yield ids, *self.columns(ids)
+            yield ids, self.latents.columns(ids)
 
 
 def feature_blocks(size: int, rows: int) -> Iterator[np.ndarray]:

@@ -16,9 +16,20 @@ def test_differential_activation_by_hand():
     rejected = np.array([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]])
     # c = (3, 0, 1), j = (1, 2, 1), C = mean(4, 2, 2) = 8/3
     expected = [2 / (4 + 8 / 3), -2 / (2 + 8 / 3), 0.0]
-    np.testing.assert_allclose(
-        differential(chosen.mean(axis=0), rejected.mean(axis=0)), expected, rtol=1e-6
-    )
+    np.testing.assert_allclose(differential(*means(chosen, rejected)), expected, rtol=1e-6)
+
+
+def test_differential_activation_of_negative_latents_keeps_its_sign():
+    chosen = np.array([[-1.0, -3.0, 1.0], [-1.0, -3.0, -1.0]])
+    rejected = np.array([[-3.0, -1.0, 1.0], [-3.0, -1.0, -1.0]])
+    # c = (−1, −3, 0), j = (−3, −1, 0), means of |z| on both (4, 4, 2), C = 10/3
+    expected = [2 / (4 + 10 / 3), -2 / (4 + 10 / 3), 0.0]
+    np.testing.assert_allclose(differential(*means(chosen, rejected)), expected, rtol=1e-6)
+
+
+def means(chosen, rejected):
+    both = np.abs(chosen) + np.abs(rejected)
+    return [x.mean(axis=0) for x in (chosen, rejected, both)]
 
 
 def pairs(count=12):
@@ -36,7 +47,7 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     rows = pairs()
     _, chosen = reward_model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows])
     _, rejected = reward_model.score([r["prompt"] for r in rows], [r["rejected"] for r in rows])
-    expected = differential(chosen.mean(axis=0), rejected.mean(axis=0))
+    expected = differential(*means(chosen, rejected))
     np.testing.assert_allclose(scores["differential"], expected, atol=1e-4)
     weight = np.asarray(reward_model.model.score[...])
     carried = [

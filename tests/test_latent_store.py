@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 from flax import nnx
-from scipy import stats
 
 from sarm_jax import latent_store
 from sarm_jax.contrast_statistics import (
@@ -17,6 +16,7 @@ from sarm_jax.contrast_statistics import (
 )
 from sarm_jax.detectors import calibrated_tau, taus_of
 from sarm_jax.latent_store import Contrast, TopKLatents
+from sarm_jax.median_test import MedianTest
 from tests.dense_latents import dense_contrast
 
 TEXTS = [f"answer {i} " * (i % 4 + 1) for i in range(11)]
@@ -83,14 +83,13 @@ def test_statistics_by_block_are_those_of_dense_arrays(block_bytes, monkeypatch)
         found.chosen_sf.sum(axis=1)[1], chosen[40:].sum(axis=0), rtol=1e-4, atol=1e-5
     )
     total = row_totals(contrast)
-    np.testing.assert_allclose(total, (chosen + rejected).sum(axis=1), rtol=1e-4)
+    absolute = np.abs(chosen) + np.abs(rejected)
+    np.testing.assert_allclose(total, absolute.sum(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(found.activity_f, absolute.mean(axis=0), rtol=1e-5)
     for q in (0.5, 0.9, 0.98):
         np.testing.assert_array_equal(taus_of(contrast, q), calibrated_tau(chosen, q))
-    p = []
-    for i in range(37):
-        d = [(chosen[prompt == n, i] - rejected[prompt == n, i]).sum() for n in range(30)]
-        more, less = sum(x > 0 for x in d), sum(x < 0 for x in d)
-        p.append(stats.binomtest(more, more + less).pvalue if more + less else 1.0)
+    test = MedianTest.of(prompt, contrast.chosen_p, contrast.rejected_p)
+    p = test(contrast.latents.columns(range(37)))
     np.testing.assert_allclose(found.p_f, p, rtol=1e-6)
     rank = np.argsort(np.argsort(p))
     by = np.array(p) * 37 * sum(1 / n for n in range(1, 38)) / (rank + 1)
@@ -105,7 +104,9 @@ def test_bootstrap_covers_what_it_should_and_a_constant_has_no_width():
     low, high = bootstrap_differential(
         chosen, rejected, row_totals(contrast), 37, prompt, resamples=400, seed=1
     )
-    s = differential(chosen.mean(axis=0), rejected.mean(axis=0))
+    activity = np.abs(chosen) + np.abs(rejected)
+    means = (x.mean(axis=0) for x in (chosen, rejected, activity))
+    s = differential(*means)
     assert ((low < s) & (s < high)).all()
     ones = np.ones((5, 37), np.float32)
     low, high = bootstrap_differential(
