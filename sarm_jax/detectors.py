@@ -7,6 +7,9 @@ Detectors fire, z_i > τ_i, on marked responses and hardly ever on clean ones; �
 z_i on the clean side. They are picked greedily: each adds the most newly detected responses minus
 newly raised false alarms, within a budget of false alarms for all of them together.
 
+On the pairs that they were picked on they look better than they are, the more so the fewer pairs
+there are: what they do elsewhere, `held_out_rates` finds by cross-validation.
+
 A control has as many features with thresholds of the same rule, drawn at random from those that
 are ever active and are no detectors: what a penalty does that knows nothing.
 
@@ -30,7 +33,7 @@ class Detectors:
     """Features in the order they were picked, with their thresholds, and what they do together.
 
     `detection` and `false_alarms` are the shares of marked and clean responses on which at least
-    one of the features fires.
+    one of the features fires, of those that the features were found on.
     """
 
     features: tuple[int, ...]
@@ -83,6 +86,27 @@ def find_detectors(contrast: Contrast, tau_f: np.ndarray, budget: float, most: i
         hit_n[hit_row[hit_place == best]] = True
         alarm_n[alarm_row[alarm_place == best]] = True
     return _together(chosen, tau_f, contrast)
+
+
+def held_out_rates(
+    contrast: Contrast, fold_p: np.ndarray, quantile: float, budget: float, most: int
+) -> tuple[float, float]:
+    """(detection, false alarms) on each fold of detectors found, with their τ, on the others.
+
+    NaN where there is one fold only.
+    """
+    folds = np.unique(fold_p)
+    if len(folds) < 2:
+        return float("nan"), float("nan")
+    hits, alarms = 0.0, 0.0
+    for fold in folds:
+        rest, here = contrast.subset(fold_p != fold), contrast.subset(fold_p == fold)
+        found = find_detectors(rest, taus_of(rest, quantile), budget, most)
+        clean_nb, marked_nb = here.columns(np.asarray(found.features, np.int64))
+        tau_b = np.asarray(found.tau, np.float32)
+        hits += len(here) * _any_fires(marked_nb, tau_b)
+        alarms += len(here) * _any_fires(clean_nb, tau_b)
+    return hits / len(contrast), alarms / len(contrast)
 
 
 def _candidates(contrast: Contrast, tau_f: np.ndarray, budget: float):

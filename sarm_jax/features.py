@@ -10,8 +10,9 @@ follow s of all pairs or the mean of the sources' s, as in the reference.
 
 Beyond it: a threshold for every selected feature, the quantile of z_i on the chosen responses that
 a penalty may start at, with the share of responses above it on either side; detectors and carriers
-(`detectors`); and for every listed feature an interval, a false-discovery rate, its stability
-(`contrast_statistics`), the responses that excite it most, and its neighbours in the decoder.
+(`detectors`), with what detectors do on prompts that they were not found on; and for every listed
+feature an interval, a false-discovery rate, its stability (`contrast_statistics`), the responses
+that excite it most, and its neighbours in the decoder.
 """
 
 import dataclasses
@@ -29,13 +30,20 @@ from sarm_jax.contrast_statistics import (
     measure,
     row_totals,
 )
-from sarm_jax.detectors import Detectors, find_detectors, random_control, taus_of
+from sarm_jax.detectors import (
+    Detectors,
+    find_detectors,
+    held_out_rates,
+    random_control,
+    taus_of,
+)
 from sarm_jax.errors import InputError
 from sarm_jax.latent_store import Contrast, Latents
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAE
 
 NEIGHBOURS = 5
+DETECTOR_FOLDS = 5  # of the prompts, for what detectors do elsewhere
 Text = tuple[str, str]
 
 
@@ -91,7 +99,8 @@ def identify(
     texts, contrast = pair_latents(reward_model, pairs)
     prompt_p, _ = _number([pair["prompt"] for pair in pairs])
     source_p, sources = _number([pair.get("source") or "pairs" for pair in pairs])
-    found = measure(contrast, prompt_p, source_p, folds_of(prompt_p, config.seed))
+    fold_p = folds_of(prompt_p, config.seed)
+    found = measure(contrast, prompt_p, source_p, fold_p)
     weight_f = np.asarray(reward_model.model.score[...], np.float32)
     pooled_f = differential(found.chosen_f, found.rejected_f, found.activity_f)
     by_source_sf = _by_source(found)
@@ -100,6 +109,13 @@ def identify(
     order = np.argsort(score_f, kind="stable")
     tau_f = taus_of(contrast, config.tau_quantile)
     detectors = find_detectors(contrast, tau_f, config.false_alarm_budget, config.top_k)
+    elsewhere = held_out_rates(
+        contrast,
+        fold_p % DETECTOR_FOLDS,
+        config.tau_quantile,
+        config.false_alarm_budget,
+        config.top_k,
+    )
     control = random_control(contrast, tau_f, detectors.features, config.seed)
     carried_f = weight_f * (found.rejected_f - found.chosen_f)
     carriers = np.argsort(-carried_f, kind="stable")[: config.top_k].tolist()
@@ -161,7 +177,11 @@ def identify(
         "test": "median test within prompts, Benjamini-Yekutieli over all features that differ",
         "harming": [rows[i] for i in harming],
         "promoting": [rows[i] for i in promoting],
-        "detectors": describe_together(detectors),
+        "detectors": describe_together(detectors)
+        | {
+            f"{name}_held_out": rate if np.isfinite(rate) else None
+            for name, rate in zip(("detection", "false_alarms"), elsewhere, strict=True)
+        },
         "random_control": describe_together(control),
         "carriers": [rows[i] | {"carried_reward": float(carried_f[i])} for i in carriers],
     }

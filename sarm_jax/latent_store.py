@@ -86,6 +86,10 @@ class Contrast:
     def size(self) -> int:
         return self.latents.size
 
+    def subset(self, keep_p: np.ndarray) -> "Contrast":
+        """The pairs that `keep_p` `[P]` says."""
+        return Contrast(self.latents, self.chosen_p[keep_p], self.rejected_p[keep_p])
+
     def columns(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The columns `[P, n]` of either side."""
         return self.sides(self.latents.columns(ids))

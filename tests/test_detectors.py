@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from sarm_jax.detectors import find_detectors, firing_rate, random_control, taus_of
+from sarm_jax.detectors import (
+    find_detectors,
+    firing_rate,
+    held_out_rates,
+    random_control,
+    taus_of,
+)
 from tests.dense_latents import dense_contrast
 
 
@@ -80,3 +86,22 @@ def test_the_random_control_is_active_and_no_detector():
     place = first.features.index(3)
     assert first.tau[place] == 0.0 and first.tau[1 - place] == 1.0
     assert first.detection == pytest.approx(0.9) and first.false_alarms == pytest.approx(0.2)
+
+
+def test_on_noise_detectors_do_elsewhere_what_noise_does():
+    rng = np.random.default_rng(0)
+    clean, marked = (np.maximum(rng.normal(-1, 1, (100, 2000)), 0) for _ in range(2))
+    found = detect(clean, marked, quantile=0.98, budget=0.05, most=10)
+    assert found.detection > 0.3 and found.false_alarms <= 0.05
+    contrast, fold = dense_contrast(clean, marked), np.arange(100) % 5
+    detection, alarms = held_out_rates(contrast, fold, 0.98, 0.05, 10)
+    assert alarms > 0.1 and abs(detection - alarms) < 0.15
+
+
+def test_held_out_rates_by_hand():
+    clean, marked = latents()
+    contrast, fold = dense_contrast(clean, marked), np.arange(100) // 50
+    # On rows 50 to 99 latent 1 alone covers all, on rows 0 to 49 latent 0: that one fires on ten of
+    # the first kind, and latent 1 on none of the second.
+    assert held_out_rates(contrast, fold, 0.5, 0.05, 1) == (pytest.approx(0.1), 0.0)
+    assert np.isnan(held_out_rates(contrast, np.zeros(100), 0.5, 0.05, 1)).all()

@@ -62,6 +62,8 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     fired = chosen[:, first["feature"]] > first["tau"]
     assert first["above_tau_chosen"] == pytest.approx(fired.mean())
     assert first["above_tau_chosen"] <= 0.2
+    together = analysis["detectors"]
+    assert 0 <= together["detection_held_out"] <= 1 and 0 <= together["false_alarms_held_out"] <= 1
     control = selected["random_control"]
     assert len(control) == len(selected["detectors"]) and not {*control} & {*selected["detectors"]}
     tau = np.quantile(chosen[:, control], 0.9, axis=0)

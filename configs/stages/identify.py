@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from safetensors.numpy import save
@@ -48,7 +49,24 @@ def run(config: ConfigDict, workdir: Path) -> None:
         )
         check_lab(config, workdir, model, detectors)
     write_json(folder / "selected_features.json", selected)
+    say_what_detectors_do(analysis["detectors"], asked.false_alarm_budget)
     LOG.info("features in %s", folder / "selected_features.json")
+
+
+def say_what_detectors_do(detectors: dict[str, Any], budget: float) -> None:
+    """In the log, with a warning where the budget does not hold on other prompts."""
+    detection, alarms = detectors["detection_held_out"], detectors["false_alarms_held_out"]
+    if detection is None:
+        return
+    rates = (
+        f"detectors found like the {len(detectors['features'])} here fire on {detection:.3f} of the"
+        f" rejected and {alarms:.3f} of the chosen responses to other prompts"
+    )
+    if alarms > budget:
+        what = "identify.false_alarm_budget=%g does not hold there: more pairs, or a higher"
+        LOG.warning(f"%s; {what} identify.tau_quantile", rates, budget)
+    else:
+        LOG.info("%s", rates)
 
 
 def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors) -> None:
