@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import os
-import signal
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
@@ -96,7 +95,6 @@ def run_seeds(
 ) -> list[SeedOutcome]:
     """`run_seed` of every seed, a process each, some at a time."""
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
-    signal.signal(signal.SIGTERM, _exit)
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
         try:
@@ -108,10 +106,6 @@ def run_seeds(
             for worker in active_children():
                 worker.terminate()
             raise
-
-
-def _exit(number: int, _frame) -> None:
-    raise SystemExit(128 + number)
 
 
 def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO) -> SeedOutcome:
@@ -126,13 +120,18 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
     finished: list[str] = []
     try:
         run_stages(config, folder, PREPARATION)
+        stopped = ""
         for condition in parse_conditions(config.lab.conditions):
-            run_condition(config, folder, condition)
-            finished.append(condition)
-    except (InputError, TrainingStoppedError) as error:
+            try:
+                run_condition(config, folder, condition)
+                finished.append(condition)
+            except TrainingStoppedError as error:  # the other conditions are runs of their own
+                stopped = f"{condition}: {error}"
+                LOG.error("stopped: %s", stopped)
+    except InputError as error:
         LOG.error("stopped: %s", error)
-        return SeedOutcome(finished, str(error), isinstance(error, TrainingStoppedError))
-    return SeedOutcome(finished)
+        return SeedOutcome(finished, str(error))
+    return SeedOutcome(finished, stopped, bool(stopped))
 
 
 def seed_folder(workdir: Path, seed: int) -> Path:

@@ -93,6 +93,48 @@ def test_a_second_signal_ends_the_process_at_once():
     assert done.returncode == -signal.SIGTERM and done.stdout == "first 15\n"
 
 
+DROPPED = {
+    "__del__": (
+        "class Old:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "with on_signal(stop): Old(); time.sleep(5)\n"
+    ),
+    "garbage collector": (
+        "def collected(phase, info):\n"
+        "    gc.callbacks.clear(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "gc.callbacks.append(collected)\n"
+        "with on_signal(stop): gc.collect(); time.sleep(5)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("where", DROPPED)
+def test_a_signal_is_heeded_where_python_drops_what_its_handler_raises(where):
+    script = (
+        "import gc, os, signal, sys, time; from sarm_jax.signals import on_signal\n"
+        "def stop(number): raise SystemExit(128 + number)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}{DROPPED[where]}print('never')"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    script = (
+        "import os, signal; from sarm_jax.signals import on_signal\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs behind it\n"
+        "with on_signal(print): os.kill(os.getpid(), signal.SIGINT)\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 @pytest.fixture
 def failing(monkeypatch, tmp_path):
     """Runs `main` with a stage that does what it is told; its exit code."""
