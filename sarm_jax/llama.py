@@ -68,10 +68,10 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), dtype))
         self.lora: LoRA | None = nnx.data(None)
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         if self.lora is None:
             return x @ self.kernel[...]
-        return self.lora(x, self.kernel[...], dropout_key)
+        return self.lora(x, self.kernel[...])
 
 
 class RMSNorm(nnx.Module):
@@ -154,18 +154,17 @@ class Attention(nnx.Module):
         self.o_proj = Linear(q_width, d, dtype=dtype, rngs=rngs)
         self.head_dim = h
 
-    def project(self, x_btd, rope, keys):
+    def project(self, x_btd, rope):
         """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        projected = [f(x_btd, key) for f, key in zip(projections, keys, strict=True)]
+        projected = [f(x_btd) for f in (self.q_proj, self.k_proj, self.v_proj)]
         return cut_heads(projected, self.head_dim, rope)
 
-    def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, attention, key, packing=None):
+    def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, attention, packing=None):
         """What `attention` makes of them, projected back to D."""
         out_btnh = attention(q_btnh, k_bskh, v_bskh, mask_bts)
         if packing is not None:
             out_btnh = packing.pack(out_btnh)
-        return self.o_proj(out_btnh.reshape(*out_btnh.shape[:-2], -1), key)
+        return self.o_proj(out_btnh.reshape(*out_btnh.shape[:-2], -1))
 
 
 def cut_heads(
@@ -183,9 +182,8 @@ class MLP(nnx.Module):
         self.up_proj = Linear(d, f, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(f, d, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btd, keys):
-        gated = jax.nn.silu(self.gate_proj(x_btd, keys[0])) * self.up_proj(x_btd, keys[1])
-        return self.down_proj(gated, keys[2])
+    def __call__(self, x_btd):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
 
 
 class Block(nnx.Module):
@@ -197,14 +195,13 @@ class Block(nnx.Module):
         )
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_btd, rope, mask_bts, attention, dropout_key=None, packing=None):
+    def __call__(self, x_btd, rope, mask_bts, attention, packing=None):
         """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G · N, D]`."""
-        keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
-        q, k, v = self.attn.project(self.input_layernorm(x_btd), rope, keys[:3])
+        q, k, v = self.attn.project(self.input_layernorm(x_btd), rope)
         if packing is not None:
             q, k, v = map(packing.unpack, (q, k, v))
-        x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, attention, keys[3], packing)
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd), keys[4:]), (k, v)
+        x_btd = x_btd + self.attn.attend(q, k, v, mask_bts, attention, packing)
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), (k, v)
 
 
 class Llama(nnx.Module):
@@ -248,14 +245,13 @@ class Llama(nnx.Module):
         self,
         tokens_bt: jax.Array,
         mask_bt: jax.Array,
-        dropout_key: jax.Array | None = None,
         packing: Packing | None = None,
     ) -> jax.Array:
         """The last layer's output `[B, T, D]`, after the final norm where the model has one.
 
         With a packing of `mask_bt` no padding is computed, and what stands there is 0.
         """
-        return self.forward(tokens_bt, mask_bt, dropout_key, packing)[0]
+        return self.forward(tokens_bt, mask_bt, packing)[0]
 
     def layer_states(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         """The residual stream after each layer, `[L, B, T, D]`, before any final norm."""
@@ -288,7 +284,6 @@ class Llama(nnx.Module):
         self,
         tokens_bt: jax.Array,
         mask_bt: jax.Array,
-        dropout_key: jax.Array | None = None,
         packing: Packing | None = None,
         keep: Callable[[jax.Array, tuple[jax.Array, jax.Array]], Any] = lambda x, kv: None,
     ) -> tuple[jax.Array, Any]:
@@ -313,17 +308,12 @@ class Llama(nnx.Module):
         )
         graphdef, state = nnx.split(self.layers)
 
-        def layer(x, xs):
-            layer_state, key = xs
-            block = nnx.merge(graphdef, layer_state)
-            x, kv = block(x, rope, mask_bts, attend, key, packing)
+        def layer(x, layer_state):
+            x, kv = nnx.merge(graphdef, layer_state)(x, rope, mask_bts, attend, packing)
             return x, keep(x, kv)
 
-        keys = None
-        if dropout_key is not None:
-            keys = jax.random.split(dropout_key, self.config.num_hidden_layers)
         body = jax.checkpoint(layer, policy=REMAT[self.remat])
-        x_btd, kept = jax.lax.scan(body, x_btd, (state, keys))
+        x_btd, kept = jax.lax.scan(body, x_btd, state)
         x_btd = self.norm(x_btd) if self.final_norm else x_btd
         return (x_btd if packing is None else packing.unpack(x_btd)), kept
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: y = x W + (α / r) · dropout(x) A B   (Hu et al. 2106.09685, as in PEFT).
+"""Low-rank adapters: y = x W + (α / r) · x A B   (Hu et al. 2106.09685, as in PEFT, no dropout).
 
 A is drawn Kaiming-uniform and B is zero, so a fresh adapter changes nothing. `LoRAParam` is a
 `Variable` type of its own: `nnx.split(model, LoRAParam, ...)` gives the trainable state, and the
@@ -32,7 +32,7 @@ class LoRAParam(nnx.Param):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Adapter shape. `dropout` acts only where a caller passes a dropout key."""
+    """Adapter shape. `dropout` is only recorded, for PEFT: nothing here drops out."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -67,22 +67,13 @@ class LoRA(nnx.Module):
         )
         self.b = LoRAParam(jnp.zeros((layers, config.rank, d_out)))
         self.scale = config.alpha / config.rank
-        self.dropout = config.dropout
 
-    def __call__(
-        self, x: jax.Array, kernel: jax.Array, dropout_key: jax.Array | None = None
-    ) -> jax.Array:
-        """x W + (α / r) · dropout(x) A B for one layer's slice of the stack, in x's dtype."""
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """x W + (α / r) · x A B for one layer's slice of the stack, in x's dtype."""
         a, b = self.a[...], self.b[...]
-        if not self.dropout:
-            dropout_key = None
-        exact = kernel.dtype == jnp.float32 and dropout_key is None
-        if exact and _folding_is_cheaper(x, kernel):
+        if kernel.dtype == jnp.float32 and _folding_is_cheaper(x, kernel):
             return checkpoint_name(folded_matmul(x, kernel, a, b, self.scale), FOLDED)
         y = x @ kernel
-        if dropout_key is not None:
-            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
         # Or XLA merges this product with the other and copies W beside A for it, at every call.
         x = jax.lax.optimization_barrier(x)
         return y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.scale

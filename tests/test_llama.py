@@ -218,19 +218,6 @@ def test_fold_lora_keeps_the_function(policy, batch_bt):
     np.testing.assert_allclose(real_logits(policy, batch_bt.left), adapted, atol=1e-4)
 
 
-def test_dropout_acts_only_with_a_key(policy, batch_bt):
-    add_lora(policy, LoRAConfig(rank=4, dropout=0.5), nnx.Rngs(3))
-    for _, value in nnx.to_flat_state(nnx.state(policy, LoRAParam)):
-        value[...] = jnp.ones_like(value[...]) * 0.1
-    tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
-    plain = policy.hidden(tokens, mask)
-    np.testing.assert_array_equal(policy.hidden(tokens, mask), plain)
-    one, again, other = (policy.hidden(tokens, mask, jax.random.key(k)) for k in (1, 1, 2))
-    np.testing.assert_array_equal(one, again)
-    assert np.abs(np.asarray(one - plain)[np.asarray(mask)]).max() > 1e-3
-    assert np.abs(np.asarray(one - other)[np.asarray(mask)]).max() > 1e-3
-
-
 def test_tied_and_untied_heads(architecture):
     for tied in (True, False):
         config = LlamaConfig(**{**vars(architecture), "tie_word_embeddings": tied})
