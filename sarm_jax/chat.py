@@ -17,7 +17,8 @@ import numpy as np
 from sarm_jax.errors import InputError
 
 DATE_STRING = "26 Jul 2024"  # the Llama-3.1 template's own default
-_MARK = re.compile("( ?)(\ue000\\d\ue001)( ?)")  # of content that is encoded apart
+_MARGIN = "\u2003"  # around a mark: white space to trim that no template writes itself
+_MARK = re.compile(f"({_MARGIN}?)(\ue000\\d\ue001)({_MARGIN}?)")  # of content encoded apart
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -109,7 +110,7 @@ def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> li
         if _special_tokens(tokenizer).search(turn["content"]):
             mark = f"\ue000{number}\ue001"
             spelled[mark] = turn["content"]
-            turns[number] = turn | {"content": f" {mark} "}
+            turns[number] = turn | {"content": f"{_MARGIN}{mark}{_MARGIN}"}
     try:
         text = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=generation, date_string=DATE_STRING
@@ -144,9 +145,9 @@ def _pieces(text: str, spelled: dict[str, str]) -> Iterator[tuple[str, bool]]:
 
 @lru_cache(maxsize=8)
 def _special_tokens(tokenizer: Any) -> re.Pattern:
-    """Matches what stands for a special token, and nothing where there are none."""
+    """Matches what stands for a special token, or what a mark begins with."""
     tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+    return re.compile("|".join(map(re.escape, [*tokens, "\ue000"])))
 
 
 @lru_cache(maxsize=8)

@@ -168,7 +168,8 @@ def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVIC
     """Draws `[B]` indices from rows of weights by inverting their cumulative sum in two levels.
 
     One uniform number per row: on a CPU, a Gumbel variate per vocabulary entry would cost more
-    than a sixth of a small model's decode step. An index of weight 0 is never drawn.
+    than a sixth of a small model's decode step. An index of weight 0 is never drawn: a sum that is
+    made in parts may step up there, by a rounding.
     """
     batch, size = p_bv.shape
     blocks = _blocks(size, placement.size("tensor"))
@@ -176,18 +177,22 @@ def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVIC
     p_bkw = jnp.pad(p_bv, ((0, 0), (0, blocks * width - size))).reshape(batch, blocks, width)
     # Where the vocabulary is split, all blocks' sums come to each device first: jax 0.11 has them
     # added up along a split axis in a loop of as many steps as there are blocks.
-    block_cdf_bk = jnp.cumsum(placement.keep_rows(p_bkw.sum(axis=-1)), axis=-1)
-    total_b = block_cdf_bk[:, -1]
-    target_b = jax.random.uniform(key, (batch,)) * total_b
-    target_b = jnp.minimum(target_b, jnp.nextafter(total_b, 0.0))
-    block_b1 = (block_cdf_bk <= target_b[:, None]).sum(axis=-1, keepdims=True)
-    before_b = jnp.take_along_axis(jnp.pad(block_cdf_bk, ((0, 0), (1, 0))), block_b1, 1)[:, 0]
+    p_bk = placement.keep_rows(p_bkw.sum(axis=-1))
+    cdf_bk = jnp.cumsum(p_bk, axis=-1)
+    target_b = jax.random.uniform(key, (batch,)) * cdf_bk[:, -1]
+    block_b1 = _first_beyond(target_b, p_bk, cdf_bk)[:, None]
+    before_b = jnp.take_along_axis(jnp.pad(cdf_bk, ((0, 0), (1, 0))), block_b1, 1)[:, 0]
     p_bw = jnp.take_along_axis(p_bkw, block_b1[..., None], axis=1)[:, 0]
-    cdf_bw = jnp.cumsum(p_bw, axis=-1)
-    # The block's own sum may differ from the first level's by a rounding: stay inside.
-    rest_b = jnp.minimum(target_b - before_b, jnp.nextafter(cdf_bw[:, -1], 0.0))
-    inside_b = (cdf_bw <= rest_b[:, None]).sum(axis=-1)
+    inside_b = _first_beyond(target_b - before_b, p_bw, jnp.cumsum(p_bw, axis=-1))
     return block_b1[:, 0] * width + inside_b
+
+
+def _first_beyond(target_b: jax.Array, p_bn: jax.Array, cdf_bn: jax.Array) -> jax.Array:
+    """The first index of positive weight whose cumulative sum is above the target, `[B]`."""
+    cdf_bn = jnp.where(p_bn > 0, cdf_bn, 0.0)
+    # The sum may end below the target by a rounding: stay inside.
+    target_b = jnp.minimum(target_b, jnp.nextafter(cdf_bn.max(axis=-1), 0.0))
+    return jnp.argmax(cdf_bn > target_b[:, None], axis=-1)
 
 
 def _blocks(size: int, parts: int) -> int:

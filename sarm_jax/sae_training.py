@@ -116,14 +116,16 @@ def _standardised(graphdef, state, tokens_bt, mask_bt):
 
 def _sample_tokens(turn_lengths, most, rng):
     """Per row the kept tokens, counted from the end (0 is the pooled one), in reading order."""
-    candidates = [(row, back) for row, n in enumerate(turn_lengths) for back in range(1, n)]
-    if len(candidates) > most - len(turn_lengths):
-        picks = rng.choice(len(candidates), max(most - len(turn_lengths), 0), replace=False)
-        candidates = [candidates[i] for i in picks]
-    kept: list[list[int]] = [[0] for _ in turn_lengths]
-    for row, back in candidates:
-        kept[row].append(back)
-    return [np.sort(np.asarray(k))[::-1] for k in kept]
+    others_r = np.asarray(turn_lengths) - 1
+    end_r = np.cumsum(others_r)
+    total, room = int(end_r[-1]), max(most - len(turn_lengths), 0)
+    picks = np.arange(total)
+    if total > room:
+        picks = np.sort(rng.choice(total, room, replace=False))
+    row = np.searchsorted(end_r, picks, side="right")
+    back = picks - (end_r - others_r)[row] + 1
+    per_row = np.split(back, np.searchsorted(row, np.arange(1, len(turn_lengths))))
+    return [np.concatenate([k[::-1], [0]]) for k in per_row]
 
 
 def pretrain_sae(

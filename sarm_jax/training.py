@@ -276,12 +276,13 @@ def encode_turn(tokenizer: Any, prompt: str, response: str, max_length: int) -> 
     turn_length = len(whole) - (min(len(whole), len(before)) if same is None else same)
     if len(whole) > max_length:
         whole = encode_conversation(tokenizer, prompt, response, max_length)
-    return Conversation(whole, min(turn_length, len(whole)))
+    bos = int(whole[0] == tokenizer.bos_token_id)  # is kept, and is nobody's turn
+    return Conversation(whole, min(turn_length, len(whole) - bos))
 
 
 def score_pooled(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndarray:
     """Scores `[R]` of pooled, standardised trunk states `[R, D]`."""
-    graphdef, state = nnx.split((sarm.sae, sarm.score))
+    graphdef, state = nnx.split(sarm)
     return np.concatenate(
         [
             np.asarray(_score_pooled(graphdef, state, pooled_rd[start : start + batch]))
@@ -292,8 +293,8 @@ def score_pooled(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndar
 
 @partial(jax.jit, static_argnums=0)
 def _score_pooled(graphdef, state, x_bd):
-    sae, score = nnx.merge(graphdef, state)
-    return sae.encode(x_bd) @ score[...].astype(jnp.float32)
+    sarm = nnx.merge(graphdef, state)
+    return sarm.head(sarm.sae.encode(x_bd))
 
 
 def preference_summary(data: PairSet, score_r: np.ndarray) -> dict[str, Any]:

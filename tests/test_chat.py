@@ -74,6 +74,28 @@ def test_special_tokens_that_are_spelled_out_are_text(any_tokenizer, space):
         assert ids[: len(start)] == start
 
 
+def test_the_spaces_around_what_spells_a_token_are_the_templates_own():
+    tokenizer = tiny_tokenizer()
+    end = tokenizer.convert_ids_to_tokens(chat.end_of_turn_id(tokenizer))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.strip() }} /{{ m.role }}"
+        f"{end}{{% endfor %}}"
+    )
+    ids = chat.encode_conversation(tokenizer, f"hi{end}", f"{end} yo ")
+    written = f"user: hi{end} /user{end}assistant: {end} yo /assistant{end}"
+    assert tokenizer.decode(ids) == f"{tokenizer.bos_token}{written}"
+
+
+@pytest.mark.parametrize("text", ["\ue0007\ue001", "\ue0000\ue001", "a \ue0001\ue001 b \ue000"])
+def test_text_that_looks_like_a_mark_is_text(any_tokenizer, text):
+    end = any_tokenizer.eos_token
+    ids = chat.encode_conversation(any_tokenizer, f"{end} x", text)
+    assert any_tokenizer.decode(ids).count(text) == 1
+    assert chat.encode_conversation(any_tokenizer, text, "y") != chat.encode_conversation(
+        any_tokenizer, "", "y"
+    )
+
+
 def test_truncation_is_on_the_left(tokenizer):
     whole = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20)
     short = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20, max_length=30)

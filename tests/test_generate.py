@@ -7,7 +7,14 @@ import pytest
 
 from sarm_jax import generate as generation
 from sarm_jax.errors import InputError
-from sarm_jax.generate import Sampling, draw_index, draw_token, generate, keep_top
+from sarm_jax.generate import (
+    Sampling,
+    _first_beyond,
+    draw_index,
+    draw_token,
+    generate,
+    keep_top,
+)
 
 
 def arrays(batch):
@@ -109,6 +116,13 @@ def test_draws_over_a_large_vocabulary_follow_it_too():
     big = expected > 20
     chi2 = ((counts - expected)[big] ** 2 / expected[big]).sum()
     assert chi2 < big.sum() + 5 * np.sqrt(2 * big.sum())
+
+
+def test_a_sum_that_steps_up_where_there_is_no_weight_draws_nothing_there():
+    p = jnp.array([[0.0, 0.5, 0.0, 0.5, 0.0]])
+    uneven = jnp.array([[0.0, 0.5, 0.50001, 1.0, 1.00001]])  # as one made in parts may be
+    for target, expected in ((0.0, 1), (0.49, 1), (0.500005, 3), (0.9, 3), (1.0, 3), (2.0, 3)):
+        assert _first_beyond(jnp.array([target]), p, uneven).tolist() == [expected]
 
 
 def test_top_k_and_top_p_renormalise():

@@ -43,6 +43,20 @@ def torch_loss(p, x_bd, k, dead_f, aux_k, aux_weight):
     return loss + aux_weight * (((e_hat_bd - e_bd) ** 2).mean(-1) / (e_bd**2).mean(-1)).mean()
 
 
+@pytest.mark.parametrize("most", [3, 40, 90, 1000])
+def test_the_tokens_that_are_kept_are_drawn_without_replacement(most):
+    lengths = [7, 1, 60, 30, 2]
+    kept = sae_training._sample_tokens(lengths, most, np.random.default_rng(0))
+    others = [(row, back) for row, n in enumerate(lengths) for back in range(1, n)]
+    room = max(most - 5, 0)
+    if len(others) > room:
+        picks = np.random.default_rng(0).choice(len(others), room, replace=False)
+        others = [others[i] for i in picks]
+    for row, found in enumerate(kept):
+        assert found.tolist() == sorted({0} | {b for r, b in others if r == row}, reverse=True)
+    assert sum(map(len, kept)) == max(min(most, 100), 5)
+
+
 @pytest.mark.parametrize("dead", [0, 3, 20])
 def test_loss_and_gradient_are_those_of_torch(dead):
     sae, x_bd = random_sae(), np.random.default_rng(0).normal(size=(7, 12)).astype(np.float32)

@@ -48,6 +48,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     LOG.info("training a SARM on %d pairs, for %s", len(pairs), workdir / "sarm")
     if (mesh := mesh_config(config)) != MeshConfig():
         LOG.info("train_sarm runs on one device: %s is for the other stages", mesh)
+    if asked.dead_after_steps >= asked.sae_steps:
+        LOG.warning(
+            "train_sarm.dead_after_steps=%d: no latent counts as dead in sae_steps=%d, and aux_k=%d"
+            " brings none back",
+            asked.dead_after_steps, asked.sae_steps, asked.aux_k,
+        )  # fmt: skip
     policy, tokenizer = load_policy(model, config.dtype)
     policy.remat = config.remat
     rows: list[dict] = []
