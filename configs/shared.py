@@ -33,7 +33,9 @@ def reward_model(config: ConfigDict) -> RewardModel:
     mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
     placed = placement(config)
     model = load_sarm(config.sarm_model, config.dtype, placed.load)
-    model.max_length, model.batch_size = config.sarm_max_length, config.sarm_batch_size
+    positions = model.model.config.trunk.max_position_embeddings
+    model.max_length = min(config.sarm_max_length, positions)
+    model.batch_size = config.sarm_batch_size
     model.model.trunk.placement = placed
     return model
 

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from conversion.scratch import OLD, check_space, clear_leftovers, locked
+from conversion.scratch import OLD, check_space, clear_leftovers
 from sarm_jax.errors import InputError
-from sarm_jax.files import to_disk
+from sarm_jax.files import locked, to_disk
 
 TOKENIZER_FILES = (
     "tokenizer.json",

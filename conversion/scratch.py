@@ -5,31 +5,14 @@ with the process, however that ends, so what is there and not locked is left ove
 """
 
 import contextlib
-import fcntl
-import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from sarm_jax.errors import InputError
+from sarm_jax.files import locked
 
 OLD = ".old"  # what is about to be replaced
-
-
-@contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Marks a directory as in use, under whatever name it goes by the end.
-
-    Raises:
-      BlockingIOError: another process holds it.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def clear_leftovers(dst: Path) -> None:

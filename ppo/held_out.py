@@ -5,12 +5,14 @@ here is learned from: the discriminator is read as it stands.
 """
 
 import dataclasses
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 
 from ppo.density_ratio import DensityRatio
 from ppo.losses import response_kl
@@ -34,12 +36,12 @@ class HeldOut:
     reward: RewardConfig
     density_ratio: DensityRatio | None
 
-    def compile(self, params: dict) -> None:
-        """Compiles the rollout, and the reference pass for every length of responses."""
+    def programs(self, params: dict) -> Iterator[Callable[[], Lowered]]:
+        """The rollout, and the reference pass for every length of responses."""
         learner, base, length = self.sampler.learner, self.sampler.base, self.deck.length
-        learner.lower_rollout(params, base, length, self.slot_plan.prefill).compile()
+        yield partial(learner.lower_rollout, params, base, length, self.slot_plan.prefill)
         for slots in self.slot_plan.all():
-            learner.lower_reference(base, length, slots).compile()
+            yield partial(learner.lower_reference, base, length, slots)
 
     @cached_property
     def slot_plan(self) -> SlotPlan:

@@ -43,7 +43,8 @@ class PromptDeck:
         self.prompts, self._seed, self._pad = list(prompts), seed, pad_id(tokenizer)
         self._deal = -1, np.zeros(0, np.int64)  # the last pass asked for, and its order
         self._rows = encode_prompts(prompts, tokenizer, max_tokens, source)
-        self.length = -8 * (-max(map(len, self._rows)) // 8)  # one shape for all: no buckets
+        self.longest = max(map(len, self._rows))  # in tokens
+        self.length = -8 * (-self.longest // 8)  # one shape for all: no buckets
 
     def deal(self, step: int, batch_size: int) -> tuple[list[str], np.ndarray, np.ndarray]:
         """(texts, tokens `[B, P]` int32, mask `[B, P]` bool) of batch number `step`."""

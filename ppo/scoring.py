@@ -1,9 +1,10 @@
 """What the reward reads from the SARM: scores, and the latents that its terms look at."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from jax.stages import Lowered
 
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
@@ -49,9 +50,11 @@ class Scorer:
         texts, neutral = (rollout.prompts, rollout.responses), self._clamp.neutral()
         return score_b, self._model.score(*texts, neutral, self._watched)[0]
 
-    def compile(self, decks: Sequence[PromptDeck], max_new_tokens: int, rows: int) -> None:
-        """Compiles every padded length that scoring can meet, so that no step does."""
+    def programs(
+        self, decks: Sequence[PromptDeck], max_new_tokens: int, rows: int
+    ) -> Iterator[Callable[[], Lowered]]:
+        """What scoring runs, for every padded length that it can meet."""
         lengths = [len(self._model.encode(p, "")) for deck in decks for p in deck.prompts]
-        self._model.compile(
+        return self._model.programs(
             min(lengths), max(lengths) + max_new_tokens, rows, self._clamp, self._watched
         )

@@ -8,13 +8,15 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax import numpy as jnp
+from jax.stages import Lowered
 
 from ppo.checkpoint import CheckpointConfig, Checkpoints
 from ppo.config import PPOConfig
@@ -39,6 +41,7 @@ from ppo.slots import SlotPlan, Slots
 from ppo.update import Batch, Updater, batch_metrics
 from sarm_jax import processes
 from sarm_jax.chat import pad_id
+from sarm_jax.compilation import compile_programs
 from sarm_jax.files import replacing
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
@@ -128,8 +131,9 @@ class Trainer:
     def run(self) -> dict:
         """Trains to `total_steps` and returns the summary, which also stands in summary.json.
 
-        Raises NonFiniteError and GuardStopError (`ppo.guards`), SystemExit(128 + signal) after a
-        SIGTERM or Ctrl-C, and OSError where the disk is full.
+        Raises NonFiniteError and GuardStopError (`ppo.guards`), with what the run has come to in
+        `state` and summary.json, SystemExit(128 + signal) after a SIGTERM or Ctrl-C, and OSError
+        where the disk is full. Processes are parted after a signal alone.
         """
         config = self.config.ppo
         keep = config.keep_checkpoints, self.config.checkpoint.keep_every
@@ -138,45 +142,51 @@ class Trainer:
         self._profiler.check_start(done)
         watch = Watch(self.config.guards, self.config.reward.alphas_sd(self.scale.std))
         features = self.config.reward.penalize_features
+        (self.workdir / "summary.json").unlink(missing_ok=True)  # of an earlier call
         log = RunLog(self.workdir, features, done, config.total_steps)
         with on_signal(self._remember), log:
+            held: list[str] = []
             for row in processes.from_first(log.earlier_rows()):
-                watch(row)
+                held = self._stopping(watch(row))
+            self.state = state
+            self._check_guards(watch, held, done)
             if done == 0:
                 log.write_evaluation(self._evaluate(0, state))
             for step in range(done, config.total_steps):
                 with self._profiler.step(step):
                     state, row, samples = self._step(step, state)
+                self.state = state
                 log.write(row, samples)
-                held = [name for name in watch(row) if self.config.guards.stops(name)]
-                self._check_finite(watch, step)
                 finished = step + 1
                 last = finished == config.total_steps
-                if last or finished % config.eval_every == 0:
+                held = self._stopping(watch(row))
+                self._check_finite(watch, step)
+                if last or finished % config.eval_every == 0 or held:
                     log.write_evaluation(self._evaluate(finished, state))
                 stop = processes.largest(self._stop_signal)
                 if last or finished % config.checkpoint_every == 0 or stop or held:
                     facts = dataclasses.asdict(self.scale) | {"made_from": self._made_from}
                     checkpoints.save(finished, state, facts)
-                if stop or held:
-                    self._profiler.stop()
-                    processes.part()
                 if stop:
+                    self._profiler.stop()
+                    self._summarise(watch, f"signal {stop}")
+                    processes.part()
                     LOG.info("stopped by signal %d after step %d", stop, finished)
                     raise SystemExit(128 + stop)
-                if held:
-                    raise GuardStopError(
-                        f"step {step}: stopped by guards.stop ({', '.join(held)}), checkpoint "
-                        f"{finished} saved; --config.guards.stop= goes on from there"
-                    )
+                self._check_guards(watch, held, finished)
         checkpoints.close()
-        self.state = state
-        return processes.from_first(self._summary(watch) if processes.is_first() else None)
+        return processes.from_first(self._summarise(watch))
 
-    def _summary(self, watch: Watch) -> dict:
-        """summary.json, of rows that earlier calls wrote too: the first process has them."""
+    def _summarise(self, watch: Watch, stopped: str | None = None) -> dict | None:
+        """Writes and returns summary.json, of rows that earlier calls wrote too.
+
+        The first process has them, the others get None. `stopped` says what ended the run early.
+        """
+        if not processes.is_first():
+            return None
         rows = read_metrics(self.workdir / "metrics.csv")
         summary = summarise(rows, self.scale.mean, self.scale.std)
+        summary |= {"total_steps": self.config.ppo.total_steps, "stopped": stopped}
         summary["warnings"] = watch.warnings
         if self.held_out is not None:
             summary["held_out"] = summarise_evaluations(read_evaluations(self.workdir))
@@ -190,15 +200,7 @@ class Trainer:
         state: dict[str, Any] = {"train": self._fresh}
         if self.density_ratio is not None:
             state["density_ratio"] = self.density_ratio.init(self._disc_key)
-        decks = [self.deck] if self.held_out is None else [self.deck, self.held_out.deck]
-        self.scorer.compile(decks, config.max_new_tokens, config.batch_size)
-        for slots in self._slot_plan.all():
-            self.learner.lower_reference(self.base, self.deck.length, slots).compile()
-            lowering = self.updater.lower(self._fresh, self.base, self.deck.length, slots)
-            for lower in lowering.values():
-                lower().compile()
-        if self.held_out is not None:
-            self.held_out.compile(self._fresh.params)
+        compile_programs(self._programs())
         if checkpoints.latest_step() is None:
             self.scale = self._calibrate(state["train"].params)
             return state, 0
@@ -206,6 +208,19 @@ class Trainer:
         self.scale = ScoreScale(facts["mean"], facts["std"])
         LOG.info("resuming after step %d of %d", done, config.total_steps)
         return state, done
+
+    def _programs(self) -> Iterator[Callable[[], Lowered]]:
+        """All that a step runs on a model, so that none has to compile it; the longest first."""
+        config, params, base = self.config.ppo, self._fresh.params, self.base
+        length, slot_plan = self.deck.length, self._slot_plan
+        yield partial(self.learner.lower_rollout, params, base, length, slot_plan.prefill)
+        for slots in slot_plan.all():
+            yield from self.updater.lower(self._fresh, base, length, slots).values()
+            yield partial(self.learner.lower_reference, base, length, slots)
+        decks = [self.deck] if self.held_out is None else [self.deck, self.held_out.deck]
+        yield from self.scorer.programs(decks, config.max_new_tokens, config.batch_size)
+        if self.held_out is not None:
+            yield from self.held_out.programs(params)
 
     def _calibrate(self, params: dict) -> ScoreScale:
         """μ and σ of the scores of the reference policy's own responses to the first prompts."""
@@ -261,15 +276,32 @@ class Trainer:
             LOG.warning("step %d is not finite (%s): batch and state in %s", step, found, path)
         return new_state, row, self._samples(step, rollout, terms)
 
+    def _stopping(self, held: Sequence[str]) -> list[str]:
+        """Of the guards that hold, those that are to stop the run."""
+        return [name for name in held if self.config.guards.stops(name)]
+
+    def _check_guards(self, watch: Watch, held: list[str], finished: int) -> None:
+        """Raises GuardStopError where guards that stop the run `held` after `finished` steps."""
+        if held and finished < self.config.ppo.total_steps:
+            reason = f"guards.stop ({', '.join(held)})"
+            self._profiler.stop()
+            self._summarise(watch, reason)
+            raise GuardStopError(
+                f"step {finished - 1}: stopped by {reason}, checkpoint {finished} saved; "
+                "--config.guards.stop= goes on from there"
+            )
+
     def _check_finite(self, watch: Watch, step: int) -> None:
         """Raises NonFiniteError when more steps had a skipped update than may have."""
         limit = self.config.guards.max_nonfinite_steps
         if watch.nonfinite_steps > limit:
-            processes.part()
+            self._profiler.stop()
+            self._summarise(watch, "more than guards.max_nonfinite_steps")
             raise NonFiniteError(
                 f"step {step} is not finite, and more than guards.max_nonfinite_steps={limit} "
                 f"were not: the batch is in {self.workdir / f'nonfinite_step_{step}.npz'}; the same"
-                " command goes on from the last checkpoint"
+                " command goes on from the last checkpoint, and ends here again unless what makes "
+                "it changes or --config.guards.max_nonfinite_steps is higher"
             )
 
     def _reward(self, step, state, scored: Scored) -> tuple[RewardTerms, dict, dict]:

@@ -1,7 +1,9 @@
-"""Writing a file so that it is either the old one or the whole new one, never half of it."""
+"""Writing a file so that it is either the old one or the whole new one, never half of it; and
+holding a directory so that nobody else writes there."""
 
 import contextlib
 import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,22 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
         to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Marks a directory as in use, under whatever name it goes by the end.
+
+    Raises:
+      BlockingIOError: another process holds it.
+      OSError: its file system knows no locks.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -4,7 +4,7 @@ Rows are sorted by length and run in padded batches of a few fixed shapes, so th
 stay bounded; a score does not depend on the rows it is batched with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain, pairwise
 from typing import Any
@@ -58,19 +58,23 @@ class RewardModel:
         """The conversation as this model reads it, ending in the end-of-turn token."""
         return encode_conversation(self.tokenizer, prompt, response, self.max_length)
 
-    def compile(
+    def programs(
         self,
         shortest: int,
         longest: int,
         rows: int,
         clamp: Intervention | None = None,
         latent_indices: Sequence[int] | None = None,
-    ) -> None:
-        """Runs once on each padded shape that `rows` conversations of these lengths can take."""
+    ) -> Iterator[Callable[[], Lowered]]:
+        """What `score` runs on `rows` conversations of these lengths, for every padded shape."""
+        change, indices = self._reads(clamp, latent_indices)
         length = scored_length(min(shortest, self.max_length))
         while True:
             length = min(length, self.max_length)
-            self.score_tokens([[0] * length] * rows, clamp, latent_indices)
+            batches = self._batches([[0] * length] * rows)
+            shapes = {tokens.shape: (tokens, mask) for _, tokens, mask in batches}
+            for batch in shapes.values():
+                yield partial(_score.lower, *self._split, *batch, change, indices)
             if length >= min(longest, self.max_length):
                 return
             length = scored_length(length + 1)
@@ -82,15 +86,12 @@ class RewardModel:
         latent_indices: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """`score` of conversations that are encoded already; padding is this method's own."""
-        size = self.model.config.sae.latent_size
-        if isinstance(clamp, dict):
-            clamp = intervention(size, set_to=clamp)
-        indices = None if latent_indices is None else np.asarray(latent_indices, np.int32)
-        width = size if latent_indices is None else len(latent_indices)
+        change, indices = self._reads(clamp, latent_indices)
+        width = self.model.config.sae.latent_size if indices is None else len(indices)
         score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
 
         def run(tokens_bt, mask_bt):
-            return _score(*self._split, tokens_bt, mask_bt, clamp, indices)
+            return _score(*self._split, tokens_bt, mask_bt, change, indices)
 
         for chosen, (scores, latents) in self._on_batches(run, rows):
             score_b[chosen], z_bf[chosen] = scores[: len(chosen)], latents[: len(chosen)]
@@ -120,6 +121,12 @@ class RewardModel:
         if sae.use_topk:
             return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)
         return score_n, EncodedLatents(kept_nk, self.model.sae)
+
+    def _reads(self, clamp, latent_indices):
+        """What a program is told of the latents: how they are changed, and which it returns."""
+        if isinstance(clamp, dict):
+            clamp = intervention(self.model.config.sae.latent_size, set_to=clamp)
+        return clamp, None if latent_indices is None else np.asarray(latent_indices, np.int32)
 
     def _on_batches(self, run, rows):
         """(which rows, what `run` gives for them, on the host); the next batch runs meanwhile."""

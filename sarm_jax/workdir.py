@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sarm_jax.errors import InputError
-from sarm_jax.files import replacing
+from sarm_jax.files import locked, replacing
 from sarm_jax.jsonl import short
 from sarm_jax.strict_json import parse_json
 
@@ -33,6 +33,19 @@ def open_workdir(workdir: Path) -> Iterator[None]:
     except BaseException:
         _remove_empty(created)
         raise
+
+
+@contextlib.contextmanager
+def nobody_else_in(workdir: Path) -> Iterator[None]:
+    """Holds the directory against a second run, where its file system can; else InputError."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(workdir))
+        except BlockingIOError:
+            raise InputError(f"--workdir={workdir}: another process is training there") from None
+        except OSError:
+            pass  # a network's file system, perhaps
+        yield
 
 
 def _remove_empty(directories: list[Path]) -> None:

@@ -314,6 +314,12 @@ FLAGS = [
     main("fraction for a whole number", "--config.ppo.total_steps=1.5", "total_steps", "1.5"),
     main("unknown flag", "--no_such_flag=1", "no_such_flag"),
     main("argument without a flag", "stray", "unexpected argument 'stray'"),
+    main(
+        "responses beyond the policy's positions",
+        "--max_new_tokens=9000",
+        "ppo.max_new_tokens=9000: with the",
+        "positions (max_position_embeddings)",
+    ),
     main("no steps", "--total_steps=0", "ppo.total_steps=0: must be at least 1"),
     main("word for a number in a flag", "--total_steps=x", "--total_steps=x"),
     main(

@@ -24,6 +24,7 @@ from sarm_jax.jsonl import read_jsonl
 from sarm_jax.lora import LoRAConfig, add_lora
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.sharding import MeshConfig
+from sarm_jax.workdir import nobody_else_in
 from tests.command import run_main
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
@@ -300,6 +301,22 @@ def test_every_config_is_a_valid_experiment(name, tmp_path):
 def test_prompts_are_encoded_through_the_chat_template(world):
     _, tokenizer = load_policy(world / "policy")
     assert tokenizer.decode(encode_prompt(tokenizer, "hi")).rstrip().endswith("<|end_header_id|>")
+
+
+def test_a_run_that_a_guard_stops_leaves_its_adapter(run, world, tmp_path, capsys):
+    never = ["--config.guards.stop=no_eos", "--config.guards.steps=1"]
+    never += ["--config.guards.eos_fraction=2.0", "--total_steps=4"]
+    sarm = f"--sarm_model={world}/sarm"
+    assert run("--stage=train", sarm, *never) == 3
+    said = capsys.readouterr().err
+    assert "error: step 0: stopped by guards.stop (no_eos), checkpoint 1 saved" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["total_steps"]) == (1, 4)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    with nobody_else_in(tmp_path / "run"):
+        assert run("--stage=train", sarm, "--total_steps=4") == 2
+    assert "another process is training there" in capsys.readouterr().err
+    assert run("--stage=train", sarm, "--total_steps=4") == 0
 
 
 def test_a_plan_of_this_machine(run, tmp_path, capsys):

@@ -246,6 +246,16 @@ def test_options_that_name_files(tmp_path):
     assert list(curves.terms(run)) == ["R_total", "R_SARM", "− penalties", "− β · D"]
 
 
+def test_a_stopped_run_says_what_stopped_it(stage, tmp_path):
+    folder = write_run(tmp_path / "run", steps=3)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"steps": 3, "total_steps": 20, "stopped": "guards.stop (no_eos)"}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert stage(workdir=folder) == 0
+    sentence = f"{folder} was stopped by guards.stop (no_eos) after 3 of 20 steps."
+    assert sentence in notes_of(folder)
+
+
 def test_an_interrupted_run_says_what_it_lacks(stage, tmp_path):
     folder = write_run(tmp_path / "run", steps=3)
     (folder / "summary.json").unlink()

@@ -170,7 +170,7 @@ def poison(trainer):
 
     assert disc is not None
     trainer.scorer = scored
-    scored.compile = score.compile
+    scored.programs = score.programs
     scored.with_and_without_clamp = score.with_and_without_clamp
     trainer.updater = updated
     updated.lower = update.lower
@@ -209,6 +209,9 @@ def test_too_much_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 2 .*nonfinite_step_2\.npz"):
         trainer.run()
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped"] == "more than guards.max_nonfinite_steps"
+    assert "nonfinite" in [warning["guard"] for warning in summary["warnings"]]
     healed = make_trainer(tmp_path / "run", **UNWHITENED)
     healed.run()
     assert [float(row["skipped_updates"]) for row in metrics(tmp_path / "run")] == [0, 2, *[0] * 5]
@@ -219,11 +222,28 @@ def test_a_guard_stops_the_run_where_it_is_told_to(make_trainer, tmp_path):
     with pytest.raises(GuardStopError, match=r"no_eos.*--config\.guards\.stop= goes on"):
         trainer.run()
     assert len(metrics(tmp_path / "run")) == 2
+    assert trainer.state["train"].params["lora"]  # what its adapter is made of
+    again = make_trainer(tmp_path / "run", guards={"stop": ("no_eos",), "steps": 2})
+    with pytest.raises(GuardStopError, match="step 1: .*checkpoint 2 saved"):
+        again.run()  # takes no further step
+    assert len(metrics(tmp_path / "run")) == 2
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2"}
+    stopped = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (stopped["steps"], stopped["total_steps"]) == (2, 4)
+    assert stopped["stopped"] == "guards.stop (no_eos)"
+    assert "no_eos" in [warning["guard"] for warning in stopped["warnings"]]
     summary = make_trainer(tmp_path / "run", guards={"steps": 2}).run()
-    assert summary["steps"] == 4
+    assert summary["steps"] == 4 and summary["stopped"] is None
     named = {warning["guard"]: warning for warning in summary["warnings"]}
     assert named["no_eos"]["first_step"] == 1 and named["no_eos"]["steps"] == 3
     assert "reward_scale" in named  # α of 0.1 and 0.2 where the score has an sd of about 2
+
+
+def test_a_guard_that_holds_on_the_last_step_stops_nothing(make_trainer, tmp_path):
+    guards = {"stop": ("no_eos",), "steps": 2}
+    summary = make_trainer(tmp_path / "run", total_steps=2, guards=guards).run()
+    assert summary["stopped"] is None
+    assert "no_eos" in [warning["guard"] for warning in summary["warnings"]]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from configs.shared import check_remat, mesh_config, policy_model, required, rew
 from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
 from ppo.checkpoint import newest_facts
+from ppo.guards import TrainingStoppedError
 from ppo.human_latents import human_buffer
 from ppo.options import train_config
 from ppo.profiling import ProfileConfig
@@ -23,7 +24,7 @@ from sarm_jax.devices import describe_devices
 from sarm_jax.errors import InputError
 from sarm_jax.lab.gates import require_gates
 from sarm_jax.sharding import make_mesh
-from sarm_jax.workdir import claim
+from sarm_jax.workdir import claim, nobody_else_in
 
 LOG = logging.getLogger(__name__)
 
@@ -43,6 +44,11 @@ def options(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
+    with nobody_else_in(workdir):
+        _train(config, workdir)
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
     asked, profile = options(config)
     if config.lab.gates_json:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
@@ -58,6 +64,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if path := config.eval_prompts_jsonl:
         eval_prompts = read_prompts(path)
         eval_deck = PromptDeck(eval_prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, path)
+    check_context(config, deck, *([eval_deck] if eval_deck else []))
     check_models(config.policy_model, config.sarm_model)
     made_from = provenance(train_settings(config), (), workdir / ADAPTER)
     check_checkpoint(workdir / "checkpoints", made_from)
@@ -69,6 +76,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     where = describe_devices(mesh_config(config).devices)
     what = f"PPO, {steps} steps on {len(prompts)} prompts, on {where}"
     LOG.info("%s; log and checkpoints in %s", what, workdir)
+    if ppo.warmup_steps >= steps:
+        LOG.warning(
+            "ppo.warmup_steps=%d: the learning rate never gets to ppo.learning_rate=%g in %d steps",
+            ppo.warmup_steps, ppo.learning_rate, steps,
+        )  # fmt: skip
     if asked.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", asked.lora.dropout)
     policy, tokenizer = policy_model(config)
@@ -87,19 +99,23 @@ def run(config: ConfigDict, workdir: Path) -> None:
         dataclasses.asdict(made_from),
     )
     processes.agree()
-    summary = trainer.run()
-    params = trainer.state["train"].params
-    nnx.update(policy, params["lora"])
-    value_head = jax.device_get(params["value_head"])
-    save_adapter(
-        workdir / "adapter",
-        policy,
-        asked.lora,
-        config.policy_model,
-        tokenizer,
-        value_head,
-        replace=True,
-    )
+
+    def save() -> None:
+        """The adapter that the run has come to."""
+        params = trainer.state["train"].params
+        nnx.update(policy, params["lora"])
+        value_head = jax.device_get(params["value_head"])
+        model, folder = config.policy_model, workdir / "adapter"
+        save_adapter(folder, policy, asked.lora, model, tokenizer, value_head, replace=True)
+
+    try:
+        summary = trainer.run()
+    except TrainingStoppedError:
+        save()
+        LOG.info("adapter of the steps so far in %s", workdir / "adapter")
+        processes.part()
+        raise
+    save()
     LOG.info(
         "%d steps: total reward %+.2f sd, reference KL %.2f nats, ended %.0f %%",
         summary["steps"],
@@ -109,6 +125,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
     )
     LOG.info("adapter in %s, numbers in %s", workdir / "adapter", workdir / "summary.json")
     processes.part()
+
+
+def check_context(config: ConfigDict, *decks: PromptDeck) -> None:
+    """Raises InputError where a response can go beyond the positions that the policy knows."""
+    positions = read_policy_config(config.policy_model).max_position_embeddings
+    prompt, new = max(deck.longest for deck in decks), config.ppo.max_new_tokens
+    if prompt + new > positions:
+        raise InputError(
+            f"ppo.max_new_tokens={new}: with the {prompt} tokens of the longest prompt more than "
+            f"the {positions} positions (max_position_embeddings) of {config.policy_model}"
+        )
 
 
 def check_checkpoint(directory: Path, made_from: Provenance) -> None:

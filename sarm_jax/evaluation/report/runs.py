@@ -113,6 +113,9 @@ def read_run(name: str, folder: Path, place: int = 0) -> Run:
     summary = read_object(folder / "summary.json")
     if summary is None:
         lacks(False, "no summary.json: the run did not finish, its log alone has any warnings")
+    elif summary.get("stopped"):
+        done, of = summary.get("steps"), summary.get("total_steps")
+        missing.append(f"{folder} was stopped by {summary['stopped']} after {done} of {of} steps.")
     options = read_object(folder / "config.json") or {}
     features = _features(rows[0]) if rows else ()
     reward = options.get("reward", {})
