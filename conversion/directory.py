@@ -5,7 +5,9 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from conversion.json_files import read_json, write_json
 from conversion.scratch import OLD, check_space, clear_leftovers
 from sarm_jax.errors import InputError
 from sarm_jax.files import locked, to_disk
@@ -72,6 +74,13 @@ def copy_tokenizer_files(src: Path, dst: Path) -> None:
     for name in TOKENIZER_FILES:
         if (src / name).is_file():
             shutil.copyfile(src / name, dst / name)
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Its files, for every version of transformers: older ones do not know the class's new name."""
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _exchange(new: Path, dst: Path) -> None:

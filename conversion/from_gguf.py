@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from conversion import cli
 from conversion.checkpoint import OVERHEAD
-from conversion.directory import atomic_directory
+from conversion.directory import atomic_directory, save_tokenizer
 from conversion.gguf_tokenizer import tokenizer_from_metadata
 from conversion.hf_config import hf_llama_dict, llama_config
 from conversion.json_files import write_json
@@ -98,7 +98,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
         writer.close()
         write_json(directory / "config.json", hf_llama_dict(config, torch_dtype="float32", **ids))
         write_json(directory / "generation_config.json", ids)
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
     seconds = time.perf_counter() - start
     return f"{dst}: {len(specs)} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
 

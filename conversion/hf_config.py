@@ -7,6 +7,7 @@ fields are those of transformers' LlamaConfig.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -283,13 +284,17 @@ def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) ->
 
 def _named_facts(directory_name: str) -> dict[str, Any]:
     """{} unless the name has the pattern; `-TopK-` and `-woTopK-` say what the head reads."""
-    found = re.findall(r"_Latent(\d+)_Layer(\d+)_K(\d+)(?:_|$)", directory_name)
+    pattern = re.compile(r"_Latent(\d+)_Layer(\d+)_K(\d+)(?:_|$)")
+    found = [
+        (name, match) for name in Path(directory_name).parts for match in pattern.findall(name)
+    ]
     if not found:
         return {}
-    latent_size, layer, k = map(int, found[-1])
+    name, facts_found = found[-1]
+    latent_size, layer, k = map(int, facts_found)
     facts: dict[str, Any] = {"sae_latent_size": latent_size, "sae_source_layer": layer, "sae_k": k}
-    if "TopK" in directory_name:
-        facts["sarm_use_activation"] = "woTopK" not in directory_name
+    if "TopK" in name:
+        facts["sarm_use_activation"] = "woTopK" not in name
     return facts
 
 

@@ -69,7 +69,7 @@ def _open_policy(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any, tuple[i
     files = verified_files(checkpoint)
     vocab_size = cast(LlamaConfig, checkpoint.config).vocab_size
     tokenizer = load_hf_tokenizer(checkpoint.directory, vocab_size)
-    return checkpoint, files, tokenizer, _stop_ids(checkpoint.directory, tokenizer, vocab_size)
+    return checkpoint, files, tokenizer, _stop_ids(checkpoint, tokenizer, vocab_size)
 
 
 def _open_sarm(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any]:
@@ -100,17 +100,17 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
     directory = locate(src, TOKENIZER_FILES)
     if not (directory / "tokenizer.json").is_file():
         raise InputError(f"{directory}: tokenizer.json is missing")
-    from transformers import AutoTokenizer  # slow to import: not before the input is checked
-    from transformers import LlamaConfig as HFConfig
+    # Slow to import: not before the input is checked.
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        # with a config given, config.json is not consulted, so both layouts load alike
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), config=HFConfig(), trust_remote_code=False, local_files_only=True
-        )
+        # The file as it is: AutoTokenizer builds some classes' pipelines anew, and not the same.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exceptions
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{directory}: the tokenizer cannot be read ({reason})") from error
+    if isinstance(tokenizer.chat_template, dict):  # of several templates the one for chats
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if vocab_size is not None and last >= vocab_size:
         raise InputError(
@@ -155,17 +155,20 @@ def _reader(
     return read
 
 
-def _stop_ids(directory: Path, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+def _stop_ids(checkpoint: Checkpoint, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     # a base model has no chat template; encoding a conversation says so when it is tried
     ids = set(stop_ids(tokenizer)) if tokenizer.chat_template else {tokenizer.eos_token_id}
-    path = directory / "generation_config.json"
+    path, fields = checkpoint.directory / "generation_config.json", checkpoint.hf_config
     if path.is_file():
-        eos = read_json(path).get("eos_token_id")
-        for token in eos if isinstance(eos, list) else [eos]:
-            fits = isinstance(token, int) and not isinstance(token, bool)
-            if token is not None and not (fits and 0 <= token < vocab_size):
-                raise InputError(f"{path}: eos_token_id={token!r}, expected ids below {vocab_size}")
-            ids.add(token)
+        fields = read_json(path)
+    else:
+        path = checkpoint.directory / "config.json"
+    eos = fields.get("eos_token_id")
+    for token in eos if isinstance(eos, list) else [eos]:
+        fits = isinstance(token, int) and not isinstance(token, bool)
+        if token is not None and not (fits and 0 <= token < vocab_size):
+            raise InputError(f"{path}: eos_token_id={token!r}, expected ids below {vocab_size}")
+        ids.add(token)
     return tuple(sorted(ids - {None}))
 
 

@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from conversion.containment import require_contained
-from conversion.directory import atomic_directory
+from conversion.directory import atomic_directory, save_tokenizer
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, tensor_specs
 from conversion.problems import report
@@ -40,9 +40,9 @@ _ONLY = {
 }
 _IGNORED = {  # do not change what a trained adapter computes
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-    "init_lora_weights", "megatron_core", "qalora_group_size", "r", "lora_alpha", "lora_dropout",
-    "target_modules",
+    "megatron_core", "qalora_group_size", "r", "lora_alpha", "lora_dropout", "target_modules",
 }  # fmt: skip
+_INITIALISERS = (None, True, False, "gaussian")  # others change the base's weights as well
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def save_adapter(
             arrays = {name: np.asarray(a, order="C") for name, a in value_head.items()}
             save_file(arrays, directory / VALUE_HEAD, metadata=METADATA)
         if tokenizer is not None:
-            tokenizer.save_pretrained(directory)
+            save_tokenizer(tokenizer, directory)
 
 
 def load_adapter(src: str | Path, policy: Llama) -> None:
@@ -170,7 +170,13 @@ def _read_config(path: Path) -> LoRAConfig:
         for name, value in _ONLY.items()
         if fields.get(name) not in (value, None)
     ]
-    known = {*_ONLY, *_IGNORED}
+    initialiser = fields.get("init_lora_weights")
+    if initialiser not in _INITIALISERS:
+        problems.append(
+            f"init_lora_weights={initialiser!r}: not supported, it changes the base's weights too "
+            "(PEFT's save_pretrained can convert the adapter to one that does not)"
+        )
+    known = {*_ONLY, *_IGNORED, "init_lora_weights"}
     problems += [
         f"{name}={value!r}: not supported"
         for name, value in fields.items()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from conversion import cli
 from conversion.checkpoint import Checkpoint, Kind, open_checkpoint, verified_files
-from conversion.directory import atomic_directory, copy_tokenizer_files
+from conversion.directory import atomic_directory, copy_tokenizer_files, save_tokenizer
 from conversion.hf_config import hf_llama_dict, hf_sarm_dict, with_dtype
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, abstract_model, parameters, tensor_specs
@@ -113,7 +113,7 @@ def _save(dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, An
             if hf.get(name) is None:
                 hf[name] = getattr(tokenizer, name)
         write_json(directory / "config.json", hf)
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
 
 
 def _merged(kernel: np.ndarray, adapter: Adapter, spec: TensorSpec) -> np.ndarray:

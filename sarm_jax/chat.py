@@ -49,7 +49,7 @@ def end_of_turn_id(tokenizer: Any) -> int:
 def _end_of_turn_id(tokenizer: Any, _template: Any) -> int:
     """`end_of_turn_id`, found once for a template: every conversation asks for it."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    special = set(tokenizer.all_special_ids)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     start = 1 if _adds_bos(tokenizer) else 0  # a BOS closes nothing
     for token in reversed(_encode(tokenizer, turns, generation=False)[start:]):
         if token in special:

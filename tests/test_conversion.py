@@ -19,6 +19,7 @@ from conversion import from_hf, load_policy, load_sarm, to_hf
 from conversion.load import load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import load_adapter, save_adapter
 from conversion.safetensors_io import TensorFiles, TensorWriter
+from sarm_jax.errors import InputError
 from sarm_jax.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
 from tests import oracles
 
@@ -209,6 +210,7 @@ def test_sarm_round_trip_is_bit_exact(tmp_path, dtype):
         ("Llama_token_Latent64_Layer2_K8_50M-SARM-TopK-LastToken-1/checkpoint-10", {}, True),
         ("Llama_token_Latent64_Layer2_K8_50M-SARM-woTopK-1", {}, False),
         ("Llama_token_Latent64_Layer2_K8_x", {"sarm_use_topk": False}, False),
+        ("woTopK_runs/Llama_token_Latent64_Layer2_K8_50M-SARM-TopK-1", {}, True),
     ],
 )
 def test_older_sarm_checkpoints_name_their_facts_in_the_directory(
@@ -331,6 +333,16 @@ def test_an_adapter_that_peft_wrote_loads(tmp_path):
     policy, _ = load_policy(source)
     load_adapter(tmp_path / "adapter", policy)
     assert_same_logits(policy, wrapped, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("initialiser", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_base_is_refused(tmp_path, initialiser):
+    source, base = hf_policy(tmp_path / "hf")
+    config = peft.LoraConfig(r=3, task_type="CAUSAL_LM", init_lora_weights=initialiser)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    policy, _ = load_policy(source)
+    with pytest.raises(InputError, match=f"init_lora_weights='{initialiser}': not supported"):
+        load_adapter(tmp_path / "adapter", policy)
 
 
 def test_saving_an_adapter_again_replaces_it_only_on_request(tmp_path):
