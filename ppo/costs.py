@@ -63,7 +63,8 @@ def step_costs(
     adapters = 2 * step_rows * length * lora.rank * adapted_widths(policy, lora)
     # Backward: the gradients of the activations, of the adapters, and what is computed again.
     again = forward if remat == "full" else 0.0
-    step = cost(2 * forward + again + 3 * adapters, whole + head, passes=3 if again else 2)
+    passes = (3 if again else 2) * config.gradient_accumulation_steps
+    step = cost(2 * forward + again + 3 * adapters, whole + head, passes=passes)
     return {
         "rollout": (prefill, tokens),
         "prefill": (prefill,),

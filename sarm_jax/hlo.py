@@ -123,9 +123,9 @@ class _Reader:
             if operation in INSIDE:
                 self._enter(instruction, times, is_open)
             elif kind:
-                sizes = [_bytes(*found) for found in _ARRAY.findall(instruction.shape)]
+                sent = _sent(instruction, shapes)
                 overlapped = _overlapped(instructions, at)
-                self.collectives.append(Collective(kind, max(sizes), times, overlapped))
+                self.collectives.append(Collective(kind, sent, times, overlapped))
             else:
                 moved = times * self._kernel_bytes(instruction, shapes)
                 self.kernels += times
@@ -164,6 +164,15 @@ class _Reader:
                 total += min(whole, _read_of(instruction, users))
         root = next(i for i in body if i.root)
         return total + _written_by(root, by_name)
+
+
+def _sent(collective: _Instruction, shapes: dict[str, str]) -> int:
+    """Bytes of all that it combines: its operands or its results, whichever is more."""
+    given = sum(array_bytes(shapes[name]) for name in collective.operands)
+    made = array_bytes(collective.shape)
+    if collective.operation.endswith("-start") and made > given:
+        made -= given  # its result is a tuple of operands and results
+    return max(given, made)
 
 
 def _read_of(value: _Instruction, users: dict[str, list[_Instruction]]) -> int:

@@ -83,6 +83,31 @@ def test_traffic_by_hand(trips, times):
     )
 
 
+COMBINED = """
+ENTRY %main (a: f32[4], b: f32[2]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[2]{0} parameter(1)
+  %both = (f32[4]{0}, f32[2]{0}) all-reduce(%a, %b), to_apply=%add
+  %started = (f32[4]{0}, f32[2]{0}) all-reduce-start(%a, %b), to_apply=%add
+  %reduced = (f32[4]{0}, f32[2]{0}) all-reduce-done(%started)
+  %gathering = ((f32[4]{0}, f32[2]{0}), (f32[8]{0}, f32[4]{0})) all-gather-start(%a, %b)
+  %gathered = (f32[8]{0}, f32[4]{0}) all-gather-done(%gathering)
+  %scattered = f32[1]{0} reduce-scatter(%a), dimensions={0}, to_apply=%add
+  ROOT %first = f32[4]{0} get-tuple-element(%both), index=0
+}
+"""
+
+
+def test_combined_collectives_send_all_that_they_combine():
+    found = read_traffic(COMBINED, open_loops=1).collectives
+    assert [(one.kind, one.bytes) for one in found] == [
+        ("all-reduce", 24),
+        ("all-reduce", 24),
+        ("all-gather", 48),
+        ("reduce-scatter", 16),
+    ]
+
+
 def test_array_bytes():
     assert array_bytes("bf16[8,4096]{1,0}") == 65536
     assert array_bytes("(s32[], pred[3]{0}, f32[2,2]{1,0})") == 4 + 3 + 16
