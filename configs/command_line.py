@@ -9,6 +9,7 @@ import difflib
 import logging
 import runpy
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     "{workdir}" is not filled in yet.
     """
     refuse_secrets(argv[1:])
-    given = [a.partition("=")[2] for a in argv if a.startswith("--config=")]
+    pairs = [a.partition("=")[::2] for a in argv] + list(pairwise(argv))
+    given = [value for name, value in pairs if name == "--config" and value]
     named = given[-1] if given else None
     if named is not None and not Path(named.partition(":")[0]).is_file():
         raise InputError(f"--config={named}: no such file")

@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
 
     config.train_sarm.model = "{workdir}/pretrained"
     config.train_sarm.pairs_jsonl = "{workdir}/data/pairs.jsonl"
-    config.train_sarm.source_layer = config.lab.tap_layer
+    config.train_sarm.source_layer = config.lab.get_ref("tap_layer")
     config.train_sarm.latent_size = 512
     config.train_sarm.k = 32
     config.train_sarm.mode = 0

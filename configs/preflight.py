@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import stages
 from configs.shared import check_remat, mesh_config, split_paths
+from conversion.load import read_policy_config, read_sarm_config
 from ppo.options import PARSERS
 from sarm_jax.errors import InputError
 from sarm_jax.sharding import make_mesh
@@ -24,11 +25,16 @@ INPUTS = (
     "reward.human_latents"
 ).split()
 RUNS = ("evaluate.runs", "report.runs")
+MODELS = {
+    "policy_model": read_policy_config,
+    "sarm_model": read_sarm_config,
+    "train_sarm.model": read_policy_config,
+}
 
 
 def check(config: ConfigDict, workdir: Path, wanted: Sequence[str]) -> None:
-    """Raises InputError for an option of the stages `wanted` that is out of range, or a file that
-    none of them will write."""
+    """Raises InputError for an option of the stages `wanted` that is out of range, or a file or
+    model that none of them will write."""
     for field in INPUTS:
         text = _value(config, field)
         for path in split_paths(text) if text else ():
@@ -37,6 +43,10 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[str]) -> None:
     for field in RUNS:
         for folder in named_workdirs(_value(config, field), workdir, field).values():
             _check_there(str(folder), workdir, field)
+    for field, read in MODELS.items():
+        model = _value(config, field)
+        if model and not _own(model, workdir):
+            read(model)
     check_remat(config.remat)
     make_mesh(mesh_config(config))
     config = without_lists_to_come(config, workdir)
