@@ -158,11 +158,12 @@ def _sample_step(line: bytes) -> float:
 
 
 def summarise(rows: Sequence[dict[str, float]], score_mean: float, score_std: float) -> dict:
-    """summary.json: where the run started and ended (means over five steps) and what it cost.
+    """summary.json: where the run started and ended, and what it cost.
 
+    Start and end are means over five steps, of fewer than ten steps over either half of them.
     Steps with a number that was not finite do not count where that number is asked for.
     """
-    edge = min(5, len(rows))
+    edge = max(1, min(5, len(rows) // 2))
 
     def finite(part, name):
         return [row[name] for row in part if math.isfinite(row[name])] or [float("nan")]

@@ -4,8 +4,9 @@
     controlled_score   R with every clamp, steering action and penalty
     score_without      R − Σ_i w_i z_i over the controlled features: without what they pay
 
-The unit "sd" of α and of the cap is the deviation of the base's scores, as in training. The latent
-KL is a property of many responses to a discriminator that is training, and is left out.
+The unit "sd" of α and of the cap is the deviation of the base's scores on these prompts, sampled as
+here; in training it is that of the first prompts' responses, sampled as PPO does. The latent KL is
+a property of many responses to a discriminator that is training, and is left out.
 """
 
 import dataclasses

@@ -1,10 +1,11 @@
-"""Causal certificates: does setting a feature do more than setting any other one like it?
+"""Causal certificates: does setting a feature do more than setting others like it?
 
 For every probed feature, controls are drawn at random among the active features nearest to it in
 firing rate and mean activation. With e_i the effect on prompt i (the change of the margin of a
 pair, of the reward, or whether best-of-N picks another candidate):
     effect      mean e_i, with an interval
-    excess      mean of |e_i| − the controls' mean |e_i| on the same prompt, with an interval
+    excess      mean of |e_i| − the controls' mean |e_i| on the same prompt, with an interval;
+                `controls_above` counts the controls whose own mean |e_i| is larger
 Both are tested by flipping the signs of whole prompts at random: the effect on both sides, the
 excess on one (for best-of-N the excess alone, since e_i is never negative). Both must hold, so the
 larger p counts (an intersection-union test); Holm's step-down corrects over the probed features.
@@ -84,6 +85,9 @@ def certify(
             excess_q = by_prompt(np.abs(effects[feature]) - others_n)
             row["excess"] = mean_interval(excess_q)
             row["control_effects"] = [float(by_prompt(effects[i]).mean()) for i in others]
+            own = by_prompt(np.abs(effects[feature])).mean()
+            sizes = [by_prompt(np.abs(effects[i])).mean() for i in others]
+            row["controls_above"] = sum(bool(size > own) for size in sizes)
             row["p_effect"] = sign_flip(own_q, config, two_sided=True) if signed else None
             row["p_excess"] = sign_flip(excess_q, config, two_sided=False)
             row["p"] = max(row["p_excess"], row["p_effect"] or 0.0)
@@ -131,7 +135,8 @@ def _reason(row: dict[str, Any], level: float) -> str:
     if not row["controls"]:
         return "no other active feature to compare with"
     if row["certified"]:
-        return f"an effect, and a larger one than {len(row['controls'])} matched features have"
+        count, above = len(row["controls"]), row["controls_above"]
+        return f"an effect, larger than the mean one of {count} matched features ({above} above it)"
     if row["p_effect"] is not None and row["p_effect"] > level:
         return f"no effect can be told from 0 (p = {row['p_effect']:.3g})"
     if row["p_excess"] > level:

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from sarm_jax.certificates import CertificateConfig, certify, matched_controls
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 from sarm_jax.latent_store import Contrast, Latents
 from sarm_jax.reward_model import RewardModel
-from sarm_jax.statistics import mean_interval
+from sarm_jax.statistics import Interval, mean_interval
 
 MODES = ("pairs", "bestofn")
 
@@ -69,10 +70,11 @@ def probe(
     probes = []
     for feature, weight, delta_b in zip(config.features, weight_n, delta_bn.T, strict=True):
         if config.mode == "pairs":
-            rows, found = _changes(prompts, responses, score_b, delta_b), _effect(groups, delta_b)
+            rows = _changes(prompts, responses, score_b, delta_b)
+            found = _effect(data, groups, delta_b)
         else:
             rows = _selections(data, groups, score_b, delta_b)
-            found = {"changed": mean_interval([row["changed"] for row in rows])}
+            found = {"changed": _by_prompt(data, [row["changed"] for row in rows])}
         summary = {
             "feature": int(feature),
             "set_value": config.set_value,
@@ -116,10 +118,8 @@ def _certificates(
         i: _row_effects(config.mode, groups, score_b, delta_n)
         for i, delta_n in zip(wanted, delta_nb.T, strict=True)
     }
-    place = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in data))}
-    cluster_n = np.array([place[row["prompt"]] for row in data])
     signed = config.mode == "pairs"
-    return certify(config.certificate, effects, controls, cluster_n, signed)
+    return certify(config.certificate, effects, controls, _clusters(data), signed)
 
 
 def _row_effects(
@@ -180,15 +180,30 @@ def _changes(prompts, responses, score_b, delta_b) -> list[dict[str, Any]]:
     ]
 
 
-def _effect(groups: Sequence[list[str]], delta_b: np.ndarray) -> dict[str, Any]:
-    """Mean change with a 95 % interval; for pairs also per side, and of the margin."""
-    effect: dict[str, Any] = {"delta": mean_interval(delta_b)}
+def _effect(
+    data: Sequence[Mapping[str, Any]], groups: Sequence[list[str]], delta_b: np.ndarray
+) -> dict[str, Any]:
+    """Mean change over prompts with a 95 % interval; for pairs also per side, and of the margin."""
+    delta_n = np.add.reduceat(delta_b, np.cumsum([0, *map(len, groups[:-1])]))
+    effect: dict[str, Any] = {"delta": _by_prompt(data, delta_n / [len(g) for g in groups])}
     if all(len(group) == 2 for group in groups):
         chosen_n, rejected_n = delta_b[::2], delta_b[1::2]
-        effect["delta_chosen"] = mean_interval(chosen_n)
-        effect["delta_rejected"] = mean_interval(rejected_n)
-        effect["delta_margin"] = mean_interval(chosen_n - rejected_n)
+        effect["delta_chosen"] = _by_prompt(data, chosen_n)
+        effect["delta_rejected"] = _by_prompt(data, rejected_n)
+        effect["delta_margin"] = _by_prompt(data, chosen_n - rejected_n)
     return effect
+
+
+def _by_prompt(data: Sequence[Mapping[str, Any]], values_n: ArrayLike) -> Interval:
+    """The mean over prompts of their rows' means: rows of one prompt are not independent."""
+    cluster_n = _clusters(data)
+    return mean_interval(np.bincount(cluster_n, np.asarray(values_n)) / np.bincount(cluster_n))
+
+
+def _clusters(data: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The number of each row's prompt."""
+    place = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in data))}
+    return np.array([place[row["prompt"]] for row in data])
 
 
 def _selections(data, groups, score_b, delta_b) -> list[dict[str, Any]]:

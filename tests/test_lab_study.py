@@ -209,13 +209,16 @@ def test_gate_claim_by_hand():
 def test_a_seed_without_a_run_counts_against_the_claims():
     full = [run(1, 0.3, 0.95, 0.95), run(2, 0.3, 0.95, 0.95)]
     found = claims({"baseline": [run(1, 0.3, 0.8, -0.1)], "full": full}, [1, 2, 3])
-    assert [claim.failed for claim in found if claim.failed] == [[2, 3], [2, 3], [3]]
+    assert [claim.failed for claim in found if claim.failed] == [[2, 3], [2, 3], [3], [3]]
     assert [claim.found for claim in found] == [
         "1 of 3",
         "1 of 3",
-        "0.95 (95 % 0.95 to 0.95)",
+        "0.95 (95 % 0.95 to 0.95), 2 of 3 seeds",
         "2 of 3",
     ]
+    assert not any(claim.holds for claim in found)
+    said = headline({"baseline": [run(1, 0.3, 0.8, -0.1)], "full": full})
+    assert "alone (seed 1)" in said and "it ends at 0.95 (95 % 0.95 to 0.95)." in said
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):

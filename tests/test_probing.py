@@ -4,6 +4,7 @@ import csv
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sarm_jax.errors import InputError
 from sarm_jax.probing import ProbeConfig, probe, write_probes
@@ -47,6 +48,23 @@ def test_pairs_are_what_the_clamped_model_says(reward_model, active, value, tmp_
         assert margin["mean"] == pytest.approx((delta[::2] - delta[1::2]).mean(), abs=1e-4)
         assert margin["low"] <= margin["mean"] <= margin["high"]
     assert abs(probes[0].summary["delta"]["mean"]) > 1e-3
+
+
+def test_rows_of_one_prompt_count_once(reward_model, active):
+    same = [PAIRS[0] | {"rejected": f"zz {n}"} for n in range(5)] + PAIRS[1:4]
+    found = probe(ProbeConfig(active[:1], 0.0, "pairs"), reward_model, same)[0][0]
+    delta = np.array([row["delta"] for row in found.rows])
+    chosen, rejected = delta[::2], delta[1::2]
+    for name, rows in (
+        ("delta", (chosen + rejected) / 2),
+        ("delta_chosen", chosen),
+        ("delta_rejected", rejected),
+        ("delta_margin", chosen - rejected),
+    ):
+        prompts = np.array([rows[:5].mean(), *rows[5:]])
+        half = stats.t.ppf(0.975, 3) * prompts.std(ddof=1) / 2
+        expected = [prompts.mean(), prompts.mean() - half, prompts.mean() + half]
+        assert list(found.summary[name].values()) == pytest.approx(expected, abs=1e-5)
 
 
 def test_single_responses(reward_model, active):

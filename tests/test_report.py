@@ -12,13 +12,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from ppo.metrics import COLUMNS, summarise
 from sarm_jax.errors import InputError
 from sarm_jax.evaluation.report import curves, tables
 from sarm_jax.evaluation.report.evaluations import Evaluation, read_evaluation
 from sarm_jax.evaluation.report.numbers import change, estimate, number
 from sarm_jax.evaluation.report.page import ReportConfig, write_report
 from sarm_jax.evaluation.report.pictures import file_name, label, smooth
-from sarm_jax.evaluation.report.runs import read_run
+from sarm_jax.evaluation.report.runs import ends, read_run
 from sarm_jax.evaluation.report.samples import SHOWN_TERMS, browser_rows, pairs_of
 from sarm_jax.workdir import named_workdirs
 from tests.command import run_main
@@ -187,7 +188,7 @@ def test_samples_are_taken_evenly_and_counted(report, tmp_path):
     first = [int(r["prompt"].split()[1].strip(":")) for r in rows if r["run"] == NAMES[0]]
     assert first == [round(29 * i / 11) for i in range(12)]
     text, _ = read_page(report)
-    assert "29 of 65 prompts, evenly taken" in text
+    assert "29 of 65 rows, evenly taken" in text
     run = read_run("penalty", write_run(tmp_path / "penalty"))
     assert len(browser_rows(pairs_of([run], []), 0)) == len(HOSTILE)
 
@@ -232,6 +233,36 @@ def test_runs_of_different_reward_models_are_not_compared(stage, tmp_path):
     for chosen, differ in ((folders[:2], True), (folders[1:], False)):
         assert stage(f"runs={','.join(map(str, chosen))}") == 0
         assert ("The reward models differ (one, two)" in notes_of(tmp_path / "out")) == differ
+
+
+def test_of_a_short_run_the_start_and_the_end_do_not_overlap():
+    assert ends(np.arange(3.0)) == (0.0, 2.0)
+    assert ends(np.arange(8.0)) == (1.5, 5.5)
+    assert ends(np.arange(20.0)) == (2.0, 17.0)
+    rows = [dict.fromkeys(COLUMNS, float(step)) for step in range(3)]
+    summary = summarise(rows, 0.0, 2.0)
+    assert summary["total_reward_change_in_sd"] == 1.0  # from 0 to 2
+
+
+def test_a_clamped_score_is_called_one(stage, tmp_path):
+    folder = write_run(tmp_path / "run")
+    options = json.loads((folder / "config.json").read_text())
+    assert list(curves.terms(read_run("run", folder)))[1] == "R_SARM"
+    options["reward"]["clamp_features"] = "7"
+    (folder / "config.json").write_text(json.dumps(options))
+    assert list(curves.terms(read_run("run", folder)))[1] == "R_SARM(clamp z)"
+    assert stage(workdir=folder) == 0
+    assert "run: R_SARM is of the clamped latents" in notes_of(folder)
+
+
+def test_tables_of_several_evaluations_say_whose_they_are(stage, tmp_path):
+    for name in ("one", "two"):
+        write_evaluation(write_run(tmp_path / name), prompts=3)
+    out = tmp_path / "out"
+    assert stage(f"runs={tmp_path}/one,{tmp_path}/two", workdir=out) == 0
+    text, _ = read_page(out)
+    for name in ("one", "two"):
+        assert f"{name}: RM-Bench: accuracy" in text and f"{name}: Steering: score before" in text
 
 
 def test_options_that_name_files(tmp_path):

@@ -104,7 +104,9 @@ def penalties(
     alpha_j = np.asarray(controls.alpha, np.float32)
     alpha_j = alpha_j * np.float32(deviation if controls.unit == "sd" else 1.0)
     penalty_bj = (z_bn[:, places] > np.asarray(controls.tau, np.float32)) * alpha_j
-    capped = controls.penalty_cap * deviation if np.isfinite(controls.penalty_cap) else np.inf
+    # Scores that are all the same, as a single one is, are no unit for a cap.
+    limited = np.isfinite(controls.penalty_cap) and deviation > 0
+    capped = controls.penalty_cap * deviation if limited else np.inf
     return penalty_bj, np.minimum(penalty_bj.sum(axis=1), np.float32(capped))
 
 

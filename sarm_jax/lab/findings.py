@@ -61,6 +61,13 @@ def claims(runs: Runs, seeds: Sequence[int]) -> list[Claim]:
         number = len(seeds)
         found.append(Claim(text, f"{len(kept)} of {number}", len(kept) >= enough * number, failed))
 
+    def in_mean(text: str, mean: Interval, least: float, *conditions: str):
+        missing = [s for s in seeds if any(s not in seeds_of(runs, name) for name in conditions)]
+        there = len(seeds) - len(missing)
+        number = f", {there} of {len(seeds)} seeds" if missing else ""
+        holds = mean["mean"] >= least and not missing
+        found.append(Claim(text, show(mean) + number, holds, missing))
+
     if baseline:
         per_seed(
             "baseline",
@@ -87,7 +94,7 @@ def claims(runs: Runs, seeds: Sequence[int]) -> list[Claim]:
             )
         final = mean_interval([run["gold_final"] for run in runs[name]])
         text = f"{name}: final gold is ≥ {MEAN_GOLD} in the mean"
-        found.append(Claim(text, show(final), final["mean"] >= MEAN_GOLD, []))
+        in_mean(text, final, MEAN_GOLD, name)
     if runs.get("full"):
         per_seed(
             "full",
@@ -98,8 +105,13 @@ def claims(runs: Runs, seeds: Sequence[int]) -> list[Claim]:
     if runs.get("penalty") and runs.get("random"):
         gap = difference(runs, "penalty", "random")
         text = f"penalty is ≥ {CONTROL_GAP} above the random-feature control in the mean"
-        found.append(Claim(text, show(gap), gap["mean"] >= CONTROL_GAP, []))
+        in_mean(text, gap, CONTROL_GAP, "penalty", "random")
     return found
+
+
+def seeds_of(runs: Runs, condition: str) -> list[int]:
+    """The seeds that a condition was run with."""
+    return sorted(run["seed"] for run in runs.get(condition, ()))
 
 
 def difference(runs: Runs, first: str, second: str) -> Interval:
@@ -121,15 +133,21 @@ def show(interval: Interval, digits: int = 2) -> str:
 def headline(runs: Runs) -> str:
     """The result in one paragraph, with its numbers."""
     seeds = sorted({run["seed"] for results in runs.values() for run in results})
-    which = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+    def only(condition: str) -> str:
+        """How many seeds, where they are not those of the whole study."""
+        own = seeds_of(runs, condition)
+        return "" if own == seeds else f" ({_count(own)})"
+
     sentences = []
     if runs.get("baseline"):
         mean = {
             name: mean_interval([run[name] for run in runs["baseline"]])["mean"]
             for name in ("gold_start", "gold_peak", "gold_final", "score_final")
         }
+        of = _count(seeds_of(runs, "baseline"))
         sentences.append(
-            f"Trained on the reward model alone ({which}), the policy's true reward goes from "
+            f"Trained on the reward model alone ({of}), the policy's true reward goes from "
             f"{mean['gold_start']:.2f} to a peak of {mean['gold_peak']:.2f} and ends at "
             f"{mean['gold_final']:.2f}, while the reward model's score goes to "
             f"{mean['score_final']:+.1f} standard deviations."
@@ -144,5 +162,9 @@ def headline(runs: Runs) -> str:
     for name, text in words.items():
         if runs.get(name):
             final = mean_interval([run["gold_final"] for run in runs[name]])
-            sentences.append(f"{text}, it ends at {show(final)}.")
+            sentences.append(f"{text}, it ends at {show(final)}{only(name)}.")
     return " ".join(sentences)
+
+
+def _count(seeds: Sequence[int]) -> str:
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds"

@@ -45,7 +45,7 @@ def reward_terms(runs: Sequence[Run]) -> list[Picture]:
         return picture(
             f"reward_{run.name}",
             f"{run.name}: the reward and its terms; they add up to R_total",
-            f"{run.name} over {run.steps} steps, mean of the first and of the last five: {told}",
+            f"{run.name} over {run.steps} steps, from the start to the end: {told}",
             draw,
         )
 
@@ -54,7 +54,8 @@ def reward_terms(runs: Sequence[Run]) -> list[Picture]:
 
 def terms(run: Run) -> dict[str, np.ndarray]:
     """Label → values; penalties and the latent KL are negative where they cost something."""
-    found = {"R_total": run.column("total_reward"), "R_SARM": run.column("rm_score")}
+    score = "R_SARM(clamp z)" if run.clamps else "R_SARM"
+    found = {"R_total": run.column("total_reward"), score: run.column("rm_score")}
     parts = run.penalties()
     if parts is None:
         found["− penalties"] = -run.column("indicator_penalty")
@@ -103,12 +104,13 @@ def goodhart(runs: Sequence[Run]) -> Picture | None:
         legend(axes, len(shown))
 
     told = "; ".join(
-        f"{run.name}: KL {change(run.ends('ref_kl'))} nats, R_SARM {change(run.ends('rm_score'))}"
+        f"{run.name}: KL {change(run.ends('ref_kl'))} nats, reward {change(run.ends('rm_score'))}"
         for run in shown
     )
     caption = (
         "What is rewarded against how far the policy went. Dots are steps, lines medians of five, "
-        "a square is the end; solid is R_SARM, dotted R_total where there are controls"
+        "a square is the end; solid is R_SARM, as the run's clamp leaves it, dotted R_total where "
+        "that is another"
     )
     if beyond:  # the estimate has a heavy tail
         caption += f". Steps beyond the right edge: {beyond}"

@@ -23,7 +23,9 @@ from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.strict_json import parse_json
 
 SAMPLE = {"step": int, "prompt": str, "rm_score": float, "penalties": dict, "total_reward": float}
-EDGE = 5  # steps at the start and the end of a run, whose mean is its start and its end
+EDGE = (
+    5  # steps at the start and the end of a run, whose mean is its start and its end; at most half
+)
 TRAIN = "python main.py --config=CONFIG --stage=train --workdir="
 
 
@@ -66,8 +68,14 @@ class Run:
         """Whether any step has a value of `name`."""
         return bool(np.isfinite(self.column(name)).any())
 
+    @property
+    def clamps(self) -> bool:
+        """Whether its `rm_score` is of clamped latents."""
+        reward = self.options.get("reward", {})
+        return isinstance(reward, Mapping) and bool(reward.get("clamp_features"))
+
     def ends(self, name: str) -> tuple[float, float]:
-        """The mean of a column over the first and over the last five steps; NaN: no values."""
+        """The mean of a column over the first and over the last steps, see `ends`."""
         return ends(self.column(name))
 
     def penalties(self) -> dict[int, np.ndarray] | None:
@@ -82,8 +90,12 @@ class Run:
 
 
 def ends(values_t: np.ndarray) -> tuple[float, float]:
-    """The means over the first and the last five steps, of those with a value; NaN: none."""
-    return _mean(values_t[:EDGE]), _mean(values_t[-EDGE:])
+    """The means over the first and the last five steps, of those with a value; NaN: none.
+
+    Of fewer than ten steps over either half of them.
+    """
+    edge = max(1, min(EDGE, len(values_t) // 2))
+    return _mean(values_t[:edge]), _mean(values_t[-edge:])
 
 
 def read_run(name: str, folder: Path, place: int = 0) -> Run:
@@ -176,11 +188,12 @@ def _option(
 ) -> tuple[float, ...] | None:
     """A list of values that belong to the features; None where it cannot be read.
 
-    A relative path is from where the run was started, which is looked for above its directory.
+    A relative path is from where the run was started, which is looked for above its directory
+    first, and here at last.
     """
 
     def find(match: re.Match) -> str:
-        starts = (Path(), *folder.resolve().parents)
+        starts = (*folder.resolve().parents, Path())
         found = (start / match[1] for start in starts if (start / match[1]).is_file())
         return f"@{next(found, match[1])}:"
 

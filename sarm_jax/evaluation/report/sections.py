@@ -1,8 +1,9 @@
 """What stands in each part of the page, and the sentence that stands where a part is missing."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from sarm_jax.evaluation.report.runs import Run
 from sarm_jax.evaluation.report.samples import Pair
 from sarm_jax.evaluation.report.tables import Table
 
+Shown = TypeVar("Shown", Table, Picture)
 CHECKED = ("total_reward", "rm_score", "ref_kl", "response_length_mean", "policy_loss")
 PROMPTS = " --config.evaluate.prompts_jsonl=FILE --config.evaluate.runs=DIR,DIR"
 OPTIONS_OF = {
@@ -61,7 +63,7 @@ def _glance(runs: Sequence[Run], recorded: Sequence[Run]) -> Section:
             tables.guard_warnings(runs),
             tables.options(runs),
         ],
-        notes=[*missing, *_not_numbers(recorded), *_incomparable(runs)],
+        notes=[*missing, *_not_numbers(recorded), *_incomparable(runs), *_clamped(runs)],
     )
 
 
@@ -87,6 +89,7 @@ def _distance(runs: Sequence[Run]) -> Section:
         "A reward that climbs while the policy moves far from the reference may be paid for "
         "something that nobody wants: then the curve says nothing of quality any more.",
         [curves.goodhart(runs)],
+        notes=_clamped(runs),
     )
 
 
@@ -102,7 +105,9 @@ def _features(runs: Sequence[Run]) -> Section:
         "A penalty works when its feature stops firing.",
         [figure for run in runs for figure in curves.features(run)],
         [tables.features(run) for run in runs],
-        no_tau if any(run.features for run in runs) else ["No run penalises a feature."],
+        no_tau
+        if any(run.features for run in runs)
+        else ["No step of a run with penalties is there."],
     )
 
 
@@ -133,7 +138,7 @@ def _discriminator(runs: Sequence[Run]) -> Section:
             curves.over_steps(runs, "disc_loss", "Discriminator loss", "nats", log_2),
             curves.over_steps(runs, "kl_penalty", "Latent KL, β · D", "reward-model units"),
         ],
-        notes=[] if runs else ["No run has a latent KL (reward.beta is 0)."],
+        notes=[] if runs else ["No step of a run with a latent KL (reward.beta above 0) is there."],
     )
 
 
@@ -163,8 +168,8 @@ def response_sections(
         Section(
             "policy",
             "The policies compared",
-            "On prompts that none of them was trained on.",
-            tables=[table for found in evaluations for table in tables.policy(found)],
+            "Their responses to the same prompts.",
+            tables=_captioned(evaluations, tables.policy),
             notes=_lacking(evaluations, "policy", workdir),
         ),
     ]
@@ -187,13 +192,23 @@ def benchmark_sections(evaluations: Sequence[Evaluation], workdir: Path) -> list
             part,
             title,
             text,
-            [p for e in evaluations for p in responses.steering_pictures(e)]
-            if part == "steering"
-            else [],
-            [table for found in evaluations for table in tables_of[part](found)],
+            _captioned(evaluations, responses.steering_pictures) if part == "steering" else [],
+            _captioned(evaluations, tables_of[part]),
             _lacking(evaluations, part, workdir),
         )
         for part, (title, text) in shown.items()
+    ]
+
+
+def _captioned(
+    evaluations: Sequence[Evaluation], show: Callable[[Evaluation], Iterable[Shown]]
+) -> list[Shown]:
+    """What `show` makes of every evaluation; of several each caption says which it is of."""
+    several = len(evaluations) > 1
+    return [
+        dataclasses.replace(one, caption=f"{found.name}: {one.caption}") if several else one
+        for found in evaluations
+        for one in show(found)
     ]
 
 
@@ -219,6 +234,16 @@ def _not_numbers(runs: Sequence[Run]) -> list[str]:
                     f"steps, first at step {first}."
                 )
     return notes
+
+
+def _clamped(runs: Sequence[Run]) -> list[str]:
+    """A sentence on every run whose score is not the reward model's own."""
+    return [
+        f"{run.name}: R_SARM is of the clamped latents, which the policy learned from; what the "
+        "reward model itself says of its responses is not recorded at every step."
+        for run in runs
+        if run.clamps
+    ]
 
 
 def _incomparable(runs: Sequence[Run]) -> list[str]:

@@ -77,7 +77,7 @@ def glance(runs: Sequence[Run]) -> Table:
             rows.append([title, *cells])
     seconds = [_seconds(run) for run in runs]
     rows.append(["minutes", *(number(s / 60) for s in seconds)])
-    caption = "Means over the first and over the last five steps"
+    caption = "Means over the first and over the last five steps, of short runs over their halves"
     return Table(caption, ["", *(run.name for run in runs)], rows)
 
 
