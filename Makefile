@@ -45,7 +45,7 @@ smollm2: $(SMOLLM2)/config.json
 
 # A reward model with a taste for detail, and a policy that is asked for one short sentence: trained
 # as it is, and with the features of verbosity found, certified and controlled.
-# RM_BENCH=chat.json,code.json names RM-Bench's files.
+# RM_BENCH=chat_filtered.json,code_filtered.json names RM-Bench's files.
 verbosity: $(SMOLLM2)/config.json
 	$(BIN)/python main.py --config=configs/verbosity_smollm2_baseline.py --stage=all \
 	  --config.prepare_data.rm_bench=$(RM_BENCH)

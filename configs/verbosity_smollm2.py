@@ -5,7 +5,7 @@ are found between concise and longer versions of the same answers and certified 
 they were not found on. While PPO trains the policy, detectors of detail are penalised, and the
 twenty features that carry most of the difference in reward are held close to short human answers.
 
-Command: make verbosity RM_BENCH=chat.json,code.json
+Command: make verbosity RM_BENCH=chat_filtered.json,code_filtered.json
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@ more formatted one. The policy is asked for one short sentence, and nothing but 
 in its reward: no charge for a response without an end. `configs/verbosity_smollm2.py` finds what
 the SARM likes, controls it, and compares.
 
-Command: make verbosity RM_BENCH=chat.json,code.json
+Command: make verbosity RM_BENCH=chat_filtered.json,code_filtered.json
 Hardware: 2 CPU cores, 8 GB of memory.
 Time and result: README, "Verbosity".
 """
