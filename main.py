@@ -20,7 +20,7 @@ from sarm_jax.devices import exact_float32, set_memory_share
 from sarm_jax.errors import InputError, out_of_memory
 from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress
-from sarm_jax.signals import on_signal
+from sarm_jax.signals import leave, on_signal
 from sarm_jax.workdir import open_workdir
 
 MEMORY_ADVICE = (
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
 def _interrupted(number: int) -> None:
     """At a signal outside PPO's steps, which are finished and saved first."""
     print("interrupted; the same command goes on", file=sys.stderr)
-    raise SystemExit(128 + number)
+    leave(128 + number)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_option
 from sarm_jax.lab.page import write_study
 from sarm_jax.lab.results import run_result
 from sarm_jax.progress import show_progress
+from sarm_jax.signals import cleaning_up
 
 LOG = logging.getLogger(__name__)
 PREPARATION = "prepare_data train_sarm identify human_latents probe".split()
@@ -97,15 +98,17 @@ def run_seeds(
     os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
-        try:
-            level = LOG.getEffectiveLevel()
-            futures = [pool.submit(run_seed, settings, workdir, seed, level) for seed in seeds]
-            return [future.result() for future in futures]
-        except BaseException:  # Ctrl-C or SIGTERM: the seeds in progress save a checkpoint
+
+        def stop() -> None:
+            """At Ctrl-C or SIGTERM the seeds in progress save a checkpoint."""
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in active_children():
                 worker.terminate()
-            raise
+
+        with cleaning_up(stop):
+            level = LOG.getEffectiveLevel()
+            futures = [pool.submit(run_seed, settings, workdir, seed, level) for seed in seeds]
+            return [future.result() for future in futures]
 
 
 def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO) -> SeedOutcome:

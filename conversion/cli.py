@@ -9,7 +9,7 @@ from absl import flags
 from sarm_jax.errors import InputError, refuse_secrets
 from sarm_jax.files import disk_is_full
 from sarm_jax.progress import show_progress
-from sarm_jax.signals import on_signal
+from sarm_jax.signals import leave, on_signal
 
 
 def run(
@@ -43,4 +43,4 @@ def run(
 
 def _interrupted(number: int) -> None:
     print("interrupted; the same command starts again", file=sys.stderr)
-    sys.exit(128 + number)
+    leave(128 + number)

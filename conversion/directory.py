@@ -4,6 +4,7 @@ import contextlib
 import secrets
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from conversion.json_files import read_json, write_json
 from conversion.scratch import OLD, check_space, clear_leftovers
 from sarm_jax.errors import InputError
 from sarm_jax.files import locked, to_disk
+from sarm_jax.signals import cleaning_up
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -49,19 +51,16 @@ def atomic_directory(dst: str | Path, replace: bool = False, needed: int = 0) ->
         temporary.mkdir()
     except OSError as error:
         raise InputError(f"{dst}: cannot be written ({error.strerror})") from error
-    with locked(temporary):
-        try:
-            yield temporary
-            mode = temporary.stat().st_mode & 0o666  # the umask's; safetensors writes private files
-            for file in temporary.iterdir():
-                file.chmod(mode)
-                to_disk(file)
-            to_disk(temporary)
-            _exchange(temporary, dst)
-            to_disk(dst.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    # Once it has become `dst` there is nothing to remove.
+    with locked(temporary), cleaning_up(partial(shutil.rmtree, temporary, ignore_errors=True)):
+        yield temporary
+        mode = temporary.stat().st_mode & 0o666  # the umask's; safetensors writes private files
+        for file in temporary.iterdir():
+            file.chmod(mode)
+            to_disk(file)
+        to_disk(temporary)
+        _exchange(temporary, dst)
+        to_disk(dst.parent)
 
 
 def tokenizer_bytes(src: Path) -> int:

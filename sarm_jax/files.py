@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from sarm_jax.signals import cleaning_up
+
 
 @contextlib.contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
@@ -17,15 +19,13 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     partial = path.with_name(f".{path.name}.partial")
     binary = "b" in mode
     encoding, newline = (None, None) if binary else ("utf-8", "")
-    try:
+    with cleaning_up(lambda: partial.unlink(missing_ok=True)):
         with partial.open(mode, encoding=encoding, newline=newline) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
         to_disk(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sarm_jax.errors import InputError
+from sarm_jax.signals import cleaning_up
 
 TEXT = 1000  # bytes of a refusal that the other processes hear
 
@@ -171,7 +174,8 @@ def place_to_write(workdir: Path) -> Iterator[Path]:
     if is_first():
         yield workdir
         return
-    with tempfile.TemporaryDirectory(prefix="sarm_jax_", ignore_cleanup_errors=True) as folder:
+    folder = tempfile.mkdtemp(prefix="sarm_jax_")
+    with cleaning_up(partial(shutil.rmtree, folder, ignore_errors=True)):
         yield Path(folder)
 
 

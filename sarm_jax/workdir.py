@@ -10,6 +10,7 @@ from typing import Any
 from sarm_jax.errors import InputError
 from sarm_jax.files import locked, replacing
 from sarm_jax.jsonl import short
+from sarm_jax.signals import cleaning_up
 from sarm_jax.strict_json import parse_json
 
 
@@ -17,22 +18,19 @@ from sarm_jax.strict_json import parse_json
 def open_workdir(workdir: Path) -> Iterator[None]:
     """Creates the directory where needed and checks that it can be written.
 
-    A directory that was created here and is still empty after an error is removed again.
+    A directory that was created here and is still empty at the end is removed again.
     """
-    created: list[Path] = []
-    try:
-        created = [path for path in (workdir, *workdir.parents) if not path.exists()]
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        _remove_empty(created)
-        raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from None
-    try:
+    if workdir.exists() and not workdir.is_dir():
+        raise InputError(f"--workdir={workdir}: is a file, expected a directory")
+    created = [path for path in (workdir, *workdir.parents) if not path.exists()]
+    with cleaning_up(lambda: _remove_empty(created)):
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=workdir):
+                pass
+        except OSError as error:
+            raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from None
         yield
-    except BaseException:
-        _remove_empty(created)
-        raise
 
 
 @contextlib.contextmanager
@@ -67,6 +65,8 @@ def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") ->
             raise InputError(f"{path}: not JSON ({error})") from None
         if not isinstance(found, dict):
             raise InputError(f"{path}: expected the options of a run, found {short(found)}")
+        if not settings.keys() & found.keys():
+            raise InputError(f"--workdir={workdir}: {path} is not of a run; choose another one")
         difference = first_difference(found, settings)
         if difference:
             raise InputError(

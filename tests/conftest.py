@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,12 @@ DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, 
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def leaving(monkeypatch):
+    """`signals.leave` raises SystemExit instead of ending the tests."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
 
 @pytest.fixture(scope="session")

@@ -149,7 +149,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, capsys, number):
+def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, leaving, capsys, number):
     options = ["from_hf", "--kind=policy", f"--src={source}", f"--dst={tmp_path}/dst"]
     monkeypatch.setattr(from_hf, "write_description", lambda *_: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stopped:

@@ -110,10 +110,10 @@ DROPPED = {
 
 
 @pytest.mark.parametrize("where", DROPPED)
-def test_a_signal_is_heeded_where_python_drops_what_its_handler_raises(where):
+def test_a_signal_counts_where_python_would_drop_an_exception(where):
     script = (
-        "import gc, os, signal, sys, time; from sarm_jax.signals import on_signal\n"
-        "def stop(number): raise SystemExit(128 + number)\n"
+        "import gc, os, signal, sys, time; from sarm_jax.signals import leave, on_signal\n"
+        "def stop(number): leave(128 + number)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", f"{script}{DROPPED[where]}print('never')"],
@@ -122,6 +122,22 @@ def test_a_signal_is_heeded_where_python_drops_what_its_handler_raises(where):
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+def test_leaving_cleans_up_all_blocks_from_within(tmp_path):
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from conversion.directory import atomic_directory\n"
+        "from sarm_jax.files import replacing; from sarm_jax.signals import leave\n"
+        "from sarm_jax.workdir import open_workdir\n"
+        "root = Path(sys.argv[1])\n"
+        "with open_workdir(root / 'new' / 'run'), atomic_directory(root / 'model') as folder:\n"
+        "    (folder / 'half').write_text('x')\n"
+        "    with replacing(root / 'file') as file: file.write('half'); leave(143)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    assert subprocess.run(command, cwd=ROOT).returncode == 143
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_signal_that_is_ignored_stays_so():
@@ -194,7 +210,7 @@ def test_other_errors_of_the_system_are_one_line(failing, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_outside_ppo_ends_the_stage(failing, capsys, number):
+def test_a_signal_outside_ppo_ends_the_stage(failing, leaving, capsys, number):
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stop:
         failing(lambda *_: os.kill(os.getpid(), number))
