@@ -63,6 +63,7 @@ REFERENCE_FLAGS = {  # flag: (kind, config field)
     "temperature": (_FLOAT, "ppo.temperature"),
     "top_p": (_FLOAT, "ppo.top_p"),
 }
+PLANNED_AS = {"policy_model": "policy_config", "sarm_model": "sarm_config"}
 _define: Any  # the kinds have different signatures
 for _name, (_define, _field) in REFERENCE_FLAGS.items():
     _define(_name, None, f"shorthand for --config.{_field}")
@@ -93,12 +94,17 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not path.is_file():
         raise InputError(f"--config={path}: no such file")
+    if WORKDIR.value == "":
+        raise InputError("--workdir is empty")
     workdir = Path(WORKDIR.value or Path("outputs") / path.stem)
     config = CONFIG.value
     for flag, (_, field) in REFERENCE_FLAGS.items():
         value = flags.FLAGS[flag].value
-        if value is not None:
-            config.update_from_flattened_dict({field: value})
+        if value is None:
+            continue
+        config.update_from_flattened_dict({field: value})
+        if flag in PLANNED_AS:  # the model given takes the place of the config's own architecture
+            config.plan[PLANNED_AS[flag]] = ""
     values = tree_leaves_with_path(config.to_dict())
     named_values = ((keystr(parts, simple=True, separator="."), value) for parts, value in values)
     refuse_secrets(f"--config.{name}={value}" for name, value in named_values)

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ppo.board import Board
+from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
 from sarm_jax.metrics_csv import read_metrics
 
@@ -36,8 +37,7 @@ class RunLog:
     """The log files of `workdir`, positioned at `first_step`; use as a context manager."""
 
     def __init__(self, workdir: Path, features: Sequence[int], first_step: int, total_steps: int):
-        per_feature = [f"feat_{i}_{what}" for i in features for what in ("activation", "above_tau")]
-        self.columns = [*COLUMNS, *per_feature, *LAST_COLUMNS]
+        self.columns = columns_of(features)
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
         self._evaluations_path = workdir / EVALUATIONS
@@ -107,6 +107,32 @@ class RunLog:
         # An evaluation of step n looks at what n steps have made, and comes before the checkpoint
         # of n: a run that starts afresh repeats the one at 0.
         _keep_lines(self._evaluations_path, first_step if first_step else -1)
+
+
+def columns_of(features: Sequence[int]) -> list[str]:
+    """The columns of metrics.csv of a run that penalises these features."""
+    per_feature = [f"feat_{i}_{what}" for i in features for what in ("activation", "above_tau")]
+    return [*COLUMNS, *per_feature, *LAST_COLUMNS]
+
+
+def check_log(workdir: Path, features: Sequence[int], done: int, checkpoint_every: int) -> None:
+    """Raises InputError where metrics.csv is not what a run leaves that has a checkpoint of `done`
+    steps, or none (0): going on would write its rows anew."""
+    path = workdir / "metrics.csv"
+    rows = read_metrics(path) if path.exists() else []
+    if rows and list(rows[0]) != columns_of(features):
+        raise InputError(f"{path}:1: has not the columns of this run: put its own back")
+    steps = [row["step"] for row in rows]
+    if steps[:done] != list(range(done)):
+        raise InputError(
+            f"{path}: has not a row for each of the {done} steps before the checkpoint: put the "
+            "run's own back, or choose another --workdir"
+        )
+    if not done and len(rows) > checkpoint_every:
+        raise InputError(
+            f"--workdir={workdir}: metrics.csv has {len(rows)} steps, but there is no checkpoint: "
+            "put checkpoints/ back, or choose another --workdir"
+        )
 
 
 def read_evaluations(workdir: Path) -> list[dict]:

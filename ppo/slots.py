@@ -39,7 +39,7 @@ class SlotPlan:
         parts: int = 1,
     ):
         self._rows = config.batch_size // (config.pieces * parts)
-        self._levels = config.pack_levels
+        self._levels, self._new_tokens = config.pack_levels, config.max_new_tokens
         self.prefill: int | None = None
         if self._levels:
             whole = config.batch_size // parts
@@ -58,7 +58,8 @@ class SlotPlan:
         """Everything that `of` can return."""
         if not self._levels:
             return [None]
-        return [self._slots(level + 1) for level in range(self._levels)]
+        levels = -(-self._rows * self._new_tokens // self._unit)
+        return [self._slots(level + 1) for level in range(levels)]
 
     def _slots(self, level: int) -> Slots:
         return Slots(self._prompts + level * self._unit, level * self._unit)

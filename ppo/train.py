@@ -160,7 +160,7 @@ class Trainer:
                 finished = step + 1
                 last = finished == config.total_steps
                 held = self._stopping(watch(row))
-                self._check_finite(watch, step)
+                self._check_finite(watch, step, last)
                 if last or finished % config.eval_every == 0 or held:
                     log.write_evaluation(self._evaluate(finished, state))
                 stop = processes.largest(self._stop_signal)
@@ -291,17 +291,17 @@ class Trainer:
                 "--config.guards.stop= goes on from there"
             )
 
-    def _check_finite(self, watch: Watch, step: int) -> None:
-        """Raises NonFiniteError when more steps had a skipped update than may have."""
-        limit = self.config.guards.max_nonfinite_steps
-        if watch.nonfinite_steps > limit:
+    def _check_finite(self, watch: Watch, step: int, last: bool) -> None:
+        """Raises NonFiniteError when more steps had a skipped update than may have, or all had."""
+        limit, found = self.config.guards.max_nonfinite_steps, watch.nonfinite_steps
+        if found > limit or (last and found == step + 1):
             self._profiler.stop()
-            self._summarise(watch, "more than guards.max_nonfinite_steps")
+            self._summarise(watch, f"{found} steps that were not finite")
             raise NonFiniteError(
-                f"step {step} is not finite, and more than guards.max_nonfinite_steps={limit} "
-                f"were not: the batch is in {self.workdir / f'nonfinite_step_{step}.npz'}; the same"
-                " command goes on from the last checkpoint, and ends here again unless what makes "
-                "it changes or --config.guards.max_nonfinite_steps is higher"
+                f"step {step}: {found} of {step + 1} steps were not finite "
+                f"(guards.max_nonfinite_steps={limit}): the last one's batch is in "
+                f"{self.workdir / f'nonfinite_step_{step}.npz'}; the same command goes on from the "
+                "last checkpoint, and ends here again unless what makes it or the limit changes"
             )
 
     def _reward(self, step, state, scored: Scored) -> tuple[RewardTerms, dict, dict]:

@@ -51,6 +51,10 @@ class RewardModel:
         `clamp` changes latents before the head reads them ({feature: value} sets them); the
         latents returned are the unchanged ones, reduced to `latent_indices` when given.
         """
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise ValueError("prompts and responses are lists of texts, found a text")
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses")
         rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         return self.score_tokens(rows, clamp, latent_indices)
 

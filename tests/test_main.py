@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,28 @@ def test_a_run_that_a_guard_stops_leaves_its_adapter(run, world, tmp_path, capsy
         assert run("--stage=train", sarm, "--total_steps=4") == 2
     assert "another process is training there" in capsys.readouterr().err
     assert run("--stage=train", sarm, "--total_steps=4") == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda lines: [f",{line}" for line in lines], "has not the columns of this run"),
+        (lambda lines: lines[:2], "has not a row for each of the 2 steps"),
+        (None, "metrics.csv has 2 steps, but there is no checkpoint"),
+    ],
+)
+def test_a_run_whose_records_are_gone_is_not_written_over(run, tmp_path, capsys, spoil, message):
+    workdir = tmp_path / "run"
+    assert run("--stage=train", "--config.ppo.checkpoint_every=1") == 0
+    if spoil is None:
+        shutil.rmtree(workdir / "checkpoints")
+    else:
+        path = workdir / "metrics.csv"
+        path.write_text("\n".join(spoil(path.read_text().splitlines())) + "\n")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert run("--stage=train", "--config.ppo.checkpoint_every=1") == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
 
 
 def test_a_plan_of_this_machine(run, tmp_path, capsys):

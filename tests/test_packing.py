@@ -96,7 +96,7 @@ def test_slots_by_hand(ppo_config):
     plan = SlotPlan(config, [lengths], [order])
     # The fullest pair of prompts is 7 + 9 = 16; a pair of responses has 40 tokens, a level is 16.
     assert plan.prefill == 24
-    assert plan.all() == [Slots(32, 16), Slots(48, 32), Slots(64, 48), Slots(80, 64)]
+    assert plan.all() == [Slots(32, 16), Slots(48, 32), Slots(64, 48)]
     assert plan.of(np.asarray([8, 8, 1, 2]), order) == Slots(32, 16)
     assert plan.of(np.asarray([8, 1, 8, 10]), order) == Slots(48, 32)  # 8 + 10 in either order
     assert SlotPlan(config, [lengths], [order], parts=2).prefill == 16

@@ -206,15 +206,23 @@ def test_too_much_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
     trainer = poison(
         make_trainer(tmp_path / "run", guards={"max_nonfinite_steps": 1}, **UNWHITENED)
     )
-    with pytest.raises(NonFiniteError, match=r"step 2 .*nonfinite_step_2\.npz"):
+    with pytest.raises(NonFiniteError, match=r"step 2: 2 of 3 steps .*nonfinite_step_2\.npz"):
         trainer.run()
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["stopped"] == "more than guards.max_nonfinite_steps"
+    assert summary["stopped"] == "2 steps that were not finite"
     assert "nonfinite" in [warning["guard"] for warning in summary["warnings"]]
     healed = make_trainer(tmp_path / "run", **UNWHITENED)
     healed.run()
     assert [float(row["skipped_updates"]) for row in metrics(tmp_path / "run")] == [0, 2, *[0] * 5]
+
+
+def test_a_run_of_which_no_step_is_finite_is_no_success(make_trainer, tmp_path):
+    trainer = poison(make_trainer(tmp_path / "run", **{**UNWHITENED, "total_steps": 1}))
+    step = trainer._step
+    trainer._step = lambda number, state: step(number + 1, state)  # the first is poisoned as well
+    with pytest.raises(NonFiniteError, match="1 of 1 steps were not finite"):
+        trainer.run()
 
 
 def test_a_guard_stops_the_run_where_it_is_told_to(make_trainer, tmp_path):

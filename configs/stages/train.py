@@ -15,6 +15,7 @@ from conversion.peft import save_adapter
 from ppo.checkpoint import newest_facts
 from ppo.guards import TrainingStoppedError
 from ppo.human_latents import human_buffer
+from ppo.metrics import check_log
 from ppo.options import train_config
 from ppo.profiling import ProfileConfig
 from ppo.prompts import PromptDeck, read_prompts
@@ -67,7 +68,9 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     check_context(config, deck, *([eval_deck] if eval_deck else []))
     check_models(config.policy_model, config.sarm_model)
     made_from = provenance(train_settings(config), (), workdir / ADAPTER)
-    check_checkpoint(workdir / "checkpoints", made_from)
+    done = check_checkpoint(workdir / "checkpoints", made_from)
+    if processes.is_first():
+        check_log(workdir, asked.reward.penalize_features, done, ppo.checkpoint_every)
     claim(workdir, train_settings(config))
     processes.agree()
     check_same_everywhere(made_from)
@@ -81,6 +84,8 @@ def _train(config: ConfigDict, workdir: Path) -> None:
             "ppo.warmup_steps=%d: the learning rate never gets to ppo.learning_rate=%g in %d steps",
             ppo.warmup_steps, ppo.learning_rate, steps,
         )  # fmt: skip
+    if not asked.reward.beta and (config.reward.human_latents or asked.reward.latent_indices):
+        LOG.info("beta is 0: human_latents and latent_indices are not used")
     if asked.lora.dropout:
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", asked.lora.dropout)
     policy, tokenizer = policy_model(config)
@@ -138,15 +143,17 @@ def check_context(config: ConfigDict, *decks: PromptDeck) -> None:
         )
 
 
-def check_checkpoint(directory: Path, made_from: Provenance) -> None:
-    """Raises InputError where a run would go on from a checkpoint of another one.
+def check_checkpoint(directory: Path, made_from: Provenance) -> int:
+    """The finished steps of the newest checkpoint, 0 where there is none.
+
+    Raises InputError where a run would go on from a checkpoint of another one.
 
     stages.json and config.json say so too, where they are there and belong to the checkpoint.
     Checkpoints of versions that did not record what they were made from are taken.
     """
     newest = newest_facts(directory)
     if newest is None:
-        return
+        return 0
     steps, facts = newest
     changed = facts.get("made_from") and change(facts["made_from"], made_from)
     if changed:
@@ -154,6 +161,7 @@ def check_checkpoint(directory: Path, made_from: Provenance) -> None:
             f"{directory / str(steps)}: a checkpoint of another run: {changed}; put this run's "
             "own back, or choose another --workdir"
         )
+    return steps
 
 
 def check_same_everywhere(made_from: Provenance) -> None:
