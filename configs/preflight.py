@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import stages
 from configs.shared import check_remat, mesh_config, split_paths
+from conversion.hub import is_repository
 from conversion.load import read_policy_config, read_sarm_config
 from ppo.options import PARSERS
 from sarm_jax.errors import InputError
@@ -45,7 +46,7 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[str]) -> None:
             _check_there(str(folder), workdir, field)
     for field, read in MODELS.items():
         model = _value(config, field)
-        if model and not _own(model, workdir):
+        if model and not (_own(model, workdir) or is_repository(model)):
             read(model)
     check_remat(config.remat)
     make_mesh(mesh_config(config))

@@ -31,7 +31,7 @@ def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
         return path
     if path.exists():
         raise InputError(f"{src}: is a file, expected a model directory or a repository id")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+    if not is_repository(name):
         raise InputError(f"{src}: no such directory, and not a repository id (owner/name)")
     try:
         return Path(
@@ -47,6 +47,12 @@ def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
             "then name DIR, or first convert it: "
             "python -m conversion.from_hf --kind=policy|sarm --src=DIR --dst=CONVERTED"
         ) from error
+
+
+def is_repository(name: str) -> bool:
+    """Whether a model's name can be that of a repository, owner/name, and is no directory here."""
+    pattern = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
+    return not Path(name).exists() and bool(re.fullmatch(pattern, name))
 
 
 def locate_file(src: str) -> Path:

@@ -57,25 +57,31 @@ def _remove_empty(directories: list[Path]) -> None:
 
 def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") -> None:
     """Writes `settings` as `name`, or checks that the run there has the very same ones."""
+    if not is_claimed(workdir, settings, name):
+        with replacing(workdir / name) as file:
+            json.dump(settings, file, indent=2)
+
+
+def is_claimed(workdir: Path, settings: dict[str, Any], name: str = "config.json") -> bool:
+    """Whether a run with these settings is there; InputError where one with others is."""
     path = workdir / name
-    if path.exists():
-        try:
-            found = parse_json(path.read_text(encoding="utf-8"), constants=True)
-        except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error})") from None
-        if not isinstance(found, dict):
-            raise InputError(f"{path}: expected the options of a run, found {short(found)}")
-        if not settings.keys() & found.keys():
-            raise InputError(f"--workdir={workdir}: {path} is not of a run; choose another one")
-        difference = first_difference(found, settings)
-        if difference:
-            raise InputError(
-                f"--workdir={workdir} holds a run of another configuration: {difference}; "
-                "choose another --workdir, or delete it to start again"
-            )
-        return
-    with replacing(path) as file:
-        json.dump(settings, file, indent=2)
+    if not path.exists():
+        return False
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"), constants=True)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected the options of a run, found {short(found)}")
+    if "model_type" in found:
+        raise InputError(f"--workdir={workdir} holds a model; choose another --workdir")
+    difference = first_difference(found, settings)
+    if difference:
+        raise InputError(
+            f"--workdir={workdir} holds a run of another configuration: {difference}; "
+            "choose another --workdir, or delete it to start again"
+        )
+    return True
 
 
 def named_workdirs(text: str, own: Path, flag: str) -> dict[str, Path]:

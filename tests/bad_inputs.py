@@ -322,7 +322,7 @@ FLAGS = [
     ),
     main("empty working directory", "--workdir=", "--workdir is empty"),
     main("file for a working directory", "--workdir={world}/demos.jsonl", "is a file"),
-    main("model for a working directory", "--workdir={world}/policy", "is not of a run"),
+    main("model for a working directory", "--workdir={world}/policy", "holds a model"),
     main("no steps", "--total_steps=0", "ppo.total_steps=0: must be at least 1"),
     main("word for a number in a flag", "--total_steps=x", "--total_steps=x"),
     main(

@@ -25,7 +25,7 @@ from sarm_jax.devices import describe_devices
 from sarm_jax.errors import InputError
 from sarm_jax.lab.gates import require_gates
 from sarm_jax.sharding import make_mesh
-from sarm_jax.workdir import claim, nobody_else_in
+from sarm_jax.workdir import claim, is_claimed, nobody_else_in
 
 LOG = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     check_models(config.policy_model, config.sarm_model)
     made_from = provenance(train_settings(config), (), workdir / ADAPTER)
     done = check_checkpoint(workdir / "checkpoints", made_from)
+    is_claimed(workdir, train_settings(config))
     if processes.is_first():
         check_log(workdir, asked.reward.penalize_features, done, ppo.checkpoint_every)
     claim(workdir, train_settings(config))
