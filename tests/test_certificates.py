@@ -85,3 +85,10 @@ def test_bad_options_are_named():
         CertificateConfig(controls=0)
     with pytest.raises(InputError, match="probe.level=1"):
         CertificateConfig(level=1.0)
+
+
+def test_controls_that_cancel_are_no_small_controls():
+    effects = {0: np.full(40, 1.0), 1: np.full(40, 3.0), 2: np.full(40, -3.0)}
+    (row,) = certify(CertificateConfig(flips=999), effects, {0: [1, 2]}, np.arange(40), True)
+    assert row["excess"]["mean"] == pytest.approx(-2.0) and not row["certified"]
+    assert row["p"] == max(row["p_effect"], row["p_excess"]) > 0.9

@@ -168,3 +168,12 @@ def test_devices_that_jax_was_told_of_and_does_not_find(monkeypatch, error):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     with pytest.raises(InputError, match=r"^JAX_PLATFORMS=cuda: JAX finds no device: \w.*$"):
         devices.find_devices()
+
+
+def test_devices_of_a_host_share_it(monkeypatch):
+    monkeypatch.setattr(chips, "_rates", lambda *_: (8e9, 4e9))
+    chips.measure_host.cache_clear()
+    one, four = (chips.measure_host(n, "float32") for n in (1, 4))
+    chips.measure_host.cache_clear()
+    assert four.flops == one.flops / 4 and four.memory == one.memory // 4
+    assert four.bandwidth == one.bandwidth / 4

@@ -496,3 +496,9 @@ def test_help_and_success(capsys):
     cli.run(lambda v: f"size {v.size}", values, "", ["command", "--size=3"])
     assert capsys.readouterr().out == "size 3\n"
     np.testing.assert_equal(values.size, 3)
+
+
+def test_an_absent_tie_is_none():
+    hf = oracles.tiny_llama_config(architectures=["LlamaForCausalLM"]).to_dict()
+    del hf["tie_word_embeddings"]
+    assert llama_config(hf).tie_word_embeddings is False

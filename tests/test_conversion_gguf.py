@@ -1,5 +1,7 @@
 """GGUF → Hugging Face: tiny files written with the gguf package, against their origin."""
 
+import json
+
 import gguf
 import numpy as np
 import pytest
@@ -203,3 +205,12 @@ def test_other_files_are_refused(tmp_path, model):
     ):
         with pytest.raises(InputError, match=message):
             from_gguf.convert(tmp_path / name, tmp_path / "out")
+
+
+def test_gguf_defaults(tmp_path, model):
+    changes = {"llama.rope.freq_base": None}
+    from_gguf.convert(write_gguf(tmp_path / "a.gguf", model, changes=changes), tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["rope_theta"] == 10000.0
+    file = write_gguf(tmp_path / "b.gguf", model, changes={"llama.attention.head_count_kv": None})
+    with pytest.raises(Exception, match=r"attn_k.weight: shape \[16, 32\], expected \[32, 32\]"):
+        from_gguf.convert(file, tmp_path / "b")

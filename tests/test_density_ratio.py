@@ -160,3 +160,25 @@ def test_latents_that_are_not_finite_are_not_learned_from():
         assert metrics["skipped"] == CONFIG.steps and np.isnan(logits).all()
         for a, b in zip(*map(jax.tree.leaves, (state, after)), strict=True):
             np.testing.assert_array_equal(a, b)
+
+
+def test_reading_is_what_updating_reads():
+    rng = np.random.default_rng(0)
+    human = rng.normal(3, 2, size=(400, 2)).astype(np.float32)
+    policy = rng.normal(4, 2, size=(64, 2)).astype(np.float32)
+    config = DiscriminatorConfig(1e-2, 16, 50, 64, 0.0)
+    ratio = DensityRatio(config, human)
+    state, logits, _ = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
+    assert np.abs(logits).max() < np.log(400)
+    np.testing.assert_allclose(ratio.read(state, policy), logits, atol=1e-6)
+
+
+def test_weight_decay_of_the_discriminator():
+    rng = np.random.default_rng(0)
+    human, policy = rng.normal(size=(2, 50, 2)).astype(np.float32)
+    norms = []
+    for decay in (0.0, 10.0):
+        ratio = DensityRatio(DiscriminatorConfig(1e-2, 16, 50, 16, decay), human)
+        state, *_ = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
+        norms.append(float(jnp.linalg.norm(state.params["hidden"]["kernel"][...])))
+    assert norms[1] < 0.5 * norms[0]

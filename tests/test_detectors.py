@@ -105,3 +105,23 @@ def test_held_out_rates_by_hand():
     # the first kind, and latent 1 on none of the second.
     assert held_out_rates(contrast, fold, 0.5, 0.05, 1) == (pytest.approx(0.1), 0.0)
     assert np.isnan(held_out_rates(contrast, np.zeros(100), 0.5, 0.05, 1)).all()
+
+
+def cover(clean, marked, budget):
+    contrast = dense_contrast(clean, marked)
+    return find_detectors(contrast, taus_of(contrast, 0.5), budget, 5)
+
+
+def test_the_budget_is_for_all_detectors_together():
+    clean, marked = np.zeros((2, 100, 2))
+    marked[:50, 0] = marked[50:, 1] = 1.0
+    clean[:4, 0] = clean[4:8, 1] = 1.0  # 4 % each, 8 % together
+    assert cover(clean, marked, 0.05).features == (0,)
+    assert cover(clean, marked, 0.08).features == (0, 1)
+
+
+def test_false_alarms_count_against_a_detector():
+    clean, marked = np.zeros((2, 100, 2))
+    marked[:60, 0] = marked[:55, 1] = 1.0
+    clean[:10, 0] = 1.0
+    assert cover(clean, marked, 0.5).features[0] == 1

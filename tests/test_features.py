@@ -121,3 +121,70 @@ def test_bad_lists(tmp_path, parse, text, message):
     places = {name: tmp_path / f"{name}.json" for name in ("file", "text", "list")}
     with pytest.raises(InputError, match=message):
         parse("opt", text.format(**places))
+
+
+def identified(reward_model, rows, **changes):
+    options = {
+        "top_k": 4,
+        "method": "differential",
+        "tau_quantile": 0.7,
+        "false_alarm_budget": 0.3,
+        "seed": 0,
+    } | changes
+    found = identify(IdentifyConfig(**options), reward_model, rows)
+    sides = [
+        reward_model.score([r["prompt"] for r in rows], [r[s] for r in rows])[1]
+        for s in ("chosen", "rejected")
+    ]
+    return *found, *sides
+
+
+def rows_of(count=24):
+    return [
+        {
+            "prompt": f"p{i}",
+            "chosen": f"a fine answer {i}",
+            "rejected": "zzz" * (i % 3 + 1),
+            "source": "one" if i < 18 else "two",
+        }
+        for i in range(count)
+    ]
+
+
+def test_the_lists_of_thresholds_are_those_of_their_features(reward_model):
+    analysis, selected, _, chosen, _ = identified(reward_model, rows_of())
+    for side in ("promoting", "harming"):
+        ids, taus = selected[f"safety_{side}"], selected[f"tau_{side}"]
+        expected = np.maximum(np.quantile(chosen[:, ids], 0.7, axis=0), 0)
+        np.testing.assert_allclose(taus, expected, rtol=1e-6)
+        assert taus == [row["tau"] for row in analysis[side]]
+    assert selected["tau_promoting"] != selected["tau_harming"]
+
+
+def test_combined_sources_count_alike(reward_model):
+    rows = rows_of()
+    _, selected, scores, chosen, rejected = identified(reward_model, rows, combine="sources")
+    part = [differential(*means(chosen[s], rejected[s])) for s in (slice(0, 18), slice(18, 24))]
+    np.testing.assert_allclose(scores["differential"], np.mean(part, axis=0), atol=1e-5)
+    assert selected["safety_promoting"][0] == int(np.argmax(np.mean(part, axis=0)))
+
+
+def test_examples_neighbours_and_stability(reward_model):
+    rows = rows_of()
+    analysis, _, _, chosen, rejected = identified(reward_model, rows)
+    decoder = np.asarray(reward_model.model.sae.decoder[...])
+    decoder = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
+    for row in (*analysis["harming"], *analysis["promoting"]):
+        i = row["feature"]
+        z = np.concatenate([chosen[:, i], rejected[:, i]])
+        largest = np.sort(z)[::-1][0]
+        if largest > 0:
+            assert row["examples"][0]["z"] == pytest.approx(largest, rel=1e-5)
+            values = [e["z"] for e in row["examples"]]
+            assert values == sorted(values, reverse=True)
+        cosine = decoder @ decoder[i]
+        cosine[i] = -1
+        assert [n["feature"] for n in row["neighbours"]] == np.argsort(-cosine)[:5].tolist()
+    # What tells the sides apart in nearly every pair is in the list of nearly every half.
+    assert analysis["promoting"][0]["stability"] > 0.8
+    assert analysis["harming"][0]["stability"] > 0.8

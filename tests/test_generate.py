@@ -149,3 +149,35 @@ def test_bad_options(policy, batch_bt, options, message):
     given = {"max_new_tokens": 2, "key": jax.random.key(0)} | options
     with pytest.raises(InputError, match=message):
         generate(policy, *arrays(batch_bt.left), **given)
+
+
+def test_draws_of_different_tokens_are_independent(policy):
+    policy.lm_head[...] = jnp.zeros_like(policy.lm_head[...])  # every token is as likely
+    tokens = jnp.ones((4, 3), jnp.int32)
+    out = generate(
+        policy, tokens, tokens > 0, max_new_tokens=20, stop_ids=(), key=jax.random.key(0)
+    )
+    assert min(len(set(row)) for row in out.tokens_br.tolist()) > 10
+
+
+def test_the_loop_ends_when_every_row_has(policy, monkeypatch):
+    calls, decode = [], generation.decode
+
+    def counted(*args):
+        jax.debug.callback(lambda: calls.append(1))
+        return decode(*args)
+
+    monkeypatch.setattr(generation, "decode", counted)
+    generation._compiled.cache_clear()
+    tokens = jnp.ones((2, 3), jnp.int32)
+    out = generate(
+        policy,
+        tokens,
+        tokens > 0,
+        max_new_tokens=30,
+        temperature=0.0,
+        stop_ids=tuple(range(policy.config.vocab_size)),
+    )
+    jax.effects_barrier()
+    generation._compiled.cache_clear()
+    assert out.mask_br.sum() == 2 and calls == []

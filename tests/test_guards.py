@@ -123,3 +123,9 @@ def test_stop_names_guards(base_config):
     ):
         with pytest.raises(InputError, match=message):
             guard_config(section | bad)
+
+
+def test_long_responses_may_be_far_in_sum():
+    watch = Watch(CONFIG)
+    row = HEALTHY | {"ref_kl": 20.0, "response_length_mean": 300.0}
+    assert not any(watch(row | {"step": n}) for n in range(5))

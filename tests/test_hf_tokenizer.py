@@ -69,3 +69,11 @@ def test_end_tokens_in_the_models_config_alone_count(source):
     (source / "config.json").write_text(json.dumps(fields | {"eos_token_id": [7, 9]}))
     policy, _ = load_policy(source)
     assert {7, 9} <= set(policy.stop_ids)
+
+
+def test_the_end_of_turn_stops_where_eos_is_another_token(tmp_path):
+    tokenizer = oracles.tiny_tokenizer()
+    tokenizer.eos_token = "<|end_of_text|>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
+    oracles.save_tiny_llama(tmp_path / "hf", oracles.tiny_llama_config(), tokenizer)
+    assert load_policy(tmp_path / "hf")[0].stop_ids == (257, 260)

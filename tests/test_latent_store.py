@@ -8,9 +8,11 @@ from flax import nnx
 
 from sarm_jax import latent_store
 from sarm_jax.contrast_statistics import (
+    ContrastStatistics,
     bootstrap_differential,
     differential,
     folds_of,
+    half_differentials,
     measure,
     row_totals,
 )
@@ -113,3 +115,33 @@ def test_bootstrap_covers_what_it_should_and_a_constant_has_no_width():
         2 * ones, ones, 3 * ones.sum(axis=1), 37, np.arange(5), resamples=100, seed=1
     )
     np.testing.assert_allclose([low, high], 1 / 6, rtol=1e-6)
+
+
+def statistics(c_sf, j_sf, pairs_s):
+    none = np.zeros(c_sf.shape[-1])
+    return ContrastStatistics(*[none] * 7, c_sf, j_sf, c_sf + j_sf, pairs_s)
+
+
+def test_halves_by_hand():
+    rng = np.random.default_rng(0)
+    c, j = rng.random((2, 1, 2, 5))
+    found = half_differentials(statistics(c, j, np.array([[3, 4]])), seed=0)
+    expected = [
+        differential(c[0, f] / n, j[0, f] / n, (c + j)[0, f] / n) for f, n in ((0, 3), (1, 4))
+    ]
+    for row in found:
+        assert min(np.abs(row - e).max() for e in expected) < 1e-12
+
+
+def test_pairs_of_a_prompt_share_a_fold_and_a_resample():
+    prompt = np.repeat(np.arange(30), 4)
+    fold = folds_of(prompt, 0)
+    assert all(len(set(fold[prompt == q])) == 1 for q in range(30)) and len(set(fold)) == 10
+    rng = np.random.default_rng(0)
+    once = rng.random((2, 30, 3))
+    total = once.sum(axis=(0, 2))
+    alone = bootstrap_differential(*once, total, 3, np.arange(30), 200, 0)
+    many = bootstrap_differential(
+        *(np.repeat(x, 4, axis=0) for x in once), np.repeat(total, 4), 3, prompt, 200, 0
+    )
+    np.testing.assert_allclose(many, alone, rtol=1e-9)

@@ -15,6 +15,8 @@ from sarm_jax.llama import (
     attention,
     attention_implementation,
     causal_mask,
+    rms_norm,
+    to_logits,
 )
 from sarm_jax.lora import (
     TARGET_MODULES,
@@ -225,3 +227,27 @@ def test_tied_and_untied_heads(architecture):
         assert (model.lm_head is None) == tied
         same = np.array_equal(model.vocabulary, model.embed_tokens[...])
         assert same == tied
+
+
+def test_adapters_are_drawn_kaiming_uniform(policy):
+    add_lora(policy, LoRAConfig(rank=4), nnx.Rngs(0))
+    a = np.asarray(policy.layers.attn.q_proj.lora.a[...])
+    assert np.abs(a).max() <= 32**-0.5 and a.std() == pytest.approx(32**-0.5 / 3**0.5, rel=0.1)
+
+
+def test_the_norms_mean_is_in_float32():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(64, 1024)), jnp.bfloat16)
+    exact = x.astype(jnp.float32) / jnp.sqrt(
+        jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
+    )
+    found = rms_norm(x, jnp.ones(1024, jnp.bfloat16), 0.0)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
+def test_half_precision_logits_are_float32():
+    rng = np.random.default_rng(0)
+    x, e = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 3, 64), (50, 64)))
+    exact = x.astype(jnp.float32) @ e.astype(jnp.float32).T
+    found = to_logits(x, e)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from configs import base
+from configs.command_line import REFERENCE_FLAGS
 from ppo.guards import GuardConfig
 from ppo.profiling import ProfileConfig
 from ppo.responses import ResponseConfig
@@ -36,3 +37,23 @@ def test_defaults_are_those_of_base(kind, section):
         if isinstance(field.default, tuple):  # comma-separated in a config
             value = tuple(name for name in value.split(",") if name)
         assert field.default == value, field.name
+
+
+ALIASES = {
+    "human_latents": "reward.human_latents",
+    "disc_lr": "discriminator.learning_rate",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+}
+
+
+def test_reference_flags_name_fields_of_the_same_name():
+    config = base.get_config()
+    for flag, (_, field) in REFERENCE_FLAGS.items():
+        assert field == ALIASES.get(flag, field) and (
+            flag in ALIASES or field.split(".")[-1] == flag
+        )
+        value = config
+        for part in field.split("."):
+            value = value[part]

@@ -103,3 +103,9 @@ def test_slots_by_hand(ppo_config):
     padded = SlotPlan(dataclasses.replace(config, pack_levels=0), [lengths], [order])
     assert padded.all() == [None] and padded.prefill is None
     assert padded.of(lengths, order) is None
+
+
+def test_slots_hold_the_batchs_own_order(ppo_config):
+    config = ppo_config(batch_size=4, max_new_tokens=20, pack_levels=4, num_minibatches=2)
+    order, lengths = np.asarray([[0, 2, 1, 3]]), np.asarray([20, 20, 1, 1])
+    assert SlotPlan(config, [lengths], [order]).of(lengths, order).responses == 48

@@ -1,11 +1,16 @@
 """The plan: HLO read by hand-written examples, costs by hand, and the stage as a user runs it."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
+from ppo import plan as plan_module
 from ppo.config import PPOConfig
 from ppo.costs import adapted_widths, forward_flops, layer_weights, step_costs
 from ppo.plan import layouts_for
-from sarm_jax.chips import target
+from sarm_jax import hlo
+from sarm_jax.chips import Chip, target
 from sarm_jax.errors import InputError
 from sarm_jax.hlo import Collective, array_bytes, read_traffic
 from sarm_jax.llama import LlamaConfig
@@ -181,3 +186,70 @@ def test_without_the_cuda_extra(monkeypatch):
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
     with pytest.raises(InputError, match=r"needs the CUDA extra of JAX \(pip install 'jax\[cuda12"):
         target("h100x4", 4, "bfloat16")
+
+
+def test_a_plan_that_fits_comes_first():
+    plans = [
+        {"fits": False, "step_seconds": 1.0},
+        {"fits": True, "step_seconds": 3.0},
+        {"fits": True, "step_seconds": 2.0},
+    ]
+    planner = SimpleNamespace(plan=lambda layout: plans[layout], name="x")
+    found = plan_module.search(planner, range(3))
+    assert [p["step_seconds"] for p in found] == [2.0, 3.0, 1.0]
+
+
+ROW = {"runs": 1, "seconds": 1.0}
+
+
+def test_the_peak_counts_the_other_models_weights_and_jaxs_share(ppo_config):
+    layout = plan_module.Layout(MeshConfig(), "dots", 1)
+
+    def of(score, step, memory):
+        rows = [
+            {"name": "score", "peak_bytes": score, **ROW},
+            {"name": "step", "peak_bytes": step, **ROW},
+        ]
+        chip = Chip("c", 1.0, 1.0, memory, 1.0)
+        return plan_module._summary(
+            "c", layout, ppo_config(), chip, rows, {"policy": 100, "sarm": 30}
+        )
+
+    assert of(10, 20, 1000)["peak_bytes"] == 110  # the score's, beside the policy
+    assert of(10, 90, 1000)["peak_bytes"] == 120
+    assert not of(10, 90, 125)["fits"] and of(10, 90, 131)["fits"]  # 92 % of the memory
+
+
+def test_an_all_reduce_passes_twice():
+    chip, mesh = Chip("c", 1.0, 1.0, 1, link=1e6), MeshConfig(data=4)
+    seconds = [
+        plan_module._collective_seconds(Collective(k, 8_000_000, 1, False), chip, mesh)
+        for k in ("all-reduce", "all-gather")
+    ]
+    np.testing.assert_allclose(seconds, [12 + 1e-5, 6 + 1e-5])
+
+
+def test_more_costs_by_hand(ppo_config):
+    config = ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5)
+    sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
+    dots, full = (
+        step_costs(config, LoRAConfig(rank=3), LLAMA, sarm, MeshConfig(), 4, r, 2)
+        for r in ("dots", "full")
+    )
+    forward = forward_flops(LLAMA, 4, 11, logits=24)
+    assert full["step"][0].flops - dots["step"][0].flops == forward
+    assert dots["reference"][0].flops == dots["targets"][0].flops == forward
+    assert dots["score"][0].flops == forward_flops(LLAMA, 4, 11) + 2 * 4 * 4 * 8
+
+
+def test_a_slice_outside_a_fusion_and_scratch_space():
+    text = """HloModule m
+
+ENTRY %main (x: f32[16,8], n: s32[]) -> f32[1,8] {
+  %x = f32[16,8]{1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %c = (f32[16,8]{1,0}, s8[4096]{0}) custom-call(%x), custom_call_target="gemm"
+  ROOT %s = f32[1,8]{1,0} dynamic-slice(%x, %n, %n), dynamic_slice_sizes={1,8}
+}
+"""
+    assert hlo.read_traffic(text).bytes == (512 + 512) + 2 * 32

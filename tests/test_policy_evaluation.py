@@ -14,6 +14,7 @@ from ppo.policy_comparison import compare, latent_map, response_rows, summary
 from ppo.prompts import encode_prompts
 from ppo.responses import ResponseConfig, Responses, respond
 from sarm_jax.errors import InputError
+from sarm_jax.evaluation import response_metrics
 from sarm_jax.evaluation import response_metrics as metrics
 from sarm_jax.evaluation.controls import Controls
 from sarm_jax.evaluation.latent_map import largest_terms, principal_plane
@@ -226,3 +227,11 @@ def test_names_of_runs(tmp_path):
         adapters_of(f"{tmp_path}/a/x,{tmp_path}/b/x", tmp_path)
     with pytest.raises(InputError, match="'base' has a meaning"):
         adapters_of(f"{tmp_path}/base", tmp_path)
+
+
+def test_both_ends_of_a_bootstrap_interval():
+    x = np.random.default_rng(0).normal(size=(9, 2))
+    index = response_metrics.bootstrap_indices(9, 1000, 1)
+    found = response_metrics.bootstrap_mean(x, index)
+    ends = np.quantile([x[i].mean() for i in index], [0.025, 0.975])
+    assert (found["low"], found["high"]) == pytest.approx(tuple(ends))

@@ -215,3 +215,22 @@ def test_the_unused_norm_is_in_no_modes_trainable_state(policy):
         assert ("trunk", "norm") not in parts and ("score",) in parts
         assert (("trunk", "layers") in parts) == (mode > 0)
         assert (("sae", "encoder") in parts) == (mode > 1)
+
+
+def test_mode_0_learns_at_the_heads_rate(policy):
+    sarm = tiny_sarm(policy)
+    x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    options = dataclasses.replace(OPTIONS, mode=0, learning_rate=1e-30, epochs=1, batch_size=4)
+    weights = preference_training.train_head(
+        sarm.sae, x, np.arange(8).reshape(4, 2), options, lambda r: 0
+    )
+    assert np.abs(weights).max() > 1e-3
+
+
+def test_preferences_warm_up(policy):
+    options = dataclasses.replace(OPTIONS, mode=1, warmup_fraction=0.5)
+    _, params, _ = nnx.split(tiny_sarm(policy), preference_training.trainable(1), ...)
+    optimizer = preference_training.make_optimizer(options, steps=10)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(ones, optimizer.init(params), params)
+    assert all(not np.any(x) for x in jax.tree.leaves(updates))

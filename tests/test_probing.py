@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sarm_jax.certificates import CertificateConfig
 from sarm_jax.errors import InputError
 from sarm_jax.probing import ProbeConfig, probe, write_probes
 
@@ -105,3 +106,16 @@ def test_best_of_n_is_what_the_clamped_model_picks(reward_model, active):
 def test_bad_input_is_named(reward_model, options, data, message):
     with pytest.raises(InputError, match=message):
         probe(ProbeConfig(*options), reward_model, data)
+
+
+def test_rows_of_one_prompt_are_one_in_a_probe(reward_model):
+    rows = [
+        {"prompt": f"p{i // 3}", "chosen": f"a fine answer {i}", "rejected": "zzz" * (i % 3 + 1)}
+        for i in range(12)
+    ]
+    certificate = CertificateConfig(controls=2, flips=99)
+    _, found = probe(ProbeConfig((3, 5), 1.0, "pairs", certificate), reward_model, rows)
+    assert [row["prompts"] for row in found] == [4, 4]
+    best = [{"prompt": f"p{i}", "candidates": [f"one {i}", "two"]} for i in range(6)]
+    _, found = probe(ProbeConfig((3,), 9.0, "bestofn", certificate), reward_model, best)
+    assert found[0]["p_effect"] is None and found[0]["p"] == found[0]["p_excess"]

@@ -240,3 +240,54 @@ def test_every_experiment_passes_the_preflight(name, tmp_path, monkeypatch):
     wanted = [stage for stage, recipe in recipes(config, tmp_path).items() if recipe.wanted]
     assert wanted or name == "base"
     check(config, tmp_path, wanted)
+
+
+@pytest.mark.parametrize(
+    "stage, field, value",
+    [
+        ("identify", "sarm_max_length", 100),
+        ("human_latents", "sarm_max_length", 100),
+        ("probe", "sarm_max_length", 100),
+        ("evaluate", "sarm_max_length", 100),
+        ("evaluate", "reward.alpha_values", "1"),
+        ("evaluate", "ppo.max_new_tokens", 3),
+        ("train", "discriminator.steps", 9),
+        ("train", "sarm_max_length", 100),
+        ("train", "lora.rank", 3),
+        ("train", "remat", "full"),
+        ("train", "dtype", "bfloat16"),
+    ],
+)
+def test_stages_depend_on_the_options_that_they_read(tmp_path, stage, field, value):
+    config = base.get_config()
+    before = recipes(config, tmp_path)[stage].options
+    config.update_from_flattened_dict({field: value})
+    assert recipes(config, tmp_path)[stage].options != before
+
+
+@pytest.mark.parametrize("field", preflight.INPUTS)
+def test_a_file_that_is_not_there_is_refused_first(tmp_path, everything, field):
+    everything.update_from_flattened_dict({field: "gone.x"})
+    with pytest.raises(Exception, match="gone.x"):
+        preflight.check(everything, tmp_path, ALL)
+
+
+def test_every_file_option_is_looked_for():
+    flat = base.get_config().to_dict()
+    names = [
+        f"{s}.{n}" if s else n
+        for s, part in [("", flat), *((k, v) for k, v in flat.items() if isinstance(v, dict))]
+        for n in part
+        if n.endswith("_jsonl")
+        or (n in ("steering_json", "human_latents") and not isinstance(part[n], dict))
+    ]
+    assert set(names) <= set(preflight.INPUTS), set(names) - set(preflight.INPUTS)
+
+
+def test_lists_that_are_there_are_read_before_the_first_stage(tmp_path, everything):
+    (tmp_path / "probes").mkdir()
+    (tmp_path / "probes" / "selected_features.json").write_text(
+        json.dumps({"detectors": [1, 2], "tau_detectors": [0.1]})
+    )
+    with pytest.raises(Exception, match="tau_values has 1 values for 2"):
+        preflight.check(everything, tmp_path, ALL)

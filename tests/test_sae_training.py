@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -194,3 +196,41 @@ def test_rates_of_the_schedule(steps):
     np.testing.assert_allclose(rates[:warmup], 2.0 * np.arange(warmup) / max(warmup, 1), rtol=1e-6)
     done = np.arange(steps - warmup) / (steps - warmup)
     np.testing.assert_allclose(rates[warmup:], 1 + np.cos(np.pi * done), atol=1e-6)
+
+
+def test_metrics_are_those_of_the_held_out_activations():
+    rng = np.random.default_rng(0)
+    train = planted(1000, rng, rng.normal(size=(24, 32)))
+    other = planted(300, rng, rng.normal(size=(24, 32)))  # of another dictionary
+    options = dataclasses.replace(OPTIONS, steps=200)
+    sae, found = sae_training.pretrain_sae(
+        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, other, options, lambda r: 0
+    )
+    x_hat, _ = sae_training.reconstruct(sae, other.x_nd)
+    assert found["explained_variance"] == pytest.approx(
+        sae_training.explained_variance(other.x_nd, x_hat)
+    )
+
+
+def test_the_bias_starts_at_the_mean_of_the_pooled_tokens():
+    rng = np.random.default_rng(0)
+    x, pooled = rng.normal(size=(500, 32)).astype(np.float32), np.arange(500) % 10 == 9
+    x[pooled] += 5
+    new = sae_training.initialise(
+        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), Activations(x, pooled), rng
+    )
+    np.testing.assert_allclose(new.pre_bias[...], x[pooled].mean(axis=0), rtol=1e-5)
+
+
+def test_the_decoders_gradient_is_that_across_its_rows(monkeypatch):
+    seen = []
+    original = sae_training.remove_parallel
+    monkeypatch.setattr(
+        sae_training, "remove_parallel", lambda g, d: seen.append(1) or original(g, d)
+    )
+    train = planted(200, np.random.default_rng(0), np.random.default_rng(1).normal(size=(24, 32)))
+    options = dataclasses.replace(OPTIONS, steps=2, batch_tokens=33)
+    sae_training.pretrain_sae(
+        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, train, options, lambda r: 0
+    )
+    assert seen

@@ -17,6 +17,7 @@ from sarm_jax.evaluation.steering import (
     specificity,
 )
 from sarm_jax.sarm import intervention
+from sarm_jax.statistics import mean_interval
 
 OPTIONS = SteeringConfig(num_example=0, steering_targets=("rejected",), resamples=400, seed=0)
 ANSWERS = [
@@ -142,3 +143,27 @@ def test_nothing_steered_and_unknown_targets_are_refused(reward_model, steered):
 def test_bad_options(values, field):
     with pytest.raises(InputError, match=f"evaluate.{field}"):
         SteeringConfig(*values)
+
+
+def test_intervals_of_steering_count_prompts_once(reward_model):
+    answers = [Answer("p0", f"x {n}", "rejected") for n in range(5)] + [
+        Answer("p1", "y", "rejected"),
+        Answer("p2", "z z", "rejected"),
+    ]
+    controls = Controls(intervention(64, steer={3: ("+", 2.0), 5: ("*", 3.0)}))
+    found = evaluate_steering(SteeringConfig(0, (), 100, 0), reward_model, answers, controls)
+    texts = [a.prompt for a in answers], [a.response for a in answers]
+    before, after = (
+        reward_model.score(*texts)[0],
+        reward_model.score(*texts, clamp=controls.change)[0],
+    )
+    per = {
+        name: mean_interval([x[:5].mean(), x[5], x[6]])
+        for name, x in {
+            "before": before,
+            "after": after,
+            "absolute_change": np.abs(after - before),
+        }.items()
+    }
+    for name, expected in per.items():
+        assert found.summary["sets"]["rejected"][name] == pytest.approx(expected, abs=1e-4), name

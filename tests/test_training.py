@@ -11,6 +11,7 @@ from sarm_jax import training
 from sarm_jax.errors import InputError
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAE, SAEConfig
+from sarm_jax.statistics import wilson_interval
 from sarm_jax.training import TrainSARMConfig
 from tests.oracles import chatml_tokenizer
 
@@ -150,3 +151,42 @@ def test_everything_follows_from_the_seed(policy, tokenizer):
         for _ in range(2)
     ]
     chex.assert_trees_all_equal(*(jax.tree.map(np.array, nnx.state(run)) for run in runs))
+
+
+def test_numbers_of_the_summary(policy, tokenizer):
+    pairs = tiny_pairs()
+    sarm, summary = training.train_sarm(SMALL, policy, tokenizer, pairs, lambda r: None)
+    data = training.encode_pairs(tokenizer, pairs, SMALL)
+    model = RewardModel(sarm, tokenizer, max_length=200)
+    chosen, rejected = (
+        model.score([p["prompt"] for p in pairs], [p[s] for p in pairs])[0]
+        for s in ("chosen", "rejected")
+    )
+    right, held = chosen > rejected, data.held_out_p
+    assert summary["accuracy_train"] == right[~held].mean()
+    for source in ("even", "odd"):
+        mine = held & np.array([p["source"] == source for p in pairs])
+        assert summary["accuracy_held_out_by_source"][source] == right[mine].mean()
+    prompts = len({p["prompt"] for p, h in zip(pairs, held, strict=True) if h})
+    assert summary["accuracy_held_out_95"] == wilson_interval(right[held].mean(), prompts)
+    lengths = [
+        [len(model.encode(p["prompt"], p[s])) for s in ("chosen", "rejected")] for p in pairs
+    ]
+    longer = np.mean(
+        [(np.sign(c - r) + 1) / 2 for (c, r), h in zip(lengths, held, strict=True) if h]
+    )
+    assert summary["length_only_accuracy_held_out"] == max(longer, 1 - longer)
+
+
+def test_by_source_of_the_held_out_pairs_alone():
+    rows = [training.Conversation([1] * (n + 2), 1) for n in range(8)]
+    data = training.PairSet(
+        rows,
+        np.array([[0, 1], [2, 3], [5, 4], [7, 6]]),
+        np.arange(4),
+        np.array([1, 1, 0, 0], bool),
+        ["a", "b", "a", "b"],
+    )
+    found = training.preference_summary(data, np.array([1, 0, 0, 1, 0, 1, 1, 0], np.float32))
+    assert found["accuracy_held_out_by_source"] == {"a": 1.0, "b": 0.0}
+    assert found["accuracy_train"] == 0.5 and found["length_only_accuracy_held_out"] == 1.0

@@ -268,3 +268,99 @@ def test_gradients_are_clipped_by_their_global_norm(ppo_config):
     _, after = optimizer.update(grads, state, grads)
     moments = optax.tree_utils.tree_get(after, "mu")
     np.testing.assert_allclose(moments["a"], 0.1 * clipped["a"], rtol=1e-5)
+
+
+OPTIONS = {"clip_range": 0.02, "value_clip_range": 0.3, "vf_coef": 0.5, "learning_rate": 1e-3}
+
+
+def test_second_epoch_against_loops(make_setup, batch):
+    one, two = (make_setup(ppo_epochs=n, **OPTIONS) for n in (1, 2))
+    state, targets, first = one.update(moved(one.state), batch, orders(1))
+    now = one.evaluate(state, batch)
+    expected = ppo_loss_loop(
+        *map(
+            np.asarray,
+            (
+                now.logp_br,
+                targets.logp_br,
+                targets.advantages_br,
+                now.values_br,
+                targets.values_br,
+                targets.returns_br,
+                batch.response_mask_br,
+            ),
+        ),
+        0.02,
+        0.3,
+    )
+    _, _, both = two.update(moved(two.state), batch, orders(2))
+    assert 0.2 < expected["clip_fraction"] < 1
+    for name in ("policy_loss", "value_loss", "approx_kl", "clip_fraction"):
+        second = 2 * both[name] - first[name]
+        np.testing.assert_allclose(second, expected[name], rtol=2e-2, atol=1e-4, err_msg=name)
+    for found in (first, both):
+        total = found["policy_loss"] + 0.5 * found["value_loss"]
+        np.testing.assert_allclose(found["ppo_loss"], total, rtol=1e-5)
+
+
+def test_values_train_the_adapter(make_setup, batch):
+    setup = make_setup()
+
+    def total(params):
+        now = setup.learner.evaluate(params, setup.base, batch.tokens_bt, batch.mask_bt)
+        return now.values_br.sum()
+
+    grads = jax.grad(total)(moved(setup.state).params)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads["lora"]))
+
+
+def test_a_gradient_that_overflows_is_not_applied(make_setup, batch):
+    setup = make_setup(vf_coef=1e10, value_clip_range=1e30)
+    state = moved(setup.state)
+    before = jax.tree.map(np.asarray, state.params)
+    huge = batch.replace(reward_b=jnp.full(ROWS, 1e10))
+    state, _, found = setup.update(state, huge, orders(1))
+    assert np.isfinite(found["ppo_loss"]) and not np.isfinite(found["grad_norm"])
+    assert found["skipped_updates"] == 1
+    for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_advantages_are_whitened_only_if_so_configured(make_setup, batch):
+    setup = make_setup(whiten_advantages=False)
+    _, targets, _ = setup.update(moved(setup.state), batch, orders(1))
+    mask = np.asarray(batch.response_mask_br)
+    np.testing.assert_allclose(
+        np.asarray(targets.advantages_br)[mask],
+        np.asarray(targets.returns_br - targets.values_br)[mask],
+        atol=1e-4,
+    )
+
+
+def test_minibatches_follow_the_permutation(make_setup, batch):
+    found = []
+    for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
+        setup = make_setup(num_minibatches=2, ppo_epochs=1, learning_rate=1e-2)
+        state, _, _ = setup.update(moved(setup.state), batch, np.array([order]))
+        found.append(state.params["value_head"]["kernel"])
+    assert np.abs(found[0] - found[1]).max() > 1e-5
+
+
+def test_weight_decay(ppo_config):
+    optimizer = make_optimizer(ppo_config(weight_decay=0.1, learning_rate=1e-2))
+    params = {"w": jnp.ones(())}
+    updates, _ = optimizer.update({"w": jnp.zeros(())}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-5)
+
+
+def test_linear_after_warmup(ppo_config):
+    config = ppo_config(
+        total_steps=4, ppo_epochs=2, lr_schedule="linear", warmup_steps=2, learning_rate=1e-2
+    )
+    optimizer, params = make_optimizer(config), {"w": jnp.ones(())}
+    state, sizes = optimizer.init(params), []
+    for _ in range(8):
+        updates, state = optimizer.update({"w": jnp.ones(())}, state, params)
+        sizes.append(-float(updates["w"]))
+    expected = [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
+    np.testing.assert_allclose(sizes, 1e-2 * np.array(expected) / (1 + 1e-5), rtol=1e-3)

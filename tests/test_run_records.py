@@ -1,0 +1,119 @@
+"""What a run records, recomputed from its parts."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo.human_latents import collect_human_latents
+from ppo.metrics import read_evaluations
+from ppo.prompts import PromptDeck
+from ppo.reward import RewardConfig
+from ppo.rollout import Sampler
+from ppo.scoring import Scorer
+from sarm_jax.generate import Generation
+from sarm_jax.metrics_csv import read_metrics
+from tests.conftest import PROMPTS
+
+
+def test_responses_have_no_special_tokens(tokenizer):
+    eot = tokenizer.eos_token_id
+    tokens = np.array([[*tokenizer("yes", add_special_tokens=False)["input_ids"], eot]])
+    seen = Generation(tokens, np.ones_like(tokens, bool), None, None)
+    assert Sampler(None, None, tokenizer)._decode(seen) == ["yes"]
+
+
+def test_the_discriminators_features_in_the_order_given(reward_model):
+    rollout = SimpleNamespace(prompts=["p"] * 3, responses=["a", "bb b", "c d e"])
+    _, z = reward_model.score(rollout.prompts, rollout.responses)
+    ids = tuple(sorted(np.argsort(-z.max(axis=0))[:3], reverse=True))
+    assert all((z[:, i] != 0).any() for i in ids)
+    scored = Scorer(reward_model, RewardConfig((9,), (0.0,), (1.0,)), ids)(rollout)
+    np.testing.assert_allclose(scored.subset_bs, z[:, ids], atol=1e-5)
+    np.testing.assert_allclose(scored.penalised_bn, z[:, [9]], atol=1e-5)
+
+
+def test_keys_of_a_run(make_trainer, tmp_path):
+    options = {"evaluate": True, "eval_every": 1, "eval_batches": 2, "total_steps": 2}
+    trainer = make_trainer(tmp_path / "run", calibration_batches=2, **options)
+    keys = {}
+
+    def noted(self, params, deck, number, key, slots=None):
+        keys.setdefault(deck is trainer.deck, []).append(
+            tuple(np.asarray(jax.random.key_data(key)))
+        )
+        return original(self, params, deck, number, key, slots)
+
+    original = Sampler.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sampler, "__call__", noted)
+        trainer.run()
+    assert len(keys[True]) == 4 == len(set(keys[True]))  # calibration and steps
+    assert keys[False] == 3 * keys[False][:2] and len(set(keys[False])) == 2
+
+
+def test_rows_and_samples_tell_the_same(make_trainer, tmp_path):
+    reward = RewardConfig((3, 5), (0.0, 1.0), (0.2, 0.1))
+    trainer = make_trainer(
+        tmp_path / "run", reward=reward, stop_ids=(), total_steps=4, samples_per_step=4
+    )
+    trainer.run()
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    for row in read_metrics(tmp_path / "run" / "metrics.csv"):
+        own = [s for s in samples if s["step"] == row["step"]]
+        for feature in ("3", "5"):
+            share = np.mean([s["penalties"][feature] > 0 for s in own])
+            assert row[f"feat_{feature}_above_tau"] == share
+        assert row["eos_fraction"] == 0 and row["reward_max"] <= -1 + 1e-6
+
+
+def test_held_out_latent_kl(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "tests.conftest.collect_human_latents",
+        lambda m, d, i: collect_human_latents(m, d, (3, 4, 5, 8, 9, 13)),
+    )
+    reward = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
+    trainer = make_trainer(tmp_path / "run", reward=reward, evaluate=True)
+    trainer.run()
+    rows = [r for r in read_evaluations(tmp_path / "run") if r["step"] == 4]
+    texts = SimpleNamespace(
+        prompts=[r["prompt"] for r in rows], responses=[r["response"] for r in rows]
+    )
+    z = trainer.scorer(texts).subset_bs
+    d = trainer.density_ratio.read(trainer.state["density_ratio"], jnp.asarray(z))
+    np.testing.assert_allclose([r["kl_penalty"] for r in rows], 0.05 * np.asarray(d), atol=1e-5)
+    assert np.abs(d).max() > 1e-4
+
+
+def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "tests.conftest.collect_human_latents",
+        lambda m, d, i: collect_human_latents(m, d, (3, 4, 5, 8, 9, 13)),
+    )
+    reward = RewardConfig((3, 5), (0.0, 0.0), (1.0, 2.0), beta=0.5)
+    trainer = make_trainer(
+        tmp_path / "run", reward=reward, total_steps=1, samples_per_step=4, missing_eos_penalty=0.0
+    )
+    summary = trainer.run()
+    (row,) = read_metrics(tmp_path / "run" / "metrics.csv")
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    texts = SimpleNamespace(
+        prompts=[s["prompt"] for s in samples], responses=[s["response"] for s in samples]
+    )
+    d = trainer.density_ratio.read(
+        trainer.state["density_ratio"], jnp.asarray(trainer.scorer(texts).subset_bs)
+    )
+    np.testing.assert_allclose([s["kl_penalty"] for s in samples], 0.5 * np.asarray(d), atol=1e-5)
+    assert np.abs(d).max() > 1e-4 and row["indicator_penalty"] > 0
+    expected = (row["total_reward"] - summary["score_mean_at_start"]) / summary[
+        "score_std_at_start"
+    ]
+    np.testing.assert_allclose(row["reward_mean"], expected, atol=1e-4)
+
+
+def test_the_seed_orders_the_prompts(tokenizer):
+    orders = [PromptDeck(PROMPTS, tokenizer, 500, seed=s).deal(0, 10)[0] for s in (1, 2)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
