@@ -18,9 +18,8 @@ def get_config() -> ConfigDict:
     config.remat = "dots"  # kept for the backward pass: all (none), matrix products, nothing (full)
     config.prompts_jsonl = ""  # {"prompt"} lines that PPO trains on
     config.eval_prompts_jsonl = ""  # {"prompt"} lines to evaluate the policy on; empty: none
-    config.sarm_max_length = (
-        4096  # tokens, at most the SARM's positions; longer ones lose their beginning
-    )
+    # Tokens, at most the positions that the SARM knows; longer conversations lose their beginning
+    config.sarm_max_length = 4096
     config.sarm_batch_size = 16  # conversations scored at a time
 
     # Devices along each axis: data copies the weights, fsdp splits them, either splits the batch;
