@@ -42,6 +42,7 @@ MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux al
 PROMPTS = [f"say {i}" for i in range(10)]
 HELD_OUT = [f"what about {i}" for i in range(6)]
 REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
+ACTIVE = (3, 4, 5, 8, 9, 13)  # features that fire: what is 0 everywhere has no latent KL
 DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
 
 
@@ -155,7 +156,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
         deck = PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed)
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
-        human = collect_human_latents(reward_model, demos, (1, 2, 7)) if reward.beta else None
+        human = collect_human_latents(reward_model, demos, ACTIVE) if reward.beta else None
         limits = GuardConfig(**(guards or {}))
         config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR, limits)
         eval_deck = PromptDeck(HELD_OUT, tokenizer, 500, ppo.seed) if evaluate else None

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from flax import nnx
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion import from_hf, load_policy, load_sarm, to_hf
@@ -420,3 +420,22 @@ def test_tokenizer_is_the_same_from_either_layout(tmp_path):
         tokenizer = load_hf_tokenizer(directory)
         assert tokenizer(text).input_ids == ids
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (260, 261)
+
+
+def test_an_export_is_called_what_most_of_it_is(tmp_path):
+    source, _ = hf_policy(tmp_path / "hf", dtype="bfloat16")
+    path = source / "model.safetensors"
+    tensors = {n: t.float() if "norm" in n else t for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    to_hf.export(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def test_the_index_says_the_size_of_all(tmp_path):
+    writer = TensorWriter(tmp_path, shard_bytes=100)
+    for n in range(5):
+        writer.add(str(n), np.zeros(30, np.float32))
+    writer.close()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 5 * 120

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo.human_latents import collect_human_latents
 from ppo.metrics import read_evaluations
-from ppo.prompts import PromptDeck
+from ppo.prompts import PromptDeck, encode_prompts
 from ppo.reward import RewardConfig
 from ppo.rollout import Sampler
 from ppo.scoring import Scorer
+from sarm_jax.chat import encode_prompt
 from sarm_jax.generate import Generation
 from sarm_jax.metrics_csv import read_metrics
 from tests.conftest import PROMPTS
@@ -56,7 +56,7 @@ def test_keys_of_a_run(make_trainer, tmp_path):
 
 
 def test_rows_and_samples_tell_the_same(make_trainer, tmp_path):
-    reward = RewardConfig((3, 5), (0.0, 1.0), (0.2, 0.1))
+    reward = RewardConfig((3, 5), (0.0, 100.0), (0.2, 0.1))
     trainer = make_trainer(
         tmp_path / "run", reward=reward, stop_ids=(), total_steps=4, samples_per_step=4
     )
@@ -70,11 +70,7 @@ def test_rows_and_samples_tell_the_same(make_trainer, tmp_path):
         assert row["eos_fraction"] == 0 and row["reward_max"] <= -1 + 1e-6
 
 
-def test_held_out_latent_kl(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "tests.conftest.collect_human_latents",
-        lambda m, d, i: collect_human_latents(m, d, (3, 4, 5, 8, 9, 13)),
-    )
+def test_held_out_latent_kl(make_trainer, tmp_path):
     reward = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
     trainer = make_trainer(tmp_path / "run", reward=reward, evaluate=True)
     trainer.run()
@@ -88,11 +84,7 @@ def test_held_out_latent_kl(make_trainer, tmp_path, monkeypatch):
     assert np.abs(d).max() > 1e-4
 
 
-def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "tests.conftest.collect_human_latents",
-        lambda m, d, i: collect_human_latents(m, d, (3, 4, 5, 8, 9, 13)),
-    )
+def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path):
     reward = RewardConfig((3, 5), (0.0, 0.0), (1.0, 2.0), beta=0.5)
     trainer = make_trainer(
         tmp_path / "run", reward=reward, total_steps=1, samples_per_step=4, missing_eos_penalty=0.0
@@ -117,3 +109,8 @@ def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path, monkeypatch
 def test_the_seed_orders_the_prompts(tokenizer):
     orders = [PromptDeck(PROMPTS, tokenizer, 500, seed=s).deal(0, 10)[0] for s in (1, 2)]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def test_a_prompt_may_be_as_long_as_allowed(tokenizer):
+    ids = encode_prompt(tokenizer, "hi")
+    assert encode_prompts(["hi"], tokenizer, len(ids)) == [ids]

@@ -87,7 +87,7 @@ def train(tokenizer, ppo_config, placement: Placement, workdir: Path, **changes)
         tokenizer,
         model,
         PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed),
-        collect_human_latents(model, demos, (1, 2, 7)),
+        collect_human_latents(model, demos, (8, 18, 21, 29, 38, 39)),
         workdir,
     )
     trainer.run()

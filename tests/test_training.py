@@ -187,6 +187,6 @@ def test_by_source_of_the_held_out_pairs_alone():
         np.array([1, 1, 0, 0], bool),
         ["a", "b", "a", "b"],
     )
-    found = training.preference_summary(data, np.array([1, 0, 0, 1, 0, 1, 1, 0], np.float32))
+    found = training.preference_summary(data, np.array([1, 0, 0, 1, 1, 0, 0, 1], np.float32))
     assert found["accuracy_held_out_by_source"] == {"a": 1.0, "b": 0.0}
     assert found["accuracy_train"] == 0.5 and found["length_only_accuracy_held_out"] == 1.0

@@ -364,3 +364,12 @@ def test_linear_after_warmup(ppo_config):
         sizes.append(-float(updates["w"]))
     expected = [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
     np.testing.assert_allclose(sizes, 1e-2 * np.array(expected) / (1 + 1e-5), rtol=1e-3)
+
+
+def test_the_advantages_mean_is_of_those_before_whitening(make_setup, batch):
+    setup = make_setup()
+    _, targets, _ = setup.update(moved(setup.state), batch, orders(1))
+    mask = np.asarray(batch.response_mask_br)
+    found = batch_metrics(batch, targets, targets.logp_br)
+    raw = np.asarray(targets.returns_br - targets.values_br)[mask]
+    np.testing.assert_allclose(found["advantage_mean"], raw.mean(), rtol=1e-4)
