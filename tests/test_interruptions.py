@@ -82,6 +82,12 @@ def test_a_run_that_is_killed_and_preempted_ends_like_one_that_is_not(world, who
     assert run_digest(whole) == run_digest(parts)
 
 
+def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs it in a process of its own."""
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 def test_a_second_signal_ends_the_process_at_once():
     script = (
         "import os, signal, time; from sarm_jax.signals import on_signal\n"
@@ -89,7 +95,7 @@ def test_a_second_signal_ends_the_process_at_once():
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
         "print('never')"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = run_script(script)
     assert done.returncode == -signal.SIGTERM and done.stdout == "first 15\n"
 
 
@@ -115,12 +121,7 @@ def test_a_signal_counts_where_python_would_drop_an_exception(where):
         "import gc, os, signal, sys, time; from sarm_jax.signals import leave, on_signal\n"
         "def stop(number): leave(128 + number)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", f"{script}{DROPPED[where]}print('never')"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_script(f"{script}{DROPPED[where]}print('never')")
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
 
 
@@ -135,8 +136,7 @@ def test_leaving_cleans_up_all_blocks_from_within(tmp_path):
         "    (folder / 'half').write_text('x')\n"
         "    with replacing(root / 'file') as file: file.write('half'); leave(143)\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    assert subprocess.run(command, cwd=ROOT).returncode == 143
+    assert run_script(script, str(tmp_path)).returncode == 143
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +147,7 @@ def test_a_signal_that_is_ignored_stays_so():
         "with on_signal(print): os.kill(os.getpid(), signal.SIGINT)\n"
         "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    done = run_script(script)
     assert (done.returncode, done.stdout) == (0, "")
 
 
