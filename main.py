@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
             if stage == "all":
                 stages.load("all").run(template, workdir)
             else:
-                run_stage(stage, command_line.fill_in(template, workdir), place)
+                config = command_line.fill_in(template, workdir)
+                run_stage(stage, config, place, command_line.shorthands())
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         processes.refuse(str(error))

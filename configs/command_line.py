@@ -111,6 +111,12 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     return config, STAGE.value, workdir
 
 
+def shorthands() -> dict[str, str]:
+    """Flags given for a field of a section, which not every stage reads, by flag: the field."""
+    fields = {flag: field for flag, (_, field) in REFERENCE_FLAGS.items() if "." in field}
+    return {f"--{k}": field for k, field in fields.items() if flags.FLAGS[k].value is not None}
+
+
 def hosts(stage: str) -> Hosts | None:
     """The processes that this one belongs to; None: it is the only one."""
     given = (COORDINATOR, PROCESSES, PROCESS)

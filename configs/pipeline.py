@@ -7,7 +7,7 @@ or inputs have changed the call is refused. Everything else is then made again.
 import dataclasses
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,34 @@ def _options(config: ConfigDict, *names: str) -> dict[str, Any]:
     return found
 
 
-def run_stage(name: str, config: ConfigDict, workdir: Path) -> None:
-    """One stage, whether it is up to date or not, with its record."""
+def run_stage(
+    name: str, config: ConfigDict, workdir: Path, shorthands: Mapping[str, str] | None = None
+) -> None:
+    """One stage, whether it is up to date or not, with its record.
+
+    `shorthands` are flags that were given, by flag: the fields they set.
+    """
     recipe = recipes(config, workdir).get(name)
     if recipe is None:  # plan leaves nothing to others
         stages.load(name).run(config, workdir)
         return
-    _run(name, recipe, config, workdir, Records(workdir), _made_from(name, recipe, workdir))
+    for flag, field in (shorthands or {}).items():
+        if not any(f"{field}.".startswith(f"{read}.") for read in recipe.options):
+            LOG.info("%s: %s is not read by --stage=%s", flag, field, name)
+    try:
+        _run(name, recipe, config, workdir, Records(workdir), _made_from(name, recipe, workdir))
+    except InputError as error:
+        raise InputError(f"{error}{_maker(str(error), config, workdir)}") from error
+
+
+def _maker(error: str, config: ConfigDict, workdir: Path) -> str:
+    """The stage that makes what an error misses in the working directory, if one does."""
+    for name, recipe in recipes(config, workdir).items():
+        output = workdir / recipe.output
+        where = output.parent if output.parent.name == "data" else output
+        if str(where) in error and not output.exists() and f"--stage={name}" not in error:
+            return f"; --stage={name} makes it"
+    return ""
 
 
 def run_stages(config: ConfigDict, workdir: Path, names: Sequence[str]) -> list[Outcome]:

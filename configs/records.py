@@ -108,26 +108,31 @@ class Records:
     @contextlib.contextmanager
     def recording(self, stage: str, made_from: Provenance) -> Iterator[None]:
         """Notes that the stage is running, then that it finished, or nothing if it was refused."""
-        before, start = dict(self.stages), time.monotonic()
+        before, start = self.stages.get(stage), time.monotonic()
         entry: dict[str, Any] = dataclasses.asdict(made_from) | {"finished": None}
-        self._write({**before, stage: entry})
+        self._note(stage, entry)
         try:
             yield
         except (InputError, OSError) as error:
             if not disk_is_full(error):  # which may leave half an output
-                self._write(before)
+                self._note(stage, before)
             raise
         entry["seconds"] = round(time.monotonic() - start, 1)
         entry["finished"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        self._write({**before, stage: entry})
+        self._note(stage, entry)
 
-    def _write(self, stages: dict[str, dict]) -> None:
-        self.stages = stages
-        if not stages:
+    def _note(self, stage: str, entry: dict[str, Any] | None) -> None:
+        """Exchanges one stage's entry; those of stages that run beside it stay as they are now."""
+        self.stages = self._read()
+        if entry is None:
+            self.stages.pop(stage, None)
+        else:
+            self.stages[stage] = entry
+        if not self.stages:
             self.path.unlink(missing_ok=True)
             return
         with replacing(self.path) as file:
-            json.dump(stages, file, indent=2)
+            json.dump(self.stages, file, indent=2)
 
 
 def _strings(value: Any) -> Iterator[str]:

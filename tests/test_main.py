@@ -235,6 +235,35 @@ def test_a_stage_says_what_it_does_and_where_before_it_takes_long(
     assert capsys.readouterr().err.splitlines() == [error]
 
 
+def test_what_a_stage_does_not_read_is_said(run, world, capsys):
+    pairs = f"--config.identify.pairs_jsonl={world / 'none.jsonl'}"
+    assert run("--stage=identify", "--learning_rate=1", "--alpha_values=1", pairs) == 2
+    *said, error = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2] for line in said] == [
+        f"--{flag}: {field} is not read by --stage=identify"
+        for flag, field in (
+            ("alpha_values", "reward.alpha_values"),
+            ("learning_rate", "ppo.learning_rate"),
+        )
+    ]
+    assert error.startswith(f"error: {world / 'none.jsonl'}: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("option", "stage"),
+    [
+        ("--stage=identify --config.identify.pairs_jsonl={run}/data/pairs.jsonl", "prepare_data"),
+        ("--stage=train --sarm_model={run}/sarm", "train_sarm"),
+        ("--penalize_features=@{run}/probes/selected_features.json:detectors", "identify"),
+        ("--beta=1 --human_latents={run}/human_latents.safetensors", "human_latents"),
+    ],
+)
+def test_the_stage_that_makes_a_missing_file_is_named(run, tmp_path, capsys, option, stage):
+    assert run(*option.format(run=tmp_path / "run").split()) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(rf"(; --stage={stage} makes it|; make it with --stage={stage})$", error)
+
+
 def test_a_mesh_changes_nothing_but_where_it_runs(run, tmp_path):
     rows = []
     for name, mesh in (("one", []), ("four", ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"])):

@@ -87,6 +87,18 @@ def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
         Records(tmp_path)
 
 
+def test_stages_side_by_side_keep_each_others_records(tmp_path):
+    made_from = provenance({"a": 1})
+    first, second = Records(tmp_path), Records(tmp_path)
+    with first.recording("identify", made_from):
+        with pytest.raises(InputError), second.recording("human_latents", made_from):
+            raise InputError("refused")
+        assert list(Records(tmp_path).stages) == ["identify"]
+        with Records(tmp_path).recording("probe", made_from):
+            pass
+    assert all(map(Records(tmp_path).finished, ("identify", "probe")))
+
+
 def test_a_refused_first_stage_leaves_no_record(tmp_path):
     config = base.get_config()
     config.policy_model = "a/policy"
