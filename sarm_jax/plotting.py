@@ -9,7 +9,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 @contextmanager
@@ -23,6 +25,12 @@ def theme(dark: bool) -> Iterator[None]:
     style |= dict.fromkeys(edges, ink) | dict.fromkeys(papers, paper)
     with plt.rc_context(style):
         yield
+
+
+def by_step(axes: Axes, **labels: Any) -> None:
+    """PPO steps along the x axis: there is none between two whole numbers."""
+    axes.set(xlabel="PPO step", **labels)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def png(figure: Figure) -> bytes:

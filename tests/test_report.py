@@ -11,6 +11,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from ppo.metrics import COLUMNS, summarise
 from sarm_jax.errors import InputError
@@ -21,6 +23,7 @@ from sarm_jax.evaluation.report.page import ReportConfig, write_report
 from sarm_jax.evaluation.report.pictures import file_name, label, smooth
 from sarm_jax.evaluation.report.runs import ends, read_run
 from sarm_jax.evaluation.report.samples import SHOWN_TERMS, browser_rows, pairs_of
+from sarm_jax.plotting import by_step
 from sarm_jax.workdir import named_workdirs
 from tests.command import run_main
 from tests.report_runs import (
@@ -223,6 +226,26 @@ def test_the_goodhart_plot_counts_what_it_leaves_out(tmp_path):
     kl_t[4], kl_t[5] = 700.0, np.nan
     found = curves.goodhart([dataclasses.replace(run, column_t=run.column_t | {"ref_kl": kl_t})])
     assert found.caption.endswith("Steps beyond the right edge: 1")
+
+
+@pytest.mark.parametrize(("count", "title"), [(3, "mean and one sd"), (4, "mean")])
+def test_bands_of_many_runs_are_left_out(stage, tmp_path, monkeypatch, count, title):
+    bands = []
+    monkeypatch.setattr(Axes, "fill_between", lambda *_, **__: bands.append(1))
+    folders = [write_run(tmp_path / f"run{n}") for n in range(count)]
+    assert stage(f"runs={','.join(map(str, folders))}") == 0
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"Response length, {title}.</figcaption>" in page
+    assert len(bands) == (2 * count if count == 3 else 0)  # light and dark
+
+
+def test_no_tick_is_between_two_steps():
+    axes = Figure().subplots()
+    axes.plot(range(18), range(18))
+    by_step(axes, ylabel="tokens")
+    ticks = axes.get_xticks()
+    assert (ticks == np.round(ticks)).all() and len(ticks) > 3
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("PPO step", "tokens")
 
 
 def test_runs_of_different_reward_models_are_not_compared(stage, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sarm_jax.lab.findings import Runs
-from sarm_jax.plotting import png, theme
+from sarm_jax.plotting import by_step, png, theme
 from sarm_jax.statistics import mean_interval
 
 COLOURS = {  # told apart by colour-blind readers: Okabe and Ito
@@ -34,8 +34,8 @@ def goodhart(runs: Runs, dark: bool = False) -> bytes:
             for x_t, y_t in zip(x_st, y_st, strict=True):
                 kl.plot(x_t, y_t, **look | {"linewidth": 0.7, "alpha": 0.25})
             kl.plot(x_st.mean(axis=0), y_st.mean(axis=0), **look)
-        gold.set(title="what is wanted", xlabel="PPO step", ylabel="gold reward, at most 1")
-        score.set(title="what is rewarded", xlabel="PPO step", ylabel="SARM score, sd")
+        by_step(gold, title="what is wanted", ylabel="gold reward, at most 1")
+        by_step(score, title="what is rewarded", ylabel="SARM score, sd")
         kl.set(title="the Goodhart plot", xlabel="KL to the reference, nats per response")
         kl.set_ylabel("gold reward")
         every = np.concatenate([_curves(results, "ref_kl").ravel() for results in runs.values()])
@@ -80,8 +80,8 @@ def detected(runs: Runs, dark: bool = False) -> bytes:
         figure, (share, words) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         _over_steps(share, runs, "detected")
         _over_steps(words, runs, "flattery")
-        share.set(xlabel="PPO step", ylabel="share of responses", title="a detector fires")
-        words.set(xlabel="PPO step", ylabel="words per response", title="flattery")
+        by_step(share, ylabel="share of responses", title="a detector fires")
+        by_step(words, ylabel="words per response", title="flattery")
         for axes in (share, words):
             axes.grid(visible=True)
         handles, labels = share.get_legend_handles_labels()

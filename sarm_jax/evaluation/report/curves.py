@@ -16,10 +16,10 @@ from sarm_jax.evaluation.report.pictures import (
     smooth,
 )
 from sarm_jax.evaluation.report.runs import Run, ends
+from sarm_jax.plotting import by_step
 
 MOST = 5  # penalties drawn by themselves; where there are more, the least are drawn together
 LOG_2 = float(np.log(2))
-STEP = "PPO step"
 
 
 def reward_terms(runs: Sequence[Run]) -> list[Picture]:
@@ -38,7 +38,7 @@ def reward_terms(runs: Sequence[Run]) -> list[Picture]:
             for place, (name, values_t) in enumerate(found.items()):
                 width = 4.0 if name == "R_total" else 2.2
                 axes.plot(run.column("step"), values_t, label=name, **look(place), linewidth=width)
-            axes.set(xlabel=STEP, ylabel="reward-model units", ylim=limits)
+            by_step(axes, ylabel="reward-model units", ylim=limits)
             legend(axes, len(found))
 
         told = "; ".join(f"{name} {change(ends(values))}" for name, values in found.items())
@@ -142,7 +142,7 @@ def over_steps(
                 )
         if level:
             axes.axhline(level[0], color="#888888", linestyle=":", label=level[1])
-        axes.set(xlabel=STEP, ylabel=unit)
+        by_step(axes, ylabel=unit)
         legend(axes, len(shown) + bool(level))
 
     told = "; ".join(f"{run.name} {change(run.ends(name))}" for run in shown)
@@ -166,7 +166,7 @@ def features(run: Run) -> list[Picture]:
                 if taus and run.taus is not None:
                     tau = run.taus[run.features.index(i)]
                     axes.axhline(tau, color=COLOURS[place], linestyle=":", linewidth=1.4)
-            axes.set(xlabel=STEP, ylabel=unit)
+            by_step(axes, ylabel=unit)
             legend(axes, len(chosen))
 
         return draw

@@ -16,6 +16,7 @@ from sarm_jax.evaluation.report.samples import Pair
 from sarm_jax.evaluation.report.tables import Table
 
 Shown = TypeVar("Shown", Table, Picture)
+BANDS = 3  # runs whose spread is drawn as well: of more the bands hide each other
 CHECKED = ("total_reward", "rm_score", "ref_kl", "response_length_mean", "policy_loss")
 PROMPTS = " --config.evaluate.prompts_jsonl=FILE --config.evaluate.runs=DIR,DIR"
 OPTIONS_OF = {
@@ -112,8 +113,11 @@ def _features(runs: Sequence[Run]) -> Section:
 
 
 def _length(runs: Sequence[Run]) -> Section:
-    mean, spread = "response_length_mean", "response_length_std"
-    title = "Response length, mean and one sd"
+    mean, spread, title = "response_length_mean", "response_length_std", "Response length, mean"
+    if len(runs) <= BANDS:
+        title += " and one sd"
+    else:
+        spread = ""
     return Section(
         "length",
         "Length and end",
