@@ -6,7 +6,7 @@ WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
 
-.PHONY: demo study plan-h100 test lint types pytest smollm2 verbosity benchmark clean
+.PHONY: demo study plan-h100 test lint types pytest smollm2 verbosity verbosity-seeds benchmark clean
 
 # The reward-hacking lab: one seed, the reward model alone against the full method.
 demo: $(VENV)/.run
@@ -50,6 +50,21 @@ verbosity: $(SMOLLM2)/config.json
 	$(BIN)/python main.py --config=configs/verbosity_smollm2_baseline.py --stage=all \
 	  --config.prepare_data.rm_bench=$(RM_BENCH)
 	$(BIN)/python main.py --config=configs/verbosity_smollm2.py --stage=all
+
+# After it: both runs with two more seeds, and all six policies compared.
+verbosity-seeds:
+	set -e; run=outputs/verbosity_smollm2; given=""; for seed in 1 2; do \
+	  mkdir -p $${run}_$$seed; cp -r $$run/probes $$run/human_latents.safetensors $${run}_$$seed; \
+	  $(BIN)/python main.py --config=configs/verbosity_smollm2_baseline.py --stage=train \
+	    --seed=$$seed --workdir=$${run}_baseline_$$seed --sarm_model=$${run}_baseline/sarm; \
+	  $(BIN)/python main.py --config=configs/verbosity_smollm2.py --stage=train \
+	    --seed=$$seed --workdir=$${run}_$$seed; \
+	  given="$$given,without $$seed=$${run}_baseline_$$seed,with $$seed=$${run}_$$seed"; \
+	done; given="without 0=$${run}_baseline,with 0=$$run$$given"; \
+	mkdir -p $${run}_seeds; cp -r $$run/probes $${run}_seeds; for stage in evaluate report; do \
+	  $(BIN)/python main.py --config=configs/verbosity_smollm2.py --stage=$$stage \
+	    --workdir=$${run}_seeds --config.evaluate.rm_bench= \
+	    --config.evaluate.runs="$$given" --config.report.runs="$$given"; done
 
 # Against transformers + peft in PyTorch, alternately.
 benchmark: $(VENV)/.dev $(SMOLLM2)/config.json

@@ -17,6 +17,7 @@ from jax.stages import Lowered
 from tqdm import tqdm
 
 from sarm_jax.chat import encode_conversation, pad_batch, pad_id, scored_length
+from sarm_jax.compilation import compile_programs
 from sarm_jax.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.processes import fetch
 from sarm_jax.sarm import SARM, Intervention, intervention
@@ -33,6 +34,7 @@ class RewardModel:
     def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
+        self._asked: set = set()  # programs and shapes, for which they are compiled already
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -71,14 +73,12 @@ class RewardModel:
         latent_indices: Sequence[int] | None = None,
     ) -> Iterator[Callable[[], Lowered]]:
         """What `score` runs on `rows` conversations of these lengths, for every padded shape."""
-        change, indices = self._reads(clamp, latent_indices)
+        given = self._reads(clamp, latent_indices)
         length = scored_length(min(shortest, self.max_length))
         while True:
             length = min(length, self.max_length)
-            batches = self._batches([[0] * length] * rows)
-            shapes = {tokens.shape: (tokens, mask) for _, tokens, mask in batches}
-            for batch in shapes.values():
-                yield partial(_score.lower, *self._split, *batch, change, indices)
+            shapes = [shape for _, shape in self._chunks([length] * rows)]
+            yield from self._new_programs(_score, shapes, *given)
             if length >= min(longest, self.max_length):
                 return
             length = scored_length(length + 1)
@@ -93,11 +93,7 @@ class RewardModel:
         change, indices = self._reads(clamp, latent_indices)
         width = self.model.config.sae.latent_size if indices is None else len(indices)
         score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
-
-        def run(tokens_bt, mask_bt):
-            return _score(*self._split, tokens_bt, mask_bt, change, indices)
-
-        for chosen, (scores, latents) in self._on_batches(run, rows):
+        for chosen, (scores, latents) in self._on_batches(_score, rows, change, indices):
             score_b[chosen], z_bf[chosen] = scores[: len(chosen)], latents[: len(chosen)]
         return score_b, z_bf
 
@@ -117,7 +113,7 @@ class RewardModel:
         score_n, kept_nk = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
         index_nk = np.zeros((len(rows), sae.k if sae.use_topk else 0), np.int32)
         with tqdm(total=len(rows), desc=label, unit="row") as bar:
-            for chosen, found in self._on_batches(partial(_code, *self._split), rows):
+            for chosen, found in self._on_batches(_code, rows):
                 for whole, part in zip((score_n, kept_nk, index_nk), found, strict=True):
                     whole[chosen] = part[: len(chosen)]
                 bar.update(len(chosen))
@@ -132,24 +128,47 @@ class RewardModel:
             clamp = intervention(self.model.config.sae.latent_size, set_to=clamp)
         return clamp, None if latent_indices is None else np.asarray(latent_indices, np.int32)
 
-    def _on_batches(self, run, rows):
-        """(which rows, what `run` gives for them, on the host); the next batch runs meanwhile."""
-        batches = self._batches(rows)
-        started: Any = ((chosen, run(tokens, mask)) for chosen, tokens, mask in batches)
+    def _on_batches(self, program, rows, *given):
+        """(which rows, what `program` gives for them, on the host); the next batch runs meanwhile.
+
+        Several shapes that are new to it are compiled side by side first.
+        """
+        chunks = list(self._chunks([len(row) for row in rows]))
+        new = list(self._new_programs(program, [shape for _, shape in chunks], *given))
+        if len(new) > 1:
+            compile_programs(new)
+
+        def start(chosen, shape):
+            batch = self._batch([rows[i] for i in chosen], shape)
+            return chosen, program(*self._split, *batch, *given)
+
+        started: Any = (start(*chunk) for chunk in chunks)
         for (chosen, found), _ in pairwise(chain(started, [None])):
             yield chosen, fetch(found)
 
-    def _batches(self, rows):
-        """By length: (which rows, their tokens and mask with padding, rows beyond them filled)."""
-        order = np.argsort([len(row) for row in rows], kind="stable")
-        for start in range(0, len(rows), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            yield chosen, *self.model.trunk.placement.rows(self._pad([rows[i] for i in chosen]))
+    def _new_programs(self, program, shapes, *given) -> Iterator[Callable[[], Lowered]]:
+        """What lowers `program` for those of the shapes that it has not been asked for yet."""
+        leaves = tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(given))
+        for shape in dict.fromkeys(shapes):
+            asked = program, shape, jax.tree.structure(given), leaves
+            if asked not in self._asked:
+                self._asked.add(asked)
+                batch = self._batch([[0] * shape[1]], shape)
+                yield partial(program.lower, *self._split, *batch, *given)
 
-    def _pad(self, rows):
-        length = min(scored_length(max(map(len, rows))), self.max_length)
-        filler = [rows[0]] * (_batch_bucket(len(rows), self.batch_size) - len(rows))
-        return pad_batch([*rows, *filler], length, pad_id(self.tokenizer))
+    def _chunks(self, lengths):
+        """By length: (which rows, the shape of their batch)."""
+        order = np.argsort(lengths, kind="stable")
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            length = min(scored_length(lengths[chosen[-1]]), self.max_length)
+            yield chosen, (_batch_bucket(len(chosen), self.batch_size), length)
+
+    def _batch(self, rows, shape):
+        """Tokens and mask of that shape, with padding, and rows beyond them filled."""
+        filler = [rows[0]] * (shape[0] - len(rows))
+        padded = pad_batch([*rows, *filler], shape[1], pad_id(self.tokenizer))
+        return self.model.trunk.placement.rows(padded)
 
 
 def _batch_bucket(rows: int, most: int) -> int:

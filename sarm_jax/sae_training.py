@@ -32,6 +32,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from sarm_jax.chat import pad_batch, scored_length
+from sarm_jax.compilation import compile_programs
 from sarm_jax.llama import Llama
 from sarm_jax.sae import SAE, reconstruction_loss, standardise, top_k
 
@@ -92,9 +93,11 @@ def collect_activations(
     x_nd = np.empty((offsets[-1], trunk.config.hidden_size), np.float32)
     graphdef, state = nnx.split(trunk)
     length_r = np.asarray([scored_length(len(row.ids)) for row in rows])
+    size_of = {length: max(TOKENS_PER_BATCH // length, 1) for length in np.unique(length_r)}
+    shapes = [pad_batch([[0]] * size, length, 0) for length, size in size_of.items()]
+    compile_programs(partial(_standardised.lower, graphdef, state, *shape) for shape in shapes)
     with tqdm(total=len(rows), desc="activations", unit="row") as bar:
-        for length in np.unique(length_r):
-            size = max(TOKENS_PER_BATCH // length, 1)
+        for length, size in size_of.items():
             same = np.flatnonzero(length_r == length)
             for start in range(0, len(same), size):
                 chosen = same[start : start + size]

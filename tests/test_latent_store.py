@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from sarm_jax import latent_store
+from sarm_jax.compilation import compile_programs
 from sarm_jax.contrast_statistics import (
     ContrastStatistics,
     bootstrap_differential,
@@ -36,8 +38,8 @@ def test_topk_codes_are_the_dense_latents_exactly(reward_model):
 def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
     alone, latents = reward_model.store(["p"] * 11, TEXTS)
     rows = []
-    pad = reward_model._pad
-    monkeypatch.setattr(reward_model, "_pad", lambda batch: rows.extend(batch) or pad(batch))
+    batch = reward_model._batch
+    monkeypatch.setattr(reward_model, "_batch", lambda b, shape: rows.extend(b) or batch(b, shape))
     order = [3, 3, 10, 0, 3, *range(11)]
     score, again = reward_model.store(["p"] * len(order), [TEXTS[i] for i in order])
     assert len(rows) == 11
@@ -45,6 +47,31 @@ def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
     np.testing.assert_array_equal(score[:5], alone[order[:5]])
     every = range(latents.size)
     np.testing.assert_array_equal(again.columns(every), latents.columns(every)[order])
+
+
+def test_new_shapes_are_compiled_side_by_side_and_once(reward_model, monkeypatch):
+    asked, compiled = [], []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(len(asked))
+
+    def noted(programs):
+        asked.append(len(programs))
+        compile_programs(programs)
+        asked.append(0)
+
+    monkeypatch.setattr("sarm_jax.reward_model.compile_programs", noted)
+    model = type(reward_model)(reward_model.model, reward_model.tokenizer, 128, 3)
+    rows = [[5] * length for length in (3, 30, 31, 40, 60, 64, 90, 100)]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        first = model.score_tokens(rows)[0]
+        np.testing.assert_array_equal(model.score_tokens(rows)[0], first)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert asked == [3, 0]  # 3 × 32, 3 × 64, and two rows of 128: 2 × 128
+    assert compiled == [1] * 3  # none by a call
 
 
 def test_without_topk_columns_are_encoded_again(reward_model):
