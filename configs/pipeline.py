@@ -23,6 +23,7 @@ LOG = logging.getLogger(__name__)
 SCORING = ("sarm_model", "sarm_max_length", "dtype")
 STUDY_FIELDS = "seeds conditions processes alpha beta ignore_failed_gates gates_json".split()
 PREPARED = {"lab": "policy", "benchmarks": "data/data_summary.json"}  # else data/pairs.jsonl
+READ, READERS = ("identify", "human_latents"), ("train", "evaluate")
 RUN_FILES = {  # what a stage reads of a run
     "evaluate": ("adapter/*",),
     "report": ("metrics.csv", "*.jsonl", "summary.json", "config.json", "eval/*.json*"),
@@ -131,10 +132,23 @@ def run_stage(
     for flag, field in (shorthands or {}).items():
         if not any(f"{field}.".startswith(f"{read}.") for read in recipe.options):
             LOG.info("%s: %s is not read by --stage=%s", flag, field, name)
+    if name in READERS:
+        _warn_of_what_is_stale(config, workdir)
     try:
         _run(name, recipe, config, workdir, Records(workdir), _made_from(name, recipe, workdir))
     except InputError as error:
         raise InputError(f"{error}{_maker(str(error), config, workdir)}") from error
+
+
+def _warn_of_what_is_stale(config: ConfigDict, workdir: Path) -> None:
+    """Features and human latents may be those of another reward model, or of other data."""
+    records = Records(workdir)
+    for name in READ:
+        recipe = recipes(config, workdir)[name]
+        changed = records.stale(name, _made_from(name, recipe, workdir), "sarm_model")
+        if changed:
+            where = workdir / recipe.output
+            LOG.warning("%s is out of date: %s; --stage=%s makes it again", where, changed, name)
 
 
 def _maker(error: str, config: ConfigDict, workdir: Path) -> str:

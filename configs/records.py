@@ -101,6 +101,19 @@ class Records:
             return None
         return change(self.stages[stage], made_from)
 
+    def stale(self, stage: str, made_from: Provenance, option: str) -> str | None:
+        """What changed of `option` and of files that the stage read and would read, in words."""
+        if stage not in self.stages:
+            return None
+        before, read = self.stages[stage]["options"].get(option), self.stages[stage]["inputs"]
+        now = made_from.options[option]
+        if before != now:
+            return f"{option} was {before!r} and is {now!r}"
+        for path, digest in sorted(made_from.inputs.items()):
+            if read.get(path, digest) != digest:
+                return f"{path} has changed"
+        return None
+
     def finished(self, stage: str) -> bool:
         """Whether the stage's last call came to its end."""
         return bool(self.stages.get(stage, {}).get("finished"))

@@ -138,6 +138,39 @@ def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "stages.json").read_text())["train_sarm"]["seconds"] >= 0
 
 
+def test_features_of_another_reward_model_are_said(tmp_path, monkeypatch, caplog):
+    config, pairs, sarm = base.get_config(), tmp_path / "pairs.jsonl", tmp_path / "sarm"
+    sarm.mkdir()
+    for path in (pairs, sarm / "model.safetensors"):
+        path.write_text("one")
+    config.sarm_model = str(sarm)
+    for name in ("identify", "train"):
+        monkeypatch.setattr(f"configs.stages.{name}.run", lambda *_: None)
+
+    def run(stage, **changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        run_stage(stage, changed, tmp_path)
+
+    def warnings(**changes):
+        caplog.clear()
+        run("train", **changes)
+        (tmp_path / "stages.json").write_text(kept)
+        return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    run("identify", **{"identify.pairs_jsonl": str(pairs)})
+    kept = (tmp_path / "stages.json").read_text()
+    assert not warnings()  # that pairs were named for identify alone is no change
+    where = f"{tmp_path}/probes/selected_features.json is out of date: "
+    again = "; --stage=identify makes it again"
+    other = str(tmp_path / "other")
+    assert warnings(sarm_model=other) == [
+        f"{where}sarm_model was {str(sarm)!r} and is {other!r}{again}"
+    ]
+    (sarm / "model.safetensors").write_text("two")
+    assert warnings() == [f"{where}{sarm}/model.safetensors has changed{again}"]
+
+
 ALL = [name for name in stages.STAGES if name != "plan"]
 
 
