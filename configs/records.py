@@ -82,7 +82,9 @@ class Records:
 
     def _read(self) -> dict[str, dict]:
         try:
-            stages = parse_json(self.path.read_text(encoding="utf-8"))
+            stages = parse_json(
+                self.path.read_text(encoding="utf-8"), constants=True, unicode=False
+            )
         except FileNotFoundError:
             return {}
         except ValueError as error:

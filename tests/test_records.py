@@ -82,6 +82,12 @@ def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
     with pytest.raises(InputError), records.recording("identify", provenance({"a": 3})):
         raise InputError("refused")
     assert Records(tmp_path).difference("identify", made_from) is None
+    with (
+        pytest.raises(InputError),
+        records.recording("probe", provenance({"a": float("nan"), "b": "\udc80"})),
+    ):
+        raise InputError("not finite")
+    assert list(Records(tmp_path).stages) == ["identify"]
     (tmp_path / "stages.json").write_text("[]")
     with pytest.raises(InputError, match=r"stages\.json: not a record of stages"):
         Records(tmp_path)
