@@ -50,7 +50,7 @@ def real(args: argparse.Namespace) -> Workload:
 
     policy, tokenizer = load_policy(args.model_dir)
     prompts = list(islice(read_prompts(str(PROMPTS)), args.batch))
-    rows = encode_prompts(prompts, tokenizer, args.prompt_len, str(PROMPTS))
+    rows = encode_prompts(prompts, tokenizer, args.prompt_len, str(PROMPTS)).rows
     options = ResponseConfig(Sampling(args.new_tokens, temperature=1.0), batch_size=args.batch)
     found = respond(options, policy, policy, tokenizer, rows)
     return Workload(rows, found.length_n.tolist(), args.epochs)

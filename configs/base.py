@@ -59,7 +59,9 @@ def get_config() -> ConfigDict:
     config.ppo.temperature = 1.0  # of sampler, old, new and reference policy alike
     config.ppo.top_p = 1.0  # PPO refuses anything else
     config.ppo.max_new_tokens = 256
-    config.ppo.max_prompt_tokens = 1024  # with the chat template; a longer prompt is an error
+    config.ppo.max_prompt_tokens = 1024  # with the chat template
+    # A longer prompt: error, drop it, or truncate the beginning of the user's text.
+    config.ppo.long_prompts = "error"
     config.ppo.calibration_batches = 2  # batches of reference responses that give μ and σ
     config.ppo.pack_levels = 0  # sizes of packed batches (ppo/slots.py), each compiled; 0 = padded
     config.ppo.logprob_chunk = 0  # response positions per vocabulary projection; 0 = all at once

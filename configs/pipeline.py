@@ -14,7 +14,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import stages
-from configs.records import ADAPTER, Provenance, Records, provenance, train_settings
+from configs.records import ADAPTER, DEFAULTS, Provenance, Records, provenance, train_settings
 from configs.shared import plain
 from sarm_jax.errors import InputError
 from sarm_jax.workdir import claim
@@ -182,7 +182,7 @@ def _bring_up_to_date(name: str, recipe: Recipe, config: ConfigDict, workdir: Pa
     output = workdir / recipe.output
     if output.exists() and name not in records.stages and recipe.costly:
         if name == "train":
-            claim(workdir, train_settings(config))
+            claim(workdir, train_settings(config), DEFAULTS)
         return Outcome(name, output, "kept: made by a call that left no record")
     changed = records.difference(name, made_from)
     if output.exists() and records.finished(name) and changed is None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from configs import base
 from configs.shared import plain
 from sarm_jax.errors import InputError
 from sarm_jax.files import disk_is_full, replacing
@@ -23,6 +24,7 @@ from sarm_jax.strict_json import parse_json
 from sarm_jax.workdir import first_difference
 
 FILE = "stages.json"
+DEFAULTS = base.get_config().to_dict()
 ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last
 TRAIN_SETTINGS = (
     "policy_model sarm_model prompts_jsonl eval_prompts_jsonl dtype remat sarm_max_length "
@@ -59,7 +61,8 @@ def provenance(
 
 def change(before: Mapping[str, Any], now: Provenance) -> str | None:
     """What differs from a recorded {options, inputs}, in words; None: nothing."""
-    changed = first_difference(before["options"], json.loads(json.dumps(now.options)))
+    options = json.loads(json.dumps(now.options))
+    changed = first_difference(before["options"], options, defaults=DEFAULTS)
     if changed:
         return changed
     for path in sorted(before["inputs"].keys() | now.inputs.keys()):

@@ -42,6 +42,7 @@ class PPOConfig:
     top_p: float
     max_new_tokens: int
     max_prompt_tokens: int
+    long_prompts: str
     calibration_batches: int
     logprob_chunk: int
     pack_levels: int
@@ -73,6 +74,10 @@ class PPOConfig:
         if self.lr_schedule not in ("constant", "linear", "cosine"):
             raise InputError(
                 f"ppo.lr_schedule={self.lr_schedule!r}: expected constant, linear or cosine"
+            )
+        if self.long_prompts not in ("error", "drop", "truncate"):
+            raise InputError(
+                f"ppo.long_prompts={self.long_prompts!r}: expected error, drop or truncate"
             )
         if self.batch_size % self.pieces:
             raise InputError(

@@ -20,7 +20,7 @@ from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, ScoreScale, compound_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scorer
-from ppo.slots import SlotPlan
+from ppo.slots import SlotPlan, slot_plans
 from sarm_jax.processes import fetch
 
 
@@ -37,20 +37,31 @@ class HeldOut:
     density_ratio: DensityRatio | None
 
     def programs(self, params: dict) -> Iterator[Callable[[], Lowered]]:
-        """The rollout, and the reference pass for every length of responses."""
-        learner, base, length = self.sampler.learner, self.sampler.base, self.deck.length
-        yield partial(learner.lower_rollout, params, base, length, self.slot_plan.prefill)
-        for slots in self.slot_plan.all():
-            yield partial(learner.lower_reference, base, length, slots)
+        """Yields the rollout and the reference pass, for every length of prompts and responses."""
+        learner, base = self.sampler.learner, self.sampler.base
+        for length in sorted({self.deck.padded_length(n) for n in range(self.batches)}):
+            plan = self.slot_plans[length]
+            yield partial(learner.lower_rollout, params, base, length, plan.prefill)
+            for slots in plan.all():
+                yield partial(learner.lower_reference, base, length, slots)
+
+    @property
+    def prompts(self) -> list[list[str]]:
+        """The prompts of each batch."""
+        return [self.deck.texts(number) for number in range(self.batches)]
 
     @cached_property
-    def slot_plan(self) -> SlotPlan:
+    def slot_plans(self) -> dict[int, SlotPlan]:
         """The packed sizes of these batches, which are never cut in another order."""
         learner = self.sampler.learner
-        size = learner.config.batch_size
-        lengths = [self.deck.lengths(n, size) for n in range(self.batches)]
-        orders = [np.arange(size)[None]] * self.batches
-        return SlotPlan(learner.config, lengths, orders, learner.placement.parts)
+        order = np.arange(learner.config.batch_size)[None]
+        return slot_plans(
+            learner.config,
+            self.deck,
+            range(self.batches),
+            lambda number: order,
+            learner.placement.parts,
+        )
 
     def __call__(self, steps: int, state: dict[str, Any], scale: ScoreScale) -> list[dict]:
         """A row per response of the policy that has `steps` PPO steps behind it."""
@@ -58,7 +69,8 @@ class HeldOut:
 
     def _batch(self, number: int, steps: int, state: dict[str, Any], scale: ScoreScale):
         key = jax.random.fold_in(self.key, number)
-        params, plan = state["train"].params, self.slot_plan
+        params = state["train"].params
+        plan = self.slot_plans[self.deck.padded_length(number)]
         rollout = self.sampler(params, self.deck, number, key, plan.prefill)
         scored = self.scorer(rollout)
         ratio_b = np.zeros_like(scored.score_b)
@@ -68,7 +80,7 @@ class HeldOut:
         terms = compound_reward(
             self.reward, scored.score_b, scored.penalised_bn, ratio_b, scale.std
         )
-        ref_kl_b, ended_b = self._reference_kl(rollout), rollout.ended_b
+        ref_kl_b, ended_b = self._reference_kl(rollout, plan), rollout.ended_b
         features = [str(i) for i in self.reward.penalize_features]
         return [
             {
@@ -85,10 +97,10 @@ class HeldOut:
             for b in range(len(rollout.prompts))
         ]
 
-    def _reference_kl(self, rollout: Rollout) -> np.ndarray:
+    def _reference_kl(self, rollout: Rollout, plan: SlotPlan) -> np.ndarray:
         """Nats per response `[B]`, with the sampler's own log π."""
         generation, learner = rollout.generation, self.sampler.learner
-        slots = self.slot_plan.of(rollout.lengths_b)
+        slots = plan.of(rollout.lengths_b)
         ref_logp_br = learner.reference_logp(
             self.sampler.base, rollout.tokens_bt, rollout.mask_bt, slots=slots
         )

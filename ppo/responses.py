@@ -69,12 +69,12 @@ def respond(
 ) -> Responses:
     """The policy's responses to encoded prompts, in the order given; `chunk`: `token_logprobs`."""
     rows = [row for row in prompts for _ in range(config.samples)]
-    length = bucket_length(max(map(len, rows)))
     parts = []
     with tqdm(total=len(rows), desc=f"responses: {label}", unit="response") as bar:
         for number, start in enumerate(range(0, len(rows), config.batch_size)):
             batch = rows[start : start + config.batch_size]
-            filler = [rows[0]] * (config.batch_size - len(batch))  # one compiled shape
+            filler = [batch[0]] * (config.batch_size - len(batch))  # one compiled shape
+            length = bucket_length(max(map(len, batch)))
             padded = pad_batch([*batch, *filler], length, pad_id(tokenizer), side="left")
             key = jax.random.fold_in(jax.random.key(config.seed), number)
             placed = base.placement.rows(padded)

@@ -57,8 +57,7 @@ class Sampler:
 
         `slots` as in `Learner.rollout`.
         """
-        size = self.learner.config.batch_size
-        prompts, tokens_bp, mask_bp = deck.deal(number, size)
+        prompts, tokens_bp, mask_bp = deck.deal(number)
         generation = self.learner.rollout(params, self.base, tokens_bp, mask_bp, key, slots=slots)
         seen: Generation = fetch(generation)
         lengths_b = np.asarray(seen.mask_br).sum(axis=1)

@@ -1,12 +1,11 @@
 """What the reward reads from the SARM: scores, and the latents that its terms look at."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from jax.stages import Lowered
 
-from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
 from ppo.rollout import Rollout
 from sarm_jax.reward_model import RewardModel
@@ -34,6 +33,7 @@ class Scorer:
         self._split = len(config.penalize_features)
         # One gather per response: the penalised features first, then the subset.
         self._watched = (*config.penalize_features, *subset)
+        self._lengths: dict[str, int] = {}  # tokens of a prompt and an empty response
 
     def __call__(self, rollout: Rollout) -> Scored:
         """Scores the texts as the reward model's own tokenizer reads them."""
@@ -51,10 +51,16 @@ class Scorer:
         return score_b, self._model.score(*texts, neutral, self._watched)[0]
 
     def programs(
-        self, decks: Sequence[PromptDeck], max_new_tokens: int, rows: int
+        self, batches: Iterable[Sequence[str]], max_new_tokens: int
     ) -> Iterator[Callable[[], Lowered]]:
-        """What scoring runs, for every padded length that it can meet."""
-        lengths = [len(self._model.encode(p, "")) for deck in decks for p in deck.prompts]
-        return self._model.programs(
-            min(lengths), max(lengths) + max_new_tokens, rows, self._clamp, self._watched
-        )
+        """Yields what scoring responses to these batches of prompts runs, for all padded lengths.
+
+        `max_new_tokens` is the most that a response adds to its prompt.
+        """
+        lengths = [[self._length(prompt) for prompt in prompts] for prompts in batches]
+        return self._model.programs(lengths, max_new_tokens, self._clamp, self._watched)
+
+    def _length(self, prompt: str) -> int:
+        if prompt not in self._lengths:
+            self._lengths[prompt] = len(self._model.encode(prompt, ""))
+        return self._lengths[prompt]

@@ -5,12 +5,13 @@ step are known, so their share is the most that any step needs; the responses' s
 `ppo.pack_levels`, chosen when the responses are there.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ppo.config import PPOConfig
+from ppo.prompts import PromptDeck
 
 MULTIPLE = 8  # every size is one: what matrix units like
 
@@ -23,7 +24,7 @@ class Slots(NamedTuple):
 
 
 class SlotPlan:
-    """The sizes that a run's batches can take; None throughout where `ppo.pack_levels` is 0.
+    """The sizes that batches of one padded prompt length can take; None if `ppo.pack_levels` is 0.
 
     A microbatch is packed in `parts` groups, one per part of the mesh with rows of its own.
     `prompt_lengths` are those of every batch, `[B]` in tokens, and `orders` its rows in every
@@ -63,6 +64,31 @@ class SlotPlan:
 
     def _slots(self, level: int) -> Slots:
         return Slots(self._prompts + level * self._unit, level * self._unit)
+
+
+def slot_plans(
+    config: PPOConfig,
+    deck: PromptDeck,
+    batches: Sequence[int],
+    order_of: Callable[[int], np.ndarray],
+    parts: int,
+) -> dict[int, SlotPlan]:
+    """Returns a plan for each padded prompt length that a batch of the deck can have.
+
+    Packed, these are the lengths of `batches`, which must be all of the run. `order_of` gives the
+    order of a batch; it and `parts` are those of `SlotPlan`.
+    """
+    if not config.pack_levels:
+        return {length: SlotPlan(config, [], [], parts) for length in deck.padded_lengths}
+    numbers: dict[int, list[int]] = {}
+    for number in batches:
+        numbers.setdefault(deck.padded_length(number), []).append(number)
+    return {
+        length: SlotPlan(
+            config, [deck.lengths(n) for n in some], [order_of(n) for n in some], parts
+        )
+        for length, some in numbers.items()
+    }
 
 
 def _fullest(lengths_b: np.ndarray, order: np.ndarray | None, rows: int) -> int:

@@ -37,7 +37,7 @@ from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scored, Scorer
-from ppo.slots import SlotPlan, Slots
+from ppo.slots import Slots, slot_plans
 from ppo.update import Batch, Updater, batch_metrics
 from sarm_jax import processes
 from sarm_jax.chat import pad_id
@@ -52,6 +52,7 @@ from sarm_jax.signals import on_signal
 LOG = logging.getLogger(__name__)
 
 NO_PROFILE = ProfileConfig()
+LOOK_AHEAD = 10_000  # batches whose shapes are compiled before the first step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +116,10 @@ class Trainer:
                 reward=config.reward,
                 density_ratio=self.density_ratio,
             )
-        batches = max(config.ppo.total_steps, config.ppo.calibration_batches)
-        numbers = range(batches if config.ppo.pack_levels else 0)
-        self._slot_plan = SlotPlan(
-            config.ppo,
-            [deck.lengths(n, config.ppo.batch_size) for n in numbers],
-            [self._order(n) for n in numbers],
-            policy.placement.parts,
-        )
+        batches = range(max(config.ppo.total_steps, config.ppo.calibration_batches))
+        parts = policy.placement.parts
+        self._slot_plans = slot_plans(config.ppo, deck, batches, self._order, parts)
+        self._expected = batches[:LOOK_AHEAD]
         profile.check_steps(config.ppo.total_steps)
         self._profiler = Profiler(profile, workdir)
         self._stop_signal = 0  # none
@@ -187,6 +184,7 @@ class Trainer:
         rows = read_metrics(self.workdir / "metrics.csv")
         summary = summarise(rows, self.scale.mean, self.scale.std)
         summary |= {"total_steps": self.config.ppo.total_steps, "stopped": stopped}
+        summary["prompts"] = self.deck.summary()
         summary["warnings"] = watch.warnings
         if self.held_out is not None:
             summary["held_out"] = summarise_evaluations(read_evaluations(self.workdir))
@@ -212,13 +210,16 @@ class Trainer:
     def _programs(self) -> Iterator[Callable[[], Lowered]]:
         """All that a step runs on a model, so that none has to compile it; the longest first."""
         config, params, base = self.config.ppo, self._fresh.params, self.base
-        length, slot_plan = self.deck.length, self._slot_plan
-        yield partial(self.learner.lower_rollout, params, base, length, slot_plan.prefill)
-        for slots in slot_plan.all():
-            yield from self.updater.lower(self._fresh, base, length, slots).values()
-            yield partial(self.learner.lower_reference, base, length, slots)
-        decks = [self.deck] if self.held_out is None else [self.deck, self.held_out.deck]
-        yield from self.scorer.programs(decks, config.max_new_tokens, config.batch_size)
+        for length in sorted({self.deck.padded_length(n) for n in self._expected}, reverse=True):
+            plan = self._slot_plans[length]
+            yield partial(self.learner.lower_rollout, params, base, length, plan.prefill)
+            for slots in plan.all():
+                yield from self.updater.lower(self._fresh, base, length, slots).values()
+                yield partial(self.learner.lower_reference, base, length, slots)
+        prompts = [self.deck.texts(number) for number in self._expected]
+        if self.held_out is not None:
+            prompts += self.held_out.prompts
+        yield from self.scorer.programs(prompts, config.max_new_tokens)
         if self.held_out is not None:
             yield from self.held_out.programs(params)
 
@@ -227,11 +228,16 @@ class Trainer:
         scores = []
         for batch in range(self.config.ppo.calibration_batches):
             key = jax.random.fold_in(self._calibration_key, batch)
-            rollout = self.sampler(params, self.deck, batch, key, self._slot_plan.prefill)
+            rollout = self._roll_out(params, batch, key)
             scores.append(self.scorer.with_and_without_clamp(rollout))
         scale = ScoreScale.of(*np.concatenate(scores, axis=1))
         LOG.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
         return scale
+
+    def _roll_out(self, params: dict, batch: int, key: jax.Array) -> Rollout:
+        """Responses to a batch of the deck by the policy with `params`."""
+        plan = self._slot_plans[self.deck.padded_length(batch)]
+        return self.sampler(params, self.deck, batch, key, plan.prefill)
 
     def _evaluate(self, steps: int, state: dict) -> list[dict]:
         return [] if self.held_out is None else self.held_out(steps, state, self.scale)
@@ -242,8 +248,7 @@ class Trainer:
         clock = [time.perf_counter()]
         key = jax.random.fold_in(self._rollout_key, step)
         with phase("rollout"):
-            params, prefill = state["train"].params, self._slot_plan.prefill
-            rollout = self.sampler(params, self.deck, step, key, prefill)
+            rollout = self._roll_out(state["train"].params, step, key)
         clock.append(time.perf_counter())
 
         with phase("score"):
@@ -256,7 +261,8 @@ class Trainer:
 
         with phase("update"):
             order = self._order(step)
-            slots = self._slot_plan.of(rollout.lengths_b, order)
+            plan = self._slot_plans[self.deck.padded_length(step)]
+            slots = plan.of(rollout.lengths_b, order)
             batch = self._batch(rollout, reward_b, slots)
             train_state, targets, scalars = self.updater(
                 state["train"], self.base, batch, order, slots

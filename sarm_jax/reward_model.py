@@ -4,7 +4,7 @@ Rows are sorted by length and run in padded batches of a few fixed shapes, so th
 stay bounded; a score does not depend on the rows it is batched with.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain, pairwise
 from typing import Any
@@ -66,22 +66,28 @@ class RewardModel:
 
     def programs(
         self,
-        shortest: int,
-        longest: int,
-        rows: int,
+        batches: Iterable[Sequence[int]],
+        extra: int,
         clamp: Intervention | None = None,
         latent_indices: Sequence[int] | None = None,
     ) -> Iterator[Callable[[], Lowered]]:
-        """What `score` runs on `rows` conversations of these lengths, for every padded shape."""
-        given = self._reads(clamp, latent_indices)
-        length = scored_length(min(shortest, self.max_length))
-        while True:
-            length = min(length, self.max_length)
-            shapes = [shape for _, shape in self._chunks([length] * rows)]
-            yield from self._new_programs(_score, shapes, *given)
-            if length >= min(longest, self.max_length):
-                return
-            length = scored_length(length + 1)
+        """Yields what `score` runs on batches of conversations, for every shape that it can pad to.
+
+        `batches` hold the tokens of each conversation without its response, which adds 0 to
+        `extra`.
+        """
+        shapes: set[tuple[int, int]] = set()
+        for lengths in batches:
+            # Whatever the responses add, the n-th longest lies between these two n-th longest.
+            least = self._chunks(lengths)
+            most = self._chunks([length + extra for length in lengths])
+            for (_, (rows, shortest)), (_, (_, longest)) in zip(least, most, strict=True):
+                length = shortest
+                shapes.add((rows, length))
+                while length < longest:
+                    length = min(scored_length(length + 1), self.max_length)
+                    shapes.add((rows, length))
+        yield from self._new_programs(_score, sorted(shapes), *self._reads(clamp, latent_indices))
 
     def score_tokens(
         self,

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,19 @@ def _remove_empty(directories: list[Path]) -> None:
             return
 
 
-def claim(workdir: Path, settings: dict[str, Any], name: str = "config.json") -> None:
-    """Writes `settings` as `name`, or checks that the run there has the very same ones."""
-    if not is_claimed(workdir, settings, name):
-        with replacing(workdir / name) as file:
+def claim(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Writes `settings` as config.json, or checks that the run there has the very same ones.
+
+    `defaults` as in `first_difference`.
+    """
+    if not is_claimed(workdir, settings, defaults):
+        with replacing(workdir / "config.json") as file:
             json.dump(settings, file, indent=2)
 
 
-def is_claimed(workdir: Path, settings: dict[str, Any], name: str = "config.json") -> bool:
+def is_claimed(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
     """Whether a run with these settings is there; InputError where one with others is."""
-    path = workdir / name
+    path = workdir / "config.json"
     if not path.exists():
         return False
     try:
@@ -75,7 +78,7 @@ def is_claimed(workdir: Path, settings: dict[str, Any], name: str = "config.json
         raise InputError(f"{path}: expected the options of a run, found {short(found)}")
     if "model_type" in found:
         raise InputError(f"--workdir={workdir} holds a model; choose another --workdir")
-    difference = first_difference(found, settings)
+    difference = first_difference(found, settings, defaults=defaults)
     if difference:
         raise InputError(
             f"--workdir={workdir} holds a run of another configuration: {difference}; "
@@ -99,14 +102,22 @@ def named_workdirs(text: str, own: Path, flag: str) -> dict[str, Path]:
     return runs
 
 
-def first_difference(found: Any, wanted: Any, name: str = "") -> str | None:
-    """Where two nested configurations differ, in words; None: nowhere."""
+def first_difference(
+    found: Any, wanted: Any, name: str = "", defaults: Mapping[str, Any] | None = None
+) -> str | None:
+    """Describes the first difference between two nested configurations; None: there is none.
+
+    `defaults`, nested alike, stand for options that one of them lacks: a record from before an
+    option existed is that of its default, which keeps to what was done then.
+    """
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         same = found == wanted
         return None if same else f"{name or 'config'} was {found!r} and is now {wanted!r}"
     for key in sorted(found.keys() | wanted.keys()):
         child = f"{name}.{key}".lstrip(".")
-        difference = first_difference(found.get(key), wanted.get(key), child)
+        default = defaults.get(key) if isinstance(defaults, Mapping) else None
+        before, now = found.get(key, default), wanted.get(key, default)
+        difference = first_difference(before, now, child, default)
         if difference:
             return difference
     return None

@@ -343,6 +343,12 @@ FLAGS = [
     main("unknown dtype", "--config.dtype=float16", "dtype='float16'", "bfloat16"),
     main("unknown remat", "--config.remat=some", "remat='some'", "dots"),
     main("unknown schedule", "--config.ppo.lr_schedule=step", "lr_schedule='step'", "cosine"),
+    main(
+        "unknown treatment of long prompts",
+        "--config.ppo.long_prompts=cut",
+        "ppo.long_prompts='cut'",
+        "truncate",
+    ),
     main("gamma above 1", "--config.ppo.gamma=1.5", "ppo.gamma=1.5", "[0, 1]"),
     main("infinite KL weight", "--config.ppo.kl_coef=inf", "ppo.kl_coef=inf"),
     main("no evaluation step", "--config.ppo.eval_every=0", "ppo.eval_every=0"),

@@ -148,18 +148,19 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         profile=NO_PROFILE,
         stop_ids=None,
         guards=None,
+        prompts=PROMPTS,
         **changes,
     ):
         workdir.mkdir(exist_ok=True)
         stop_ids = chat.stop_ids(tokenizer) if stop_ids is None else stop_ids
         policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stop_ids)
         ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
-        deck = PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed)
+        deck = PromptDeck(prompts, tokenizer, ppo)
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
         human = collect_human_latents(reward_model, demos, ACTIVE) if reward.beta else None
         limits = GuardConfig(**(guards or {}))
         config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR, limits)
-        eval_deck = PromptDeck(HELD_OUT, tokenizer, 500, ppo.seed) if evaluate else None
+        eval_deck = PromptDeck(HELD_OUT, tokenizer, ppo) if evaluate else None
         return Trainer(
             config,
             spread(policy),

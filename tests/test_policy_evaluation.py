@@ -87,7 +87,7 @@ def test_plane_against_the_covariance(monkeypatch, block):
 
 def test_zero_adapter_is_the_base(policy, tokenizer):
     config = ResponseConfig(Sampling(5), samples=2, batch_size=4)
-    rows = encode_prompts(PROMPTS, tokenizer, 500)
+    rows = encode_prompts(PROMPTS, tokenizer, 500).rows
     adapted = nnx.merge(*nnx.split(policy))
     add_lora(adapted, LoRAConfig(rank=2), nnx.Rngs(0))
     base = respond(config, policy, policy, tokenizer, rows)
@@ -211,7 +211,7 @@ def test_stage_compares_adapters_with_their_base(world, run, tmp_path):
     assert [row["prompt"] for row in rows] == PROMPTS
     policy, tokenizer = load_policy(str(world / "policy"), "float32")
     config = ResponseConfig(Sampling(6, 0.0))
-    encoded = encode_prompts(PROMPTS, tokenizer, 500)
+    encoded = encode_prompts(PROMPTS, tokenizer, 500).rows
     greedy = respond(config, policy, policy, tokenizer, encoded)
     assert [row["responses"]["base"]["response"] for row in rows] == greedy.texts
     sources = [p["source"] for p in json.loads((folder / "latent_map.json").read_text())["points"]]

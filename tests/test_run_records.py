@@ -106,11 +106,12 @@ def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path):
     np.testing.assert_allclose(row["reward_mean"], expected, atol=1e-4)
 
 
-def test_the_seed_orders_the_prompts(tokenizer):
-    orders = [PromptDeck(PROMPTS, tokenizer, 500, seed=s).deal(0, 10)[0] for s in (1, 2)]
+def test_the_seed_orders_the_prompts(tokenizer, ppo_config):
+    decks = [PromptDeck(PROMPTS, tokenizer, ppo_config(batch_size=10, seed=s)) for s in (1, 2)]
+    orders = [deck.deal(0)[0] for deck in decks]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
 def test_a_prompt_may_be_as_long_as_allowed(tokenizer):
     ids = encode_prompt(tokenizer, "hi")
-    assert encode_prompts(["hi"], tokenizer, len(ids)) == [ids]
+    assert encode_prompts(["hi"], tokenizer, len(ids)).rows == [ids]

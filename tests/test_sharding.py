@@ -86,7 +86,7 @@ def train(tokenizer, ppo_config, placement: Placement, workdir: Path, **changes)
         put(policy, placement),
         tokenizer,
         model,
-        PromptDeck(PROMPTS, tokenizer, ppo.max_prompt_tokens, ppo.seed),
+        PromptDeck(PROMPTS, tokenizer, ppo),
         collect_human_latents(model, demos, (8, 18, 21, 29, 38, 39)),
         workdir,
     )

@@ -284,18 +284,19 @@ def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces, co
     options = {"total_steps": 8, "eval_every": 3, "pack_levels": 3, "num_minibatches": pieces}
     trainer = make_trainer(tmp_path / "run", evaluate=True, stop_ids=many, **options)
     taken = set()
-    plan = trainer._slot_plan.of
+    (slot_plan,) = trainer._slot_plans.values()
+    plan = slot_plan.of
 
     def slots(*lengths):
         taken.add(plan(*lengths))
         return plan(*lengths)
 
-    trainer._slot_plan.of = slots
+    slot_plan.of = slots
     compiled = compilations(trainer)
     trainer.run()
     assert compiled, "the listener heard nothing"
     assert max(compiled) < 2
-    assert len(taken) > 1 and taken <= set(trainer._slot_plan.all())
+    assert len(taken) > 1 and taken <= set(slot_plan.all())
 
 
 def test_what_a_resumed_run_compiles_it_compiles_before_its_second_step(
@@ -438,14 +439,14 @@ def test_evaluations_of_a_resumed_run_stand_once(make_trainer, tmp_path):
     assert whole == parts
 
 
-def test_batches_of_prompts(tokenizer):
-    deck = PromptDeck(PROMPTS, tokenizer, 500, seed=1)
-    dealt = [deck.deal(step, 4)[0] for step in range(5)]
+def test_batches_of_prompts(tokenizer, ppo_config):
+    deck = PromptDeck(PROMPTS, tokenizer, ppo_config(seed=1))
+    dealt = [deck.deal(step)[0] for step in range(5)]
     flat = [text for batch in dealt for text in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == sorted(PROMPTS)
     assert flat[:10] != flat[10:]
-    assert deck.deal(3, 4)[0] == dealt[3]
-    texts, tokens, mask = deck.deal(0, 4)
+    assert deck.deal(3)[0] == dealt[3]
+    texts, tokens, mask = deck.deal(0)
     for text, row, real in zip(texts, tokens, mask, strict=True):
         assert row[real].tolist() == chat.encode_prompt(tokenizer, text)
         assert not real[0] or real.all()

@@ -63,12 +63,13 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     _check_adapters(config, adapters)
     prompts = read_prompts(path)
     tokenizer = load_hf_tokenizer(config.policy_model, model.vocab_size)
-    rows = encode_prompts(prompts, tokenizer, config.ppo.max_prompt_tokens, path)
+    ppo = config.ppo
+    encoded = encode_prompts(prompts, tokenizer, ppo.max_prompt_tokens, path, ppo.long_prompts)
     human = []
     if section.human_jsonl:
         human = read_jsonl(section.human_jsonl, DEMO)
     pairs = [(row["prompt"], row["response"]) for row in human]
-    return PolicyInputs(prompts, rows, pairs, adapters, options)
+    return PolicyInputs(encoded.texts, encoded.rows, pairs, adapters, options)
 
 
 def adapters_of(text: str, workdir: Path) -> dict[str, Path]:

@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from configs.records import ADAPTER, Provenance, change, provenance, train_settings
+from configs.records import ADAPTER, DEFAULTS, Provenance, change, provenance, train_settings
 from configs.shared import check_remat, mesh_config, policy_model, required, reward_model
 from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
@@ -60,19 +60,18 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     human = human_buffer(asked.reward, config.reward.human_latents, latent_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
     ppo = asked.ppo
-    deck = PromptDeck(prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, config.prompts_jsonl)
+    deck = PromptDeck(prompts, tokenizer, ppo, config.prompts_jsonl)
     eval_deck = None
     if path := config.eval_prompts_jsonl:
-        eval_prompts = read_prompts(path)
-        eval_deck = PromptDeck(eval_prompts, tokenizer, ppo.max_prompt_tokens, ppo.seed, path)
+        eval_deck = PromptDeck(read_prompts(path), tokenizer, ppo, path)
     check_context(config, deck, *([eval_deck] if eval_deck else []))
     check_models(config.policy_model, config.sarm_model)
     made_from = provenance(train_settings(config), (), workdir / ADAPTER)
     done = check_checkpoint(workdir / "checkpoints", made_from)
-    is_claimed(workdir, train_settings(config))
+    is_claimed(workdir, train_settings(config), DEFAULTS)
     if processes.is_first():
         check_log(workdir, asked.reward.penalize_features, done, ppo.checkpoint_every)
-    claim(workdir, train_settings(config))
+    claim(workdir, train_settings(config), DEFAULTS)
     processes.agree()
     check_same_everywhere(made_from)
 
