@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The defaults, locked: an unknown field is an error."""
     config = ConfigDict()
+    config.experiment_name = ""  # stands in summary.json
     # Models: a Hugging Face directory, a Hugging Face repo id, or a converted directory.
     config.policy_model = ""
     config.sarm_model = ""

@@ -1,8 +1,8 @@
 """The flags of `main.py`, and how they land in the config.
 
-The reference implementation's flag names are shorthands for config fields: a flag that is not
-given leaves the field alone. "{workdir}" in a string field becomes the working directory, in
-`fill_in`.
+The reference implementation's flags (`reference_flags`) are shorthands for config fields: a flag
+that is not given leaves the field alone. "{workdir}" in a string field becomes the working
+directory, in `fill_in`.
 """
 
 import difflib
@@ -17,6 +17,8 @@ from absl import flags
 from jax.tree_util import keystr, tree_leaves_with_path
 from ml_collections import ConfigDict, config_flags
 
+from configs import reference_flags
+from configs.reference_flags import BATCH, SHORTHANDS
 from sarm_jax.errors import InputError, refuse_secrets
 from sarm_jax.processes import Hosts
 
@@ -31,42 +33,8 @@ PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run 
 PROCESS = flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
 STAGE = flags.DEFINE_string("stage", "train", "what to run; README lists the stages")
 
-_STRING, _FLOAT, _INTEGER = flags.DEFINE_string, flags.DEFINE_float, flags.DEFINE_integer
-REFERENCE_FLAGS = {  # flag: (kind, config field)
-    "policy_model": (_STRING, "policy_model"),
-    "sarm_model": (_STRING, "sarm_model"),
-    "prompts_jsonl": (_STRING, "prompts_jsonl"),
-    "human_latents": (_STRING, "reward.human_latents"),
-    "penalize_features": (_STRING, "reward.penalize_features"),
-    "tau_values": (_STRING, "reward.tau_values"),
-    "alpha_values": (_STRING, "reward.alpha_values"),
-    "clamp_features": (_STRING, "reward.clamp_features"),
-    "clamp_set_values": (_STRING, "reward.clamp_set_values"),
-    "clamp_min_values": (_STRING, "reward.clamp_min_values"),
-    "clamp_max_values": (_STRING, "reward.clamp_max_values"),
-    "beta": (_FLOAT, "reward.beta"),
-    "latent_indices": (_STRING, "reward.latent_indices"),
-    "disc_lr": (_FLOAT, "discriminator.learning_rate"),
-    "batch_size": (_INTEGER, "ppo.batch_size"),
-    "gradient_accumulation_steps": (_INTEGER, "ppo.gradient_accumulation_steps"),
-    "learning_rate": (_FLOAT, "ppo.learning_rate"),
-    "total_steps": (_INTEGER, "ppo.total_steps"),
-    "ppo_epochs": (_INTEGER, "ppo.ppo_epochs"),
-    "clip_range": (_FLOAT, "ppo.clip_range"),
-    "vf_coef": (_FLOAT, "ppo.vf_coef"),
-    "max_grad_norm": (_FLOAT, "ppo.max_grad_norm"),
-    "seed": (_INTEGER, "ppo.seed"),
-    "lora_r": (_INTEGER, "lora.rank"),
-    "lora_alpha": (_FLOAT, "lora.alpha"),
-    "lora_dropout": (_FLOAT, "lora.dropout"),
-    "max_new_tokens": (_INTEGER, "ppo.max_new_tokens"),
-    "temperature": (_FLOAT, "ppo.temperature"),
-    "top_p": (_FLOAT, "ppo.top_p"),
-}
+reference_flags.define()
 PLANNED_AS = {"policy_model": "policy_config", "sarm_model": "sarm_config"}
-_define: Any  # the kinds have different signatures
-for _name, (_define, _field) in REFERENCE_FLAGS.items():
-    _define(_name, None, f"shorthand for --config.{_field}")
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
@@ -82,6 +50,13 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         raise InputError(f"--config={named}: no such file")
     try:
         rest = flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        instead = reference_flags.replacement(error.flagname)
+        if instead is not None:
+            raise InputError(f"--{error.flagname} is not taken: {instead}") from None
+        if named is not None:
+            _refuse_unknown_options(argv, named)
+        raise InputError(_one_line(error)) from error
     except Exception as error:  # the file of --config is a program
         if named is not None:
             _refuse_unknown_options(argv, named)
@@ -94,17 +69,16 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
     if not path.is_file():
         raise InputError(f"--config={path}: no such file")
-    if WORKDIR.value == "":
-        raise InputError("--workdir is empty")
-    workdir = Path(WORKDIR.value or Path("outputs") / path.stem)
+    workdir = _workdir(default=Path("outputs") / path.stem)
     config = CONFIG.value
-    for flag, (_, field) in REFERENCE_FLAGS.items():
+    for flag, (_, field) in SHORTHANDS.items():
         value = flags.FLAGS[flag].value
         if value is None:
             continue
         config.update_from_flattened_dict({field: value})
         if flag in PLANNED_AS:  # the model given takes the place of the config's own architecture
             config.plan[PLANNED_AS[flag]] = ""
+    reference_flags.set_batch(config, argv)
     values = tree_leaves_with_path(config.to_dict())
     named_values = ((keystr(parts, simple=True, separator="."), value) for parts, value in values)
     refuse_secrets(f"--config.{name}={value}" for name, value in named_values)
@@ -113,8 +87,24 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
 
 def shorthands() -> dict[str, str]:
     """Flags given for a field of a section, which not every stage reads, by flag: the field."""
-    fields = {flag: field for flag, (_, field) in REFERENCE_FLAGS.items() if "." in field}
+    fields = {flag: field for flag, (_, field) in SHORTHANDS.items() if "." in field}
+    fields |= {flag: field for flag, (field, _) in BATCH.items()}
     return {f"--{k}": field for k, field in fields.items() if flags.FLAGS[k].value is not None}
+
+
+def _workdir(default: Path) -> Path:
+    """The directory of --workdir, or of --output_dir as the reference calls it."""
+    given: dict[str, str] = {}
+    for name in ("workdir", "output_dir"):
+        value = flags.FLAGS[name].value
+        if value == "":
+            raise InputError(f"--{name} is empty")
+        if value is not None:
+            given[name] = value
+    if len({Path(value) for value in given.values()}) > 1:
+        both = " and ".join(f"--{name}={value}" for name, value in given.items())
+        raise InputError(f"{both}: two names of the same option, give one")
+    return Path(next(iter(given.values()), default))
 
 
 def hosts(stage: str) -> Hosts | None:
@@ -138,7 +128,7 @@ def log_level() -> int:
 
 def usage() -> str:
     """The flags, for --help."""
-    return flags.FLAGS.module_help(__name__)
+    return "\n".join(flags.FLAGS.module_help(m) for m in (__name__, reference_flags.__name__))
 
 
 def fill_in(template: ConfigDict, workdir: Path) -> ConfigDict:

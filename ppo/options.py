@@ -33,6 +33,7 @@ def train_config(config: Mapping[str, Any]) -> TrainConfig:
         discriminator=DiscriminatorConfig(**config["discriminator"]),
         guards=guard_config(config["guards"]),
         checkpoint=CheckpointConfig(**config["checkpoint"]),
+        experiment_name=config["experiment_name"],
     )
 
 

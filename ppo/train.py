@@ -59,7 +59,7 @@ LOOK_AHEAD = 10_000  # batches whose shapes are compiled before the first step
 class TrainConfig:
     """The options of the train stage, section by section.
 
-    The last two change no number: a run may go on with others than it started with.
+    The last three change no number: a run may go on with others than it started with.
     """
 
     ppo: PPOConfig
@@ -68,6 +68,7 @@ class TrainConfig:
     discriminator: DiscriminatorConfig
     guards: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    experiment_name: str = ""
 
 
 class Trainer:
@@ -185,6 +186,8 @@ class Trainer:
         summary = summarise(rows, self.scale.mean, self.scale.std)
         summary |= {"total_steps": self.config.ppo.total_steps, "stopped": stopped}
         summary["prompts"] = self.deck.summary()
+        if self.config.experiment_name:
+            summary["experiment_name"] = self.config.experiment_name
         summary["warnings"] = watch.warnings
         if self.held_out is not None:
             summary["held_out"] = summarise_evaluations(read_evaluations(self.workdir))

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from configs import base
-from configs.command_line import REFERENCE_FLAGS
+from configs.reference_flags import SHORTHANDS
 from ppo.guards import GuardConfig
 from ppo.profiling import ProfileConfig
 from ppo.responses import ResponseConfig
@@ -50,7 +50,7 @@ ALIASES = {
 
 def test_reference_flags_name_fields_of_the_same_name():
     config = base.get_config()
-    for flag, (_, field) in REFERENCE_FLAGS.items():
+    for flag, (_, field) in SHORTHANDS.items():
         assert field == ALIASES.get(flag, field) and (
             flag in ALIASES or field.split(".")[-1] == flag
         )

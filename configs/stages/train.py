@@ -13,6 +13,7 @@ from configs.shared import check_remat, mesh_config, policy_model, required, rew
 from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
 from ppo.checkpoint import newest_facts
+from ppo.config import PPOConfig
 from ppo.guards import TrainingStoppedError
 from ppo.human_latents import human_buffer
 from ppo.metrics import check_log
@@ -77,8 +78,8 @@ def _train(config: ConfigDict, workdir: Path) -> None:
 
     steps = ppo.total_steps
     where = describe_devices(mesh_config(config).devices)
-    what = f"PPO, {steps} steps on {len(prompts)} prompts, on {where}"
-    LOG.info("%s; log and checkpoints in %s", what, workdir)
+    LOG.info("PPO, %d steps of %s", steps, describe_batch(ppo, mesh_config(config).batch_parts))
+    LOG.info("%d prompts, on %s; log and checkpoints in %s", len(deck.prompts), where, workdir)
     if ppo.warmup_steps >= steps:
         LOG.warning(
             "ppo.warmup_steps=%d: the learning rate never gets to ppo.learning_rate=%g in %d steps",
@@ -130,6 +131,18 @@ def _train(config: ConfigDict, workdir: Path) -> None:
     )
     LOG.info("adapter in %s, numbers in %s", workdir / "adapter", workdir / "summary.json")
     processes.part()
+
+
+def describe_batch(ppo: PPOConfig, parts: int) -> str:
+    """Says how many responses a PPO step has, and how they are cut."""
+    rows = ppo.batch_size // (ppo.pieces * parts)
+    cuts = [
+        (ppo.gradient_accumulation_steps, "accumulated"),
+        (ppo.num_minibatches, "optimizer steps an epoch"),
+        (parts, "data-parallel devices"),
+    ]
+    product = "".join(f" × {count} {what}" for count, what in cuts if count > 1)
+    return f"{ppo.batch_size} responses ({rows} on a device{product})"
 
 
 def check_context(config: ConfigDict, *decks: PromptDeck) -> None:
