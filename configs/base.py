@@ -30,6 +30,10 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = 1
     config.mesh.tensor = 1
 
+    # Several runs of PPO, trained in {workdir}/experiments/NAME: NAME = ConfigDict() of what it
+    # changes in this config. None: one run, in {workdir}.
+    config.experiments = ConfigDict()
+
     config.lora = ConfigDict()
     config.lora.rank = 16
     config.lora.alpha = 32.0  # the update is scaled by alpha / rank

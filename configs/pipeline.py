@@ -14,8 +14,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import stages
+from configs.experiment_runs import runs_of, with_runs
 from configs.records import ADAPTER, DEFAULTS, Provenance, Records, provenance, train_settings
 from configs.shared import plain
+from ppo.guards import TrainingStoppedError
 from sarm_jax.errors import InputError
 from sarm_jax.workdir import claim
 
@@ -134,8 +136,15 @@ def run_stage(
             LOG.info("%s: %s is not read by --stage=%s", flag, field, name)
     if name in READERS:
         _warn_of_what_is_stale(config, workdir)
+    config = with_runs(config, workdir)
     try:
-        _run(name, recipe, config, workdir, Records(workdir), _made_from(name, recipe, workdir))
+        for run_name, run_config, folder in runs_of(name, config, workdir):
+            if run_name:
+                LOG.info("experiment %s", run_name)
+                folder.mkdir(parents=True, exist_ok=True)
+            recipe = recipes(run_config, folder)[name]
+            made_from = _made_from(name, recipe, folder)
+            _run(name, recipe, run_config, folder, Records(folder), made_from)
     except InputError as error:
         raise InputError(f"{error}{_maker(str(error), config, workdir)}") from error
 
@@ -162,18 +171,36 @@ def _maker(error: str, config: ConfigDict, workdir: Path) -> str:
 
 
 def run_stages(config: ConfigDict, workdir: Path, names: Sequence[str]) -> list[Outcome]:
-    """Those of the stages that the config asks for and that are not up to date, in order.
+    """Runs those of the stages that the config asks for and that are not up to date, in order.
 
-    An InputError names its stage; what is finished by then is kept.
+    Raises:
+        InputError: names its stage; what is finished by then is kept.
+        TrainingStoppedError: a run of PPO stopped. If there are several experiments, the others,
+            the evaluation and the report come first.
     """
     outcomes = []
+    stopped: list[TrainingStoppedError] = []
+    config = with_runs(config, workdir)
     for name in names:
-        recipe = recipes(config, workdir)[name]  # anew: earlier stages write what it names
-        if recipe.wanted:
+        for run_name, run_config, folder in runs_of(name, config, workdir):
+            label = f"{name} {run_name}".strip()
+            recipe = recipes(run_config, folder)[name]  # anew: earlier stages write what it names
+            if not recipe.wanted:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
             try:
-                outcomes.append(_bring_up_to_date(name, recipe, config, workdir))
+                done = _bring_up_to_date(name, recipe, run_config, folder)
             except InputError as error:
-                raise InputError(f"stage {name}: {error}") from error
+                raise InputError(f"stage {label}: {error}") from error
+            except TrainingStoppedError as error:
+                if not run_name:
+                    raise
+                LOG.error("experiment %s stopped: %s", run_name, error)
+                stopped.append(TrainingStoppedError(f"experiment {run_name}: {error}"))
+            else:
+                outcomes.append(dataclasses.replace(done, stage=label))
+    if stopped:
+        raise stopped[0]
     return outcomes
 
 

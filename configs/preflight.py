@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs import stages
+from configs.experiment_runs import runs_of
 from configs.shared import check_remat, mesh_config, split_paths
 from conversion.hub import is_repository
 from conversion.load import read_policy_config, read_sarm_config
@@ -50,9 +51,9 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[str]) -> None:
             read(model)
     check_remat(config.remat)
     make_mesh(mesh_config(config))
-    config = without_lists_to_come(config, workdir)
     for name in wanted:
-        stages.load(name).options(config)
+        for _, run_config, _ in runs_of(name, config, workdir):
+            stages.load(name).options(without_lists_to_come(run_config, workdir))
 
 
 def without_lists_to_come(config: ConfigDict, workdir: Path) -> ConfigDict:

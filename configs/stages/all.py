@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from configs.command_line import fill_in
+from configs.experiment_runs import with_runs
 from configs.pipeline import Outcome, recipes, run_stages
 from configs.preflight import check
 from configs.study import run_study
@@ -21,7 +22,8 @@ def run(template: ConfigDict, workdir: Path) -> None:
 
 
 def run_all(config: ConfigDict, workdir: Path) -> None:
-    """Every stage whose inputs the config names, then what was done, as a table."""
+    """Runs every stage whose inputs the config names, then prints what was done as a table."""
+    config = with_runs(config, workdir)
     wanted = [name for name, recipe in recipes(config, workdir).items() if recipe.wanted]
     if not wanted:
         raise InputError("--stage=all: nothing to do; name prompts_jsonl, or another stage's input")
