@@ -6,7 +6,8 @@ WORKERS ?= 2
 SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN    := outputs/smollm2
 
-.PHONY: demo study plan-h100 test lint types pytest smollm2 verbosity verbosity-seeds benchmark clean
+.PHONY: demo study plan-h100 test lint types pytest smollm2 verbosity verbosity-seeds reference \
+  reference-small benchmark clean
 
 # The reward-hacking lab: one seed, the reward model alone against the full method.
 demo: $(VENV)/.run
@@ -65,6 +66,23 @@ verbosity-seeds:
 	  $(BIN)/python main.py --config=configs/verbosity_smollm2.py --stage=$$stage \
 	    --workdir=$${run}_seeds --config.evaluate.rm_bench= \
 	    --config.evaluate.runs="$$given" --config.report.runs="$$given"; done
+
+# The reference's study: seven runs of Llama-3.1-8B-Instruct against Llama-SARM-4B on 4 H100s.
+# STEERING is the folder steering/ of the SARM repository; MODELS a directory that holds the models
+# Llama-3.1-8B-Instruct and Llama-SARM-4B; without it they come from the hub.
+STEERING ?= sarm/steering
+reference: $(VENV)/.run
+	$(BIN)/python main.py --config=configs/reference.py:$(STEERING) --stage=all $(if $(MODELS), \
+	  --policy_model=$(MODELS)/Llama-3.1-8B-Instruct --sarm_model=$(MODELS)/Llama-SARM-4B)
+
+# The same study with SmolLM2 and a SARM trained on it. RM_BENCH=chat_filtered.json,… names
+# RM-Bench's files; PROMPTS and SAFETY_PAIRS the reference's data/train/prompts.jsonl and
+# probes_safety.jsonl, if they are to be used.
+reference-small: $(SMOLLM2)/config.json
+	$(BIN)/python main.py --config=configs/reference_small.py --stage=all \
+	  --config.prepare_data.rm_bench=$(RM_BENCH) \
+	  $(if $(PROMPTS),--prompts_jsonl=$(PROMPTS)) \
+	  $(if $(SAFETY_PAIRS),--config.prepare_data.safety_pairs=$(SAFETY_PAIRS))
 
 # Against transformers + peft in PyTorch, alternately.
 benchmark: $(VENV)/.dev $(SMOLLM2)/config.json

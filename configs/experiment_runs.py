@@ -30,10 +30,8 @@ def runs_of(stage: str, config: ConfigDict, workdir: Path) -> list[tuple[str, Co
 def folders(config: ConfigDict, workdir: Path) -> dict[str, Path]:
     """Returns the working directory of each experiment by name."""
     for name in config.experiments:
-        if not re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-]", name):
-            raise InputError(
-                f"experiments.{name}: expected a name of letters, digits, '_', '-' and '.'"
-            )
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise InputError(f"experiments.{name}: expected a name of letters, digits, '_' and '-'")
     return {name: workdir / FOLDER / name for name in config.experiments}
 
 

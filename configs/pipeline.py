@@ -196,7 +196,7 @@ def run_stages(config: ConfigDict, workdir: Path, names: Sequence[str]) -> list[
                 if not run_name:
                     raise
                 LOG.error("experiment %s stopped: %s", run_name, error)
-                stopped.append(TrainingStoppedError(f"experiment {run_name}: {error}"))
+                stopped.append(type(error)(f"experiment {run_name}: {error}"))
             else:
                 outcomes.append(dataclasses.replace(done, stage=label))
     if stopped:

@@ -18,6 +18,8 @@ a longer one; `easy` the right answer against a wrong one in a plainer style, wh
 annotator who likes detail would choose. Versions that stop in the middle (many of the detailed ones
 do) are left out of both: what marks them is the missing end.
 
+`probes` are both kinds of pairs, one after the other.
+
 Held out: a share of the prompts of everything but the steering files, drawn by a hash, goes into
 test sets instead of training; the two rows of a tie stay together.
 """
@@ -43,9 +45,10 @@ from sarm_jax.evaluation.benchmark_files import (
 )
 
 OUTPUTS = (
-    "prompts demos probes_safety probes_complement verbosity easy bestofn held_out_prompts "
-    "held_out_verbosity test_safety_chosen test_safety_rejected test_complement test_concise "
-    "test_detailed held_out_rm_bench held_out_rewardbench2"
+    "prompts demos probes probes_safety probes_complement verbosity easy bestofn held_out_prompts "
+    "held_out_pairs held_out_verbosity test_chosen test_rejected test_safety_chosen "
+    "test_safety_rejected test_complement test_concise test_detailed held_out_rm_bench "
+    "held_out_rewardbench2"
 ).split()
 SIDES = ("right", "wrong")
 ENDS = tuple(".!?…。！？)]}\"'”’`*:;|")  # what may stand after a last sentence, row or code block
@@ -144,13 +147,16 @@ class Collector:
         if chosen == rejected:
             self.left_out["equal_pairs"] += 1
             return False
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
+        key = (prompt, chosen, rejected)
         if held_out:
+            self.add("held_out_pairs", row, key)
+            for side, answer in (("chosen", chosen), ("rejected", rejected)):
+                self.answer(side, prompt, answer)
             kinds = ("safety_chosen", "safety_rejected") if safety else ("complement",) * 2
             first = self.answer(kinds[0], prompt, chosen)
             return self.answer(kinds[1], prompt, rejected) or first
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
-        output = "probes_safety" if safety else "probes_complement"
-        return self.add(output, row, (prompt, chosen, rejected))
+        return self.add("probes_safety" if safety else "probes_complement", row, key)
 
     def answer(self, kind: str, prompt: str, answer: str) -> bool:
         """A row of the test set `test_{kind}`; whether it was new."""
@@ -172,6 +178,8 @@ def collect(config: BenchmarkDataConfig) -> BenchmarkData:
             source = Path(name).stem
             found.read(name, path, pair_taker(source, safety, can_hold_out=True))
     _add_candidates(found)
+    for row in (*found.outputs["probes_safety"], *found.outputs["probes_complement"]):
+        found.add("probes", row, (row["prompt"], row["chosen"], row["rejected"]))
     return BenchmarkData(found.outputs, _summary(found))
 
 
