@@ -21,7 +21,7 @@ from sarm_jax.evaluation.benchmark_files import (
 )
 from sarm_jax.evaluation.controls import Controls, read_steering
 from sarm_jax.evaluation.rewardbench2 import check_ties, evaluate_rewardbench2
-from sarm_jax.evaluation.rm_bench import evaluate_rm_bench
+from sarm_jax.evaluation.rm_bench import MEASURES, evaluate_rm_bench
 from sarm_jax.evaluation.steering import (
     Answer,
     SteeringConfig,
@@ -111,9 +111,9 @@ def evaluate_on_rm_bench(
     write_figure(folder / "rm_bench.png", figures.style_matrices(found))
     write_json(folder / "rm_bench.json", found)
     for name, content in found["variants"].items():
-        levels = ("easy", "normal", "hard", "prefers_detail")
-        means = ", ".join(f"{level} {content['overall'][level]['mean']:.3f}" for level in levels)
+        means = ", ".join(f"{m} {content['overall'][m]['mean']:.3f}" for m in MEASURES)
         LOG.info("RM-Bench, %s: %s", name, means)
+    log_missing("RM-Bench", found["missing_domains"])
     LOG.info("RM-Bench in %s", folder / "rm_bench.json")
 
 
@@ -126,7 +126,14 @@ def evaluate_on_rewardbench2(
     write_json(folder / "rewardbench2.json", found)
     for name, content in found["variants"].items():
         LOG.info("RewardBench 2, %s: %s", name, shown(content["score"]))
+    log_missing("RewardBench 2", found["missing_subsets"])
     LOG.info("RewardBench 2 in %s", folder / "rewardbench2.json")
+
+
+def log_missing(benchmark: str, parts: Sequence[str]) -> None:
+    """Says what a score lacks to be the benchmark's own."""
+    if parts:
+        LOG.info("%s: no rows of %s: this is the mean of the others", benchmark, ", ".join(parts))
 
 
 def steering_config(config: ConfigDict) -> SteeringConfig:

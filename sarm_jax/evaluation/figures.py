@@ -63,7 +63,7 @@ def style_matrices(found: Mapping[str, Any]) -> bytes:
                 axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink)
             axes.set_xticks(range(len(styles)), styles)
             axes.set_yticks(range(len(styles)), styles)
-            levels = ", ".join(f"{n} {content['overall'][n]['mean']:.2f}" for n in LEVELS[:3])
+            levels = ", ".join(f"{n} {content['overall'][n]['mean']:.2f}" for n in LEVELS)
             axes.set_title(f"{name}\n{levels}", fontsize=10)
             axes.set(xlabel="style of the wrong answer", ylabel="style of the right answer")
         return png(figure)
