@@ -213,12 +213,15 @@ def rewardbench2(evaluation: Evaluation) -> list[Table]:
 def steering(evaluation: Evaluation) -> list[Table]:
     """Sets of responses before and after."""
     content = evaluation.parts.get("steering", {})
-    names = ("responses", "before", "after", "change", "absolute_change", "unchanged")
+    names = ("source", "responses", "before", "after", "change", "absolute_change", "unchanged")
     sets = {
         kind: {name: found[name] for name in names if name in found}
         for kind, found in _dicts(content.get("sets")).items()
     }
-    tables = [_table_of(sets, "Steering: score before and after", rows_are_names=True)]
+    table = _table_of(sets, "Steering: score before and after", rows_are_names=True)
+    if table and "source" in table.header:
+        table = dataclasses.replace(table, numeric=2)
+    tables = [table]
     specificity = content.get("specificity")
     if isinstance(specificity, Mapping) and specificity.get("mean") is not None:
         targets = ", ".join(map(str, specificity.get("targets", ()))) or "the targets"
