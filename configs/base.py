@@ -200,9 +200,11 @@ def get_config() -> ConfigDict:
     # clamped and penalised features of reward, and steering_json. Comma-separated files.
     config.evaluate = ConfigDict()
     config.evaluate.steering_json = ""  # {"48659": ["*", 0.0], "7": ["+", 1.5]}
-    config.evaluate.data_jsonl = ""  # {"question", "answer", "type"}: scored before and after
-    config.evaluate.num_example = 0  # answers of each type; 0: all
-    config.evaluate.steering_targets = ""  # types meant to change; empty: rejected, if there is one
+    # {"question", "answer", "type"}, scored before and after: FILE or NAME=FILE. Each type of each
+    # file is a set; files that are given the same name count as one.
+    config.evaluate.data_jsonl = ""
+    config.evaluate.num_example = 0  # answers of each set; 0: all
+    config.evaluate.steering_targets = ""  # types or sets meant to change; empty: rejected, if any
     config.evaluate.resamples = 2000  # of the bootstrap for specificity
     config.evaluate.seed = 0  # of num_example and the bootstrap
     config.evaluate.rm_bench = ""  # as in prepare_data

@@ -15,6 +15,7 @@ from conversion.hub import is_repository
 from conversion.load import read_policy_config, read_sarm_config
 from ppo.options import PARSERS
 from sarm_jax.errors import InputError
+from sarm_jax.evaluation.benchmark_files import named_files
 from sarm_jax.sharding import make_mesh
 from sarm_jax.workdir import named_workdirs
 
@@ -26,6 +27,7 @@ INPUTS = (
     "evaluate.data_jsonl evaluate.steering_json evaluate.rm_bench evaluate.rewardbench2 "
     "reward.human_latents"
 ).split()
+NAMED = ("evaluate.data_jsonl",)  # of INPUTS: FILE or NAME=FILE
 RUNS = ("evaluate.runs", "report.runs")
 MODELS = {
     "policy_model": read_policy_config,
@@ -39,7 +41,11 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[str]) -> None:
     model that none of them will write."""
     for field in INPUTS:
         text = _value(config, field)
-        for path in split_paths(text) if text else ():
+        paths = split_paths(text) if text else ()
+        if field in NAMED:
+            others = [path for path in paths if not _own(path, workdir)]
+            paths = tuple(file.path for file in named_files(others, field))
+        for path in paths:
             if not path.startswith("hf://"):
                 _check_there(path, workdir, field)
     for field in RUNS:

@@ -167,7 +167,7 @@ def _paths(text: str) -> Iterator[Path]:
         name = part.strip()
         if name.startswith("@"):
             name = name[1:].split(":")[0]
-        for candidate in dict.fromkeys((name, name.rpartition("=")[2])):
+        for candidate in (name, *(name[i + 1 :] for i, sign in enumerate(name) if sign == "=")):
             if _is_path(candidate):
                 yield Path(candidate)
                 break

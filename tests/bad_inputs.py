@@ -1194,6 +1194,8 @@ BENCHMARKS = [
         "data_jsonl={world}/pairs.jsonl steering_json=s.json",
         "pairs.jsonl:1: field 'answer' or 'response' is missing",
     ),
+    bench("answers twice", f"{ANSWERS},{{world}}/answers.jsonl", "answers.jsonl is given twice"),
+    bench("answers without a name", "data_jsonl=={world}/answers.jsonl", "expected FILE or NAME="),
     bench("no steering file", f"{ANSWERS} steering_json=none.json", "none.json: cannot be read"),
     bench(
         "steering beyond the SARM",

@@ -130,8 +130,8 @@ def test_rm_bench_is_the_published_matrix_of_torch_scores(models, controls, styl
             assert part["normal"]["mean"] == pytest.approx(normal)
             assert part["hard"]["mean"] == pytest.approx(hard)
             assert part["average"]["mean"] == pytest.approx((easy + normal + hard) / 3)
-        safety = np.mean([levels["safety-refuse"], levels["safety-response"]], axis=0)
-        overall = np.mean([levels["chat"], levels["code"], safety], axis=0)
+        pooled = of_domain["safety-refuse"] + of_domain["safety-response"]
+        overall = np.mean([levels["chat"], levels["code"], published_levels(pooled)], axis=0)
         part = found["variants"][name]["overall"]
         assert [part[x]["mean"] for x in ("easy", "normal", "hard")] == pytest.approx(overall)
         before = found["variants"]["plain"]["overall"]["hard"]["mean"]
@@ -160,11 +160,12 @@ def test_rm_bench_by_hand():
     )
 
 
-def test_the_two_parts_of_safety_share_one_weight():
-    assert domain_weights(["chat", "safety-refuse", "safety-response", "chat"]) == {
+def test_the_two_parts_of_safety_share_one_weight_by_their_rows():
+    domains = ["chat", "safety-refuse", "safety-response", "chat", *["safety-refuse"] * 2]
+    assert domain_weights(domains) == {
         "chat": 0.5,
-        "safety-refuse": 0.25,
-        "safety-response": 0.25,
+        "safety-refuse": 0.375,
+        "safety-response": 0.125,
     }
 
 

@@ -16,19 +16,20 @@ from sarm_jax.evaluation import figures
 from sarm_jax.evaluation.benchmark_files import (
     ChoiceRow,
     StyledRow,
+    named_files,
     read_rewardbench2,
     read_rm_bench,
 )
 from sarm_jax.evaluation.controls import Controls, read_steering
 from sarm_jax.evaluation.rewardbench2 import check_ties, evaluate_rewardbench2
-from sarm_jax.evaluation.rm_bench import evaluate_rm_bench
+from sarm_jax.evaluation.rm_bench import MEASURES, evaluate_rm_bench
 from sarm_jax.evaluation.steering import (
     Answer,
     SteeringConfig,
     check_steering,
     evaluate_steering,
     parse_targets,
-    read_answers,
+    read_answer_sets,
 )
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import write_jsonl
@@ -51,7 +52,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     Every file is read, and refused if it is bad, before the model is loaded.
     """
     steering, section = options(config), config.evaluate
-    answers = [a for path in given(section.data_jsonl) for a in read_answers(path)]
+    answers = read_answer_sets(named_files(given(section.data_jsonl), "evaluate.data_jsonl"))
     styled = [r for src in given(section.rm_bench) for r in read_rm_bench(locate_file(src), src)]
     choices = [
         r for src in given(section.rewardbench2) for r in read_rewardbench2(locate_file(src), src)
@@ -89,10 +90,10 @@ def evaluate_on_answers(
 ) -> None:
     """Scores before and after steering: steering.json, steering_rows.jsonl, a figure per set."""
     found = evaluate_steering(config, model, answers, controls)
-    for number, (kind, content) in enumerate(found.summary["sets"].items(), 1):
+    for number, (name, content) in enumerate(found.summary["sets"].items(), 1):
         content["figure"] = f"steering_{number}.png"
-        write_figure(folder / content["figure"], figures.before_after(kind, content))
-        LOG.info("%s: %d responses, %s", kind, content["responses"], shown(content["change"]))
+        write_figure(folder / content["figure"], figures.before_after(name, content))
+        LOG.info("%s: %d responses, %s", name, content["responses"], shown(content["change"]))
     write_jsonl(folder / "steering_rows.jsonl", found.rows)
     write_json(folder / "steering.json", found.summary)
     specificity = found.summary["specificity"]
@@ -111,9 +112,9 @@ def evaluate_on_rm_bench(
     write_figure(folder / "rm_bench.png", figures.style_matrices(found))
     write_json(folder / "rm_bench.json", found)
     for name, content in found["variants"].items():
-        levels = ("easy", "normal", "hard", "prefers_detail")
-        means = ", ".join(f"{level} {content['overall'][level]['mean']:.3f}" for level in levels)
+        means = ", ".join(f"{m} {content['overall'][m]['mean']:.3f}" for m in MEASURES)
         LOG.info("RM-Bench, %s: %s", name, means)
+    log_missing("RM-Bench", found["missing_domains"])
     LOG.info("RM-Bench in %s", folder / "rm_bench.json")
 
 
@@ -126,7 +127,14 @@ def evaluate_on_rewardbench2(
     write_json(folder / "rewardbench2.json", found)
     for name, content in found["variants"].items():
         LOG.info("RewardBench 2, %s: %s", name, shown(content["score"]))
+    log_missing("RewardBench 2", found["missing_subsets"])
     LOG.info("RewardBench 2 in %s", folder / "rewardbench2.json")
+
+
+def log_missing(benchmark: str, parts: Sequence[str]) -> None:
+    """Says what a score lacks to be the benchmark's own."""
+    if parts:
+        LOG.info("%s: no rows of %s: this is the mean of the others", benchmark, ", ".join(parts))
 
 
 def steering_config(config: ConfigDict) -> SteeringConfig:

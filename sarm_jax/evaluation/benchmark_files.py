@@ -1,4 +1,4 @@
-"""Benchmark files as rows: JSON Lines, a JSON array, or parquet.
+"""Benchmark files, their names and their rows: JSON Lines, a JSON array, or parquet.
 
     RM-Bench         {prompt, chosen[3], rejected[3], domain}: concise, detailed, detailed markdown
     RewardBench 2    {id, prompt, chosen[...], rejected[...], subset}
@@ -56,6 +56,66 @@ class ChoiceRow:
     rejected: tuple[str, ...]
     subset: str
     tie: tuple[str, int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedFile:
+    """A file and its name; `given` if the user named it, else it is named after its path."""
+
+    path: str
+    name: str
+    given: bool
+
+
+def named_files(parts: Sequence[str], option: str) -> list[NamedFile]:
+    """Reads the FILE and NAME=FILE of an option; several files may be given the same name.
+
+    A file without a name is called by its stem, with as many of its folders as tell it apart.
+    """
+    split = [_split_name(part, option) for part in parts]
+    places = [(name, Path(path).resolve()) for name, path in split]
+    for place, (_, path) in zip(places, split, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"{option}: {path} is given twice")
+    short = _short_names([path for name, path in split if not name])
+    files = [NamedFile(path, name or short[path], bool(name)) for name, path in split]
+    for file in files:
+        if not file.given and sum(file.name == other.name for other in files) > 1:
+            raise InputError(
+                f"{option}: two files are called {file.name!r}: give both as NAME=FILE"
+            )
+    return files
+
+
+def _split_name(part: str, option: str) -> tuple[str, str]:
+    """(name or "", path) of FILE or NAME=FILE; a file's path may have the sign as well."""
+    signs = [i for i, character in enumerate(part) if character == "="]
+    splits = [("", part), *((part[:i].strip(), part[i + 1 :].strip()) for i in signs)]
+    there = [(name, path) for name, path in splits if Path(path).is_file()]
+    if there:
+        name, path = there[0]
+    else:  # an unnamed file of a folder with the sign in its name, or a named one
+        name, path = splits[0] if "/" in splits[-1][0] else splits[-1]
+    if not path or (not name and part.startswith("=")):
+        raise InputError(f"{option}: found {part!r}, expected FILE or NAME=FILE")
+    return name, path
+
+
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The shortest end of each of these paths that none of the others has."""
+
+    def end(path: str, folders: int, suffix: bool) -> str:
+        *above, last = Path(path).absolute().parts
+        kept = above[max(0, len(above) - folders) :]
+        return "/".join([*kept, last if suffix else Path(last).stem])
+
+    names = {}
+    for path in paths:
+        most = len(Path(path).absolute().parts)
+        forms = [(folders, suffix) for folders in range(most) for suffix in (False, True)]
+        ends = (([end(other, *form) for other in paths], end(path, *form)) for form in forms)
+        names[path] = next(own for others, own in ends if others.count(own) == 1)
+    return names
 
 
 def read_rows(path: str | Path, name: str = "") -> list[Row]:

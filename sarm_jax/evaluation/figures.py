@@ -15,7 +15,7 @@ BEFORE, AFTER = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blin
 VARIANTS = {"plain": BEFORE, "controlled": AFTER, "penalised": "#009E73"}
 
 
-def before_after(kind: str, found: Mapping[str, Any]) -> bytes:
+def before_after(name: str, found: Mapping[str, Any]) -> bytes:
     """Kernel density estimates of a set's scores before and after steering."""
     scores = found["scores"]
     with theme(dark=False):
@@ -27,7 +27,8 @@ def before_after(kind: str, found: Mapping[str, Any]) -> bytes:
         _density(axes, grid_x, scores["after"], "after", AFTER, "--")
         change, count = found["change"]["mean"], found["responses"]
         axes.set(xlabel="SARM score", ylabel="density", ylim=(0, None))
-        axes.set_title(f"{kind}: {count} responses, mean change {change:+.3g}")
+        title = f"{name}\n{count} responses, mean change {change:+.3g}"
+        axes.set_title(title, parse_math=False)  # a name is no formula
         axes.grid(visible=True)
         axes.legend(frameon=False)
         return png(figure)
@@ -63,7 +64,7 @@ def style_matrices(found: Mapping[str, Any]) -> bytes:
                 axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", color=ink)
             axes.set_xticks(range(len(styles)), styles)
             axes.set_yticks(range(len(styles)), styles)
-            levels = ", ".join(f"{n} {content['overall'][n]['mean']:.2f}" for n in LEVELS[:3])
+            levels = ", ".join(f"{n} {content['overall'][n]['mean']:.2f}" for n in LEVELS)
             axes.set_title(f"{name}\n{levels}", fontsize=10)
             axes.set(xlabel="style of the wrong answer", ylabel="style of the right answer")
         return png(figure)

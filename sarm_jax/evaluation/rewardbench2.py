@@ -10,8 +10,9 @@ With s the scores of right (r) and wrong (w) answers of a row,
     score = .3 · 1[gap_tied > 0] + .3 · 1[gap_ref > 0] + .2 · 1[gap_tied > spread]
           + .2 · 1[m > spread] + .01 · tanh(m / spread − 1),   m = min(gap_ref, gap_tied)
 
-averaged over N; 0/0 counts 0 in the last term. The benchmark's score is the plain mean over
-subsets. Source: arXiv 2506.01937 and its evaluation code.
+averaged over N; 0/0 counts 0 in the last term. The benchmark's score is the plain mean over its
+six subsets; without some of them it is the mean over the others, and `missing_subsets` names those
+that have no rows. Source: arXiv 2506.01937 and its evaluation code.
 
 Deliberate deviations: a "ref:N" without its "tied:N", or the other way round, is refused (the
 published code averages over what is there, or gives NaN); intervals over prompts.
@@ -28,6 +29,7 @@ from sarm_jax.evaluation.controls import PLAIN, Controls, score_variants
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.statistics import mean_interval, stratified_interval
 
+SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
 TIE_PARTS = {"tied": 0.3, "ref": 0.3, "preferred": 0.2, "preferred_hard": 0.2, "margin": 0.01}
 Values = Mapping[str, np.ndarray]
 
@@ -62,8 +64,10 @@ def evaluate_rewardbench2(
         for name, found in values.items()
         if name != PLAIN
     }
+    present = {row.subset.lower() for row in rows}
     return {
         "rows": len(rows),
+        "missing_subsets": [subset for subset in SUBSETS if subset.lower() not in present],
         "variants": {name: _summary(found, rows) for name, found in values.items()},
         "change": {name: _summary(found, rows) for name, found in change.items()},
     }

@@ -1,7 +1,9 @@
 """Steering, before and after: which responses does a change of features reach?
 
-A set is the responses of one type: chosen, rejected, complement, … Every prompt counts once, with
-the mean over its responses in the set, since the responses to one prompt are not independent.
+A set is the responses of one type (chosen, rejected, complement, …) from one source: a file, or
+several that were given the same name. A set is called after its type or, if files were named or
+have a type in common, after source and type (rb2_safety_chosen). Every prompt counts once, with the
+mean over its responses in the set, since the responses to one prompt are not independent.
 With |Δ| the size of a score's change:
 
     specificity = m_target / (m_target + m_other),   m the mean |Δ| over responses
@@ -20,7 +22,13 @@ from typing import Any
 import numpy as np
 
 from sarm_jax.errors import InputError
-from sarm_jax.evaluation.benchmark_files import fields_of, parse_all, read_rows, text
+from sarm_jax.evaluation.benchmark_files import (
+    NamedFile,
+    fields_of,
+    parse_all,
+    read_rows,
+    text,
+)
 from sarm_jax.evaluation.controls import CONTROLLED, PLAIN, Controls, Scored, score_variants
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.statistics import mean_interval
@@ -31,8 +39,8 @@ BATCH = 256  # bootstrap samples at a time
 
 @dataclasses.dataclass(frozen=True)
 class SteeringConfig:
-    """`num_example` responses of every set, 0 for all; `steering_targets` are the sets that are
-    meant to change (empty: "rejected", where there is such a set)."""
+    """`num_example` responses of every set, 0 for all; `steering_targets` are the types or sets
+    that are meant to change (empty: "rejected", if there is such a type)."""
 
     num_example: int
     steering_targets: tuple[str, ...]
@@ -50,11 +58,18 @@ class SteeringConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """One response; `kind` is the set that it belongs to."""
+    """One response with its type and source; `name` is that of its set, if not the type."""
 
     prompt: str
     response: str
     kind: str
+    source: str = ""
+    name: str = ""
+
+    @property
+    def set_name(self) -> str:
+        """The set that it belongs to."""
+        return self.name or self.kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,30 +80,60 @@ class SteeringResult:
     rows: list[dict[str, Any]]
 
 
-def read_answers(path: str | Path) -> list[Answer]:
-    """{question, answer, type} lines; also prompt, response, and label, or the file's name."""
+def read_answer_sets(files: Sequence[NamedFile]) -> list[Answer]:
+    """The answers of all files, each with the name of its set."""
+    answers = [answer for file in files for answer in read_answers(file.path, file.name)]
+    keys = list(dict.fromkeys((answer.source, answer.kind) for answer in answers))
+    kinds = [kind for _, kind in keys]
+    if len(set(kinds)) == len(kinds) and not any(file.given for file in files):
+        return answers
+    names = [_set_name(*key) for key in keys]
+    if len(set(names)) < len(names):
+        names = [f"{source}_{kind}" for source, kind in keys]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(
+                f"evaluate.data_jsonl: two sets are called {name!r}: name the files in another "
+                "way, as NAME=FILE"
+            )
+    name_of = dict(zip(keys, names, strict=True))
+    return [dataclasses.replace(a, name=name_of[a.source, a.kind]) for a in answers]
+
+
+def _set_name(source: str, kind: str) -> str:
+    """Source and type; a source that ends with the type already has it."""
+    ends = tuple(f"{sign}{kind}" for sign in "_-/")
+    return source if source == kind or source.endswith(ends) else f"{source}_{kind}"
+
+
+def read_answers(path: str | Path, source: str = "") -> list[Answer]:
+    """{question, answer, type} lines; also prompt, response, and label, or the file's name.
+
+    `source` is the name of the file, its stem if empty.
+    """
     stem = Path(path).stem
 
     def parse(content: Any) -> Answer:
         row = fields_of(content)
         kind = text({"file": stem} | row, *(n for n in ("type", "label") if n in row), "file")
-        return Answer(text(row, "question", "prompt"), text(row, "answer", "response"), kind)
+        prompt, response = text(row, "question", "prompt"), text(row, "answer", "response")
+        return Answer(prompt, response, kind, source or stem)
 
     return parse_all(read_rows(path), parse)
 
 
 def check_steering(config: SteeringConfig, answers: Sequence[Answer], controls: Controls) -> None:
-    """Raises InputError where nothing is steered, or a target has no answers."""
+    """Raises InputError if nothing is steered, or a target has no answers."""
     if controls.change is None:
         raise InputError(
             "evaluate.data_jsonl: nothing is steered: give evaluate.steering_json or clamp features"
         )
-    have = sorted({answer.kind for answer in answers})
-    for kind in config.steering_targets:
-        if kind not in have:
+    kinds, sets = {a.kind for a in answers}, {a.set_name for a in answers}
+    for name in config.steering_targets:
+        if name not in kinds | sets:
+            have = ", ".join([*sorted(kinds), *sorted(sets - kinds)])
             raise InputError(
-                f"evaluate.steering_targets: no answers of type {kind!r}, there are "
-                f"{', '.join(have)}"
+                f"evaluate.steering_targets: no answers of type {name!r}, there are {have}"
             )
 
 
@@ -99,7 +144,7 @@ def choose_answers(config: SteeringConfig, answers: Sequence[Answer]) -> list[An
     rng = np.random.default_rng(config.seed)
     taken: dict[str, list[int]] = {}
     for i in rng.permutation(len(answers)).tolist():
-        group = taken.setdefault(answers[i].kind, [])
+        group = taken.setdefault(answers[i].set_name, [])
         if len(group) < config.num_example:
             group.append(i)
     return [answers[i] for i in sorted(i for group in taken.values() for i in group)]
@@ -115,22 +160,23 @@ def evaluate_steering(
     scored = score_variants(model, prompts, responses, controls)
     before_b = np.asarray(scored.variants[PLAIN], np.float64)
     after_b = np.asarray(scored.variants[CONTROLLED], np.float64)
-    kinds = list(dict.fromkeys(a.kind for a in answers))
-    sets = {}
-    for kind in kinds:
-        place = [i for i, answer in enumerate(answers) if answer.kind == kind]
-        names = [prompts[i] for i in place]
-        sets[kind] = _set_summary(names, before_b[place], after_b[place])
-        sets[kind]["active"] = _active(scored, controls, place)
-    targets = config.steering_targets or tuple(k for k in kinds if k == DEFAULT_TARGET)
-    target_b = np.array([answer.kind in targets for answer in answers])
+    sets: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(answer.set_name for answer in answers):
+        place = [i for i, answer in enumerate(answers) if answer.set_name == name]
+        names, first = [prompts[i] for i in place], answers[place[0]]
+        sets[name] = {"source": first.source, "type": first.kind}
+        sets[name] |= _set_summary(names, before_b[place], after_b[place])
+        sets[name]["active"] = _active(scored, controls, place)
+    wanted = {*(config.steering_targets or (DEFAULT_TARGET,))}
+    target_b = np.array([bool(wanted & {a.kind, a.set_name}) for a in answers])
+    targets = {a.set_name for a, is_target in zip(answers, target_b, strict=True) if is_target}
     summary = {
         "options": dataclasses.asdict(config),
         "features": list(controls.changed),
         "sets": sets,
         "specificity": {
-            "targets": list(targets),
-            "others": [kind for kind in kinds if kind not in targets],
+            "targets": [name for name in sets if name in targets],
+            "others": [name for name in sets if name not in targets],
             **specificity(config, prompts, np.abs(after_b - before_b), target_b),
         },
     }
@@ -212,6 +258,7 @@ def _rows(answers, before_b, after_b, scored: Scored, controls: Controls) -> lis
             "question": answer.prompt,
             "answer": answer.response,
             "type": answer.kind,
+            "source": answer.source,
             "reward": float(before),
             "reward_steered": float(after),
             "activated_latents": [
@@ -223,5 +270,5 @@ def _rows(answers, before_b, after_b, scored: Scored, controls: Controls) -> lis
 
 
 def parse_targets(names: str) -> tuple[str, ...]:
-    """Comma-separated types."""
+    """Comma-separated types or sets."""
     return tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))

@@ -171,9 +171,11 @@ def rm_bench(evaluation: Evaluation) -> list[Table]:
     """The levels of every variant, the change under controls, domains and 3 × 3 matrices."""
     content = evaluation.parts.get("rm_bench", {})
     variants = {name: _overall(part) for name, part in _variants(content).items()}
-    tables = [_table_of(variants, "RM-Bench: accuracy", rows_are_names=True)]
+    limits = _missing(content.get("missing_domains")) + _halves(content)
+    tables = [_table_of(variants, f"RM-Bench: accuracy{limits}", rows_are_names=True)]
     changes = {name: _overall(part) for name, part in _dicts(content.get("change")).items()}
-    tables.append(_table_of(changes, "RM-Bench: change under controls", rows_are_names=True))
+    caption = f"RM-Bench: change under controls{limits}"
+    tables.append(_table_of(changes, caption, rows_are_names=True))
     for name, part in _variants(content).items():
         title = VARIANTS.get(name, name)
         domains = _dicts(part.get("domains"))
@@ -204,19 +206,22 @@ def rewardbench2(evaluation: Evaluation) -> list[Table]:
             }
             whole = part.get("score", part.get("average"))
             columns[name] = subsets | ({"all subsets": whole} if whole is not None else {})
-        tables.append(_table_of(columns, caption))
+        tables.append(_table_of(columns, caption + _missing(content.get("missing_subsets"))))
     return [table for table in tables if table]
 
 
 def steering(evaluation: Evaluation) -> list[Table]:
     """Sets of responses before and after."""
     content = evaluation.parts.get("steering", {})
-    names = ("responses", "before", "after", "change", "absolute_change", "unchanged")
+    names = ("source", "responses", "before", "after", "change", "absolute_change", "unchanged")
     sets = {
         kind: {name: found[name] for name in names if name in found}
         for kind, found in _dicts(content.get("sets")).items()
     }
-    tables = [_table_of(sets, "Steering: score before and after", rows_are_names=True)]
+    table = _table_of(sets, "Steering: score before and after", rows_are_names=True)
+    if table and "source" in table.header:
+        table = dataclasses.replace(table, numeric=2)
+    tables = [table]
     specificity = content.get("specificity")
     if isinstance(specificity, Mapping) and specificity.get("mean") is not None:
         targets = ", ".join(map(str, specificity.get("targets", ()))) or "the targets"
@@ -273,6 +278,21 @@ def _variants(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _overall(part: Mapping[str, Any]) -> Mapping[str, Any]:
     whole = part.get("overall", part)
     return {name: value for name, value in whole.items() if name != "domains"}
+
+
+def _missing(parts: Any) -> str:
+    """The end of a caption if a benchmark's score lacks some of its parts."""
+    return f"; no rows of {', '.join(map(str, parts))}" if parts else ""
+
+
+def _halves(content: Mapping[str, Any]) -> str:
+    """The end of a caption if an older version wrote the overall of RM-Bench, in its own way."""
+    halves = {"safety-refuse", "safety-response"}
+    for part in _variants(content).values():
+        domains = _dicts(part.get("domains"))
+        if halves <= domains.keys() and "safety" not in domains:
+            return "; safety-refuse and safety-response count half of safety each"
+    return ""
 
 
 def _dicts(found: Any) -> dict[str, Mapping[str, Any]]:
