@@ -49,7 +49,11 @@ def get_config(steering: str = STEERING) -> ConfigDict:
     config.ppo.gradient_accumulation_steps = 4  # of --batch_size 2
     add_experiments(config, alpha=0.1, verbosity="29733,53553,3402")
 
-    config.evaluate.data_jsonl = ",".join(f"{steering}/test/{name}.jsonl" for name in TESTS)
+    config.evaluate.data_jsonl = ",".join(
+        f"{name}={steering}/test/{folder}/safety_{side}.jsonl"
+        for name, folder in TESTS.items()
+        for side in ("c", "j")
+    )
     config.evaluate.num_example = 400
     config.evaluate.steering_json = "{workdir}/probes/steering_config.json"
     config.evaluate.rewardbench2 = (
