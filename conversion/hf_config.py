@@ -141,7 +141,7 @@ def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict
         hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if not is_sarm(hf):
         hf["architectures"] = ["LlamaSARM"]
-    hf["sarm_param"] = {
+    hf["sarm_param"] = old | {
         "sae_source_layer": config.trunk.num_hidden_layers,
         "sae_latent_size": config.sae.latent_size,
         "sae_k": config.sae.k,

@@ -31,6 +31,12 @@ def rope_fields(config: LlamaConfig) -> dict[str, Any]:
     }
 
 
+def needs_transformers5(hf: dict[str, Any], config: LlamaConfig) -> bool:
+    """Whether transformers 4 would compute with another rotary embedding than `config` has."""
+    old = hf.get("rope_theta") is not None or hf.get("rope_scaling")
+    return not old and (config.rope_theta, config.rope_scaling) != (_DEFAULT_THETA, None)
+
+
 def read_rope(hf: dict[str, Any], problems: list[str]) -> Rope:
     """Reads (base, scaling); dialects that contradict each other are a problem."""
     new, old, theta = (hf.get(n) for n in ("rope_parameters", "rope_scaling", "rope_theta"))
