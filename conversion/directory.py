@@ -115,6 +115,8 @@ def _write_merges_as_texts(path: Path) -> None:
             return  # a text already
         if any(not isinstance(part, str) or " " in part for part in pair):
             return  # a text would not say where the first part ends
+        if pair[0].startswith("#version"):
+            return  # a text that starts like this is skipped
     model["merges"] = [" ".join(pair) for pair in model["merges"]]
     write_json(path, fields)
 
