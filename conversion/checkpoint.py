@@ -18,6 +18,7 @@ from conversion.hf_config import hf_llama_dict, is_sarm, llama_config, sarm_conf
 from conversion.hub import MODEL_FILES, locate
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
+from conversion.model_code import name_repository
 from conversion.problems import report
 from conversion.safetensors_io import TensorFiles
 from sarm_jax.errors import InputError
@@ -86,18 +87,19 @@ def open_checkpoint(
     """
     directory = locate(src, patterns)
     name = directory.resolve().name if directory == Path(src) else str(src)
+    repository = None if directory == Path(src) else str(src)
     converted = (directory / DESCRIPTION).is_file()
     if converted:
-        return _open_converted(name, directory, kind)
+        return _naming_code(_open_converted(name, directory, kind), repository)
     hf = read_json(directory / "config.json")
     if is_sarm(hf) and kind == "policy":
         raise InputError(f"{src}: is a SARM (a reward model), expected a policy (a Llama)")
     try:
-        where = str(directory.resolve()) if directory == Path(src) else name
+        where = repository or str(directory.resolve())
         config = llama_config(hf) if kind == "policy" else sarm_config(hf, where)
     except InputError as error:
         raise InputError(f"{src}: {error}") from error
-    return Checkpoint(name, directory, kind, config, hf, converted)
+    return _naming_code(Checkpoint(name, directory, kind, config, hf, converted), repository)
 
 
 def verified_files(checkpoint: Checkpoint) -> TensorFiles:
@@ -162,6 +164,15 @@ def _open_converted(name: str, directory: Path, kind: Kind) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: config or hf_config is not usable ({error})") from error
     return Checkpoint(name, directory, kind, config, hf, converted=True)
+
+
+def _naming_code(checkpoint: Checkpoint, repository: str | None) -> Checkpoint:
+    """Adds the repository to the code that a downloaded config names: only the model came along."""
+    hf = checkpoint.hf_config
+    if repository is None or "auto_map" not in hf:
+        return checkpoint
+    named = hf | {"auto_map": name_repository(hf["auto_map"], repository)}
+    return dataclasses.replace(checkpoint, hf_config=named)
 
 
 def _llama_from(fields: dict[str, Any]) -> LlamaConfig:

@@ -76,10 +76,49 @@ def copy_tokenizer_files(src: Path, dst: Path) -> None:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Its files, for every version of transformers: older ones do not know the class's new name."""
+    """Writes a tokenizer's files, for transformers 4 and 5."""
     tokenizer.save_pretrained(directory)
-    path = directory / "tokenizer_config.json"
-    write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    make_portable(directory)
+
+
+def make_portable(directory: Path) -> None:
+    """Rewrites a directory's tokenizer files so that transformers 4 and 5 build our tokenizer.
+
+    That is tokenizer.json as it is, with the template of chat_template.jinja, which transformers
+    4.46 does not read. The class and the fields that only transformers 5 knows are renamed.
+    """
+    path, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    if not (directory / "tokenizer.json").is_file():
+        return
+    _write_merges_as_texts(directory / "tokenizer.json")
+    fields = read_json(path) if path.is_file() else {}
+    for name in ("backend", "is_local", "local_files_only", "auto_map"):
+        fields.pop(name, None)
+    if isinstance(fields.get("extra_special_tokens"), list):
+        tokens = fields.pop("extra_special_tokens")
+        if not fields.get("additional_special_tokens"):
+            fields["additional_special_tokens"] = tokens
+    if template.is_file():
+        fields["chat_template"] = template.read_text(encoding="utf-8")
+    fields.setdefault("clean_up_tokenization_spaces", False)
+    write_json(path, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _write_merges_as_texts(path: Path) -> None:
+    """Writes the merges of a tokenizer.json as "a b": tokenizers before 0.20 reads no pairs."""
+    fields = read_json(path)
+    model = fields.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+        return
+    for pair in model["merges"]:
+        if not (isinstance(pair, list) and len(pair) == 2):
+            return  # a text already
+        if any(not isinstance(part, str) or " " in part for part in pair):
+            return  # a text would not say where the first part ends
+        if pair[0].startswith("#version"):
+            return  # a text that starts like this is skipped
+    model["merges"] = [" ".join(pair) for pair in model["merges"]]
+    write_json(path, fields)
 
 
 def _exchange(new: Path, dst: Path) -> None:

@@ -18,6 +18,7 @@ from conversion import cli
 from conversion.checkpoint import Kind, open_checkpoint, verified_files, write_description
 from conversion.directory import atomic_directory, copy_tokenizer_files
 from conversion.load import load_hf_tokenizer
+from conversion.model_code import copy_model_code
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.llama import LlamaConfig
 
@@ -53,6 +54,7 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
         tensors = writer.close()
         write_description(directory, checkpoint, config, ",".join(sorted(dtypes)))
         copy_tokenizer_files(checkpoint.directory, directory)
+        copy_model_code(checkpoint.hf_config.get("auto_map"), checkpoint.directory, directory)
     seconds = time.perf_counter() - start
     return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
 

@@ -1,20 +1,18 @@
 """A Hugging Face `config.json` ⇄ our config dataclasses.
 
-Both dialects are read: `rope_theta` + `rope_scaling` (files on the hub) and `rope_parameters`
-(transformers 5). Fields are on an allow-list: what we neither use nor know to be harmless is
-refused by name, because ignoring it would silently compute something else. The defaults of absent
-fields are those of transformers' LlamaConfig.
+Both dialects are read and written (see `rope_fields`). Fields are on an allow-list: what we neither
+use nor know to be harmless is refused by name, because ignoring it would silently compute something
+else. The defaults of absent fields are those of transformers' LlamaConfig.
 """
 
 import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from conversion.fields import is_off, number, positive
 from conversion.problems import report
+from conversion.rope_fields import read_rope, rope_fields
 from sarm_jax.llama import LlamaConfig
-from sarm_jax.rope import Llama3Scaling
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARMConfig
 
@@ -54,21 +52,6 @@ _SARM_PARAM = {
     "sae_source_layer", "sae_latent_size", "sae_k", "sae_use_sequence_level",
     "sarm_use_activation", "sarm_train_mode", "sarm_rec_lambda",
 }  # fmt: skip
-# Far beyond any model there is. Without a limit the list of tensors alone could fill the memory.
-_LARGEST = {
-    "num_hidden_layers": 4096,
-    "sae_source_layer": 4096,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "vocab_size": 1 << 26,
-    "hidden_size": 1 << 22,
-    "intermediate_size": 1 << 24,
-    "sae_latent_size": 1 << 28,
-}
-_LLAMA3_FIELDS = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-)  # fmt: skip
 
 
 def is_sarm(hf: dict[str, Any]) -> bool:
@@ -102,7 +85,7 @@ def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
     if not param:
         report("config.json", problems)
     layers, latent_size, k = (
-        _positive(param, name, problems, "sarm_param.")
+        positive(param, name, problems, "sarm_param.")
         for name in ("sae_source_layer", "sae_latent_size", "sae_k")
     )
     use_topk = param.get("sarm_use_activation")
@@ -117,8 +100,7 @@ def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
 
 
 def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
-    """A `config.json` in the hub's dialect, which transformers 4 and 5 both read."""
-    scaling = config.rope_scaling
+    """Builds a `config.json` that transformers 4 and 5 both read."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -133,26 +115,33 @@ def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling and {"rope_type": "llama3", **vars(scaling)},
+        **rope_fields(config),
         "tie_word_embeddings": config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
         **extra,
     }
 
 
+def hf_policy_dict(config: LlamaConfig, base: dict[str, Any]) -> dict[str, Any]:
+    """Builds a policy's `config.json` for transformers 4 and 5 from that of its source."""
+    return {**base, "architectures": ["LlamaForCausalLM"], **rope_fields(config)}
+
+
 def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A SARM's `config.json`: `base` (the SARM's, or that of its trunk's model) plus its facts."""
-    hf = dict(base or hf_llama_dict(config.trunk))
+    """A SARM's `config.json`: `base` (the SARM's, or that of its trunk's model) plus its facts.
+
+    The result names no code: see `copy_model_code`.
+    """
+    hf = {**(base or hf_llama_dict(config.trunk)), **rope_fields(config.trunk)}
     old = hf.pop("sarm_param", None) or {}
-    for name in ("sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda"):
+    for name in ("sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda", "auto_map", "num_labels"):
         hf.pop(name, None)
     hf["vocab_size"] = config.trunk.vocab_size
-    hf.setdefault("id2label", {"0": "LABEL_0"})  # one output: the reference sizes its head by it
-    hf.setdefault("label2id", {"LABEL_0": 0})
+    if len(hf.get("id2label") or ()) != 1:  # one output: the reference sizes its head by it
+        hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if not is_sarm(hf):
         hf["architectures"] = ["LlamaSARM"]
-    hf["sarm_param"] = {
+    hf["sarm_param"] = old | {
         "sae_source_layer": config.trunk.num_hidden_layers,
         "sae_latent_size": config.sae.latent_size,
         "sae_k": config.sae.k,
@@ -163,8 +152,8 @@ def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict
 
 
 def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The same config, naming the dtype its weights are stored in."""
-    return {**hf, "dtype" if "dtype" in hf else "torch_dtype": dtype}
+    """Adds the dtype of the stored weights, under the name that transformers 4 and 5 both read."""
+    return {name: v for name, v in hf.items() if name != "dtype"} | {"torch_dtype": dtype}
 
 
 def _read_llama(
@@ -178,10 +167,10 @@ def _read_llama(
         if name in _ONLY:
             if value is not None and value != expected:
                 problems.append(f"{name}={value!r}: only {expected!r} is supported")
-        elif name not in _READ | _HARMLESS | also_allowed and not _is_off(value):
+        elif name not in _READ | _HARMLESS | also_allowed and not is_off(value):
             problems.append(f"{name}={value!r}: unknown field")
     sizes = {
-        name: _positive({**hf, "num_hidden_layers": layers}, name, problems)
+        name: positive({**hf, "num_hidden_layers": layers}, name, problems)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads")
     }  # fmt: skip
@@ -192,10 +181,10 @@ def _read_llama(
         "max_position_embeddings": 2048,
     }
     given = {name: value for name, value in hf.items() if value is not None}
-    sizes |= {name: _positive({**optional, **given}, name, problems) for name in optional}
+    sizes |= {name: positive({**optional, **given}, name, problems) for name in optional}
     problems += _misfits(sizes, implied_head_dim="head_dim" not in given)
-    theta, scaling = _rope(hf, problems)
-    eps = _number({"rms_norm_eps": 1e-6, **given}, "rms_norm_eps", problems)
+    theta, scaling = read_rope(hf, problems)
+    eps = number({"rms_norm_eps": 1e-6, **given}, "rms_norm_eps", problems)
     tied = given.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         problems.append(f"tie_word_embeddings={tied!r}: expected true or false")
@@ -223,41 +212,6 @@ def _misfits(sizes: dict[str, int], implied_head_dim: bool) -> list[str]:
     return problems
 
 
-def _rope(hf: dict[str, Any], problems: list[str]) -> tuple[float, Llama3Scaling | None]:
-    new, old = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
-    where = "rope_parameters" if new else "rope_scaling"
-    fields = new or old
-    if not (isinstance(new, dict) and isinstance(old, dict)):
-        problems.append(f"{where}={fields!r}: expected an object")
-        return 1.0, None
-    if new and old and any(new.get(n) != v for n, v in old.items()):
-        problems.append(f"rope_scaling={old} contradicts rope_parameters={new}")
-    thetas = [v for v in (fields.get("rope_theta"), hf.get("rope_theta")) if v is not None]
-    if len(thetas) == 2 and thetas[0] != thetas[1]:
-        problems.append(f"rope_theta={thetas[1]!r} contradicts {where}.rope_theta={thetas[0]!r}")
-    theta = _number({"rope_theta": thetas[0] if thetas else 10000.0}, "rope_theta", problems)
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    known = {"rope_type", "type", "rope_theta"}
-    if kind not in ("default", "llama3"):
-        problems.append(f"{where}.rope_type={kind!r}: only 'default' and 'llama3' are supported")
-        return theta, None
-    if kind == "llama3":
-        known |= set(_LLAMA3_FIELDS)
-    for name, value in fields.items():
-        full_rotation = name == "partial_rotary_factor" and value == 1
-        if name not in known and not _is_off(value) and not full_rotation:
-            problems.append(f"{where}.{name}={value!r}: unknown field")
-    if kind == "default":
-        return theta, None
-    factor, low, high = (
-        _number(fields, name, problems, f"{where}.") for name in _LLAMA3_FIELDS[:3]
-    )
-    original = _positive(fields, _LLAMA3_FIELDS[3], problems, f"{where}.")
-    if high <= low:
-        problems.append(f"{where}.high_freq_factor={high}: must exceed low_freq_factor={low}")
-    return theta, Llama3Scaling(factor, low, high, original)
-
-
 def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) -> dict[str, Any]:
     param = hf.get("sarm_param")
     if param is not None:
@@ -267,7 +221,7 @@ def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) ->
         if not param:
             problems.append("sarm_param={}: is empty")
         for name, value in param.items():
-            if name not in _SARM_PARAM and not _is_off(value):
+            if name not in _SARM_PARAM and not is_off(value):
                 problems.append(f"sarm_param.{name}={value!r}: unknown field")
         return param
     facts = _named_facts(directory_name)
@@ -296,26 +250,3 @@ def _named_facts(directory_name: str) -> dict[str, Any]:
     if "TopK" in name:
         facts["sarm_use_activation"] = "woTopK" not in name
     return facts
-
-
-def _positive(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> int:
-    value = fields.get(name)
-    most = _LARGEST.get(name, (1 << 31) - 1)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
-        return value
-    limit = f", at most {most}" if isinstance(value, int) and value > most else ""
-    problems.append(f"{prefix}{name}={value!r}: expected a positive integer{limit}")
-    return 1
-
-
-def _number(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> float:
-    value = fields.get(name)
-    largest = float(np.finfo(np.float32).max)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= largest:
-        return float(value)
-    problems.append(f"{prefix}{name}={value!r}: expected a positive number")
-    return 1.0
-
-
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or value in ({}, [])

@@ -20,16 +20,25 @@ from absl import flags
 from tqdm import tqdm
 
 from conversion import cli
-from conversion.checkpoint import Checkpoint, Kind, open_checkpoint, verified_files
-from conversion.directory import atomic_directory, copy_tokenizer_files, save_tokenizer
-from conversion.hf_config import hf_llama_dict, hf_sarm_dict, with_dtype
+from conversion.checkpoint import DESCRIPTION, Checkpoint, Kind, open_checkpoint, verified_files
+from conversion.directory import (
+    atomic_directory,
+    copy_tokenizer_files,
+    make_portable,
+    save_tokenizer,
+)
+from conversion.hf_config import hf_llama_dict, hf_policy_dict, hf_sarm_dict, with_dtype
+from conversion.hub import is_repository
 from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, abstract_model, parameters, tensor_specs
+from conversion.load import load_hf_tokenizer
+from conversion.model_code import copy_model_code
 from conversion.peft import CONFIG as ADAPTER_CONFIG
 from conversion.peft import Adapter, read_adapter
+from conversion.rope_fields import needs_transformers5
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.errors import InputError
-from sarm_jax.llama import Llama
+from sarm_jax.llama import Llama, LlamaConfig
 from sarm_jax.lora import merge_lora
 from sarm_jax.sarm import SARM, SARMConfig
 
@@ -38,6 +47,8 @@ flags.DEFINE_enum("kind", "policy", ["policy", "sarm"], "What SRC is.", FLAGS)
 flags.DEFINE_string("src", None, "Working directory or model directory.", FLAGS, required=True)
 flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
 flags.DEFINE_bool("merge", False, "Write base + adapter as one model.", FLAGS)
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool = False) -> str:
@@ -54,7 +65,9 @@ def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool 
     with atomic_directory(dst) as directory:
         for file in filter(Path.is_file, adapter.iterdir()):
             shutil.copyfile(file, directory / file.name)
-    return f"{dst}: a PEFT adapter of rank {factors.config.rank} on {checkpoint.name}"
+        make_portable(directory)
+        hint = _name_base(directory / ADAPTER_CONFIG, checkpoint)
+    return f"{dst}: a PEFT adapter of rank {factors.config.rank} on {checkpoint.name}{hint}"
 
 
 def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None = None) -> str:
@@ -73,12 +86,11 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
             dtypes[array.dtype.name] = dtypes.get(array.dtype.name, 0) + array.nbytes
             writer.add(spec.hf_name, spec.to_hf(array))
         tensors = writer.close()
-        hf = checkpoint.hf_config
-        if isinstance(checkpoint.config, SARMConfig):
-            hf = hf_sarm_dict(checkpoint.config, hf)
-        main_dtype = max(dtypes, key=lambda name: dtypes[name])
-        write_json(directory / "config.json", with_dtype(hf, main_dtype))
         copy_tokenizer_files(checkpoint.directory, directory)
+        make_portable(directory)
+        main_dtype = max(dtypes, key=lambda name: dtypes[name])
+        hf = with_dtype(_hf_config(checkpoint, directory), main_dtype)
+        write_json(directory / "config.json", hf)
     seconds = time.perf_counter() - start
     return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
 
@@ -91,7 +103,7 @@ def save_sarm(
     `hf_config` is the config.json of the SARM or of the model its trunk was cut from, if known.
     """
     hf = with_dtype(hf_sarm_dict(model.config, hf_config), model.score.dtype.name)
-    _save(dst, model, tokenizer, hf)
+    _save(dst, model, tokenizer, hf, (hf_config or {}).get("auto_map"))
 
 
 def save_policy(dst: str | Path, policy: Llama, tokenizer: Any) -> None:
@@ -100,7 +112,9 @@ def save_policy(dst: str | Path, policy: Llama, tokenizer: Any) -> None:
     _save(dst, policy, tokenizer, hf)
 
 
-def _save(dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, Any]) -> None:
+def _save(
+    dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, Any], auto_map: Any = None
+) -> None:
     weights = parameters(model)
     with atomic_directory(dst) as directory, TensorWriter(directory) as writer:
         for spec in tensor_specs(abstract_model(model.config)):
@@ -109,11 +123,28 @@ def _save(dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, An
             array = array[tuple(map(slice, spec.shape))]  # without a mesh's padding
             writer.add(spec.hf_name, spec.to_hf(array))
         writer.close()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):  # the reference pools by pad
-            if hf.get(name) is None:
-                hf[name] = getattr(tokenizer, name)
-        write_json(directory / "config.json", hf)
+        if isinstance(model, SARM):
+            hf["auto_map"] = copy_model_code(auto_map, None, directory)
+        write_json(directory / "config.json", _with_token_ids(hf, tokenizer))
         save_tokenizer(tokenizer, directory)
+
+
+def _with_token_ids(hf: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Adds the tokenizer's ids that are missing; the reference pools by `pad_token_id`."""
+    missing = [name for name in TOKEN_IDS if hf.get(name) is None]
+    return hf | {name: getattr(tokenizer, name) for name in missing}
+
+
+def _hf_config(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    """Builds the config.json of `directory`, which has its tokenizer, and copies a SARM's code."""
+    if not isinstance(checkpoint.config, SARMConfig):
+        return hf_policy_dict(checkpoint.config, checkpoint.hf_config)
+    hf = hf_sarm_dict(checkpoint.config, checkpoint.hf_config)
+    code = checkpoint.hf_config.get("auto_map")
+    hf["auto_map"] = copy_model_code(code, checkpoint.directory, directory)
+    if (directory / "tokenizer.json").is_file() and any(hf.get(n) is None for n in TOKEN_IDS):
+        hf = _with_token_ids(hf, load_hf_tokenizer(directory))
+    return hf
 
 
 def _merged(kernel: np.ndarray, adapter: Adapter, spec: TensorSpec) -> np.ndarray:
@@ -125,6 +156,25 @@ def _merged(kernel: np.ndarray, adapter: Adapter, spec: TensorSpec) -> np.ndarra
 
 def _adapter_directory(src: Path) -> Path | None:
     return next((d for d in (src / "adapter", src) if (d / ADAPTER_CONFIG).is_file()), None)
+
+
+def _name_base(adapter_config: Path, checkpoint: Checkpoint) -> str:
+    """Names a base that PEFT can load: the repository that a converted base comes from.
+
+    Returns:
+      A hint for the user if PEFT or transformers 4 cannot use the base, else "".
+    """
+    if not checkpoint.converted:
+        assert isinstance(checkpoint.config, LlamaConfig)
+        if needs_transformers5(checkpoint.hf_config, checkpoint.config):
+            return "; transformers 4 ignores the rope_parameters of this base: use --merge for it"
+        return ""
+    source = read_json(checkpoint.directory / DESCRIPTION).get("source")
+    if not isinstance(source, str) or not is_repository(source):
+        return "; PEFT needs the Hugging Face directory that this base was converted from"
+    fields = read_json(adapter_config) | {"base_model_name_or_path": source}
+    write_json(adapter_config, fields)
+    return ""
 
 
 def _base_model(src: Path, adapter: Path) -> str:

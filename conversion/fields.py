@@ -1,0 +1,44 @@
+"""Reads one field of a JSON object; what is wrong with it is added to a list of problems."""
+
+from typing import Any
+
+import numpy as np
+
+# Far beyond any model there is. Without a limit the list of tensors alone could fill the memory.
+_LARGEST = {
+    "num_hidden_layers": 4096,
+    "sae_source_layer": 4096,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "vocab_size": 1 << 26,
+    "hidden_size": 1 << 22,
+    "intermediate_size": 1 << 24,
+    "sae_latent_size": 1 << 28,
+}
+
+
+def positive(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> int:
+    """Reads a positive integer; returns 1 if it is none."""
+    value = fields.get(name)
+    most = _LARGEST.get(name, (1 << 31) - 1)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
+        return value
+    limit = f", at most {most}" if isinstance(value, int) and value > most else ""
+    problems.append(f"{prefix}{name}={value!r}: expected a positive integer{limit}")
+    return 1
+
+
+def number(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> float:
+    """Reads a positive number that float32 can hold; returns 1.0 if it is none."""
+    value = fields.get(name)
+    largest = float(np.finfo(np.float32).max)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= largest:
+        return float(value)
+    problems.append(f"{prefix}{name}={value!r}: expected a positive number")
+    return 1.0
+
+
+def is_off(value: Any) -> bool:
+    """Whether a field with this value has no effect."""
+    return value is None or value is False or value in ({}, [])

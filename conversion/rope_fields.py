@@ -1,0 +1,91 @@
+"""The rotary embedding in a `config.json`, in both of its dialects.
+
+transformers 4 reads `rope_theta` and `rope_scaling` and ignores `rope_parameters`, in which
+transformers 5 keeps both. A file may hold either dialect, or both if they agree. Both are written:
+a version that finds its own dialect missing computes with a base of 10000, and says nothing.
+"""
+
+from typing import Any
+
+from conversion.fields import is_off, number, positive
+from sarm_jax.llama import LlamaConfig
+from sarm_jax.rope import Llama3Scaling
+
+_LLAMA3_FIELDS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+)  # fmt: skip
+_DEFAULT_THETA = 10000.0
+
+Rope = tuple[float, Llama3Scaling | None]
+
+
+def rope_fields(config: LlamaConfig) -> dict[str, Any]:
+    """Writes the base and the scaling in both dialects."""
+    theta, scaling = config.rope_theta, config.rope_scaling
+    kind: dict[str, Any] = {"rope_type": "llama3" if scaling else "default"}
+    values = kind | (vars(scaling) if scaling else {})
+    return {
+        "rope_theta": theta,
+        "rope_scaling": values if scaling else None,
+        "rope_parameters": {"rope_theta": theta, **values},
+    }
+
+
+def needs_transformers5(hf: dict[str, Any], config: LlamaConfig) -> bool:
+    """Whether transformers 4 would compute with another rotary embedding than `config` has."""
+    old = hf.get("rope_theta") is not None or hf.get("rope_scaling")
+    return not old and (config.rope_theta, config.rope_scaling) != (_DEFAULT_THETA, None)
+
+
+def read_rope(hf: dict[str, Any], problems: list[str]) -> Rope:
+    """Reads (base, scaling); dialects that contradict each other are a problem."""
+    new, old, theta = (hf.get(n) for n in ("rope_parameters", "rope_scaling", "rope_theta"))
+    for where, fields in (("rope_parameters", new), ("rope_scaling", old)):
+        if not isinstance(fields or {}, dict):
+            problems.append(f"{where}={fields!r}: expected an object")
+            return 1.0, None
+    before = len(problems)
+    found: dict[str, Rope] = {}
+    if new:
+        found["rope_parameters"] = _read_dialect("rope_parameters", new, theta, problems)
+    if old or theta is not None or not new:
+        found["rope_scaling"] = _read_dialect("rope_scaling", old or {}, theta, problems)
+    ropes = list(found.values())
+    differ = len(problems) == before and ropes[0][1] != ropes[-1][1]
+    if differ or (new and old and _kind(new) != _kind(old)):
+        problems.append(f"rope_scaling={old} contradicts rope_parameters={new}")
+    if len(problems) == before and ropes[0][0] != ropes[-1][0]:
+        thetas = f"rope_theta={ropes[-1][0]!r}", f"rope_parameters.rope_theta={ropes[0][0]!r}"
+        problems.append(" contradicts ".join(thetas))
+    return ropes[0]
+
+
+def _read_dialect(where: str, fields: dict[str, Any], theta: Any, problems: list[str]) -> Rope:
+    """Reads one object of fields; `theta` is the base that stands beside it, if any."""
+    inside = fields.get("rope_theta")
+    if None not in (inside, theta) and inside != theta:
+        problems.append(f"rope_theta={theta!r} contradicts {where}.rope_theta={inside!r}")
+    first = next((value for value in (inside, theta) if value is not None), _DEFAULT_THETA)
+    base = number({"rope_theta": first}, "rope_theta", problems)
+    kind = _kind(fields)
+    known = {"rope_type", "type", "rope_theta"}
+    if kind not in ("default", "llama3"):
+        problems.append(f"{where}.rope_type={kind!r}: only 'default' and 'llama3' are supported")
+        return base, None
+    if kind == "llama3":
+        known |= set(_LLAMA3_FIELDS)
+    for name, value in fields.items():
+        full_rotation = name == "partial_rotary_factor" and value == 1
+        if name not in known and not is_off(value) and not full_rotation:
+            problems.append(f"{where}.{name}={value!r}: unknown field")
+    if kind == "default":
+        return base, None
+    factor, low, high = (number(fields, name, problems, f"{where}.") for name in _LLAMA3_FIELDS[:3])
+    original = positive(fields, _LLAMA3_FIELDS[3], problems, f"{where}.")
+    if high <= low:
+        problems.append(f"{where}.high_freq_factor={high}: must exceed low_freq_factor={low}")
+    return base, Llama3Scaling(factor, low, high, original)
+
+
+def _kind(fields: dict[str, Any]) -> Any:
+    return fields.get("rope_type", fields.get("type", "default"))
