@@ -18,12 +18,7 @@ from configs import full_method
 
 SELECTED = "@{workdir}/probes/selected_features.json"
 STEERING = "sarm/steering"
-TESTS = (
-    "rewardbenchv2/safety_c",
-    "rewardbenchv2/safety_j",
-    "rm_bench/safety_c",
-    "rm_bench/safety_j",
-)
+TESTS = {"rb2_safety": "rewardbenchv2", "rmb_safety": "rm_bench"}  # the reference's names of them
 
 
 def get_config(steering: str = STEERING) -> ConfigDict:
