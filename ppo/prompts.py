@@ -7,7 +7,7 @@ import numpy as np
 
 from sarm_jax.chat import encode_prompt, pad_batch, pad_id
 from sarm_jax.errors import InputError
-from sarm_jax.jsonl import read_jsonl
+from sarm_jax.jsonl import line_of, read_jsonl
 
 
 def read_prompts(path: str) -> list[str]:
@@ -22,8 +22,9 @@ def encode_prompts(
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for number, row in enumerate(rows, start=1):
         if len(row) > max_tokens:
+            place = f"{source or 'prompts'}:{line_of(source, number)}"
             raise InputError(
-                f"{source or 'prompts'}:{number}: the prompt has {len(row)} tokens with its "
+                f"{place}: the prompt has {len(row)} tokens with its "
                 f"chat template, more than ppo.max_prompt_tokens={max_tokens}"
             )
     return rows
