@@ -52,7 +52,10 @@ def _finite(entry: Any) -> float:
 
 def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str) -> tuple:
     values = []
-    for entry in _entries(option, text.strip()):
+    entries = _entries(option, text.strip())
+    if not entries and text.strip() and "[:0]" not in text:  # which asks for none
+        raise InputError(f"{option}={text}: the list is empty; name another one, or no {option}")
+    for entry in entries:
         try:
             values.append(convert(entry))
         except (TypeError, ValueError, OverflowError):
@@ -94,5 +97,6 @@ def _from_file(option: str, text: str) -> list[Any]:
     if count is None:
         return entries
     if len(count) > 9 or int(count) > len(entries):
-        raise InputError(f"{option}={text}: {path} lists only {len(entries)} under {key!r}")
+        have = f"lists only {len(entries)} under {key!r}" if entries else f"has an empty {key!r}"
+        raise InputError(f"{option}={text}: {path} {have}")
     return entries[: int(count)]
