@@ -12,6 +12,7 @@ from typing import Any
 from sarm_jax.errors import InputError
 from sarm_jax.strict_json import parse_json
 
+EMPTY = "the list is empty; name another one, or no"
 LARGEST_ID = 2**31 - 1  # device indices are int32
 
 
@@ -54,7 +55,7 @@ def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str)
     values = []
     entries = _entries(option, text.strip())
     if not entries and text.strip() and "[:0]" not in text:  # which asks for none
-        raise InputError(f"{option}={text}: the list is empty; name another one, or no {option}")
+        raise InputError(f"{option}={text}: {EMPTY} {option}")
     for entry in entries:
         try:
             values.append(convert(entry))
@@ -97,6 +98,7 @@ def _from_file(option: str, text: str) -> list[Any]:
     if count is None:
         return entries
     if len(count) > 9 or int(count) > len(entries):
-        have = f"lists only {len(entries)} under {key!r}" if entries else f"has an empty {key!r}"
-        raise InputError(f"{option}={text}: {path} {have}")
+        if not entries:
+            raise InputError(f"{option}={text}: {EMPTY} {option}")
+        raise InputError(f"{option}={text}: {path} lists only {len(entries)} under {key!r}")
     return entries[: int(count)]

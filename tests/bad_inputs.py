@@ -490,7 +490,7 @@ REWARD = [
     features(
         "first of a list that is empty",
         file('{"harming": []}', "a.json"),
-        "penalize_features=@{bad}:harming[:5]: {bad} has an empty 'harming'",
+        "penalize_features=@{bad}:harming[:5]: the list is empty; name another one",
         key="{bad}:harming[:5]",
     ),
     main(
@@ -1110,7 +1110,7 @@ HUMAN = [
     ),
     human("other tensors", latents(x=Z), "holds ['x'], expected z and latent_indices"),
     human("no safetensors", file("no", "human.safetensors"), "not a safetensors file"),
-    human("pickled", file(b"\x80\x04", "human.pt"), "unpickling runs code", "save_file"),
+    human("pickled", file(b"\x80\x04", "human.pt"), "unpickling", "-m conversion.human_latents"),
     main(
         "feature that was not collected",
         "--beta=0.5 --human_latents={bad} --latent_indices=3",
