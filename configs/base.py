@@ -226,7 +226,8 @@ def get_config() -> ConfigDict:
 
     # Stage report: a page on one run, or on several side by side.
     config.report = ConfigDict()
-    config.report.runs = ""  # comma-separated working directories, DIR or NAME=DIR; empty: own
+    # Comma-separated working directories, DIR or NAME=DIR, or metrics, FILE.csv; empty: its own.
+    config.report.runs = ""
     config.report.samples = 200  # prompts of each run in its browser of responses; 0: all
 
     # The reward-hacking lab: a small world whose true reward is known (sarm_jax/lab).

@@ -28,7 +28,7 @@ PREPARED = {"lab": "policy", "benchmarks": "data/data_summary.json"}  # else dat
 READ, READERS = ("identify", "human_latents"), ("train", "evaluate")
 RUN_FILES = {  # what a stage reads of a run
     "evaluate": ("adapter/*",),
-    "report": ("metrics.csv", "*.jsonl", "summary.json", "config.json", "eval/*.json*"),
+    "report": ("*metrics.csv", "*.jsonl", "*summary.json", "config.json", "eval/*.json*"),
 }
 
 

@@ -177,13 +177,16 @@ def _is_path(name: str) -> bool:
     """Whether it exists; a word, which may be an option's value, must be a model or a run."""
     try:
         path = Path(name)
-        return path.exists() if "/" in name or "." in name else (path / "config.json").is_file()
+        if "/" in name or "." in name:
+            return path.exists()
+        return (path / "config.json").is_file() or any(path.glob("*metrics.csv"))
     except (OSError, ValueError):  # no name that a file can have
         return False
 
 
 def _files_in(folder: Path, run_files: tuple[str, ...]) -> list[Path]:
-    is_run = (folder / "metrics.csv").exists() or (folder / "adapter").is_dir()
+    metrics = [glob for glob in run_files if glob.endswith("metrics.csv")] or ["metrics.csv"]
+    is_run = any(any(folder.glob(glob)) for glob in metrics) or (folder / "adapter").is_dir()
     found = [p for glob in run_files for p in folder.glob(glob)] if is_run else folder.rglob("*")
     return sorted(path for path in found if path.is_file())
 

@@ -10,7 +10,7 @@ from conversion import load_policy, load_sarm
 from conversion.load import check_dtype, read_policy_config, read_sarm_config
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
-from sarm_jax.jsonl import read_jsonl
+from sarm_jax.jsonl import line_of, read_jsonl
 from sarm_jax.llama import REMAT, Llama
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sharding import MeshConfig, Placement, make_mesh
@@ -83,9 +83,10 @@ def read_pairs(paths: tuple[str, ...], unequal: bool = False) -> list[dict]:
     for path in paths:
         for number, row in enumerate(read_jsonl(path, PAIR), 1):
             if not isinstance(row.get("source", ""), str):
-                raise InputError(f"{path}:{number}: field 'source' must be str")
+                raise InputError(f"{path}:{line_of(path, number)}: field 'source' must be str")
             if unequal and row["chosen"] == row["rejected"]:
-                raise InputError(f"{path}:{number}: fields 'chosen' and 'rejected' are the same")
+                place = f"{path}:{line_of(path, number)}"
+                raise InputError(f"{place}: fields 'chosen' and 'rejected' are the same")
             pairs.append(row)
     return pairs
 

@@ -67,9 +67,10 @@ def load_human_latents(path: str | Path) -> HumanLatents:
     path = Path(path)
     if path.suffix in (".pt", ".pth", ".pkl", ".bin", ".npy", ".npz"):
         raise InputError(
-            f"human_latents={path}: only safetensors are read, because unpickling runs code; make "
-            "it with --stage=human_latents, or where you trust the file save its tensors z and "
-            "latent_indices with safetensors.torch.save_file"
+            f"human_latents={path}: only safetensors are read, because unpickling runs code; "
+            f"python -m conversion.human_latents --src={path} "
+            f"--dst={path.with_suffix('.safetensors')} converts a file of torch.save without "
+            "running any, and --stage=human_latents makes a new one"
         )
     if not path.is_file():
         raise InputError(f"human_latents={path}: no such file; make it with --stage=human_latents")

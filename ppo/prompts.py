@@ -11,7 +11,7 @@ from ppo.config import PPOConfig
 from ppo.prompt_lengths import padded_lengths
 from sarm_jax.chat import encode_prompt, pad_batch, pad_id
 from sarm_jax.errors import InputError
-from sarm_jax.jsonl import read_jsonl
+from sarm_jax.jsonl import line_of, read_jsonl
 
 LOG = logging.getLogger(__name__)
 
@@ -57,15 +57,16 @@ def encode_prompts(
     for number, text in enumerate(prompts, start=1):
         row = encode_prompt(tokenizer, text)
         if len(row) > max_tokens:
-            place = f"{source}:{number}: the prompt has {len(row)} tokens with its chat template"
+            if long_prompts == "drop":
+                dropped += 1
+                continue
+            line = line_of(source, number)
+            place = f"{source}:{line}: the prompt has {len(row)} tokens with its chat template"
             if long_prompts == "error":
                 raise InputError(
                     f"{place}, more than ppo.max_prompt_tokens={max_tokens}: raise it, or set "
                     "ppo.long_prompts=drop or ppo.long_prompts=truncate"
                 )
-            if long_prompts == "drop":
-                dropped += 1
-                continue
             text = _fitting_end(text, tokenizer, max_tokens)
             row = encode_prompt(tokenizer, text)
             if not text:

@@ -12,6 +12,7 @@ from typing import Any
 from sarm_jax.errors import InputError
 from sarm_jax.strict_json import parse_json
 
+EMPTY = "the list is empty; name another one, or no"
 LARGEST_ID = 2**31 - 1  # device indices are int32
 
 
@@ -52,7 +53,10 @@ def _finite(entry: Any) -> float:
 
 def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str) -> tuple:
     values = []
-    for entry in _entries(option, text.strip()):
+    entries = _entries(option, text.strip())
+    if not entries and text.strip() and "[:0]" not in text:  # which asks for none
+        raise InputError(f"{option}={text}: {EMPTY} {option}")
+    for entry in entries:
         try:
             values.append(convert(entry))
         except (TypeError, ValueError, OverflowError):
@@ -94,5 +98,7 @@ def _from_file(option: str, text: str) -> list[Any]:
     if count is None:
         return entries
     if len(count) > 9 or int(count) > len(entries):
+        if not entries:
+            raise InputError(f"{option}={text}: {EMPTY} {option}")
         raise InputError(f"{option}={text}: {path} lists only {len(entries)} under {key!r}")
     return entries[: int(count)]

@@ -1,6 +1,7 @@
 """JSON Lines, read strictly and written atomically.
 
-A bad file is refused with the line and the field that are wrong; nothing is guessed or skipped.
+A bad file is refused with the line and the field that are wrong. Nothing is guessed, and only blank
+lines are skipped, which still count in the numbers of lines.
 """
 
 import json
@@ -52,10 +53,29 @@ def parse_jsonl(
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}: {error.reason})") from error
-    lines = text.removesuffix("\n").split("\n")  # splitlines would also split at U+2028
-    if lines == [""]:
+    lines = numbered_lines(text)
+    if not lines:
         raise InputError(f"{path}: the file is empty")
-    return [_row(line, fields, f"{path}:{number}", own) for number, line in enumerate(lines, 1)]
+    return [_row(line, fields, f"{path}:{number}", own) for number, line in lines]
+
+
+def numbered_lines(text: str) -> list[tuple[int, str]]:
+    """Returns (number from 1, line) of all lines but blank ones."""
+    lines = text.split("\n")  # splitlines would also split at U+2028
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def line_of(path: str | Path, row: int) -> int:
+    """Returns the line of a JSON Lines file that holds its row number `row`, both from 1.
+
+    For messages on rows that were read before. If `path` is no file that can be read, but what a
+    message calls its data, the row's own number is all there is to say.
+    """
+    try:
+        lines = numbered_lines(read_bytes(path).decode("utf-8"))
+    except (InputError, ValueError):
+        return row
+    return lines[row - 1][0] if row <= len(lines) else row
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -68,8 +88,6 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def parse_line(line: str, own: bool = False) -> dict[str, Any]:
     """The object on one line; ValueError says what stands there instead. `own` as above."""
-    if not line.strip():
-        raise ValueError("expected a JSON object, found a blank line")
     try:
         row = parse_json(line, constants=own, unicode=not own)
     except ValueError as error:

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from sarm_jax.certificates import CertificateConfig, certify, matched_controls
 from sarm_jax.errors import InputError
 from sarm_jax.files import replacing
+from sarm_jax.jsonl import line_of
 from sarm_jax.latent_store import Contrast, Latents
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.statistics import Interval, mean_interval
@@ -96,7 +97,13 @@ def check_probe(
     beyond = [i for i in config.features if i >= latent_size]
     if beyond:
         raise InputError(f"probe.feature: feature {beyond[0]} of a SARM with {latent_size} latents")
-    return [_responses(config.mode, row, f"{source}:{n}") for n, row in enumerate(data, 1)]
+    groups = []
+    for number, row in enumerate(data, 1):
+        try:
+            groups.append(_responses(config.mode, row))
+        except ValueError as error:
+            raise InputError(f"{source}:{line_of(source, number)}: {error}") from None
+    return groups
 
 
 def _certificates(
@@ -146,21 +153,20 @@ def write_probes(folder: Path, probes: Sequence[Probe]) -> None:
             writer.writerows(found.rows)
 
 
-def _responses(mode: str, row: Mapping[str, Any], place: str) -> list[str]:
-    """The responses of a row of the data."""
+def _responses(mode: str, row: Mapping[str, Any]) -> list[str]:
+    """Returns the responses of a row of the data; ValueError says what is wrong with it."""
     if mode == "bestofn":
         candidates = row.get("candidates")
         if not (isinstance(candidates, list) and len(candidates) > 1):
-            raise InputError(f"{place}: 'candidates' must list two or more")
+            raise ValueError("'candidates' must list two or more")
         if not all(isinstance(text, str) for text in candidates):
-            raise InputError(f"{place}: 'candidates' must be texts")
+            raise ValueError("'candidates' must be texts")
         return candidates
     fields = ("response",) if "response" in row else ("chosen", "rejected")
     for field in fields:
         if not isinstance(row.get(field), str):
-            raise InputError(
-                f"{place}: expected 'response', or 'chosen' and 'rejected', "
-                f"as text; found {sorted(row)}"
+            raise ValueError(
+                f"expected 'response', or 'chosen' and 'rejected', as text; found {sorted(row)}"
             )
     return [row[field] for field in fields]
 

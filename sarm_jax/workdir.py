@@ -88,18 +88,26 @@ def is_claimed(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, A
 
 
 def named_workdirs(text: str, own: Path, flag: str) -> dict[str, Path]:
-    """Comma-separated DIR or NAME=DIR, as `flag` has it → name → directory; empty: `own`."""
+    """Comma-separated DIR or NAME=DIR, as `flag` has it → name → directory; empty: `own`.
+
+    report.runs also takes a run's metrics, FILE.csv.
+    """
     runs: dict[str, Path] = {}
     for part in text.split(",") if text.strip() else [str(own)]:
         name, equals, path = part.strip().rpartition("=")
         folder = Path(path)
-        name = name.strip() if equals else folder.resolve().name
+        name = name.strip() if equals else _run_name(folder.resolve())
         if not path or not name:
             raise InputError(f"{flag}: found {part.strip()!r}, expected DIR or NAME=DIR")
         if name in runs:
             raise InputError(f"{flag}: two runs are called {name!r}: give them as NAME=DIR")
         runs[name] = folder
     return runs
+
+
+def _run_name(path: Path) -> str:
+    """The name of a run that is given without one; its metrics may be NAME_metrics.csv."""
+    return path.stem.removesuffix("_metrics") if path.suffix == ".csv" else path.name
 
 
 def first_difference(

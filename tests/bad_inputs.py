@@ -199,6 +199,23 @@ def run_with(**files: str) -> Spoil:
     return copied("run", change)
 
 
+def nothing(world: Path, place: Path) -> Path:
+    """An empty directory."""
+    return place
+
+
+def recordings(*names: str, text: str = "step\n", summary: str = "{}") -> Spoil:
+    """A directory with the metrics and summaries of runs that another program recorded."""
+
+    def spoil(world: Path, place: Path) -> Path:
+        for name in names:
+            (place / f"{name}_metrics.csv").write_text(text)
+            (place / f"{name}_summary.json").write_text(summary)
+        return place
+
+    return spoil
+
+
 def trained(change: Callable[[Path], object], *forgotten: str) -> Spoil:
     """A copy of a run with its models, whose paths are relative, changed in place.
 
@@ -494,6 +511,30 @@ REWARD = [
         key="{bad}:harming[:2]",
     ),
     features(
+        "list that is empty",
+        file('{"harming": []}', "a.json"),
+        "penalize_features=@{bad}:harming: the list is empty",
+    ),
+    features(
+        "first of a list that is empty",
+        file('{"harming": []}', "a.json"),
+        "penalize_features=@{bad}:harming[:5]: the list is empty; name another one",
+        key="{bad}:harming[:5]",
+    ),
+    main(
+        "list of probed features that is empty",
+        "--stage=probe --config.probe.feature=@{bad}:harming "
+        "--config.probe.data_jsonl={world}/demos.jsonl",
+        "probe.feature=@{bad}:harming: the list is empty",
+        spoil=file('{"harming": []}', "a.json"),
+    ),
+    main(
+        "list of compared latents that is empty",  # not all of them
+        "--beta=0.5 --human_latents=x --latent_indices=@{bad}:harming",
+        "latent_indices=@{bad}:harming: the list is empty",
+        spoil=file('{"harming": []}', "a.json"),
+    ),
+    features(
         "list of fractions", file('{"harming": [1.5]}', "a.json"), "found 1.5", "a whole number"
     ),
     features("list of lists", file('{"harming": [[1]]}', "a.json"), "found [1]"),
@@ -531,7 +572,32 @@ JSONL = [
         '{"prompt": "a"}\n{"text": "b"}\n',
         "bad.jsonl:2: field 'prompt' is missing, found ['text']",
     ),
-    prompts("blank line", '{"prompt": "a"}\n\n{"prompt": "b"}\n', "bad.jsonl:2", "a blank line"),
+    prompts("blank lines alone", "\n \n\n", "bad.jsonl: the file is empty"),
+    prompts("bad line after blank ones", '\n\n{"prompt": "a"}\n \n{"prompt": 3}', "bad.jsonl:5:"),
+    main(
+        "prompt too long after blank lines",
+        "--prompts_jsonl={bad} --config.ppo.max_prompt_tokens=60",
+        "bad.jsonl:5: the prompt has",
+        spoil=file('\n\n{"prompt": "a"}\n \n{"prompt": "' + "many words " * 99 + '"}\n'),
+    ),
+    main(
+        "pair of equals after blank lines",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={bad}",
+        "bad.jsonl:3: fields 'chosen' and 'rejected' are the same",
+        spoil=file('\n\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+    ),
+    main(
+        "source that is no text after blank lines",
+        "--stage=identify --config.identify.pairs_jsonl={bad}",
+        "bad.jsonl:3: field 'source' must be str",
+        spoil=file('\n\n{"prompt": "a", "chosen": "b", "rejected": "c", "source": [1]}\n'),
+    ),
+    main(
+        "nothing to probe after blank lines",
+        "--stage=probe --config.probe.feature=1 --config.probe.data_jsonl={bad}",
+        "bad.jsonl:4: expected 'response', or 'chosen' and 'rejected'",
+        spoil=file('{"prompt": "a", "response": "b"}\n\n\n{"prompt": "a"}\n'),
+    ),
     prompts("blank text", '{"prompt": "  "}\n', "bad.jsonl:1: field 'prompt' is empty"),
     prompts("no JSON", '{"prompt": "a"}\nnot json\n', "bad.jsonl:2", "'not json'"),
     prompts("not UTF-8", b'{"prompt": "\xff"}\n', "not UTF-8 (byte 12"),
@@ -1072,7 +1138,7 @@ HUMAN = [
     ),
     human("other tensors", latents(x=Z), "holds ['x'], expected z and latent_indices"),
     human("no safetensors", file("no", "human.safetensors"), "not a safetensors file"),
-    human("pickled", file(b"\x80\x04", "human.pt"), "unpickling runs code", "save_file"),
+    human("pickled", file(b"\x80\x04", "human.pt"), "unpickling", "-m conversion.human_latents"),
     main(
         "feature that was not collected",
         "--beta=0.5 --human_latents={bad} --latent_indices=3",
@@ -1285,7 +1351,26 @@ REPORT = [
     for what, options, says, spoil in [
         ("negative samples", "samples=-1", ("report.samples=-1",), None),
         ("no such run", "runs={world}/none", ("none is not a directory",), None),
-        ("no run in it", "runs={bad}", ("holds no run", "makes one"), lambda world, place: place),
+        ("no run in it", "runs={bad}", ("holds no run", "makes one"), nothing),
+        ("no such metrics", "runs=x={bad}/x.csv", ("{bad}/x.csv: no such file",), nothing),
+        (
+            "metrics of several runs",
+            "runs=x={bad}",
+            ("holds the metrics of several runs (a_metrics.csv, b_metrics.csv)", "NAME={bad}/a_"),
+            recordings("a", "b"),
+        ),
+        (
+            "metrics of another program that are none",
+            "runs={bad}/a_metrics.csv",
+            ("a_metrics.csv:3: 1 cells for 2 columns",),
+            recordings("a", text="step,gpu_memory_gb\n1,2\n3\n"),
+        ),
+        (
+            "summary of another program that is none",
+            "runs={bad}",
+            ("a_summary.json: not JSON",),
+            recordings("a", text="step,gpu_memory_gb\n1,2\n", summary="{"),
+        ),
         ("two of a name", "runs={world}/run,{bad}", ("called 'run'", "NAME=DIR"), run_with()),
         ("nothing between commas", "runs={world}/run,,", ("found ''", "NAME=DIR"), None),
         ("no name before =", "runs={world}/run,={world}/run", ("expected DIR or NAME=DIR",), None),

@@ -144,3 +144,41 @@ def _evaluated(rng: np.random.Generator, number: int) -> dict:
             "penalties": {"7": SIGMA * 0.5 * fires, "3": 0.0},
         }
     return {"prompt": f"question {number}: {text}", "responses": responses}
+
+
+REFERENCE_COLUMNS = (
+    "step timestamp total_reward rm_score indicator_penalty kl_penalty response_length_mean "
+    "response_length_std ppo_loss policy_loss value_loss entropy approx_kl clip_fraction "
+    "reward_mean reward_std reward_min reward_max advantage_mean advantage_std gpu_memory_gb"
+).split()
+
+
+def write_recording(
+    folder: Path, name: str, steps: int = 20, features: tuple[int, ...] = (48, 28)
+) -> Path:
+    """NAME_metrics.csv and NAME_summary.json in the format of the reference implementation.
+
+    Steps count from 1, and a row is of two responses, on each of which a feature costs 0.1.
+    """
+    rng = np.random.default_rng(steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for step in range(1, steps + 1):
+        fired = rng.integers(0, 3, len(features)) / 2
+        row = {column: float(rng.normal()) for column in REFERENCE_COLUMNS}
+        row |= {"step": step, "timestamp": 12.0 * step, "kl_penalty": 0.0, "rm_score": -0.1}
+        row |= {"response_length_mean": 256.0, "response_length_std": 0.0, "entropy": 2.5}
+        row["indicator_penalty"] = 0.1 * float(fired.sum())
+        row["total_reward"] = row["reward_mean"] = row["rm_score"] - row["indicator_penalty"]
+        row |= {f"feat_{i}_activation": 8 * f for i, f in zip(features, fired, strict=True)}
+        row |= {f"feat_{i}_above_tau": f for i, f in zip(features, fired, strict=True)}
+        rows.append(row)
+    path = folder / f"{name}_metrics.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = {"experiment_name": name, "total_steps": steps, "metrics_path": str(path)}
+    summary["final_metrics"] = rows[-1]
+    (folder / f"{name}_summary.json").write_text(json.dumps(summary))
+    return path

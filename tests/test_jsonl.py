@@ -1,7 +1,7 @@
 import pytest
 
 from sarm_jax.errors import InputError
-from sarm_jax.jsonl import read_jsonl, write_jsonl
+from sarm_jax.jsonl import line_of, read_jsonl, write_jsonl
 
 FIELDS = {"prompt": str, "score": float, "n": int, "parts": list}
 GOOD = '{"prompt": "a", "score": 1, "n": 2, "parts": ["x"]}'
@@ -19,10 +19,32 @@ def test_the_last_line_may_lack_its_newline_and_lines_may_end_in_crlf(tmp_path):
     assert len(read_jsonl(path, FIELDS)) == 2
 
 
+BLANK = "\n  \n\r\n\t\n"  # four lines
+
+
+def test_blank_lines_are_skipped_and_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{BLANK}{GOOD}\n{BLANK}{GOOD}\n{BLANK}")
+    assert read_jsonl(path, FIELDS) == read_jsonl(path, FIELDS, own=True)
+    assert len(read_jsonl(path, FIELDS)) == 2
+    assert [line_of(path, row) for row in (1, 2)] == [5, 10]
+    path.write_text(f"{BLANK}{GOOD}\n{BLANK}{{broken\n")
+    with pytest.raises(InputError, match=f"{path}:10: .*broken"):
+        read_jsonl(path, FIELDS)
+    path.write_text(BLANK)
+    with pytest.raises(InputError, match="the file is empty"):
+        read_jsonl(path, FIELDS)
+
+
+def test_the_line_of_a_row_of_no_file_is_its_number(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff")
+    for path in ("probe.data_jsonl", "", tmp_path, tmp_path / "none", tmp_path / "binary"):
+        assert line_of(path, 7) == 7
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("", "a blank line"),
         ("{broken", "{broken"),
         ("[1]", "found [1]"),
         ('{"prompt": "a", "score": 1, "n": 2}', "'parts' is missing"),

@@ -169,6 +169,9 @@ def test_conditions_by_hand(tmp_path):
     }  # fmt: skip
     for condition, options in expected.items():
         assert reward_options(condition, path, section) == options
+    path.write_text(json.dumps({key: [] for key in lists}))  # identify found nothing
+    for condition in ("penalty", "clamp", "random"):
+        assert reward_options(condition, path, section) == {}
 
 
 def run(seed, start, peak, final, score=3.0):

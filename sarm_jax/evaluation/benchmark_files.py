@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sarm_jax.errors import InputError
-from sarm_jax.jsonl import parse_line, read_bytes, short
+from sarm_jax.jsonl import numbered_lines, parse_line, read_bytes, short
 from sarm_jax.strict_json import parse_json
 
 STYLES = ("concise", "detailed", "markdown")
@@ -119,7 +119,8 @@ def _short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def read_rows(path: str | Path, name: str = "") -> list[Row]:
-    """The rows of a file; a bad line of JSON Lines is a row with a `RowError`.
+    """The rows of a file; a bad line of JSON Lines is a row with a `RowError`, a blank one
+    is none.
 
     `name` is what the user called the file, where that differs. Raises `InputError` for a file
     that cannot be read as a whole, or is empty.
@@ -132,8 +133,7 @@ def read_rows(path: str | Path, name: str = "") -> list[Row]:
     else:
         text = _read_text(path, name)
         if path.suffix == ".jsonl":
-            lines = enumerate(text.removesuffix("\n").split("\n"), 1)
-            return [Row(f"{name}:{number}", _object(line)) for number, line in lines]
+            return [Row(f"{name}:{number}", _object(line)) for number, line in numbered_lines(text)]
         contents = _parse_array(text, name)
     if not contents:
         raise InputError(f"{name}: holds no rows")

@@ -26,14 +26,15 @@ def reward_options(condition: str, selected: Path, section: dict[str, Any]) -> d
     lists = json.loads(selected.read_text(encoding="utf-8"))
     penalised = {"penalty": "detectors", "full": "detectors", "random": "random_control"}
     options = {}
-    if name := penalised.get(condition):
+    name = penalised.get(condition)
+    if name and lists[name]:  # identify may have found none, and then there is nothing to penalise
         options["penalize_features"] = f"@{selected}:{name}"
         options["tau_values"] = f"@{selected}:tau_{name}"
         options["alpha_values"] = ",".join([str(section["alpha"])] * len(lists[name]))
     if condition in ("full", "latent_kl"):
         options["beta"] = section["beta"]
         options["latent_indices"] = f"@{selected}:carriers"
-    if condition == "clamp":
+    if condition == "clamp" and lists["carriers"]:
         options["clamp_features"] = f"@{selected}:carriers"
         options["clamp_set_values"] = ",".join(["0.0"] * len(lists["carriers"]))
     return options

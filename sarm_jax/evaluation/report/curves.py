@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
+from sarm_jax.evaluation.report import recordings
 from sarm_jax.evaluation.report.numbers import change, number
 from sarm_jax.evaluation.report.pictures import (
     COLOURS,
@@ -23,13 +24,13 @@ LOG_2 = float(np.log(2))
 
 
 def reward_terms(runs: Sequence[Run]) -> list[Picture]:
-    """For every run R_total and what it is made of; all have the same scale."""
+    """For every run R_total and what it is made of; all of one program have the same scale."""
     shown = [run for run in runs if run.has("total_reward")]
     parts = {run.name: terms(run) for run in shown}
-    every = np.concatenate([v for found in parts.values() for v in found.values()] or [np.zeros(1)])
-    finite = every[np.isfinite(every)]
-    margin = 0.05 * (np.ptp(finite) or 1.0)
-    limits = (finite.min() - margin, finite.max() + margin)
+    limits = {
+        origin: _limits([parts[run.name] for run in shown if run.origin == origin])
+        for origin in {run.origin for run in shown}
+    }
 
     def figure(run: Run) -> Picture:
         found = parts[run.name]
@@ -38,18 +39,28 @@ def reward_terms(runs: Sequence[Run]) -> list[Picture]:
             for place, (name, values_t) in enumerate(found.items()):
                 width = 4.0 if name == "R_total" else 2.2
                 axes.plot(run.column("step"), values_t, label=name, **look(place), linewidth=width)
-            by_step(axes, ylabel="reward-model units", ylim=limits)
+            by_step(axes, ylabel="reward-model units", ylim=limits[run.origin])
             legend(axes, len(found))
 
         told = "; ".join(f"{name} {change(ends(values))}" for name, values in found.items())
+        whole = "its terms; they add up to R_total"
+        whole = "what is recorded of its terms" if run.origin == recordings.OTHER else whole
         return picture(
             f"reward_{run.name}",
-            f"{run.name}: the reward and its terms; they add up to R_total",
-            f"{run.name} over {run.steps} steps, from the start to the end: {told}",
+            f"{run.title}: the reward and {whole}",
+            f"{run.title} over {run.steps} steps, from the start to the end: {told}",
             draw,
         )
 
     return [figure(run) for run in shown]
+
+
+def _limits(parts: Sequence[dict[str, np.ndarray]]) -> tuple[float, float]:
+    """The range of the y axis that holds all values."""
+    every = np.concatenate([values_t for found in parts for values_t in found.values()])
+    finite = every[np.isfinite(every)]
+    margin = 0.05 * (np.ptp(finite) or 1.0)
+    return float(finite.min() - margin), float(finite.max() + margin)
 
 
 def terms(run: Run) -> dict[str, np.ndarray]:
@@ -57,7 +68,7 @@ def terms(run: Run) -> dict[str, np.ndarray]:
     score = "R_SARM(clamp z)" if run.clamps else "R_SARM"
     found = {"R_total": run.column("total_reward"), score: run.column("rm_score")}
     parts = run.penalties()
-    if parts is None:
+    if parts is None or (not parts and _is_paid(run, "indicator_penalty")):
         found["− penalties"] = -run.column("indicator_penalty")
     elif parts:
         most = sorted(parts, key=lambda i: -np.nansum(parts[i]))
@@ -67,9 +78,14 @@ def terms(run: Run) -> dict[str, np.ndarray]:
         if len(alone) < len(most):
             rest = [parts[i] for i in most[len(alone) :]]
             found["− other penalties"] = -np.sum(rest, axis=0)
-    if np.any(run.column("kl_penalty")):
+    if _is_paid(run, "kl_penalty"):
         found["− β · D"] = -run.column("kl_penalty")
     return found
+
+
+def _is_paid(run: Run, name: str) -> bool:
+    """Whether a cost is recorded that is not 0 throughout."""
+    return run.has(name) and bool(np.any(run.column(name)))
 
 
 def goodhart(runs: Sequence[Run]) -> Picture | None:
@@ -134,8 +150,8 @@ def over_steps(
     def draw(axes: Axes) -> None:
         for run in shown:
             step_t, value_t, style = run.column("step"), run.column(name), look(run.place)
-            axes.plot(step_t, value_t, label=label(run.name), **style)
-            if spread:
+            axes.plot(step_t, value_t, label=label(run.name) + run.mark, **style)
+            if spread and run.has(spread):
                 low_t, high_t = value_t - run.column(spread), value_t + run.column(spread)
                 axes.fill_between(
                     step_t, low_t, high_t, color=style["color"], alpha=0.12, linewidth=0
@@ -145,9 +161,12 @@ def over_steps(
         by_step(axes, ylabel=unit)
         legend(axes, len(shown) + bool(level))
 
-    told = "; ".join(f"{run.name} {change(run.ends(name))}" for run in shown)
+    told = "; ".join(f"{run.title} {change(run.ends(name))}" for run in shown)
+    caption = title
+    if any(recordings.differs(run.origin, name) for run in shown):
+        caption += f"; † measured differently: {recordings.DIFFERS[name]}"
     against = f"; to compare with {level[1]}: {number(level[0])}" if level else ""
-    return picture(name, title, f"{title}, from the start to the end: {told}{against}", draw)
+    return picture(name, caption, f"{title}, from the start to the end: {told}{against}", draw)
 
 
 def features(run: Run) -> list[Picture]:
@@ -175,8 +194,8 @@ def features(run: Run) -> list[Picture]:
         told = "; ".join(f"feature {i} {change(run.ends(f'feat_{i}_{what}'))}" for i in chosen)
         return picture(
             f"{what}_{run.name}",
-            f"{run.name}: {title}{which}",
-            f"{run.name}, {title}, from the start to the end: {told}",
+            f"{run.title}: {title}{which}",
+            f"{run.title}, {title}, from the start to the end: {told}",
             lines(lambda i: run.column(f"feat_{i}_{what}"), unit, taus),
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sarm_jax.errors import InputError
 from sarm_jax.evaluation.report.runs import read_object
-from sarm_jax.jsonl import read_jsonl
+from sarm_jax.jsonl import line_of, read_jsonl
 
 FILES = ("policy", "rm_bench", "rewardbench2", "steering", "latent_map")
 BASE = "base"
@@ -47,7 +47,10 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
     responses = read_jsonl(path, fields, own=True) if path.exists() else []
     for number, row in enumerate(responses, 1):
         for policy, response in row["responses"].items():
-            _check_response(response, f"{path}:{number}: {policy}")
+            try:
+                _check_response(response, policy)
+            except InputError as error:
+                raise InputError(f"{path}:{line_of(path, number)}: {error}") from None
     if "latent_map" in parts:
         _check_map(parts["latent_map"], place / "latent_map.json")
     return Evaluation(name, folder, parts, responses)

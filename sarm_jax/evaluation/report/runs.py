@@ -1,4 +1,5 @@
 """A run as its working directory tells it: metrics, samples, options; and what is not there.
+Of a run of another program there are metrics alone (`recordings`).
 
 The share of a penalty that each feature has at a step follows from how often it fired and its α:
 
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from sarm_jax.errors import InputError
+from sarm_jax.evaluation.report import recordings
 from sarm_jax.feature_lists import parse_values
-from sarm_jax.jsonl import parse_jsonl
+from sarm_jax.jsonl import line_of, parse_jsonl
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.strict_json import parse_json
 
@@ -38,7 +40,7 @@ class Run:
     those of `features`, None where the options cannot be read any more. `scale` is the mean and
     deviation of the reference responses' scores. `warnings` are those of the guards, by the names
     of summary.json. `missing` are sentences on what is not there, each with the command that makes
-    it.
+    it. `origin` is the program that wrote the metrics, as `recordings.origin_of` says.
     """
 
     name: str
@@ -54,6 +56,17 @@ class Run:
     scale: tuple[float, float] | None
     warnings: Sequence[Mapping[str, Any]]
     missing: tuple[str, ...]
+    origin: str = recordings.OURS
+
+    @property
+    def mark(self) -> str:
+        """What stands behind the name of a run that another program recorded."""
+        return "" if self.origin == recordings.OURS else recordings.RUN_MARK
+
+    @property
+    def title(self) -> str:
+        """The name with its mark."""
+        return self.name + self.mark
 
     @property
     def steps(self) -> int:
@@ -73,6 +86,17 @@ class Run:
         """Whether its `rm_score` is of clamped latents."""
         reward = self.options.get("reward", {})
         return isinstance(reward, Mapping) and bool(reward.get("clamp_features"))
+
+    @property
+    def seconds(self) -> float:
+        """How long the steps took; NaN if that is not recorded."""
+        if self.origin == recordings.REFERENCE:
+            time_t = self.column("timestamp")
+            return float(np.nanmax(time_t)) if self.has("timestamp") else float("nan")
+        columns = [f"time_{part}" for part in ("rollout", "score", "update")]
+        if not any(map(self.has, columns)):
+            return float("nan")
+        return float(np.nansum([self.column(name) for name in columns]))
 
     def ends(self, name: str) -> tuple[float, float]:
         """The mean of a column over the first and over the last steps, see `ends`."""
@@ -99,12 +123,19 @@ def ends(values_t: np.ndarray) -> tuple[float, float]:
 
 
 def read_run(name: str, folder: Path, place: int = 0) -> Run:
-    """What lies in `folder`. Raises InputError for a directory without a run, and bad files."""
+    """Reads the run in `folder`, or a run's metrics alone.
+
+    Raises InputError for a directory without a run, or with several, and for bad files.
+    """
+    recording = recordings.metrics_file(folder)
+    if recording:
+        return _read_recording(name, folder, recording, place)
     if not folder.is_dir():
         raise InputError(f"report.runs: {folder} is not a directory")
     if not any((folder / part).exists() for part in ("metrics.csv", "samples.jsonl", "eval")):
         raise InputError(
-            f"report.runs: {folder} holds no run (no metrics.csv, samples.jsonl or eval/); "
+            f"report.runs: {folder} holds no run (no metrics.csv or NAME_metrics.csv, "
+            "samples.jsonl or eval/); "
             f"{TRAIN}{folder} makes one"
         )
     missing: list[str] = []
@@ -129,13 +160,14 @@ def read_run(name: str, folder: Path, place: int = 0) -> Run:
         done, of = summary.get("steps"), summary.get("total_steps")
         missing.append(f"{folder} was stopped by {summary['stopped']} after {done} of {of} steps.")
     options = read_object(folder / "config.json") or {}
-    features = _features(rows[0]) if rows else ()
+    columns, origin = _columns(rows)
+    features = _features(columns)
     reward = options.get("reward", {})
     return Run(
         name=name,
         place=place,
         folder=folder,
-        column_t={c: np.array([row[c] for row in rows]) for c in (rows[0] if rows else ())},
+        column_t=columns,
         samples=samples,
         held_out=held_out,
         options=options,
@@ -145,7 +177,49 @@ def read_run(name: str, folder: Path, place: int = 0) -> Run:
         scale=_scale(summary or {}),
         warnings=_objects((summary or {}).get("warnings")),
         missing=tuple(missing),
+        origin=origin,
     )
+
+
+def _read_recording(name: str, given: Path, path: Path, place: int) -> Run:
+    """Reads the metrics of a run of which nothing else is known; `given` is what the user named."""
+    rows = read_metrics(path)
+    missing = [] if rows else [f"{path} has no finished step."]
+    if given != path:
+        summary = recordings.summary_file(path)
+        total = (read_object(summary) or {}).get("total_steps", len(rows))
+        if not summary.is_file():
+            missing.append(f"{name}: no {summary.name}, so the run may not have finished.")
+        elif total != len(rows):
+            missing.append(f"{name}: {len(rows)} of {total} steps are recorded.")
+    columns, origin = _columns(rows)
+    return Run(
+        name=name,
+        place=place,
+        folder=given,
+        column_t=columns,
+        samples=(),
+        held_out=(),
+        options={},
+        features=_features(columns),
+        alphas=None,
+        taus=None,
+        scale=None,
+        warnings=(),
+        missing=tuple(missing),
+        origin=origin,
+    )
+
+
+def _columns(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, np.ndarray], str]:
+    """Returns the columns `[T]` that may be compared with ours, steps from 0, and their origin."""
+    names = tuple(rows[0]) if rows else ()
+    origin = recordings.origin_of(names) if rows else recordings.OURS
+    kept = (name for name in names if recordings.is_compared(origin, name))
+    columns = {name: np.array([row[name] for row in rows]) for name in kept}
+    if rows:
+        columns["step"] = columns["step"] - recordings.FIRST_STEP.get(origin, 0)
+    return columns, origin
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -168,17 +242,18 @@ def _rows(path: Path, fields: Mapping[str, type], lacks: Callable[[bool, str], N
         return []
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    lacks(bool(whole), f"an empty {path.name}")
-    rows = parse_jsonl(whole, fields, str(path), own=True) if whole else []
+    lacks(bool(whole.strip()), f"an empty {path.name}")
+    rows = parse_jsonl(whole, fields, str(path), own=True) if whole.strip() else []
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):  # unlike a prompt, it may be empty
-            raise InputError(f"{path}:{number}: field 'response' must be str")
+            raise InputError(f"{path}:{line_of(path, number)}: field 'response' must be str")
         if not all(isinstance(value, (int, float)) for value in row["penalties"].values()):
-            raise InputError(f"{path}:{number}: field 'penalties' must map features to numbers")
+            place = f"{path}:{line_of(path, number)}"
+            raise InputError(f"{place}: field 'penalties' must map features to numbers")
     return rows
 
 
-def _features(names: Mapping[str, float]) -> tuple[int, ...]:
+def _features(names: Mapping[str, np.ndarray]) -> tuple[int, ...]:
     found = (re.fullmatch(r"feat_(\d+)_above_tau", name) for name in names)
     return tuple(int(match[1]) for match in found if match)
 

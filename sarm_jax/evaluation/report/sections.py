@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sarm_jax.evaluation.report import curves, responses, tables
+from sarm_jax.evaluation.report import curves, recordings, responses, tables
 from sarm_jax.evaluation.report.curves import LOG_2
 from sarm_jax.evaluation.report.evaluations import EVALUATE, Evaluation
 from sarm_jax.evaluation.report.pictures import Picture
@@ -30,7 +30,10 @@ OPTIONS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: a sentence on what it shows, figures, tables, and what is missing."""
+    """A part of the page: a sentence on what it shows, tables, figures, and what is missing.
+
+    `notes` stand above the tables and figures, `footnotes`, which explain marks in them, below.
+    """
 
     anchor: str
     title: str
@@ -38,6 +41,7 @@ class Section:
     pictures: Sequence[Picture | None] = ()
     tables: Sequence[Table | None] = ()
     notes: Sequence[str] = ()
+    footnotes: Sequence[str] = ()
 
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
@@ -65,6 +69,7 @@ def _glance(runs: Sequence[Run], recorded: Sequence[Run]) -> Section:
             tables.options(runs),
         ],
         notes=[*missing, *_not_numbers(recorded), *_incomparable(runs), *_clamped(runs)],
+        footnotes=_of_recordings(recorded, tuple(recordings.DIFFERS), whole=True),
     )
 
 
@@ -74,12 +79,13 @@ def _reward(runs: Sequence[Run]) -> Section:
         "What the reward is made of",
         "R_total = R_SARM − penalties − β · D, means over the responses of a step.",
         curves.reward_terms(runs),
-        notes=[
-            f"{run.name}: what reward.alpha_values names cannot be read any more, so the penalties "
-            "are shown together."
-            for run in runs
-            if run.features and run.alphas is None
-        ],
+        notes=_of_each(
+            [run for run in runs if run.features and run.alphas is None],
+            lambda run: (
+                _unread(run, "alpha_values", "α") + ", so the penalties are shown together."
+            ),
+        ),
+        footnotes=_of_recordings(runs),
     )
 
 
@@ -90,16 +96,21 @@ def _distance(runs: Sequence[Run]) -> Section:
         "A reward that climbs while the policy moves far from the reference may be paid for "
         "something that nobody wants: then the curve says nothing of quality any more.",
         [curves.goodhart(runs)],
-        notes=_clamped(runs),
+        notes=[
+            *_clamped(runs),
+            *_of_each(
+                [run for run in runs if run.origin != recordings.OURS],
+                lambda run: "the KL to the reference policy is not recorded.",
+            ),
+        ],
     )
 
 
 def _features(runs: Sequence[Run]) -> Section:
-    no_tau = [
-        f"{run.name}: what reward.tau_values names cannot be read any more, so τ is not shown."
-        for run in runs
-        if run.features and run.taus is None
-    ]
+    no_tau = _of_each(
+        [run for run in runs if run.features and run.taus is None],
+        lambda run: _unread(run, "tau_values", "τ") + ", so τ is not shown.",
+    )
     return Section(
         "features",
         "The penalised features",
@@ -109,6 +120,7 @@ def _features(runs: Sequence[Run]) -> Section:
         no_tau
         if any(run.features for run in runs)
         else ["No step of a run with penalties is there."],
+        _of_recordings([run for run in runs if run.features]),
     )
 
 
@@ -126,6 +138,7 @@ def _length(runs: Sequence[Run]) -> Section:
             curves.over_steps(runs, mean, title, "tokens", spread=spread),
             curves.over_steps(runs, "eos_fraction", "Responses that ended by themselves", "share"),
         ],
+        footnotes=_of_recordings(runs),
     )
 
 
@@ -225,11 +238,44 @@ def _lacking(evaluations: Sequence[Evaluation], part: str, workdir: Path) -> lis
     return [f"There is no eval/{part}.json; {command} makes it."]
 
 
+def _of_recordings(
+    runs: Sequence[Run], columns: Iterable[str] = (), whole: bool = False
+) -> list[str]:
+    """Explains the marks at runs of other programs.
+
+    `columns` are those shown that may measure something else; `whole`: also what is not shown.
+    """
+    origins = {run.name: run.origin for run in runs}
+    reference = [run for run in runs if run.origin == recordings.REFERENCE]
+    shown = [c for c in columns if c == "minutes" or any(run.has(c) for run in reference)]
+    found = recordings.notes(origins, shown)
+    if whole and reference:
+        titles = tables.GLANCE.items()
+        absent = [title for name, title in titles if not any(run.has(name) for run in reference)]
+        found += recordings.further_notes(absent)
+    return found
+
+
+def _of_each(runs: Sequence[Run], sentence: Callable[[Run], str]) -> list[str]:
+    """The sentences that the runs have, each once, with the names of its runs."""
+    names: dict[str, list[str]] = {}
+    for run in runs:
+        names.setdefault(sentence(run), []).append(run.name)
+    return [f"{', '.join(of)}: {text}" for text, of in names.items()]
+
+
+def _unread(run: Run, option: str, symbol: str) -> str:
+    """Says why the values of an option are not known."""
+    if run.origin == recordings.OURS:
+        return f"what reward.{option} names cannot be read any more"
+    return f"{symbol} is not recorded"
+
+
 def _not_numbers(runs: Sequence[Run]) -> list[str]:
     """A sentence per run and column with values that are not finite."""
     notes = []
     for run in runs:
-        for name in CHECKED:
+        for name in filter(run.column_t.__contains__, CHECKED):
             bad = run.column("step")[~np.isfinite(run.column(name))]
             if len(bad):
                 first = f"{bad[0]:.0f}" if np.isfinite(bad[0]) else "?"

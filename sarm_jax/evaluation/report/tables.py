@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sarm_jax.evaluation.report import recordings
 from sarm_jax.evaluation.report.evaluations import BASE, Evaluation
 from sarm_jax.evaluation.report.numbers import NOTHING, change, estimate, number
 from sarm_jax.evaluation.report.runs import Run
@@ -73,12 +74,11 @@ def glance(runs: Sequence[Run]) -> Table:
     rows = [["steps", *(number(run.steps) for run in runs)]]
     for name, title in GLANCE.items():
         if any(run.has(name) for run in runs):
-            cells = (change(run.ends(name)) if run.has(name) else NOTHING for run in runs)
+            cells = (_ends(run, name) if run.has(name) else NOTHING for run in runs)
             rows.append([title, *cells])
-    seconds = [_seconds(run) for run in runs]
-    rows.append(["minutes", *(number(s / 60) for s in seconds)])
+    rows.append(["minutes", *(_minutes(run) for run in runs)])
     caption = "Means over the first and over the last five steps, of short runs over their halves"
-    return Table(caption, ["", *(run.name for run in runs)], rows)
+    return Table(caption, ["", *(run.title for run in runs)], rows)
 
 
 def guard_warnings(runs: Sequence[Run]) -> Table | None:
@@ -94,13 +94,14 @@ def guard_warnings(runs: Sequence[Run]) -> Table | None:
 
 
 def options(runs: Sequence[Run]) -> Table | None:
-    """What the runs differ in; of a single run, its reward."""
+    """What our runs differ in; of a single one, its reward."""
+    runs = [run for run in runs if run.origin == recordings.OURS]
     flat = [_flatten(run.options) for run in runs]
     names = list(dict.fromkeys(name for found in flat for name in found))
     if len(runs) > 1:
         names = [n for n in names if len({repr(found.get(n, "")) for found in flat}) > 1]
     else:
-        names = [n for n in OPTIONS if flat[0].get(n, "") != ""]
+        names = [n for n in OPTIONS if any(found.get(n, "") != "" for found in flat)]
     if not names:
         return None
     rows = [[n, *(str(found.get(n, NOTHING)) or NOTHING for found in flat)] for n in names]
@@ -127,7 +128,7 @@ def features(run: Run) -> Table | None:
         for place, i in enumerate(run.features)
     ]
     header = ["feature", "τ", f"α, in {_unit(run)}", "share above τ", "mean z"]
-    return Table(f"{run.name}: penalised features", header, rows)
+    return Table(f"{run.title}: penalised features", header, rows)
 
 
 def policy(evaluation: Evaluation) -> list[Table]:
@@ -316,9 +317,14 @@ def _is_square(matrix: Sequence[Any]) -> bool:
     return all(isinstance(row, list) and len(row) == len(matrix) for row in matrix)
 
 
-def _seconds(run: Run) -> float:
-    parts = [run.column(f"time_{part}") for part in ("rollout", "score", "update")]
-    return float(np.nansum(parts)) if run.steps else float("nan")
+def _ends(run: Run, name: str) -> str:
+    mark = recordings.CELL_MARK if recordings.differs(run.origin, name) else ""
+    return change(run.ends(name)) + mark
+
+
+def _minutes(run: Run) -> str:
+    known = np.isfinite(run.seconds) and recordings.differs(run.origin, "minutes")
+    return number(run.seconds / 60) + (recordings.CELL_MARK if known else "")
 
 
 def _unit(run: Run) -> str:
