@@ -60,20 +60,19 @@ def encode_prompts(
             if long_prompts == "drop":
                 dropped += 1
                 continue
-            line = line_of(source, number)
-            place = f"{source}:{line}: the prompt has {len(row)} tokens with its chat template"
             if long_prompts == "error":
                 raise InputError(
-                    f"{place}, more than ppo.max_prompt_tokens={max_tokens}: raise it, or set "
+                    f"{_place(source, number, row)}, more than ppo.max_prompt_tokens={max_tokens}: raise it, or set "
                     "ppo.long_prompts=drop or ppo.long_prompts=truncate"
                 )
             text = _fitting_end(text, tokenizer, max_tokens)
-            row = encode_prompt(tokenizer, text)
             if not text:
+                template = len(encode_prompt(tokenizer, ""))
                 raise InputError(
-                    f"{place}; without the user's text it has {len(row)} tokens, which leaves no "
-                    f"room in ppo.max_prompt_tokens={max_tokens}"
+                    f"{_place(source, number, row)}; without the user's text it has {template} "
+                    f"tokens, which leaves no room in ppo.max_prompt_tokens={max_tokens}"
                 )
+            row = encode_prompt(tokenizer, text)
             truncated += 1
         encoded.texts.append(text)
         encoded.rows.append(row)
@@ -89,6 +88,12 @@ def encode_prompts(
             "dropped" if dropped else "truncated on the left", long_prompts,
         )  # fmt: skip
     return dataclasses.replace(encoded, dropped=dropped, truncated=truncated)
+
+
+def _place(source: str, number: int, row: Sequence[int]) -> str:
+    """Names the line of a prompt and says how long it is."""
+    line = line_of(source, number)
+    return f"{source}:{line}: the prompt has {len(row)} tokens with its chat template"
 
 
 def _fitting_end(text: str, tokenizer: Any, max_tokens: int) -> str:
