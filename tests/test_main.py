@@ -165,7 +165,7 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
     pairs.write_text(pairs.read_text().replace("{", "{ ", 1))  # the same pairs in other bytes
     again = outcomes(run, [*everything, "--config.probe.set_value=0.5"], capsys)
     assert again.pop("identify") == f"done, because {pairs} has changed"
-    assert again.pop("probe") == "done, because probe.set_value was 0.0 and is now 0.5"
+    assert again.pop("probe") == "done, because probe.set_value was None and is now 0.5"
     assert set(again.values()) == {"up to date"}  # identify selected the same features
     assert run("--stage=all", *everything, "--alpha_values=0.5,0.5") == 2
     assert "reward.alpha_values was '0.5,0.25' and is now '0.5,0.5'" in capsys.readouterr().err

@@ -191,6 +191,7 @@ def everything(tmp_path):
     config.human_latents.demos_jsonl = config.probe.data_jsonl = f"{tmp_path}/data/demos.jsonl"
     selected = f"@{tmp_path}/probes/selected_features.json"
     config.probe.feature = f"{selected}:detectors,3"
+    config.probe.max_value = 1.0
     config.reward.penalize_features = f"{selected}:detectors"
     config.reward.tau_values = f"{selected}:tau_detectors"
     config.reward.alpha_values = "1,1"
@@ -218,6 +219,9 @@ def everything(tmp_path):
         ("identify.top_k", 0, "identify.top_k=0"),
         ("probe.mode", "dance", "probe.mode='dance'"),
         ("probe.level", 2.0, "probe.level=2.0"),
+        ("probe.min_value", 2, "probe.min_value=2.0 exceeds probe.max_value=1.0"),
+        ("probe.set_value", 0.0, "probe.set_value=0.0 and probe.max_value=1.0"),
+        ("probe.rank", 2, "probe.rank=2 with probe.mode=pairs"),
         ("probe.feature", "x", "probe.feature: found 'x'"),
         ("evaluate.samples", 0, "evaluate.samples=0"),
         ("evaluate.num_example", -1, "evaluate.num_example=-1"),
