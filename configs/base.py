@@ -177,6 +177,7 @@ def get_config() -> ConfigDict:
     config.identify.combine = "pooled"  # lists follow all pairs; "sources": their sources' mean
     config.identify.resamples = 1000  # of the bootstrap
     config.identify.examples = 5  # responses shown per feature
+    config.identify.naming_examples = 10  # responses per prompt of naming_prompts.jsonl; 0: no file
     config.identify.seed = 0  # of the random control, the bootstrap and the half splits
 
     # Stage probe: what the reward does when a feature is set to a value, or kept within bounds.

@@ -613,6 +613,12 @@ STAGES = [
         "--config.identify.pairs_jsonl={world}/pairs.jsonl",
         "identify.tau_quantile=1.0",
     ),
+    main(
+        "negative number of naming examples",
+        "--stage=identify --config.identify.naming_examples=-1 "
+        "--config.identify.pairs_jsonl={world}/pairs.jsonl",
+        "identify.naming_examples=-1: must be at least 0",
+    ),
     main("no feature to probe", "--stage=probe", "probe.feature is empty"),
     main(
         "no data to probe on", "--stage=probe --config.probe.feature=1", "probe.data_jsonl is empty"

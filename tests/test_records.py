@@ -195,6 +195,8 @@ def everything(tmp_path):
     config.reward.penalize_features = f"{selected}:detectors"
     config.reward.tau_values = f"{selected}:tau_detectors"
     config.reward.alpha_values = "1,1"
+    config.evaluate.data_jsonl = f"{tmp_path}/data/demos.jsonl"
+    config.evaluate.steering_json = f"{tmp_path}/probes/steering_config.json"
     return config
 
 
@@ -217,6 +219,7 @@ def everything(tmp_path):
         ("prepare_data.temperature", -1.0, "prepare_data.temperature=-1.0"),
         ("train_sarm.k", 0, "train_sarm.k=0"),
         ("identify.top_k", 0, "identify.top_k=0"),
+        ("identify.naming_examples", -1, "identify.naming_examples=-1"),
         ("probe.mode", "dance", "probe.mode='dance'"),
         ("probe.level", 2.0, "probe.level=2.0"),
         ("probe.min_value", 2, "probe.min_value=2.0 exceeds probe.max_value=1.0"),
