@@ -65,15 +65,15 @@ def main() -> None:
     ]
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, start = _resident("VmRSS"), time.perf_counter()
-    _, selected, _ = identify(IdentifyConfig(10, "differential", 0.98, 0.05, 0), model, pairs)
+    found = identify(IdentifyConfig(10, "differential", 0.98, 0.05, 0), model, pairs)
     seconds, peak = time.perf_counter() - start, _resident("VmHWM")
     planted = range(args.latents // 2, args.latents // 2 + PLANTED)
-    found = sum(i in planted for i in selected["safety_harming"])
+    hits = sum(i in planted for i in found.selected["safety_harming"])
     dense = 2 * args.pairs * args.latents * 4 / GIB
     print(
         f"{args.pairs} pairs, {args.latents} latents, k={args.k}: identify takes {seconds:.0f} s, "
         f"{peak - before:.2f} GiB beyond the {before:.2f} GiB of codes and decoder (dense latents: "
-        f"{dense:.1f} GiB); {found} of the 10 most harming are planted"
+        f"{dense:.1f} GiB); {hits} of the 10 most harming are planted"
     )
 
 

@@ -48,7 +48,7 @@ OUTPUTS = {  # of the other stages, in the order of the pipeline
     "identify": tuple(
         f"probes/{name}"
         for name in "feature_analysis.json feature_scores.safetensors gates.json "
-        "selected_features.json".split()
+        "naming_prompts.jsonl steering_config.json selected_features.json".split()
     ),
     "human_latents": ("human_latents.safetensors",),
     "probe": ("probes/certificates.json", "probes/probe_summary.json"),

@@ -6,6 +6,7 @@ the run's working directory.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -183,14 +184,18 @@ def get_config() -> ConfigDict:
     config.identify.combine = "pooled"  # lists follow all pairs; "sources": their sources' mean
     config.identify.resamples = 1000  # of the bootstrap
     config.identify.examples = 5  # responses shown per feature
+    config.identify.naming_examples = 10  # responses per prompt of naming_prompts.jsonl; 0: no file
     config.identify.seed = 0  # of the random control, the bootstrap and the half splits
 
-    # Stage probe: what the reward does when a feature is set to a value.
+    # Stage probe: what the reward does when a feature is set to a value, or kept within bounds.
     config.probe = ConfigDict()
     config.probe.feature = ""  # one id, or a list; every feature is probed on its own
-    config.probe.set_value = 0.0
+    config.probe.set_value = placeholder(float)  # None: 0.0 unless a bound is given
+    config.probe.min_value = placeholder(float)  # z is raised to it; None: no lower bound
+    config.probe.max_value = placeholder(float)  # z is lowered to it; None: no upper bound
     config.probe.data_jsonl = ""  # {"prompt", "response"} or pairs; {"prompt", "candidates"}
     config.probe.mode = "pairs"  # or bestofn
+    config.probe.rank = 1  # of the candidate that bestofn selects; 1: the best
     config.probe.controls = 10  # random features per feature, alike in firing rate and activation
     config.probe.flips = 9999  # of signs, in the test of a certificate
     config.probe.level = 0.05  # of a certificate, after Holm's correction

@@ -149,7 +149,7 @@ def _refuse_unknown_options(argv: list[str], path: str) -> None:
     except Exception:  # of the file itself: the caller has it already
         return
     _check_kind(config, path)
-    leaves = tree_leaves_with_path(config.to_dict())
+    leaves = tree_leaves_with_path(config.to_dict(), is_leaf=lambda value: value is None)
     known = [keystr(parts, simple=True, separator=".") for parts, _ in leaves]
     for argument in argv:
         name = argument.removeprefix("--config.").partition("=")[0]

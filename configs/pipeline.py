@@ -34,12 +34,16 @@ RUN_FILES = {  # what a stage reads of a run
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The options that a stage reads, what it writes last, and whether the config asks for it."""
+    """The options that a stage reads, what it writes last, and whether the config asks for it.
+
+    `others` are files that it writes before, for options of other stages to name.
+    """
 
     options: dict[str, Any]
     output: str
     wanted: bool
     costly: bool = False
+    others: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +82,7 @@ def recipes(config: ConfigDict, workdir: Path) -> dict[str, Recipe]:
             found | {"lab.seed": config.lab.seed},
             "probes/selected_features.json",
             bool(config.identify.pairs_jsonl),
+            others=("probes/steering_config.json",),
         ),
         "human_latents": Recipe(
             human, "human_latents.safetensors", bool(config.human_latents.demos_jsonl)
@@ -163,10 +168,11 @@ def _warn_of_what_is_stale(config: ConfigDict, workdir: Path) -> None:
 def _maker(error: str, config: ConfigDict, workdir: Path) -> str:
     """The stage that makes what an error misses in the working directory, if one does."""
     for name, recipe in recipes(config, workdir).items():
-        output = workdir / recipe.output
-        where = output.parent if output.parent.name == "data" else output
-        if str(where) in error and not output.exists() and f"--stage={name}" not in error:
-            return f"; --stage={name} makes it"
+        for path in (recipe.output, *recipe.others):
+            output = workdir / path
+            where = output.parent if output.parent.name == "data" else output
+            if str(where) in error and not output.exists() and f"--stage={name}" not in error:
+                return f"; --stage={name} makes it"
     return ""
 
 

@@ -62,8 +62,8 @@ def encode_prompts(
                 continue
             if long_prompts == "error":
                 raise InputError(
-                    f"{_place(source, number, row)}, more than ppo.max_prompt_tokens={max_tokens}: raise it, or set "
-                    "ppo.long_prompts=drop or ppo.long_prompts=truncate"
+                    f"{_place(source, number, row)}, more than ppo.max_prompt_tokens={max_tokens}: "
+                    "raise it, or set ppo.long_prompts=drop or ppo.long_prompts=truncate"
                 )
             text = _fitting_end(text, tokenizer, max_tokens)
             if not text:

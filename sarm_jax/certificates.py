@@ -1,4 +1,4 @@
-"""Causal certificates: does setting a feature do more than setting others like it?
+"""Causal certificates: does changing a feature do more than changing others like it?
 
 For every probed feature, controls are drawn at random among the active features nearest to it in
 firing rate and mean activation. With e_i the effect on prompt i (the change of the margin of a

@@ -12,7 +12,8 @@ Beyond it: a threshold for every selected feature, the quantile of z_i on the ch
 a penalty may start at, with the share of responses above it on either side; detectors and carriers
 (`detectors`), with what detectors do on prompts that they were not found on; and for every listed
 feature an interval, a false-discovery rate, its stability (`contrast_statistics`), the responses
-that excite it most, and its neighbours in the decoder.
+that excite it most, and its neighbours in the decoder. The lists of the other method are given
+too (`feature_methods`), and what a language model needs to name the features (`naming_prompts`).
 """
 
 import dataclasses
@@ -38,13 +39,17 @@ from sarm_jax.detectors import (
     taus_of,
 )
 from sarm_jax.errors import InputError
-from sarm_jax.latent_store import Contrast, Latents
+from sarm_jax.feature_methods import METHODS, MethodLists, both_methods, lists_of, ranks_of
+from sarm_jax.latent_store import Contrast
 from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAE
+from sarm_jax.strong_responses import StrongResponses, Text, strong_responses
 
 NEIGHBOURS = 5
 DETECTOR_FOLDS = 5  # of the prompts, for what detectors do elsewhere
-Text = tuple[str, str]
+# Lists of selected_features.json: those whose features feature_analysis.json describes, and others.
+DESCRIBED = ("safety_harming", "safety_promoting", "detectors", "random_control", "carriers")
+ALTERNATIVES = ("alternative_safety_harming", "alternative_safety_promoting")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +64,16 @@ class IdentifyConfig:
     combine: str = "pooled"
     resamples: int = 1000
     examples: int = 5
+    naming_examples: int = 10
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise InputError(f"identify.top_k={self.top_k}: must be at least 1")
-        if self.method not in ("differential", "head_weight"):
-            raise InputError(
-                f"identify.method={self.method!r}: expected differential or head_weight"
-            )
+        if self.method not in METHODS:
+            raise InputError(f"identify.method={self.method!r}: expected {' or '.join(METHODS)}")
         if self.combine not in ("pooled", "sources"):
             raise InputError(f"identify.combine={self.combine!r}: expected pooled or sources")
-        for name, least in (("resamples", 100), ("examples", 0)):
+        for name, least in (("resamples", 100), ("examples", 0), ("naming_examples", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"identify.{name}={getattr(self, name)}: must be at least {least}")
         if self.seed < 0:
@@ -92,24 +96,33 @@ def pair_latents(
     return list(row), Contrast(latents, *np.split(np.array([row[text] for text in texts]), 2))
 
 
+@dataclasses.dataclass(frozen=True)
+class Identified:
+    """What identify writes: feature_analysis.json, selected_features.json, scores `[M]` by name.
+
+    `strongest` has, for every feature in a list of `selected`, the responses to name it by.
+    """
+
+    analysis: dict[str, Any]
+    selected: dict[str, Any]
+    scores: dict[str, np.ndarray]
+    strongest: list[StrongResponses]
+
+
 def identify(
     config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
-    """(feature_analysis, selected_features, scores of all M features) of preference pairs."""
+) -> Identified:
+    """Finds the features that tell the sides of preference pairs apart, and describes them."""
     texts, contrast = pair_latents(reward_model, pairs)
     prompt_p, _ = _number([pair["prompt"] for pair in pairs])
     source_p, sources = _number([pair.get("source") or "pairs" for pair in pairs])
     fold_p = folds_of(prompt_p, config.seed)
-    found = measure(contrast, prompt_p, source_p, fold_p)
-    weight_f = np.asarray(reward_model.model.score[...], np.float32)
-    pooled_f = differential(found.chosen_f, found.rejected_f, found.activity_f)
-    by_source_sf = _by_source(found)
-    differential_f = pooled_f if config.combine == "pooled" else by_source_sf.mean(axis=0)
-    score_f = differential_f if config.method == "differential" else weight_f
-    order = np.argsort(score_f, kind="stable")
+    statistics = measure(contrast, prompt_p, source_p, fold_p)
+    scores = _scores(config, statistics, np.asarray(reward_model.model.score[...], np.float32))
+    methods = {name: lists_of(scores[name], config.top_k) for name in METHODS}
     tau_f = taus_of(contrast, config.tau_quantile)
     detectors = find_detectors(contrast, tau_f, config.false_alarm_budget, config.top_k)
-    elsewhere = held_out_rates(
+    held_out = held_out_rates(
         contrast,
         fold_p % DETECTOR_FOLDS,
         config.tau_quantile,
@@ -117,57 +130,28 @@ def identify(
         config.top_k,
     )
     control = random_control(contrast, tau_f, detectors.features, config.seed)
-    carried_f = weight_f * (found.rejected_f - found.chosen_f)
-    carriers = np.argsort(-carried_f, kind="stable")[: config.top_k].tolist()
-    harming, promoting = order[: config.top_k].tolist(), order[::-1][: config.top_k].tolist()
-    listed = [*harming, *promoting, *detectors.features, *control.features, *carriers]
-    ids = list(dict.fromkeys(listed))
-    columns = {
-        "score": score_f,
-        "differential": differential_f,
-        "differential_pooled": pooled_f,
-        "head_weight": weight_f,
-        "mean_chosen": found.chosen_f,
-        "mean_rejected": found.rejected_f,
-        "fires_chosen": found.fires_chosen_f,
-        "fires_rejected": found.fires_rejected_f,
-        "p_value": found.p_f,
-        "false_discovery_rate": found.q_f,
-        "tau": tau_f,
-    }
-    rows: dict[int, dict[str, Any]] = {
-        i: {"feature": i} | {name: float(x[i]) for name, x in columns.items()} for i in ids
-    }
-    parts: tuple[Sequence[Mapping[str, Any]], ...] = (
-        _thresholds(contrast, ids, tau_f),
-        _intervals(contrast, ids, prompt_p, config),
-        _stability(found, ids, config),
-        _sources(by_source_sf, sources, ids),
-        _examples(contrast, ids, texts, config.examples),
-        _neighbours(reward_model.model.sae, ids, differential_f, weight_f),
+    carriers = lists_of(scores["carried_reward"], config.top_k).promoting
+    selected = _selected(config, methods, tau_f, detectors, control, carriers)
+    described, others = (
+        list(dict.fromkeys(i for name in names for i in selected[name]))
+        for names in (DESCRIBED, ALTERNATIVES)
     )
-    for part in parts:
-        for i, fields in zip(ids, part, strict=True):
-            rows[i] |= fields
-
-    def describe_together(these: Detectors) -> dict[str, Any]:
-        return {
-            "detection": these.detection,
-            "false_alarms": these.false_alarms,
-            "features": [rows[i] for i in these.features],
-        }
-
-    selected = {
-        "safety_promoting": promoting,
-        "safety_harming": harming,
-        "tau_promoting": tau_f[promoting].tolist(),
-        "tau_harming": tau_f[harming].tolist(),
-        "detectors": list(detectors.features),
-        "tau_detectors": list(detectors.tau),
-        "carriers": carriers,
-        "random_control": list(control.features),
-        "tau_random_control": list(control.tau),
-        "method": config.method,
+    listed = list(dict.fromkeys([*described, *others]))
+    shown = max(config.examples, config.naming_examples)
+    strongest = dict(zip(listed, strong_responses(contrast, listed, texts, shown), strict=True))
+    parts: tuple[Sequence[Mapping[str, Any]], ...] = (
+        _columns(config, statistics, scores, tau_f, described),
+        _thresholds(contrast, described, tau_f),
+        _intervals(contrast, described, prompt_p, config),
+        _stability(statistics, described, config),
+        _sources(scores["differential_by_source"], sources, described),
+        [{"examples": strongest[i].examples[: config.examples]} for i in described],
+        _neighbours(
+            reward_model.model.sae, described, scores["differential"], scores["head_weight"]
+        ),
+    )
+    rows = {
+        i: {k: v for part in parts for k, v in part[n].items()} for n, i in enumerate(described)
     }
     analysis = {
         "pairs": len(pairs),
@@ -175,31 +159,106 @@ def identify(
         "sources": {name: int(n) for name, n in zip(sources, np.bincount(source_p), strict=True)},
         "options": dataclasses.asdict(config),
         "test": "median test within prompts, Benjamini-Yekutieli over all features that differ",
-        "harming": [rows[i] for i in harming],
-        "promoting": [rows[i] for i in promoting],
-        "detectors": describe_together(detectors)
+        "harming": [rows[i] for i in selected["safety_harming"]],
+        "promoting": [rows[i] for i in selected["safety_promoting"]],
+        "detectors": _together(detectors, rows)
         | {
             f"{name}_held_out": rate if np.isfinite(rate) else None
-            for name, rate in zip(("detection", "false_alarms"), elsewhere, strict=True)
+            for name, rate in zip(("detection", "false_alarms"), held_out, strict=True)
         },
-        "random_control": describe_together(control),
-        "carriers": [rows[i] | {"carried_reward": float(carried_f[i])} for i in carriers],
+        "random_control": _together(control, rows),
+        "carriers": [
+            rows[i] | {"carried_reward": float(scores["carried_reward"][i])} for i in carriers
+        ],
+        **both_methods(**methods),
     }
+    return Identified(analysis, selected, scores, list(strongest.values()))
+
+
+def _scores(
+    config: IdentifyConfig, statistics: ContrastStatistics, weight_f: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The scores of all features, float32 `[M]`, s also `[S, M]` by source."""
+    by_source_sf = _by_source(statistics)
+    pooled_f = _pooled(statistics)
     scores = {
-        "differential": differential_f.astype(np.float32),
+        "differential": pooled_f if config.combine == "pooled" else by_source_sf.mean(axis=0),
         "head_weight": weight_f,
-        "carried_reward": carried_f.astype(np.float32),
-        "p_value": found.p_f.astype(np.float32),
-        "false_discovery_rate": found.q_f.astype(np.float32),
-        "differential_by_source": by_source_sf.astype(np.float32),
+        "carried_reward": weight_f * (statistics.rejected_f - statistics.chosen_f),
+        "p_value": statistics.p_f,
+        "false_discovery_rate": statistics.q_f,
+        "differential_by_source": by_source_sf,
     }
-    return analysis, selected, scores
+    return {name: values.astype(np.float32) for name, values in scores.items()}
+
+
+def _selected(
+    config: IdentifyConfig,
+    methods: Mapping[str, MethodLists],
+    tau_f: np.ndarray,
+    detectors: Detectors,
+    control: Detectors,
+    carriers: list[int],
+) -> dict[str, Any]:
+    """selected_features.json: the lists of the method that was asked for come first."""
+    main = methods[config.method]
+    (other,) = (lists for name, lists in methods.items() if name != config.method)
+    return {
+        "safety_promoting": main.promoting,
+        "safety_harming": main.harming,
+        "tau_promoting": tau_f[main.promoting].tolist(),
+        "tau_harming": tau_f[main.harming].tolist(),
+        "detectors": list(detectors.features),
+        "tau_detectors": list(detectors.tau),
+        "carriers": carriers,
+        "random_control": list(control.features),
+        "tau_random_control": list(control.tau),
+        "method": config.method,
+        "alternative_safety_promoting": other.promoting,
+        "alternative_safety_harming": other.harming,
+    }
+
+
+def _columns(
+    config: IdentifyConfig,
+    statistics: ContrastStatistics,
+    scores: Mapping[str, np.ndarray],
+    tau_f: np.ndarray,
+    ids: list[int],
+) -> list[dict[str, Any]]:
+    columns = {
+        "score": scores[config.method],
+        "differential": scores["differential"],
+        "differential_pooled": _pooled(statistics),
+        "head_weight": scores["head_weight"],
+        "mean_chosen": statistics.chosen_f,
+        "mean_rejected": statistics.rejected_f,
+        "fires_chosen": statistics.fires_chosen_f,
+        "fires_rejected": statistics.fires_rejected_f,
+        "p_value": statistics.p_f,
+        "false_discovery_rate": statistics.q_f,
+        "tau": tau_f,
+    }
+    return [{"feature": i} | {name: float(x[i]) for name, x in columns.items()} for i in ids]
+
+
+def _together(detectors: Detectors, rows: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "detection": detectors.detection,
+        "false_alarms": detectors.false_alarms,
+        "features": [rows[i] for i in detectors.features],
+    }
 
 
 def _number(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """The place of each value among the distinct ones, which come second."""
     place = {value: i for i, value in enumerate(dict.fromkeys(values))}
     return np.array([place[value] for value in values]), list(place)
+
+
+def _pooled(found: ContrastStatistics) -> np.ndarray:
+    """s `[M]` of all pairs."""
+    return differential(found.chosen_f, found.rejected_f, found.activity_f)
 
 
 def _by_source(found: ContrastStatistics) -> np.ndarray:
@@ -238,8 +297,8 @@ def _stability(
     s_rf = half_differentials(found, config.seed)
     if not len(s_rf):
         return [{"stability": None} for _ in ids]
-    order_rf = np.argsort(s_rf, axis=1, kind="stable")
-    tops = {-1: order_rf[:, : config.top_k], 1: order_rf[:, ::-1][:, : config.top_k]}
+    lowest_rf, highest_rf = ranks_of(s_rf)
+    tops = {-1: lowest_rf[:, : config.top_k], 1: highest_rf[:, : config.top_k]}
     sign_f = np.where(found.chosen_f < found.rejected_f, -1, 1)
     return [{"stability": float((tops[int(sign_f[i])] == i).any(axis=1).mean())} for i in ids]
 
@@ -251,28 +310,6 @@ def _sources(
         {"differential_by_source": dict(zip(sources, by_source_sf[:, i].tolist(), strict=True))}
         for i in ids
     ]
-
-
-def _examples(
-    contrast: Contrast, ids: list[int], texts: list[Text], count: int
-) -> list[dict[str, list[dict[str, Any]]]]:
-    """The responses with the largest z, of those on which the feature fires at all."""
-    latents: Latents = contrast.latents
-    chosen, rejected = set(contrast.chosen_p.tolist()), set(contrast.rejected_p.tolist())
-    listed = []
-    for z_n in latents.columns(ids).T:
-        top = [int(n) for n in np.argsort(-z_n, kind="stable")[:count] if z_n[n] > 0]
-        rows = [
-            {
-                "z": float(z_n[n]),
-                "sides": [s for s, m in (("chosen", chosen), ("rejected", rejected)) if n in m],
-                "prompt": texts[n][0],
-                "response": texts[n][1],
-            }
-            for n in top
-        ]
-        listed.append({"examples": rows})
-    return listed
 
 
 def _neighbours(

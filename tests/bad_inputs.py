@@ -316,6 +316,7 @@ def features(what: str, spoil: Spoil | None, *says: str, key: str = "{bad}:harmi
 
 PENALTY = "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1,1"
 HOSTS = "--coordinator_address=localhost:1 --num_processes=2 --process_id=0"
+PROBE = "--stage=probe --config.probe.feature=1"
 PLAN = "--stage=plan --config.plan.target"
 ALL = "--stage=all --config.prepare_data.source=lab"
 
@@ -706,6 +707,12 @@ STAGES = [
         "--config.identify.pairs_jsonl={world}/pairs.jsonl",
         "identify.tau_quantile=1.0",
     ),
+    main(
+        "negative number of naming examples",
+        "--stage=identify --config.identify.naming_examples=-1 "
+        "--config.identify.pairs_jsonl={world}/pairs.jsonl",
+        "identify.naming_examples=-1: must be at least 0",
+    ),
     main("no feature to probe", "--stage=probe", "probe.feature is empty"),
     main(
         "no data to probe on", "--stage=probe --config.probe.feature=1", "probe.data_jsonl is empty"
@@ -731,6 +738,42 @@ STAGES = [
         "--stage=probe --config.probe.feature=1 "
         "--config.probe.mode=bestofn --config.probe.data_jsonl={world}/demos.jsonl",
         "demos.jsonl:1: 'candidates' must list two or more",
+    ),
+    main(
+        "feature set and bounded",
+        f"{PROBE} --config.probe.set_value=0 --config.probe.min_value=1 --config.probe.max_value=2",
+        "probe.set_value=0.0 and probe.min_value=1.0 and probe.max_value=2.0",
+    ),
+    main(
+        "bounds the wrong way round",
+        f"{PROBE} --config.probe.min_value=3 --config.probe.max_value=2",
+        "probe.min_value=3.0 exceeds probe.max_value=2.0",
+    ),
+    main("value of NaN", f"{PROBE} --config.probe.set_value=nan", "probe.set_value=nan: must be"),
+    main("bound of NaN", f"{PROBE} --config.probe.min_value=nan", "probe.min_value=nan: must be"),
+    main("endless bound", f"{PROBE} --config.probe.max_value=inf", "probe.max_value=inf: must be"),
+    main("bound beyond floats", f"{PROBE} --config.probe.max_value=1e39", "probe.max_value=1e+39"),
+    main(
+        "word for a bound",
+        f"{PROBE} --config.probe.min_value=low",
+        "probe.min_value=low: could not convert",
+    ),
+    main(
+        "bound that is nearly one",
+        "--config.probe.min_valu=1",
+        "--config.probe.min_valu=1: no such option (did you mean --config.probe.min_value?)",
+    ),
+    main("rank 0", f"{PROBE} --config.probe.mode=bestofn --config.probe.rank=0", "probe.rank=0"),
+    main("rank of pairs", f"{PROBE} --config.probe.rank=2", "probe.rank=2 with probe.mode=pairs"),
+    main(
+        "rank beyond the candidates",
+        f"{PROBE} --config.probe.mode=bestofn --config.probe.rank=3 "
+        "--config.probe.data_jsonl={bad}",
+        "bad.jsonl:2: 'candidates' lists 2, fewer than probe.rank=3",
+        spoil=file(
+            '{"prompt": "a", "candidates": ["b", "c", "d"]}\n'
+            '{"prompt": "a", "candidates": ["b", "c"]}\n'
+        ),
     ),
     main(
         "few flips",

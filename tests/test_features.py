@@ -43,7 +43,8 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     config = IdentifyConfig(
         top_k=5, method="differential", tau_quantile=0.9, false_alarm_budget=0.2, seed=0
     )
-    analysis, selected, scores = identify(config, reward_model, pairs())
+    found = identify(config, reward_model, pairs())
+    analysis, selected, scores = found.analysis, found.selected, found.scores
     rows = pairs()
     _, chosen = reward_model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows])
     _, rejected = reward_model.score([r["prompt"] for r in rows], [r["rejected"] for r in rows])
@@ -74,7 +75,7 @@ def test_head_weight_method(reward_model):
     config = IdentifyConfig(
         top_k=3, method="head_weight", tau_quantile=0.9, false_alarm_budget=0.2, seed=0
     )
-    _, selected, _ = identify(config, reward_model, pairs())
+    selected = identify(config, reward_model, pairs()).selected
     weights = np.asarray(reward_model.model.score[...])
     assert selected["safety_harming"] == np.argsort(weights)[:3].tolist()
     assert selected["safety_promoting"] == np.argsort(weights)[::-1][:3].tolist()
@@ -136,7 +137,7 @@ def identified(reward_model, rows, **changes):
         reward_model.score([r["prompt"] for r in rows], [r[s] for r in rows])[1]
         for s in ("chosen", "rejected")
     ]
-    return *found, *sides
+    return found.analysis, found.selected, found.scores, *sides
 
 
 def rows_of(count=24):
@@ -159,6 +160,64 @@ def test_the_lists_of_thresholds_are_those_of_their_features(reward_model):
         np.testing.assert_allclose(taus, expected, rtol=1e-6)
         assert taus == [row["tau"] for row in analysis[side]]
     assert selected["tau_promoting"] != selected["tau_harming"]
+
+
+def by_hand(sources, weights, count):
+    """{method: (harming, promoting, scores)} from the formulas, number by number.
+
+    `sources` are (chosen, rejected) latents; of equal scores the lower id comes first.
+    """
+    each = []
+    for chosen, rejected in sources:
+        c, j = (
+            [sum(column) / len(side) for column in side.T.tolist()] for side in (chosen, rejected)
+        )
+        constant = sum(a + b for a, b in zip(c, j, strict=True)) / len(c) + 1e-9
+        each.append([(a - b) / (a + b + constant) for a, b in zip(c, j, strict=True)])
+    differential = [sum(of_source) / len(each) for of_source in zip(*each, strict=True)]
+    lists = {}
+    for name, scores in (("differential", differential), ("head_weight", weights.tolist())):
+        ids = range(len(scores))
+        harming = sorted(ids, key=lambda i: (scores[i], i))[:count]
+        promoting = sorted(ids, key=lambda i: (-scores[i], i))[:count]
+        lists[name] = harming, promoting, scores
+    return lists
+
+
+@pytest.mark.parametrize("combine", ["pooled", "sources"])
+@pytest.mark.parametrize(
+    "method, other", [("differential", "head_weight"), ("head_weight", "differential")]
+)
+@pytest.mark.parametrize("top_k", [4, 64, 70])
+def test_both_methods_give_the_lists_of_their_formulas(reward_model, method, other, combine, top_k):
+    """With weights that tie, features that never fire and tie at 0, and more asked for than is."""
+    reward_model.model.score[...] = np.round(reward_model.model.score[...])
+    rows = rows_of()
+    analysis, selected, _, chosen, rejected = identified(
+        reward_model, rows, method=method, combine=combine, top_k=top_k
+    )
+    sides = [(chosen, rejected)]
+    if combine == "sources":
+        sides = [(chosen[:18], rejected[:18]), (chosen[18:], rejected[18:])]
+    weights = np.asarray(reward_model.model.score[...], np.float64)
+    lists = by_hand([[x.astype(np.float64) for x in side] for side in sides], weights, top_k)
+    silent = ~(chosen.any(axis=0) | rejected.any(axis=0))
+    assert silent.sum() > 5 and len(set(weights)) < 12
+    assert selected["method"] == method
+    assert selected["safety_harming"] == lists[method][0]
+    assert selected["safety_promoting"] == lists[method][1]
+    assert selected["alternative_safety_harming"] == lists[other][0]
+    assert selected["alternative_safety_promoting"] == lists[other][1]
+    assert [row["feature"] for row in analysis["harming"]] == lists[method][0]
+    for section, name, key in (
+        ("method_1_value_head_weights", "head_weight", "weights"),
+        ("method_2_differential_activation", "differential", "scores"),
+    ):
+        content, (harming, promoting, values) = analysis[section], lists[name]
+        assert set(content) == {"description", "safety_harming", "safety_promoting", key}
+        assert (content["safety_harming"], content["safety_promoting"]) == (harming, promoting)
+        expected = {str(i): values[i] for i in (*harming, *promoting)}
+        assert content[key] == pytest.approx(expected, abs=1e-5)
 
 
 def test_combined_sources_count_alike(reward_model):

@@ -224,6 +224,30 @@ def test_a_seed_without_a_run_counts_against_the_claims():
     assert "alone (seed 1)" in said and "it ends at 0.95 (95 % 0.95 to 0.95)." in said
 
 
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({}, "Setting a feature to 0 changes"),
+        ({"set_value": 1.5}, "Setting a feature to 1.5 changes"),
+        ({"set_value": None, "min_value": 1.0}, "Keeping a feature at least 1 changes"),
+        ({"set_value": None, "max_value": 2.5}, "Keeping a feature at most 2.5 changes"),
+        (
+            {"set_value": None, "min_value": -1.0, "max_value": 0.0},
+            "Keeping a feature at least -1 and at most 0 changes",
+        ),
+    ],
+)
+def test_the_page_says_what_was_done_to_features(tmp_path, change, says):
+    folder = tmp_path / "seed_0" / "probes"
+    folder.mkdir(parents=True)
+    row = {"feature": 3, "head_weight": 1.0, "set_value": 0.0, "min_value": None, "max_value": None}
+    row |= {f"delta_{side}": {"mean": 0.5} for side in ("chosen", "rejected")} | change
+    (folder / "probe_summary.json").write_text(json.dumps({"features": [row]}))
+    (folder / "selected_features.json").write_text('{"detectors": [3], "carriers": []}')
+    write_study(tmp_path, {0: []}, [], {})
+    assert says in " ".join((tmp_path / "lab.html").read_text().split())
+
+
 def test_hostile_text_is_shown_as_text(tmp_path):
     attack = "<script>alert(1)</script>"
     folder = tmp_path / "seed_0" / "baseline"

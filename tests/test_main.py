@@ -148,6 +148,8 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
         *probe[1:],
         f"--config.human_latents.demos_jsonl={demos}",
         f"--config.evaluate.prompts_jsonl={demos}",
+        f"--config.evaluate.data_jsonl={demos}",
+        "--config.evaluate.steering_json={workdir}/probes/steering_config.json",
         "--config.evaluate.resamples=100",
     ]
     assert outcomes(run, everything, capsys) == {
@@ -161,11 +163,13 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
     }
     assert set(outcomes(run, everything, capsys).values()) == {"up to date"}
     check_report(workdir)
+    steered = json.loads((workdir / "eval" / "steering.json").read_text())["sets"]["demos"]
+    assert set(steered["active"]) == {str(i) for i in lists["safety_harming"]}
     pairs = workdir / "data" / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("{", "{ ", 1))  # the same pairs in other bytes
     again = outcomes(run, [*everything, "--config.probe.set_value=0.5"], capsys)
     assert again.pop("identify") == f"done, because {pairs} has changed"
-    assert again.pop("probe") == "done, because probe.set_value was 0.0 and is now 0.5"
+    assert again.pop("probe") == "done, because probe.set_value was None and is now 0.5"
     assert set(again.values()) == {"up to date"}  # identify selected the same features
     assert run("--stage=all", *everything, "--alpha_values=0.5,0.5") == 2
     assert "reward.alpha_values was '0.5,0.25' and is now '0.5,0.5'" in capsys.readouterr().err
@@ -256,10 +260,15 @@ def test_what_a_stage_does_not_read_is_said(run, world, capsys):
         ("--stage=train --sarm_model={run}/sarm", "train_sarm"),
         ("--penalize_features=@{run}/probes/selected_features.json:detectors", "identify"),
         ("--beta=1 --human_latents={run}/human_latents.safetensors", "human_latents"),
+        (
+            "--stage=evaluate --config.evaluate.data_jsonl={world}/demos.jsonl "
+            "--config.evaluate.steering_json={{workdir}}/probes/steering_config.json",
+            "identify",
+        ),
     ],
 )
-def test_the_stage_that_makes_a_missing_file_is_named(run, tmp_path, capsys, option, stage):
-    assert run(*option.format(run=tmp_path / "run").split()) == 2
+def test_the_stage_that_makes_a_missing_file_is_named(run, world, tmp_path, capsys, option, stage):
+    assert run(*option.format(run=tmp_path / "run", world=world).split()) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(rf"(; --stage={stage} makes it|; make it with --stage={stage})$", error)
 

@@ -191,9 +191,12 @@ def everything(tmp_path):
     config.human_latents.demos_jsonl = config.probe.data_jsonl = f"{tmp_path}/data/demos.jsonl"
     selected = f"@{tmp_path}/probes/selected_features.json"
     config.probe.feature = f"{selected}:detectors,3"
+    config.probe.max_value = 1.0
     config.reward.penalize_features = f"{selected}:detectors"
     config.reward.tau_values = f"{selected}:tau_detectors"
     config.reward.alpha_values = "1,1"
+    config.evaluate.data_jsonl = f"{tmp_path}/data/demos.jsonl"
+    config.evaluate.steering_json = f"{tmp_path}/probes/steering_config.json"
     return config
 
 
@@ -216,8 +219,12 @@ def everything(tmp_path):
         ("prepare_data.temperature", -1.0, "prepare_data.temperature=-1.0"),
         ("train_sarm.k", 0, "train_sarm.k=0"),
         ("identify.top_k", 0, "identify.top_k=0"),
+        ("identify.naming_examples", -1, "identify.naming_examples=-1"),
         ("probe.mode", "dance", "probe.mode='dance'"),
         ("probe.level", 2.0, "probe.level=2.0"),
+        ("probe.min_value", 2, "probe.min_value=2.0 exceeds probe.max_value=1.0"),
+        ("probe.set_value", 0.0, "probe.set_value=0.0 and probe.max_value=1.0"),
+        ("probe.rank", 2, "probe.rank=2 with probe.mode=pairs"),
         ("probe.feature", "x", "probe.feature: found 'x'"),
         ("evaluate.samples", 0, "evaluate.samples=0"),
         ("evaluate.num_example", -1, "evaluate.num_example=-1"),

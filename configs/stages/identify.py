@@ -1,6 +1,7 @@
 """Features found by their contrast, and in the lab its gates."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from ppo.prompts import read_prompts
 from sarm_jax.detectors import Detectors
 from sarm_jax.features import IdentifyConfig, identify
 from sarm_jax.files import replacing
-from sarm_jax.jsonl import read_jsonl
+from sarm_jax.jsonl import read_jsonl, write_jsonl
 from sarm_jax.lab.gates import measure_gates
+from sarm_jax.naming_prompts import naming_prompts
 from sarm_jax.reward_model import RewardModel
+from sarm_jax.strong_responses import StrongResponses
 
 LOG = logging.getLogger(__name__)
+STEERED = 5  # harming features that steering_config.json sets to 0
 
 
 def options(config: ConfigDict) -> IdentifyConfig:
@@ -31,15 +35,20 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Preference pairs → which latents tell chosen from rejected, with thresholds."""
     asked = options(config)
     paths = split_paths(config.identify.pairs_jsonl)
-    pairs = [{"source": Path(path).stem} | row for path in paths for row in read_pairs((path,))]
+    names = source_names(paths)
+    pairs = [{"source": names[path]} | row for path in paths for row in read_pairs((path,))]
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     model = reward_model(config)
-    analysis, selected, scores = identify(asked, model, pairs)
+    found = identify(asked, model, pairs)
+    analysis, selected = found.analysis, found.selected
     folder.mkdir(exist_ok=True)
     write_json(folder / "feature_analysis.json", analysis)
     with replacing(folder / "feature_scores.safetensors", "wb") as file:
-        file.write(save(scores))
+        file.write(save(found.scores))
+    write_naming_prompts(folder / "naming_prompts.jsonl", found.strongest, asked.naming_examples)
+    steering = {str(i): ["*", 0.0] for i in selected["safety_harming"][:STEERED]}
+    write_json(folder / "steering_config.json", steering)
     if config.prepare_data.source == "lab":
         detectors = Detectors(
             tuple(selected["detectors"]),
@@ -51,6 +60,27 @@ def run(config: ConfigDict, workdir: Path) -> None:
     write_json(folder / "selected_features.json", selected)
     say_what_detectors_do(analysis["detectors"], asked.false_alarm_budget)
     LOG.info("features in %s", folder / "selected_features.json")
+
+
+def source_names(paths: Sequence[str]) -> dict[str, str]:
+    """What each file is called: its name, with as many folders as tell it from the others."""
+    bare = {path: Path(path).with_suffix("") for path in paths}
+    depth = max(len(path.parts) for path in bare.values())
+    for count in range(1, depth + 1):
+        names = {path: "/".join(short.parts[-count:]) for path, short in bare.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {path: path for path in paths}
+
+
+def write_naming_prompts(path: Path, strongest: Sequence[StrongResponses], most: int) -> None:
+    """Writes a prompt per feature with at most so many responses, or removes those of before."""
+    rows = naming_prompts(strongest, most) if most else []
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    write_jsonl(path, rows)
+    LOG.info("%d prompts that ask for the names of features in %s", len(rows), path)
 
 
 def say_what_detectors_do(detectors: dict[str, Any], budget: float) -> None:

@@ -21,14 +21,24 @@ def options(config: ConfigDict) -> ProbeConfig:
     section = config.probe
     features = parse_features("probe.feature", section.feature)
     certificate = CertificateConfig(section.controls, section.flips, section.level, section.seed)
-    ids = tuple(dict.fromkeys(features))
-    found = ProbeConfig(ids, section.set_value, section.mode, certificate)
+    low, high, value = section.min_value, section.max_value, section.set_value
+    if value is None and low is None and high is None:
+        value = 0.0
+    probe_options = ProbeConfig(
+        features=tuple(dict.fromkeys(features)),
+        set_value=value,
+        mode=section.mode,
+        certificate=certificate,
+        min_value=low,
+        max_value=high,
+        rank=section.rank,
+    )
     required(config, "probe.data_jsonl", "sarm_model")
-    return found
+    return probe_options
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Sets features to a value, one at a time, and says what the reward does."""
+    """Sets or bounds features, one at a time, and says what the reward does."""
     asked, path = options(config), config.probe.data_jsonl
     data = read_jsonl(path, {"prompt": str})
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size

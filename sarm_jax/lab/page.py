@@ -88,6 +88,7 @@ def _render(content: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence
     runs: Runs = content["conditions"]
     failed = {seed for claim in content["claims"] for seed in claim["failed"]}
     shown = next((seed for seed in seeds if str(seed) not in content["stopped"]), seeds[0])
+    features = _features(workdir / f"seed_{shown}")
     return (
         environment(Path(__file__).parent)
         .get_template("page.html")
@@ -99,7 +100,8 @@ def _render(content: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence
             failed=failed,
             runs={name: {run["seed"]: run for run in results} for name, results in runs.items()},
             shown=shown,
-            features=_features(workdir / f"seed_{shown}"),
+            features=features,
+            probed=_probed(features),
             descriptions=DESCRIPTIONS,
         )
     )
@@ -125,7 +127,7 @@ def _condition_row(runs: Runs, name: str) -> dict[str, Any]:
 
 
 def _features(folder: Path) -> list[dict[str, Any]]:
-    """The detectors and carriers of a seed, with what setting each to 0 does to the reward."""
+    """The detectors and carriers of a seed, with what probing each does to the reward."""
     selected = _json(folder / "probes" / "selected_features.json")
     summary = _json(folder / "probes" / "probe_summary.json")
     if not (selected and summary):
@@ -137,6 +139,16 @@ def _features(folder: Path) -> list[dict[str, Any]]:
         for feature in selected[key]
         if feature in probes
     ]
+
+
+def _probed(features: Sequence[Mapping[str, Any]]) -> str:
+    """What the probes did to each feature, as the beginning of a sentence."""
+    row = features[0] if features else {"set_value": 0.0}
+    names = (("min_value", "at least"), ("max_value", "at most"))
+    bounds = [f"{words} {row[name]:g}" for name, words in names if row.get(name) is not None]
+    if bounds:
+        return f"Keeping a feature {' and '.join(bounds)}"
+    return f"Setting a feature to {row['set_value']:g}"
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -1,0 +1,45 @@
+"""The responses on which features are strongest: what a person, or a language model, looks at."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.latent_store import Contrast
+
+Text = tuple[str, str]  # prompt and response
+
+
+@dataclasses.dataclass(frozen=True)
+class StrongResponses:
+    """Where a feature is strongest, as rows with "z", "sides", "prompt" and "response".
+
+    The strongest comes first. The feature is on, z > 0, for `active` of all `responses`; one that
+    is never on has no examples.
+    """
+
+    feature: int
+    examples: list[dict[str, Any]]
+    active: int
+    responses: int
+
+
+def strong_responses(
+    contrast: Contrast, ids: list[int], texts: list[Text], count: int
+) -> list[StrongResponses]:
+    """At most `count` responses with the largest z > 0 for each of the features `ids`."""
+    chosen, rejected = set(contrast.chosen_p.tolist()), set(contrast.rejected_p.tolist())
+    listed = []
+    for i, z_n in zip(ids, contrast.latents.columns(ids).T, strict=True):
+        top = [int(n) for n in np.argsort(-z_n, kind="stable")[:count] if z_n[n] > 0]
+        examples = [
+            {
+                "z": float(z_n[n]),
+                "sides": [s for s, m in (("chosen", chosen), ("rejected", rejected)) if n in m],
+                "prompt": texts[n][0],
+                "response": texts[n][1],
+            }
+            for n in top
+        ]
+        listed.append(StrongResponses(i, examples, int((z_n > 0).sum()), len(z_n)))
+    return listed
