@@ -177,6 +177,8 @@ def get_config() -> ConfigDict:
     # Stage identify: which latents tell chosen from rejected.
     config.identify = ConfigDict()
     config.identify.pairs_jsonl = ""  # comma-separated files
+    # Pairs of a concise (chosen) and a longer answer, for the list verbosity_features; empty: none
+    config.identify.verbosity_jsonl = ""
     config.identify.top_k = 10  # features per list
     config.identify.method = "differential"  # or head_weight
     config.identify.tau_quantile = 0.98  # of z on chosen responses

@@ -175,6 +175,25 @@ def identify(
     return Identified(analysis, selected, scores, list(strongest.values()))
 
 
+def verbose_features(
+    config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+    """Finds what fires more on the rejected side of pairs whose chosen side is the concise one.
+
+    Returns:
+        `verbosity_features`, those with the smallest s of all pairs, and their `tau_verbosity`,
+        for selected_features.json.
+    """
+    _, contrast = pair_latents(reward_model, pairs)
+    prompt_p, _ = _number([pair["prompt"] for pair in pairs])
+    statistics = measure(
+        contrast, prompt_p, np.zeros_like(prompt_p), folds_of(prompt_p, config.seed)
+    )
+    found = lists_of(_pooled(statistics), config.top_k).harming
+    tau_f = taus_of(contrast, config.tau_quantile)
+    return {"verbosity_features": found, "tau_verbosity": tau_f[found].tolist()}
+
+
 def _scores(
     config: IdentifyConfig, statistics: ContrastStatistics, weight_f: np.ndarray
 ) -> dict[str, np.ndarray]:

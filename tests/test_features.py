@@ -8,7 +8,7 @@ import pytest
 from sarm_jax.contrast_statistics import differential
 from sarm_jax.errors import InputError
 from sarm_jax.feature_lists import parse_bounds, parse_features, parse_values
-from sarm_jax.features import IdentifyConfig, identify
+from sarm_jax.features import IdentifyConfig, identify, verbose_features
 
 
 def test_differential_activation_by_hand():
@@ -247,3 +247,19 @@ def test_examples_neighbours_and_stability(reward_model):
     # What tells the sides apart in nearly every pair is in the list of nearly every half.
     assert analysis["promoting"][0]["stability"] > 0.8
     assert analysis["harming"][0]["stability"] > 0.8
+
+
+def test_verbose_features_fire_on_the_longer_version(reward_model):
+    config = IdentifyConfig(
+        top_k=3, method="head_weight", tau_quantile=0.9, false_alarm_budget=0.2, seed=0
+    )
+    found = verbose_features(config, reward_model, pairs())
+    rows = pairs()
+    sides = [
+        reward_model.score([r["prompt"] for r in rows], [r[side] for r in rows])[1]
+        for side in ("chosen", "rejected")
+    ]
+    score_f = differential(*means(*sides))
+    assert found["verbosity_features"] == np.argsort(score_f, kind="stable")[:3].tolist()
+    tau = np.quantile(sides[0], 0.9, axis=0)[found["verbosity_features"]]
+    np.testing.assert_allclose(found["tau_verbosity"], tau, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ from safetensors.numpy import save
 from configs.shared import PAIR, read_pairs, required, reward_model, split_paths, write_json
 from ppo.prompts import read_prompts
 from sarm_jax.detectors import Detectors
-from sarm_jax.features import IdentifyConfig, identify
+from sarm_jax.features import IdentifyConfig, identify, verbose_features
 from sarm_jax.files import replacing
 from sarm_jax.jsonl import read_jsonl, write_jsonl
 from sarm_jax.lab.gates import measure_gates
@@ -27,7 +27,7 @@ def options(config: ConfigDict) -> IdentifyConfig:
     """The section identify, but for its files."""
     required(config, "identify.pairs_jsonl", "sarm_model")
     section = config.identify.to_dict()
-    del section["pairs_jsonl"]
+    del section["pairs_jsonl"], section["verbosity_jsonl"]
     return IdentifyConfig(**section)
 
 
@@ -37,11 +37,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     paths = split_paths(config.identify.pairs_jsonl)
     names = source_names(paths)
     pairs = [{"source": names[path]} | row for path in paths for row in read_pairs((path,))]
+    versions = read_pairs(split_paths(config.identify.verbosity_jsonl))
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     model = reward_model(config)
     found = identify(asked, model, pairs)
     analysis, selected = found.analysis, found.selected
+    if versions:
+        selected |= verbose_features(asked, model, versions)
     folder.mkdir(exist_ok=True)
     write_json(folder / "feature_analysis.json", analysis)
     with replacing(folder / "feature_scores.safetensors", "wb") as file:
