@@ -23,7 +23,8 @@ INPUTS = (
     "prompts_jsonl eval_prompts_jsonl prepare_data.demos_jsonl prepare_data.steering_dir "
     "prepare_data.rewardbench2 prepare_data.rm_bench prepare_data.safety_pairs "
     "prepare_data.complement_pairs train_sarm.pairs_jsonl identify.pairs_jsonl "
-    "identify.verbosity_jsonl human_latents.demos_jsonl probe.data_jsonl evaluate.prompts_jsonl evaluate.human_jsonl "
+    "identify.verbosity_jsonl human_latents.demos_jsonl probe.data_jsonl evaluate.prompts_jsonl "
+    "evaluate.human_jsonl "
     "evaluate.data_jsonl evaluate.steering_json evaluate.rm_bench evaluate.rewardbench2 "
     "reward.human_latents"
 ).split()

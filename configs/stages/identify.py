@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
-from configs.shared import PAIR, read_pairs, required, reward_model, split_paths, write_json
+from configs.shared import PAIR, given, read_pairs, required, reward_model, split_paths, write_json
 from ppo.prompts import read_prompts
 from sarm_jax.detectors import Detectors
 from sarm_jax.features import IdentifyConfig, identify, verbose_features
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     paths = split_paths(config.identify.pairs_jsonl)
     names = source_names(paths)
     pairs = [{"source": names[path]} | row for path in paths for row in read_pairs((path,))]
-    versions = read_pairs(split_paths(config.identify.verbosity_jsonl))
+    versions = read_pairs(given(config.identify.verbosity_jsonl))
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     model = reward_model(config)
