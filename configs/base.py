@@ -187,7 +187,7 @@ def get_config() -> ConfigDict:
     config.identify.resamples = 1000  # of the bootstrap
     config.identify.examples = 5  # responses shown per feature
     config.identify.naming_examples = 10  # responses per prompt of naming_prompts.jsonl; 0: no file
-    config.identify.seed = 0  # of the random control, the bootstrap and the half splits
+    config.identify.seed = 0  # of everything in this stage that is drawn at random
 
     # Stage probe: what the reward does when a feature is set to a value, or kept within bounds.
     config.probe = ConfigDict()

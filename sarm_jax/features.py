@@ -138,7 +138,10 @@ def identify(
     )
     listed = list(dict.fromkeys([*described, *others]))
     shown = max(config.examples, config.naming_examples)
-    strongest = dict(zip(listed, strong_responses(contrast, listed, texts, shown), strict=True))
+    strongest = {
+        strong.feature: strong
+        for strong in strong_responses(contrast, listed, texts, shown, config.seed)
+    }
     parts: tuple[Sequence[Mapping[str, Any]], ...] = (
         _columns(config, statistics, scores, tau_f, described),
         _thresholds(contrast, described, tau_f),

@@ -1,6 +1,7 @@
 """The files of identify, from preference pairs through the command line."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -124,7 +125,10 @@ def test_every_listed_feature_that_fires_has_a_prompt(run, world, pairs):
     for row in rows:
         i, prompt = row["feature"], row["prompt"]
         assert f"{fires[i]} of the {len(texts)} responses" in prompt
-        assert prompt.count("\nResponse:\n") == min(10, fires[i])
+        assert len(re.findall(r"^--- .* activation", prompt, re.MULTILINE)) == min(10, fires[i])
+        off = re.findall(r"^--- off, .*\nPrompt:\n> (.*)\nResponse:\n> (.*)$", prompt, re.MULTILINE)
+        assert len(off) == len(set(off)) == min(3, len(texts) - fires[i])
+        assert all(z[texts.index(text), i] <= 0 for text in off)
         _, best = texts[int(np.argmax(z[:, i]))]
         first = prompt[prompt.index("--- 1 of") : prompt.index("--- 1 of") + 200]
         assert f"> {best}\n" in first and f"activation {z[:, i].max():.4g} " in first
@@ -134,7 +138,7 @@ def test_every_listed_feature_that_fires_has_a_prompt(run, world, pairs):
 def test_naming_examples_are_as_many_as_asked_for_or_there_is_no_file(run):
     folder = run("--config.identify.naming_examples=2", "--config.identify.examples=3")
     rows = read_jsonl(folder / "naming_prompts.jsonl", {"feature": int, "prompt": str})
-    assert max(row["prompt"].count("\nResponse:\n") for row in rows) == 2
+    assert max(row["prompt"].count(", activation ") for row in rows) == 2
     described = content(folder / "feature_analysis.json")["harming"]
     assert max(len(row["examples"]) for row in described) == 3
     run("--config.identify.naming_examples=0")

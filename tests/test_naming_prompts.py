@@ -21,12 +21,12 @@ TEXTS = [
 ]
 
 
-def strong(texts=TEXTS, feature=48659):
+def strong(texts=TEXTS, feature=48659, off=()):
     examples = [
         {"z": 7.25 - n, "sides": ["rejected"], "prompt": prompt, "response": response}
         for n, (prompt, response) in enumerate(texts)
     ]
-    return StrongResponses(feature, examples, active=12, responses=2700)
+    return StrongResponses(feature, examples, off, active=12, responses=2700)
 
 
 def quoted(prompt: str) -> list[tuple[float, str, str]]:
@@ -34,9 +34,10 @@ def quoted(prompt: str) -> list[tuple[float, str, str]]:
     found, place = [], None
     for line in prompt.split("\n"):
         head = re.fullmatch(r"--- (\d+) of (\d+), activation (\S+) ---", line)
-        if head:
-            found.append([float(head[3]), [], []])
-            assert int(head[1]) == len(found)
+        off = re.fullmatch(r"--- off, (\d+) of (\d+) ---", line)
+        if head or off:
+            found.append([float(head[3]) if head else 0.0, [], []])
+            assert off or int(head[1]) == len(found)
         elif line in ("Prompt:", "Response:"):
             place = found[-1][1 + (line == "Response:")]
         elif line.startswith("> "):
@@ -94,6 +95,14 @@ def test_long_texts_are_shortened_in_a_prompt():
     rows = quoted(prompt)
     assert len(rows) == 10 and len(prompt) < 10 * (PROMPT_CHARACTERS + RESPONSE_CHARACTERS) + 5000
     assert all("characters left out" in text for row in rows for text in row[1:])
+
+
+def test_responses_to_compare_with_follow_the_strong_ones():
+    prompt = naming_prompt(strong(TEXTS[:2], off=[("q", "off\nhere"), ("q2", "x" * 9999)]), 10)
+    rows = quoted(prompt)
+    assert rows[:2] == [(7.25, *TEXTS[0]), (6.25, *TEXTS[1])] and rows[2] == (0.0, "q", "off\nhere")
+    assert rows[3][:2] == (0.0, "q2") and len(rows[3][2]) <= RESPONSE_CHARACTERS
+    assert "To compare with" in prompt and "To compare with" not in naming_prompt(strong(), 10)
 
 
 def test_a_feature_that_is_never_on_has_no_prompt():

@@ -66,7 +66,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def source_names(paths: Sequence[str]) -> dict[str, str]:
-    """What each file is called: its name, with as many folders as tell it from the others."""
+    """Names each file by its stem, with as many folders as tell it from the others."""
     bare = {path: Path(path).with_suffix("") for path in paths}
     depth = max(len(path.parts) for path in bare.values())
     for count in range(1, depth + 1):
@@ -77,7 +77,7 @@ def source_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def write_naming_prompts(path: Path, strongest: Sequence[StrongResponses], most: int) -> None:
-    """Writes a prompt per feature with at most so many responses, or removes those of before."""
+    """Writes a prompt per feature with at most `most` responses; without any, no file stays."""
     rows = naming_prompts(strongest, most) if most else []
     if not rows:
         path.unlink(missing_ok=True)
