@@ -19,11 +19,11 @@ study: $(VENV)/.run
 	  --config.lab.seeds=20-29 --config.lab.processes=2 --config.lab.ignore_failed_gates=True \
 	  --config.lab.conditions=baseline,penalty,full,latent_kl,clamp,random
 
-# What a PPO step of full_method takes on four H100s, compiled for them without one.
+# What a PPO step of full_method takes on four H100s, compiled for them without one, for the lengths
+# of the reference's prompts.
 plan-h100: $(VENV)/.cuda
 	for rows in 8 64; do JAX_PLATFORMS=cpu $(BIN)/python main.py --config=configs/full_method.py \
-	  --stage=plan --workdir=outputs/plan_$$rows --batch_size=$$rows \
-	  --config.ppo.max_prompt_tokens=512 || exit; done
+	  --stage=plan --workdir=outputs/plan_$$rows --batch_size=$$rows || exit; done
 
 test: lint types pytest
 

@@ -50,10 +50,12 @@ def main() -> None:
     set_memory_share()
     if config.dtype == "float32":
         exact_float32()
+    config.plan.prompt_lengths = ""  # every prompt is as long as it may be
     planner = make_planner(config)
     plan = planner.plan(layout(config))
     print(table(plan), flush=True)
-    prefill = next(p for p in planner.programs(layout(config)) if p.name == "prefill")
+    programs = planner.programs(layout(config), planner.config.max_prompt_tokens)
+    prefill = next(p for p in programs if p.name == "prefill")
     decoded = planner.config.max_new_tokens - 1
     found = planned(plan, decoded) | measure(make_loop(config, planner), prefill)
     workdir.mkdir(parents=True, exist_ok=True)

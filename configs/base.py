@@ -229,6 +229,9 @@ def get_config() -> ConfigDict:
     config.plan.target = "host"  # or h100x4, h200x8 and the like, which need not be there
     config.plan.policy_config = ""  # a folder with a config.json; empty: policy_model
     config.plan.sarm_config = ""  # likewise; empty: sarm_model
+    # A JSON file {"tokens": prompts of that length with the chat template, …}: the plan is then for
+    # the lengths that a run would pad its batches to. Empty: all prompts at ppo.max_prompt_tokens.
+    config.plan.prompt_lengths = ""
     config.plan.search = False  # over meshes of the target's devices, remat and accumulation
 
     # Stage report: a page on one run, or on several side by side.

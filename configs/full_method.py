@@ -29,6 +29,9 @@ def get_config() -> ConfigDict:
     config.plan.target = "h100x4"
     config.plan.policy_config = "configs/architectures/llama_3_1_8b_instruct"
     config.plan.sarm_config = "configs/architectures/llama_sarm_4b"
+    # The 3,184 prompts of nikhilk7153/cpsc4710, data/train/prompts.jsonl, in the tokens of the
+    # Llama-3.1 chat template.
+    config.plan.prompt_lengths = "configs/data/reference_prompt_lengths.json"
     config.prompts_jsonl = "outputs/data/prompts.jsonl"
     config.human_latents.demos_jsonl = "outputs/data/demos.jsonl"
 

@@ -3,28 +3,28 @@
 Memory is the compiler's. Traffic, kernels and collectives are counted in the compiled programs.
 The time is an estimate: the roofline at the shares of the peak below (of a rollout that of its
 prefill and then that of decoding), plus collectives and kernel launches, none of which overlap.
+Programs are compiled for each length that a run pads prompts to. The time of a step is the
+expectation over these lengths, and the memory is that of the worst one.
 """
 
 import dataclasses
 import itertools
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.stages import Compiled
 
 from ppo.config import PPOConfig
 from ppo.costs import Cost, step_costs
-from ppo.programs import Program, step_programs
+from ppo.programs import Program, step_programs, weight_bytes
 from sarm_jax.chips import GIB, Chip, target
 from sarm_jax.devices import MEMORY_SHARE
 from sarm_jax.errors import InputError
-from sarm_jax.hlo import Collective, read_traffic
+from sarm_jax.hlo import Collective, by_kind, read_traffic
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.sarm import SARM
@@ -59,6 +59,8 @@ class Planner:
     """Plans for one target; `policy` and `sarm` make the abstract models.
 
     `score_batch` rows are scored at a time; the reward reads `watched` latents of each.
+    `shares` holds the share of the batches by padded prompt length; empty: every batch is padded
+    to `config.max_prompt_tokens`.
     """
 
     name: str
@@ -68,54 +70,82 @@ class Planner:
     sarm: Callable[[], SARM]
     score_batch: int
     watched: int
+    shares: Mapping[int, float] = dataclasses.field(default_factory=dict)
     _rows: dict[tuple, dict] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def plan(self, layout: Layout) -> dict:
-        """The content of plan.json for one layout."""
-        config, mesh = self._config(layout), layout.mesh
-        policy, sarm, chip = self._models(config, mesh, layout.remat)
-        score_rows = min(config.batch_size, self.score_batch)
+        """Returns the content of plan.json for one layout."""
+        shares = self.shares or {self.config.max_prompt_tokens: 1.0}
+        rows: list[dict] = []
+        for length in shares:
+            config = self._config(layout, length)
+            policy, sarm, chip = self._models(config, layout)
+            weights = {  # of all lengths alike, before the policy gets its adapter
+                name: weight_bytes(model, policy.placement)
+                for name, model in (("policy", policy), ("sarm", sarm))
+            }
+            rows += self._rows_of(config, layout, policy, sarm, chip)
+        return _summary(
+            name=self.name,
+            layout=layout,
+            config=self.config,
+            chip=chip,
+            shares=shares,
+            rows=rows,
+            weights=weights,
+        )
+
+    def programs(self, layout: Layout, prompt_tokens: int) -> Iterator[Program]:
+        """Yields what `plan` compiles for prompts padded to that length."""
+        config = self._config(layout, prompt_tokens)
+        policy, sarm, _ = self._models(config, layout)
+        return self._programs(config, policy, sarm)
+
+    def _rows_of(
+        self, config: PPOConfig, layout: Layout, policy: Llama, sarm: SARM, chip: Chip
+    ) -> list[dict]:
+        """Compiles the programs under `config`; returns their rows of plan.json."""
+        mesh, prompt_tokens = layout.mesh, config.max_prompt_tokens
         costs = step_costs(
             config,
             self.lora,
             policy.config,
             sarm.config,
             mesh,
-            score_rows,
+            min(config.batch_size, self.score_batch),
             layout.remat,
             policy.embed_tokens.dtype.itemsize,
         )
-        weights = {
-            name: _weight_bytes(model, policy.placement)
-            for name, model in (("policy", policy), ("sarm", sarm))
-        }
         rows = []
         for program in self._programs(config, policy, sarm):
             # A search meets the same program in several layouts.
-            key = program.name, *(getattr(layout, field) for field in program.varies_with)
+            varying = (getattr(layout, field) for field in program.varies_with)
+            key = prompt_tokens, program.name, *varying
             if key not in self._rows:
-                LOG.info("compiling %s for %s on %s", program.name, self.name, layout)
+                LOG.info(
+                    "compiling %s for %s on %s, prompts of %d tokens",
+                    program.name, self.name, layout, prompt_tokens,
+                )  # fmt: skip
                 compiled = program.lower().compile()
                 cost = costs[program.name]
                 self._rows[key] = _row(program, compiled, cost, chip, config, mesh)
             rows.append(self._rows[key])
-        return _summary(self.name, layout, config, chip, rows, weights)
+        return rows
 
-    def programs(self, layout: Layout) -> Iterator[Program]:
-        """What `plan` compiles."""
-        config = self._config(layout)
-        policy, sarm, _ = self._models(config, layout.mesh, layout.remat)
-        return self._programs(config, policy, sarm)
-
-    def _config(self, layout: Layout) -> PPOConfig:
-        return dataclasses.replace(self.config, gradient_accumulation_steps=layout.accumulation)
+    def _config(self, layout: Layout, prompt_tokens: int) -> PPOConfig:
+        """Returns options under which every prompt has that length."""
+        return dataclasses.replace(
+            self.config,
+            gradient_accumulation_steps=layout.accumulation,
+            max_prompt_tokens=prompt_tokens,
+        )
 
     def _programs(self, config: PPOConfig, policy: Llama, sarm: SARM) -> Iterator[Program]:
         return step_programs(config, self.lora, policy, sarm, self.score_batch, self.watched)
 
-    def _models(self, config: PPOConfig, mesh: MeshConfig, remat: str) -> tuple[Llama, SARM, Chip]:
-        """The abstract models, placed; InputError where they or the batch do not divide."""
-        policy, sarm = self.policy(), self.sarm()
+    def _models(self, config: PPOConfig, layout: Layout) -> tuple[Llama, SARM, Chip]:
+        """Places new abstract models; InputError if they or the batch do not divide."""
+        mesh, policy, sarm = layout.mesh, self.policy(), self.sarm()
         mesh.check_model(policy.config)
         mesh.check_model(sarm.config.trunk)
         mesh.check_batch(
@@ -125,7 +155,7 @@ class Planner:
         chip, devices, backend = target(self.name, mesh.devices, policy.embed_tokens.dtype)
         here = self.name == "host"  # then these are the very programs of a run
         placement = Placement(make_mesh(mesh, devices) if here else _mesh(mesh, devices))
-        policy.remat = remat
+        policy.remat = layout.remat
         for model in (policy, sarm.trunk):
             model.backend, model.placement = backend, placement
         return policy, sarm, chip
@@ -155,24 +185,40 @@ def layouts_for(devices: int, rows: int) -> Iterator[Layout]:
 
 
 def table(plan: dict) -> str:
-    """A plan as a Markdown table with a line of totals."""
+    """A plan as Markdown: a line of totals, prompt lengths if there are several, all programs."""
+    lengths = plan["prompt_lengths"]
     lines = [
         f"{plan['target']}, {plan['layout']}, batch {plan['batch']}: "
         f"peak {plan['peak_bytes'] / GIB:.1f} of {plan['memory_bytes'] / GIB:.0f} GiB a device "
         f"({'fits' if plan['fits'] else 'DOES NOT FIT'}), "
-        f"{plan['step_seconds']:.2f} s a step, {plan['tokens_per_second']:.0f} tokens/s, "
+        f"{plan['step_seconds']:.2f} s a step{' in expectation' if len(lengths) > 1 else ''}, "
+        f"{plan['tokens_per_second']:.0f} tokens/s, "
         f"{plan['run_seconds'] / 60:.1f} min for {plan['steps']} steps",
         "",
-        "| program | runs | arguments GiB | temporaries GiB | peak GiB | TFLOP | GB moved "
+    ]
+    if len(lengths) > 1:
+        lines += [
+            "| longest prompt, padded | share of batches | peak GiB | s a step |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {one['padded']} | {100 * one['share']:.1f} % | {one['peak_bytes'] / GIB:.1f} "
+            f"| {one['step_seconds']:.3f} |"
+            for one in lengths
+        ]
+        lines.append("")
+    lines += [
+        "| program | prompt | runs | arguments GiB | temporaries GiB | peak GiB | TFLOP | GB moved "
         "| × inherent | collectives | GB sent | roofline ms | inherent share | ms a run "
         "| s a step |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in plan["programs"]:
         count = sum(found["count"] for found in row["collectives"].values())
         sent = sum(found["bytes"] for found in row["collectives"].values())
         lines.append(
-            f"| {row['name']} | {row['runs'] or '–'} | {row['argument_bytes'] / GIB:.2f} "
+            f"| {row['name']} | {row['prompt_tokens']} | {row['runs'] or '–'} "
+            f"| {row['argument_bytes'] / GIB:.2f} "
             f"| {row['temp_bytes'] / GIB:.2f} | {row['peak_bytes'] / GIB:.2f} "
             f"| {row['flops'] / 1e12:.2f} | {row['bytes'] / 1e9:.2f} "
             f"| {row['bytes'] / row['inherent_bytes']:.2f} | {count} | {sent / 1e9:.3f} "
@@ -226,6 +272,7 @@ def _row(
     )
     return {
         "name": program.name,
+        "prompt_tokens": config.max_prompt_tokens,
         "runs": program.runs,
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
@@ -235,7 +282,7 @@ def _row(
         "bytes": traffic.bytes,
         "inherent_bytes": sum(inherent_bytes),
         "kernels": traffic.kernels,
-        "collectives": _by_kind(traffic.collectives),
+        "collectives": by_kind(traffic.collectives),
         "roofline_seconds": roofline,
         "inherent_share": chip.seconds(flops, inherent_bytes) / roofline,
         "seconds": reached.seconds(flops, moved) + launches + sent,
@@ -255,49 +302,41 @@ def _collective_seconds(found: Collective, chip: Chip, mesh: MeshConfig) -> floa
     return ASSUMPTIONS["seconds_per_collective"] + passes * ring * found.bytes / chip.link
 
 
-def _by_kind(collectives: Sequence[Collective]) -> dict[str, dict]:
-    """{kind: {count, bytes, overlapped}}, bytes of all runs of them together."""
-    found: dict[str, dict] = defaultdict(lambda: {"count": 0, "bytes": 0, "overlapped": 0})
-    for one in collectives:
-        entry = found[one.kind]
-        entry["count"] += one.count
-        entry["bytes"] += one.count * one.bytes
-        entry["overlapped"] += one.count * one.overlapped
-    return dict(found)
-
-
-def _weight_bytes(model: Llama | SARM, placement: Placement) -> int:
-    """Of a model's weights on one device."""
-    total = 0
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name = ".".join(map(str, path))
-        placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
-        whole, sharding = placed.shape, placed.sharding
-        part = whole if sharding is None else sharding.shard_shape(whole)
-        total += math.prod(part) * placed.dtype.itemsize
-    return total
-
-
 def _summary(
     name: str,
     layout: Layout,
     config: PPOConfig,
     chip: Chip,
+    shares: Mapping[int, float],
     rows: list[dict],
     weights: dict[str, int],
 ) -> dict:
-    # Both models stay on the device; a program's arguments hold the one that it runs.
-    whole = [row for row in rows if row["name"] not in HALVES]
-    peak = max(
-        row["peak_bytes"] + weights["policy" if row["name"] == "score" else "sarm"] for row in whole
-    )
-    seconds = sum(row["runs"] * row["seconds"] for row in rows)
+    lengths = []
+    for length, share in shares.items():
+        own = [row for row in rows if row["prompt_tokens"] == length]
+        # Both models stay on the device; a program's arguments hold the one that it runs.
+        peaks = (
+            row["peak_bytes"] + weights["policy" if row["name"] == "score" else "sarm"]
+            for row in own
+            if row["name"] not in HALVES
+        )
+        lengths.append(
+            {
+                "padded": length,
+                "share": share,
+                "step_seconds": sum(row["runs"] * row["seconds"] for row in own),
+                "peak_bytes": max(peaks),
+            }
+        )
+    peak = max(one["peak_bytes"] for one in lengths)
+    seconds = sum(one["share"] * one["step_seconds"] for one in lengths)
     return {
         "target": name,
         "mesh": dataclasses.asdict(layout.mesh),
         "layout": str(layout),
         "batch": config.batch_size,
-        "prompt_tokens": config.max_prompt_tokens,
+        "prompt_tokens": max(shares),
+        "prompt_lengths": lengths,
         "new_tokens": config.max_new_tokens,
         "fits": peak <= ASSUMPTIONS["share_of_memory"] * chip.memory,
         "peak_bytes": peak,

@@ -6,6 +6,7 @@ meshes the compiler splits their arrays otherwise than within the whole.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -85,6 +86,18 @@ def step_programs(
     for name, lower in Updater(learner).lower(state, base, prompt, slots).items():
         runs = steps - (config.pieces == 1) if name == "step" else 1
         yield Program(name, runs, lower, pieces if name == "targets" else (*pieces, "remat"))
+
+
+def weight_bytes(model: Llama | SARM, placement: Placement) -> int:
+    """Returns the bytes of a model's weights on one device."""
+    total = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
+        whole, sharding = placed.shape, placed.sharding
+        part = whole if sharding is None else sharding.shard_shape(whole)
+        total += math.prod(part) * placed.dtype.itemsize
+    return total
 
 
 def _abstract(state: nnx.State, placement: Placement) -> nnx.State:

@@ -7,13 +7,20 @@ expected padding below a bound. Padding is masked, so the choice does not affect
 rounding of sums in another order.
 """
 
+import re
+
 import numpy as np
 from numpy.typing import ArrayLike
+
+from sarm_jax.errors import InputError
+from sarm_jax.jsonl import read_bytes, short
+from sarm_jax.strict_json import parse_json
 
 MULTIPLE = 8  # every length is one, for matrix units
 WASTE = 0.2  # token positions more than the batches' own longest prompts need, in expectation
 MOST_LENGTHS = 6
 MOST_CANDIDATES = 512  # lengths to choose from; longer files get coarser multiples
+MOST_PROMPTS = 10_000_000  # that a file of counts may stand for
 
 
 def padded_lengths(
@@ -66,3 +73,61 @@ def longest_of_a_batch(lengths_n: ArrayLike, batch_size: int) -> tuple[np.ndarra
     drawn_i = np.arange(batch_size)
     factors_mi = np.maximum(at_most_m[:, None] - drawn_i, 0) / (total - drawn_i)
     return distinct_m, np.diff(factors_mi.prod(axis=1), prepend=0.0)
+
+
+def batch_shares(lengths_n: ArrayLike, batch_size: int, new_tokens: int) -> dict[int, float]:
+    """Returns the expected share of the batches by padded length; arguments as `padded_lengths`."""
+    padded = padded_lengths(lengths_n, batch_size, new_tokens)
+    longest_m, p_m = longest_of_a_batch(lengths_n, batch_size)
+    shares = np.bincount(np.searchsorted(padded, longest_m), weights=p_m, minlength=len(padded))
+    return dict(zip(padded, (shares / shares.sum()).tolist(), strict=True))
+
+
+def read_lengths(path: str, name: str) -> np.ndarray:
+    """Reads a JSON object {"tokens": prompts of that length, …}; returns the tokens of each prompt.
+
+    Raises InputError, which calls the file `name`, for anything else.
+    """
+    try:
+        counts = parse_json(read_bytes(path, name).decode("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{name}: not JSON ({error})") from None
+    if not isinstance(counts, dict) or not counts:
+        expected = 'a JSON object {"tokens": prompts, …} with at least one length'
+        raise InputError(f"{name}: expected {expected}, found {short(counts)}")
+    for length, count in counts.items():
+        if not re.fullmatch("[1-9][0-9]{0,8}", length):
+            raise InputError(f"{name}: found length {length[:60]!r}, expected tokens, at least 1")
+        if type(count) is not int or count < 1:
+            raise InputError(
+                f"{name}: found {short(count)} prompts of {length} tokens, expected a whole "
+                "number, at least 1"
+            )
+    if (total := sum(counts.values())) > MOST_PROMPTS:
+        raise InputError(f"{name}: counts {total:,} prompts, at most {MOST_PROMPTS:,} are taken")
+    return np.repeat(np.asarray([int(length) for length in counts]), list(counts.values()))
+
+
+def fitting_lengths(
+    lengths_n: np.ndarray, max_tokens: int, long_prompts: str, name: str
+) -> np.ndarray:
+    """Applies `ppo.long_prompts` to the tokens of prompts, as a run does to their texts.
+
+    Raises InputError, which calls the prompts `name`, if one is too long and `long_prompts` is
+    "error", or if all are dropped.
+    """
+    long = int((lengths_n > max_tokens).sum())
+    too_long = (
+        f"{name}: {long} of {len(lengths_n)} prompts have more than "
+        f"ppo.max_prompt_tokens={max_tokens} tokens"
+    )
+    if long and long_prompts == "error":
+        raise InputError(
+            f"{too_long}, the longest {lengths_n.max()}: raise it, or set ppo.long_prompts=drop or "
+            "ppo.long_prompts=truncate"
+        )
+    if long == len(lengths_n) and long_prompts == "drop":
+        raise InputError(f"{too_long}, and ppo.long_prompts=drop leaves none")
+    if long_prompts == "drop":
+        return lengths_n[lengths_n <= max_tokens]
+    return np.minimum(lengths_n, max_tokens)

@@ -9,6 +9,7 @@ place only what is updated.
 import dataclasses
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 DTYPE_BITS = {"pred": 8, "c64": 64, "c128": 128}  # others end in their number of bits
@@ -68,6 +69,17 @@ def read_traffic(text: str, open_loops: int = 1) -> Traffic:
     reader = _Reader(computations, open_loops)
     reader.visit(entry.group(1), 1)
     return Traffic(reader.bytes, reader.open_bytes, reader.kernels, tuple(reader.collectives))
+
+
+def by_kind(collectives: Sequence[Collective]) -> dict[str, dict]:
+    """Returns {kind: {count, bytes, overlapped}}, with the bytes of all runs together."""
+    found: dict[str, dict] = defaultdict(lambda: {"count": 0, "bytes": 0, "overlapped": 0})
+    for one in collectives:
+        entry = found[one.kind]
+        entry["count"] += one.count
+        entry["bytes"] += one.count * one.bytes
+        entry["overlapped"] += one.count * one.overlapped
+    return dict(found)
 
 
 def array_bytes(shape: str) -> int:

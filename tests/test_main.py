@@ -398,7 +398,41 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
     # Data-parallel gradients are summed over the devices; nothing else of the weights moves.
     step = next(row for row in plan["programs"] if row["name"] == "step")
     assert step["collectives"]["all-reduce"]["count"] > 0
-    assert "| decode | – |" in capsys.readouterr().out
+    assert "| decode | 120 | – |" in capsys.readouterr().out
+
+
+def test_a_plan_of_prompts_of_two_lengths(run, tmp_path, capsys):
+    """Three prompts of 10 tokens and one of 100: it is in half of all batches of two."""
+
+    def plan(name: str, *options: str) -> dict:
+        workdir = tmp_path / name
+        assert run("--stage=plan", "--batch_size=2", f"--workdir={workdir}", *options) == 0
+        return json.loads((workdir / "plan.json").read_text())
+
+    def with_lengths(name: str, counts: dict[int, int], *options: str) -> dict:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(counts))
+        return plan(name, f"--config.plan.prompt_lengths={path}", *options)
+
+    short, long = (plan(f"p{n}", f"--config.ppo.max_prompt_tokens={n}") for n in (16, 104))
+    assert len(short["prompt_lengths"]) == 1 and "in expectation" not in capsys.readouterr().out
+    both = with_lengths("both", {10: 3, 100: 1})
+    shown = capsys.readouterr().out
+    assert [(one["padded"], one["share"]) for one in both["prompt_lengths"]] == [
+        (16, pytest.approx(0.5)), (104, pytest.approx(0.5)),
+    ]  # fmt: skip
+    seconds = [short["step_seconds"], long["step_seconds"]]
+    assert [one["step_seconds"] for one in both["prompt_lengths"]] == seconds
+    assert both["step_seconds"] == pytest.approx(sum(seconds) / 2) and seconds[0] < seconds[1]
+    assert both["peak_bytes"] == long["peak_bytes"] > short["peak_bytes"]
+    assert both["programs"] == short["programs"] + long["programs"]
+    assert {row["prompt_tokens"] for row in both["programs"]} == {16, 104}
+    assert "s a step in expectation" in shown and "| 16 | 50.0 % |" in shown
+    assert "| decode | 104 | – |" in shown
+    # One length: the plan is what it is without a file.
+    assert with_lengths("one", {98: 3, 104: 9}) == long
+    dropped = "--config.ppo.long_prompts=drop", "--config.ppo.max_prompt_tokens=16"
+    assert with_lengths("dropped", {10: 3, 100: 1}, *dropped) == short
 
 
 def test_decoding_does_not_hide_behind_the_prefill(run, tmp_path, monkeypatch):

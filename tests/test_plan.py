@@ -199,7 +199,39 @@ def test_a_plan_that_fits_comes_first():
     assert [p["step_seconds"] for p in found] == [2.0, 3.0, 1.0]
 
 
-ROW = {"runs": 1, "seconds": 1.0}
+ROW = {"runs": 1, "seconds": 1.0, "prompt_tokens": 16}
+
+
+def test_the_time_is_an_expectation_and_the_memory_that_of_the_worst(ppo_config):
+    """By hand: 2 + 3 · 1 seconds three times of four, 4 + 3 · 8 once; a half has no part in it."""
+    rows = [
+        {"name": name, "prompt_tokens": n, "runs": runs, "seconds": seconds, "peak_bytes": peak}
+        for n, name, runs, seconds, peak in (
+            (16, "score", 1, 2.0, 10),
+            (16, "step", 3, 1.0, 20),
+            (104, "score", 1, 4.0, 15),
+            (104, "step", 3, 8.0, 99),
+            (104, "prefill", 0, 99.0, 999),
+        )
+    ]
+    plan = plan_module._summary(
+        name="c",
+        layout=plan_module.Layout(MeshConfig(), "dots", 1),
+        config=ppo_config(batch_size=4, max_new_tokens=6, total_steps=8, max_prompt_tokens=120),
+        chip=Chip("c", 1.0, 1.0, 130, 1.0),
+        shares={16: 0.75, 104: 0.25},
+        rows=rows,
+        weights={"policy": 100, "sarm": 30},
+    )
+    assert plan["prompt_lengths"] == [
+        {"padded": 16, "share": 0.75, "step_seconds": 5.0, "peak_bytes": 110},
+        {"padded": 104, "share": 0.25, "step_seconds": 28.0, "peak_bytes": 129},
+    ]
+    assert plan["step_seconds"] == 0.75 * 5 + 0.25 * 28 == 10.75
+    assert plan["run_seconds"] == 8 * 10.75 and plan["tokens_per_second"] == 4 * 6 / 10.75
+    assert plan["peak_bytes"] == 129 and not plan["fits"] and plan["prompt_tokens"] == 104
+    shown = plan_module.candidates([plan])
+    assert "10.75" in shown and "| no |" in shown
 
 
 def test_the_peak_counts_the_other_models_weights_and_jaxs_share(ppo_config):
@@ -211,9 +243,8 @@ def test_the_peak_counts_the_other_models_weights_and_jaxs_share(ppo_config):
             {"name": "step", "peak_bytes": step, **ROW},
         ]
         chip = Chip("c", 1.0, 1.0, memory, 1.0)
-        return plan_module._summary(
-            "c", layout, ppo_config(), chip, rows, {"policy": 100, "sarm": 30}
-        )
+        weights = {"policy": 100, "sarm": 30}
+        return plan_module._summary("c", layout, ppo_config(), chip, {16: 1.0}, rows, weights)
 
     assert of(10, 20, 1000)["peak_bytes"] == 110  # the score's, beside the policy
     assert of(10, 90, 1000)["peak_bytes"] == 120

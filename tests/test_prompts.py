@@ -1,13 +1,22 @@
 """Long prompts, and the few lengths that batches are padded to."""
 
 import json
+from collections import Counter
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from ppo.config import PPOConfig
-from ppo.prompt_lengths import MOST_LENGTHS, WASTE, longest_of_a_batch, padded_lengths
+from ppo.prompt_lengths import (
+    MOST_LENGTHS,
+    WASTE,
+    batch_shares,
+    fitting_lengths,
+    longest_of_a_batch,
+    padded_lengths,
+    read_lengths,
+)
 from ppo.prompts import PromptDeck, encode_prompts
 from sarm_jax import chat
 from sarm_jax.errors import InputError
@@ -88,6 +97,54 @@ def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer, ppo_conf
         assert mask_bp[:, -1].all()
         seen.add(width)
     assert seen == set(deck.padded_lengths)
+
+
+def test_shares_against_all_batches():
+    lengths_n, size = [5, 9, 17, 17, 30, 33, 60, 100, 200], 3
+    padded = padded_lengths(lengths_n, size, 4)
+    drawn = [max(some) for some in combinations(lengths_n, size)]
+    taken = [min(length for length in padded if length >= longest) for longest in drawn]
+    shares = batch_shares(lengths_n, size, 4)
+    assert tuple(shares) == padded and len(padded) > 2
+    for length, share in shares.items():
+        assert share == pytest.approx(taken.count(length) / len(taken))
+
+
+def test_a_run_meets_the_lengths_as_often_as_planned(tokenizer, ppo_config, tmp_path):
+    """A file of counts gives the lengths and shares of a deck with prompts of those lengths."""
+    rng = np.random.default_rng(0)
+    prompts = ["x" * n for n in rng.integers(1, 60, 90)] + ["x" * n for n in (200, 250, 400)]
+    config = ppo_config(max_prompt_tokens=300, long_prompts="drop", pack_levels=0)
+    deck = PromptDeck(prompts, tokenizer, config)
+    counts = Counter(len(chat.encode_prompt(tokenizer, text)) for text in prompts)
+    path = tmp_path / "lengths.json"
+    path.write_text(json.dumps(counts))
+    lengths_n = fitting_lengths(read_lengths(str(path), "f"), 300, "drop", "f")
+    assert len(lengths_n) < len(prompts)
+    shares = batch_shares(lengths_n, config.batch_size, config.max_new_tokens)
+    assert tuple(shares) == deck.padded_lengths
+    met = Counter(deck.padded_length(step) for step in range(4000))
+    for length, share in shares.items():
+        assert met[length] / 4000 == pytest.approx(share, abs=0.03)
+
+
+def test_counted_prompts_that_are_too_long():
+    lengths_n = np.asarray([5, 9, 12, 30])
+    assert fitting_lengths(lengths_n, 10, "drop", "f").tolist() == [5, 9]
+    assert fitting_lengths(lengths_n, 10, "truncate", "f").tolist() == [5, 9, 10, 10]
+    for choice in ("error", "drop", "truncate"):
+        assert fitting_lengths(lengths_n, 30, choice, "f").tolist() == lengths_n.tolist()
+    message = r"f: 2 of 4 prompts have more than ppo\.max_prompt_tokens=10 .*longest 30.*=drop or"
+    with pytest.raises(InputError, match=message):
+        fitting_lengths(lengths_n, 10, "error", "f")
+    with pytest.raises(InputError, match=r"f: 4 of 4 prompts .*long_prompts=drop leaves none"):
+        fitting_lengths(lengths_n, 4, "drop", "f")
+
+
+def test_the_prompts_of_the_reference():
+    lengths_n = read_lengths("configs/data/reference_prompt_lengths.json", "f")
+    assert len(lengths_n) == 3184 and (lengths_n.min(), lengths_n.max()) == (36, 1589)
+    assert (lengths_n > 1024).sum() == 1 and lengths_n.mean() == pytest.approx(80.63, abs=0.01)
 
 
 def test_a_long_prompt_is_an_error_that_names_the_remedies(tokenizer):

@@ -8,27 +8,39 @@ from ml_collections import ConfigDict
 from configs.shared import check_remat, mesh_config, required, write_json
 from conversion.keys import abstract_policy, abstract_sarm
 from conversion.load import read_policy_config, read_sarm_config
+from ppo.config import PPOConfig
 from ppo.options import train_config
 from ppo.plan import Layout, Planner, candidates, layouts_for, search, table
+from ppo.prompt_lengths import batch_shares, fitting_lengths, read_lengths
 from ppo.train import TrainConfig
 from sarm_jax.chips import target_devices
 
 LOG = logging.getLogger(__name__)
 
 
-def options(config: ConfigDict) -> TrainConfig:
-    """Those of PPO."""
+def options(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
+    """Validates PPO's options, and returns them with the share of batches by prompt length."""
     found = train_config(config)
     for part, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
         if not config.plan[part]:
             required(config, model)
     check_remat(config.remat)
-    return found
+    return found, prompt_shares(config.plan.prompt_lengths, found.ppo)
+
+
+def prompt_shares(path: str, ppo: PPOConfig) -> dict[int, float]:
+    """Returns the share of the batches by padded prompt length; empty without a file of counts."""
+    if not path:
+        return {}
+    name = f"plan.prompt_lengths={path}"
+    lengths_n = read_lengths(path, name)
+    fitting_n = fitting_lengths(lengths_n, ppo.max_prompt_tokens, ppo.long_prompts, name)
+    return batch_shares(fitting_n, ppo.batch_size, ppo.max_new_tokens)
 
 
 def make_planner(config: ConfigDict) -> Planner:
     """For the target of the config, with the architectures that its models have."""
-    asked, section = options(config), config.plan
+    (asked, shares), section = options(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
     sarm = read_sarm_config(section.sarm_config or config.sarm_model)
     asked.reward.check_features(sarm.sae.latent_size)
@@ -40,6 +52,7 @@ def make_planner(config: ConfigDict) -> Planner:
         sarm=lambda: abstract_sarm(sarm, config.dtype),
         score_batch=config.sarm_batch_size,
         watched=len(asked.reward.penalize_features) + len(asked.reward.latent_indices),
+        shares=shares,
     )
 
 
