@@ -1,0 +1,36 @@
+"""Comparisons of floats at the scale of the compared quantity."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+# Magnitudes of the terms of columns that can be near 0 throughout a run.
+TERMS = {"policy_loss": 1.0}  # a mean of whitened advantages
+
+
+def assert_close(
+    actual: ArrayLike,
+    expected: ArrayLike,
+    relative: float = 1e-5,
+    terms: ArrayLike = 0.0,
+    name: str = "",
+) -> None:
+    """Asserts that `actual` differs from `expected` by at most `relative` of its scale.
+
+    The scale is the largest magnitude in `expected`: every entry of a product of matrices has the
+    rounding of its terms, however small the entry is. A difference that nearly cancels has the
+    rounding of what was subtracted: `terms` gives those numbers, and the scale is the largest
+    magnitude in `expected` and `terms`. A scale of 0 asks for equality.
+    """
+    actual, expected, terms = (np.asarray(x, np.float64) for x in (actual, expected, terms))
+    assert np.isfinite(expected).all() and np.isfinite(terms).all(), f"{name}: not finite"
+    scale = max(np.abs(x).max(initial=0.0) for x in (expected, terms))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=relative * scale, err_msg=name)
+
+
+def assert_same_metrics(rows: list[dict], expected: list[dict], names: Iterable[str]) -> None:
+    """Asserts that the named columns of metrics.csv agree, each at the scale of its values."""
+    for name in names:
+        actual_n, expected_n = ([row[name] for row in table] for table in (rows, expected))
+        assert_close(actual_n, expected_n, 2e-5, TERMS.get(name, 0.0), name)
