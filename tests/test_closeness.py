@@ -62,12 +62,30 @@ def test_shapes_must_agree():
 
 
 def test_columns_of_metrics_are_compared_one_by_one():
-    expected = [{"kl": 1e-3 * n, "norm": 20.0 + n, "policy_loss": 1e-8 * n} for n in range(4)]
+    expected = [
+        {"ref_kl": 1e-3 * n, "grad_norm": 20.0 + n, "policy_loss": 1e-8 * n} for n in range(4)
+    ]
     rows = [{name: value * (1 + 1e-6) for name, value in row.items()} for row in expected]
-    rows[0]["policy_loss"] = 1e-7  # of whitened advantages
+    rows[0]["policy_loss"] = 1e-7
     assert_same_metrics(rows, expected, expected[0])
-    for name, wrong in (("kl", 1e-6), ("norm", 20.01), ("policy_loss", 1e-4)):
+    for name, wrong in (("ref_kl", 1e-5), ("grad_norm", 20.01), ("policy_loss", 1e-4)):
         with pytest.raises(AssertionError, match=name):
             assert_same_metrics([rows[0] | {name: wrong}, *rows[1:]], expected, [name])
     with pytest.raises(AssertionError):
-        assert_same_metrics(rows[:3], expected, ["kl"])
+        assert_same_metrics(rows[:3], expected, ["ref_kl"])
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1])
+def test_a_kl_has_the_rounding_of_its_log_ratios(size):
+    rng = np.random.default_rng(0)
+    logp, reference = -5 + size * rng.normal(size=(2, 100))
+    exact, rounded = (
+        np.mean(np.expm1(-k) + k)
+        for k in (
+            logp - reference,
+            (logp.astype(np.float32) - reference.astype(np.float32)).astype(np.float64),
+        )
+    )
+    assert_same_metrics([{"ref_kl": rounded}], [{"ref_kl": exact}], ["ref_kl"])
+    with pytest.raises(AssertionError):
+        assert_same_metrics([{"ref_kl": 1.1 * exact}], [{"ref_kl": exact}], ["ref_kl"])
