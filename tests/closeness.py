@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 RUN_TOLERANCE = 2e-5  # later steps amplify the rounding of earlier ones
+LOGP = 3.0  # a log-probability of the tiny policies is at least of this magnitude, in nats
 
 
 def assert_close(
@@ -31,14 +32,14 @@ def assert_close(
 def metric_terms(name: str, values_n: np.ndarray) -> np.ndarray:
     """Returns the magnitude of the numbers that the column `name` is a difference of.
 
-    Scores and whitened advantages have either sign and a magnitude of about 1, their mean may be
-    near 0. A KL is about half the square of the log-ratios, and so inherits their rounding times
-    their size.
+    Scores and whitened advantages have either sign and a magnitude of about 1, so that their mean
+    may be near 0. A KL is about half the square of log-ratios: its rounding is that of the
+    log-probabilities times the size of their difference.
     """
     if name in ("total_reward", "rm_score", "policy_loss", "ppo_loss"):
         return np.ones_like(values_n)
     if name in ("ref_kl", "approx_kl"):
-        return np.sqrt(2 * np.abs(values_n))
+        return LOGP * np.sqrt(2 * np.abs(values_n))
     return values_n
 
 

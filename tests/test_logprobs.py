@@ -26,7 +26,7 @@ def test_matches_torch(arrays, chunk, temperature):
     distribution = torch.distributions.Categorical(
         logits=torch.tensor(x) @ torch.tensor(vocabulary).T / temperature
     )
-    assert_close(logp, distribution.log_prob(torch.tensor(targets)), 2e-6)
+    assert_close(logp, distribution.log_prob(torch.tensor(targets)), 3e-7)
     assert_close(entropy, distribution.entropy(), 3e-6)
 
 
@@ -35,7 +35,7 @@ def test_chunked_gradient_is_the_whole_gradient(arrays):
         return (token_logprobs(x, *map(jnp.asarray, arrays[1:]), 0.7, chunk)[0] ** 2).sum()
 
     x = jnp.asarray(arrays[0])
-    assert_close(jax.grad(loss)(x, 3), jax.grad(loss)(x, 0), 2e-6)
+    assert_close(jax.grad(loss)(x, 3), jax.grad(loss)(x, 0), 1e-6)
 
 
 def test_gradients_are_those_of_torch(arrays):
@@ -48,7 +48,7 @@ def test_gradients_are_those_of_torch(arrays):
     logp = torch.log_softmax(theirs[0] @ theirs[1].T / 0.7, dim=-1)
     logp.gather(-1, torch.tensor(targets, dtype=torch.int64)[..., None]).sum().backward()
     for ours, their in zip(jax.grad(loss, argnums=(0, 1))(x, vocabulary), theirs, strict=True):
-        assert_close(ours, their.grad, 3e-6)
+        assert_close(ours, their.grad, 1e-6)
 
 
 def test_gradient_in_half_precision_casts_no_vocabulary(arrays):

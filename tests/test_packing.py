@@ -87,7 +87,7 @@ def test_a_run_is_that_with_padding(make_trainer, tmp_path, options):
         trainer.run()
         runs.append(trainer.state["train"].params)
     for padded, packed in zip(*map(jax.tree.leaves, runs), strict=True):
-        assert_close(packed, padded, 1e-4)
+        assert_close(packed, padded, 5e-5)
 
 
 def test_slots_by_hand(ppo_config):

@@ -34,6 +34,7 @@ from tests.conftest import spread
 
 PROMPTS = [f"say {i}" for i in range(10)]
 MESHES = [(2, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2), (2, 2, 2)]
+TRAINED = 3e-4  # of a parameter's scale: Adam magnifies the rounding of gradients near 0
 SAME = (
     "total_reward rm_score indicator_penalty kl_penalty ref_kl response_length_mean eos_fraction "
     "policy_loss value_loss entropy approx_kl advantage_std grad_norm disc_loss disc_acc"
@@ -121,7 +122,7 @@ def test_ten_steps_are_those_of_one_device(one_device, tokenizer, tmp_path, shap
     assert all(row["ratio_0_max_dev"] <= 1e-5 for row in sharded)
     ours, theirs = (t.state["train"].params for t in (trainer, single))
     for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-        assert_close(a, b, 1e-4)
+        assert_close(a, b, TRAINED)
     rows = trainer.base["embed_tokens"][...].shape[0]  # 262 tokens, which 4 does not divide
     assert rows == {1: 262, 2: 262, 4: 264}[shape[2]]
     kernel = nnx.to_flat_state(trainer.base)
@@ -161,7 +162,7 @@ def test_minibatches_and_accumulation_on_a_mesh(one_device, tokenizer, tmp_path)
         for n, where in enumerate((Placement(), placement))
     ]
     for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
-        assert_close(a, b, 1e-4)
+        assert_close(a, b, TRAINED)
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(one_device, tokenizer, tmp_path):
@@ -172,7 +173,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(one_device, tokenizer, tmp_path):
     trainer = train(tokenizer, make, second, tmp_path / "run")
     params = trainer.state["train"].params
     for a, b in zip(*map(jax.tree.leaves, (params, single.state["train"].params)), strict=True):
-        assert_close(a, b, 1e-4)
+        assert_close(a, b, TRAINED)
 
 
 def test_every_parameter_has_one_row(tokenizer):
