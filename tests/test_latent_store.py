@@ -33,7 +33,7 @@ def test_topk_codes_are_the_dense_latents_exactly(reward_model):
     assert isinstance(latents, TopKLatents)
     np.testing.assert_array_equal(latents.columns(range(z.shape[1])), z)
     np.testing.assert_array_equal(latents.columns([7, 3]), z[:, [7, 3]])
-    assert_close(stored_score, score)
+    assert_close(stored_score, score, 2e-6)
 
 
 def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
@@ -83,8 +83,8 @@ def test_without_topk_columns_are_encoded_again(reward_model):
     model = type(reward_model)(sarm, reward_model.tokenizer, 64, 4)
     score, z = model.score(["p"] * 11, TEXTS)
     stored_score, latents = model.store(["p"] * 11, TEXTS)
-    assert_close(latents.columns(range(z.shape[1])), z)
-    assert_close(stored_score, score)
+    assert_close(latents.columns(range(z.shape[1])), z, 2e-6)
+    assert_close(stored_score, score, 2e-6)
 
 
 def codes(pairs=60, size=37, k=5, seed=0):

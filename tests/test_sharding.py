@@ -294,7 +294,7 @@ def test_weights_are_read_into_their_shards_once(directories, layout, shape):
     conversations = np.random.default_rng(0).integers(0, 262, (8, 12)).tolist()
     scored = (m.score_tokens(conversations) for m in (loaded, single))
     for ours, theirs in zip(*scored, strict=True):
-        assert_close(ours, theirs)
+        assert_close(ours, theirs, 5e-6)
 
 
 @pytest.mark.parametrize("size", [1024, 1044])  # of the latter 29 blocks would do for one device
