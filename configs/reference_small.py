@@ -24,14 +24,14 @@ def get_config() -> ConfigDict:
     config.policy_model = "outputs/models/SmolLM2-135M-Instruct"
     config.sarm_model = "{workdir}/sarm"
     config.prompts_jsonl = "{workdir}/data/prompts.jsonl"
-    config.sarm_max_length = 512
+    config.sarm_max_length = 256
     config.sarm_batch_size = 4  # more than two cores need, and less padding than in 16
 
     config.prepare_data.source = "benchmarks"
     config.prepare_data.held_out_fraction = 0.2
 
     config.train_sarm.pairs_jsonl = "{workdir}/data/probes.jsonl"
-    config.train_sarm.max_length = 320
+    config.train_sarm.max_length = 256
     config.train_sarm.source_layer = 15
     config.train_sarm.latent_size = 4608
     config.train_sarm.k = 32
@@ -67,6 +67,6 @@ def get_config() -> ConfigDict:
     config.evaluate.num_example = 100
     config.evaluate.steering_json = "{workdir}/probes/steering_config.json"
     config.evaluate.rm_bench = "{workdir}/data/held_out_rm_bench.jsonl"
-    config.evaluate.prompts_jsonl = "{workdir}/data/held_out_prompts.jsonl"
+    config.evaluate.prompts_jsonl = "configs/data/everyday_held_out.jsonl"
     config.evaluate.human_jsonl = "{workdir}/data/demos.jsonl"
     return config

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ppo.advantages import gae, token_rewards, whiten
+from tests.closeness import assert_close
 from tests.oracles import gae_loop, masked_whiten_loop
 
 
@@ -20,8 +21,8 @@ def test_gae_matches_loop(gamma, lam):
     mask = ragged_mask(rng, 7, 11)
     advantages, returns = gae(*map(jnp.asarray, (rewards, values, mask)), gamma, lam)
     expected_advantages, expected_returns = gae_loop(rewards, values, mask, gamma, lam)
-    np.testing.assert_allclose(advantages, expected_advantages, atol=1e-5)
-    np.testing.assert_allclose(np.where(mask, returns, 0), expected_returns, atol=1e-5)
+    assert_close(advantages, expected_advantages, 5e-7)
+    assert_close(np.where(mask, returns, 0), expected_returns, 5e-7)
 
 
 def test_gae_by_hand():

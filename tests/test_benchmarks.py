@@ -15,6 +15,7 @@ from sarm_jax.evaluation.rewardbench2 import check_ties, evaluate_rewardbench2, 
 from sarm_jax.evaluation.rm_bench import domain_weights, evaluate_rm_bench, row_values
 from sarm_jax.sarm import intervention
 from tests import oracles
+from tests.closeness import assert_close
 
 DATE = "26 Jul 2024"
 WORDS = "one two three red green blue old new".split()
@@ -109,7 +110,7 @@ def test_scores_of_every_variant_are_those_of_torch(models, controls, styled):
     expected = by_torch(models, controls, styled)
     assert set(found) == set(expected) == {"plain", "controlled", "penalised"}
     for name, scores in expected.items():
-        np.testing.assert_allclose(found[name], np.ravel(scores), rtol=0, atol=1e-4)
+        assert_close(found[name], np.ravel(scores), 2e-5)
     assert np.ptp(found["controlled"] - found["plain"]) > 0.1
     assert len({round(float(d), 4) for d in found["penalised"] - found["controlled"]}) == 2
 
@@ -248,13 +249,14 @@ def test_penalties_in_deviations_and_capped(models, controls, styled):
     def penalty_of(**changes):
         options = dataclasses.replace(made, **changes)
         found = score_variants(models[0], *zip(*texts, strict=True), options).variants
-        return (found["controlled"] - found["penalised"]).max(), found["plain"].std()
+        return (found["controlled"] - found["penalised"]).max(), found["plain"]
 
-    assert penalty_of()[0] == pytest.approx(alpha, abs=1e-5)
-    penalty, deviation = penalty_of(unit="sd")
-    assert penalty == pytest.approx(alpha * deviation, abs=1e-4)
-    penalty, deviation = penalty_of(unit="sd", penalty_cap=0.25)
-    assert penalty == pytest.approx(0.25 * deviation, abs=1e-4)
+    penalty, score_b = penalty_of()
+    assert_close(penalty, alpha, 2e-6, terms=score_b)
+    penalty, score_b = penalty_of(unit="sd")
+    assert_close(penalty, alpha * score_b.std(), terms=score_b)
+    penalty, score_b = penalty_of(unit="sd", penalty_cap=0.25)
+    assert_close(penalty, 0.25 * score_b.std(), terms=score_b)
 
 
 def test_without_controls_there_is_only_the_plain_score(models, styled):

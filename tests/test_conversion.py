@@ -22,6 +22,7 @@ from conversion.safetensors_io import TensorFiles, TensorWriter
 from sarm_jax.errors import InputError
 from sarm_jax.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
 from tests import oracles
+from tests.closeness import assert_close
 
 ROWS = [[256, 5, 80, 3, 199, 42, 260, 17, 11], [256, 9, 9, 200, 260], [7, 61]]
 
@@ -64,14 +65,14 @@ def padded(rows):
     return tokens, mask
 
 
-def assert_same_logits(policy, model, tolerance=1e-4):
+def assert_same_logits(policy, model):
     expected = 3 * [torch_logits(model, row) for row in ROWS]
     assert min(e.std() for e in expected) > 0.5  # else the tolerance would say little
     tokens, mask = padded(ROWS)
     graphdef, state = nnx.split(policy)  # jitted: one compilation instead of dozens
     logits = np.asarray(jax.jit(lambda s, *xs: nnx.merge(graphdef, s)(*xs))(state, tokens, mask))
     for n, row in enumerate(expected):
-        np.testing.assert_allclose(logits[n][mask[n]], row, rtol=0, atol=tolerance)
+        assert_close(logits[n][mask[n]], row)
 
 
 def assert_same_tensors(directory, other):
@@ -186,12 +187,13 @@ def test_sarm_scores_and_latents_equal_torch(tmp_path, use_activation, dtype, la
     score_b, z_bf = sarm.score_tokens(ROWS)
     with torch.no_grad():
         expected = [oracle(torch.tensor([row])) for row in ROWS]
+    weight_f = np.asarray(sarm.model.score[...], np.float32)
     for score, z_f, out in zip(score_b, z_bf, expected, strict=True):
         reference = out.z_m.numpy()
         np.testing.assert_array_equal(z_f != 0, reference != 0)
         assert (reference != 0).sum() == (8 if use_activation else 64)
-        np.testing.assert_allclose(z_f, reference, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(score, out.score.item(), rtol=0, atol=1e-4)
+        assert_close(z_f, reference)
+        assert_close(score, out.score.item(), terms=reference * weight_f)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -246,7 +248,7 @@ def test_a_trained_sarm_is_saved_in_the_hf_layout(tmp_path):
         again = load_sarm(tmp_path / name)
         with torch.no_grad():
             expected = [oracle(torch.tensor([row])).score.item() for row in ROWS]
-        np.testing.assert_allclose(trained_b, expected, rtol=0, atol=1e-4)
+        assert_close(trained_b, expected)
         np.testing.assert_array_equal(again.score_tokens(ROWS)[0], trained_b)
 
 
@@ -286,13 +288,13 @@ def test_adapter_gives_the_same_logits_in_peft_and_merged(tmp_path, config):
     before = torch_logits(base, ROWS[0])
     wrapped = peft.PeftModel.from_pretrained(base, adapter).eval()
     assert np.abs(torch_logits(wrapped, ROWS[0]) - before).max() > 0.1
-    assert_same_logits(policy, wrapped, tolerance=1e-3)
+    assert_same_logits(policy, wrapped)
     assert load_file(adapter / "value_head.safetensors").keys() == head.keys()
     assert json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"] == config.alpha
 
     to_hf.export(tmp_path / "run", tmp_path / "merged", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert_same_logits(policy, merged, tolerance=1e-3)
+    assert_same_logits(policy, merged)
 
     to_hf.export(tmp_path / "run", tmp_path / "copy")
     fresh, _ = load_policy(source)
@@ -332,7 +334,7 @@ def test_an_adapter_that_peft_wrote_loads(tmp_path):
     wrapped.save_pretrained(tmp_path / "adapter")
     policy, _ = load_policy(source)
     load_adapter(tmp_path / "adapter", policy)
-    assert_same_logits(policy, wrapped, tolerance=1e-3)
+    assert_same_logits(policy, wrapped)
 
 
 @pytest.mark.parametrize("initialiser", ["pissa", "olora"])

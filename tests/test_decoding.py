@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -10,6 +9,7 @@ from sarm_jax import decoding
 from sarm_jax.decoding import compiler_options, decode, next_logits, prefill
 from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
+from tests.closeness import assert_close
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -30,11 +30,11 @@ def test_cached_decode_is_the_full_forward(policy, batch_bt, side, adapted):
     full_mask = jnp.concatenate([mask, jnp.ones_like(new, bool)], axis=1)
     expected, logits = policy.hidden(full_tokens, full_mask), policy(full_tokens, full_mask)
     x, cache = prefill(policy, tokens, mask, cache_size=9)
-    np.testing.assert_allclose(x[mask], expected[:, :5][mask], atol=1e-5)
+    assert_close(x[mask], expected[:, :5][mask], 3e-6)
     for t in range(4):
         x, cache = decode(policy, new[:, t], cache, fuse_layers(policy))
-        np.testing.assert_allclose(x[:, 0], expected[:, 5 + t], atol=1e-5)
-        np.testing.assert_allclose(next_logits(policy, x), logits[:, 5 + t], atol=1e-5)
+        assert_close(x[:, 0], expected[:, 5 + t], 3e-6)
+        assert_close(next_logits(policy, x), logits[:, 5 + t], 3e-6)
 
 
 def test_products_of_many_rows_on_a_gpu_are_not_cut(monkeypatch):

@@ -9,6 +9,7 @@ from sarm_jax.contrast_statistics import differential
 from sarm_jax.errors import InputError
 from sarm_jax.feature_lists import parse_bounds, parse_features, parse_values
 from sarm_jax.features import IdentifyConfig, identify, verbose_features
+from tests.closeness import assert_close
 
 
 def test_differential_activation_by_hand():
@@ -49,13 +50,13 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     _, chosen = reward_model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows])
     _, rejected = reward_model.score([r["prompt"] for r in rows], [r["rejected"] for r in rows])
     expected = differential(*means(chosen, rejected))
-    np.testing.assert_allclose(scores["differential"], expected, atol=1e-4)
+    assert_close(scores["differential"], expected, 1e-6)
     weight = np.asarray(reward_model.model.score[...])
     carried = [
         w * np.mean([j - c for c, j in zip(chosen[:, i], rejected[:, i], strict=True)])
         for i, w in enumerate(weight)
     ]
-    np.testing.assert_allclose(scores["carried_reward"], carried, atol=1e-5)
+    assert_close(scores["carried_reward"], carried, 2e-6)
     assert selected["carriers"][0] == int(np.argmax(scores["carried_reward"]))
     assert selected["safety_promoting"][0] == int(np.argmax(scores["differential"]))
     assert selected["safety_harming"][0] == int(np.argmin(scores["differential"]))
@@ -224,7 +225,7 @@ def test_combined_sources_count_alike(reward_model):
     rows = rows_of()
     _, selected, scores, chosen, rejected = identified(reward_model, rows, combine="sources")
     part = [differential(*means(chosen[s], rejected[s])) for s in (slice(0, 18), slice(18, 24))]
-    np.testing.assert_allclose(scores["differential"], np.mean(part, axis=0), atol=1e-5)
+    assert_close(scores["differential"], np.mean(part, axis=0), 1e-6)
     assert selected["safety_promoting"][0] == int(np.argmax(np.mean(part, axis=0)))
 
 

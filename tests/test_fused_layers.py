@@ -14,6 +14,7 @@ from sarm_jax.fused_layers import FusedLinear, fuse_layers
 from sarm_jax.llama import Llama
 from sarm_jax.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
 from sarm_jax.sharding import ONE_DEVICE, MeshConfig, Placement, make_mesh
+from tests.closeness import assert_close
 from tests.test_sharding import llama, put
 
 FUSED = {
@@ -76,7 +77,7 @@ def test_fused_linear_layers_are_the_linear_layers(tokenizer, shape, adapted):
                     )
                     weight_io = weight_io + 2.0 * a @ b
                 expected_ob = weight_io.T @ np.asarray(inputs[fused], np.float64)
-                np.testing.assert_allclose(found_ob, expected_ob, atol=1e-5, err_msg=name)
+                assert_close(found_ob, expected_ob, 2e-6, name=name)
         norms = policy.layers.input_layernorm, policy.layers.post_attention_layernorm
         for scale_d, norm in zip((layer.attention_norm, layer.mlp_norm), norms, strict=True):
             np.testing.assert_array_equal(scale_d, norm.scale[...][number])

@@ -15,6 +15,7 @@ from sarm_jax.generate import (
     generate,
     keep_top,
 )
+from tests.closeness import assert_close
 
 
 def arrays(batch):
@@ -45,9 +46,7 @@ def test_sampler_logprobs_are_those_of_the_full_forward(policy, batch_bt, temper
     out = generate(policy, tokens, mask, max_new_tokens=9, temperature=temperature, key=key)
     logp = jax.nn.log_softmax(continuation_logits(policy, tokens, mask, out) / temperature)
     expected = jnp.take_along_axis(logp, out.tokens_br[..., None], axis=-1)[..., 0]
-    np.testing.assert_allclose(
-        np.where(out.mask_br, out.logp_br, 0), np.where(out.mask_br, expected, 0), atol=1e-4
-    )
+    assert_close(np.where(out.mask_br, out.logp_br, 0), np.where(out.mask_br, expected, 0), 3e-6)
 
 
 def test_padding_side_does_not_matter(policy, batch_bt):

@@ -12,6 +12,7 @@ from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_option
 from sarm_jax.lab.findings import claims, gates_passed, headline
 from sarm_jax.lab.gates import LIMITS
 from sarm_jax.lab.page import write_study
+from tests.closeness import assert_close
 from tests.command import run_main
 
 MINIATURE = (
@@ -93,8 +94,9 @@ def check_gold(folder, condition, run):
     assert run["gold_final"] == pytest.approx(gold[4])
     assert run["gold_peak"] == pytest.approx(max(gold.values()))
     scores = {step: [row["rm_score"] for row in rows if row["step"] == step] for step in (0, 4)}
-    expected = (np.mean(scores[4]) - np.mean(scores[0])) / np.std(scores[0])
-    assert run["score_final"] == pytest.approx(expected, abs=1e-4)
+    deviation = np.std(scores[0])
+    expected = (np.mean(scores[4]) - np.mean(scores[0])) / deviation
+    assert_close(run["score_final"], expected, 2e-6, np.divide(scores[0], deviation))
 
 
 def test_the_study_goes_on_where_it_stopped(study):

@@ -21,6 +21,7 @@ from sarm_jax.contrast_statistics import (
 from sarm_jax.detectors import calibrated_tau, taus_of
 from sarm_jax.latent_store import Contrast, TopKLatents
 from sarm_jax.median_test import MedianTest
+from tests.closeness import assert_close
 from tests.dense_latents import dense_contrast
 
 TEXTS = [f"answer {i} " * (i % 4 + 1) for i in range(11)]
@@ -32,7 +33,7 @@ def test_topk_codes_are_the_dense_latents_exactly(reward_model):
     assert isinstance(latents, TopKLatents)
     np.testing.assert_array_equal(latents.columns(range(z.shape[1])), z)
     np.testing.assert_array_equal(latents.columns([7, 3]), z[:, [7, 3]])
-    np.testing.assert_allclose(stored_score, score, atol=1e-5)
+    assert_close(stored_score, score, 2e-6)
 
 
 def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
@@ -82,8 +83,8 @@ def test_without_topk_columns_are_encoded_again(reward_model):
     model = type(reward_model)(sarm, reward_model.tokenizer, 64, 4)
     score, z = model.score(["p"] * 11, TEXTS)
     stored_score, latents = model.store(["p"] * 11, TEXTS)
-    np.testing.assert_allclose(latents.columns(range(z.shape[1])), z, atol=1e-5)
-    np.testing.assert_allclose(stored_score, score, atol=1e-5)
+    assert_close(latents.columns(range(z.shape[1])), z, 2e-6)
+    assert_close(stored_score, score, 2e-6)
 
 
 def codes(pairs=60, size=37, k=5, seed=0):
@@ -108,9 +109,7 @@ def test_statistics_by_block_are_those_of_dense_arrays(block_bytes, monkeypatch)
     np.testing.assert_array_equal(found.chosen_f, chosen.mean(axis=0))
     np.testing.assert_array_equal(found.rejected_f, rejected.mean(axis=0))
     np.testing.assert_array_equal(found.fires_rejected_f, (rejected > 0).mean(axis=0))
-    np.testing.assert_allclose(
-        found.chosen_sf.sum(axis=1)[1], chosen[40:].sum(axis=0), rtol=1e-4, atol=1e-5
-    )
+    assert_close(found.chosen_sf.sum(axis=1)[1], chosen[40:].sum(axis=0), 1e-6)
     total = row_totals(contrast)
     absolute = np.abs(chosen) + np.abs(rejected)
     np.testing.assert_allclose(total, absolute.sum(axis=1), rtol=1e-4)

@@ -28,6 +28,7 @@ from sarm_jax.lora import (
     merge_lora,
 )
 from sarm_jax.rope import Llama3Scaling, inverse_frequencies
+from tests.closeness import assert_close
 from tests.conftest import spread
 
 DOT_PRODUCT_ATTENTION = jax.nn.dot_product_attention
@@ -42,8 +43,8 @@ def test_padding_side_and_place_do_not_matter(policy, batch_bt):
     left, right, middle = (
         real_logits(policy, b) for b in (batch_bt.left, batch_bt.right, batch_bt.middle)
     )
-    np.testing.assert_allclose(left, right, atol=1e-5)
-    np.testing.assert_allclose(left, middle, atol=1e-5)
+    assert_close(left, right, 2e-6)
+    assert_close(left, middle, 2e-6)
 
 
 def test_padding_tokens_are_never_seen(policy, batch_bt):
@@ -102,9 +103,9 @@ def test_attention_by_blocks_is_that_of_torch(length, implementation, monkeypatc
     ours, pull = jax.vjp(
         lambda q, k, v: attention(q, k, v, jnp.asarray(mask), implementation), q, k, v
     )
-    np.testing.assert_allclose(ours, out.detach(), atol=1e-5)
+    assert_close(ours, out.detach(), 2e-6)
     for gradient, x in zip(pull(jnp.asarray(g)), theirs, strict=True):
-        np.testing.assert_allclose(gradient, x.grad, atol=1e-5)
+        assert_close(gradient, x.grad, 3e-6, terms=g)
 
 
 def test_a_gpu_gets_fewer_blocks_of_queries_and_the_same_states(policy, monkeypatch):
@@ -119,7 +120,7 @@ def test_a_gpu_gets_fewer_blocks_of_queries_and_the_same_states(policy, monkeypa
     assert products() == on_cpu - 2 * 2  # one block in place of three
     monkeypatch.setitem(QUERY_BLOCK, "gpu", 50)
     assert products() == on_cpu - 2
-    np.testing.assert_allclose(policy.hidden(tokens, mask)[mask], expected[mask], atol=1e-5)
+    assert_close(policy.hidden(tokens, mask)[mask], expected[mask], 3e-6)
 
 
 def test_remat_changes_nothing_but_memory(policy, batch_bt):
@@ -135,7 +136,7 @@ def test_remat_changes_nothing_but_memory(policy, batch_bt):
         grads.append(jax.grad(loss)(state, graphdef))
     for other in grads[1:]:
         for a, b in zip(*map(jax.tree.leaves, (grads[0], other)), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+            assert_close(a, b, 2e-6)
 
 
 def test_program_size_does_not_grow_with_depth(architecture):
@@ -192,7 +193,7 @@ def test_adapter_equals_merged_weights(policy, batch_bt):
         lora = linear.lora
         linear.kernel[...] = merge_lora(linear.kernel[...], lora.a[...], lora.b[...], lora.scale)
         linear.lora = None
-    np.testing.assert_allclose(real_logits(policy, batch_bt.left), adapted, atol=1e-4)
+    assert_close(real_logits(policy, batch_bt.left), adapted)
 
 
 def test_folded_matmul_has_the_gradients_of_the_plain_form():
@@ -206,7 +207,7 @@ def test_folded_matmul_has_the_gradients_of_the_plain_form():
     plain = value_and_gradients(lambda x, w, a, b: x @ w + 0.5 * ((x @ a) @ b))
     folded = value_and_gradients(lambda x, w, a, b: folded_matmul(x, w, a, b, 0.5))
     for expected, found in zip(jax.tree.leaves(plain), jax.tree.leaves(folded), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+        assert_close(found, expected, 2e-6)
 
 
 def test_fold_lora_keeps_the_function(policy, batch_bt):
@@ -217,7 +218,7 @@ def test_fold_lora_keeps_the_function(policy, batch_bt):
     adapted = real_logits(policy, batch_bt.left)
     fold_lora(policy)
     assert not nnx.to_flat_state(nnx.state(policy, LoRAParam))
-    np.testing.assert_allclose(real_logits(policy, batch_bt.left), adapted, atol=1e-4)
+    assert_close(real_logits(policy, batch_bt.left), adapted)
 
 
 def test_tied_and_untied_heads(architecture):
@@ -250,4 +251,4 @@ def test_half_precision_logits_are_float32():
     exact = x.astype(jnp.float32) @ e.astype(jnp.float32).T
     found = to_logits(x, e)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, exact, rtol=1e-4, atol=1e-4)
+    assert_close(found, exact, 1e-6)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ppo.logprobs import token_logprobs
+from tests.closeness import assert_close
 
 
 @pytest.fixture
@@ -25,8 +26,8 @@ def test_matches_torch(arrays, chunk, temperature):
     distribution = torch.distributions.Categorical(
         logits=torch.tensor(x) @ torch.tensor(vocabulary).T / temperature
     )
-    np.testing.assert_allclose(logp, distribution.log_prob(torch.tensor(targets)), atol=1e-5)
-    np.testing.assert_allclose(entropy, distribution.entropy(), atol=1e-5)
+    assert_close(logp, distribution.log_prob(torch.tensor(targets)), 3e-7)
+    assert_close(entropy, distribution.entropy(), 3e-6)
 
 
 def test_chunked_gradient_is_the_whole_gradient(arrays):
@@ -34,7 +35,7 @@ def test_chunked_gradient_is_the_whole_gradient(arrays):
         return (token_logprobs(x, *map(jnp.asarray, arrays[1:]), 0.7, chunk)[0] ** 2).sum()
 
     x = jnp.asarray(arrays[0])
-    np.testing.assert_allclose(jax.grad(loss)(x, 3), jax.grad(loss)(x, 0), rtol=1e-4, atol=1e-5)
+    assert_close(jax.grad(loss)(x, 3), jax.grad(loss)(x, 0), 1e-6)
 
 
 def test_gradients_are_those_of_torch(arrays):
@@ -47,7 +48,7 @@ def test_gradients_are_those_of_torch(arrays):
     logp = torch.log_softmax(theirs[0] @ theirs[1].T / 0.7, dim=-1)
     logp.gather(-1, torch.tensor(targets, dtype=torch.int64)[..., None]).sum().backward()
     for ours, their in zip(jax.grad(loss, argnums=(0, 1))(x, vocabulary), theirs, strict=True):
-        np.testing.assert_allclose(ours, their.grad, rtol=1e-5, atol=1e-5)
+        assert_close(ours, their.grad, 1e-6)
 
 
 def test_gradient_in_half_precision_casts_no_vocabulary(arrays):

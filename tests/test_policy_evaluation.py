@@ -23,6 +23,7 @@ from sarm_jax.latent_store import TopKLatents
 from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARMConfig, intervention
+from tests.closeness import assert_close
 from tests.command import run_main
 from tests.dense_latents import DenseLatents
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
@@ -80,7 +81,7 @@ def test_plane_against_the_covariance(monkeypatch, block):
     values, vectors = np.linalg.eigh(np.cov(dense.T.astype(np.float64)))
     np.testing.assert_allclose(share, (values / values.sum())[[-1, -2]])
     expected = (dense - dense.mean(0)) @ vectors[:, [-1, -2]]
-    np.testing.assert_allclose(np.abs(xy), np.abs(expected), atol=1e-6)
+    assert_close(np.abs(xy), np.abs(expected), 3e-7)
     assert (xy[np.abs(xy).argmax(0), [0, 1]] > 0).all()
     assert principal_plane(DenseLatents(np.ones((1, 3), np.float32)))[1] == [0.0, 0.0]
 
@@ -126,17 +127,18 @@ def test_comparison_against_scores_one_by_one(reward_model):
         means = {"score": plain[name], "controlled_score": expected[name], "penalty": penalty}
         means |= {"score_without": without, f"active_{first}": own[:, first] > 0}
         for key, value in means.items():
-            assert told["runs"][name][key]["mean"] == pytest.approx(value.mean(), abs=1e-5), key
+            assert_close(told["runs"][name][key]["mean"], value.mean(), 1e-6, value, key)
         for n, row in enumerate(rows):
             shown = row["responses"][name]
             assert row["prompt"] == PROMPTS[n] and shown["response"] == answers[n]
             assert sum(t[3] for t in shown["terms"]) + shown["rest"] == shown["score"]
-            assert shown["penalties"] == {str(second): pytest.approx(penalty[n], abs=1e-6)}
+            assert shown["penalties"] == {str(second): pytest.approx(penalty[n], rel=1e-6)}
         assert [p["source"] for p in latent_map(found)["points"]][3 * number] == name
     wins = np.mean(expected["x"] > expected["base"])
     assert told["runs"]["x"]["win_rate_controlled"]["mean"] == wins
     difference = (plain["y"] - plain["x"]).mean()
-    assert told["between"]["y − x"]["score"]["mean"] == pytest.approx(difference, abs=1e-5)
+    between = told["between"]["y − x"]["score"]["mean"]
+    assert_close(between, difference, 1e-6, plain["y"])
     assert set(told["paired"]) == {"x", "y"} and "win_rate" not in told["runs"]["base"]
 
 
@@ -153,13 +155,13 @@ def test_without_controls_and_without_topk(reward_model):
     expected, z = reward_model.score(PROMPTS, answers)
     assert (z != 0).all()  # every pre-activation counts
     for name in ("score", "controlled_score", "score_without"):
-        assert told[name]["mean"] == pytest.approx(expected.mean(), abs=1e-5)
+        assert_close(told[name]["mean"], expected.mean(), 1e-6, expected)
     assert told["penalty"]["mean"] == 0 and not any(name.startswith("latent_") for name in told)
     weight = np.asarray(reward_model.model.score[...])
     for n, row in enumerate(response_rows(found)):
         terms = [term[3] for term in row["responses"]["base"]["terms"]]
         largest = np.sort(np.abs(z[n] * weight))[::-1][: len(terms)]
-        np.testing.assert_allclose(np.abs(terms), largest, atol=1e-5)
+        assert_close(np.abs(terms), largest, 1e-6)
 
 
 @pytest.fixture(scope="module")

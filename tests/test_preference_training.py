@@ -15,6 +15,7 @@ from sarm_jax.sae import SAE, SAEConfig
 from sarm_jax.sae_training import Conversation
 from sarm_jax.training import assemble, truncate
 from tests import oracles
+from tests.closeness import assert_close
 
 OPTIONS = PreferenceTraining(
     mode=3, reconstruction_weight=0.5, epochs=2, batch_size=2, learning_rate=1e-3,
@@ -92,9 +93,9 @@ def test_mode_3_separates_the_two_losses_exactly(policy):
     doubled = gradients(sarm, 3, 1.0)
     for name in alone:
         if name.startswith("sae"):
-            np.testing.assert_allclose(doubled[name], 2 * both[name], rtol=1e-5, atol=1e-7)
+            assert_close(doubled[name], 2 * both[name], 1e-6)
         else:  # reconstruction reaches neither trunk nor head
-            np.testing.assert_allclose(both[name], alone[name], rtol=1e-5, atol=1e-6)
+            assert_close(both[name], alone[name], 2e-6)
     parts, _ = reach(gradients(sarm, 3, 0.0))
     assert parts == {"trunk", "score"}  # Bradley–Terry does not reach the SAE
 
@@ -202,9 +203,7 @@ def test_the_head_learns_separable_pairs_as_a_dense_loop_would(policy, use_topk)
     assert np.mean(score_r[:30] > score_r[30:]) == 1.0
     assert len(log) == 30 and log[-1]["accuracy"] == 1.0
     values, indices = preference_training.sparse_latents(sarm.sae, x_rd)
-    np.testing.assert_allclose(
-        (weights_m[indices] * values).sum(axis=1), score_r, rtol=1e-4, atol=1e-4
-    )
+    assert_close((weights_m[indices] * values).sum(axis=1), score_r, 2e-6)
 
 
 def test_the_unused_norm_is_in_no_modes_trainable_state(policy):

@@ -12,6 +12,7 @@ from sarm_jax.certificates import CertificateConfig
 from sarm_jax.errors import InputError
 from sarm_jax.probing import ProbeConfig, probe, write_probes
 from sarm_jax.sarm import intervention
+from tests.closeness import assert_close
 
 PAIRS = [
     {"prompt": f"p{i}", "chosen": f"a fine answer {i}", "rejected": "zzz" * (i % 3 + 1)}
@@ -42,14 +43,14 @@ def test_pairs_are_what_the_clamped_model_says(reward_model, active, value, tmp_
         texts = [r["prompt"] for r in rows], [r["response"] for r in rows]
         base, _ = reward_model.score(*texts)
         clamped, _ = reward_model.score(*texts, clamp={feature: value})
-        np.testing.assert_allclose([float(r["reward_base"]) for r in rows], base, atol=1e-4)
-        np.testing.assert_allclose([float(r["reward_intervene"]) for r in rows], clamped, atol=1e-4)
+        assert_close([float(r["reward_base"]) for r in rows], base, 2e-6)
+        assert_close([float(r["reward_intervene"]) for r in rows], clamped, 2e-6)
         delta = clamped - base
         summary = found.summary
-        assert summary["delta"]["mean"] == pytest.approx(delta.mean(), abs=1e-4)
-        assert summary["delta_rejected"]["mean"] == pytest.approx(delta[1::2].mean(), abs=1e-4)
+        assert_close(summary["delta"]["mean"], delta.mean(), 2e-6, base)
+        assert_close(summary["delta_rejected"]["mean"], delta[1::2].mean(), 2e-6, base)
         margin = summary["delta_margin"]
-        assert margin["mean"] == pytest.approx((delta[::2] - delta[1::2]).mean(), abs=1e-4)
+        assert_close(margin["mean"], (delta[::2] - delta[1::2]).mean(), 2e-6, base)
         assert margin["low"] <= margin["mean"] <= margin["high"]
     assert abs(probes[0].summary["delta"]["mean"]) > 1e-3
 
@@ -68,7 +69,7 @@ def test_rows_of_one_prompt_count_once(reward_model, active):
         prompts = np.array([rows[:5].mean(), *rows[5:]])
         half = stats.t.ppf(0.975, 3) * prompts.std(ddof=1) / 2
         expected = [prompts.mean(), prompts.mean() - half, prompts.mean() + half]
-        assert list(found.summary[name].values()) == pytest.approx(expected, abs=1e-5)
+        assert_close(list(found.summary[name].values()), expected, 1e-6)
 
 
 def test_single_responses(reward_model, active):
@@ -88,8 +89,8 @@ def test_best_of_n_is_what_the_clamped_model_picks(reward_model, active):
         assert row["selected_base"] == np.argmax(base)
         assert row["selected_intervene"] == np.argmax(clamped)
         assert row["changed"] == (np.argmax(base) != np.argmax(clamped))
-        assert row["reward_selected_base"] == pytest.approx(base.max(), abs=1e-4)
-        assert row["reward_selected_intervene"] == pytest.approx(clamped.max(), abs=1e-4)
+        assert_close(row["reward_selected_base"], base.max(), 2e-6, base)
+        assert_close(row["reward_selected_intervene"], clamped.max(), 2e-6, clamped)
     changed = np.mean([row["changed"] for row in found.rows])
     assert found.summary["changed"]["mean"] == pytest.approx(changed)
 

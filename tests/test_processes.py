@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from sarm_jax import processes
@@ -15,6 +14,7 @@ from sarm_jax.errors import InputError
 from sarm_jax.jsonl import read_jsonl
 from sarm_jax.metrics_csv import read_metrics
 from sarm_jax.processes import Hosts
+from tests.closeness import assert_same_metrics
 from tests.command import run_main
 from tests.test_sharding import SAME
 
@@ -94,10 +94,8 @@ def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path)
     assert (tmp_path / "two" / "summary.json").read_text() == summary
 
     one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    for row, expected in zip(two, one, strict=True):
-        for name in SAME:
-            np.testing.assert_allclose(row[name], expected[name], atol=1e-4, err_msg=name)
-        assert row["ratio_0_max_dev"] <= 1e-5
+    assert_same_metrics(two, one, SAME)
+    assert all(row["ratio_0_max_dev"] <= 1e-5 for row in two)
     texts = [
         [row["response"] for row in read_jsonl(tmp_path / name / "evaluations.jsonl", {})]
         for name in ("one", "two")

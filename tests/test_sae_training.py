@@ -11,6 +11,7 @@ from sarm_jax import sae_training
 from sarm_jax.sae import SAE, SAEConfig, standardise
 from sarm_jax.sae_training import Activations, Conversation, SAETraining, warmup_cosine
 from sarm_jax.training import truncate
+from tests.closeness import assert_close
 
 OPTIONS = SAETraining(
     steps=600, batch_tokens=256, learning_rate=5e-3, warmup_fraction=0.03, dead_after_steps=20,
@@ -74,9 +75,7 @@ def test_loss_and_gradient_are_those_of_torch(dead):
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
     for name, tensor in tensors.items():
-        np.testing.assert_allclose(
-            grads[name][...], tensor.grad, rtol=1e-4, atol=1e-5, err_msg=name
-        )
+        assert_close(grads[name][...], tensor.grad, 5e-7, name=name)
 
 
 def test_removing_the_parallel_part_leaves_row_lengths_alone():
@@ -162,8 +161,8 @@ def test_activations_are_those_of_each_turn_in_order(policy, monkeypatch, tokens
         for r in rows
     ]
     turns = [e[-r.turn_length :] for e, r in zip(expected, rows, strict=True)]
-    np.testing.assert_allclose(activations.x_nd, np.concatenate(turns), atol=1e-4)
-    np.testing.assert_allclose(activations.pooled_rd, [t[-1] for t in turns], atol=1e-4)
+    assert_close(activations.x_nd, np.concatenate(turns))
+    assert_close(activations.pooled_rd, [t[-1] for t in turns])
 
 
 @pytest.mark.parametrize(("most", "expected"), [(10, 10), (2, 4), (1000, 35)])

@@ -7,6 +7,7 @@ import pytest
 from sarm_jax.errors import InputError
 from sarm_jax.sae import standardise, top_k
 from sarm_jax.sarm import intervention, last_position
+from tests.closeness import assert_close
 
 PROMPTS = ["say one", "a somewhat longer prompt than the first", "x"]
 RESPONSES = ["one", "yes, that it is", "a response of quite a few more words than the others"]
@@ -32,7 +33,7 @@ def test_latents_are_sparse_and_add_up_to_the_score(reward_model):
     score, z = reward_model.score(PROMPTS, RESPONSES)
     assert ((z != 0).sum(axis=1) == 8).all()
     weights = np.asarray(reward_model.model.score[...])
-    np.testing.assert_allclose(score, z @ weights, rtol=1e-5, atol=1e-5)
+    assert_close(score, z @ weights, 1e-6, terms=z * weights)
     assert score.std() > 0
 
 
@@ -40,9 +41,9 @@ def test_score_does_not_depend_on_its_batch(reward_model):
     together, z = reward_model.score(PROMPTS * 5, RESPONSES * 5)
     for i in range(3):
         alone, z_alone = reward_model.score([PROMPTS[i]], [RESPONSES[i]])
-        np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
-        np.testing.assert_allclose(z_alone[0], z[i], atol=1e-5)
-    np.testing.assert_allclose(together.reshape(5, 3).std(axis=0), 0, atol=1e-5)
+        assert_close(alone[0], together[i], 2e-6, together)
+        assert_close(z_alone[0], z[i], 3e-6)
+    assert_close(together.reshape(5, 3), np.tile(together[:3], (5, 1)), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_a_changed_feature_moves_the_reward_by_its_weight(reward_model, options,
     moved, z_after = reward_model.score(PROMPTS, RESPONSES, intervention(64, **options))
     np.testing.assert_array_equal(z_after, z)  # the latents reported are the unchanged ones
     expected = [weight * (change(value) - value) for value in z[:, 3]]
-    np.testing.assert_allclose(moved - base, expected, atol=1e-5)
+    assert_close(moved - base, expected, 2e-6, terms=base)
 
 
 def test_clamp_as_a_dictionary_and_columns(reward_model):
@@ -70,7 +71,7 @@ def test_clamp_as_a_dictionary_and_columns(reward_model):
     change = intervention(64, set_to={3: 0.0, 9: 1.0})
     full, z_full = reward_model.score(PROMPTS, RESPONSES, change)
     np.testing.assert_array_equal(by_dict, full)
-    np.testing.assert_allclose(z, z_full[:, [9, 3]], atol=1e-6)
+    assert_close(z, z_full[:, [9, 3]], 1e-6, terms=z_full)
 
 
 def test_head_edit_removes_a_feature(reward_model):
@@ -80,7 +81,7 @@ def test_head_edit_removes_a_feature(reward_model):
     score = reward_model.model.score
     score[...] = score[...].at[feature].set(0.0)
     edited, _ = reward_model.score(PROMPTS, RESPONSES)
-    np.testing.assert_allclose(base - edited, weight * z[:, feature], atol=1e-5)
+    assert_close(base - edited, weight * z[:, feature], 2e-6, terms=base)
 
 
 def test_new_interventions_do_not_recompile(reward_model):

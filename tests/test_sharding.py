@@ -29,10 +29,12 @@ from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAEConfig
 from sarm_jax.sarm import SARM, SARMConfig
 from sarm_jax.sharding import BATCH, MeshConfig, Placement, make_mesh, padded_shape, partition_spec
+from tests.closeness import assert_close, assert_same_metrics
 from tests.conftest import spread
 
 PROMPTS = [f"say {i}" for i in range(10)]
 MESHES = [(2, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2), (2, 2, 2)]
+TRAINED = 3e-4  # of a parameter's scale: Adam magnifies the rounding of gradients near 0
 SAME = (
     "total_reward rm_score indicator_penalty kl_penalty ref_kl response_length_mean eos_fraction "
     "policy_loss value_loss entropy approx_kl advantage_std grad_norm disc_loss disc_acc"
@@ -115,13 +117,12 @@ def test_ten_steps_are_those_of_one_device(one_device, tokenizer, tmp_path, shap
     single, rows, make = one_device
     placement = Placement(make_mesh(MeshConfig(*shape)))
     trainer = train(tokenizer, make, placement, tmp_path / "run")
-    for row, expected in zip(read_metrics(tmp_path / "run" / "metrics.csv"), rows, strict=True):
-        for name in SAME:
-            np.testing.assert_allclose(row[name], expected[name], atol=1e-4, err_msg=name)
-        assert row["ratio_0_max_dev"] <= 1e-5
+    sharded = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert_same_metrics(sharded, rows, SAME)
+    assert all(row["ratio_0_max_dev"] <= 1e-5 for row in sharded)
     ours, theirs = (t.state["train"].params for t in (trainer, single))
     for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert_close(a, b, TRAINED)
     rows = trainer.base["embed_tokens"][...].shape[0]  # 262 tokens, which 4 does not divide
     assert rows == {1: 262, 2: 262, 4: 264}[shape[2]]
     kernel = nnx.to_flat_state(trainer.base)
@@ -149,7 +150,7 @@ def test_decoding_with_adapters_is_that_of_one_device(tokenizer, shape):
         found.append(jax.device_get((out.tokens_br, out.logp_br)))
     (tokens_br, logp_br), (expected_br, expected_logp_br) = found
     np.testing.assert_array_equal(tokens_br, expected_br)
-    np.testing.assert_allclose(logp_br, expected_logp_br, atol=1e-4)
+    assert_close(logp_br, expected_logp_br)
 
 
 def test_minibatches_and_accumulation_on_a_mesh(one_device, tokenizer, tmp_path):
@@ -161,7 +162,7 @@ def test_minibatches_and_accumulation_on_a_mesh(one_device, tokenizer, tmp_path)
         for n, where in enumerate((Placement(), placement))
     ]
     for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert_close(a, b, TRAINED)
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(one_device, tokenizer, tmp_path):
@@ -172,7 +173,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(one_device, tokenizer, tmp_path):
     trainer = train(tokenizer, make, second, tmp_path / "run")
     params = trainer.state["train"].params
     for a, b in zip(*map(jax.tree.leaves, (params, single.state["train"].params)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        assert_close(a, b, TRAINED)
 
 
 def test_every_parameter_has_one_row(tokenizer):
@@ -293,7 +294,7 @@ def test_weights_are_read_into_their_shards_once(directories, layout, shape):
     conversations = np.random.default_rng(0).integers(0, 262, (8, 12)).tolist()
     scored = (m.score_tokens(conversations) for m in (loaded, single))
     for ours, theirs in zip(*scored, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+        assert_close(ours, theirs, 5e-6)
 
 
 @pytest.mark.parametrize("size", [1024, 1044])  # of the latter 29 blocks would do for one device
@@ -353,4 +354,4 @@ def test_rows_added_to_the_vocabulary_are_no_tokens(directories, tmp_path):
     ours, theirs = answers(padded, 262), answers(policy, None)
     assert ours[0].shape == (4, 9, 262)
     for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+        assert_close(a, b, 3e-6)

@@ -14,6 +14,7 @@ from sarm_jax.chat import bucket_length, encode_prompt, pad_batch, pad_id
 from sarm_jax.decoding import decode, prefill
 from sarm_jax.fused_layers import fuse_layers
 from sarm_jax.generate import generate
+from tests.closeness import assert_close
 
 PROMPTS = [
     "What is the capital of France?",
@@ -51,7 +52,7 @@ def test_logits(models, side):
     for row, ours, real in zip(rows, logits, mask, strict=True):
         with torch.no_grad():
             expected = reference(torch.tensor([row])).logits[0].numpy()
-        np.testing.assert_allclose(ours[real], expected, atol=2e-3)
+        assert_close(ours[real], expected, 2e-5)
 
 
 def test_greedy_decoding_is_token_identical(models):
@@ -91,4 +92,4 @@ def test_cached_decode_is_the_full_forward(models):
     _, cache = prefill(policy, tokens[:, :-3], mask[:, :-3], len(row))
     for t in range(len(row) - 3, len(row)):
         x, cache = decode(policy, tokens[:, t], cache, fuse_layers(policy))
-        np.testing.assert_allclose(x[:, 0], full[:, t], atol=1e-5 * float(jnp.abs(full).max()))
+        assert_close(x[:, 0], full[:, t], terms=full)

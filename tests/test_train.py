@@ -21,6 +21,7 @@ from ppo.rollout import Sampler
 from ppo.scoring import Scored
 from sarm_jax import chat
 from sarm_jax.reward_model import RewardModel
+from tests.closeness import assert_close
 from tests.conftest import HELD_OUT, PROMPTS, REWARD
 
 
@@ -54,14 +55,14 @@ def test_a_run_writes_the_whole_contract(make_trainer, tmp_path):
         assert float(row["ratio_0_max_dev"]) <= 1e-5
         assert float(row["approx_kl"]) > 0
         assert float(row["sampler_drift"]) < 1e-4
-        terms = float(row["rm_score"]) - float(row["indicator_penalty"]) - float(row["kl_penalty"])
-        np.testing.assert_allclose(float(row["total_reward"]), terms, rtol=1e-4)
+        terms = [float(row[x]) for x in ("rm_score", "indicator_penalty", "kl_penalty")]
+        assert_close(float(row["total_reward"]), terms[0] - terms[1] - terms[2], 1e-6, terms)
     assert float(rows[0]["ref_kl"]) < 1e-6 < float(rows[-1]["ref_kl"])
     samples = [json.loads(line) for line in (workdir / "samples.jsonl").open()]
     assert len(samples) == 8
     for sample in samples:
         total = sample["rm_score"] - sum(sample["penalties"].values()) - sample["kl_penalty"]
-        np.testing.assert_allclose(sample["total_reward"], total, atol=1e-5)
+        assert_close(sample["total_reward"], total, 1e-6, terms=sample["rm_score"])
         assert set(sample["penalties"]) == {"3", "5"}
     assert json.loads((workdir / "summary.json").read_text()) == summary
     assert list(workdir.glob("events.out.tfevents.*"))
@@ -347,10 +348,11 @@ def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypat
 def test_scores_are_not_mixed_up_between_rows(make_trainer, tmp_path, reward_model):
     trainer = make_trainer(tmp_path / "run", total_steps=1, samples_per_step=4)
     trainer.run()
+    weight_f = np.asarray(reward_model.model.score[...])
     for line in (tmp_path / "run" / "samples.jsonl").open():
         sample = json.loads(line)
         score, z = reward_model.score([sample["prompt"]], [sample["response"]])
-        np.testing.assert_allclose(sample["rm_score"], score[0], atol=1e-4)
+        assert_close(sample["rm_score"], score[0], terms=z[0] * weight_f)
         for feature, tau, alpha in zip((3, 5), (0.1, 0.2), (0.2, 0.1), strict=True):
             fired = alpha if z[0, feature] > tau else 0.0
             np.testing.assert_allclose(sample["penalties"][str(feature)], fired, rtol=1e-6)
@@ -360,12 +362,12 @@ def test_clamping_changes_the_reward_that_is_learned_from(make_trainer, tmp_path
     reward = RewardConfig(clamp_features=(3,), clamp_set_values=(0.0,))
     trainer = make_trainer(tmp_path / "run", reward=reward, total_steps=1, samples_per_step=4)
     trainer.run()
-    weight = float(reward_model.model.score[...][3])
+    weight_f = np.asarray(reward_model.model.score[...])
     for line in (tmp_path / "run" / "samples.jsonl").open():
         sample = json.loads(line)
         score, z = reward_model.score([sample["prompt"]], [sample["response"]])
-        expected = score[0] - weight * z[0, 3]
-        np.testing.assert_allclose(sample["rm_score"], expected, atol=1e-4)
+        expected = score[0] - weight_f[3] * z[0, 3]
+        assert_close(sample["rm_score"], expected, terms=z[0] * weight_f)
 
 
 def test_a_clamp_does_not_magnify_what_it_leaves(make_trainer, tmp_path):
@@ -395,12 +397,13 @@ def test_held_out_prompts_are_evaluated_and_not_learned_from(make_trainer, tmp_p
     assert prompts[:8] == prompts[8:16] == prompts[16:] and set(prompts) == set(HELD_OUT)
     assert max(row["ref_kl"] for row in rows[:8]) < 1e-6 < min(row["ref_kl"] for row in rows[16:])
     assert summary["held_out"]["steps"] == [0, 4] and summary["held_out"]["responses"] == 8
+    weight_f = np.asarray(reward_model.model.score[...])
     for row in rows:
         score, z = reward_model.score([row["prompt"]], [row["response"]])
-        np.testing.assert_allclose(row["rm_score"], score[0], atol=1e-4)
+        assert_close(row["rm_score"], score[0], terms=z[0] * weight_f)
         assert (row["penalties"]["3"] > 0) == (z[0, 3] > REWARD.tau_values[0])
         total = row["rm_score"] - sum(row["penalties"].values()) - row["kl_penalty"]
-        np.testing.assert_allclose(row["total_reward"], total, atol=1e-5)
+        assert_close(row["total_reward"], total, 1e-6, terms=row["rm_score"])
     last = [row["rm_score"] for row in rows[16:]]
     np.testing.assert_allclose(summary["held_out"]["last"]["rm_score"], np.mean(last), rtol=1e-6)
 

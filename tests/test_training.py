@@ -13,6 +13,7 @@ from sarm_jax.reward_model import RewardModel
 from sarm_jax.sae import SAE, SAEConfig
 from sarm_jax.statistics import wilson_interval
 from sarm_jax.training import TrainSARMConfig
+from tests.closeness import assert_close
 from tests.oracles import chatml_tokenizer
 
 SMALL = TrainSARMConfig(
@@ -53,9 +54,7 @@ def test_the_trunk_is_the_first_layers_without_final_norm(policy):
     tokens = jnp.asarray([[5, 6, 7, 8]])
     mask = jnp.ones((1, 4), bool)
     whole = training.truncate(policy, 3)
-    np.testing.assert_allclose(
-        policy.norm(whole.hidden(tokens, mask)), policy.hidden(tokens, mask), rtol=1e-5, atol=1e-5
-    )
+    assert_close(policy.norm(whole.hidden(tokens, mask)), policy.hidden(tokens, mask), 3e-6)
     one_more = training.truncate(policy, 2).hidden(tokens, mask)
     assert not np.allclose(one_more, whole.hidden(tokens, mask))
     trunk = training.truncate(policy, 2)
@@ -132,10 +131,9 @@ def test_the_summary_tells_what_the_reward_model_scores(policy, tokenizer, mode)
     )
     held_out = training.encode_pairs(tokenizer, pairs, config).held_out_p
     margin = chosen - rejected
-    tolerance = {"rtol": 1e-3, "atol": 1e-4}
-    np.testing.assert_allclose(summary["margin_train"], margin[~held_out].mean(), **tolerance)
-    np.testing.assert_allclose(summary["margin_held_out"], margin[held_out].mean(), **tolerance)
-    np.testing.assert_allclose(summary["score_chosen_std"], chosen[held_out].std(), **tolerance)
+    assert_close(summary["margin_train"], margin[~held_out].mean(), terms=chosen)
+    assert_close(summary["margin_held_out"], margin[held_out].mean(), terms=chosen)
+    assert_close(summary["score_chosen_std"], chosen[held_out].std(), terms=chosen)
     assert summary["accuracy_held_out"] == np.mean(margin[held_out] > 0)
     assert set(summary["accuracy_held_out_by_source"]) == {"even", "odd"}
     assert set(summary["sae"]) == {

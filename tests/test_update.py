@@ -16,6 +16,7 @@ from ppo.update import Batch, Updater, batch_metrics
 from sarm_jax.llama import Llama
 from sarm_jax.lora import LoRAConfig
 from sarm_jax.sharding import MeshConfig, Placement, make_mesh
+from tests.closeness import assert_close, assert_same_metrics
 from tests.conftest import spread
 from tests.oracles import gae_loop, masked_whiten_loop, ppo_loss_loop
 
@@ -76,7 +77,7 @@ def test_zero_adapter_is_the_reference_policy(make_setup, batch):
     setup = make_setup()
     reference = setup.learner.reference_logp(setup.base, batch.tokens_bt, batch.mask_bt)
     now = setup.evaluate(setup.state, batch)
-    np.testing.assert_allclose(now.logp_br, reference, atol=1e-6)
+    assert_close(now.logp_br, reference, 2e-7)
     np.testing.assert_array_equal(now.values_br, 0)
 
 
@@ -106,9 +107,9 @@ def test_targets_and_losses_against_loops(make_setup, batch):
         now.logp_br, now.logp_br, whitened, values, values, returns, mask, 0.2, 0.2
     )
     _, targets, metrics = setup.update(state, batch, orders(1))
-    np.testing.assert_allclose(targets.advantages_br, whitened, atol=1e-4)
-    np.testing.assert_allclose(np.where(mask, targets.returns_br, 0), returns, atol=1e-4)
-    np.testing.assert_allclose(metrics["policy_loss"], expected["policy_loss"], atol=1e-5)
+    assert_close(targets.advantages_br, whitened, 2e-6)
+    assert_close(np.where(mask, targets.returns_br, 0), returns, 2e-6)
+    assert_close(metrics["policy_loss"], expected["policy_loss"], 2e-6, terms=whitened)
     np.testing.assert_allclose(metrics["value_loss"], expected["value_loss"], rtol=1e-4)
 
 
@@ -121,9 +122,9 @@ def test_accumulation_changes_only_the_order_of_summation(make_setup, batch):
         results.append((state.params, metrics))
     for params, metrics in results[1:]:
         for a, b in zip(*map(jax.tree.leaves, (results[0][0], params)), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-5)
-        for name in ("policy_loss", "value_loss", "entropy", "grad_norm"):
-            np.testing.assert_allclose(metrics[name], results[0][1][name], rtol=1e-4, atol=1e-6)
+            assert_close(a, b)
+        names = ("policy_loss", "value_loss", "entropy", "grad_norm")
+        assert_same_metrics([metrics], [results[0][1]], names)
 
 
 def test_minibatches_split_the_token_sum(make_setup, batch):
@@ -189,7 +190,7 @@ def test_reference_and_policy_share_the_temperature(make_setup, batch):
     setup = make_setup(temperature=0.7)
     now = setup.evaluate(setup.state, batch)
     reference = setup.learner.reference_logp(setup.base, batch.tokens_bt, batch.mask_bt)
-    np.testing.assert_allclose(now.logp_br, reference, atol=1e-5)
+    assert_close(now.logp_br, reference, 1e-6)
     generation = setup.learner.rollout(
         setup.state.params,
         setup.base,
@@ -203,7 +204,7 @@ def test_reference_and_policy_share_the_temperature(make_setup, batch):
     trained = np.where(
         generation.mask_br, setup.learner.reference_logp(setup.base, tokens, mask), 0
     )
-    np.testing.assert_allclose(sampled, trained, atol=1e-4)
+    assert_close(sampled, trained, 2e-6)
 
 
 def test_a_rollout_is_compiled_for_its_rows_on_each_gpu(make_setup, monkeypatch):
@@ -295,9 +296,9 @@ def test_second_epoch_against_loops(make_setup, batch):
     )
     _, _, both = two.update(moved(two.state), batch, orders(2))
     assert 0.2 < expected["clip_fraction"] < 1
-    for name in ("policy_loss", "value_loss", "approx_kl", "clip_fraction"):
-        second = 2 * both[name] - first[name]
-        np.testing.assert_allclose(second, expected[name], rtol=2e-2, atol=1e-4, err_msg=name)
+    names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
+    second = {name: 2 * both[name] - first[name] for name in names}
+    assert_same_metrics([second], [expected], names)
     for found in (first, both):
         total = found["policy_loss"] + 0.5 * found["value_loss"]
         np.testing.assert_allclose(found["ppo_loss"], total, rtol=1e-5)
@@ -330,10 +331,11 @@ def test_advantages_are_whitened_only_if_so_configured(make_setup, batch):
     setup = make_setup(whiten_advantages=False)
     _, targets, _ = setup.update(moved(setup.state), batch, orders(1))
     mask = np.asarray(batch.response_mask_br)
-    np.testing.assert_allclose(
+    assert_close(
         np.asarray(targets.advantages_br)[mask],
         np.asarray(targets.returns_br - targets.values_br)[mask],
-        atol=1e-4,
+        1e-6,
+        terms=np.asarray(targets.returns_br)[mask],
     )
 
 
