@@ -8,9 +8,9 @@ Before: accept the licence of both models on Hugging Face and log in, or convert
 Command: python main.py --config=configs/full_method.py
 Hardware: 4×H100 80 GB, every layer split over all four (fewer: --config.mesh.tensor=1 or 2).
 Time and result: 1.2 s per step, estimated by --stage=plan for the reference's prompts; 3.0 s
-        measured for prompts of 512 tokens on one H100 (--config.mesh.tensor=1), with random weights. The reference implementation took
-        13.5 s and never moved (KL about 0). Alpha 0.1 is about two standard deviations of the
-        SARM's score.
+        measured for prompts of 512 tokens on one H100 (--config.mesh.tensor=1), with random
+        weights. The reference implementation took 13.5 s and never moved (KL about 0). Alpha 0.1 is
+        about two standard deviations of the SARM's score.
 """
 
 from ml_collections import ConfigDict
