@@ -79,6 +79,7 @@ reference: $(VENV)/.run
 # RM-Bench's files; PROMPTS and SAFETY_PAIRS the reference's data/train/prompts.jsonl and
 # probes_safety.jsonl, if they are to be used.
 reference-small: $(SMOLLM2)/config.json
+	@test -n "$(RM_BENCH)" || { echo "reference-small: name RM-Bench's files, RM_BENCH=a.json,b.json" >&2; exit 2; }
 	$(BIN)/python main.py --config=configs/reference_small.py --stage=all \
 	  --config.prepare_data.rm_bench=$(RM_BENCH) \
 	  $(if $(PROMPTS),--prompts_jsonl=$(PROMPTS)) \

@@ -44,7 +44,10 @@ def main(argv: list[str]) -> int:
         set_memory_share()
         if template.dtype == "float32":
             exact_float32()
-        if hosts := command_line.hosts(stage):
+        hosts = command_line.hosts(stage)
+        if hosts and template.experiments:
+            raise InputError(f"--num_processes={hosts.count}: experiments run in one process")
+        if hosts:
             show_progress(f"process {hosts.number}: ", command_line.log_level(), not hosts.number)
             processes.connect(hosts)
         with (

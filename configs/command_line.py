@@ -18,6 +18,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from ml_collections import ConfigDict, config_flags
 
 from configs import reference_flags
+from configs.experiment_runs import changed_fields
 from configs.reference_flags import BATCH, SHORTHANDS
 from sarm_jax.errors import InputError, refuse_secrets
 from sarm_jax.processes import Hosts
@@ -66,7 +67,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     if named is None:
         raise InputError("--config is missing: for example --config=configs/smollm2.py")
     _check_kind(CONFIG.value, named)
-    path = Path(config_flags.get_config_filename(flags.FLAGS["config"]))
+    path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     if not path.is_file():
         raise InputError(f"--config={path}: no such file")
     workdir = _workdir(default=Path("outputs") / path.stem)
@@ -78,11 +79,26 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         config.update_from_flattened_dict({field: value})
         if flag in PLANNED_AS:  # the model given takes the place of the config's own architecture
             config.plan[PLANNED_AS[flag]] = ""
+    _refuse_what_experiments_set(config)
     reference_flags.set_batch(config, argv)
     values = tree_leaves_with_path(config.to_dict())
     named_values = ((keystr(parts, simple=True, separator="."), value) for parts, value in values)
     refuse_secrets(f"--config.{name}={value}" for name, value in named_values)
     return config, STAGE.value, workdir
+
+
+def _refuse_what_experiments_set(config: ConfigDict) -> None:
+    """Raises InputError for a flag whose field an experiment of the config sets itself."""
+    fields = {flag: field for flag, (_, field) in SHORTHANDS.items()}
+    fields |= {flag: field for flag, (field, _) in BATCH.items()}
+    changed = changed_fields(config)
+    for flag, field in fields.items():
+        if flags.FLAGS[flag].value is not None and field in changed:
+            name = changed[field]
+            raise InputError(
+                f"--{flag}={flags.FLAGS[flag].value}: experiments of the config set it themselves; "
+                f"give --config.experiments.{name}.{field}"
+            )
 
 
 def shorthands() -> dict[str, str]:
@@ -145,7 +161,8 @@ def fill_in(template: ConfigDict, workdir: Path) -> ConfigDict:
 def _refuse_unknown_options(argv: list[str], path: str) -> None:
     """Raises InputError for the first --config.… that names no option of the file at `path`."""
     try:
-        config = runpy.run_path(path)["get_config"]()
+        file, _, argument = path.partition(":")
+        config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
     except Exception:  # of the file itself: the caller has it already
         return
     _check_kind(config, path)

@@ -4,10 +4,11 @@ What took long to make (the lab's models, a SARM, a policy) is never overwritten
 or inputs have changed the call is refused. Everything else is then made again.
 """
 
+import contextlib
 import dataclasses
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from configs.records import ADAPTER, DEFAULTS, Provenance, Records, provenance, 
 from configs.shared import plain
 from ppo.guards import TrainingStoppedError
 from sarm_jax.errors import InputError
-from sarm_jax.workdir import claim
+from sarm_jax.workdir import claim, is_claimed
 
 LOG = logging.getLogger(__name__)
 SCORING = ("sarm_model", "sarm_max_length", "dtype")
 STUDY_FIELDS = "seeds conditions processes alpha beta ignore_failed_gates gates_json".split()
 PREPARED = {"lab": "policy", "benchmarks": "data/data_summary.json"}  # else data/pairs.jsonl
+EVALUATION_FORMAT = 2  # of eval/: 2 pools RM-Bench's safety, and has a steering set for each file
 READ, READERS = ("identify", "human_latents"), ("train", "evaluate")
 RUN_FILES = {  # what a stage reads of a run
     "evaluate": ("adapter/*",),
@@ -95,7 +97,8 @@ def recipes(config: ConfigDict, workdir: Path) -> dict[str, Recipe]:
             any(config.evaluate[name] for name in evaluated) or bool(policies),
         ),
         "report": Recipe(
-            {"report": plain(config.report) | _runs(config.report.runs, workdir)},
+            {"report": plain(config.report) | _runs(config.report.runs, workdir)}
+            | {"evaluations": str(workdir / "eval")},
             "report.html",
             bool(asked),
         ),
@@ -104,9 +107,10 @@ def recipes(config: ConfigDict, workdir: Path) -> dict[str, Recipe]:
 
 def _evaluation_options(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     names = "evaluate", "reward", "policy_model", "eval_prompts_jsonl", *SCORING
-    sampling = "ppo.max_new_tokens", "ppo.max_prompt_tokens"
+    sampling = "ppo.max_new_tokens", "ppo.max_prompt_tokens", "ppo.long_prompts"
     options = _options(config, *names, *sampling)
     options["evaluate"] |= _runs(config.evaluate.runs, workdir)
+    options["format"] = EVALUATION_FORMAT
     return options
 
 
@@ -142,16 +146,46 @@ def run_stage(
     if name in READERS:
         _warn_of_what_is_stale(config, workdir)
     config = with_runs(config, workdir)
+    stopped: list[TrainingStoppedError] = []
     try:
+        check_runs(name, config, workdir)
         for run_name, run_config, folder in runs_of(name, config, workdir):
             if run_name:
                 LOG.info("experiment %s", run_name)
                 folder.mkdir(parents=True, exist_ok=True)
             recipe = recipes(run_config, folder)[name]
             made_from = _made_from(name, recipe, folder)
-            _run(name, recipe, run_config, folder, Records(folder), made_from)
+            with others_go_on(run_name, stopped):
+                _run(name, recipe, run_config, folder, Records(folder), made_from)
     except InputError as error:
         raise InputError(f"{error}{_maker(str(error), config, workdir)}") from error
+    if stopped:
+        raise stopped[0]
+
+
+def check_runs(name: str, config: ConfigDict, workdir: Path) -> None:
+    """Raises InputError for options of any of several experiments, before the first is trained."""
+    for run_name, run_config, folder in runs_of(name, config, workdir):
+        if run_name:
+            try:
+                stages.load(name).options(run_config)
+                is_claimed(folder, train_settings(run_config), DEFAULTS)
+            except InputError as error:
+                raise InputError(f"experiment {run_name}: {error}") from error
+
+
+@contextlib.contextmanager
+def others_go_on(run_name: str, stopped: list[TrainingStoppedError]) -> Iterator[None]:
+    """Notes an experiment that stopped, so that the others are trained, and names it in errors."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"experiment {run_name}: {error}" if run_name else str(error)) from error
+    except TrainingStoppedError as error:
+        if not run_name:
+            raise
+        LOG.error("experiment %s stopped: %s", run_name, error)
+        stopped.append(type(error)(f"experiment {run_name}: {error}"))
 
 
 def _warn_of_what_is_stale(config: ConfigDict, workdir: Path) -> None:
@@ -188,23 +222,18 @@ def run_stages(config: ConfigDict, workdir: Path, names: Sequence[str]) -> list[
     stopped: list[TrainingStoppedError] = []
     config = with_runs(config, workdir)
     for name in names:
+        check_runs(name, config, workdir)
         for run_name, run_config, folder in runs_of(name, config, workdir):
-            label = f"{name} {run_name}".strip()
             recipe = recipes(run_config, folder)[name]  # anew: earlier stages write what it names
             if not recipe.wanted:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            try:
-                done = _bring_up_to_date(name, recipe, run_config, folder)
-            except InputError as error:
-                raise InputError(f"stage {label}: {error}") from error
-            except TrainingStoppedError as error:
-                if not run_name:
-                    raise
-                LOG.error("experiment %s stopped: %s", run_name, error)
-                stopped.append(type(error)(f"experiment {run_name}: {error}"))
-            else:
-                outcomes.append(dataclasses.replace(done, stage=label))
+            with others_go_on(run_name, stopped):
+                try:
+                    done = _bring_up_to_date(name, recipe, run_config, folder)
+                except InputError as error:
+                    raise InputError(f"stage {name}: {error}") from error
+                outcomes.append(dataclasses.replace(done, stage=f"{name} {run_name}".strip()))
     if stopped:
         raise stopped[0]
     return outcomes

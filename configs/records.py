@@ -16,7 +16,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import base
 from configs.shared import plain
 from sarm_jax.errors import InputError
 from sarm_jax.files import disk_is_full, replacing
@@ -24,7 +23,8 @@ from sarm_jax.strict_json import parse_json
 from sarm_jax.workdir import first_difference
 
 FILE = "stages.json"
-DEFAULTS = base.get_config().to_dict()
+# What was done before an option existed: records without it are taken to have this value.
+DEFAULTS = {"ppo": {"long_prompts": "error"}}
 ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last
 TRAIN_SETTINGS = (
     "policy_model sarm_model prompts_jsonl eval_prompts_jsonl dtype remat sarm_max_length "
@@ -165,6 +165,8 @@ def _paths(text: str) -> Iterator[Path]:
     """Existing paths in PATH, "A,B", NAME=PATH or "@PATH:key[:n]"."""
     for part in text.split(","):
         name = part.strip()
+        if not name:
+            continue
         if name.startswith("@"):
             name = name[1:].split(":")[0]
         for candidate in (name, *(name[i + 1 :] for i, sign in enumerate(name) if sign == "=")):

@@ -66,8 +66,12 @@ def add_experiments(config: ConfigDict, alpha: float, verbosity: str) -> None:
     `alpha` is the penalty of the full method, of which its ablations take a half and the double;
     `verbosity` the features of the last run.
     """
-    three = ConfigDict({"tau_values": "3.0,3.0,3.0", "alpha_values": ",".join([str(alpha)] * 3)})
-    config.reward.update(three)
+    full = {
+        "penalize_features": config.reward.penalize_features,
+        "tau_values": "3.0,3.0,3.0",
+        "alpha_values": ",".join([str(alpha)] * 3),
+    }
+    config.reward.update(full)
     changes: dict[str, dict[str, str]] = {
         "baseline": {"penalize_features": "", "tau_values": "", "alpha_values": ""},
         "full_method": {},
@@ -78,4 +82,4 @@ def add_experiments(config: ConfigDict, alpha: float, verbosity: str) -> None:
         "verbosity_control": {"penalize_features": verbosity},
     }
     with config.unlocked():
-        config.experiments = ConfigDict({name: {"reward": d} for name, d in changes.items()})
+        config.experiments = ConfigDict({name: {"reward": full | d} for name, d in changes.items()})

@@ -5,6 +5,7 @@ Those of its PPO program are taken with its meaning, but for three: `--output_di
 of its other scripts, or of the launcher, is refused with the option that it is here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,11 +130,12 @@ def set_batch(config: ConfigDict, argv: Sequence[str]) -> None:
             continue
         if value < 1:
             raise InputError(f"--{name}={value}: must be at least 1")
-        if any(argument.partition("=")[0] == f"--config.{field}" for argument in argv):
+        if any(a.partition("=")[0].lstrip("-") == f"config.{field}" for a in argv):
             raise InputError(f"--{name}={value} and --config.{field} are both given: give one")
     if pieces is not None:
         config.ppo.gradient_accumulation_steps = pieces
     if rows is not None:
-        devices = config.mesh.data * config.mesh.fsdp
         pieces = config.ppo.gradient_accumulation_steps
-        config.ppo.batch_size = rows * pieces * config.ppo.num_minibatches * devices
+        factors = pieces, config.ppo.num_minibatches, config.mesh.data, config.mesh.fsdp
+        if min(factors) > 0:  # else their own check refuses them
+            config.ppo.batch_size = rows * math.prod(factors)

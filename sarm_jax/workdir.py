@@ -115,8 +115,8 @@ def first_difference(
 ) -> str | None:
     """Describes the first difference between two nested configurations; None: there is none.
 
-    `defaults`, nested alike, stand for options that one of them lacks: a record from before an
-    option existed is that of its default, which keeps to what was done then.
+    `defaults`, nested alike, stand for options that one of them lacks: what was done before they
+    existed. Other options that one of them lacks are differences.
     """
     if not (isinstance(found, dict) and isinstance(wanted, dict)):
         same = found == wanted

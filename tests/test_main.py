@@ -405,7 +405,9 @@ def test_a_plan_of_prompts_of_two_lengths(run, tmp_path, capsys):
 
     def plan(name: str, *options: str) -> dict:
         workdir = tmp_path / name
-        assert run("--stage=plan", "--batch_size=2", f"--workdir={workdir}", *options) == 0
+        assert (
+            run("--stage=plan", "--config.ppo.batch_size=2", f"--workdir={workdir}", *options) == 0
+        )
         return json.loads((workdir / "plan.json").read_text())
 
     def with_lengths(name: str, counts: dict[int, int], *options: str) -> dict:
@@ -458,7 +460,7 @@ def test_decoding_does_not_hide_behind_the_prefill(run, tmp_path, monkeypatch):
 def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):
     few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
     monkeypatch.setattr("configs.stages.plan.layouts_for", lambda devices, rows: few)
-    small = ["--config.ppo.ppo_epochs=1", "--batch_size=2", "--config.plan.search=True"]
+    small = ["--config.ppo.ppo_epochs=1", "--config.ppo.batch_size=2", "--config.plan.search=True"]
     assert run("--stage=plan", *small) == 0
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     others = plan["candidates"]

@@ -78,8 +78,9 @@ def _train(config: ConfigDict, workdir: Path) -> None:
 
     steps = ppo.total_steps
     where = describe_devices(mesh_config(config).devices)
-    LOG.info("PPO, %d steps of %s", steps, describe_batch(ppo, mesh_config(config).batch_parts))
-    LOG.info("%d prompts, on %s; log and checkpoints in %s", len(deck.prompts), where, workdir)
+    batch = describe_batch(ppo, mesh_config(config).batch_parts)
+    what = f"PPO, {steps} steps of {batch} to {len(deck.prompts)} prompts, on {where}"
+    LOG.info("%s; log and checkpoints in %s", what, workdir)
     if ppo.warmup_steps >= steps:
         LOG.warning(
             "ppo.warmup_steps=%d: the learning rate never gets to ppo.learning_rate=%g in %d steps",
