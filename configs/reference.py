@@ -42,7 +42,7 @@ def get_config(steering: str = STEERING) -> ConfigDict:
     config.reward.latent_indices = f"{SELECTED}:safety_promoting[:5],{SELECTED}:safety_harming[:5]"
     config.reward.beta = 0.0  # as in all of the six
     config.ppo.gradient_accumulation_steps = 4  # of --batch_size 2
-    add_experiments(config, alpha=0.1, verbosity="29733,53553,3402")
+    add_experiments(config, alpha=0.1, tau=3.0, verbosity="29733,53553,3402")
 
     config.evaluate.data_jsonl = ",".join(
         f"{name}={steering}/test/{folder}/safety_{side}.jsonl"
@@ -60,25 +60,30 @@ def get_config(steering: str = STEERING) -> ConfigDict:
     return config
 
 
-def add_experiments(config: ConfigDict, alpha: float, verbosity: str) -> None:
+def add_experiments(config: ConfigDict, alpha: float, tau: float, verbosity: str) -> None:
     """Adds the runs of the reference's run_experiments.sh, and verbosity control as a seventh.
 
-    `alpha` is the penalty of the full method, of which its ablations take a half and the double;
-    `verbosity` the features of the last run.
+    `alpha` and `tau` are those of the full method: 0.1 and 3.0 in the reference, whose ablations
+    have half and double the one, and two and four thirds of the other. `verbosity` are the features
+    of the last run.
     """
+
+    def three(value: float) -> str:
+        return ",".join([f"{value:g}"] * 3)
+
     full = {
         "penalize_features": config.reward.penalize_features,
-        "tau_values": "3.0,3.0,3.0",
-        "alpha_values": ",".join([str(alpha)] * 3),
+        "tau_values": three(tau),
+        "alpha_values": three(alpha),
     }
     config.reward.update(full)
     changes: dict[str, dict[str, str]] = {
         "baseline": {"penalize_features": "", "tau_values": "", "alpha_values": ""},
         "full_method": {},
-        "ablation_alpha_02": {"alpha_values": ",".join([str(2 * alpha)] * 3)},
-        "ablation_alpha_005": {"alpha_values": ",".join([str(alpha / 2)] * 3)},
-        "ablation_tau_4": {"tau_values": "4.0,4.0,4.0"},
-        "ablation_tau_2": {"tau_values": "2.0,2.0,2.0"},
+        "ablation_alpha_02": {"alpha_values": three(2 * alpha)},
+        "ablation_alpha_005": {"alpha_values": three(alpha / 2)},
+        "ablation_tau_4": {"tau_values": three(tau * 4 / 3)},
+        "ablation_tau_2": {"tau_values": three(tau * 2 / 3)},
         "verbosity_control": {"penalize_features": verbosity},
     }
     with config.unlocked():

@@ -3,8 +3,8 @@
 The same stages and the same seven experiments as `configs/reference.py`, on real prompts and pairs:
 RM-Bench's files, and the reference's own prompts and safety pairs if they are given. There is no
 published SARM of this size, so one is trained on SmolLM2's first 15 layers from the same pairs.
-Penalties are in standard deviations of its score: the reference's alpha of 0.1 is about two of its
-SARM's.
+Penalties are in standard deviations of its score, of which the reference's alpha of 0.1 is about
+two; thresholds are a fifth of the reference's, since an active latent of this SARM is about 1.
 
 Command: make reference-small RM_BENCH=chat_filtered.json,code_filtered.json
          [PROMPTS=prompts.jsonl] [SAFETY_PAIRS=probes_safety.jsonl]
@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     config.reward.unit = "sd"
     config.reward.penalize_features = f"{SELECTED}:safety_harming[:3]"
     config.reward.latent_indices = f"{SELECTED}:safety_promoting[:5],{SELECTED}:safety_harming[:5]"
-    add_experiments(config, alpha=2.0, verbosity=f"{SELECTED}:verbosity_features[:3]")
+    add_experiments(config, alpha=2.0, tau=0.6, verbosity=f"{SELECTED}:verbosity_features[:3]")
 
     config.evaluate.data_jsonl = ",".join(
         f"{{workdir}}/data/test_{name}.jsonl" for name in ("chosen", "rejected")

@@ -132,12 +132,12 @@ def test_the_references_experiments():
     three = "@{workdir}/probes/selected_features.json:safety_harming[:3]"
     expected = {
         "baseline": ("", "", ""),
-        "full_method": (three, "3.0,3.0,3.0", "0.1,0.1,0.1"),
-        "ablation_alpha_02": (three, "3.0,3.0,3.0", "0.2,0.2,0.2"),
-        "ablation_alpha_005": (three, "3.0,3.0,3.0", "0.05,0.05,0.05"),
-        "ablation_tau_4": (three, "4.0,4.0,4.0", "0.1,0.1,0.1"),
-        "ablation_tau_2": (three, "2.0,2.0,2.0", "0.1,0.1,0.1"),
-        "verbosity_control": ("29733,53553,3402", "3.0,3.0,3.0", "0.1,0.1,0.1"),
+        "full_method": (three, "3,3,3", "0.1,0.1,0.1"),
+        "ablation_alpha_02": (three, "3,3,3", "0.2,0.2,0.2"),
+        "ablation_alpha_005": (three, "3,3,3", "0.05,0.05,0.05"),
+        "ablation_tau_4": (three, "4,4,4", "0.1,0.1,0.1"),
+        "ablation_tau_2": (three, "2,2,2", "0.1,0.1,0.1"),
+        "verbosity_control": ("29733,53553,3402", "3,3,3", "0.1,0.1,0.1"),
     }
     assert list(config.experiments) == sorted(expected) or set(config.experiments) == set(expected)
     for name, lists in expected.items():
