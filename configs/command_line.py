@@ -183,6 +183,7 @@ def _check_kind(config: Any, path: str) -> None:
 
 def _place(error: Exception, path: str) -> str:
     """Where in the file of --config it happened, if it did."""
+    path = path.partition(":")[0]
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if path and Path(frame.filename) == Path(path)]
     if isinstance(error, AttributeError) and error.name == "get_config":
