@@ -9,7 +9,7 @@ two; thresholds are a fifth of the reference's, since an active latent of this S
 Command: make reference-small RM_BENCH=chat_filtered.json,code_filtered.json
          [PROMPTS=prompts.jsonl] [SAFETY_PAIRS=probes_safety.jsonl]
 Hardware: 2 CPU cores, 8 GB of memory.
-Time and result: docs/results/reference.md.
+Result: docs/results/reference.md; not timed on a quiet machine yet.
 """
 
 from ml_collections import ConfigDict
