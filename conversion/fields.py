@@ -40,5 +40,5 @@ def number(fields: dict[str, Any], name: str, problems: list[str], prefix: str =
 
 
 def is_off(value: Any) -> bool:
-    """Whether a field with this value has no effect."""
+    """Returns True if a field with this value has no effect."""
     return value is None or value is False or value in ({}, [])

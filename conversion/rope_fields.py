@@ -32,7 +32,7 @@ def rope_fields(config: LlamaConfig) -> dict[str, Any]:
 
 
 def needs_transformers5(hf: dict[str, Any], config: LlamaConfig) -> bool:
-    """Whether transformers 4 would compute with another rotary embedding than `config` has."""
+    """Returns True if transformers 4 would compute another rotary embedding than `config` has."""
     old = hf.get("rope_theta") is not None or hf.get("rope_scaling")
     return not old and (config.rope_theta, config.rope_scaling) != (_DEFAULT_THETA, None)
 

@@ -141,7 +141,7 @@ class PromptDeck:
         return int(self._lengths.max())
 
     def summary(self) -> dict[str, Any]:
-        """What became of the prompts of the file, for summary.json."""
+        """Counts the prompts of the file, dropped and truncated ones, for summary.json."""
         return {
             "source": self.source,
             "prompts": self._given,

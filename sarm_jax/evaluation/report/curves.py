@@ -84,7 +84,7 @@ def terms(run: Run) -> dict[str, np.ndarray]:
 
 
 def _is_paid(run: Run, name: str) -> bool:
-    """Whether a cost is recorded that is not 0 throughout."""
+    """Returns True if a cost is recorded that is not 0 throughout."""
     return run.has(name) and bool(np.any(run.column(name)))
 
 

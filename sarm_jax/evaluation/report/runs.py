@@ -60,7 +60,7 @@ class Run:
 
     @property
     def mark(self) -> str:
-        """What stands behind the name of a run that another program recorded."""
+        """The mark behind the name of a run that another program recorded."""
         return "" if self.origin == recordings.OURS else recordings.RUN_MARK
 
     @property
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """How long the steps took; NaN if that is not recorded."""
+        """Duration of all steps together; NaN if it is not recorded."""
         if self.origin == recordings.REFERENCE:
             time_t = self.column("timestamp")
             return float(np.nanmax(time_t)) if self.has("timestamp") else float("nan")
