@@ -11,17 +11,18 @@ checkpoint.
 
 import sys
 
-from configs import command_line, stages
-from configs.pipeline import run_stage
-from configs.shared import check_scoring
-from ppo.guards import TrainingStoppedError
-from sarm_jax import processes
-from sarm_jax.devices import exact_float32, set_memory_share
-from sarm_jax.errors import InputError, out_of_memory
-from sarm_jax.files import disk_is_full
-from sarm_jax.progress import show_progress
-from sarm_jax.signals import leave, on_signal
-from sarm_jax.workdir import open_workdir
+from pipeline import cli as command_line
+from pipeline import stages
+from pipeline.runner import run_stage
+from pipeline.shared import check_scoring
+from ppo.tracking.guards import TrainingStoppedError
+from sarm_jax.io.errors import InputError, out_of_memory
+from sarm_jax.io.files import disk_is_full
+from sarm_jax.io.progress import show_progress
+from sarm_jax.io.signals import leave, on_signal
+from sarm_jax.io.workdir import open_workdir
+from sarm_jax.parallel import processes
+from sarm_jax.parallel.devices import exact_float32, set_memory_share
 
 MEMORY_ADVICE = (
     "--stage=plan says what fits: remat=full, a larger mesh.fsdp or mesh.tensor, "

@@ -16,9 +16,9 @@ from configs import full_method
 from conversion.keys import abstract_policy, abstract_sarm
 from conversion.load import read_policy_config, read_sarm_config
 from ppo.options import train_config
-from ppo.plan import Planner, layouts_for
-from sarm_jax.chips import target_devices
-from sarm_jax.errors import InputError
+from ppo.planning.chips import target_devices
+from ppo.planning.plan import Planner, layouts_for
+from sarm_jax.io.errors import InputError
 
 LAYERS, BATCH, PROMPT, WATCHED = 2, 8, 512, 8
 

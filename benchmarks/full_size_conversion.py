@@ -35,8 +35,8 @@ from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.safetensors_io import TensorFiles, TensorWriter
 from conversion.scratch import check_space
-from sarm_jax.errors import InputError
-from sarm_jax.files import to_disk
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import to_disk
 
 TWICE = 2.05  # of the checkpoint's bytes: source and result
 

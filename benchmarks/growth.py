@@ -28,18 +28,18 @@ from configs import base
 from conversion.keys import abstract_policy
 from conversion.load import read_policy_config
 from ppo.config import PPOConfig
-from ppo.costs import layer_weights
 from ppo.learner import Learner
+from ppo.planning.costs import layer_weights
 from ppo.update import Batch, Updater
-from sarm_jax.decoding import KVCache, compiler_options, decode, next_logits
-from sarm_jax.errors import InputError
-from sarm_jax.fused_layers import fuse_layers
-from sarm_jax.llama import Llama, LlamaConfig
-from sarm_jax.lora import LoRAConfig
-from sarm_jax.reward_model import lower_score
-from sarm_jax.sae import SAEConfig
-from sarm_jax.sarm import SARM, SARMConfig
-from sarm_jax.sharding import ONE_DEVICE, MeshConfig
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.models.reward_model import lower_score
+from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.parallel.sharding import ONE_DEVICE, MeshConfig
+from sarm_jax.sampling.decoding import KVCache, compiler_options, decode, next_logits
+from sarm_jax.sampling.fused_layers import fuse_layers
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152,

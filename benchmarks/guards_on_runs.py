@@ -12,9 +12,9 @@ import logging
 from collections import defaultdict
 from pathlib import Path
 
-from ppo.guards import GUARDS, GuardConfig, Watch
 from ppo.options import reward_config
-from sarm_jax.metrics_csv import read_metrics
+from ppo.tracking.guards import GUARDS, GuardConfig, Watch
+from ppo.tracking.metrics_csv import read_metrics
 
 
 def warnings_of(workdir: Path) -> list[dict]:

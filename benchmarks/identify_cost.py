@@ -13,8 +13,8 @@ import time
 import numpy as np
 
 from conversion import load_sarm
-from sarm_jax.features import IdentifyConfig, identify
-from sarm_jax.jsonl import read_jsonl
+from sarm_jax.features.identify import IdentifyConfig, identify
+from sarm_jax.io.jsonl import read_jsonl
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from sarm_jax.features import IdentifyConfig, identify
-from sarm_jax.latent_store import TopKLatents
+from sarm_jax.features.identify import IdentifyConfig, identify
+from sarm_jax.models.latent_store import TopKLatents
 
 GIB = 2**30
 PLANTED = 300  # features that fire more on the rejected side

@@ -20,12 +20,12 @@ from ppo.config import PPOConfig
 from ppo.learner import Learner
 from ppo.slots import SlotPlan
 from ppo.update import Batch, Updater
-from sarm_jax.chat import pad_batch
-from sarm_jax.llama import Llama
-from sarm_jax.lora import LoRAConfig
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.sae import SAEConfig
-from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.models.chat import pad_batch
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sarm import SARM, SARMConfig
 
 PHASES = ("rollout", "score", "update", "total")
 

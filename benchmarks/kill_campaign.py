@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ppo.manifest import check_manifest
-from sarm_jax.jsonl import read_jsonl
+from ppo.tracking.manifest import check_manifest
+from sarm_jax.io.jsonl import read_jsonl
 
 KILLS_PER_RUN, KILLS_PER_STAGE = 3, 2
 OPTIONS = (

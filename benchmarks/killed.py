@@ -20,14 +20,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import configs.stages.train
 import main
-from ppo.checkpoint import Checkpoints
+import pipeline.stages.train
 from ppo.held_out import HeldOut
-from ppo.manifest import ManifestHandler
-from ppo.metrics import RunLog
 from ppo.rollout import Sampler
 from ppo.scoring import Scorer
+from ppo.tracking.checkpoint import Checkpoints
+from ppo.tracking.manifest import ManifestHandler
+from ppo.tracking.metrics import RunLog
 from ppo.train import Trainer
 from ppo.update import Updater
 
@@ -41,7 +41,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "evaluation": (HeldOut, "__call__"),
     "checkpoint": (Checkpoints, "save"),
     "manifest": (ManifestHandler, "finalize"),
-    "export": (configs.stages.train, "save_adapter"),
+    "export": (pipeline.stages.train, "save_adapter"),
 }
 
 

@@ -23,17 +23,17 @@ from benchmarks.jax_ppo import JaxPPO
 from benchmarks.random_weights import random_weights
 from benchmarks.word_tokenizer import word_tokenizer
 from benchmarks.workload import TOKENS, Workload
-from configs import command_line
-from configs.shared import placement, write_json
-from configs.stages.plan import layout, make_planner
 from conversion.keys import abstract_policy, abstract_sarm
-from ppo.plan import Planner, table
-from ppo.programs import Program
-from sarm_jax.chips import GIB
-from sarm_jax.devices import exact_float32, set_memory_share
-from sarm_jax.errors import InputError
-from sarm_jax.progress import show_progress
-from sarm_jax.reward_model import RewardModel
+from pipeline import cli as command_line
+from pipeline.shared import placement, write_json
+from pipeline.stages.plan import layout, make_planner
+from ppo.planning.chips import GIB
+from ppo.planning.plan import Planner, table
+from ppo.planning.programs import Program
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.progress import show_progress
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel.devices import exact_float32, set_memory_share
 
 ITERATIONS = 3
 UPDATE = ("reference", "targets", "first_step", "step")

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.full_size_conversion import read_architecture, stored_bytes, write_checkpoint
 from conversion.scratch import check_space
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 MODELS = ("llama_3_1_8b_instruct", "llama_sarm_4b")
 ROWS, PROMPT_WORDS, RESPONSE_WORDS = 64, (400, 505), 200

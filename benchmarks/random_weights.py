@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sarm_jax.sharding import Placement
+from sarm_jax.parallel.sharding import Placement
 
 
 def random_weights(model: Any, placed: Placement) -> Any:

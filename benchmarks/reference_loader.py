@@ -34,9 +34,9 @@ from conversion import from_hf, load_policy, load_sarm, to_hf
 from conversion.json_files import read_json, write_json
 from conversion.model_code import AUTO_CLASS, PUBLISHED
 from conversion.peft import save_adapter
-from sarm_jax.chat import DATE_STRING
-from sarm_jax.llama import Llama
-from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
+from sarm_jax.models.chat import DATE_STRING
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.lora import LoRAConfig, LoRAParam, add_lora
 from tests import oracles
 
 PACKAGES = ("transformers==4.46.*", "peft<0.15", "torch", "safetensors", "jinja2", "numpy<2.3")

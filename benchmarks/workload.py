@@ -44,9 +44,9 @@ def equal(args: argparse.Namespace) -> Workload:
 def real(args: argparse.Namespace) -> Workload:
     """Everyday prompts, and the lengths of the responses that the model itself samples to them."""
     from conversion import load_policy
+    from ppo.comparison.responses import ResponseConfig, respond
     from ppo.prompts import encode_prompts, read_prompts
-    from ppo.responses import ResponseConfig, respond
-    from sarm_jax.generate import Sampling
+    from sarm_jax.sampling.generate import Sampling
 
     policy, tokenizer = load_policy(args.model_dir)
     prompts = list(islice(read_prompts(str(PROMPTS)), args.batch))

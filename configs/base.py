@@ -105,7 +105,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.keep_every = 0  # besides the newest, those of every n-th step for good
 
     # Warnings in the log and in summary.json where a metric says that a run has gone wrong
-    # (ppo/guards.py); thresholds are on the columns of metrics.csv.
+    # (ppo/tracking/guards.py); thresholds are on the columns of metrics.csv.
     config.guards = ConfigDict()
     config.guards.stop = ""  # comma-separated guards that also end the run, exit 3; "all" of them
     config.guards.steps = 3  # in a row, before a guard warns

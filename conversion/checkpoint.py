@@ -21,11 +21,11 @@ from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.model_code import name_repository
 from conversion.problems import report
 from conversion.safetensors_io import TensorFiles
-from sarm_jax.errors import InputError
-from sarm_jax.llama import LlamaConfig
-from sarm_jax.rope import Llama3Scaling
-from sarm_jax.sae import SAEConfig
-from sarm_jax.sarm import SARMConfig
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import LlamaConfig
+from sarm_jax.models.rope import Llama3Scaling
+from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sarm import SARMConfig
 
 Kind = Literal["policy", "sarm"]
 DESCRIPTION, FORMAT = "sarm_jax.json", 1

@@ -6,10 +6,10 @@ from typing import Any
 
 from absl import flags
 
-from sarm_jax.errors import InputError, refuse_secrets
-from sarm_jax.files import disk_is_full
-from sarm_jax.progress import show_progress
-from sarm_jax.signals import leave, on_signal
+from sarm_jax.io.errors import InputError, refuse_secrets
+from sarm_jax.io.files import disk_is_full
+from sarm_jax.io.progress import show_progress
+from sarm_jax.io.signals import leave, on_signal
 
 
 def run(

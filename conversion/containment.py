@@ -7,7 +7,7 @@ links to the blobs of the same repository.
 
 from pathlib import Path
 
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 
 def contained(directory: Path, name: str) -> Path:

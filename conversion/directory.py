@@ -10,9 +10,9 @@ from typing import Any
 
 from conversion.json_files import read_json, write_json
 from conversion.scratch import OLD, check_space, clear_leftovers
-from sarm_jax.errors import InputError
-from sarm_jax.files import locked, to_disk
-from sarm_jax.signals import cleaning_up
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import locked, to_disk
+from sarm_jax.io.signals import cleaning_up
 
 TOKENIZER_FILES = (
     "tokenizer.json",

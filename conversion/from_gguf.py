@@ -24,8 +24,8 @@ from conversion.json_files import write_json
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.problems import report
 from conversion.safetensors_io import TensorWriter
-from sarm_jax.errors import InputError
-from sarm_jax.llama import LlamaConfig
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import LlamaConfig
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("src", None, "A .gguf file.", FLAGS, required=True)

@@ -20,7 +20,7 @@ from conversion.directory import atomic_directory, copy_tokenizer_files
 from conversion.load import load_hf_tokenizer
 from conversion.model_code import copy_model_code
 from conversion.safetensors_io import TensorWriter
-from sarm_jax.llama import LlamaConfig
+from sarm_jax.models.llama import LlamaConfig
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("kind", None, ["policy", "sarm"], "What SRC is.", FLAGS, required=True)

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 CONTROL, USER_DEFINED = 3, 4  # token types
 

@@ -12,9 +12,9 @@ from typing import Any
 from conversion.fields import is_off, number, positive
 from conversion.problems import report
 from conversion.rope_fields import read_rope, rope_fields
-from sarm_jax.llama import LlamaConfig
-from sarm_jax.sae import SAEConfig
-from sarm_jax.sarm import SARMConfig
+from sarm_jax.models.llama import LlamaConfig
+from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sarm import SARMConfig
 
 _READ = {
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size",

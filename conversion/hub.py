@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 
 from conversion.containment import require_contained
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 CONFIG_FILES = ("config.json", "sarm_jax.json")
 TOKENIZER_FILES = ("*.json", "*.jinja", "tokenizer.model", "merges.txt")

@@ -15,9 +15,9 @@ from safetensors.numpy import save
 
 from conversion import cli
 from conversion.torch_zip import read_object
-from sarm_jax.errors import InputError
-from sarm_jax.feature_lists import LARGEST_ID
-from sarm_jax.files import replacing
+from sarm_jax.features.feature_lists import LARGEST_ID
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import replacing
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("src", None, "File of torch.save.", FLAGS, required=True)

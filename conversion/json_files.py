@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sarm_jax.errors import InputError
-from sarm_jax.strict_json import parse_json
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.strict_json import parse_json
 
 LARGEST = 1 << 28  # bytes: an index of a million tensors has less
 

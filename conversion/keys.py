@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sarm_jax.llama import Llama, LlamaConfig
-from sarm_jax.lora import LoRAParam
-from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.lora import LoRAParam
+from sarm_jax.models.sarm import SARM, SARMConfig
 
 Layout = Literal["same", "transposed", "row"]
 

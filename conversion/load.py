@@ -17,12 +17,12 @@ from conversion.hub import CONFIG_FILES, TOKENIZER_FILES, locate
 from conversion.json_files import read_json
 from conversion.keys import TensorSpec, abstract_model
 from conversion.safetensors_io import TensorFiles, contiguous
-from sarm_jax.chat import end_of_turn_id, stop_ids
-from sarm_jax.errors import InputError
-from sarm_jax.llama import Llama, LlamaConfig
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.sarm import SARM, SARMConfig
-from sarm_jax.sharding import ONE_DEVICE, Read
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.chat import end_of_turn_id, stop_ids
+from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.parallel.sharding import ONE_DEVICE, Read
 
 DTYPES = ("float32", "bfloat16")
 Place = Callable[[str, Sequence[int], Any, Read], jax.Array]

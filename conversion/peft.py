@@ -21,9 +21,9 @@ from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, tensor_specs
 from conversion.problems import report
 from conversion.safetensors_io import METADATA, TensorFiles
-from sarm_jax.errors import InputError
-from sarm_jax.llama import Llama
-from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.lora import LoRAConfig, LoRAParam, add_lora
 
 CONFIG, WEIGHTS, VALUE_HEAD = (
     "adapter_config.json",

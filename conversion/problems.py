@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 SHOWN = 8
 

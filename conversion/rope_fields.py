@@ -8,8 +8,8 @@ a version that finds its own dialect missing computes with a base of 10000, and 
 from typing import Any
 
 from conversion.fields import is_off, number, positive
-from sarm_jax.llama import LlamaConfig
-from sarm_jax.rope import Llama3Scaling
+from sarm_jax.models.llama import LlamaConfig
+from sarm_jax.models.rope import Llama3Scaling
 
 _LLAMA3_FIELDS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",

@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 from conversion.containment import contained
 from conversion.json_files import read_json, write_json
 from conversion.problems import report
-from sarm_jax.errors import InputError
-from sarm_jax.files import to_disk
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import to_disk
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")

@@ -9,8 +9,8 @@ import re
 import shutil
 from pathlib import Path
 
-from sarm_jax.errors import InputError
-from sarm_jax.files import locked
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import locked
 
 OLD = ".old"  # what is about to be replaced
 

@@ -37,10 +37,10 @@ from conversion.peft import CONFIG as ADAPTER_CONFIG
 from conversion.peft import Adapter, read_adapter
 from conversion.rope_fields import needs_transformers5
 from conversion.safetensors_io import TensorWriter
-from sarm_jax.errors import InputError
-from sarm_jax.llama import Llama, LlamaConfig
-from sarm_jax.lora import merge_lora
-from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.lora import merge_lora
+from sarm_jax.models.sarm import SARM, SARMConfig
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_enum("kind", "policy", ["policy", "sarm"], "What SRC is.", FLAGS)

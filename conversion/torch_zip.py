@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 LARGEST_PROGRAM = 4 << 20  # bytes of data.pkl: a list of 65,536 indices has a tenth of it
 ENCRYPTED = 0x1  # of a zip entry's flags

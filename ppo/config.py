@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 AT_LEAST_ONE = (
     "total_steps batch_size num_minibatches gradient_accumulation_steps ppo_epochs "

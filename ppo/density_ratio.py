@@ -20,7 +20,7 @@ import optax
 from flax import nnx, struct
 from jax.typing import ArrayLike
 
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from ppo.reward import RewardConfig, ScoreScale, compound_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scorer
 from ppo.slots import SlotPlan, slot_plans
-from sarm_jax.processes import fetch
+from sarm_jax.parallel.processes import fetch
 
 
 @dataclasses.dataclass(frozen=True)

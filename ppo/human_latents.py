@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ppo.reward import RewardConfig
-from sarm_jax.errors import InputError
-from sarm_jax.files import replacing
-from sarm_jax.reward_model import RewardModel
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import replacing
+from sarm_jax.models.reward_model import RewardModel
 
 LOG = logging.getLogger(__name__)
 

@@ -20,12 +20,12 @@ from jax.typing import ArrayLike
 from ppo.config import PPOConfig
 from ppo.logprobs import token_logprobs
 from ppo.slots import MULTIPLE, Slots
-from sarm_jax.decoding import compiler_options
-from sarm_jax.generate import Generation, Sampling, sample
-from sarm_jax.llama import Llama
-from sarm_jax.lora import LoRAConfig, LoRAParam, add_lora, fold_lora
-from sarm_jax.packing import Packing
-from sarm_jax.sharding import ONE_DEVICE, Placement
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.lora import LoRAConfig, LoRAParam, add_lora, fold_lora
+from sarm_jax.models.packing import Packing
+from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
+from sarm_jax.sampling.decoding import compiler_options
+from sarm_jax.sampling.generate import Generation, Sampling, sample
 
 
 @struct.dataclass
@@ -176,7 +176,7 @@ class Learner:
         """log π, entropy and V of every response token; traced, differentiable in `params`.
 
         `tokens_bt` is prompt and response `[B, P + R]`, the response in the last R columns.
-        With `slots` no padding is computed, see `sarm_jax.packing`; None: rows as they are.
+        With `slots` no padding is computed, see `sarm_jax.models.packing`; None: rows as they are.
         """
         policy = nnx.merge(self.graphdef, params["lora"], base)
         logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt, slots)

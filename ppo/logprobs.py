@@ -7,7 +7,7 @@ With `chunk` > 0, positions are processed `chunk` at a time and recomputed in th
 import jax
 import jax.numpy as jnp
 
-from sarm_jax.llama import mask_padding, to_logits
+from sarm_jax.models.llama import mask_padding, to_logits
 
 
 def token_logprobs(

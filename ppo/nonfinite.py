@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from ppo.checkpoint import named_arrays
 from ppo.rollout import Rollout
 from ppo.scoring import Scored
+from ppo.tracking.checkpoint import named_arrays
 from ppo.update import Batch
-from sarm_jax.files import replacing
-from sarm_jax.processes import fetch
+from sarm_jax.io.files import replacing
+from sarm_jax.parallel.processes import fetch
 
 
 def dump(

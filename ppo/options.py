@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ppo.checkpoint import CheckpointConfig
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
-from ppo.guards import GuardConfig
 from ppo.reward import RewardConfig
+from ppo.tracking.checkpoint import CheckpointConfig
+from ppo.tracking.guards import GuardConfig
 from ppo.train import TrainConfig
-from sarm_jax.feature_lists import parse_bounds, parse_features, parse_values
-from sarm_jax.lora import LoRAConfig
+from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
+from sarm_jax.models.lora import LoRAConfig
 
 PARSERS = {
     "penalize_features": parse_features,

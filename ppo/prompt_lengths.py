@@ -12,9 +12,9 @@ import re
 import numpy as np
 from numpy.typing import ArrayLike
 
-from sarm_jax.errors import InputError
-from sarm_jax.jsonl import read_bytes, short
-from sarm_jax.strict_json import parse_json
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.jsonl import read_bytes, short
+from sarm_jax.io.strict_json import parse_json
 
 MULTIPLE = 8  # every length is one, for matrix units
 WASTE = 0.2  # token positions more than the batches' own longest prompts need, in expectation

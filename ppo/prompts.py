@@ -9,9 +9,9 @@ import numpy as np
 
 from ppo.config import PPOConfig
 from ppo.prompt_lengths import padded_lengths
-from sarm_jax.chat import encode_prompt, pad_batch, pad_id
-from sarm_jax.errors import InputError
-from sarm_jax.jsonl import line_of, read_jsonl
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.jsonl import line_of, read_jsonl
+from sarm_jax.models.chat import encode_prompt, pad_batch, pad_id
 
 LOG = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ import dataclasses
 
 import numpy as np
 
-from sarm_jax.errors import InputError
-from sarm_jax.sarm import Intervention, intervention
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.sarm import Intervention, intervention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from jax import numpy as jnp
 
 from ppo.learner import Learner
 from ppo.prompts import PromptDeck
-from sarm_jax.generate import Generation
-from sarm_jax.processes import fetch
+from sarm_jax.parallel.processes import fetch
+from sarm_jax.sampling.generate import Generation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from jax.stages import Lowered
 
 from ppo.reward import RewardConfig
 from ppo.rollout import Rollout
-from sarm_jax.reward_model import RewardModel
+from sarm_jax.models.reward_model import RewardModel
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """How many slots the packed tokens of a batch take: few sizes, all known before the first step.
 
-Programs are compiled for a fixed number of slots (see `sarm_jax.packing`). The prompts of every
-step are known, so their share is the most that any step needs; the responses' share is one of
+Programs are compiled for a fixed number of slots (see `sarm_jax.models.packing`). The prompts of
+every step are known, so their share is the most that any step needs; the responses' share is one of
 `ppo.pack_levels`, chosen when the responses are there.
 """
 

@@ -18,36 +18,36 @@ import numpy as np
 from jax import numpy as jnp
 from jax.stages import Lowered
 
-from ppo.checkpoint import CheckpointConfig, Checkpoints
 from ppo.config import PPOConfig
 from ppo.density_ratio import DensityRatio, DiscriminatorConfig
-from ppo.guards import GuardConfig, GuardStopError, NonFiniteError, Watch
 from ppo.held_out import HeldOut
 from ppo.human_latents import HumanLatents
 from ppo.learner import Learner
-from ppo.metrics import (
-    RunLog,
-    read_evaluations,
-    summarise,
-    summarise_evaluations,
-)
 from ppo.nonfinite import dump
-from ppo.profiling import ProfileConfig, Profiler, phase
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.scoring import Scored, Scorer
 from ppo.slots import Slots, slot_plans
+from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints
+from ppo.tracking.guards import GuardConfig, GuardStopError, NonFiniteError, Watch
+from ppo.tracking.metrics import (
+    RunLog,
+    read_evaluations,
+    summarise,
+    summarise_evaluations,
+)
+from ppo.tracking.metrics_csv import read_metrics
+from ppo.tracking.profiling import ProfileConfig, Profiler, phase
 from ppo.update import Batch, Updater, batch_metrics
-from sarm_jax import processes
-from sarm_jax.chat import pad_id
-from sarm_jax.compilation import compile_programs
-from sarm_jax.files import replacing
-from sarm_jax.llama import Llama
-from sarm_jax.lora import LoRAConfig
-from sarm_jax.metrics_csv import read_metrics
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.signals import on_signal
+from sarm_jax.io.files import replacing
+from sarm_jax.io.signals import on_signal
+from sarm_jax.models.chat import pad_id
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel import processes
+from sarm_jax.parallel.compilation import compile_programs
 
 LOG = logging.getLogger(__name__)
 
@@ -129,9 +129,9 @@ class Trainer:
     def run(self) -> dict:
         """Trains to `total_steps` and returns the summary, which also stands in summary.json.
 
-        Raises NonFiniteError and GuardStopError (`ppo.guards`), with what the run has come to in
-        `state` and summary.json, SystemExit(128 + signal) after a SIGTERM or Ctrl-C, and OSError
-        where the disk is full. Processes are parted after a signal alone.
+        Raises NonFiniteError and GuardStopError (`ppo.tracking.guards`), with what the run has
+        come to in `state` and summary.json, SystemExit(128 + signal) after a SIGTERM or Ctrl-C,
+        and OSError where the disk is full. Processes are parted after a signal alone.
         """
         config = self.config.ppo
         keep = config.keep_checkpoints, self.config.checkpoint.keep_every

@@ -1,8 +1,8 @@
 """A table of bad inputs: what is typed, what is spoilt, and what the one line must say.
 
 `{bad}` in the options and messages is the spoilt copy or file, `{world}` the good models and data
-(`tests/test_bad_inputs.py` builds them). Each case is refused before any weight is loaded, unless
-`loads` says that it takes a model to see what is wrong.
+(`tests/system/test_bad_inputs.py` builds them). Each case is refused before any weight is loaded,
+unless `loads` says that it takes a model to see what is wrong.
 """
 
 import dataclasses

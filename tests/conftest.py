@@ -17,17 +17,17 @@ from flax import nnx
 from configs import base
 from ppo.config import PPOConfig
 from ppo.density_ratio import DiscriminatorConfig
-from ppo.guards import GuardConfig
 from ppo.human_latents import HumanLatents, collect_human_latents, save_human_latents
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
+from ppo.tracking.guards import GuardConfig
 from ppo.train import NO_PROFILE, TrainConfig, Trainer
-from sarm_jax import chat
-from sarm_jax.llama import Llama, LlamaConfig
-from sarm_jax.lora import LoRAConfig
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.sae import SAEConfig
-from sarm_jax.sarm import SARM, SARMConfig
+from sarm_jax.models import chat
+from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sarm import SARM, SARMConfig
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of sharding

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sarm_jax.latent_store import Contrast
+from sarm_jax.models.latent_store import Contrast
 
 
 class DenseLatents:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ppo.metrics import COLUMNS
+from ppo.tracking.metrics import COLUMNS
 
 FEATURES, ALPHAS, TAUS, SIGMA = (7, 3), (0.5, 1.0), (0.2, 0.4), 2.0
 HOSTILE = (

@@ -30,7 +30,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sarm_jax.errors import InputError
 from sarm_jax.evaluation.benchmark_files import (
     STYLES,
     ChoiceRow,
@@ -43,6 +42,7 @@ from sarm_jax.evaluation.benchmark_files import (
     read_rows,
     text,
 )
+from sarm_jax.io.errors import InputError
 
 OUTPUTS = (
     "prompts demos probes probes_safety probes_complement verbosity easy bestofn held_out_prompts "

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sarm_jax.errors import InputError
-from sarm_jax.jsonl import numbered_lines, parse_line, read_bytes, short
-from sarm_jax.strict_json import parse_json
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.jsonl import numbered_lines, parse_line, read_bytes, short
+from sarm_jax.io.strict_json import parse_json
 
 STYLES = ("concise", "detailed", "markdown")
 DOMAINS = ("safety-refuse", "safety-response", "chat", "code", "math")

@@ -18,11 +18,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sarm_jax.errors import InputError
-from sarm_jax.feature_lists import LARGEST_ID
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.sarm import Intervention
-from sarm_jax.strict_json import parse_json
+from sarm_jax.features.feature_lists import LARGEST_ID
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.strict_json import parse_json
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sarm import Intervention
 
 PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from sarm_jax.evaluation.rm_bench import LEVELS
-from sarm_jax.plotting import png, theme
+from sarm_jax.reporting.plotting import png, theme
 
 BEFORE, AFTER = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blind readers
 VARIANTS = {"plain": BEFORE, "controlled": AFTER, "penalised": "#009E73"}

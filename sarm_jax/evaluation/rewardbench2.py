@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from sarm_jax.errors import InputError
 from sarm_jax.evaluation.benchmark_files import ChoiceRow
 from sarm_jax.evaluation.controls import PLAIN, Controls, score_variants
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.statistics import mean_interval, stratified_interval
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.statistics import mean_interval, stratified_interval
 
 SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
 TIE_PARTS = {"tied": 0.3, "ref": 0.3, "preferred": 0.2, "preferred_hard": 0.2, "margin": 0.01}

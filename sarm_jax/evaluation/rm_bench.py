@@ -27,8 +27,8 @@ import numpy as np
 
 from sarm_jax.evaluation.benchmark_files import STYLES, StyledRow
 from sarm_jax.evaluation.controls import PLAIN, Controls, score_variants
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.statistics import stratified_interval
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.statistics import stratified_interval
 
 LEVELS = ("easy", "normal", "hard", "average")
 MEASURES = (*LEVELS, "prefers_detail")

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from sarm_jax.errors import InputError
 from sarm_jax.evaluation.benchmark_files import (
     NamedFile,
     fields_of,
@@ -30,8 +29,9 @@ from sarm_jax.evaluation.benchmark_files import (
     text,
 )
 from sarm_jax.evaluation.controls import CONTROLLED, PLAIN, Controls, Scored, score_variants
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.statistics import mean_interval
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.statistics import mean_interval
 
 DEFAULT_TARGET = "rejected"
 BATCH = 256  # bootstrap samples at a time

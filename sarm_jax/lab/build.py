@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sarm_jax.chat import encode_conversation, encode_prompt
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 from sarm_jax.lab import world
-from sarm_jax.lab.tokenizer import word_tokenizer
-from sarm_jax.language_modelling import (
+from sarm_jax.lab.language_modelling import (
     LMTraining,
     WeightedText,
     from_scratch,
     train_language_model,
 )
-from sarm_jax.llama import Llama, LlamaConfig
+from sarm_jax.lab.tokenizer import word_tokenizer
+from sarm_jax.models.chat import encode_conversation, encode_prompt
+from sarm_jax.models.llama import Llama, LlamaConfig
 
 LOG = logging.getLogger(__name__)
 LAYERS = 4

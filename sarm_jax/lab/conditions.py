@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sarm_jax.errors import InputError
+from sarm_jax.io.errors import InputError
 
 MOST_SEEDS = 1000  # in a range
 DESCRIPTIONS = {

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from sarm_jax.lab.findings import Runs
-from sarm_jax.plotting import by_step, png, theme
-from sarm_jax.statistics import mean_interval
+from sarm_jax.reporting.plotting import by_step, png, theme
+from sarm_jax.reporting.statistics import mean_interval
 
 COLOURS = {  # told apart by colour-blind readers: Okabe and Ito
     "baseline": "#D55E00",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sarm_jax.lab.gates import LIMITS, Gate
-from sarm_jax.statistics import Interval, mean_interval
+from sarm_jax.reporting.statistics import Interval, mean_interval
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # condition → one result per seed
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sarm_jax.chat import encode_conversation
-from sarm_jax.detectors import Detectors, firing_rate
-from sarm_jax.errors import InputError
+from sarm_jax.features.detectors import Detectors, firing_rate
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.strict_json import parse_json
 from sarm_jax.lab import world
-from sarm_jax.reward_model import RewardModel
-from sarm_jax.sae_training import Conversation, collect_activations
-from sarm_jax.strict_json import parse_json
+from sarm_jax.models.chat import encode_conversation
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.training.sae_training import Conversation, collect_activations
 
 LOG = logging.getLogger(__name__)
 RESPONSES = 2000  # that a probe is fitted to, and as many that it is tested on

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sarm_jax.files import replacing
+from sarm_jax.io.files import replacing
 from sarm_jax.lab import figures
 from sarm_jax.lab.conditions import DESCRIPTIONS
 from sarm_jax.lab.findings import Runs, claims, difference, gates_passed, headline, show
 from sarm_jax.lab.gates import LIMITS, Gate
-from sarm_jax.page import environment, picture_uri
-from sarm_jax.statistics import mean_interval
+from sarm_jax.reporting.page import environment, picture_uri
+from sarm_jax.reporting.statistics import mean_interval
 
 FIGURES = {
     "goodhart": (

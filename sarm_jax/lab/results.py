@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sarm_jax.lab import world
-from sarm_jax.reward_model import RewardModel
+from sarm_jax.models.reward_model import RewardModel
 
 SHOWN = 6  # responses before and after
 

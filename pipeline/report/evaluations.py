@@ -1,0 +1,99 @@
+"""What the stage evaluate left in an eval/ directory, checked as far as the report relies on it.
+
+An explanation of a score has to add up, or it explains something else:
+
+    score = Σ z_i · w_i over the shown terms + rest
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.report.runs import read_object
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.jsonl import line_of, read_jsonl
+
+FILES = ("policy", "rm_bench", "rewardbench2", "steering", "latent_map")
+BASE = "base"
+TOLERANCE = 1e-4  # of the sum of the terms' sizes, which are float32
+EVALUATE = "python main.py --config=CONFIG --stage=evaluate --workdir="
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The files of `folder`/eval: `parts` by name, where there are any, and responses.jsonl."""
+
+    name: str
+    folder: Path
+    parts: Mapping[str, Mapping[str, Any]]
+    responses: Sequence[Mapping[str, Any]]
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of the files that are not there."""
+        names = [f"{name}.json" for name in FILES if name not in self.parts]
+        return names + ["responses.jsonl"] * (not self.responses)
+
+
+def read_evaluation(name: str, folder: Path) -> Evaluation:
+    """Reads `folder`/eval, of which any part may be missing."""
+    place = folder / "eval"
+    found = {part: read_object(place / f"{part}.json") for part in FILES}
+    parts = {part: content for part, content in found.items() if content is not None}
+    path = place / "responses.jsonl"
+    fields = {"prompt": str, "responses": dict}
+    responses = read_jsonl(path, fields, own=True) if path.exists() else []
+    for number, row in enumerate(responses, 1):
+        for policy, response in row["responses"].items():
+            try:
+                _check_response(response, policy)
+            except InputError as error:
+                raise InputError(f"{path}:{line_of(path, number)}: {error}") from None
+    if "latent_map" in parts:
+        _check_map(parts["latent_map"], place / "latent_map.json")
+    return Evaluation(name, folder, parts, responses)
+
+
+def _check_response(response: Any, place: str) -> None:
+    if not (isinstance(response, dict) and isinstance(response.get("response"), str)):
+        raise InputError(f"{place}: field 'response' must be str")
+    if not _is_number(response.get("score")):
+        raise InputError(f"{place}: field 'score' must be a number")
+    if not isinstance(response.get("penalties", {}), dict):
+        raise InputError(f"{place}: field 'penalties' must map features to numbers")
+    terms = response.get("terms")
+    if terms is None:
+        return
+    if not isinstance(terms, list):
+        raise InputError(f"{place}: field 'terms' must be a list")
+    for term in terms:
+        if not (isinstance(term, list) and len(term) == 4 and all(map(_is_number, term))):
+            raise InputError(f"{place}: a term must be [feature, z, w, z·w], found {term!r}")
+    if not _is_number(response.get("rest")):
+        raise InputError(f"{place}: field 'rest' must be a number")
+    parts = [term[3] for term in terms] + [response["rest"]]
+    limit = TOLERANCE * sum(map(abs, parts)) + 1e-9
+    wrong = next((term for term in terms if abs(term[1] * term[2] - term[3]) > limit), None)
+    if wrong:
+        raise InputError(f"{place}: the term of feature {wrong[0]} is not z·w: {wrong[1:]}")
+    if abs(math.fsum(parts) - response["score"]) > limit:
+        raise InputError(
+            f"{place}: the terms and the rest add up to {math.fsum(parts):.6g}, "
+            f"not to the score {response['score']:.6g}"
+        )
+
+
+def _check_map(content: Mapping[str, Any], path: Path) -> None:
+    points = content.get("points")
+    if not isinstance(points, list):
+        raise InputError(f"{path}: field 'points' must be a list")
+    for number, point in enumerate(points):
+        names = isinstance(point, dict) and isinstance(point.get("source"), str)
+        if not (names and _is_number(point.get("x")) and _is_number(point.get("y"))):
+            raise InputError(f"{path}: points[{number}] needs source, x and y")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

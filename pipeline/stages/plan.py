@@ -1,0 +1,76 @@
+"""A PPO step, compiled for this machine or for one that is not there."""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from conversion.keys import abstract_policy, abstract_sarm
+from conversion.load import read_policy_config, read_sarm_config
+from pipeline.shared import check_remat, mesh_config, required, write_json
+from ppo.config import PPOConfig
+from ppo.options import train_config
+from ppo.planning.chips import target_devices
+from ppo.planning.plan import Layout, Planner, candidates, layouts_for, search, table
+from ppo.prompt_lengths import batch_shares, fitting_lengths, read_lengths
+from ppo.train import TrainConfig
+
+LOG = logging.getLogger(__name__)
+
+
+def options(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
+    """Validates PPO's options, and returns them with the share of batches by prompt length."""
+    found = train_config(config)
+    for part, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
+        if not config.plan[part]:
+            required(config, model)
+    check_remat(config.remat)
+    return found, prompt_shares(config.plan.prompt_lengths, found.ppo)
+
+
+def prompt_shares(path: str, ppo: PPOConfig) -> dict[int, float]:
+    """Returns the share of the batches by padded prompt length; empty without a file of counts."""
+    if not path:
+        return {}
+    name = f"plan.prompt_lengths={path}"
+    lengths_n = read_lengths(path, name)
+    fitting_n = fitting_lengths(lengths_n, ppo.max_prompt_tokens, ppo.long_prompts, name)
+    return batch_shares(fitting_n, ppo.batch_size, ppo.max_new_tokens)
+
+
+def make_planner(config: ConfigDict) -> Planner:
+    """For the target of the config, with the architectures that its models have."""
+    (asked, shares), section = options(config), config.plan
+    policy = read_policy_config(section.policy_config or config.policy_model)
+    sarm = read_sarm_config(section.sarm_config or config.sarm_model)
+    asked.reward.check_features(sarm.sae.latent_size)
+    return Planner(
+        name=section.target,
+        config=asked.ppo,
+        lora=asked.lora,
+        policy=lambda: abstract_policy(policy, config.dtype),
+        sarm=lambda: abstract_sarm(sarm, config.dtype),
+        score_batch=config.sarm_batch_size,
+        watched=len(asked.reward.penalize_features) + len(asked.reward.latent_indices),
+        shares=shares,
+    )
+
+
+def layout(config: ConfigDict) -> Layout:
+    """That of the config itself."""
+    return Layout(mesh_config(config), config.remat, config.ppo.gradient_accumulation_steps)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Architectures and options → memory, traffic and time of a PPO step on a machine."""
+    planner = make_planner(config)
+    if config.plan.search:
+        found = layouts_for(target_devices(planner.name), planner.config.batch_size)
+        ranked = search(planner, list(found))
+        plan = ranked[0] | {"candidates": ranked[1:]}
+        print(candidates(ranked), end="\n\n")
+    else:
+        plan = planner.plan(layout(config))
+    write_json(workdir / "plan.json", plan)
+    print(table(plan))
+    LOG.info("the plan is in %s", workdir / "plan.json")

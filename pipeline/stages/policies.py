@@ -1,0 +1,137 @@
+"""The policy part of `evaluate`: the base and trained adapters on held-out prompts."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from conversion.json_files import read_json
+from conversion.keys import abstract_policy, tensor_specs
+from conversion.load import load_hf_tokenizer, read_policy_config
+from conversion.peft import CONFIG, load_adapter, read_adapter
+from pipeline.shared import DEMO, mesh_config, policy_model, required, write_json
+from ppo.comparison.policy_comparison import (
+    BASE,
+    HUMAN,
+    compare,
+    latent_map,
+    response_rows,
+    summary,
+)
+from ppo.comparison.responses import ResponseConfig, Responses, respond
+from ppo.prompts import encode_prompts, read_prompts
+from sarm_jax.evaluation.controls import Controls
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.jsonl import read_jsonl, write_jsonl
+from sarm_jax.io.workdir import named_workdirs
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.sampling.generate import Sampling
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyInputs:
+    """What is compared: all of it read and checked before any model is loaded."""
+
+    prompts: list[str]
+    rows: list[list[int]]
+    human: list[tuple[str, str]]
+    adapters: dict[str, Path]
+    options: ResponseConfig
+
+
+def response_config(config: ConfigDict) -> ResponseConfig:
+    """How the section evaluate has responses sampled."""
+    section = config.evaluate
+    sampling = Sampling(config.ppo.max_new_tokens, section.temperature)
+    return ResponseConfig(sampling, section.samples, section.batch_size, section.seed)
+
+
+def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
+    """None where the config names nothing to compare."""
+    section = config.evaluate
+    path = section.prompts_jsonl or config.eval_prompts_jsonl
+    if section.runs and not path:
+        raise InputError(f"evaluate.runs={section.runs}: needs evaluate.prompts_jsonl")
+    adapters = adapters_of(section.runs, workdir) if path else {}
+    if not adapters:
+        if section.prompts_jsonl:
+            raise InputError(
+                f"evaluate.prompts_jsonl={path}: name evaluate.runs, {workdir} has no adapter"
+            )
+        return None
+    options = response_config(config)
+    required(config, "policy_model")
+    model = read_policy_config(config.policy_model)
+    mesh_config(config).check_model(model)
+    _check_adapters(config, adapters)
+    prompts = read_prompts(path)
+    tokenizer = load_hf_tokenizer(config.policy_model, model.vocab_size)
+    ppo = config.ppo
+    encoded = encode_prompts(prompts, tokenizer, ppo.max_prompt_tokens, path, ppo.long_prompts)
+    human = []
+    if section.human_jsonl:
+        human = read_jsonl(section.human_jsonl, DEMO)
+    pairs = [(row["prompt"], row["response"]) for row in human]
+    return PolicyInputs(encoded.texts, encoded.rows, pairs, adapters, options)
+
+
+def adapters_of(text: str, workdir: Path) -> dict[str, Path]:
+    """Adapter directories by run name; without `text` the working directory's own, if any."""
+    found: dict[str, Path] = {}
+    for name, run in named_workdirs(text, workdir, "evaluate.runs").items():
+        places = [p for p in (run / "adapter", run) if (p / CONFIG).is_file()]
+        if not places and not text:
+            return {}
+        if not places:
+            raise InputError(f"evaluate.runs={run}: no adapter there (expected adapter/{CONFIG})")
+        if name in (BASE, HUMAN):
+            raise InputError(f"evaluate.runs: {name!r} has a meaning of its own: use NAME={run}")
+        found[name] = places[0]
+    return found
+
+
+def _check_adapters(config: ConfigDict, adapters: dict[str, Path]) -> None:
+    specs = tensor_specs(abstract_policy(read_policy_config(config.policy_model), config.dtype))
+    for path in adapters.values():
+        read_adapter(path, specs)
+        trained_on = read_json(path / CONFIG).get("base_model_name_or_path")
+        if trained_on != config.policy_model:
+            LOG.warning(
+                "%s was trained on %s, and is compared on --policy_model=%s",
+                path, trained_on, config.policy_model,
+            )  # fmt: skip
+
+
+def evaluate_policies(
+    config: ConfigDict, model: RewardModel, controls: Controls, inputs: PolicyInputs, folder: Path
+) -> None:
+    """policy.json, responses.jsonl and latent_map.json."""
+    sides = responses_of(config, inputs)
+    found = compare(model, controls, inputs.prompts, sides, inputs.human)
+    section = config.evaluate
+    content = summary(found, section.resamples, section.seed)
+    content["temperature"], content["seed"] = section.temperature, section.seed
+    write_jsonl(folder / "responses.jsonl", response_rows(found))
+    write_json(folder / "latent_map.json", latent_map(found))
+    write_json(folder / "policy.json", content)
+    for name, means in content["runs"].items():
+        shown = ("score", "penalty", "kl", "length", "ended")
+        told = ", ".join(f"{key} {means[key]['mean']:.3g}" for key in shown)
+        LOG.info("policy %s: %s", name, told)
+    LOG.info("policies in %s", folder / "policy.json")
+
+
+def responses_of(config: ConfigDict, inputs: PolicyInputs) -> dict[str, Responses]:
+    """Responses of the base and of every adapter, by name."""
+    base, tokenizer = policy_model(config)
+    options, rows, chunk = inputs.options, inputs.rows, config.ppo.logprob_chunk
+    sides = {BASE: respond(options, base, base, tokenizer, rows, chunk)}
+    for name, path in inputs.adapters.items():
+        policy = nnx.merge(*nnx.split(base))  # shares the base's arrays
+        load_adapter(path, policy)
+        sides[name] = respond(options, base, policy, tokenizer, rows, chunk, name)
+    return sides

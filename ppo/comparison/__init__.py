@@ -1,0 +1,1 @@
+"""Policies compared on held-out prompts."""

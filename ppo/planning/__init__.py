@@ -1,0 +1,1 @@
+"""What a PPO step takes on a machine that need not be there."""

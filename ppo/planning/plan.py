@@ -1,0 +1,350 @@
+"""`--stage=plan`: compile every program of a PPO step for a machine, and say what it will take.
+
+Memory is the compiler's. Traffic, kernels and collectives are counted in the compiled programs.
+The time is an estimate: the roofline at the shares of the peak below (of a rollout that of its
+prefill and then that of decoding), plus collectives and kernel launches, none of which overlap.
+Programs are compiled for each length that a run pads prompts to. The time of a step is the
+expectation over these lengths, and the memory is that of the worst one.
+"""
+
+import dataclasses
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jax.stages import Compiled
+
+from ppo.config import PPOConfig
+from ppo.planning.chips import GIB, Chip, target
+from ppo.planning.costs import Cost, step_costs
+from ppo.planning.hlo import Collective, by_kind, read_traffic
+from ppo.planning.programs import Program, step_programs, weight_bytes
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.models.sarm import SARM
+from sarm_jax.parallel.devices import MEMORY_SHARE
+from sarm_jax.parallel.sharding import AXES, MeshConfig, Placement, make_mesh
+
+LOG = logging.getLogger(__name__)
+
+ASSUMPTIONS = {
+    "share_of_peak_flops": 0.5,
+    "share_of_peak_bandwidth": 0.8,
+    "seconds_per_kernel": 1.5e-6,
+    "seconds_per_collective": 1e-5,
+    "share_of_memory": MEMORY_SHARE,
+}
+HALVES = ("prefill", "decode")  # of the program `rollout`, which needs memory for both
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a search varies."""
+
+    mesh: MeshConfig
+    remat: str
+    accumulation: int
+
+    def __str__(self) -> str:
+        return f"{self.mesh}, remat {self.remat}, accumulation {self.accumulation}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Plans for one target; `policy` and `sarm` make the abstract models.
+
+    `score_batch` rows are scored at a time; the reward reads `watched` latents of each.
+    `shares` holds the share of the batches by padded prompt length; empty: every batch is padded
+    to `config.max_prompt_tokens`.
+    """
+
+    name: str
+    config: PPOConfig
+    lora: LoRAConfig
+    policy: Callable[[], Llama]
+    sarm: Callable[[], SARM]
+    score_batch: int
+    watched: int
+    shares: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    _rows: dict[tuple, dict] = dataclasses.field(default_factory=dict, init=False, compare=False)
+
+    def plan(self, layout: Layout) -> dict:
+        """Returns the content of plan.json for one layout."""
+        shares = self.shares or {self.config.max_prompt_tokens: 1.0}
+        rows: list[dict] = []
+        for length in shares:
+            config = self._config(layout, length)
+            policy, sarm, chip = self._models(config, layout)
+            weights = {  # of all lengths alike, before the policy gets its adapter
+                name: weight_bytes(model, policy.placement)
+                for name, model in (("policy", policy), ("sarm", sarm))
+            }
+            rows += self._rows_of(config, layout, policy, sarm, chip)
+        return _summary(
+            name=self.name,
+            layout=layout,
+            config=self.config,
+            chip=chip,
+            shares=shares,
+            rows=rows,
+            weights=weights,
+        )
+
+    def programs(self, layout: Layout, prompt_tokens: int) -> Iterator[Program]:
+        """Yields what `plan` compiles for prompts padded to that length."""
+        config = self._config(layout, prompt_tokens)
+        policy, sarm, _ = self._models(config, layout)
+        return self._programs(config, policy, sarm)
+
+    def _rows_of(
+        self, config: PPOConfig, layout: Layout, policy: Llama, sarm: SARM, chip: Chip
+    ) -> list[dict]:
+        """Compiles the programs under `config`; returns their rows of plan.json."""
+        mesh, prompt_tokens = layout.mesh, config.max_prompt_tokens
+        costs = step_costs(
+            config,
+            self.lora,
+            policy.config,
+            sarm.config,
+            mesh,
+            min(config.batch_size, self.score_batch),
+            layout.remat,
+            policy.embed_tokens.dtype.itemsize,
+        )
+        rows = []
+        for program in self._programs(config, policy, sarm):
+            # A search meets the same program in several layouts.
+            varying = (getattr(layout, field) for field in program.varies_with)
+            key = prompt_tokens, program.name, *varying
+            if key not in self._rows:
+                LOG.info(
+                    "compiling %s for %s on %s, prompts of %d tokens",
+                    program.name, self.name, layout, prompt_tokens,
+                )  # fmt: skip
+                compiled = program.lower().compile()
+                cost = costs[program.name]
+                self._rows[key] = _row(program, compiled, cost, chip, config, mesh)
+            rows.append(self._rows[key])
+        return rows
+
+    def _config(self, layout: Layout, prompt_tokens: int) -> PPOConfig:
+        """Returns options under which every prompt has that length."""
+        return dataclasses.replace(
+            self.config,
+            gradient_accumulation_steps=layout.accumulation,
+            max_prompt_tokens=prompt_tokens,
+        )
+
+    def _programs(self, config: PPOConfig, policy: Llama, sarm: SARM) -> Iterator[Program]:
+        return step_programs(config, self.lora, policy, sarm, self.score_batch, self.watched)
+
+    def _models(self, config: PPOConfig, layout: Layout) -> tuple[Llama, SARM, Chip]:
+        """Places new abstract models; InputError if they or the batch do not divide."""
+        mesh, policy, sarm = layout.mesh, self.policy(), self.sarm()
+        mesh.check_model(policy.config)
+        mesh.check_model(sarm.config.trunk)
+        mesh.check_batch(
+            config.batch_size // config.pieces,
+            "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
+        )
+        chip, devices, backend = target(self.name, mesh.devices, policy.embed_tokens.dtype)
+        here = self.name == "host"  # then these are the very programs of a run
+        placement = Placement(make_mesh(mesh, devices) if here else _mesh(mesh, devices))
+        policy.remat = layout.remat
+        for model in (policy, sarm.trunk):
+            model.backend, model.placement = backend, placement
+        return policy, sarm, chip
+
+
+def search(planner: Planner, layouts: Sequence[Layout]) -> list[dict]:
+    """Plans of all layouts, the fastest that fits first; those that cannot be are left out."""
+    plans = []
+    for layout in layouts:
+        try:
+            plans.append(planner.plan(layout))
+        except InputError as error:
+            LOG.info("left out: %s", error)
+    if not plans:
+        raise InputError(f"plan.target={planner.name}: no layout of the search is possible")
+    return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds"]))
+
+
+def layouts_for(devices: int, rows: int) -> Iterator[Layout]:
+    """Every mesh over `devices`, with remat and accumulation; `rows` is the whole batch."""
+    shapes = itertools.product(range(1, devices + 1), repeat=3)
+    for shape in (shape for shape in shapes if math.prod(shape) == devices):
+        mesh = MeshConfig(*shape)
+        for remat, accumulation in itertools.product(("dots", "full"), (1, 2, 4)):
+            if rows % (accumulation * mesh.batch_parts) == 0:
+                yield Layout(mesh, remat, accumulation)
+
+
+def table(plan: dict) -> str:
+    """A plan as Markdown: a line of totals, prompt lengths if there are several, all programs."""
+    lengths = plan["prompt_lengths"]
+    lines = [
+        f"{plan['target']}, {plan['layout']}, batch {plan['batch']}: "
+        f"peak {plan['peak_bytes'] / GIB:.1f} of {plan['memory_bytes'] / GIB:.0f} GiB a device "
+        f"({'fits' if plan['fits'] else 'DOES NOT FIT'}), "
+        f"{plan['step_seconds']:.2f} s a step{' in expectation' if len(lengths) > 1 else ''}, "
+        f"{plan['tokens_per_second']:.0f} tokens/s, "
+        f"{plan['run_seconds'] / 60:.1f} min for {plan['steps']} steps",
+        "",
+    ]
+    if len(lengths) > 1:
+        lines += [
+            "| longest prompt, padded | share of batches | peak GiB | s a step |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {one['padded']} | {100 * one['share']:.1f} % | {one['peak_bytes'] / GIB:.1f} "
+            f"| {one['step_seconds']:.3f} |"
+            for one in lengths
+        ]
+        lines.append("")
+    lines += [
+        "| program | prompt | runs | arguments GiB | temporaries GiB | peak GiB | TFLOP | GB moved "
+        "| × inherent | collectives | GB sent | roofline ms | inherent share | ms a run "
+        "| s a step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in plan["programs"]:
+        count = sum(found["count"] for found in row["collectives"].values())
+        sent = sum(found["bytes"] for found in row["collectives"].values())
+        lines.append(
+            f"| {row['name']} | {row['prompt_tokens']} | {row['runs'] or '–'} "
+            f"| {row['argument_bytes'] / GIB:.2f} "
+            f"| {row['temp_bytes'] / GIB:.2f} | {row['peak_bytes'] / GIB:.2f} "
+            f"| {row['flops'] / 1e12:.2f} | {row['bytes'] / 1e9:.2f} "
+            f"| {row['bytes'] / row['inherent_bytes']:.2f} | {count} | {sent / 1e9:.3f} "
+            f"| {1e3 * row['roofline_seconds']:.2f} | {100 * row['inherent_share']:.0f} % "
+            f"| {1e3 * row['seconds']:.2f} | {row['runs'] * row['seconds']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def candidates(plans: Sequence[dict]) -> str:
+    """The layouts of a search, one a line."""
+    lines = ["| layout | peak GiB | fits | s a step | tokens/s |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {plan['layout']} | {plan['peak_bytes'] / GIB:.1f} | {'yes' if plan['fits'] else 'no'} "
+        f"| {plan['step_seconds']:.2f} | {plan['tokens_per_second']:.0f} |"
+        for plan in plans
+    ]
+    return "\n".join(lines)
+
+
+def _mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    grid = np.asarray(devices).reshape(mesh.data, mesh.fsdp, mesh.tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _row(
+    program: Program,
+    compiled: Compiled,
+    costs: tuple[Cost, ...],
+    chip: Chip,
+    config: PPOConfig,
+    mesh: MeshConfig,
+) -> dict:
+    memory: Any = compiled.memory_analysis()
+    traffic = read_traffic(compiled.as_text() or "", open_loops=config.max_new_tokens - 1)
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    flops = [cost.flops for cost in costs]
+    inherent_bytes = [cost.inherent_bytes for cost in costs]
+    moved = [traffic.bytes]
+    if len(costs) > 1:  # decoding is a loop until the last row has ended
+        moved = [traffic.bytes - traffic.open_bytes, traffic.open_bytes]
+    roofline = chip.seconds(flops, moved)
+    reached = dataclasses.replace(
+        chip,
+        flops=chip.flops * ASSUMPTIONS["share_of_peak_flops"],
+        bandwidth=chip.bandwidth * ASSUMPTIONS["share_of_peak_bandwidth"],
+    )
+    launches = traffic.kernels * ASSUMPTIONS["seconds_per_kernel"]
+    sent = sum(
+        found.count * _collective_seconds(found, chip, mesh) for found in traffic.collectives
+    )
+    return {
+        "name": program.name,
+        "prompt_tokens": config.max_prompt_tokens,
+        "runs": program.runs,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": kept - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        "flops": sum(flops),
+        "compiler_flops": _compiler_flops(compiled),
+        "bytes": traffic.bytes,
+        "inherent_bytes": sum(inherent_bytes),
+        "kernels": traffic.kernels,
+        "collectives": by_kind(traffic.collectives),
+        "roofline_seconds": roofline,
+        "inherent_share": chip.seconds(flops, inherent_bytes) / roofline,
+        "seconds": reached.seconds(flops, moved) + launches + sent,
+    }
+
+
+def _compiler_flops(compiled: Compiled) -> float | None:
+    """The compiler's own count, which takes the body of a loop once; None where it has none."""
+    analysis: Any = compiled.cost_analysis()
+    return float(analysis["flops"]) if analysis and "flops" in analysis else None
+
+
+def _collective_seconds(found: Collective, chip: Chip, mesh: MeshConfig) -> float:
+    """A ring over the devices: an all-reduce passes every byte twice."""
+    passes = 2 if found.kind == "all-reduce" else 1
+    ring = (mesh.devices - 1) / mesh.devices
+    return ASSUMPTIONS["seconds_per_collective"] + passes * ring * found.bytes / chip.link
+
+
+def _summary(
+    name: str,
+    layout: Layout,
+    config: PPOConfig,
+    chip: Chip,
+    shares: Mapping[int, float],
+    rows: list[dict],
+    weights: dict[str, int],
+) -> dict:
+    lengths = []
+    for length, share in shares.items():
+        own = [row for row in rows if row["prompt_tokens"] == length]
+        # Both models stay on the device; a program's arguments hold the one that it runs.
+        peaks = (
+            row["peak_bytes"] + weights["policy" if row["name"] == "score" else "sarm"]
+            for row in own
+            if row["name"] not in HALVES
+        )
+        lengths.append(
+            {
+                "padded": length,
+                "share": share,
+                "step_seconds": sum(row["runs"] * row["seconds"] for row in own),
+                "peak_bytes": max(peaks),
+            }
+        )
+    peak = max(one["peak_bytes"] for one in lengths)
+    seconds = sum(one["share"] * one["step_seconds"] for one in lengths)
+    return {
+        "target": name,
+        "mesh": dataclasses.asdict(layout.mesh),
+        "layout": str(layout),
+        "batch": config.batch_size,
+        "prompt_tokens": max(shares),
+        "prompt_lengths": lengths,
+        "new_tokens": config.max_new_tokens,
+        "fits": peak <= ASSUMPTIONS["share_of_memory"] * chip.memory,
+        "peak_bytes": peak,
+        "memory_bytes": chip.memory,
+        "step_seconds": seconds,
+        "tokens_per_second": config.batch_size * config.max_new_tokens / seconds,
+        "steps": config.total_steps,
+        "run_seconds": config.total_steps * seconds,
+        "assumptions": ASSUMPTIONS,
+        "programs": rows,
+    }

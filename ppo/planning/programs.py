@@ -1,0 +1,186 @@
+"""The compiled programs of a PPO step, made from shapes alone: no weights, no tokenizer.
+
+`rollout`, `score`, `reference` and those of the update are the very programs that a run compiles.
+`prefill` and `decode` are the two halves of `rollout`, compiled by themselves to look at: on some
+meshes the compiler splits their arrays otherwise than within the whole.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
+
+from ppo.config import PPOConfig
+from ppo.learner import Learner, TrainState
+from ppo.slots import Slots
+from ppo.update import Updater
+from sarm_jax.models.chat import scored_length
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.models.reward_model import lower_score
+from sarm_jax.models.sarm import SARM
+from sarm_jax.parallel.sharding import BATCH, Placement
+from sarm_jax.sampling import decoding
+from sarm_jax.sampling.decoding import KVCache
+from sarm_jax.sampling.fused_layers import FusedLayer, FusedLinear, fuse_layers
+from sarm_jax.sampling.generate import Sampling, draw_token
+
+REPLICATED = P()
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """`runs` is how often a PPO step runs it; 0: it is a part of one that is listed.
+
+    `varies_with` are the fields of a `Layout` that make it another program.
+    """
+
+    name: str
+    runs: int
+    lower: Callable[[], Lowered]
+    varies_with: tuple[str, ...] = ("mesh",)
+
+
+def step_programs(
+    config: PPOConfig,
+    lora: LoRAConfig,
+    policy: Llama,
+    sarm: SARM,
+    score_batch: int,
+    watched: int,
+) -> Iterator[Program]:
+    """All of them, for full batches: every prompt and response at its limit.
+
+    `policy` and `sarm` are abstract and know where they would be, `score_batch` rows are scored at
+    a time, and `watched` is how many latents the reward reads.
+    """
+    prompt, new, rows = config.max_prompt_tokens, config.max_new_tokens, config.batch_size
+    placement = policy.placement
+    learner, fresh, bare = Learner.attach(config, lora, policy, pad=0)
+    base, state = _abstract(bare, placement), placement.abstract_replicated(fresh)
+    group = rows // (config.pieces * placement.parts)
+    slots = Slots(group * (prompt + new), group * new) if config.pack_levels else None
+    prefill = rows // placement.parts * prompt if config.pack_levels else None
+
+    rollout = partial(learner.lower_rollout, state.params, base, prompt, prefill)
+    yield Program("rollout", 1, rollout)
+    halves = _Halves(learner, state, base, prompt)
+    yield Program("prefill", 0, halves.lower_prefill)
+    yield Program("decode", 0, halves.lower_decode)
+    calls = -(-rows // score_batch)
+    graphdef, weights = nnx.split(sarm)
+    length = scored_length(prompt + new)
+    batch = min(rows, score_batch), length, watched
+    scoring = partial(lower_score, graphdef, _abstract(weights, placement), placement, *batch)
+    yield Program("score", calls, scoring)
+    pieces = "mesh", "accumulation"
+    yield Program("reference", 1, partial(learner.lower_reference, base, prompt, slots), pieces)
+    steps = config.updates_per_step
+    for name, lower in Updater(learner).lower(state, base, prompt, slots).items():
+        runs = steps - (config.pieces == 1) if name == "step" else 1
+        yield Program(name, runs, lower, pieces if name == "targets" else (*pieces, "remat"))
+
+
+def weight_bytes(model: Llama | SARM, placement: Placement) -> int:
+    """Returns the bytes of a model's weights on one device."""
+    total = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        name = ".".join(map(str, path))
+        placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
+        whole, sharding = placed.shape, placed.sharding
+        part = whole if sharding is None else sharding.shard_shape(whole)
+        total += math.prod(part) * placed.dtype.itemsize
+    return total
+
+
+def _abstract(state: nnx.State, placement: Placement) -> nnx.State:
+    """Shapes with the place where each parameter goes."""
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
+        flat.append((path, variable.replace(placed)))
+    return nnx.from_flat_state(flat)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Halves:
+    learner: Learner
+    state: TrainState
+    base: nnx.State
+    prompt: int
+
+    def _policy(self, params, base) -> Llama:
+        return nnx.merge(self.learner.graphdef, params["lora"], base)
+
+    def lower_prefill(self) -> Lowered:
+        config, placement = self.learner.config, self.learner.placement
+        size = self.prompt + config.max_new_tokens
+
+        def prefill(params, base, tokens_bp, mask_bp):
+            policy = self._policy(params, base)
+            x_btd, cache = decoding.prefill(policy, tokens_bp, mask_bp, size)
+            return policy.logits(x_btd[:, -1:]), cache
+
+        shape = (config.batch_size, self.prompt)
+        tokens, mask = (placement.abstract_rows(shape, dtype) for dtype in (jnp.int32, bool))
+        return jax.jit(prefill).lower(self.state.params, self.base, tokens, mask)
+
+    def lower_decode(self) -> Lowered:
+        config, placement = self.learner.config, self.learner.placement
+        sampling = Sampling(config.max_new_tokens, config.temperature)
+
+        def decode(params, base, layers, cache, token_b, key):
+            policy = self._policy(params, base)
+            x_b1d, cache = decoding.decode(policy, token_b, cache, layers)
+            logits_bv = decoding.next_logits(policy, x_b1d)
+            return draw_token(logits_bv, key, sampling, placement), cache
+
+        params, base = self.state.params, self.base
+        layers, cache = self._layers(), self._cache()
+        token_b = placement.abstract_rows((config.batch_size,), jnp.int32)
+        key = placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
+        options = dict(self.learner.decoding_options)
+        donated = jax.jit(decode, donate_argnums=3, compiler_options=options)
+        return donated.lower(params, base, layers, cache, token_b, key)
+
+    def _layers(self) -> tuple[FusedLayer, ...]:
+        """`fuse_layers` of the abstract policy, each array split as it is there."""
+        abstract = self.learner.placement.abstract
+
+        def put(x, spec=REPLICATED):
+            return abstract(x.shape, x.dtype, spec)
+
+        layers = jax.eval_shape(
+            lambda params, base: fuse_layers(self._policy(params, base)),
+            self.state.params,
+            self.base,
+        )
+        return jax.tree.map(
+            lambda x: x.placed(put) if isinstance(x, FusedLinear) else put(x),
+            layers,
+            is_leaf=lambda x: isinstance(x, FusedLinear),
+        )
+
+    def _cache(self) -> KVCache:
+        config, placement = self.learner.config, self.learner.placement
+        model = self._policy(self.state.params, self.base).config
+        rows, size = config.batch_size, self.prompt + config.max_new_tokens
+        shape = (rows, model.num_key_value_heads, model.head_dim, size)
+        spec = P(BATCH[0], "tensor")
+        kv = (placement.abstract(shape, self.base.embed_tokens.dtype, spec),)
+        whole: Any = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.int32))
+        return KVCache(
+            k=kv * model.num_hidden_layers,
+            v=kv * model.num_hidden_layers,
+            mask_bs=placement.abstract_rows((rows, size), bool),
+            column=whole,
+            position_b=placement.abstract_rows((rows,), jnp.int32),
+        )

@@ -1,0 +1,1 @@
+"""Metrics, checkpoints, guards and traces of a run."""

@@ -1,0 +1,43 @@
+"""metrics.csv of a run as numbers, read strictly."""
+
+import csv
+from pathlib import Path
+
+from sarm_jax.io.errors import InputError
+
+
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
+    """The rows as floats; empty cells become NaN, and half a row at the end is left out.
+
+    An interruption can leave half a row. Raises `InputError` naming file, line and column.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}: {error.reason})") from None
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    if not lines:
+        raise InputError(f"{path}: the file has no header")
+    try:
+        names, *rows = csv.reader(lines)
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV ({error})") from None
+    if "step" not in names:
+        raise InputError(f"{path}:1: no column 'step' (found {', '.join(names[:3]) or 'nothing'})")
+    if len(set(names)) < len(names):
+        raise InputError(f"{path}:1: column {max(names, key=names.count)!r} appears twice")
+    return [_row(names, cells, f"{path}:{number}") for number, cells in enumerate(rows, 2)]
+
+
+def _row(names: list[str], cells: list[str], place: str) -> dict[str, float]:
+    if len(cells) != len(names):
+        raise InputError(f"{place}: {len(cells)} cells for {len(names)} columns")
+    row = {}
+    for name, cell in zip(names, cells, strict=True):
+        try:
+            row[name] = float(cell) if cell else float("nan")
+        except ValueError:
+            raise InputError(f"{place}: column {name!r} is {cell!r}, not a number") from None
+    return row

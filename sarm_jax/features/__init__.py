@@ -1,0 +1,1 @@
+"""Finding features and proving that they are causal."""

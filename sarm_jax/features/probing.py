@@ -1,0 +1,281 @@
+"""Causal probes: what happens to the reward when a feature is changed at the pooled token.
+
+    R(z with z'_i) = R(z) + w_i (z'_i − z_i)
+    z'_i = v                                        `set_value`, or
+    z'_i = min(max(z_i, `min_value`), `max_value`)  each of which may be open (None)
+
+The head is linear and reads the pooled latents alone, so the trunk runs once over the data,
+however many features are probed. Two modes:
+    pairs     the change of the reward of each response: {prompt, response} rows, or
+              {prompt, chosen, rejected} rows, which give two responses each, the chosen one first
+    bestofn   {prompt, candidates} rows: is another candidate selected under the intervention? It
+              selects the candidate of one `rank`, 1 for the best; of equals the first comes first
+"""
+
+import csv
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from sarm_jax.features.certificates import CertificateConfig, certify, matched_controls
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import replacing
+from sarm_jax.io.jsonl import line_of
+from sarm_jax.models.latent_store import Contrast, Latents
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.statistics import Interval, mean_interval
+
+MODES = ("pairs", "bestofn")
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """`features` are set to `set_value`, or kept within the bounds, one at a time."""
+
+    features: tuple[int, ...]
+    set_value: float | None
+    mode: str
+    certificate: CertificateConfig = dataclasses.field(default_factory=CertificateConfig)
+    min_value: float | None = None
+    max_value: float | None = None
+    rank: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise InputError("probe.feature is empty: name a feature, a list, or @FILE:key")
+        self._check_values()
+        if self.mode not in MODES:
+            raise InputError(f"probe.mode={self.mode!r}: expected {' or '.join(MODES)}")
+        if self.rank < 1:
+            raise InputError(f"probe.rank={self.rank}: must be at least 1, the best candidate")
+        if self.rank > 1 and self.mode != "bestofn":
+            raise InputError(
+                f"probe.rank={self.rank} with probe.mode={self.mode}: only bestofn selects"
+            )
+
+    def _check_values(self) -> None:
+        names = ("set_value", "min_value", "max_value")
+        given = {name: x for name in names if (x := getattr(self, name)) is not None}
+        for name, x in given.items():
+            if not abs(x) <= LARGEST:
+                raise InputError(f"probe.{name}={x}: must be a finite number")
+        if not given:
+            raise InputError("neither probe.set_value nor a bound is given: name one")
+        bounds = [f"probe.{name}={x}" for name, x in given.items() if name != "set_value"]
+        if self.set_value is not None and bounds:
+            raise InputError(
+                f"probe.set_value={self.set_value} and {' and '.join(bounds)}: a feature that is "
+                "set cannot be bounded as well: leave out one of them"
+            )
+        if len(bounds) == 2 and given["min_value"] > given["max_value"]:
+            raise InputError(f"{bounds[0]} exceeds {bounds[1]}")
+
+    def change(self, z_bn: np.ndarray) -> np.ndarray:
+        """z' − z of latents `[B, n]`, float32."""
+        if self.set_value is not None:
+            return np.float32(self.set_value) - z_bn
+        low = -np.inf if self.min_value is None else self.min_value
+        high = np.inf if self.max_value is None else self.max_value
+        return np.clip(z_bn, np.float32(low), np.float32(high)) - z_bn
+
+    def select(self, score_c: np.ndarray) -> int:
+        """The index of the candidate of this `rank` among scores `[C]`."""
+        return int(np.argsort(-score_c, kind="stable")[self.rank - 1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One feature: the rows of its CSV file, and its entry in the summary."""
+
+    feature: int
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def probe(
+    config: ProbeConfig, model: RewardModel, data: Sequence[Mapping[str, Any]]
+) -> tuple[list[Probe], list[dict[str, Any]]]:
+    """(probes, certificates) of every feature on `data`; see the module for the rows' fields."""
+    groups = check_probe(config, model.model.config.sae.latent_size, data)
+    prompts = [row["prompt"] for row, group in zip(data, groups, strict=True) for _ in group]
+    responses = [text for group in groups for text in group]
+    score_b, latents = model.store(prompts, responses, "probe")
+    weight_f = np.asarray(model.model.score[...], np.float32)
+    weight_n = weight_f[list(config.features)]
+    z_bn = latents.columns(config.features)
+    delta_bn = weight_n * config.change(z_bn)
+    probes = []
+    for feature, weight, delta_b in zip(config.features, weight_n, delta_bn.T, strict=True):
+        if config.mode == "pairs":
+            rows = _changes(prompts, responses, score_b, delta_b)
+            found = _effect(data, groups, delta_b)
+        else:
+            rows = _selections(config, data, groups, score_b, delta_b)
+            changed_n = [row["changed"] for row in rows]
+            found = {"rank": config.rank, "changed": _by_prompt(data, changed_n)}
+        summary = {
+            "feature": int(feature),
+            "set_value": config.set_value,
+            "min_value": config.min_value,
+            "max_value": config.max_value,
+            "head_weight": float(weight),
+            "rows": len(rows),
+            **found,
+        }
+        probes.append(Probe(int(feature), rows, summary))
+    return probes, _certificates(config, latents, weight_f, data, groups, score_b)
+
+
+def check_probe(
+    config: ProbeConfig,
+    latent_size: int,
+    data: Sequence[Mapping[str, Any]],
+    source: str = "probe.data_jsonl",
+) -> list[list[str]]:
+    """The responses of every row; InputError, naming `source` and the row, for what cannot be."""
+    beyond = [i for i in config.features if i >= latent_size]
+    if beyond:
+        raise InputError(f"probe.feature: feature {beyond[0]} of a SARM with {latent_size} latents")
+    groups = []
+    for number, row in enumerate(data, 1):
+        try:
+            groups.append(_responses(config, row))
+        except ValueError as error:
+            raise InputError(f"{source}:{line_of(source, number)}: {error}") from None
+    return groups
+
+
+def _certificates(
+    config: ProbeConfig,
+    latents: Latents,
+    weight_f: np.ndarray,
+    data: Sequence[Mapping[str, Any]],
+    groups: Sequence[list[str]],
+    score_b: np.ndarray,
+) -> list[dict[str, Any]]:
+    rate_f, mean_f = np.zeros(latents.size), np.zeros(latents.size)
+    whole = np.arange(len(latents))
+    for ids, z_nb, _ in Contrast(latents, whole, whole).blocks():
+        rate_f[ids], mean_f[ids] = (z_nb > 0).mean(axis=0), z_nb.mean(axis=0)
+    controls = matched_controls(config.features, rate_f, mean_f, config.certificate)
+    wanted = sorted({*config.features, *(i for drawn in controls.values() for i in drawn)})
+    delta_nb = weight_f[wanted] * config.change(latents.columns(wanted))
+    effects = {
+        i: _row_effects(config, groups, score_b, delta_n)
+        for i, delta_n in zip(wanted, delta_nb.T, strict=True)
+    }
+    signed = config.mode == "pairs"
+    return certify(config.certificate, effects, controls, _clusters(data), signed)
+
+
+def _row_effects(
+    config: ProbeConfig, groups: Sequence[list[str]], score_b: np.ndarray, delta_b: np.ndarray
+) -> np.ndarray:
+    """e `[rows of data]`: the change of a reward or of a margin, or whether the pick changes."""
+    effects, start = [], 0
+    for group in groups:
+        base, delta = (x[start : start + len(group)] for x in (score_b, delta_b))
+        start += len(group)
+        if config.mode == "bestofn":
+            effects.append(float(config.select(base) != config.select(base + delta)))
+        else:
+            effects.append(float(delta[0] - delta[1] if len(group) == 2 else delta[0]))
+    return np.array(effects)
+
+
+def write_probes(folder: Path, probes: Sequence[Probe]) -> None:
+    """`probe_f{ID}.csv` for each."""
+    for found in probes:
+        with replacing(folder / f"probe_f{found.feature}.csv") as file:
+            writer = csv.DictWriter(file, list(found.rows[0]))
+            writer.writeheader()
+            writer.writerows(found.rows)
+
+
+def _responses(config: ProbeConfig, row: Mapping[str, Any]) -> list[str]:
+    """Returns the responses of a row of the data; ValueError says what is wrong with it."""
+    if config.mode == "bestofn":
+        candidates = row.get("candidates")
+        if not (isinstance(candidates, list) and len(candidates) > 1):
+            raise ValueError("'candidates' must list two or more")
+        if not all(isinstance(text, str) for text in candidates):
+            raise ValueError("'candidates' must be texts")
+        if len(candidates) < config.rank:
+            count = len(candidates)
+            raise ValueError(f"'candidates' lists {count}, fewer than probe.rank={config.rank}")
+        return candidates
+    fields = ("response",) if "response" in row else ("chosen", "rejected")
+    for field in fields:
+        if not isinstance(row.get(field), str):
+            raise ValueError(
+                f"expected 'response', or 'chosen' and 'rejected', as text; found {sorted(row)}"
+            )
+    return [row[field] for field in fields]
+
+
+def _changes(prompts, responses, score_b, delta_b) -> list[dict[str, Any]]:
+    columns = zip(prompts, responses, score_b, delta_b, strict=True)
+    return [
+        {
+            "idx": idx,
+            "prompt": prompt,
+            "response": response,
+            "reward_base": float(score),
+            "reward_intervene": float(score + delta),
+            "delta": float(delta),
+        }
+        for idx, (prompt, response, score, delta) in enumerate(columns)
+    ]
+
+
+def _effect(
+    data: Sequence[Mapping[str, Any]], groups: Sequence[list[str]], delta_b: np.ndarray
+) -> dict[str, Any]:
+    """Mean change over prompts with a 95 % interval; for pairs also per side, and of the margin."""
+    delta_n = np.add.reduceat(delta_b, np.cumsum([0, *map(len, groups[:-1])]))
+    effect: dict[str, Any] = {"delta": _by_prompt(data, delta_n / [len(g) for g in groups])}
+    if all(len(group) == 2 for group in groups):
+        chosen_n, rejected_n = delta_b[::2], delta_b[1::2]
+        effect["delta_chosen"] = _by_prompt(data, chosen_n)
+        effect["delta_rejected"] = _by_prompt(data, rejected_n)
+        effect["delta_margin"] = _by_prompt(data, chosen_n - rejected_n)
+    return effect
+
+
+def _by_prompt(data: Sequence[Mapping[str, Any]], values_n: ArrayLike) -> Interval:
+    """The mean over prompts of their rows' means: rows of one prompt are not independent."""
+    cluster_n = _clusters(data)
+    return mean_interval(np.bincount(cluster_n, np.asarray(values_n)) / np.bincount(cluster_n))
+
+
+def _clusters(data: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """The number of each row's prompt."""
+    place = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in data))}
+    return np.array([place[row["prompt"]] for row in data])
+
+
+def _selections(config: ProbeConfig, data, groups, score_b, delta_b) -> list[dict[str, Any]]:
+    rows, start = [], 0
+    for idx, (row, group) in enumerate(zip(data, groups, strict=True)):
+        base = score_b[start : start + len(group)]
+        intervened = base + delta_b[start : start + len(group)]
+        start += len(group)
+        first, second = config.select(base), config.select(intervened)
+        rows.append(
+            {
+                "idx": idx,
+                "prompt": row["prompt"],
+                "n_candidates": len(group),
+                "selected_base": first,
+                "selected_intervene": second,
+                "changed": int(first != second),
+                "reward_selected_base": float(base[first]),
+                "reward_selected_intervene": float(intervened[second]),
+            }
+        )
+    return rows

@@ -1,0 +1,122 @@
+"""Next-token training of a Llama, from scratch or onwards: weighted cross-entropy, AdamW.
+
+With `tap_layer` the same loss is also taken after that layer, through the model's own final norm
+and head (deep supervision, Lee et al. 1409.5185): a reward model that is cut there then finds what
+the model knows.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from sarm_jax.models.chat import bucket_length, pad_batch
+from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.training.sae_training import warmup_cosine
+
+STEPS_PER_CALL = 20  # minibatches that are on the device at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class LMTraining:
+    """`tap_layer` 0 takes the loss at the end only."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    tap_layer: int = 0
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.01
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedText:
+    """Token ids and, for each, the weight of the loss for predicting it (0: given, not learned)."""
+
+    ids: Sequence[int]
+    weights: Sequence[float]
+
+
+def from_scratch(config: LlamaConfig, seed: int) -> Llama:
+    """A model to train from nothing: N(0, 1 / fan-in) everywhere.
+
+    The 0.02 that large models start with leaves a small one's attention near uniform for long.
+    """
+    policy = Llama(config, rngs=nnx.Rngs(0))
+    noise = nnx.Rngs(seed)
+
+    def start(path, value):
+        if "scale" in path:  # of a norm
+            return value
+        fan_in = value.shape[-2 if "kernel" in path else -1]
+        return jax.random.normal(noise.params(), value.shape, value.dtype) * fan_in**-0.5
+
+    flat = nnx.to_flat_state(nnx.state(policy))
+    drawn = [(path, variable.replace(start(path, variable[...]))) for path, variable in flat]
+    nnx.update(policy, nnx.from_flat_state(drawn))
+    return policy
+
+
+def train_language_model(
+    policy: Llama, rows: Sequence[WeightedText], options: LMTraining
+) -> tuple[Llama, float]:
+    """(a trained copy of `policy`, the mean loss of the last `STEPS_PER_CALL` minibatches)."""
+    length = bucket_length(max(len(row.ids) for row in rows), smallest=8)
+    tokens_nt, mask_nt = pad_batch([row.ids for row in rows], length, 0)
+    weights_nt = np.zeros(tokens_nt.shape, np.float32)
+    for weights_t, row in zip(weights_nt, rows, strict=True):
+        weights_t[: len(row.weights)] = row.weights
+    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=options.weight_decay)
+    )
+    graphdef, params = nnx.split(policy)
+    params = jax.tree.map(jnp.copy, params)  # donated
+    opt_state = optimizer.init(params)
+    rng = np.random.default_rng(options.seed)
+    bar = tqdm(total=options.steps, desc="language model", unit="step")
+    loss = float("nan")
+    for start in range(0, options.steps, STEPS_PER_CALL):
+        steps = min(STEPS_PER_CALL, options.steps - start)
+        n_sb = rng.integers(len(rows), size=(steps, options.batch_size))
+        batches = (tokens_nt[n_sb], mask_nt[n_sb], weights_nt[n_sb])
+        params, opt_state, loss_s = _steps(
+            graphdef, optimizer, options.tap_layer, params, opt_state, batches
+        )
+        loss = float(loss_s.mean())
+        bar.update(steps)
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    bar.close()
+    return nnx.merge(graphdef, params), loss
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def _steps(graphdef, optimizer, tap_layer, params, opt_state, batches):
+    def step(carry, batch):
+        params, opt_state = carry
+        loss, grads = jax.value_and_grad(_loss)(params, graphdef, tap_layer, *batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    (params, opt_state), loss_s = jax.lax.scan(step, (params, opt_state), batches)
+    return params, opt_state, loss_s
+
+
+def _loss(params, graphdef, tap_layer, tokens_bt, mask_bt, weights_bt):
+    policy = nnx.merge(graphdef, params)
+    x_lbtd = policy.layer_states(tokens_bt, mask_bt)
+    states = [x_lbtd[-1], x_lbtd[tap_layer - 1]] if tap_layer else [x_lbtd[-1]]
+    return sum(_cross_entropy(policy.logits(policy.norm(x)), tokens_bt, weights_bt) for x in states)
+
+
+def _cross_entropy(logits_btv, tokens_bt, weights_bt):
+    loss_bt = optax.softmax_cross_entropy_with_integer_labels(logits_btv[:, :-1], tokens_bt[:, 1:])
+    weights_bt = weights_bt[:, 1:]
+    return (weights_bt * loss_bt).sum() / weights_bt.sum()

@@ -1,0 +1,1 @@
+"""The language model, its LoRA and the SARM on it."""

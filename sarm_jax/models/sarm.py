@@ -1,0 +1,124 @@
+"""SARM: a reward that is a sum of sparse features.
+
+    h = trunk(tokens) at the end-of-turn token;  z = SAE(standardise(h));  R = w · z'
+
+where z' is z after an optional intervention on chosen features. The trunk is the first
+`source_layer` layers of a Llama, without its final norm. Source: arXiv 2508.08746.
+
+Deliberate deviations: pooling reads the last position of the mask (the reference looks for the
+first pad token, which breaks with left padding or pad == eos), and the SAE runs on the pooled
+token only (the reference runs it on all of them and drops the rest).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.sae import SAE, SAEConfig, standardise
+
+
+@dataclasses.dataclass(frozen=True)
+class SARMConfig:
+    """`trunk.num_hidden_layers` is the SAE's source layer."""
+
+    trunk: LlamaConfig
+    sae: SAEConfig
+
+
+@struct.dataclass
+class Intervention:
+    """z'_i = clip(multiply · z_i + add, minimum, maximum) for n chosen features, arrays `[n]`.
+
+    set v: multiply 0, add v · steer: multiply or add · bound: minimum, maximum.
+    """
+
+    indices: jax.Array
+    multiply: jax.Array
+    add: jax.Array
+    minimum: jax.Array
+    maximum: jax.Array
+
+    def __call__(self, z_bf: jax.Array) -> jax.Array:
+        """The intervened latents; all other features are untouched."""
+        z_bn = z_bf[:, self.indices] * self.multiply + self.add
+        z_bn = jnp.clip(z_bn, self.minimum, self.maximum)
+        return z_bf.at[:, self.indices].set(z_bn, unique_indices=True)
+
+    def neutral(self) -> "Intervention":
+        """One of the same shape that changes nothing, for what is compiled for this one."""
+        one, infinity = jnp.ones_like(self.add), jnp.full_like(self.add, jnp.inf)
+        return Intervention(self.indices, one, 0 * one, -infinity, infinity)
+
+
+def intervention(
+    latent_size: int,
+    *,
+    set_to: dict[int, float] | None = None,
+    minimum: dict[int, float] | None = None,
+    maximum: dict[int, float] | None = None,
+    steer: dict[int, tuple[str, float]] | None = None,
+) -> Intervention:
+    """Builds an `Intervention` from feature id → value.
+
+    `steer` values are `("*", factor)` or `("+", offset)`, as in a steering file. A feature that
+    is set cannot be steered or bounded as well, nor can its minimum exceed its maximum.
+    """
+    set_to, minimum, maximum, steer = set_to or {}, minimum or {}, maximum or {}, steer or {}
+    ids = sorted({*set_to, *minimum, *maximum, *steer})
+    rows = []
+    for i in ids:
+        if not 0 <= i < latent_size:
+            raise InputError(f"feature {i} does not exist: this SARM has {latent_size} latents")
+        if i in set_to and (i in steer or i in minimum or i in maximum):
+            raise InputError(f"feature {i} is set to {set_to[i]}: it cannot be bounded as well")
+        low, high = minimum.get(i, -np.inf), maximum.get(i, np.inf)
+        if low > high:
+            raise InputError(f"feature {i}: clamp minimum {low} exceeds its maximum {high}")
+        operation, value = steer.get(i, ("+", 0.0))
+        if operation not in ("*", "+"):
+            raise InputError(f"feature {i}: steering operation {operation!r}, expected '*' or '+'")
+        multiply, add = (value, 0.0) if operation == "*" else (1.0, value)
+        if i in set_to:
+            multiply, add = 0.0, set_to[i]
+        rows.append((multiply, add, low, high))
+    columns = np.asarray(rows, np.float32).reshape(len(ids), 4).T
+    return Intervention(jnp.asarray(ids, jnp.int32), *(jnp.asarray(c) for c in columns))
+
+
+class SARM(nnx.Module):
+    """`trunk`, `sae`, and the head weights `score [M]` (no bias)."""
+
+    def __init__(self, config: SARMConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.trunk = Llama(config.trunk, dtype=dtype, rngs=rngs, final_norm=False, head=False)
+        self.sae = SAE(config.sae, dtype=dtype, rngs=rngs)
+        self.score = nnx.Param(jnp.zeros((config.sae.latent_size,), dtype))
+
+    def __call__(
+        self, tokens_bt: jax.Array, mask_bt: jax.Array, change: Intervention | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """(scores `[B]` of the changed latents, the latents `[B, M]` before the change)."""
+        z_bf = self.sae.encode(self.pooled(tokens_bt, mask_bt))
+        return self.head(z_bf if change is None else change(z_bf)), z_bf
+
+    def pooled(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
+        """The standardised trunk state at each row's last real token, float32 `[B, D]`."""
+        h_btd = self.trunk.hidden(tokens_bt, mask_bt)
+        return standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
+
+    def head(self, z_bf: jax.Array) -> jax.Array:
+        """w · z, float32 `[B]`, on GPUs too."""
+        weights_f = self.score[...].astype(jnp.float32)
+        return jnp.dot(z_bf, weights_f, precision=jax.lax.Precision.HIGHEST)
+
+
+def last_position(mask_bt: jax.Array) -> jax.Array:
+    """Index of the last 1 of each row, `[B]`, wherever the padding is."""
+    length = mask_bt.shape[1]
+    return length - 1 - jnp.argmax(mask_bt.astype(bool)[:, ::-1], axis=1)

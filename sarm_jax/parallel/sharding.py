@@ -1,0 +1,278 @@
+"""The device mesh, and the one table: parameter path → PartitionSpec.
+
+    data     copies of the weights, each with its part of the batch
+    fsdp     splits the weights, and the batch further: less memory for more communication
+    tensor   splits heads and widths within a layer: less latency
+
+Modules know little of this. Weights are put on the mesh as they are loaded, the programs state
+where their inputs and outputs live, and the compiler derives the rest. The exceptions: attention,
+whose fused kernel wants queries, keys and values split alike, along rows and heads alone
+(`keep_heads`); decoding's copy of the weights, which is laid out anew and split as they are
+(`sarm_jax.sampling.fused_layers`); and what is added up along the vocabulary when a token is drawn
+(`sarm_jax.sampling.generate`). Adapters, value head and optimizer state are small and replicated.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.parallel.devices import find_devices
+
+# Reads a region of a parameter: every slice has a start and a stop.
+Read = Callable[[tuple[slice, ...]], np.ndarray]
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Stacked layers have the layer as their first dimension. Each path matches exactly one row.
+TABLE: tuple[tuple[str, P], ...] = (
+    (r"(trunk\.)?embed_tokens", P("tensor", "fsdp")),
+    (r"lm_head", P("tensor", "fsdp")),
+    (r"(trunk\.)?layers\.attn\.[qkv]_proj\.kernel", P(None, "fsdp", "tensor")),
+    (r"(trunk\.)?layers\.attn\.o_proj\.kernel", P(None, "tensor", "fsdp")),
+    (r"(trunk\.)?layers\.mlp\.(gate|up)_proj\.kernel", P(None, "fsdp", "tensor")),
+    (r"(trunk\.)?layers\.mlp\.down_proj\.kernel", P(None, "tensor", "fsdp")),
+    (r"(trunk\.)?layers\.(input|post_attention)_layernorm\.scale", P()),
+    (r"(trunk\.)?norm\.scale", P()),
+    (r"sae\.encoder", P("fsdp", "tensor")),
+    (r"sae\.decoder", P("tensor", "fsdp")),
+    (r"sae\.(pre|latent)_bias", P()),
+    (r"score", P()),
+)
+VOCABULARY = re.compile(r"(trunk\.)?(embed_tokens|lm_head)")
+
+
+class HeadCounts(Protocol):
+    """What a mesh asks of a model."""
+
+    @property
+    def num_attention_heads(self) -> int: ...
+
+    @property
+    def num_key_value_heads(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise InputError(f"mesh.{axis}={getattr(self, axis)}: must be at least 1")
+
+    @property
+    def devices(self) -> int:
+        """How many devices it takes."""
+        return self.data * self.fsdp * self.tensor
+
+    @property
+    def batch_parts(self) -> int:
+        """Into how many parts the batch is split."""
+        return self.data * self.fsdp
+
+    def __str__(self) -> str:
+        return f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}"
+
+    def check_batch(self, rows: int, name: str) -> None:
+        """Raises InputError where `rows` rows, called `name`, cannot be split evenly."""
+        if rows % self.batch_parts:
+            raise InputError(
+                f"{name} = {rows} rows do not divide over data × fsdp = {self.batch_parts} devices "
+                f"({self})"
+            )
+
+    def check_model(self, config: HeadCounts) -> None:
+        """Raises InputError where the heads cannot be split over `tensor`."""
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            if getattr(config, name) % self.tensor:
+                raise InputError(
+                    f"mesh.tensor={self.tensor} does not divide {name}={getattr(config, name)}"
+                )
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh over the first devices; None where one device is all it takes."""
+    devices = find_devices() if devices is None else devices
+    if config.devices > len(devices):
+        raise InputError(f"{config} takes {config.devices} devices; there are {len(devices)}")
+    if jax.process_count() > 1 and config.devices < len(devices):
+        raise InputError(
+            f"{config} takes {config.devices} devices; over {jax.process_count()} processes it has "
+            f"to take all {len(devices)}"
+        )
+    if config.devices == 1:
+        return None
+    grid = np.asarray(devices[: config.devices]).reshape(config.data, config.fsdp, config.tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
+    """The row of `TABLE` for a parameter; InputError where the mesh does not divide its shape."""
+    rows = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
+    if len(rows) != 1:
+        raise ValueError(f"{path} matches {len(rows)} rows of the sharding table, expected 1")
+    spec = rows[0]
+    for dimension, axis in enumerate(spec):
+        if axis is not None and shape[dimension] % mesh.shape[axis]:
+            raise InputError(
+                f"mesh.{axis}={mesh.shape[axis]} does not divide dimension {dimension} of {path}, "
+                f"whose shape is {tuple(shape)}"
+            )
+    return spec
+
+
+def padded_shape(path: str, shape: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
+    """The shape of a parameter on the mesh: a vocabulary gets rows of zeros until it divides."""
+    rows, *rest = shape
+    if VOCABULARY.fullmatch(path):
+        rows += -rows % mesh.shape["tensor"]
+    return (rows, *rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Puts arrays on a mesh; without one (a single device), leaves everything as it is."""
+
+    mesh: Mesh | None = None
+
+    @property
+    def parts(self) -> int:
+        """How many parts of a batch lie on devices of their own."""
+        return self.size("data") * self.size("fsdp")
+
+    def size(self, axis: str) -> int:
+        """How many devices there are along an axis of the mesh."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    def parameter(self, path: str, array: np.ndarray) -> jax.Array:
+        """A frozen parameter that the host holds; on a mesh as `load` puts it."""
+        return self.load(path, array.shape, array.dtype, array.__getitem__)
+
+    def load(self, path: str, shape: Sequence[int], dtype: Any, read: Read) -> jax.Array:
+        """A frozen parameter, read straight into its shards: the host holds one at a time.
+
+        What this process has no shard of is not read; a vocabulary is padded, see `padded_shape`.
+        """
+        if self.mesh is None:
+            whole = read(tuple(slice(0, size) for size in shape))
+            return jax.block_until_ready(jax.device_put(whole))
+        padded = padded_shape(path, shape, self.mesh)
+        sharding = self._at(partition_spec(path, padded, self.mesh))
+        devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+        for device, index in sharding.addressable_devices_indices_map(padded).items():
+            pairs = zip(index or (), padded, strict=True)
+            bounds = tuple((s.indices(size)[0], s.indices(size)[1]) for s, size in pairs)
+            devices.setdefault(bounds, []).append(device)
+        shards = []
+        for region, copies in devices.items():
+            piece = _read_padded(region, shape, dtype, read)
+            shards += jax.block_until_ready([jax.device_put(piece, device) for device in copies])
+        return jax.make_array_from_single_device_arrays(padded, sharding, shards)
+
+    def replicated(self, tree: Any) -> Any:
+        """A copy on every device."""
+        return tree if self.mesh is None else jax.tree.map(lambda x: _put(x, self._at(P())), tree)
+
+    def rows(self, tree: Any) -> Any:
+        """Arrays split along their first dimension, or on every device where it does not divide."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape))), tree)
+
+    def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
+        """An array for compiling ahead, split like `spec`."""
+        sharding = None if self.mesh is None else self._at(spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def abstract_parameter(self, path: str, shape: Sequence[int], dtype: Any) -> Any:
+        """What `load` makes of such an array."""
+        if self.mesh is None:
+            return self.abstract(shape, dtype, P())
+        shape = padded_shape(path, shape, self.mesh)
+        return self.abstract(shape, dtype, partition_spec(path, shape, self.mesh))
+
+    def abstract_replicated(self, tree: Any) -> Any:
+        """What `replicated` makes of such a tree."""
+        return jax.tree.map(lambda x: self.abstract(x.shape, x.dtype, P()), tree)
+
+    def abstract_rows(self, shape: Sequence[int], dtype: Any) -> Any:
+        """What `rows` makes of such an array."""
+        return self.abstract(shape, dtype, self._rows(shape))
+
+    def keep_rows(self, tree: Any) -> Any:
+        """Inside a program: arrays stay as `rows` puts them."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: self.keep(x, self._rows(x.shape)), tree)
+
+    def keep_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Inside a program: arrays `[B, T, heads, H]` are split along batch and heads alone."""
+        if self.mesh is None:
+            return arrays
+        rows = None if len(arrays[0]) % self.parts else BATCH[0]
+        return self.keep(arrays, P(rows, None, "tensor"))
+
+    def keep_replicated(self, tree: Any) -> Any:
+        """Inside a program: arrays stay whole on every device."""
+        return self.keep(tree, P())
+
+    def keep(self, tree: Any, spec: P) -> Any:
+        """Inside a program: arrays stay split like `spec`."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, self._at(spec))
+
+    def _rows(self, shape: Sequence[int]) -> P:
+        return P() if shape[0] % self.parts else BATCH
+
+    def _at(self, spec: P) -> NamedSharding:
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, spec)
+
+
+def put_like(array: np.ndarray, like: Any) -> Any:
+    """An array of the host's where `like` lies; as it is, where that is on the host itself.
+
+    One that is free to move stays so: programs are compiled anew for one that is not.
+    """
+    if not isinstance(like, jax.Array):
+        return array
+    return _put(array, like.sharding) if like.committed else jax.device_put(array)
+
+
+def _put(x: Any, sharding: Sharding) -> jax.Array:
+    """`x` on the mesh; of what a host holds, every process puts its own part there."""
+    on_mesh = isinstance(x, jax.Array) and not x.is_fully_addressable
+    if on_mesh or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+
+def _read_padded(
+    bounds: Sequence[tuple[int, int]], shape: Sequence[int], dtype: Any, read: Read
+) -> np.ndarray:
+    """The region between `bounds`, with zeros where it goes beyond `shape` in its rows."""
+    (start, stop), *rest = bounds
+    columns = [slice(*pair) for pair in rest]
+    if stop <= shape[0]:
+        return read((slice(start, stop), *columns))
+    piece = np.zeros([high - low for low, high in bounds], dtype)
+    if start < shape[0]:
+        piece[: shape[0] - start] = read((slice(start, shape[0]), *columns))
+    return piece
+
+
+ONE_DEVICE = Placement()

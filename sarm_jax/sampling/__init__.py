@@ -1,0 +1,1 @@
+"""Sampling responses, one token at a time."""

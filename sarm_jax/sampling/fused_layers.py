@@ -1,0 +1,141 @@
+"""A layer's weights as decoding reads them: few large matrices, each once.
+
+A token that is decoded takes as long as its kernels take to be read and as there are of them, so
+linear layers with the same input are one product, and their adapters' A stand below them in it:
+
+    [W_q; W_k; W_v; A_q; A_k; A_v] x = [y_q; y_k; y_v; a],    y += (α / r) diag(B_q, B_k, B_v) a
+
+On a mesh each part of the rows has the whole of A below it, so that nothing is sent for it that is
+not sent for W, and no row moves to another device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from sarm_jax.models.llama import Linear, Llama
+from sarm_jax.parallel.sharding import Placement
+
+
+@struct.dataclass
+class FusedLinear:
+    """Linear layers with the same input: `[in, B]` → `[out, B]` of each.
+
+    `kernel_poi` `[parts, out / parts + r, in]` holds all rows of W, then those of A; `b_por`
+    `[parts, out / parts, r]` is block-diagonal, None without adapters. `r` is the sum of the ranks,
+    `out` of the `widths`. `axes` of the mesh split the rows and the columns. (Suffixes here: part,
+    output, input, rank.)
+    """
+
+    kernel_poi: jax.Array
+    b_por: jax.Array | None
+    scale: float = struct.field(pytree_node=False)
+    widths: tuple[int, ...] = struct.field(pytree_node=False)
+    axes: tuple[str, str] = struct.field(pytree_node=False)
+
+    def __call__(self, x_ib: jax.Array) -> list[jax.Array]:
+        """What each of the layers makes of the tokens, which stand in columns."""
+        parts, batch = len(self.kernel_poi), x_ib.shape[1]
+        y_pob = product(self.kernel_poi, x_ib)
+        cuts = np.cumsum(self.widths) // parts
+        *y, a_prb = jnp.split(y_pob, cuts, axis=1)
+        if self.b_por is not None:
+            adapted_pob = self.b_por @ a_prb * self.scale
+            pieces = jnp.split(adapted_pob, cuts[:-1], axis=1)
+            y = [own + adapted for own, adapted in zip(y, pieces, strict=True)]
+        return [own.reshape(-1, batch) for own in y]
+
+    def placed(self, put: Callable[[Any, P], Any]) -> "FusedLinear":
+        """With `put(array, spec)` for its arrays, the spec saying how they are split."""
+        rows, columns = self.axes
+        b_por = None if self.b_por is None else put(self.b_por, P(rows))
+        kernel_poi = put(self.kernel_poi, P(rows, None, columns))
+        return dataclasses.replace(self, kernel_poi=kernel_poi, b_por=b_por)
+
+
+@struct.dataclass
+class FusedLayer:
+    """One layer: the scales of its two norms, and its seven linear layers in four."""
+
+    attention_norm: jax.Array
+    qkv: FusedLinear
+    o: FusedLinear
+    mlp_norm: jax.Array
+    gate_up: FusedLinear
+    down: FusedLinear
+
+
+def product(kernel: jax.Array, x: jax.Array, dtype: Any = None) -> jax.Array:
+    """kernel x, with the tokens of x in columns, in `dtype`.
+
+    A CPU's matrix product copies the operand on its right first, so that is the tokens: half the
+    time. Without the barriers XLA would swap them, and transpose.
+    """
+    x = jax.lax.optimization_barrier(x)
+    return jax.lax.optimization_barrier(jnp.matmul(kernel, x, preferred_element_type=dtype))
+
+
+def fuse_layers(policy: Llama) -> tuple[FusedLayer, ...]:
+    """A copy of each layer's weights, for many calls of `sarm_jax.sampling.decoding.decode`.
+
+    A layer that is read out of its stack is copied first, up to three times the traffic of
+    reading it, so a loop would copy all weights at every token. Adapters have the weights' dtype.
+    """
+    attn, mlp, placement = policy.layers.attn, policy.layers.mlp, policy.placement
+
+    def fuse(layer: int) -> FusedLayer:
+        def linear(*linears: Linear, axes: tuple[str, str]) -> FusedLinear:
+            return _fuse(linears, layer, axes, placement)
+
+        return FusedLayer(
+            attention_norm=policy.layers.input_layernorm.scale[layer],
+            qkv=linear(attn.q_proj, attn.k_proj, attn.v_proj, axes=("tensor", "fsdp")),
+            o=linear(attn.o_proj, axes=("fsdp", "tensor")),
+            mlp_norm=policy.layers.post_attention_layernorm.scale[layer],
+            gate_up=linear(mlp.gate_proj, mlp.up_proj, axes=("tensor", "fsdp")),
+            down=linear(mlp.down_proj, axes=("fsdp", "tensor")),
+        )
+
+    return tuple(fuse(layer) for layer in range(policy.config.num_hidden_layers))
+
+
+def _fuse(
+    linears: Sequence[Linear], layer: int, axes: tuple[str, str], placement: Placement
+) -> FusedLinear:
+    """One layer of stacked linear layers."""
+    parts, dtype = placement.size(axes[0]), linears[0].kernel.dtype
+    kernels = [linear.kernel[layer].T for linear in linears]
+    widths = tuple(len(kernel) for kernel in kernels)
+    rows = [kernel.reshape(parts, -1, kernel.shape[1]) for kernel in kernels]
+    loras = [linear.lora for linear in linears]
+    adapted = [lora for lora in loras if lora is not None]
+    for lora in adapted:
+        a_ri = lora.a[layer].T.astype(dtype)
+        rows.append(jnp.broadcast_to(a_ri, (parts, *a_ri.shape)))
+    (scale,) = {lora.scale for lora in adapted} or {1.0}  # one configuration made them all
+    fused = FusedLinear(
+        kernel_poi=jnp.concatenate(rows, axis=1),
+        b_por=_block_diagonal(loras, layer, widths, parts).astype(dtype) if adapted else None,
+        scale=scale,
+        widths=widths,
+        axes=axes,
+    )
+    return fused.placed(placement.keep)
+
+
+def _block_diagonal(loras, layer, widths, parts):
+    """B of each adapter in columns of its own, `[parts, out / parts, r]`."""
+    ranks = [0 if lora is None else lora.b.shape[1] for lora in loras]
+    blocks, before = [], 0
+    for lora, width, rank in zip(loras, widths, ranks, strict=True):
+        block = jnp.zeros((width, 0)) if lora is None else lora.b[layer].T
+        block = jnp.pad(block, ((0, 0), (before, sum(ranks) - before - rank)))
+        blocks.append(block.reshape(parts, width // parts, -1))
+        before += rank
+    return jnp.concatenate(blocks, axis=1)

@@ -1,0 +1,225 @@
+"""Sampling with a KV cache: one prefill, then one compiled loop that stops when every row has.
+
+Log-probabilities are those of the distribution that is sampled from:
+log π = log_softmax(logits / T), renormalised over the kept tokens where top-k or top-p drop some.
+"""
+
+import dataclasses
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.chat import bucket_length
+from sarm_jax.models.llama import Llama
+from sarm_jax.models.packing import Packing
+from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
+from sarm_jax.sampling.decoding import compiler_options, decode, next_logits, prefill
+from sarm_jax.sampling.fused_layers import fuse_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to draw: temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
+        if self.top_k < 0:
+            raise InputError(f"top_k={self.top_k}: must be 0 (off) or positive")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p={self.top_p}: must lie in (0, 1]")
+
+
+@struct.dataclass
+class Generation:
+    """Responses `[B, R]`: `mask_br` is 1 up to and including the stop token.
+
+    `logp_br` is float32 under the sampling distribution; tokens after the end are padding.
+    `ended_b` says whether a stop token came within the budget.
+    """
+
+    tokens_br: jax.Array
+    mask_br: jax.Array
+    logp_br: jax.Array
+    ended_b: jax.Array
+
+
+def generate(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    key: jax.Array | None = None,
+    stop_ids: tuple[int, ...] | None = None,
+    pad_id: int = 0,
+) -> Generation:
+    """Continues prompts padded on any side. `stop_ids` defaults to the policy's own.
+
+    `key` may be None only when greedy. Prompt lengths are padded to a few sizes, so that calls
+    with varying prompts share compilations.
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
+    if key is None:
+        if temperature > 0:
+            raise InputError("key=None: sampling at temperature > 0 needs a PRNG key")
+        key = jax.random.key(0)
+    extra = bucket_length(tokens_bt.shape[1]) - tokens_bt.shape[1]
+    widths = ((0, 0), (extra, 0))
+    tokens_bt, mask_bt = jnp.pad(tokens_bt, widths), jnp.pad(mask_bt, widths)
+    stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
+    graphdef, state = nnx.split(policy)
+    run = _compiled(compiler_options(policy.platform, len(tokens_bt) // policy.placement.parts))
+    return run(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad_id)
+
+
+@cache
+def _compiled(options):
+    return jax.jit(_sample, static_argnums=(0, 5, 6, 7), compiler_options=dict(options))
+
+
+def _sample(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad):
+    return sample(nnx.merge(graphdef, state), tokens_bt, mask_bt, key, sampling, stops, pad)
+
+
+def sample(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    pad: int,
+    packing: Packing | None = None,
+) -> Generation:
+    """`generate` without the jit and the bucketing, to be traced inside a larger program.
+
+    With a packing of `mask_bt` the prefill computes no padding.
+    """
+    batch, length = tokens_bt.shape
+    budget = sampling.max_new_tokens
+    stop_ids = jnp.asarray(stops, jnp.int32)
+
+    def draw(x_b1d, key, running_b):
+        logits_bv = next_logits(policy, x_b1d)
+        token_b, logp_b = draw_token(logits_bv, key, sampling, policy.placement)
+        return jnp.where(running_b, token_b, pad), jnp.where(running_b, logp_b, 0.0)
+
+    def unfinished(carry):
+        return (carry[0] < budget) & carry[5].any()
+
+    def step(carry):
+        r, cache, key, tokens, logps, running_b = carry
+        x_b1d, cache = decode(policy, tokens[:, r - 1], cache, layers)
+        key, draw_key = jax.random.split(key)
+        token_b, logp_b = draw(x_b1d, draw_key, running_b)
+        tokens, logps = tokens.at[:, r].set(token_b), logps.at[:, r].set(logp_b)
+        return r + 1, cache, key, tokens, logps, running_b & ~jnp.isin(token_b, stop_ids)
+
+    x_btd, cache = prefill(policy, tokens_bt, mask_bt, length + budget, packing)
+    last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
+    x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
+    key, first_key = jax.random.split(key)
+    running_b = jnp.ones((batch,), bool)
+    token_b, logp_b = draw(x_b1d, first_key, running_b)
+    tokens_br = jnp.full((batch, budget), pad, jnp.int32).at[:, 0].set(token_b)
+    logp_br = jnp.zeros((batch, budget)).at[:, 0].set(logp_b)
+    running_b &= ~jnp.isin(token_b, stop_ids)
+    layers = fuse_layers(policy)
+    carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
+    _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
+
+    stopped_br = jnp.isin(tokens_br, stop_ids)
+    mask_br = jnp.cumsum(stopped_br, axis=1) - stopped_br == 0
+    return Generation(tokens_br, mask_br, logp_br, ~running_b)
+
+
+def draw_token(
+    logits_bv: jax.Array, key: jax.Array, sampling: Sampling, placement: Placement = ONE_DEVICE
+) -> tuple[jax.Array, jax.Array]:
+    """(token `[B]` int32, its log-probability `[B]` under the distribution drawn from)."""
+    if sampling.temperature == 0:
+        logp_bv = jax.nn.log_softmax(logits_bv)
+        token_b = jnp.argmax(logits_bv, axis=-1)
+    else:
+        logits_bv = logits_bv / sampling.temperature
+        kept_bv = keep_top(logits_bv, sampling.top_k, sampling.top_p, placement)
+        logp_bv = jax.nn.log_softmax(kept_bv)
+        token_b = draw_index(jnp.exp(logp_bv), key, placement)
+    logp_b = jnp.take_along_axis(logp_bv, token_b[:, None], axis=-1)[:, 0]
+    return token_b.astype(jnp.int32), logp_b
+
+
+def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVICE) -> jax.Array:
+    """Draws `[B]` indices from rows of weights by inverting their cumulative sum in two levels.
+
+    One uniform number per row: on a CPU, a Gumbel variate per vocabulary entry would cost more
+    than a sixth of a small model's decode step. An index of weight 0 is never drawn: a sum that is
+    made in parts may step up there, by a rounding.
+    """
+    batch, size = p_bv.shape
+    blocks = _blocks(size, placement.size("tensor"))
+    width = -(-size // blocks)
+    p_bkw = jnp.pad(p_bv, ((0, 0), (0, blocks * width - size))).reshape(batch, blocks, width)
+    # Where the vocabulary is split, all blocks' sums come to each device first: jax 0.11 has them
+    # added up along a split axis in a loop of as many steps as there are blocks.
+    p_bk = placement.keep_rows(p_bkw.sum(axis=-1))
+    cdf_bk = jnp.cumsum(p_bk, axis=-1)
+    target_b = jax.random.uniform(key, (batch,)) * cdf_bk[:, -1]
+    block_b1 = _first_beyond(target_b, p_bk, cdf_bk)[:, None]
+    before_b = jnp.take_along_axis(jnp.pad(cdf_bk, ((0, 0), (1, 0))), block_b1, 1)[:, 0]
+    p_bw = jnp.take_along_axis(p_bkw, block_b1[..., None], axis=1)[:, 0]
+    inside_b = _first_beyond(target_b - before_b, p_bw, jnp.cumsum(p_bw, axis=-1))
+    return block_b1[:, 0] * width + inside_b
+
+
+def _first_beyond(target_b: jax.Array, p_bn: jax.Array, cdf_bn: jax.Array) -> jax.Array:
+    """The first index of positive weight whose cumulative sum is above the target, `[B]`."""
+    cdf_bn = jnp.where(p_bn > 0, cdf_bn, 0.0)
+    # The sum may end below the target by a rounding: stay inside.
+    target_b = jnp.minimum(target_b, jnp.nextafter(cdf_bn.max(axis=-1), 0.0))
+    return jnp.argmax(cdf_bn > target_b[:, None], axis=-1)
+
+
+def _blocks(size: int, parts: int) -> int:
+    """Into how many blocks to cut: about √size, so that both levels are short.
+
+    A multiple of `parts`, so that a vocabulary that is split over as many devices is cut where they
+    meet, and stays there; a divisor if there is one near, or the weights would be copied to be
+    padded; best a multiple of 8, so that other meshes cut alike.
+    """
+    root = math.isqrt(size)
+    near = [n for n in range(max(root // 3, 1), 3 * root + 1) if size % n == n % parts == 0]
+    if not near:
+        return -(-root // parts) * parts
+    return min(near, key=lambda n: (n % 8 != 0, abs(math.log(n * n / size))))
+
+
+def keep_top(
+    logits_bv: jax.Array, top_k: int, top_p: float, placement: Placement = ONE_DEVICE
+) -> jax.Array:
+    """Sets to −∞ all but the k likeliest tokens, then all but the nucleus of mass top_p."""
+    if 0 < top_k < logits_bv.shape[-1]:
+        threshold_b1 = jax.lax.top_k(logits_bv, top_k)[0][:, -1:]
+        logits_bv = jnp.where(logits_bv >= threshold_b1, logits_bv, -jnp.inf)
+    if top_p < 1:
+        descending_bv = placement.keep_rows(-jnp.sort(-logits_bv, axis=-1))
+        p_bv = jax.nn.softmax(descending_bv, axis=-1)
+        inside_bv = jnp.cumsum(p_bv, axis=-1) - p_bv < top_p  # the token that crosses is kept
+        threshold_b1 = jnp.min(jnp.where(inside_bv, descending_bv, jnp.inf), -1, keepdims=True)
+        logits_bv = jnp.where(logits_bv >= threshold_b1, logits_bv, -jnp.inf)
+    return logits_bv

@@ -1,0 +1,1 @@
+"""Training a SARM from preference pairs."""

@@ -1,0 +1,220 @@
+"""Preference pairs without a labeller: good answers against answers spoilt in a known way.
+
+The preferred side is a demonstration or an answer the policy ended by itself; the rejected side is
+one of six kinds, named in `source`:
+
+    off_topic   the answer to another prompt
+    truncated   cut in mid-sentence
+    degenerate  a phrase repeated over and over
+    shuffled    the words in random order
+    unfinished  the policy's own answer that ran into the token budget
+    evasive     a polite answer that says nothing
+
+A reward trained on such pairs must not get away with counting words: some kinds are shorter than
+the preferred answer, some longer, some equal, and `length_accuracy` says how far length alone gets.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.chat import bucket_length, encode_prompt, pad_batch, pad_id, stop_ids
+from sarm_jax.models.llama import Llama
+from sarm_jax.sampling.generate import generate
+
+LOG = logging.getLogger(__name__)
+
+KINDS = ("off_topic", "truncated", "degenerate", "shuffled", "unfinished", "evasive")
+EVASIONS = (
+    "That is a good question. It depends.",
+    "I am not sure.",
+    "There are many opinions about this, and it is hard to say anything definite.",
+    "Everyone is different, so only you can know what is right here.",
+    "I would rather not go into that. Is there anything else on your mind today?",
+    "It depends on many things. Some people would say one thing and others would say another, "
+    "and there is probably some truth in both of these views.",
+    "This is an interesting topic with a long history, and a lot has been written about it. "
+    "You can find more information online or in a good book.",
+    "Thank you for asking. Questions like this one come up quite often, and they can be answered "
+    "in several ways, each with advantages and disadvantages of its own.",
+    "Sorry, I cannot help with that at the moment. Please try again another time, or ask "
+    "someone who knows more about it than I do.",
+    "Well, that is not easy to answer in general. It would be best to think about it carefully, "
+    "look at all the sides, and then do whatever feels right to you.",
+)
+SAMPLING_BATCH = 32
+FEWEST_WORDS = 4  # a shorter sample has no middle to cut and no order to lose
+SENTENCE_ENDS = (".", "!", "?", '"')  # one that stops elsewhere is no good example
+PUNCTUATION = ".,;:!?\"'"
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """`demos_jsonl` {prompt, response}; `max_new_tokens` is the budget of a sampled answer."""
+
+    demos_jsonl: str
+    samples_per_prompt: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.samples_per_prompt < 0:
+            raise InputError(
+                f"prepare_data.samples_per_prompt={self.samples_per_prompt}: must not be < 0"
+            )
+        if self.max_new_tokens < 1:
+            raise InputError(
+                f"prepare_data.max_new_tokens={self.max_new_tokens}: must be at least 1"
+            )
+        if not 0 < self.temperature < float("inf"):
+            raise InputError(f"prepare_data.temperature={self.temperature}: must be positive")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"prepare_data.seed={self.seed}: must lie in [0, 2^31)")
+
+    def check(self, demos: Sequence[dict[str, str]]) -> None:
+        """Raises InputError for demonstrations that no pairs can be made from."""
+        if len(demos) < 2:
+            raise InputError(f"{self.demos_jsonl}: {len(demos)} row(s), at least 2 are needed")
+
+
+@dataclasses.dataclass
+class Answers:
+    """All answers to one prompt: `good` ones may be preferred, `unfinished` ones never are."""
+
+    prompt: str
+    good: list[str]
+    unfinished: list[str]
+
+
+def make_pairs(
+    config: PairsConfig, policy: Llama, tokenizer: Any, demos: Sequence[dict[str, str]]
+) -> list[dict[str, str]]:
+    """Rows {prompt, chosen, rejected, source}, one of each kind per prompt where possible.
+
+    Prompts whose samples all ended have no unfinished answer; other prompts' second ones fill up.
+    Deterministic in `config.seed`. Raises `InputError` for fewer than two demonstrations.
+    """
+    config.check(demos)
+    answers = [Answers(demo["prompt"], [demo["response"].strip()], []) for demo in demos]
+    if config.samples_per_prompt:
+        add_samples(config, policy, tokenizer, answers)
+    pairs = pair_up(answers, np.random.default_rng(config.seed))
+    report = ", ".join(f"{kind} {sum(p['source'] == kind for p in pairs)}" for kind in KINDS)
+    LOG.info("%d pairs: %s", len(pairs), report)
+    LOG.info("longer is better: %.3f of the pairs", length_accuracy(pairs))
+    return pairs
+
+
+def add_samples(
+    config: PairsConfig, policy: Llama, tokenizer: Any, answers: Sequence[Answers]
+) -> None:
+    """Samples `samples_per_prompt` answers per prompt and files them as good or unfinished."""
+    prompts = [encode_prompt(tokenizer, a.prompt) for a in answers] * config.samples_per_prompt
+    stops, pad = stop_ids(tokenizer), pad_id(tokenizer)
+    key = jax.random.key(config.seed)
+    length = bucket_length(max(map(len, prompts)))
+    for batch, start in enumerate(range(0, len(prompts), SAMPLING_BATCH)):
+        rows = prompts[start : start + SAMPLING_BATCH]
+        filler = [rows[0]] * (SAMPLING_BATCH - len(rows))
+        tokens_bt, mask_bt = pad_batch([*rows, *filler], length, pad, side="left")
+        out = generate(
+            policy,
+            jnp.asarray(tokens_bt),
+            jnp.asarray(mask_bt),
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            key=jax.random.fold_in(key, batch),
+            stop_ids=stops,
+            pad_id=pad,
+        )
+        sampled = zip(*map(np.asarray, (out.tokens_br, out.mask_br, out.ended_b)), strict=True)
+        for row, (tokens_r, mask_r, ended) in zip(range(len(rows)), sampled, strict=False):
+            text = tokenizer.decode(tokens_r[mask_r], skip_special_tokens=True).strip()
+            answer = answers[(start + row) % len(answers)]
+            complete = text.endswith(SENTENCE_ENDS)
+            if ended and complete and len(text.split()) >= FEWEST_WORDS:
+                answer.good.append(text)
+            elif text and not ended and not complete:
+                answer.unfinished.append(text)
+        LOG.info("sampled %d of %d answers", start + len(rows), len(prompts))
+
+
+def pair_up(answers: Sequence[Answers], rng: np.random.Generator) -> list[dict[str, str]]:
+    """One pair of each kind per prompt (see `make_pairs`), in random order."""
+    corruptions: dict[str, Callable[[str, np.random.Generator], str]] = {
+        "truncated": truncate_text,
+        "degenerate": repeat_phrase,
+        "shuffled": shuffle_words,
+    }
+    pairs = []
+    for number, answer in enumerate(answers):
+        other = answers[(number + int(rng.integers(1, len(answers)))) % len(answers)]
+        rejected = {"off_topic": pick(other.good, rng), "evasive": pick(EVASIONS, rng)}
+        for kind, corrupt in corruptions.items():
+            rejected[kind] = corrupt(pick(answer.good, rng), rng)
+        for kind, text in rejected.items():
+            pairs.append(_pair(answer.prompt, pick(answer.good, rng), text, kind))
+    unfinished = sorted(
+        (place, number) for number, a in enumerate(answers) for place in range(len(a.unfinished))
+    )
+    for place, number in unfinished[: len(answers)]:  # each prompt's first one before any second
+        answer = answers[number]
+        text = answer.unfinished[place]
+        pairs.append(_pair(answer.prompt, pick(answer.good, rng), text, "unfinished"))
+    pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    return [pairs[i] for i in rng.permutation(len(pairs))]
+
+
+def truncate_text(text: str, rng: np.random.Generator) -> str:
+    """The first 20–80 % of the words (at least one, never all), without closing punctuation."""
+    words = text.split()
+    kept = round(len(words) * rng.uniform(0.2, 0.8))
+    return " ".join(words[: min(max(kept, 1), max(len(words) - 1, 1))]).rstrip(PUNCTUATION)
+
+
+def repeat_phrase(text: str, rng: np.random.Generator) -> str:
+    """A beginning of up to half the text, then its next 2–5 words over and over.
+
+    At least three times, and until 0.8–1.4 times the text's length is reached.
+    """
+    words = text.split()
+    start = int(rng.integers(0, len(words) // 2 + 1))
+    phrase = words[start : start + int(rng.integers(2, 6))]
+    target = len(words) * rng.uniform(0.8, 1.4)
+    looped = words[:start]
+    while len(looped) < target or len(looped) < start + 3 * len(phrase):
+        looped += phrase
+    return " ".join(looped)
+
+
+def shuffle_words(text: str, rng: np.random.Generator) -> str:
+    """The words in random order, dressed as a sentence: one capital, one full stop."""
+    words = [word.strip(PUNCTUATION) for word in text.split()]
+    words = [words[i] for i in rng.permutation(len(words)) if words[i]]
+    shuffled = " ".join(words)
+    return shuffled[:1].upper() + shuffled[1:] + "."
+
+
+def length_accuracy(pairs: Sequence[dict[str, str]]) -> float:
+    """How often the chosen answer has more words than the rejected one; a tie counts half.
+
+    1 − this is the accuracy of "shorter is better".
+    """
+    difference = [len(p["chosen"].split()) - len(p["rejected"].split()) for p in pairs]
+    return float(np.mean((np.sign(difference) + 1) / 2))
+
+
+def pick(options: Sequence[str], rng: np.random.Generator) -> str:
+    """One of `options`, uniformly."""
+    return options[int(rng.integers(len(options)))]
+
+
+def _pair(prompt: str, chosen: str, rejected: str, source: str) -> dict[str, str]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}

@@ -1,0 +1,292 @@
+"""Bradley–Terry training of a SARM, in the four modes of the reference implementation.
+
+    L_BT = −mean log σ(r_chosen − r_rejected)          (Bradley & Terry 1952; Ouyang 2203.02155)
+    L    = L_BT + λ L_rec,      L_rec = mean ‖x̂ − x‖² / ‖x‖² over the last assistant turn
+
+    mode  trunk   SAE            head
+    0     frozen  frozen         L_BT     the pooled latents are computed once
+    1     L_BT    frozen         L_BT
+    2     L       L              L_BT
+    3     L_BT    λ L_rec only   L_BT     x is detached in L_rec, the SAE in L_BT
+
+AdamW with a cosine schedule and a 3 % warm-up; norm scales and SAE biases do not decay, and the
+final norm, which a SARM never applies, is not trained at all. Source: arXiv 2508.08746.
+
+Deliberate deviation: the head, which starts at 0, has a learning rate of its own.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from sarm_jax.models.chat import bucket_length, pad_batch
+from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
+from sarm_jax.models.sarm import SARM, last_position
+from sarm_jax.training.sae_training import Conversation, Log, warmup_cosine
+
+T = TypeVar("T", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceTraining:
+    """`batch_size` in pairs; `learning_rate` of trunk and SAE, `head_learning_rate` of the head."""
+
+    mode: int
+    reconstruction_weight: float
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    head_learning_rate: float
+    warmup_fraction: float
+    weight_decay: float
+    seed: int
+
+
+def bradley_terry_loss(score_chosen_b: jax.Array, score_rejected_b: jax.Array) -> jax.Array:
+    """−mean log σ(Δ), Δ = r_chosen − r_rejected; log 2 where the scores are equal."""
+    chex.assert_rank([score_chosen_b, score_rejected_b], 1)
+    return -jax.nn.log_sigmoid(score_chosen_b - score_rejected_b).mean()
+
+
+def accuracy(score_chosen_b: jax.Array, score_rejected_b: jax.Array) -> jax.Array:
+    """The share of pairs ranked rightly; equal scores count half."""
+    chex.assert_rank([score_chosen_b, score_rejected_b], 1)
+    return (jnp.sign(score_chosen_b - score_rejected_b) + 1).mean() / 2
+
+
+# --- mode 0 --------------------------------------------------------------------------------------
+
+
+def train_head(
+    sae: SAE, pooled_rd: np.ndarray, pairs_p2: np.ndarray, options: PreferenceTraining, log: Log
+) -> jax.Array:
+    """Head weights `[M]` for a frozen SAE and frozen, standardised pooled states `[R, D]`.
+
+    `pairs_p2` holds (chosen, rejected) row numbers. Only the kept latents of a row are stored.
+    """
+    values_rk, indices_rk = sparse_latents(sae, pooled_rd)
+    rng = np.random.default_rng(options.seed)
+    batch = min(options.batch_size, len(pairs_p2))
+    per_epoch = len(pairs_p2) // batch
+    order = [rng.permutation(len(pairs_p2))[: per_epoch * batch] for _ in range(options.epochs)]
+    pairs_sb2 = pairs_p2[np.reshape(order, (options.epochs * per_epoch, batch))]
+    optimizer = _adamw(options.head_learning_rate, options, len(pairs_sb2))
+    weights_m, metrics = _head_steps(
+        optimizer, values_rk, indices_rk, jnp.asarray(pairs_sb2), sae.config.latent_size
+    )
+    losses, accuracies = (np.asarray(m).reshape(options.epochs, -1).mean(1) for m in metrics)
+    for epoch, (loss, acc) in enumerate(zip(losses, accuracies, strict=True), 1):
+        row = {"step": epoch * per_epoch, "loss": float(loss), "accuracy": float(acc)}
+        log({"stage": "head", **row})
+    return weights_m
+
+
+def sparse_latents(sae: SAE, x_rd: np.ndarray, batch: int = 256) -> tuple[jax.Array, jax.Array]:
+    """(values, feature ids), each `[R, k]`, of the latents the head reads (all M without TopK)."""
+    k = sae.config.k if sae.config.use_topk else sae.config.latent_size
+    graphdef, state = nnx.split(sae)
+    parts = [
+        _sparse_latents(graphdef, state, x_rd[start : start + batch], k)
+        for start in range(0, len(x_rd), batch)
+    ]
+    values, indices = zip(*parts, strict=True)
+    return jnp.concatenate(values), jnp.concatenate(indices)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _sparse_latents(graphdef, state, x_bd, k):
+    return jax.lax.top_k(nnx.merge(graphdef, state).pre_activations(x_bd), k)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _head_steps(optimizer, values_rk, indices_rk, pairs_sb2, latent_size):
+    def step(carry, pairs_b2):
+        weights_m, opt_state = carry
+
+        def loss_fn(weights_m):
+            score_b2 = (weights_m[indices_rk[pairs_b2]] * values_rk[pairs_b2]).sum(-1)
+            scores = score_b2[:, 0], score_b2[:, 1]
+            return bradley_terry_loss(*scores), accuracy(*scores)
+
+        (loss, acc), gradient_m = jax.value_and_grad(loss_fn, has_aux=True)(weights_m)
+        updates, opt_state = optimizer.update(gradient_m, opt_state, weights_m)
+        return (optax.apply_updates(weights_m, updates), opt_state), (loss, acc)
+
+    weights_m = jnp.zeros((latent_size,), jnp.float32)
+    (weights_m, _), metrics = jax.lax.scan(step, (weights_m, optimizer.init(weights_m)), pairs_sb2)
+    return weights_m, metrics
+
+
+# --- modes 1, 2 and 3 ----------------------------------------------------------------------------
+
+
+def fine_tune(
+    sarm: SARM,
+    rows: Sequence[Conversation],
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    log: Log,
+) -> SARM:
+    """A SARM trained from `sarm`, which stays as it is; what is trained comes back in float32.
+
+    The trunk computes in the dtype it came in: in half precision the steps of a small learning
+    rate would be rounded away, so the optimizer works on float32 copies.
+    """
+    compute_dtype = sarm.trunk.embed_tokens.dtype
+    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
+    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    rng = np.random.default_rng(options.seed)
+    steps = options.epochs * (len(pairs_p2) // min(options.batch_size, len(pairs_p2)))
+    optimizer = make_optimizer(options, steps)
+    opt_state = optimizer.init(params)
+    bar = tqdm(total=steps, desc="preferences", unit="step")
+    for step in range(steps):
+        if step % (steps // options.epochs) == 0:
+            batches = pair_batches(rows, pairs_p2, options.batch_size, rng)
+        batch = next(batches)
+        params, opt_state, metrics = _train_step(
+            graphdef, optimizer, options, compute_dtype, params, opt_state, frozen, batch
+        )
+        row = {name: float(value) for name, value in metrics.items()}
+        log({"stage": "preferences", "step": step + 1, **row})
+        bar.update()
+        bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}")
+    bar.close()
+    return nnx.merge(graphdef, params, frozen)
+
+
+def trainable(mode: int) -> nnx.filterlib.Filter:
+    """Selects what `mode` trains. The trunk's `norm` is never applied, so never trained."""
+
+    def keep(path: tuple, _: Any) -> bool:
+        if path[0] == "trunk":
+            return mode > 0 and path[1] != "norm"
+        return mode > 1 if path[0] == "sae" else True
+
+    return keep
+
+
+def make_optimizer(options: PreferenceTraining, steps: int) -> optax.GradientTransformation:
+    """AdamW with one schedule for the head and one for everything else."""
+    return optax.multi_transform(
+        {
+            "head": _adamw(options.head_learning_rate, options, steps),
+            "body": _adamw(options.learning_rate, options, steps),
+        },
+        lambda params: _by_path(params, lambda names: "head" if "score" in names else "body"),
+    )
+
+
+def _adamw(learning_rate, options, steps):
+    def decays(params):
+        undecayed = {"scale", "pre_bias", "latent_bias"}
+        return _by_path(params, lambda names: not undecayed & set(names))
+
+    schedule = warmup_cosine(learning_rate, options.warmup_fraction, steps)
+    return optax.adamw(schedule, weight_decay=options.weight_decay, mask=decays)
+
+
+def _by_path(params, rule):
+    def apply(path, _):
+        return rule([getattr(key, "key", getattr(key, "name", "")) for key in path])
+
+    return jax.tree_util.tree_map_with_path(apply, params)
+
+
+def pair_batches(
+    rows: Sequence[Conversation],
+    pairs_p2: np.ndarray,
+    batch_size: int,
+    rng: np.random.Generator,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """One epoch of (tokens, mask, assistant-turn mask), `[2B, T]`, the chosen rows first.
+
+    Pairs of similar length share a batch. Each epoch leaves out a random rest of fewer than B.
+    """
+    batch_size = min(batch_size, len(pairs_p2))
+    order = rng.permutation(len(pairs_p2))[: len(pairs_p2) // batch_size * batch_size]
+    length_p = [bucket_length(max(len(rows[i].ids) for i in pair)) for pair in pairs_p2]
+    order = order[np.argsort(np.asarray(length_p)[order], kind="stable")]
+    for chunk in rng.permutation(order.reshape(-1, batch_size)):
+        picked = [rows[i] for i in pairs_p2[chunk].T.ravel()]
+        tokens_bt, mask_bt = pad_batch([r.ids for r in picked], max(length_p[p] for p in chunk), 0)
+        from_end_bt = np.cumsum(mask_bt[:, ::-1], axis=1)[:, ::-1]
+        turn_b1 = np.asarray([[r.turn_length] for r in picked])
+        yield tokens_bt, mask_bt, mask_bt & (from_end_bt <= turn_b1)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5))
+def _train_step(graphdef, optimizer, options, compute_dtype, params, opt_state, frozen, batch):
+    def loss_fn(params):
+        sarm = nnx.merge(graphdef, params, frozen)
+        sarm.trunk = cast(sarm.trunk, compute_dtype)
+        tokens_bt, mask_bt, turn_bt = batch
+        return preference_loss(
+            sarm, tokens_bt, mask_bt, turn_bt, options.mode, options.reconstruction_weight
+        )
+
+    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, metrics
+
+
+def preference_loss(
+    sarm: SARM,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    turn_bt: jax.Array,
+    mode: int,
+    reconstruction_weight: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(L of the mode, {loss, accuracy, bradley_terry, reconstruction}) of `[2B, T]` rows.
+
+    The first B rows are the chosen ones. Reconstruction is 0 where the mode does not train it.
+    """
+    h_btd = sarm.trunk.hidden(tokens_bt, mask_bt)
+    x_bd = standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
+    reading_sae = sarm.sae if mode == 2 else detach(sarm.sae)
+    chosen_b, rejected_b = jnp.split(sarm.head(reading_sae.encode(x_bd)), 2)
+    bradley_terry = bradley_terry_loss(chosen_b, rejected_b)
+    reconstruction = jnp.float32(0)
+    if mode >= 2:
+        x_btd = standardise(h_btd if mode == 2 else jax.lax.stop_gradient(h_btd))
+        reconstruction = turn_reconstruction_loss(sarm.sae, x_btd, turn_bt)
+    loss = bradley_terry + reconstruction_weight * reconstruction
+    return loss, {
+        "loss": loss,
+        "accuracy": accuracy(chosen_b, rejected_b),
+        "bradley_terry": bradley_terry,
+        "reconstruction": reconstruction,
+    }
+
+
+def turn_reconstruction_loss(sae: SAE, x_btd: jax.Array, turn_bt: jax.Array) -> jax.Array:
+    """L_rec through the k kept latents (also where the head reads all), over the 1s of `turn_bt`.
+
+    A mean over the tokens of the batch, not over rows.
+    """
+    x_nd = x_btd.reshape(-1, x_btd.shape[-1])
+    x_hat_nd = sae.decode(top_k(sae.pre_activations(x_nd), sae.config.k))
+    loss_n, turn_n = reconstruction_loss(x_nd, x_hat_nd), turn_bt.reshape(-1)
+    return jnp.where(turn_n, loss_n, 0).sum() / turn_n.sum()
+
+
+def detach(module: T) -> T:
+    """The module with its parameters cut off from differentiation."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.lax.stop_gradient(state))
+
+
+def cast(module: T, dtype: Any) -> T:
+    """The module with its parameters in `dtype`; those that have it already are not copied."""
+    graphdef, state = nnx.split(module)
+    return nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(dtype), state))

@@ -1,0 +1,364 @@
+"""What is written for others: both dialects, code that is found, tokenizers for every version."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conversion import from_hf, load_policy, load_sarm, to_hf
+from conversion.load import read_policy_config
+from conversion.peft import save_adapter
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.lora import LoRAConfig, add_lora
+from tests import oracles
+
+ROPE = oracles.LLAMA3_ROPE | {"rope_theta": 123456.0}
+SCALING = {name: value for name, value in ROPE.items() if name != "rope_theta"}
+OLD = {"rope_theta": 123456.0, "rope_scaling": SCALING}
+DIALECTS = {"old": OLD, "new": {"rope_parameters": ROPE}, "both": {**OLD, "rope_parameters": ROPE}}
+ROW = [256, 5, 80, 3, 199, 42, 260]
+AUTO = "AutoModelForSequenceClassification"
+LOCAL = "modeling_sarm_llama.LlamaSARM"
+PUBLISHED = f"Schrieffer/Llama-SARM-4B--{LOCAL}"
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def edit(path, remove=(), **fields):
+    kept = {name: value for name, value in read(path).items() if name not in remove}
+    path.write_text(json.dumps(kept | fields))
+
+
+def set_dialect(directory, dialect):
+    edit(directory / "config.json", ("rope_theta", "rope_scaling", "rope_parameters"),
+         **DIALECTS[dialect])  # fmt: skip
+
+
+def logits(path):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.tensor([ROW])).logits[0].numpy()
+
+
+@pytest.fixture
+def policy_dir(tmp_path):
+    tokenizer = oracles.tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start_header_id|>"]})
+    config = oracles.tiny_llama_config(rope_parameters=ROPE)
+    oracles.save_tiny_llama(tmp_path / "policy", config, tokenizer)
+    return tmp_path / "policy"
+
+
+@pytest.fixture
+def sarm_dir(tmp_path):
+    oracles.save_tiny_sarm(tmp_path / "sarm", oracles.tiny_tokenizer(), rope_parameters=ROPE)
+    return tmp_path / "sarm"
+
+
+def write_run(path, base):
+    """A run whose adapter changes nothing: B is zero."""
+    policy, tokenizer = load_policy(base)
+    config = LoRAConfig(rank=2, alpha=4.0)
+    add_lora(policy, config, nnx.Rngs(0))
+    save_adapter(path / "adapter", policy, config, str(base), tokenizer)
+    (path / "config.json").write_text(json.dumps({"policy_model": str(base)}))
+
+
+def converted(kind):
+    def write(source, dst):
+        from_hf.convert(source, dst.parent / "converted", kind)
+        to_hf.export(dst.parent / "converted", dst, kind=kind)
+
+    return write
+
+
+def merged(source, dst):
+    write_run(dst.parent / "run", source)
+    to_hf.export(dst.parent / "run", dst, merge=True)
+
+
+def exported_adapter(source, dst):
+    write_run(dst.parent / "run", source)
+    to_hf.export(dst.parent / "run", dst)
+
+
+def trained(source, dst):
+    """As the stage train_sarm: a SARM whose trunk is from a policy."""
+    sarm = load_sarm(source)
+    hf = {**read(source / "config.json"), "architectures": ["LlamaForCausalLM"]}
+    hf = {name: value for name, value in hf.items() if name not in ("sarm_param", "auto_map")}
+    to_hf.save_sarm(dst, sarm.model, sarm.tokenizer, hf)
+
+
+POLICIES = {
+    "exported": to_hf.export,
+    "converted": converted("policy"),
+    "merged": merged,
+    "saved": lambda source, dst: to_hf.save_policy(dst, *load_policy(source)),
+}
+SARMS = {
+    "exported": lambda source, dst: to_hf.export(source, dst, kind="sarm"),
+    "converted": converted("sarm"),
+    "trained": trained,
+}
+ADAPTERS = {
+    "adapter": lambda source, dst: write_run(dst.parent, source),
+    "exported_adapter": exported_adapter,
+}
+
+
+# ---- the rotary embedding
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("way", POLICIES)
+def test_policies_are_written_for_readers_of_either_dialect(tmp_path, policy_dir, way, dialect):
+    expected = logits(policy_dir)
+    set_dialect(policy_dir, dialect)
+    out = tmp_path / "out"
+    POLICIES[way](policy_dir, out)
+    config = read(out / "config.json")
+    assert {name: config[name] for name in DIALECTS["both"]} == DIALECTS["both"]
+    assert config["torch_dtype"] == "float32" and "dtype" not in config
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert read_policy_config(out).rope_theta == 123456.0
+    np.testing.assert_array_equal(logits(out), expected)
+    written = (out / "config.json").read_text()
+    for missing in (["rope_parameters"], ["rope_theta", "rope_scaling"]):  # what others ignore
+        edit(out / "config.json", missing)
+        np.testing.assert_array_equal(logits(out), expected)
+        (out / "config.json").write_text(written)
+    edit(out / "config.json", ["rope_theta", "rope_scaling", "rope_parameters"])
+    assert np.abs(logits(out) - expected).max() > 0.1  # else the above would say nothing
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("way", SARMS)
+def test_sarms_are_written_for_the_published_class(tmp_path, sarm_dir, way, dialect):
+    expected = load_sarm(sarm_dir).score_tokens([ROW])[0]
+    set_dialect(sarm_dir, dialect)
+    out = tmp_path / "out"
+    SARMS[way](sarm_dir, out)
+    config = read(out / "config.json")
+    assert {name: config[name] for name in DIALECTS["both"]} == DIALECTS["both"]
+    assert (config["model_type"], config["architectures"]) == ("llama", ["LlamaSARM"])
+    assert config["auto_map"] == {AUTO: PUBLISHED}
+    assert config["sarm_param"] == {
+        "sae_source_layer": 2,
+        "sae_latent_size": 64,
+        "sae_k": 8,
+        "sae_use_sequence_level": False,
+        "sarm_use_activation": True,
+    }
+    assert len(config["id2label"]) == 1 and "num_labels" not in config
+    assert (config["pad_token_id"], config["eos_token_id"]) == (261, 260)
+    np.testing.assert_array_equal(load_sarm(out).score_tokens([ROW])[0], expected)
+    for missing in (["rope_parameters"], ["rope_theta", "rope_scaling"]):
+        edit(out / "config.json", missing, **{n: config[n] for n in config if n not in missing})
+        np.testing.assert_array_equal(load_sarm(out).score_tokens([ROW])[0], expected)
+
+
+def test_unscaled_models_are_written_in_both_dialects(tmp_path):
+    rope = {"rope_type": "default", "rope_theta": 37.0}
+    config = oracles.tiny_llama_config(rope_parameters=rope)
+    oracles.save_tiny_llama(tmp_path / "hf", config, oracles.tiny_tokenizer())
+    to_hf.export(tmp_path / "hf", tmp_path / "out")
+    written = read(tmp_path / "out" / "config.json")
+    assert (written["rope_theta"], written["rope_scaling"]) == (37.0, None)
+    assert written["rope_parameters"] == rope
+    np.testing.assert_array_equal(logits(tmp_path / "out"), logits(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"rope_scaling": {**SCALING, "type": "llama3", "factor": 8}}, None),
+        ({"rope_parameters": SCALING}, None),  # its base is the one that stands beside it
+        ({"rope_theta": 10000.0}, "rope_theta=10000.0 contradicts .*rope_theta=123456.0"),
+        ({"rope_theta": None}, "rope_theta=10000.0 contradicts .*rope_theta=123456.0"),
+        ({"rope_scaling": None}, "rope_scaling=None contradicts rope_parameters={.*'llama3'"),
+        ({"rope_scaling": {**SCALING, "factor": 4.0}}, "'factor': 4.0.*contradicts.*'factor': 8.0"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 123456.0}},
+            "rope_scaling={.*llama3.*contradicts rope_parameters={.*default",
+        ),
+    ],
+)
+def test_a_config_in_both_dialects_is_read_if_they_agree(policy_dir, change, message):
+    before = read_policy_config(policy_dir)
+    edit(policy_dir / "config.json", **{**DIALECTS["both"], **change})
+    if message is None:
+        assert read_policy_config(policy_dir) == before
+    else:
+        with pytest.raises(InputError, match=message):
+            read_policy_config(policy_dir)
+
+
+# ---- the code that a SARM's config names
+
+
+def write_code(directory, tmp_path, imports=""):
+    """A module that would leave a trace if it were imported."""
+    (directory / "modeling_sarm_llama.py").write_text(
+        f"{imports}\nopen({str(tmp_path / 'ran')!r}, 'w')\nclass LlamaSARM: pass\n"
+    )
+
+
+@pytest.mark.parametrize("way", ["exported", "converted"])
+def test_the_sources_code_is_carried_along_and_never_run(tmp_path, sarm_dir, way):
+    write_code(sarm_dir, tmp_path, "from .sae import TopkSAE")
+    (sarm_dir / "sae.py").write_text("TopkSAE = None\n")
+    (sarm_dir / "unrelated.py").write_text("\n")
+    edit(sarm_dir / "config.json", auto_map={AUTO: LOCAL})
+    out = tmp_path / "out"
+    SARMS[way](sarm_dir, out)
+    assert read(out / "config.json")["auto_map"] == {AUTO: LOCAL}
+    assert {path.name for path in out.glob("*.py")} == {"modeling_sarm_llama.py", "sae.py"}
+    for path in out.glob("*.py"):
+        assert path.read_bytes() == (sarm_dir / path.name).read_bytes()
+    load_sarm(out)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "imports", "expected"),
+    [
+        ({AUTO: "another.LlamaSARM"}, "", {AUTO: PUBLISHED}),
+        ({AUTO: LOCAL}, "from .missing import X", {AUTO: PUBLISHED}),
+        ({AUTO: "someone/model--m.C"}, "", {AUTO: "someone/model--m.C"}),
+        ({AUTO: LOCAL, "AutoConfig": "missing.C"}, "", {AUTO: LOCAL}),
+        ({AUTO: "../modeling_sarm_llama.LlamaSARM"}, "", {AUTO: PUBLISHED}),
+        ({AUTO: [LOCAL, None]}, "", {AUTO: PUBLISHED}),
+        ("nonsense", "", {AUTO: PUBLISHED}),
+    ],
+)
+def test_code_that_is_not_there_is_that_of_the_published_repository(
+    tmp_path, sarm_dir, auto_map, imports, expected
+):
+    write_code(sarm_dir, tmp_path, imports)
+    edit(sarm_dir / "config.json", auto_map=auto_map)
+    to_hf.export(sarm_dir, tmp_path / "out", kind="sarm")
+    assert read(tmp_path / "out" / "config.json")["auto_map"] == expected
+    assert len(list((tmp_path / "out").glob("*.py"))) == (LOCAL in expected.values())
+
+
+def test_code_behind_a_link_out_of_the_directory_is_refused(tmp_path, sarm_dir):
+    write_code(tmp_path, tmp_path)
+    edit(sarm_dir / "config.json", auto_map={AUTO: LOCAL})
+    (sarm_dir / "modeling_sarm_llama.py").symlink_to(tmp_path / "modeling_sarm_llama.py")
+    with pytest.raises(InputError, match="leads out of its directory"):
+        to_hf.export(sarm_dir, tmp_path / "out", kind="sarm")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["exported", "converted"])
+def test_code_of_a_downloaded_sarm_is_that_of_its_repository(tmp_path, sarm_dir, way, monkeypatch):
+    edit(sarm_dir / "config.json", auto_map={AUTO: LOCAL})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(sarm_dir))
+    SARMS[way]("owner/name", tmp_path / "out")
+    assert read(tmp_path / "out" / "config.json")["auto_map"] == {AUTO: f"owner/name--{LOCAL}"}
+
+
+def test_missing_token_ids_and_another_number_of_labels_are_mended(tmp_path, sarm_dir):
+    names = ("pad_token_id", "bos_token_id", "label2id")
+    edit(sarm_dir / "config.json", names, id2label={"0": "a", "1": "b"}, num_labels=2)
+    to_hf.export(sarm_dir, tmp_path / "out", kind="sarm")
+    config = read(tmp_path / "out" / "config.json")
+    assert (config["pad_token_id"], config["bos_token_id"]) == (261, 256)
+    assert (config["id2label"], "num_labels" in config) == ({"0": "LABEL_0"}, False)
+
+
+# ---- tokenizers
+
+
+@pytest.mark.parametrize("way", [*POLICIES, *ADAPTERS])
+def test_every_version_reads_class_template_and_special_tokens(tmp_path, policy_dir, way):
+    source = AutoTokenizer.from_pretrained(policy_dir)
+    out = tmp_path / "adapter"
+    {**POLICIES, **ADAPTERS}[way](policy_dir, out if way == "adapter" else tmp_path / "out")
+    out = out if way == "adapter" else tmp_path / "out"
+    config = read(out / "tokenizer_config.json")
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["chat_template"] == source.chat_template
+    assert config["additional_special_tokens"] == ["<|start_header_id|>"]
+    assert config["clean_up_tokenization_spaces"] is False
+    assert (config["bos_token"], config["pad_token"]) == ("<|begin_of_text|>", "[PAD]")
+    private = {"backend", "is_local", "local_files_only", "extra_special_tokens", "auto_map"}
+    assert not private & config.keys()
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    turns = [{"role": "user", "content": "héllo  world ."}]
+    for loaded in (source, tokenizer):
+        ids = loaded.apply_chat_template(turns, date_string="x", return_dict=False)
+        assert ids == source.apply_chat_template(turns, date_string="x", return_dict=False)
+        assert loaded.decode(ids, skip_special_tokens=True).endswith("héllo  world .")
+    assert tokenizer.all_special_ids == source.all_special_ids
+
+
+def test_a_tokenizer_with_several_templates_and_a_class_of_its_own(tmp_path, policy_dir):
+    """Of files that have both, the template file counts, as when they are loaded."""
+    path = policy_dir / "tokenizer_config.json"
+    edit(path, auto_map={"AutoTokenizer": [None, "x.Y"]}, tokenizer_class="Y", chat_template="old")
+    to_hf.export(policy_dir, tmp_path / "out")
+    config = read(tmp_path / "out" / "tokenizer_config.json")
+    assert config["chat_template"] == oracles.LLAMA3_TEMPLATE and "auto_map" not in config
+    (policy_dir / "chat_template.jinja").unlink()
+    templates = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
+    edit(path, chat_template=templates)
+    to_hf.export(policy_dir, tmp_path / "again")
+    assert read(tmp_path / "again" / "tokenizer_config.json")["chat_template"] == templates
+
+
+@pytest.mark.parametrize(
+    ("merges", "written"),
+    [
+        ([["h", "e"], ["he", "l"]], ["h e", "he l"]),
+        (["h e", "he l"], ["h e", "he l"]),
+        ([["h", "e"], [" ", "he"]], [["h", "e"], [" ", "he"]]),  # a text would be ambiguous
+        ([["h", "e"], ["#version", "e"]], [["h", "e"], ["#version", "e"]]),  # would be skipped
+    ],
+)
+def test_merges_are_written_as_older_tokenizers_read_them(tmp_path, policy_dir, merges, written):
+    path = policy_dir / "tokenizer.json"
+    fields = read(path)
+    names = ["h", "e", "l", " ", "he", "hel", " he", "#version", "#versione"]
+    fields["model"] |= {"vocab": {name: n for n, name in enumerate(names)}, "merges": merges}
+    path.write_text(json.dumps(fields))
+    to_hf.export(policy_dir, tmp_path / "out")
+    assert read(tmp_path / "out" / "tokenizer.json")["model"]["merges"] == written
+    before, after = (AutoTokenizer.from_pretrained(d) for d in (policy_dir, tmp_path / "out"))
+    assert after("hel").input_ids == before("hel").input_ids
+    length = 1 if merges[-1] in (["he", "l"], "he l") else 2
+    assert len(after("hel", add_special_tokens=False).input_ids) == length
+
+
+# ---- adapters
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_adapter_on_a_base_that_transformers_4_misreads_says_so(tmp_path, policy_dir, dialect):
+    set_dialect(policy_dir, dialect)
+    write_run(tmp_path / "run", policy_dir)
+    line = to_hf.export(tmp_path / "run", tmp_path / "out")
+    assert ("transformers 4 ignores the rope_parameters" in line) == (dialect == "new")
+
+
+@pytest.mark.parametrize("source", ["owner/name", "policy"])
+def test_an_exported_adapter_names_the_repository_of_a_converted_base(
+    tmp_path, policy_dir, monkeypatch, source
+):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(policy_dir))
+    base = tmp_path / "converted"
+    from_hf.convert(source if "/" in source else policy_dir, base, "policy")
+    write_run(tmp_path / "run", base)
+    line = to_hf.export(tmp_path / "run", tmp_path / "out")
+    named = read(tmp_path / "out" / "adapter_config.json")["base_model_name_or_path"]
+    assert named == (source if "/" in source else str(base))
+    assert ("PEFT needs" in line) == ("/" not in source)

@@ -1,0 +1,233 @@
+"""The report in a real browser: what a reader sees and filters, and what cannot happen."""
+
+import itertools
+import json
+import re
+
+import pytest
+
+from pipeline.report.page import ReportConfig, write_report
+from tests.browser import Browser, find_chromium
+from tests.report_runs import HOSTILE, NAMES, write_evaluation, write_run
+
+pytestmark = pytest.mark.skipif(
+    not find_chromium(), reason="no Chromium here (apt-get install chromium)"
+)
+CARDS = "[...document.querySelectorAll('article')]"
+PHONE, DESKTOP = 390, 1200
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    root = tmp_path_factory.mktemp("report")
+    write_run(root / "penalty")
+    write_run(root / "free", controls=False, seed=1)
+    workdir = write_evaluation(root / "both")
+    return write_report(ReportConfig(f"{root / 'penalty'},{root / 'free'}", samples=0), workdir)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    with Browser(find_chromium(), tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(shared, page):
+    """The browser with the page freshly opened."""
+    shared.problems.clear()
+    shared.requests.clear()
+    shared.open(page, DESKTOP)
+    return shared
+
+
+def choose(browser, **filters) -> list[dict]:
+    """Sets filters as a reader would; what is then shown, all of it."""
+    for name, value in filters.items():
+        browser.evaluate(
+            f"(() => {{ const field = document.getElementById('filters').elements['{name}'];"
+            f"field.value = {json.dumps(value)};"
+            "field.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        )
+    browser.evaluate("(() => { const b = document.getElementById('more'); "
+                     "while (!b.hidden) b.click(); })()")  # fmt: skip
+    return browser.evaluate(
+        CARDS + ".map(card => ({prompt: card.querySelector('h3').textContent, "
+        "facts: card.querySelector('.note').textContent, all: card.textContent}))"
+    )
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_it_opens_without_a_complaint_or_a_request(browser, page, width, dark):
+    browser.open(page, width, dark=dark)
+    assert browser.evaluate(CARDS + ".length") == 20
+    assert browser.problems == []
+    assert {url for url in browser.requests.values() if not url.startswith("data:")} == {
+        page.as_uri()
+    }
+    assert browser.evaluate("document.documentElement.scrollWidth") == width
+    source = "source" if dark else "img"
+    shown, expected = browser.evaluate(
+        f"[document.querySelector('figure img').currentSrc, (e => e.srcset || e.src)"
+        f"(document.querySelector('figure {source}'))]"
+    )
+    assert shown == expected
+    paper = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert paper == ("rgb(27, 30, 35)" if dark else "rgb(255, 255, 255)")
+
+
+def test_a_page_with_an_error_is_noticed(shared, tmp_path):
+    path = tmp_path / "bad.html"
+    path.write_text("<!doctype html><script>console.error('one'); nothing.there</script>")
+    shared.problems.clear()
+    shared.open(path)
+    assert len(shared.problems) == 2
+
+
+def test_nothing_can_be_loaded_or_run(browser):
+    tried = "fetch('https://example.org').then(() => 'loaded', () => 'refused')"
+    assert browser.evaluate(tried) == "refused"
+    browser.evaluate(
+        "(() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1';"
+        "document.body.append(s); const i = new Image(); i.src = 'https://example.org/x.png'; })()"
+    )
+    assert browser.evaluate("window.ran === undefined")
+    assert not any(url.startswith("http") for url in browser.requests.values())
+    assert sum("Content Security Policy" in problem for problem in browser.problems) >= 2
+
+
+def test_hostile_text_is_shown_as_text(browser):
+    cards = choose(browser)
+    assert browser.evaluate("document.title").startswith("Report: ")
+    prompts = [card["prompt"] for card in cards]
+    for attack in (HOSTILE[0], HOSTILE[1], HOSTILE[2]):
+        assert sum(prompt.endswith(attack) for prompt in prompts) >= 12
+    marked = "lineU+2028separatorU+2029and U+202Egnirts desreverU+202C and U+FEFF"
+    assert sum(prompt.endswith(marked) for prompt in prompts) >= 12
+    assert any("a\nsecond line" in prompt for prompt in prompts)
+    inside = browser.evaluate(
+        "[...new Set([...document.querySelectorAll('#list *')].map(e => e.localName))].sort()"
+    )
+    harmless = "article details div h3 h4 p span summary table tbody td tfoot th thead tr"
+    assert set(inside) <= set(harmless.split())
+    assert browser.evaluate("[...document.querySelector('[name=run]').options].map(o => o.text)")[
+        1:
+    ] == [*NAMES, "free"]
+    assert browser.problems == []
+
+
+def test_samples_are_filtered_and_sorted(browser):
+    assert len(choose(browser)) == 65
+    assert "65 of 65 shown" in browser.evaluate("document.getElementById('count').textContent")
+    (card,) = choose(browser, text="QUESTION 17:", run="penalty")
+    assert card["facts"].startswith("penalty · held-out prompt · score change")
+    assert len(choose(browser, text="", run="penalty")) == 30
+    fired = choose(browser, penalty="f7")
+    assert len(fired) == 10
+    assert all("Penalty fired: feature 7 (−1)" in card["all"] for card in fired)
+    assert len(choose(browser, penalty="any")) == 10 and choose(browser, penalty="f3") == []
+    assert len(choose(browser, penalty="none")) == 20
+    assert "20 of 65" in browser.evaluate("document.getElementById('count').textContent")
+    assert choose(browser, penalty="", text="no such words") == []
+    for order, sense in (("up", -1), ("down", 1)):
+        cards = choose(browser, text="", order=order)
+        changes = [number(card["facts"].split("change ")[1]) for card in cards]
+        assert changes == sorted(changes, key=lambda value: sense * value) and len(changes) == 30
+
+
+def number(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
+def test_what_is_shown_of_a_score_adds_up_as_it_is_shown(browser):
+    choose(browser)
+    tables = browser.evaluate(
+        "[...document.querySelectorAll('details')].map(d => ({told: d.firstChild.textContent, "
+        "parts: [...d.querySelectorAll('tbody .part')].map(c => c.textContent), "
+        "sum: d.querySelector('tfoot .part').textContent}))"
+    )
+    assert len(tables) == 120
+    for table in tables:
+        assert len(table["parts"]) == 9 and table["told"] == f"Why {table['sum']}"
+        digits = len(table["sum"].partition(".")[2])
+        whole = [round(number(part) * 10**digits) for part in table["parts"]]
+        assert digits >= 3 and sum(whole) == round(number(table["sum"]) * 10**digits)
+
+
+def test_an_opened_explanation_fits_a_phone(browser, page):
+    browser.open(page, PHONE)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    wide = browser.evaluate(
+        "[...document.querySelectorAll('details')].filter(d => d.scrollWidth > d.clientWidth + 1)"
+        ".map(d => [d.scrollWidth, d.clientWidth])"
+    )
+    assert wide == [] and browser.evaluate("document.documentElement.scrollWidth") == PHONE
+
+
+def test_it_can_be_used_with_a_keyboard(browser):
+    browser.press("Tab", 9)
+    assert browser.evaluate("document.activeElement.className") == "skip"
+    browser.press("Enter", 13, "\r")
+    assert browser.evaluate("location.hash") == "#samples"
+    stops = []
+    for _ in range(7):
+        browser.press("Tab", 9)
+        stops.append(
+            browser.evaluate("document.activeElement.name || document.activeElement.localName")
+        )
+    assert stops[:4] == ["text", "run", "penalty", "order"] and stops[4] == "summary"
+    browser.press("Enter", 13, "\r")
+    assert browser.evaluate("document.querySelectorAll('details[open]').length") == 1
+    browser.evaluate("document.getElementById('more').focus()")
+    browser.press("Enter", 13, "\r")
+    assert browser.evaluate(CARDS + ".indexOf(document.activeElement)") == 20
+    assert browser.evaluate(CARDS + ".length") == 40
+
+
+def test_everything_has_a_name(browser):
+    nameless = browser.evaluate(
+        "[...document.querySelectorAll('input, select')].filter(e => !e.labels.length)"
+        ".concat([...document.querySelectorAll('img')].filter(e => e.alt.length < 30))"
+        ".concat([...document.querySelectorAll('[tabindex=\"0\"]')].filter(e => !e.ariaLabel))"
+        ".map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert nameless == []
+    levels = browser.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => h.localName)")
+    steps = [int(b[1]) - int(a[1]) for a, b in itertools.pairwise(levels)]
+    assert levels[0] == "h1" and max(steps) == 1
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_there_is_enough_contrast(browser, page, dark):
+    browser.open(page, DESKTOP, dark=dark)
+    found = browser.evaluate(
+        """(() => [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(
+             n => n.nodeType === 3 && n.textContent.trim()) && e.checkVisibility()).map(e => {
+          let on = e;
+          const paper = x => getComputedStyle(x).backgroundColor;
+          while (on !== document.body && paper(on) === 'rgba(0, 0, 0, 0)') on = on.parentElement;
+          return [e.localName + '.' + e.className, getComputedStyle(e).color, paper(on)];
+        }))()"""
+    )
+    assert len(found) > 200
+    for name, ink, paper in {tuple(row) for row in found}:
+        light, deep = sorted((luminance(ink), luminance(paper)), reverse=True)
+        assert (light + 0.05) / (deep + 0.05) >= 4.5, (name, ink, paper)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_without_a_script_the_figures_are_still_there(browser, page):
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(page, DESKTOP)
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    assert browser.evaluate("document.querySelectorAll('figure img').length") > 15
+    assert browser.evaluate("document.querySelector('noscript').checkVisibility()")

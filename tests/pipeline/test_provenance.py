@@ -1,0 +1,352 @@
+"""When a stage counts as up to date, and what is never overwritten."""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from configs import base, demo
+from pipeline import preflight, stages
+from pipeline.cli import fill_in
+from pipeline.preflight import check
+from pipeline.provenance import Records, provenance
+from pipeline.runner import recipes, run_stage
+from pipeline.stages.all import run_all
+from pipeline.study import run_study
+from sarm_jax.io.errors import InputError
+
+
+def test_inputs_are_the_existing_files_that_options_name(tmp_path):
+    model, run, pairs = tmp_path / "model", tmp_path / "run", tmp_path / "pairs.jsonl"
+    (model / "deep").mkdir(parents=True)
+    (run / "adapter").mkdir(parents=True)
+    for path in (model / "config.json", model / "deep/x", run / "adapter/a", run / "big", pairs):
+        path.write_text(path.name)
+    options = {
+        "model": str(model),
+        "pairs": f"{pairs}, {tmp_path}/none.jsonl",
+        "lists": {"tau": f"@{pairs}:key[:2]", "alpha": "0.5,0.5"},
+        "runs": f"mine={run}",
+    }
+    found = provenance(options, ("adapter/*",))
+    files = [model / "config.json", model / "deep/x", pairs, run / "adapter/a"]
+    assert sorted(found.inputs) == sorted(map(str, files))
+    assert not provenance(options, (), tmp_path).inputs  # what a stage writes itself
+    pairs.write_text("changed")
+    again = provenance(options, ("adapter/*",)).inputs
+    assert {p for p in again if again[p] != found.inputs[p]} == {str(pairs)}
+
+
+def test_a_word_counts_where_it_names_a_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("dots", "mine"):  # the first is an option's value that a folder is called like
+        Path(name).mkdir()
+        Path(name, "weights").write_text(name)
+    Path("mine", "config.json").write_text("{}")
+    found = provenance({"remat": "dots", "policy_model": "mine", "source": "\0"}).inputs
+    assert sorted(found) == ["mine/config.json", "mine/weights"]
+
+
+def test_large_files_count_by_content_wherever_they_lie(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.provenance.LARGE", 1 << 10)
+    monkeypatch.setattr("pipeline.provenance.PIECE", 64)
+    first, again = tmp_path / "a.bin", tmp_path / "b.bin"
+    first.write_bytes(bytes(range(256)) * 16)
+    again.write_bytes(first.read_bytes())  # another place, another time: the same weights
+
+    def digest(path):
+        return provenance({"model": str(path)}).inputs[str(path)]
+
+    assert digest(first) == digest(again)
+    for place in (0, 4095):
+        content = bytearray(first.read_bytes())
+        content[place] ^= 1
+        again.write_bytes(content)
+        assert digest(first) != digest(again)
+    again.write_bytes(first.read_bytes() + b"0")
+    assert digest(first) != digest(again)
+
+
+def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
+    made_from = provenance({"a": 1})
+    with pytest.raises(KeyboardInterrupt), Records(tmp_path).recording("identify", made_from):
+        assert not Records(tmp_path).finished("identify")
+        raise KeyboardInterrupt
+    assert not Records(tmp_path).finished("identify")
+    with Records(tmp_path).recording("identify", made_from):
+        pass
+    records = Records(tmp_path)
+    assert records.finished("identify") and records.difference("identify", made_from) is None
+    assert records.difference("identify", provenance({"a": 2})) == "a was 1 and is now 2"
+    with pytest.raises(InputError), records.recording("identify", provenance({"a": 3})):
+        raise InputError("refused")
+    assert Records(tmp_path).difference("identify", made_from) is None
+    with (
+        pytest.raises(InputError),
+        records.recording("probe", provenance({"a": float("nan"), "b": "\udc80"})),
+    ):
+        raise InputError("not finite")
+    assert list(Records(tmp_path).stages) == ["identify"]
+    (tmp_path / "stages.json").write_text("[]")
+    with pytest.raises(InputError, match=r"stages\.json: not a record of stages"):
+        Records(tmp_path)
+
+
+def test_stages_side_by_side_keep_each_others_records(tmp_path):
+    made_from = provenance({"a": 1})
+    first, second = Records(tmp_path), Records(tmp_path)
+    with first.recording("identify", made_from):
+        with pytest.raises(InputError), second.recording("human_latents", made_from):
+            raise InputError("refused")
+        assert list(Records(tmp_path).stages) == ["identify"]
+        with Records(tmp_path).recording("probe", made_from):
+            pass
+    assert all(map(Records(tmp_path).finished, ("identify", "probe")))
+
+
+def test_a_refused_first_stage_leaves_no_record(tmp_path):
+    config = base.get_config()
+    config.policy_model = "a/policy"
+    config.train_sarm.pairs_jsonl = str(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        run_stage("train_sarm", config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
+    calls = []
+
+    def train_sarm(config, workdir):
+        calls.append(config.train_sarm.epochs)
+        (workdir / "sarm").mkdir()
+
+    monkeypatch.setattr("pipeline.stages.train_sarm.run", train_sarm)
+    config, pairs = base.get_config(), tmp_path / "pairs.jsonl"
+    pairs.write_text("one")
+    config.policy_model, config.train_sarm.pairs_jsonl = "a/policy", str(pairs)
+    run_all(config, tmp_path)
+    run_all(config, tmp_path)
+    assert calls == [3]
+    pairs.write_text("two")
+    with pytest.raises(InputError, match=r"train_sarm: .*pairs\.jsonl has changed"):
+        run_all(config, tmp_path)
+    pairs.write_text("one")
+    config.train_sarm.epochs = 4
+    with pytest.raises(InputError, match=r"train_sarm\.epochs was 3 and is now 4"):
+        run_stage("train_sarm", config, tmp_path)
+    (tmp_path / "stages.json").unlink()  # as left by a call that kept no record
+    run_all(config, tmp_path)
+    assert calls == [3]
+    (tmp_path / "sarm").rmdir()
+    run_all(config, tmp_path)
+    assert calls == [3, 4]
+    assert json.loads((tmp_path / "stages.json").read_text())["train_sarm"]["seconds"] >= 0
+
+
+def test_features_of_another_reward_model_are_said(tmp_path, monkeypatch, caplog):
+    config, pairs, sarm = base.get_config(), tmp_path / "pairs.jsonl", tmp_path / "sarm"
+    sarm.mkdir()
+    for path in (pairs, sarm / "model.safetensors"):
+        path.write_text("one")
+    config.sarm_model = str(sarm)
+    for name in ("identify", "train"):
+        monkeypatch.setattr(f"pipeline.stages.{name}.run", lambda *_: None)
+
+    def run(stage, **changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        run_stage(stage, changed, tmp_path)
+
+    def warnings(**changes):
+        caplog.clear()
+        run("train", **changes)
+        (tmp_path / "stages.json").write_text(kept)
+        return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    run("identify", **{"identify.pairs_jsonl": str(pairs)})
+    kept = (tmp_path / "stages.json").read_text()
+    assert not warnings()  # that pairs were named for identify alone is no change
+    where = f"{tmp_path}/probes/selected_features.json is out of date: "
+    again = "; --stage=identify makes it again"
+    other = str(tmp_path / "other")
+    assert warnings(sarm_model=other) == [
+        f"{where}sarm_model was {str(sarm)!r} and is {other!r}{again}"
+    ]
+    (sarm / "model.safetensors").write_text("two")
+    assert warnings() == [f"{where}{sarm}/model.safetensors has changed{again}"]
+
+
+ALL = [name for name in stages.STAGES if name != "plan"]
+
+
+@pytest.fixture
+def everything(tmp_path):
+    """A config that asks for every stage; each reads what one before it writes."""
+    config = base.get_config()
+    config.policy_model, config.sarm_model = f"{tmp_path}/policy", f"{tmp_path}/sarm"
+    config.prompts_jsonl = config.prepare_data.demos_jsonl = f"{tmp_path}/data/prompts.jsonl"
+    for section in ("train_sarm", "identify"):
+        config[section].pairs_jsonl = f"{tmp_path}/data/pairs.jsonl"
+    config.human_latents.demos_jsonl = config.probe.data_jsonl = f"{tmp_path}/data/demos.jsonl"
+    selected = f"@{tmp_path}/probes/selected_features.json"
+    config.probe.feature = f"{selected}:detectors,3"
+    config.probe.max_value = 1.0
+    config.reward.penalize_features = f"{selected}:detectors"
+    config.reward.tau_values = f"{selected}:tau_detectors"
+    config.reward.alpha_values = "1,1"
+    config.evaluate.data_jsonl = f"{tmp_path}/data/demos.jsonl"
+    config.evaluate.steering_json = f"{tmp_path}/probes/steering_config.json"
+    return config
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("ppo.clip_range", -1.0, "ppo.clip_range=-1.0"),
+        ("checkpoint.keep_every", -1, "checkpoint.keep_every=-1"),
+        ("guards.steps", 0, "guards.steps=0"),
+        ("remat", "some", "remat='some'"),
+        ("mesh.tensor", 64, "mesh data=1 fsdp=1 tensor=64"),
+        ("policy_model", "", "policy_model is empty"),
+        ("reward.unit", "points", "reward.unit='points'"),
+        ("reward.beta", -1.0, "beta=-1.0"),
+        ("reward.penalty_cap", -1.0, "reward.penalty_cap=-1.0"),
+        ("reward.alpha_values", "1,x", "alpha_values: found 'x'"),
+        ("reward.penalize_features", "@gone.json:a", "gone.json"),
+        ("reward.human_latents", "gone.safetensors", "reward.human_latents=gone.safetensors: no"),
+        ("prepare_data.source", "somewhere", "prepare_data.source='somewhere'"),
+        ("prepare_data.temperature", -1.0, "prepare_data.temperature=-1.0"),
+        ("train_sarm.k", 0, "train_sarm.k=0"),
+        ("identify.top_k", 0, "identify.top_k=0"),
+        ("identify.naming_examples", -1, "identify.naming_examples=-1"),
+        ("probe.mode", "dance", "probe.mode='dance'"),
+        ("probe.level", 2.0, "probe.level=2.0"),
+        ("probe.min_value", 2, "probe.min_value=2.0 exceeds probe.max_value=1.0"),
+        ("probe.set_value", 0.0, "probe.set_value=0.0 and probe.max_value=1.0"),
+        ("probe.rank", 2, "probe.rank=2 with probe.mode=pairs"),
+        ("probe.feature", "x", "probe.feature: found 'x'"),
+        ("evaluate.samples", 0, "evaluate.samples=0"),
+        ("evaluate.num_example", -1, "evaluate.num_example=-1"),
+        ("evaluate.resamples", 5, "evaluate.resamples=5"),
+        ("evaluate.seed", 2**31, f"evaluate.seed={2**31}"),
+        ("evaluate.rm_bench", "a.json", "evaluate.rm_bench=a.json: no such file"),
+        ("evaluate.runs", "a=gone", "evaluate.runs=gone: no such file"),
+        ("report.runs", "gone", "report.runs=gone: no such file"),
+        ("report.samples", -1, "report.samples=-1"),
+        ("eval_prompts_jsonl", "a.jsonl", "eval_prompts_jsonl=a.jsonl: no such file"),
+    ],
+)
+def test_all_refuses_before_the_first_stage(tmp_path, everything, field, value, message):
+    check(everything, tmp_path, ALL)
+    everything.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as error:
+        check(everything, tmp_path, ALL)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("ppo.batch_size", -1, "ppo.batch_size=-1"),
+        ("ppo.lr_schedule", "bogus", "bogus"),
+        ("identify.tau_quantile", 7.0, "identify.tau_quantile=7.0"),
+        ("lab.alpha", -1.0, "lab.alpha=-1.0"),
+        ("lab.held_out_fraction", 1e-6, "lab.held_out_fraction=1e-06"),
+        ("lab.held_out_fraction", 1 - 1e-6, "lab.held_out_fraction=0.999999"),
+    ],
+)
+def test_the_study_refuses_before_the_first_world(tmp_path, field, value, message):
+    config = demo.get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(InputError) as error:
+        run_study(config, tmp_path)
+    assert message in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_seeds_side_by_side_share_a_gpu(tmp_path, monkeypatch):
+    """JAX would give nearly all of its memory to whoever asks for devices first: the preflight."""
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+
+    def checked(*_):
+        raise InputError(f"{name}={os.environ.get(name)}")
+
+    monkeypatch.setattr("pipeline.study.check", checked)
+    config = demo.get_config()
+    config.lab.processes = 2
+    with pytest.raises(InputError, match=f"{name}=false"):
+        run_study(config, tmp_path)
+
+
+def test_all_needs_something_to_do(tmp_path):
+    with pytest.raises(InputError, match="nothing to do"):
+        run_all(base.get_config(), tmp_path)
+
+
+CONFIGS = Path(base.__file__).parent.glob("*.py")
+
+
+@pytest.mark.parametrize("name", [p.stem for p in CONFIGS if "def get_config" in p.read_text()])
+def test_every_experiment_passes_the_preflight(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "_own", lambda path, workdir: True)  # files of another machine
+    config = fill_in(importlib.import_module(f"configs.{name}").get_config(), tmp_path)
+    if config.prepare_data.source == "benchmarks":
+        config.prepare_data.rm_bench = "rm_bench.json"
+    wanted = [stage for stage, recipe in recipes(config, tmp_path).items() if recipe.wanted]
+    assert wanted or name == "base"
+    check(config, tmp_path, wanted)
+
+
+@pytest.mark.parametrize(
+    "stage, field, value",
+    [
+        ("identify", "sarm_max_length", 100),
+        ("human_latents", "sarm_max_length", 100),
+        ("probe", "sarm_max_length", 100),
+        ("evaluate", "sarm_max_length", 100),
+        ("evaluate", "reward.alpha_values", "1"),
+        ("evaluate", "ppo.max_new_tokens", 3),
+        ("train", "discriminator.steps", 9),
+        ("train", "sarm_max_length", 100),
+        ("train", "lora.rank", 3),
+        ("train", "remat", "full"),
+        ("train", "dtype", "bfloat16"),
+    ],
+)
+def test_stages_depend_on_the_options_that_they_read(tmp_path, stage, field, value):
+    config = base.get_config()
+    before = recipes(config, tmp_path)[stage].options
+    config.update_from_flattened_dict({field: value})
+    assert recipes(config, tmp_path)[stage].options != before
+
+
+@pytest.mark.parametrize("field", preflight.INPUTS)
+def test_a_file_that_is_not_there_is_refused_first(tmp_path, everything, field):
+    everything.update_from_flattened_dict({field: "gone.x"})
+    with pytest.raises(Exception, match="gone.x"):
+        preflight.check(everything, tmp_path, ALL)
+
+
+def test_every_file_option_is_looked_for():
+    flat = base.get_config().to_dict()
+    names = [
+        f"{s}.{n}" if s else n
+        for s, part in [("", flat), *((k, v) for k, v in flat.items() if isinstance(v, dict))]
+        for n in part
+        if n.endswith("_jsonl")
+        or (n in ("steering_json", "human_latents") and not isinstance(part[n], dict))
+    ]
+    assert set(names) <= set(preflight.INPUTS), set(names) - set(preflight.INPUTS)
+
+
+def test_lists_that_are_there_are_read_before_the_first_stage(tmp_path, everything):
+    (tmp_path / "probes").mkdir()
+    (tmp_path / "probes" / "selected_features.json").write_text(
+        json.dumps({"detectors": [1, 2], "tau_detectors": [0.1]})
+    )
+    with pytest.raises(Exception, match="tau_values has 1 values for 2"):
+        preflight.check(everything, tmp_path, ALL)

@@ -1,0 +1,270 @@
+"""The study: a miniature of it end to end, its findings by hand, its page with hostile text."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.lab import gates, world
+from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
+from sarm_jax.lab.findings import claims, gates_passed, headline
+from sarm_jax.lab.gates import LIMITS
+from sarm_jax.lab.page import write_study
+from tests.closeness import assert_close
+from tests.command import run_main
+
+MINIATURE = (
+    "lab.corpus_rows=300 lab.demonstrations=60 lab.pairs=200 lab.contrast_pairs=32 "
+    "lab.pretraining_steps=40 lab.tuning_steps=20 lab.batch_size=16 train_sarm.sae_steps=30 "
+    "train_sarm.epochs=3 train_sarm.latent_size=64 train_sarm.k=8 train_sarm.aux_k=8 "
+    "ppo.total_steps=4 ppo.batch_size=16 ppo.eval_batches=1 lab.seeds=7 "
+    "lab.conditions=baseline,full"
+).split()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A study that stopped at its gates and then went on; (what runs it again, the directory)."""
+    workdir = tmp_path_factory.mktemp("study")
+
+    def call(*options: str) -> int:
+        given = [f"--config.{option}" for option in (*MINIATURE, *options)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gates, "PAIRS", 200)
+            patch.setattr(gates, "RESPONSES", 300)
+            config, stage = "--config=configs/demo.py", "--stage=all"
+            return run_main(config, stage, f"--workdir={workdir}", *given)
+
+    # So little training does not make a good reward model: a gate fails, and says so.
+    assert call() == 2
+    content = json.loads((workdir / "lab.json").read_text())
+    assert "r2_correctness" in content["stopped"]["7"] and content["conditions"] == {}
+    assert "ignore_failed_gates=True goes on" in (workdir / "lab.html").read_text()
+    assert call("lab.ignore_failed_gates=True") == 0
+    return call, workdir
+
+
+def test_the_study_in_miniature(study, capsys):
+    call, workdir = study
+    assert call("lab.ignore_failed_gates=True") == 0
+    shown = capsys.readouterr().out
+    content = json.loads((workdir / "lab.json").read_text())
+    assert content["headline"] in shown and str(workdir / "lab.html") in shown
+    assert set(content["gates"]) == set(LIMITS) and content["stopped"] == {}
+    for condition in ("baseline", "full"):
+        (run,) = content["conditions"][condition]
+        names = "gold_start gold_peak gold_final score_start score_final seconds"
+        assert all(np.isfinite(run[name]) for name in names.split())
+        assert run["seed"] == 7 and run["steps"] == 4
+        assert [point["step"] for point in run["curve"]] == [0, 2, 4]
+        check_gold(workdir / "seed_7", condition, run)
+    start = [content["conditions"][name][0]["gold_start"] for name in ("baseline", "full")]
+    assert start[0] == start[1]  # the same responses of the same policy
+    summary = json.loads((workdir / "seed_7" / "probes" / "probe_summary.json").read_text())
+    selected = json.loads((workdir / "seed_7" / "probes" / "selected_features.json").read_text())
+    probed = [row["feature"] for row in summary["features"]]
+    assert probed == list(dict.fromkeys(selected["detectors"] + selected["carriers"]))
+    full = json.loads((workdir / "seed_7" / "full" / "config.json").read_text())
+    assert full["reward"]["beta"] == 0.1 and full["ppo"]["seed"] == 7
+
+    page = (workdir / "lab.html").read_text()
+    assert not re.search(r"(src|href|srcset)=\"(?!data:)", page)  # needs nothing but itself
+    for picture in ("goodhart", "final_gold", "detected"):
+        assert (workdir / "figures" / f"{picture}.png").stat().st_size > 5000
+
+
+def check_gold(folder, condition, run):
+    lines = (folder / condition / "evaluations.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    held_out = (folder / "data" / "held_out_prompts.jsonl").read_text()
+    assert all(json.dumps(row["prompt"]) in held_out for row in rows)
+    gold = {
+        step: np.mean(
+            [
+                world.gold_reward(row["prompt"], row["response"], row["ended"])
+                for row in rows
+                if row["step"] == step
+            ]
+        )
+        for step in (0, 2, 4)
+    }
+    assert run["gold_start"] == pytest.approx(gold[0])
+    assert run["gold_final"] == pytest.approx(gold[4])
+    assert run["gold_peak"] == pytest.approx(max(gold.values()))
+    scores = {step: [row["rm_score"] for row in rows if row["step"] == step] for step in (0, 4)}
+    deviation = np.std(scores[0])
+    expected = (np.mean(scores[4]) - np.mean(scores[0])) / deviation
+    assert_close(run["score_final"], expected, 2e-6, np.divide(scores[0], deviation))
+
+
+def test_the_study_goes_on_where_it_stopped(study):
+    call, workdir = study
+    assert call("lab.ignore_failed_gates=True") == 0
+    before = (workdir / "lab.json").read_text()
+    adapters = sorted(workdir.glob("seed_7/*/adapter/adapter_model.safetensors"))
+    times = [path.stat().st_mtime_ns for path in adapters]
+    (workdir / "seed_7" / "full" / "result.json").unlink()
+    (workdir / "lab.json").unlink()
+    assert call("lab.ignore_failed_gates=True") == 0
+    assert (workdir / "lab.json").read_text() == before
+    assert len(adapters) == 2 and [path.stat().st_mtime_ns for path in adapters] == times
+
+
+def test_a_seed_of_other_options_is_not_mixed_in(study, capsys):
+    call, workdir = study
+    assert call("lab.ignore_failed_gates=True", "lab.pairs=100") == 2
+    content = json.loads((workdir / "lab.json").read_text())
+    assert "lab.pairs was 200 and is now 100" in content["stopped"]["7"]
+    assert content["conditions"] == {}
+
+
+def test_a_finished_run_of_other_options_is_not_passed_off(study):
+    call, workdir = study
+    assert call("lab.ignore_failed_gates=True", "ppo.learning_rate=1e-3") == 2
+    content = json.loads((workdir / "lab.json").read_text())
+    assert "ppo.learning_rate was 0.002 and is now 0.001" in content["stopped"]["7"]
+    assert content["conditions"] == {}
+
+
+def test_bad_studies_are_refused(study, capsys):
+    call, _ = study
+    for option, message in (
+        ("lab.seeds=1,x", "lab.seeds: found 'x'"),
+        ("lab.conditions=baseline,best", "lab.conditions: found 'best'"),
+        ("lab.processes=0", "lab.processes=0: must be at least 1"),
+        ("reward.beta=0.1", "reward.beta=0.1: the conditions of the study set it"),
+        ("ppo.seed=5", "ppo.seed=5: the study takes its seeds from lab.seeds"),
+    ):
+        assert call(option) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_seeds_and_conditions():
+    assert parse_seeds("3, 10-12,0") == [3, 10, 11, 12, 0]
+    assert parse_conditions("full, baseline") == ["full", "baseline"]
+    with pytest.raises(InputError, match="lab.seeds: 11 is given twice"):
+        parse_seeds("10-12,11")
+    with pytest.raises(InputError, match="names no seed"):
+        parse_seeds("5-4")
+    with pytest.raises(InputError, match="full is given twice"):
+        parse_conditions("full,full")
+
+
+def test_conditions_by_hand(tmp_path):
+    path = tmp_path / "selected.json"
+    lists = {"detectors": [3, 4], "carriers": [5], "random_control": [6, 7]}
+    path.write_text(json.dumps(lists))
+    section = {"alpha": 2.0, "beta": 0.1}
+    penalty = {
+        "penalize_features": f"@{path}:detectors",
+        "tau_values": f"@{path}:tau_detectors",
+        "alpha_values": "2.0,2.0",
+    }
+    kl = {"beta": 0.1, "latent_indices": f"@{path}:carriers"}
+    clamp = {"clamp_features": f"@{path}:carriers", "clamp_set_values": "0.0"}
+    random = {name: text.replace("detectors", "random_control") for name, text in penalty.items()}
+    expected = {
+        "baseline": {}, "penalty": penalty, "full": penalty | kl, "latent_kl": kl,
+        "clamp": clamp, "random": random,
+    }  # fmt: skip
+    for condition, options in expected.items():
+        assert reward_options(condition, path, section) == options
+    path.write_text(json.dumps({key: [] for key in lists}))  # identify found nothing
+    for condition in ("penalty", "clamp", "random"):
+        assert reward_options(condition, path, section) == {}
+
+
+def run(seed, start, peak, final, score=3.0):
+    return {
+        "seed": seed, "gold_start": start, "gold_peak": peak, "gold_final": final,
+        "score_start": 0.0, "score_final": score,
+    }  # fmt: skip
+
+
+def test_claims_by_hand():
+    runs = {
+        "baseline": [run(1, 0.3, 0.8, -0.1), run(2, 0.3, 0.8, 0.3), run(3, 0.3, 0.8, -0.5, 2.0)],
+        "full": [run(1, 0.3, 0.95, 0.95), run(2, 0.3, 0.95, 0.95), run(3, 0.3, 0.5, 0.2)],
+        "penalty": [run(s, 0.3, 0.97, 0.97) for s in (1, 2, 3)],
+        "random": [run(s, 0.3, 0.6, 0.5 + 0.01 * s) for s in (1, 2, 3)],
+    }
+    found = claims(runs, [1, 2, 3])
+    baseline, full, full_mean, penalty, penalty_mean, no_worse, gap = found
+    assert baseline.failed == [2, 3] and not baseline.holds  # falls by .5; climbs by 2 sd
+    assert full.failed == [2, 3] and not full.holds  # .65 above the baseline's end; below its peak
+    assert not full_mean.holds and full_mean.found.startswith("0.70")
+    assert penalty.failed == [2] and not penalty.holds  # 2 of 3 is less than 80 %
+    assert penalty_mean.holds and no_worse.failed == [3] and not no_worse.holds
+    assert gap.holds and gap.found.startswith("0.45 (95 % 0.43 to 0.47)")
+    assert "from 0.30 to a peak of 0.80 and ends at -0.10" in headline(runs)
+
+
+def test_gate_claim_by_hand():
+    good = {"r2_flattery": 0.99, "r2_correctness": 0.9, "detection_one_word": 0.9,
+            "false_alarms": 0.01, "accuracy_below_annotator": 0.01}  # fmt: skip
+    gates = {str(seed): good for seed in range(9)} | {"9": good | {"false_alarms": 0.2}}
+    claim = gates_passed(gates, range(10))
+    assert claim.holds and claim.failed == [9] and claim.found == "9 of 10"
+    assert not gates_passed({"8": good, "9": good | {"r2_flattery": 0.5}}, [8, 9]).holds
+    assert gates_passed({"8": good}, [8, 9]).failed == [9]
+
+
+def test_a_seed_without_a_run_counts_against_the_claims():
+    full = [run(1, 0.3, 0.95, 0.95), run(2, 0.3, 0.95, 0.95)]
+    found = claims({"baseline": [run(1, 0.3, 0.8, -0.1)], "full": full}, [1, 2, 3])
+    assert [claim.failed for claim in found if claim.failed] == [[2, 3], [2, 3], [3], [3]]
+    assert [claim.found for claim in found] == [
+        "1 of 3",
+        "1 of 3",
+        "0.95 (95 % 0.95 to 0.95), 2 of 3 seeds",
+        "2 of 3",
+    ]
+    assert not any(claim.holds for claim in found)
+    said = headline({"baseline": [run(1, 0.3, 0.8, -0.1)], "full": full})
+    assert "alone (seed 1)" in said and "it ends at 0.95 (95 % 0.95 to 0.95)." in said
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({}, "Setting a feature to 0 changes"),
+        ({"set_value": 1.5}, "Setting a feature to 1.5 changes"),
+        ({"set_value": None, "min_value": 1.0}, "Keeping a feature at least 1 changes"),
+        ({"set_value": None, "max_value": 2.5}, "Keeping a feature at most 2.5 changes"),
+        (
+            {"set_value": None, "min_value": -1.0, "max_value": 0.0},
+            "Keeping a feature at least -1 and at most 0 changes",
+        ),
+    ],
+)
+def test_the_page_says_what_was_done_to_features(tmp_path, change, says):
+    folder = tmp_path / "seed_0" / "probes"
+    folder.mkdir(parents=True)
+    row = {"feature": 3, "head_weight": 1.0, "set_value": 0.0, "min_value": None, "max_value": None}
+    row |= {f"delta_{side}": {"mean": 0.5} for side in ("chosen", "rejected")} | change
+    (folder / "probe_summary.json").write_text(json.dumps({"features": [row]}))
+    (folder / "selected_features.json").write_text('{"detectors": [3], "carriers": []}')
+    write_study(tmp_path, {0: []}, [], {})
+    assert says in " ".join((tmp_path / "lab.html").read_text().split())
+
+
+def test_hostile_text_is_shown_as_text(tmp_path):
+    attack = "<script>alert(1)</script>"
+    folder = tmp_path / "seed_0" / "baseline"
+    folder.mkdir(parents=True)
+    names = "gold score ref_kl ended detected hits wrong flattery duplicates filler junk".split()
+    curve = [{"step": step} | dict.fromkeys(names, 0.5) for step in (0, 1)]
+    sample = {
+        "prompt": attack, "before": attack, "after": attack, "gold_before": 0, "gold_after": 0,
+        "score_before": 0, "score_after": 0,
+    }  # fmt: skip
+    result = run(0, 0.1, 0.2, 0.1) | {
+        "curve": curve, "fired": {}, "samples": [sample], "steps": 1, "seconds": 1, "peak_step": 1,
+        "ref_kl_final": 0.0,
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    write_study(tmp_path, {0: ["baseline"], 1: []}, ["baseline"], {1: attack})
+    page = (tmp_path / "lab.html").read_text()
+    assert attack not in page and page.count("&lt;script&gt;") >= 4

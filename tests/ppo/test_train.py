@@ -1,0 +1,456 @@
+"""Whole runs on a tiny policy and SARM: files, resuming, learning, stopping."""
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ppo.prompts import PromptDeck
+from ppo.reward import RewardConfig
+from ppo.rollout import Sampler
+from ppo.scoring import Scored
+from ppo.tracking import metrics as metrics_module
+from ppo.tracking.guards import GuardStopError, NonFiniteError
+from ppo.tracking.metrics import COLUMNS, read_evaluations
+from sarm_jax.models import chat
+from sarm_jax.models.reward_model import RewardModel
+from tests.closeness import assert_close
+from tests.conftest import HELD_OUT, PROMPTS, REWARD
+
+
+def metrics(workdir):
+    with (workdir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same_state(a, b):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def without_times(rows):
+    timed = {"timestamp", "time_rollout", "time_score", "time_update", "tokens_per_second"}
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def test_a_run_writes_the_whole_contract(make_trainer, tmp_path):
+    workdir = tmp_path / "run"
+    summary = make_trainer(workdir).run()
+    rows = metrics(workdir)
+    assert list(rows[0])[: len(COLUMNS)] == COLUMNS
+    assert list(rows[0])[len(COLUMNS) :] == [
+        "feat_3_activation", "feat_3_above_tau", "feat_5_activation", "feat_5_above_tau",
+        "skipped_updates", "distinct_responses",
+    ]  # fmt: skip
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
+    assert all(np.isfinite(float(cell)) for row in rows for cell in row.values())
+    for row in rows:
+        assert float(row["ratio_0_max_dev"]) <= 1e-5
+        assert float(row["approx_kl"]) > 0
+        assert float(row["sampler_drift"]) < 1e-4
+        terms = [float(row[x]) for x in ("rm_score", "indicator_penalty", "kl_penalty")]
+        assert_close(float(row["total_reward"]), terms[0] - terms[1] - terms[2], 1e-6, terms)
+    assert float(rows[0]["ref_kl"]) < 1e-6 < float(rows[-1]["ref_kl"])
+    samples = [json.loads(line) for line in (workdir / "samples.jsonl").open()]
+    assert len(samples) == 8
+    for sample in samples:
+        total = sample["rm_score"] - sum(sample["penalties"].values()) - sample["kl_penalty"]
+        assert_close(sample["total_reward"], total, 1e-6, terms=sample["rm_score"])
+        assert set(sample["penalties"]) == {"3", "5"}
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert list((workdir / "checkpoints").iterdir())
+
+
+def test_same_seed_same_numbers(make_trainer, tmp_path):
+    runs = [make_trainer(tmp_path / name) for name in "ab"]
+    for trainer in runs:
+        trainer.run()
+    same_state(runs[0].state, runs[1].state)
+    a, b = (without_times(metrics(tmp_path / name)) for name in "ab")
+    assert a == b
+
+
+def test_resuming_is_as_if_never_stopped(make_trainer, tmp_path):
+    whole = make_trainer(tmp_path / "whole", total_steps=5)
+    whole.run()
+    first = make_trainer(tmp_path / "parts", total_steps=5)
+    step = first._step
+
+    def interrupted(number, state):
+        if number == 3:  # one step after the checkpoint at 2, whose rows must not stand twice
+            raise KeyboardInterrupt
+        return step(number, state)
+
+    first._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    assert len(metrics(tmp_path / "parts")) == 3
+    second = make_trainer(tmp_path / "parts", total_steps=5)
+    second.run()
+    same_state(whole.state, second.state)
+    a, b = (without_times(metrics(tmp_path / name)) for name in ("whole", "parts"))
+    assert a == b
+    lines = [(tmp_path / n / "samples.jsonl").read_text() for n in ("whole", "parts")]
+    assert lines[0] == lines[1]
+
+
+def test_a_finished_run_is_not_repeated(make_trainer, tmp_path):
+    one = make_trainer(tmp_path / "run", total_steps=2)
+    one.run()
+    before = (tmp_path / "run" / "metrics.csv").read_text()
+    again = make_trainer(tmp_path / "run", total_steps=2)
+    again.run()
+    same_state(one.state, again.state)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_checkpoints_and_exits(make_trainer, tmp_path, number):
+    trainer = make_trainer(tmp_path / "run", checkpoint_every=100)
+    step = trainer._step
+
+    def signalled(at, state):
+        if at == 1:
+            os.kill(os.getpid(), number)
+        return step(at, state)
+
+    trainer._step = signalled
+    with pytest.raises(SystemExit) as stop:
+        trainer.run()
+    assert stop.value.code == 128 + number
+    assert len(metrics(tmp_path / "run")) == 2
+    resumed = make_trainer(tmp_path / "run", checkpoint_every=100)
+    resumed.run()
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["0", "1", "2", "3"]
+
+
+UNWHITENED = {"total_steps": 7, "whiten_advantages": False, "missing_eos_penalty": 0.0}
+
+
+def poison(trainer):
+    """Logits, a score, latents, the discriminator and gradients, at steps 1 to 5."""
+    score, update, disc = trainer.scorer, trainer.updater, trainer.density_ratio
+    now = {"step": -1, "state": {}}
+    nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), trainer.base)  # same shapes and types
+
+    def scored(rollout):
+        found = score(rollout)
+        score_b, penalised_bn, subset_bs = map(np.array, dataclasses.astuple(found))
+        if now["step"] == 2:
+            score_b[0] = np.inf
+        if now["step"] == 3:
+            penalised_bn[1, 0] = np.nan
+        if now["step"] == 4:
+            subset_bs[:] = np.nan
+        return Scored(score_b, penalised_bn, subset_bs)
+
+    def updated(state, base, batch, *rest):
+        if now["step"] == 5:  # squares to more than a float32 holds, in the gradient's norm
+            huge_b = np.resize(np.float32([1e30, -1e30]), len(batch.reward_b))
+            batch = batch.replace(reward_b=jax.device_put(huge_b))
+        return update(state, nan if now["step"] == 1 else base, batch, *rest)
+
+    step = trainer._step
+
+    def stepped(number, state):
+        now["step"], now["state"] = number, jax.tree.map(np.asarray, state)
+        new, row, samples = step(number, state)
+        if 1 <= number <= 5:
+            same_state(now["state"]["train"], new["train"])
+        if number == 4:
+            same_state(now["state"], new)
+        return new, row, samples
+
+    assert disc is not None
+    trainer.scorer = scored
+    scored.programs = score.programs
+    scored.with_and_without_clamp = score.with_and_without_clamp
+    trainer.updater = updated
+    updated.lower = update.lower
+    trainer._step = stepped
+    return trainer
+
+
+def test_what_is_not_finite_is_skipped_counted_and_dumped(make_trainer, tmp_path, compilations):
+    trainer = poison(
+        make_trainer(tmp_path / "run", guards={"max_nonfinite_steps": 5}, **UNWHITENED)
+    )
+    compiled = compilations(trainer)
+    summary = trainer.run()
+    rows = metrics(tmp_path / "run")
+    # Both epochs of the update, and at step 4 the discriminator's two minibatches as well.
+    assert [float(row["skipped_updates"]) for row in rows] == [0, 2, 2, 2, 4, 2, 0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trainer.state))
+    assert max(compiled) < 1  # and the check compiles nothing
+    (warning,) = [w for w in summary["warnings"] if w["guard"] == "nonfinite"]
+    assert (warning["first_step"], warning["steps"]) == (1, 5)
+    assert np.isfinite(summary["last_steps"]["total_reward"])
+    for number in range(1, 6):
+        path = tmp_path / "run" / f"nonfinite_step_{number}.npz"
+        with np.load(path) as dumped:
+            assert len(dumped["prompts"]) == len(dumped["batch.reward_b"]) == 4
+            assert np.isfinite(dumped["state.train.params.value_head.kernel"]).all()
+            assert np.isnan(dumped["scored.penalised_bn"]).any() == (number == 3)
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
+    assert all(np.isfinite(sample["total_reward"]) for sample in samples)
+
+
+def test_too_much_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
+    trainer = poison(
+        make_trainer(tmp_path / "run", guards={"max_nonfinite_steps": 1}, **UNWHITENED)
+    )
+    with pytest.raises(NonFiniteError, match=r"step 2: 2 of 3 steps .*nonfinite_step_2\.npz"):
+        trainer.run()
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped"] == "2 steps that were not finite"
+    assert "nonfinite" in [warning["guard"] for warning in summary["warnings"]]
+    healed = make_trainer(tmp_path / "run", **UNWHITENED)
+    healed.run()
+    assert [float(row["skipped_updates"]) for row in metrics(tmp_path / "run")] == [0, 2, *[0] * 5]
+
+
+def test_a_run_of_which_no_step_is_finite_is_no_success(make_trainer, tmp_path):
+    trainer = poison(make_trainer(tmp_path / "run", **{**UNWHITENED, "total_steps": 1}))
+    step = trainer._step
+    trainer._step = lambda number, state: step(number + 1, state)  # the first is poisoned as well
+    with pytest.raises(NonFiniteError, match="1 of 1 steps were not finite"):
+        trainer.run()
+
+
+def test_a_guard_stops_the_run_where_it_is_told_to(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run", guards={"stop": ("no_eos",), "steps": 2})
+    with pytest.raises(GuardStopError, match=r"no_eos.*--config\.guards\.stop= goes on"):
+        trainer.run()
+    assert len(metrics(tmp_path / "run")) == 2
+    assert trainer.state["train"].params["lora"]  # what its adapter is made of
+    again = make_trainer(tmp_path / "run", guards={"stop": ("no_eos",), "steps": 2})
+    with pytest.raises(GuardStopError, match="step 1: .*checkpoint 2 saved"):
+        again.run()  # takes no further step
+    assert len(metrics(tmp_path / "run")) == 2
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"2"}
+    stopped = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (stopped["steps"], stopped["total_steps"]) == (2, 4)
+    assert stopped["stopped"] == "guards.stop (no_eos)"
+    assert "no_eos" in [warning["guard"] for warning in stopped["warnings"]]
+    summary = make_trainer(tmp_path / "run", guards={"steps": 2}).run()
+    assert summary["steps"] == 4 and summary["stopped"] is None
+    named = {warning["guard"]: warning for warning in summary["warnings"]}
+    assert named["no_eos"]["first_step"] == 1 and named["no_eos"]["steps"] == 3
+    assert "reward_scale" in named  # α of 0.1 and 0.2 where the score has an sd of about 2
+
+
+def test_a_guard_that_holds_on_the_last_step_stops_nothing(make_trainer, tmp_path):
+    guards = {"stop": ("no_eos",), "steps": 2}
+    summary = make_trainer(tmp_path / "run", total_steps=2, guards=guards).run()
+    assert summary["stopped"] is None
+    assert "no_eos" in [warning["guard"] for warning in summary["warnings"]]
+
+
+@pytest.fixture
+def compilations():
+    """Makes a trainer note the step of each compilation, -1 before the first; the list of them."""
+
+    def listen_to(trainer):
+        compiled: list[int] = []
+        current, step = {"step": -1}, trainer._step
+
+        def counted(at, state):
+            current["step"] = at
+            return step(at, state)
+
+        def listen(event, _seconds, **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(current["step"])
+
+        trainer._step = counted
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        return compiled
+
+    yield listen_to
+    jax.monitoring.clear_event_listeners()
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces, compilations):
+    many = tuple(range(3, 70))  # stop tokens, so that lengths differ between the steps
+    options = {"total_steps": 8, "eval_every": 3, "pack_levels": 3, "num_minibatches": pieces}
+    trainer = make_trainer(tmp_path / "run", evaluate=True, stop_ids=many, **options)
+    taken = set()
+    (slot_plan,) = trainer._slot_plans.values()
+    plan = slot_plan.of
+
+    def slots(*lengths):
+        taken.add(plan(*lengths))
+        return plan(*lengths)
+
+    slot_plan.of = slots
+    compiled = compilations(trainer)
+    trainer.run()
+    assert compiled, "the listener heard nothing"
+    assert max(compiled) < 2
+    assert len(taken) > 1 and taken <= set(slot_plan.all())
+
+
+def test_what_a_resumed_run_compiles_it_compiles_before_its_second_step(
+    make_trainer, tmp_path, compilations
+):
+    many = tuple(range(3, 70))
+    options = {"pack_levels": 3, "stop_ids": many}
+    make_trainer(tmp_path / "run", total_steps=3, **options).run()
+    trainer = make_trainer(tmp_path / "run", total_steps=9, **options)
+    compiled = compilations(trainer)
+    trainer.run()
+    assert compiled and max(compiled) < 4
+
+
+def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        tmp_path / "run",
+        reward=RewardConfig(),
+        total_steps=30,
+        batch_size=16,
+        learning_rate=1e-2,
+        kl_coef=0.0,
+        missing_eos_penalty=0.0,
+        samples_per_step=0,
+        checkpoint_every=100,
+    )
+
+    # Rewarded: tokens of one half of the vocabulary, which one direction of the output embedding
+    # separates. The decoder is replaced so that the scorer sees token ids.
+    policy = nnx.merge(trainer.learner.reference_graph, trainer.base)
+    rewarded = set(np.flatnonzero(policy.vocabulary[:, 0] > 0).tolist())
+
+    def token_ids(_, generation):
+        pairs = zip(np.asarray(generation.tokens_br), np.asarray(generation.mask_br), strict=True)
+        return [" ".join(map(str, row[mask])) for row, mask in pairs]
+
+    def share_of_rewarded(model, prompts, responses, clamp, indices):
+        share = [np.mean([int(i) in rewarded for i in text.split()]) for text in responses]
+        return np.asarray(share, np.float32), np.zeros((len(share), 0), np.float32)
+
+    monkeypatch.setattr(Sampler, "_decode", token_ids)
+    monkeypatch.setattr(RewardModel, "score", share_of_rewarded)
+    summary = trainer.run()
+    assert summary["total_reward_change_in_sd"] > 1.0
+    assert summary["last_steps"]["ref_kl"] > 0.1
+
+
+def test_scores_are_not_mixed_up_between_rows(make_trainer, tmp_path, reward_model):
+    trainer = make_trainer(tmp_path / "run", total_steps=1, samples_per_step=4)
+    trainer.run()
+    weight_f = np.asarray(reward_model.model.score[...])
+    for line in (tmp_path / "run" / "samples.jsonl").open():
+        sample = json.loads(line)
+        score, z = reward_model.score([sample["prompt"]], [sample["response"]])
+        assert_close(sample["rm_score"], score[0], terms=z[0] * weight_f)
+        for feature, tau, alpha in zip((3, 5), (0.1, 0.2), (0.2, 0.1), strict=True):
+            fired = alpha if z[0, feature] > tau else 0.0
+            np.testing.assert_allclose(sample["penalties"][str(feature)], fired, rtol=1e-6)
+
+
+def test_clamping_changes_the_reward_that_is_learned_from(make_trainer, tmp_path, reward_model):
+    reward = RewardConfig(clamp_features=(3,), clamp_set_values=(0.0,))
+    trainer = make_trainer(tmp_path / "run", reward=reward, total_steps=1, samples_per_step=4)
+    trainer.run()
+    weight_f = np.asarray(reward_model.model.score[...])
+    for line in (tmp_path / "run" / "samples.jsonl").open():
+        sample = json.loads(line)
+        score, z = reward_model.score([sample["prompt"]], [sample["response"]])
+        expected = score[0] - weight_f[3] * z[0, 3]
+        assert_close(sample["rm_score"], expected, terms=z[0] * weight_f)
+
+
+def test_a_clamp_does_not_magnify_what_it_leaves(make_trainer, tmp_path):
+    half = tuple(range(32))  # of the latents
+    reward = RewardConfig(clamp_features=half, clamp_set_values=(0.0,) * 32)
+    clamped = make_trainer(tmp_path / "clamped", reward=reward, total_steps=1)
+    plain = make_trainer(tmp_path / "plain", reward=RewardConfig(), total_steps=1)
+    clamped.run()
+    plain.run()
+    assert clamped.scale.std == pytest.approx(plain.scale.std, rel=1e-6)
+    assert clamped.scale.mean != pytest.approx(plain.scale.mean, abs=1e-3)
+
+
+def test_held_out_prompts_are_evaluated_and_not_learned_from(make_trainer, tmp_path, reward_model):
+    plain = make_trainer(tmp_path / "plain")
+    plain.run()
+    options = {"evaluate": True, "eval_every": 3, "eval_batches": 2}
+    trainer = make_trainer(tmp_path / "run", **options)
+    summary = trainer.run()
+    same_state(plain.state, trainer.state)
+    assert without_times(metrics(tmp_path / "plain")) == without_times(metrics(tmp_path / "run"))
+    assert not (tmp_path / "plain" / "evaluations.jsonl").exists()
+
+    rows = read_evaluations(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0] * 8 + [3] * 8 + [4] * 8
+    prompts = [row["prompt"] for row in rows]
+    assert prompts[:8] == prompts[8:16] == prompts[16:] and set(prompts) == set(HELD_OUT)
+    assert max(row["ref_kl"] for row in rows[:8]) < 1e-6 < min(row["ref_kl"] for row in rows[16:])
+    assert summary["held_out"]["steps"] == [0, 4] and summary["held_out"]["responses"] == 8
+    weight_f = np.asarray(reward_model.model.score[...])
+    for row in rows:
+        score, z = reward_model.score([row["prompt"]], [row["response"]])
+        assert_close(row["rm_score"], score[0], terms=z[0] * weight_f)
+        assert (row["penalties"]["3"] > 0) == (z[0, 3] > REWARD.tau_values[0])
+        total = row["rm_score"] - sum(row["penalties"].values()) - row["kl_penalty"]
+        assert_close(row["total_reward"], total, 1e-6, terms=row["rm_score"])
+    last = [row["rm_score"] for row in rows[16:]]
+    np.testing.assert_allclose(summary["held_out"]["last"]["rm_score"], np.mean(last), rtol=1e-6)
+
+
+def test_a_line_separator_within_a_response_is_kept(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text('{"step": 0, "response": "a\u2028b"}\n{"step": 2, "response": "c"}\n{"st')
+    metrics_module._keep_lines(path, 1)
+    assert path.read_text() == '{"step": 0, "response": "a\u2028b"}\n'
+
+
+def test_half_a_character_at_the_end_is_dropped(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    whole = '{"step": 0, "response": "é"}\n'.encode()
+    path.write_bytes(whole + '{"step": 1, "response": "é'.encode()[:-1])
+    metrics_module._keep_lines(path, 1)
+    assert path.read_bytes() == whole
+
+
+def test_evaluations_of_a_resumed_run_stand_once(make_trainer, tmp_path):
+    options = {"evaluate": True, "eval_every": 1, "total_steps": 5}
+    make_trainer(tmp_path / "whole", **options).run()
+    first = make_trainer(tmp_path / "parts", **options)
+    step = first._step
+
+    def interrupted(number, state):
+        if number == 3:
+            raise KeyboardInterrupt
+        return step(number, state)
+
+    first._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        first.run()
+    make_trainer(tmp_path / "parts", **options).run()
+    whole, parts = ((tmp_path / n / "evaluations.jsonl").read_text() for n in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_batches_of_prompts(tokenizer, ppo_config):
+    deck = PromptDeck(PROMPTS, tokenizer, ppo_config(seed=1))
+    dealt = [deck.deal(step)[0] for step in range(5)]
+    flat = [text for batch in dealt for text in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == sorted(PROMPTS)
+    assert flat[:10] != flat[10:]
+    assert deck.deal(3)[0] == dealt[3]
+    texts, tokens, mask = deck.deal(0)
+    for text, row, real in zip(texts, tokens, mask, strict=True):
+        assert row[real].tolist() == chat.encode_prompt(tokenizer, text)
+        assert not real[0] or real.all()
+    assert jnp.asarray(mask)[:, -1].all()

@@ -1,0 +1,185 @@
+"""Checkpoints: kept, verified file by file, and left alone by what goes wrong after them."""
+
+import errno
+import logging
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints, newest_facts
+from ppo.tracking.manifest import ManifestHandler
+from sarm_jax.io.errors import InputError
+
+
+def state(step):
+    return {"lora": {"a": jnp.arange(6.0) * step}, "count": jnp.asarray(step)}
+
+
+def saved(directory, steps, **options):
+    checkpoints = Checkpoints(directory, **{"keep": 2, **options})
+    for step in steps:
+        checkpoints.save(step, state(step), {"mean": step / 2})
+    return checkpoints
+
+
+def restored(directory):
+    """The step that a new process goes on from, whose content must be that of the step."""
+    checkpoints = Checkpoints(directory, 2)
+    step, found, facts = checkpoints.restore(state(0))
+    np.testing.assert_array_equal(found["lora"]["a"], np.arange(6.0) * step)
+    assert found["count"] == step and facts == {"mean": step / 2}
+    checkpoints.close()
+    return step
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Checkpoints of steps 2 and 4."""
+    directory = tmp_path_factory.mktemp("run") / "checkpoints"
+    saved(directory, (2, 4)).close()
+    return directory
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        middle = len(content) // 2
+        flipped = bytes([content[middle] ^ 1])
+        path.write_bytes(content[:middle] + flipped + content[middle + 1 :])
+    else:
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "deleted"])
+def test_damage_to_any_file_is_found_or_does_not_matter(two, tmp_path, caplog, how):
+    names = [p.relative_to(two) for p in sorted(two.glob("4/**/*")) if p.is_file()]
+    assert len(names) > 10
+    fallen_back = 0
+    for number, name in enumerate(names):
+        directory = tmp_path / str(number) / "checkpoints"
+        shutil.copytree(two, directory)
+        damage(directory / name, how)
+        caplog.clear()
+        step = restored(directory)  # checks the content
+        if step == 4:  # Orbax's own records, from which nothing is restored
+            assert name.name in ("_CHECKPOINT_METADATA", "commit_success.txt"), name
+            continue
+        fallen_back += 1
+        (message,) = [r.getMessage() for r in caplog.records if r.name == "ppo.tracking.checkpoint"]
+        assert "checkpoint 4 is damaged" in message and "going on from checkpoint 2" in message
+        # A flipped bit in the manifest makes it another file's.
+        assert "/".join(name.parts[1:]) in message or name.parts[1] == "manifest"
+        assert (directory.parent / "damaged_checkpoint_4").is_dir()
+        assert not (directory / "4").exists()
+    assert fallen_back >= len(names) - 3
+
+
+def test_what_the_next_run_goes_on_from_is_said_without_changing_anything(two, tmp_path, caplog):
+    assert newest_facts(tmp_path / "none") is None
+    assert newest_facts(two) == (4, {"mean": 2.0})
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two, directory)
+    damage(next((directory / "4" / "state" / "d").iterdir()), "truncated")
+    (directory / "6.orbax-checkpoint-tmp").mkdir()  # of a save that was killed
+    before = sorted(directory.rglob("*"))
+    assert newest_facts(directory) == (2, {"mean": 1.0})
+    assert before == sorted(directory.rglob("*")) and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (
+            {"lora": {"a": jnp.zeros(7)}, "count": jnp.asarray(0)},
+            "float32 [6], expected float32 [7",
+        ),
+        ({"lora": {"a": jnp.zeros((6, 1))}, "count": jnp.asarray(0)}, "expected float32 [6, 1]"),
+        ({"lora": {"a": jnp.zeros(6, int)}, "count": jnp.asarray(0)}, "expected int32 [6]"),
+        ({"lora": {"b": jnp.zeros(6)}, "count": jnp.asarray(0)}, "lora.b is not there"),
+        ({"lora": {"a": jnp.zeros(6)}}, "count is int32 [], expected none"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(two, other, says):
+    checkpoints = Checkpoints(two, 2)
+    with pytest.raises(InputError, match="4: a checkpoint of another model") as error:
+        checkpoints.restore(other)
+    assert says in str(error.value)
+    assert checkpoints.restore(state(0))[0] == 4
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_was_set_aside_is_made_again(two, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two, directory)
+    damage(next((directory / "4" / "state" / "d").iterdir()), "flipped")
+    assert restored(directory) == 2
+    saved(directory, (4,)).close()
+    assert restored(directory) == 4
+
+
+def test_no_whole_checkpoint_is_an_error_and_nothing_is_moved(two, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two, directory)
+    shutil.rmtree(directory / "2" / "manifest")
+    damage(directory / "4" / "facts" / "metadata", "truncated")
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(InputError, match="no checkpoint is whole") as error:
+        restored(directory)
+    assert "4: facts/metadata" in str(error.value) and "2: manifest/sha256.json" in str(error.value)
+    assert before == sorted(directory.rglob("*"))
+
+
+def test_the_newest_are_kept_and_every_nth_for_good(tmp_path):
+    checkpoints = saved(tmp_path / "checkpoints", range(1, 9), keep_every=5)
+    assert {int(p.name) for p in (tmp_path / "checkpoints").iterdir()} == {5, 7, 8}
+    checkpoints.close()
+    with pytest.raises(InputError, match=r"checkpoint.keep_every=-1"):
+        CheckpointConfig(-1)
+
+
+def full(*_args, **_kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_in_tensorstore(*_args, **_kwargs):
+    raise ValueError("RESOURCE_EXHAUSTED: Failed to write 165 bytes: No space left on device")
+
+
+@pytest.mark.parametrize("failure", [full, full_in_tensorstore])
+def test_a_full_disk_is_said_and_leaves_the_last_checkpoint(two, tmp_path, monkeypatch, failure):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two, directory)
+    checkpoints = Checkpoints(directory, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ManifestHandler, "finalize", failure)  # the last thing before the rename
+        with pytest.raises(OSError, match="no space for the checkpoint of step 6") as error:
+            checkpoints.save(6, state(6), {"mean": 3.0})
+    assert error.value.errno == errno.ENOSPC
+    assert Path(error.value.filename) == directory
+    again = Checkpoints(directory, 2)  # of the next process
+    assert again.restore(state(0))[0] == 4
+    again.save(6, state(6), {"mean": 3.0})  # removes what was left of the first attempt
+    assert sorted(path.name for path in directory.iterdir()) == ["4", "6"]
+    assert restored(directory) == 6
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(ManifestHandler, "finalize", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        checkpoints.save(1, state(1), {})
+
+
+def test_orbax_is_quiet_only_while_it_saves(tmp_path):
+    level = logging.getLogger("absl").level
+    saved(tmp_path / "checkpoints", (1,)).close()
+    assert logging.getLogger("absl").level == level

@@ -1,0 +1,139 @@
+"""Two processes on loopback, with collectives over gloo: the run of one process and one device."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from ppo.tracking.metrics_csv import read_metrics
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.parallel import processes
+from sarm_jax.parallel.processes import Hosts
+from tests.closeness import assert_same_metrics
+from tests.command import run_main
+from tests.paths import ROOT
+from tests.sarm_jax.parallel.test_sharding import SAME
+
+OPTIONS = (
+    "ppo.total_steps=10 ppo.batch_size=4 ppo.max_new_tokens=4 ppo.calibration_batches=2 "
+    "ppo.max_prompt_tokens=120 ppo.checkpoint_every=10 ppo.pack_levels=1 ppo.eval_every=5 "
+    "ppo.eval_batches=1 ppo.learning_rate=1e-3 lora.rank=4 sarm_batch_size=2"
+).split()
+TRAIN = (
+    "--config=configs/base.py --policy_model={0}/policy --sarm_model={0}/sarm "
+    "--prompts_jsonl={0}/demos.jsonl --config.eval_prompts_jsonl={0}/demos.jsonl "
+    "--penalize_features=3,5 --tau_values=0.1,0.1 --alpha_values=0.5,0.25 "
+    "--beta=0.1 --human_latents={0}/human.safetensors"
+)
+BIT = ["-m", "benchmarks.killed", "--place=update", "--call=4", "--signal=SIGTERM", "--"]
+
+
+def unused_port() -> int:
+    """One that nothing listens at."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def options(world, workdir):
+    """Of the train stage."""
+    given = [*TRAIN.format(world).split(), *(f"--config.{option}" for option in OPTIONS)]
+    return [*given, f"--workdir={workdir}"]
+
+
+def start(world, workdir, *further, program=("main.py",)):
+    """The train stage in a process of its own, with one device."""
+    line = [sys.executable, *program, *options(world, workdir), *further]
+    environment = os.environ | {
+        "TQDM_DISABLE": "1",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
+        "TMPDIR": str(world.parent),
+    }
+    text = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(line, cwd=ROOT, env=environment, **text)
+
+
+def finish(*started):
+    """(exit code, stderr) of each, when all have ended."""
+    said = [process.communicate(timeout=600)[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+
+
+def start_two(world, workdir, others=((), ()), programs=(("main.py",),) * 2):
+    """Both processes of a run on a mesh over them."""
+    address = f"--coordinator_address=localhost:{unused_port()}"
+    return [
+        start(
+            world,
+            *(workdir, "--config.mesh.data=2", address, "--num_processes=2"),
+            *(f"--process_id={number}", *others[number]),
+            program=programs[number],
+        )
+        for number in range(2)
+    ]
+
+
+def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path):
+    assert run_main(*options(world, tmp_path / "one")) == 0
+    # The signal reaches the process that keeps nothing.
+    stopped = finish(*start_two(world, tmp_path / "two", programs=(("main.py",), BIT)))
+    assert [code for code, _ in stopped] == [143, 143], stopped
+    assert "stopped by signal 15 after step 4" in stopped[0][1]
+    assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["4"]
+    finished = finish(*start_two(world, tmp_path / "two"))
+    assert [code for code, _ in finished] == [0, 0], finished
+    assert "resuming after step 4 of 10" in finished[0][1] and "PPO" not in finished[1][1]
+    summary = (tmp_path / "two" / "summary.json").read_text()
+    again = finish(*start_two(world, tmp_path / "two"))  # nothing is left to do
+    assert [code for code, _ in again] == [0, 0], again
+    assert (tmp_path / "two" / "summary.json").read_text() == summary
+
+    one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert_same_metrics(two, one, SAME)
+    assert all(row["ratio_0_max_dev"] <= 1e-5 for row in two)
+    texts = [
+        [row["response"] for row in read_jsonl(tmp_path / name / "evaluations.jsonl", {})]
+        for name in ("one", "two")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 3 * 4
+    files = [
+        {str(p.relative_to(tmp_path / name)) for p in (tmp_path / name).rglob("*.safetensors")}
+        for name in ("one", "two")
+    ]
+    assert files[0] == files[1] != set()
+    assert not list(world.parent.glob("sarm_jax_*"))  # what the second process wrote
+
+
+def test_what_one_process_refuses_both_refuse(world, tmp_path):
+    (first, _), (second, said) = finish(
+        *start_two(world, tmp_path / "seeds", others=((), ("--seed=1",)))
+    )
+    assert (first, second) == (2, 2)
+    assert "error: process 1: not what process 0 has: ppo.seed was 0 and is now 1" in said
+    missing = ("--prompts_jsonl=nowhere.jsonl",)
+    (first, heard), (second, said) = finish(
+        *start_two(world, tmp_path / "files", others=((), missing))
+    )
+    assert (first, second) == (2, 2)
+    assert "error: nowhere.jsonl" in said and "error: process 1: nowhere.jsonl" in heard
+    assert not list((tmp_path / "files").glob("checkpoints"))
+
+
+def test_a_coordinator_that_does_not_answer_is_named():
+    hosts = Hosts(f"localhost:{unused_port()}", count=2, number=1, timeout=0)
+    with pytest.raises(InputError, match=r"--coordinator_address=localhost:\d+: no answer in 0 s"):
+        processes.connect(hosts)
+
+
+def test_one_process_speaks_to_nobody():
+    tree = {"a": jax.numpy.arange(3), "b": 2.0}
+    assert processes.fetch(tree)["a"].tolist() == [0, 1, 2]
+    assert processes.from_first(None) is None and processes.largest(15) == 15
+    processes.refuse("what no other process waits to hear")
+    with processes.place_to_write(Path("run")) as place, processes.nobody_waits():
+        assert place == Path("run")

@@ -1,0 +1,234 @@
+import dataclasses
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from sarm_jax.models.sae import SAE, SAEConfig
+from sarm_jax.training.preference_training import PreferenceTraining
+from sarm_jax.training.sae_training import Conversation
+from sarm_jax.training.train_sarm import assemble, preference_training, truncate
+from tests import oracles
+from tests.closeness import assert_close
+
+OPTIONS = PreferenceTraining(
+    mode=3, reconstruction_weight=0.5, epochs=2, batch_size=2, learning_rate=1e-3,
+    head_learning_rate=1e-2, warmup_fraction=0.03, weight_decay=0.1, seed=0,
+)  # fmt: skip
+
+
+def tiny_sarm(policy, use_topk=True):
+    sarm = assemble(truncate(policy, 2), SAE(SAEConfig(32, 64, 8, use_topk), rngs=nnx.Rngs(3)))
+    sarm.sae.pre_bias[...] = 0.1 * jax.random.normal(jax.random.key(5), (32,))
+    sarm.score[...] = jax.random.normal(jax.random.key(4), (64,))
+    return sarm
+
+
+def tiny_rows(count=6):
+    rng = np.random.default_rng(0)
+    return [
+        Conversation(rng.integers(1, 200, n).tolist(), int(rng.integers(1, n)))
+        for n in rng.integers(8, 33, count)  # one bucket, one compilation
+    ]
+
+
+PAIRS = np.asarray([[0, 1], [2, 3], [4, 5], [0, 3]])
+
+
+def tiny_batch():
+    return next(preference_training.pair_batches(tiny_rows(), PAIRS, 2, np.random.default_rng(0)))
+
+
+def test_bradley_terry_by_hand():
+    chosen, rejected = jnp.asarray([1.0, 0.0, 2.0]), jnp.asarray([0.0, 0.0, 5.0])
+    expected = np.mean([np.log(1 + np.exp(-d)) for d in (1.0, 0.0, -3.0)])
+    loss = preference_training.bradley_terry_loss(chosen, rejected)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(preference_training.accuracy(chosen, rejected), 0.5)
+    huge = preference_training.bradley_terry_loss(jnp.asarray([-1e4]), jnp.asarray([1e4]))
+    np.testing.assert_allclose(huge, 2e4)
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def _gradients(graphdef, state, mode, weight, batch):
+    def loss_fn(state):
+        model = nnx.merge(graphdef, state)
+        return preference_training.preference_loss(model, *batch, mode, weight)[0]
+
+    return jax.grad(loss_fn)(state)
+
+
+def gradients(sarm, mode, weight):
+    """Gradients of the mode's loss with respect to every parameter, trained or not."""
+    grads = _gradients(*nnx.split(sarm), mode, weight, tiny_batch())
+    return {
+        ".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(grads)
+    }
+
+
+def reach(grads):
+    """Which parts have a gradient somewhere, and which trunk or SAE leaves have none."""
+    live = {name for name, gradient in grads.items() if np.any(gradient)}
+    return {name.split(".")[0] for name in live}, set(grads) - live
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_which_parameters_each_mode_moves(policy, mode):
+    sarm = tiny_sarm(policy)
+    parts, untouched = reach(gradients(sarm, mode, weight=0.5))
+    sae = {f"sae.{n}" for n in ("encoder", "decoder", "pre_bias", "latent_bias")}
+    assert parts == {"trunk", "score"} | ({"sae"} if mode > 1 else set())
+    assert untouched == {"trunk.norm.scale"} | (sae if mode == 1 else set())
+
+
+def test_mode_3_separates_the_two_losses_exactly(policy):
+    sarm = tiny_sarm(policy)
+    alone, both = gradients(sarm, 1, 0.0), gradients(sarm, 3, 0.5)
+    doubled = gradients(sarm, 3, 1.0)
+    for name in alone:
+        if name.startswith("sae"):
+            assert_close(doubled[name], 2 * both[name], 1e-6)
+        else:  # reconstruction reaches neither trunk nor head
+            assert_close(both[name], alone[name], 2e-6)
+    parts, _ = reach(gradients(sarm, 3, 0.0))
+    assert parts == {"trunk", "score"}  # Bradley–Terry does not reach the SAE
+
+
+def test_mode_2_lets_both_losses_through(policy):
+    sarm = tiny_sarm(policy)
+    sarm.score[...] = jnp.zeros_like(sarm.score[...])  # a head of zeros stops Bradley–Terry
+    parts, _ = reach(gradients(sarm, 2, 0.5))
+    assert parts == {"trunk", "sae", "score"}
+    parts, _ = reach(gradients(tiny_sarm(policy), 2, 0.0))
+    assert parts == {"trunk", "sae", "score"}
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_fine_tuning_moves_what_the_mode_trains_and_nothing_else(policy, mode):
+    sarm = tiny_sarm(policy)
+    before = jax.tree.map(np.array, nnx.state(sarm))
+    options = dataclasses.replace(OPTIONS, mode=mode)
+    log = []
+    trained = preference_training.fine_tune(sarm, tiny_rows(), PAIRS, options, log.append)
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(sarm)))
+    after = dict(nnx.to_flat_state(nnx.state(trained)))
+    for path, value in nnx.to_flat_state(before):
+        moved = not np.array_equal(value[...], after[path][...])
+        frozen = path[:2] == ("trunk", "norm") or (mode == 1 and path[0] == "sae")
+        assert moved != frozen, path
+    assert [row["step"] for row in log] == [1, 2, 3, 4]
+    assert all(np.isfinite(row["loss"]) for row in log)
+
+
+def test_half_precision_computes_in_half_and_learns_in_float32(policy):
+    sarm = tiny_sarm(policy)
+    sarm.trunk = preference_training.cast(sarm.trunk, jnp.bfloat16)
+    options = dataclasses.replace(OPTIONS, mode=1, learning_rate=1e-5)
+    trained = preference_training.fine_tune(sarm, tiny_rows(), PAIRS, options, lambda row: None)
+    before, after = (s.trunk.layers.mlp.up_proj.kernel[...] for s in (sarm, trained))
+    assert after.dtype == jnp.float32
+    moved = np.abs(np.asarray(after) - np.asarray(before.astype(jnp.float32)))
+    assert 0 < moved.max() < 1e-4  # far below half precision's resolution of these weights
+
+
+def test_decay_spares_scales_and_biases(policy):
+    options = dataclasses.replace(OPTIONS, mode=2, warmup_fraction=0.0)
+    _, params, _ = nnx.split(tiny_sarm(policy), preference_training.trainable(2), ...)
+    optimizer = preference_training.make_optimizer(options, steps=10)
+    state = optimizer.init(params)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for _ in range(2):  # the very first step of a schedule has learning rate 0
+        updates, state = optimizer.update(zeros, state, params)
+    moved = {path: bool(np.any(value[...])) for path, value in nnx.to_flat_state(updates)}
+    undecayed = {path for path, any_change in moved.items() if not any_change}
+    names = {str(path[-1]) for path in undecayed}
+    assert names == {"scale", "pre_bias", "latent_bias"}
+    rate = np.asarray(updates["score"][...] / params["score"][...]).mean()
+    body = updates["sae"]["encoder"][...] / params["sae"]["encoder"][...]
+    np.testing.assert_allclose(rate / np.asarray(body).mean(), 1e-2 / 1e-3, rtol=1e-3)
+
+
+def test_reconstruction_is_that_of_the_oracle(tmp_path):
+    torch.manual_seed(0)
+    oracle = oracles.save_tiny_sarm(tmp_path, oracles.tiny_tokenizer())
+    ids = torch.randint(1, 200, (1, 11))
+    expected = oracle(ids).rec_loss_t.detach().numpy()
+    sae = SAE(SAEConfig(32, 64, 8, use_topk=False), rngs=nnx.Rngs(0))
+    weights = {name: value.detach().numpy() for name, value in oracle.sae.named_parameters()}
+    sae.encoder[...] = jnp.asarray(weights["encoder.weight"].T)
+    sae.decoder[...] = jnp.asarray(weights["decoder.weight"].T)
+    sae.pre_bias[...] = jnp.asarray(weights["pre_bias"])
+    sae.latent_bias[...] = jnp.asarray(weights["latent_bias"])
+    h_td = oracle.model(input_ids=ids, use_cache=False).last_hidden_state.detach().numpy()
+    x_btd = preference_training.standardise(jnp.asarray(h_td))
+    turn_bt = np.arange(11)[None] >= 7
+    loss = preference_training.turn_reconstruction_loss(sae, x_btd, jnp.asarray(turn_bt))
+    np.testing.assert_allclose(loss, expected[7:].mean(), rtol=1e-4)
+
+
+def test_batches_hold_each_pair_once_with_its_turns():
+    rows = tiny_rows()
+    seen = []
+    for tokens_bt, mask_bt, turn_bt in preference_training.pair_batches(
+        rows, PAIRS, 2, np.random.default_rng(1)
+    ):
+        assert tokens_bt.shape == mask_bt.shape == turn_bt.shape and len(tokens_bt) == 4
+        found = []
+        for tokens_t, mask_t, turn_t in zip(tokens_bt, mask_bt, turn_bt, strict=True):
+            ids = tokens_t[mask_t].tolist()
+            row = next(i for i, r in enumerate(rows) if r.ids == ids)
+            assert turn_t.sum() == rows[row].turn_length and turn_t[: len(ids)].tolist()[-1]
+            found.append(row)
+        seen += [(found[0], found[2]), (found[1], found[3])]
+    assert sorted(seen) == sorted(map(tuple, PAIRS.tolist()))
+
+
+@pytest.mark.parametrize("use_topk", [True, False])
+def test_the_head_learns_separable_pairs_as_a_dense_loop_would(policy, use_topk):
+    sarm = tiny_sarm(policy, use_topk)
+    rng = np.random.default_rng(0)
+    x_rd = rng.normal(size=(60, 32)).astype(np.float32)
+    x_rd[:30, 0] += 4
+    pairs_p2 = np.stack([np.arange(30), np.arange(30, 60)], axis=1)
+    options = dataclasses.replace(OPTIONS, mode=0, epochs=30, batch_size=10)
+    log = []
+    weights_m = preference_training.train_head(sarm.sae, x_rd, pairs_p2, options, log.append)
+    score_r = np.asarray(sarm.sae.encode(jnp.asarray(x_rd))) @ np.asarray(weights_m)
+    assert np.mean(score_r[:30] > score_r[30:]) == 1.0
+    assert len(log) == 30 and log[-1]["accuracy"] == 1.0
+    values, indices = preference_training.sparse_latents(sarm.sae, x_rd)
+    assert_close((weights_m[indices] * values).sum(axis=1), score_r, 2e-6)
+
+
+def test_the_unused_norm_is_in_no_modes_trainable_state(policy):
+    sarm = tiny_sarm(policy)
+    for mode in range(4):
+        _, params, _ = nnx.split(sarm, preference_training.trainable(mode), ...)
+        parts = {path[:2] for path, _ in nnx.to_flat_state(params)}
+        assert ("trunk", "norm") not in parts and ("score",) in parts
+        assert (("trunk", "layers") in parts) == (mode > 0)
+        assert (("sae", "encoder") in parts) == (mode > 1)
+
+
+def test_mode_0_learns_at_the_heads_rate(policy):
+    sarm = tiny_sarm(policy)
+    x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
+    options = dataclasses.replace(OPTIONS, mode=0, learning_rate=1e-30, epochs=1, batch_size=4)
+    weights = preference_training.train_head(
+        sarm.sae, x, np.arange(8).reshape(4, 2), options, lambda r: 0
+    )
+    assert np.abs(weights).max() > 1e-3
+
+
+def test_preferences_warm_up(policy):
+    options = dataclasses.replace(OPTIONS, mode=1, warmup_fraction=0.5)
+    _, params, _ = nnx.split(tiny_sarm(policy), preference_training.trainable(1), ...)
+    optimizer = preference_training.make_optimizer(options, steps=10)
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(ones, optimizer.init(params), params)
+    assert all(not np.any(x) for x in jax.tree.leaves(updates))

@@ -1,0 +1,234 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from sarm_jax.models.sae import SAE, SAEConfig, standardise
+from sarm_jax.training import sae_training, truncate
+from sarm_jax.training.sae_training import Activations, Conversation, SAETraining, warmup_cosine
+from tests.closeness import assert_close
+
+OPTIONS = SAETraining(
+    steps=600, batch_tokens=256, learning_rate=5e-3, warmup_fraction=0.03, dead_after_steps=20,
+    aux_k=8, aux_weight=1 / 32, seed=0,
+)  # fmt: skip
+
+
+def random_sae(d=12, m=40, k=5, seed=0):
+    sae = SAE(SAEConfig(d, m, k), rngs=nnx.Rngs(seed))
+    keys = jax.random.split(jax.random.key(seed + 1), 3)
+    sae.encoder[...] = jax.random.normal(keys[0], (d, m))
+    sae.pre_bias[...] = jax.random.normal(keys[1], (d,))
+    sae.latent_bias[...] = jax.random.normal(keys[2], (m,))
+    return sae
+
+
+def torch_loss(p, x_bd, k, dead_f, aux_k, aux_weight):
+    """The loss of Gao et al. 2406.04093, written out with torch."""
+    a_bf = (x_bd - p["pre_bias"]) @ p["encoder"] + p["latent_bias"]
+
+    def keep(a, n):
+        values, indices = a.topk(n, dim=-1)
+        return torch.zeros_like(a).scatter(-1, indices, values)
+
+    x_hat_bd = keep(a_bf, k) @ p["decoder"] + p["pre_bias"]
+    loss = (((x_hat_bd - x_bd) ** 2).mean(-1) / (x_bd**2).mean(-1)).mean()
+    dead = torch.nonzero(torch.from_numpy(dead_f))[:, 0]
+    if len(dead) == 0:
+        return loss
+    e_bd = (x_bd - x_hat_bd).detach()
+    e_hat_bd = keep(a_bf[:, dead], min(aux_k, len(dead))) @ p["decoder"][dead]
+    return loss + aux_weight * (((e_hat_bd - e_bd) ** 2).mean(-1) / (e_bd**2).mean(-1)).mean()
+
+
+@pytest.mark.parametrize("most", [3, 40, 90, 1000])
+def test_the_tokens_that_are_kept_are_drawn_without_replacement(most):
+    lengths = [7, 1, 60, 30, 2]
+    kept = sae_training._sample_tokens(lengths, most, np.random.default_rng(0))
+    others = [(row, back) for row, n in enumerate(lengths) for back in range(1, n)]
+    room = max(most - 5, 0)
+    if len(others) > room:
+        picks = np.random.default_rng(0).choice(len(others), room, replace=False)
+        others = [others[i] for i in picks]
+    for row, found in enumerate(kept):
+        assert found.tolist() == sorted({0} | {b for r, b in others if r == row}, reverse=True)
+    assert sum(map(len, kept)) == max(min(most, 100), 5)
+
+
+@pytest.mark.parametrize("dead", [0, 3, 20])
+def test_loss_and_gradient_are_those_of_torch(dead):
+    sae, x_bd = random_sae(), np.random.default_rng(0).normal(size=(7, 12)).astype(np.float32)
+    dead_f = np.arange(40) < dead
+    graphdef, params = nnx.split(sae)
+
+    def loss_fn(params):
+        return sae_training.sae_loss(nnx.merge(graphdef, params), x_bd, dead_f, OPTIONS)
+
+    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
+    tensors = {n: torch.tensor(np.asarray(params[n][...]), requires_grad=True) for n in params}
+    expected = torch_loss(tensors, torch.from_numpy(x_bd), 5, dead_f, 8, OPTIONS.aux_weight)
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
+    for name, tensor in tensors.items():
+        assert_close(grads[name][...], tensor.grad, 5e-7, name=name)
+
+
+def test_removing_the_parallel_part_leaves_row_lengths_alone():
+    rng = np.random.default_rng(0)
+    rows = sae_training.unit_rows(jnp.asarray(rng.normal(size=(6, 4))))
+    gradient = sae_training.remove_parallel(jnp.asarray(rng.normal(size=(6, 4))), rows)
+    np.testing.assert_allclose(jnp.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose((gradient * rows).sum(axis=1), 0, atol=1e-6)
+
+
+def planted(n, rng, dictionary, k=3):
+    """Sparse sums of dictionary rows; every tenth row is marked as pooled."""
+    z = np.zeros((n, len(dictionary)))
+    for row in z:
+        row[rng.choice(len(dictionary), k, replace=False)] = rng.uniform(1, 2, k)
+    return Activations((z @ dictionary).astype(np.float32), np.arange(n) % 10 == 9)
+
+
+def test_pretraining_finds_a_planted_dictionary():
+    rng = np.random.default_rng(0)
+    dictionary = rng.normal(size=(24, 32))
+    dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
+    train, held_out = planted(4000, rng, dictionary), planted(500, rng, dictionary)
+    log = []
+    sae, metrics = sae_training.pretrain_sae(
+        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, held_out, OPTIONS, log.append
+    )
+    assert metrics["explained_variance"] > 0.9
+    assert metrics["explained_variance_pooled"] > 0.9
+    assert metrics["l0"] == pytest.approx(3, abs=0.01)
+    decoder_fd = np.asarray(sae.decoder[...])
+    np.testing.assert_allclose(np.linalg.norm(decoder_fd, axis=1), 1, atol=1e-5)
+    cosine = np.abs(dictionary @ decoder_fd.T).max(axis=1)
+    assert np.median(cosine) > 0.95
+    assert log[-1]["step"] == OPTIONS.steps and log[-1]["loss"] < log[0]["loss"]
+
+
+def test_dead_latents_come_back_to_life_only_with_the_auxiliary_loss(monkeypatch):
+    rng = np.random.default_rng(0)
+    dictionary = rng.normal(size=(24, 32))
+    train = planted(2000, rng, dictionary / np.linalg.norm(dictionary, axis=1, keepdims=True))
+    initialise = sae_training.initialise
+
+    def mostly_dead(sae, train, rng):
+        sae = initialise(sae, train, rng)
+        sae.latent_bias[...] = jnp.where(jnp.arange(48) < 32, -3.0, 0.0)
+        return sae
+
+    monkeypatch.setattr(sae_training, "initialise", mostly_dead)
+
+    def dead_fraction(aux_weight):
+        options = SAETraining(300, 128, 3e-3, 0.03, 20, 16, aux_weight, seed=0)
+        sae = SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0))
+        _, metrics = sae_training.pretrain_sae(sae, train, train, options, lambda row: None)
+        return metrics["dead_fraction"]
+
+    assert dead_fraction(0.0) > 0.5
+    assert dead_fraction(1.0) < 0.1
+
+
+def test_explained_variance_by_hand():
+    x = np.asarray([[0.0, 0.0], [2.0, 0.0]])
+    assert sae_training.explained_variance(x, x) == 1
+    assert sae_training.explained_variance(x, np.asarray([[1.0, 0.0]] * 2)) == 0
+    assert sae_training.explained_variance(x, np.asarray([[0.0, 0.0], [1.0, 0.0]])) == 0.5
+
+
+def conversations(rng, lengths, turns):
+    return [
+        Conversation(rng.integers(1, 200, n).tolist(), turn)
+        for n, turn in zip(lengths, turns, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("tokens", [32, 64, 2048])
+def test_activations_are_those_of_each_turn_in_order(policy, monkeypatch, tokens):
+    monkeypatch.setattr(sae_training, "TOKENS_PER_BATCH", tokens)
+    trunk = truncate(policy, 2)
+    rows = conversations(np.random.default_rng(0), [40, 9, 17, 33], [5, 1, 17, 12])
+    activations = sae_training.collect_activations(trunk, rows, most=1000, seed=0)
+    expected = [
+        standardise(trunk.hidden(jnp.asarray([r.ids]), jnp.ones((1, len(r.ids)), bool)))[0]
+        for r in rows
+    ]
+    turns = [e[-r.turn_length :] for e, r in zip(expected, rows, strict=True)]
+    assert_close(activations.x_nd, np.concatenate(turns))
+    assert_close(activations.pooled_rd, [t[-1] for t in turns])
+
+
+@pytest.mark.parametrize(("most", "expected"), [(10, 10), (2, 4), (1000, 35)])
+def test_a_cap_drops_other_tokens_but_never_pooled_ones(policy, most, expected):
+    trunk = truncate(policy, 1)
+    rows = conversations(np.random.default_rng(0), [40, 9, 17, 33], [5, 1, 17, 12])
+    everything = sae_training.collect_activations(trunk, rows, most=1000, seed=0)
+    capped = sae_training.collect_activations(trunk, rows, most=most, seed=0)
+    assert len(capped.x_nd) == expected and capped.pooled_n.sum() == 4
+    np.testing.assert_array_equal(capped.pooled_rd, everything.pooled_rd)
+    kept = {row.tobytes() for row in capped.x_nd}
+    assert kept <= {row.tobytes() for row in everything.x_nd} and len(kept) == expected
+
+
+def test_a_fixed_share_of_a_minibatch_is_pooled():
+    pooled_n = np.arange(10_000) % 100 == 99
+    rows = sae_training.sample_batches(pooled_n, (50, 400), np.random.default_rng(0))
+    share = sae_training.POOLED_FRACTION
+    assert rows.shape == (50, 400)
+    assert pooled_n[rows].mean() == pytest.approx(share + (1 - share) * 0.01, abs=0.01)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 20, 50, 1000])
+def test_rates_of_the_schedule(steps):
+    rates = [float(warmup_cosine(2.0, 0.03, steps)(step)) for step in range(steps)]
+    warmup = round(0.03 * steps)
+    if warmup < 2:
+        assert rates[0] == 2.0
+        warmup = 0
+    np.testing.assert_allclose(rates[:warmup], 2.0 * np.arange(warmup) / max(warmup, 1), rtol=1e-6)
+    done = np.arange(steps - warmup) / (steps - warmup)
+    np.testing.assert_allclose(rates[warmup:], 1 + np.cos(np.pi * done), atol=1e-6)
+
+
+def test_metrics_are_those_of_the_held_out_activations():
+    rng = np.random.default_rng(0)
+    train = planted(1000, rng, rng.normal(size=(24, 32)))
+    other = planted(300, rng, rng.normal(size=(24, 32)))  # of another dictionary
+    options = dataclasses.replace(OPTIONS, steps=200)
+    sae, found = sae_training.pretrain_sae(
+        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, other, options, lambda r: 0
+    )
+    x_hat, _ = sae_training.reconstruct(sae, other.x_nd)
+    assert found["explained_variance"] == pytest.approx(
+        sae_training.explained_variance(other.x_nd, x_hat)
+    )
+
+
+def test_the_bias_starts_at_the_mean_of_the_pooled_tokens():
+    rng = np.random.default_rng(0)
+    x, pooled = rng.normal(size=(500, 32)).astype(np.float32), np.arange(500) % 10 == 9
+    x[pooled] += 5
+    new = sae_training.initialise(
+        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), Activations(x, pooled), rng
+    )
+    np.testing.assert_allclose(new.pre_bias[...], x[pooled].mean(axis=0), rtol=1e-5)
+
+
+def test_the_decoders_gradient_is_that_across_its_rows(monkeypatch):
+    seen = []
+    original = sae_training.remove_parallel
+    monkeypatch.setattr(
+        sae_training, "remove_parallel", lambda g, d: seen.append(1) or original(g, d)
+    )
+    train = planted(200, np.random.default_rng(0), np.random.default_rng(1).normal(size=(24, 32)))
+    options = dataclasses.replace(OPTIONS, steps=2, batch_tokens=33)
+    sae_training.pretrain_sae(
+        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, train, options, lambda r: 0
+    )
+    assert seen

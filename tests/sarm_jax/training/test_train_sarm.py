@@ -1,0 +1,190 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sae import SAE, SAEConfig
+from sarm_jax.reporting.statistics import wilson_interval
+from sarm_jax.training.train_sarm import TrainSARMConfig
+from sarm_jax.training.train_sarm import train_sarm as training
+from tests.closeness import assert_close
+from tests.oracles import chatml_tokenizer
+
+SMALL = TrainSARMConfig(
+    pairs_jsonl=("pairs.jsonl",), held_out_fraction=0.25, max_length=200, source_layer=2,
+    latent_size=48, k=6, use_topk=True, mode=0, reconstruction_weight=1.0, sae_tokens=300,
+    sae_steps=40, sae_batch_tokens=64, sae_learning_rate=3e-3, dead_after_steps=10, aux_k=8,
+    aux_weight=1 / 32, epochs=10, batch_size=4, learning_rate=1e-4, head_learning_rate=1e-2,
+    weight_decay=1e-3, warmup_fraction=0.03, seed=0,
+)  # fmt: skip
+
+
+def tiny_pairs(count=16):
+    return [
+        {
+            "prompt": f"Question {i // 2}?",
+            "chosen": f"A good answer {i}.",
+            "rejected": "no " * (i % 5 + 1),
+            "source": "even" if i % 2 == 0 else "odd",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mode", 4), ("held_out_fraction", 0.0), ("k", 0), ("k", 49), ("aux_k", 49),
+        ("warmup_fraction", 1.0), ("learning_rate", 0.0), ("epochs", 0), ("aux_weight", -1.0),
+        ("sae_learning_rate", float("inf")), ("batch_size", 0),
+    ],
+)  # fmt: skip
+def test_bad_options_are_named(name, value):
+    with pytest.raises(InputError, match=f"train_sarm.{name}={value}"):
+        dataclasses.replace(SMALL, **{name: value})
+
+
+def test_the_trunk_is_the_first_layers_without_final_norm(policy):
+    tokens = jnp.asarray([[5, 6, 7, 8]])
+    mask = jnp.ones((1, 4), bool)
+    whole = training.truncate(policy, 3)
+    assert_close(policy.norm(whole.hidden(tokens, mask)), policy.hidden(tokens, mask), 3e-6)
+    one_more = training.truncate(policy, 2).hidden(tokens, mask)
+    assert not np.allclose(one_more, whole.hidden(tokens, mask))
+    trunk = training.truncate(policy, 2)
+    assert trunk.lm_head is None and trunk.layers.mlp.up_proj.kernel.shape[0] == 2
+    pointer = trunk.embed_tokens[...].unsafe_buffer_pointer()
+    assert pointer == policy.embed_tokens[...].unsafe_buffer_pointer()
+    assert policy.layers.mlp.up_proj.kernel.shape[0] == 3 and policy.final_norm
+
+
+def test_a_source_layer_beyond_the_model_is_refused(policy):
+    with pytest.raises(InputError, match=r"source_layer=4: the model has 3 layers"):
+        training.truncate(policy, 4)
+
+
+def test_the_assembled_sarm_shares_its_parts(policy):
+    trunk = training.truncate(policy, 2)
+    sarm = training.assemble(trunk, SAE(SAEConfig(32, 48, 6), rngs=nnx.Rngs(0)))
+    assert sarm.trunk is trunk and sarm.config.trunk.num_hidden_layers == 2
+    score_b, z_bf = sarm(jnp.asarray([[5, 6, 7]]), jnp.ones((1, 3), bool))
+    assert score_b.tolist() == [0.0] and (z_bf != 0).sum() == 6
+
+
+@pytest.mark.parametrize("make", [None, chatml_tokenizer])
+def test_the_turn_is_the_response_with_its_end(tokenizer, make):
+    tokenizer = make() if make else tokenizer
+    row = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", 500)
+    text = tokenizer.decode(row.ids[-row.turn_length :])
+    assert text.startswith("Very well, thanks.<|") and text.count("<|") == 1
+    short = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", 7)
+    bos = int(short.ids[0] == tokenizer.bos_token_id)  # which is no part of the turn
+    assert len(short.ids) == 7 and short.turn_length == 7 - bos
+    assert short.ids[1:] == row.ids[-6:] or short.ids == row.ids[-7:]
+
+
+def test_no_prompt_is_on_both_sides(tokenizer):
+    pairs = [*tiny_pairs(), {**tiny_pairs()[0], "rejected": "Something else."}]
+    data = training.encode_pairs(tokenizer, pairs, SMALL)
+    held_out = {p["prompt"] for p, h in zip(pairs, data.held_out_p, strict=True) if h}
+    train = {p["prompt"] for p, h in zip(pairs, data.held_out_p, strict=True) if not h}
+    assert len(held_out) == 2 and len(train) == 6 and not held_out & train
+    first = data.pairs_p2[0]
+    assert (
+        data.pairs_p2[-1][0] == first[0] and data.pairs_p2[-1][1] != first[1]
+    )  # one row, used twice
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (tiny_pairs(2), "holds out 0 of 1 prompts"),
+        (
+            [{"prompt": "p", "chosen": "a", "rejected": "a"}],
+            "pair 1: chosen and rejected are equal",
+        ),
+    ],
+)
+def test_pairs_that_cannot_train_are_refused(tokenizer, pairs, message):
+    with pytest.raises(InputError, match=message):
+        training.encode_pairs(tokenizer, pairs, SMALL)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3])
+def test_the_summary_tells_what_the_reward_model_scores(policy, tokenizer, mode):
+    before = jax.tree.map(np.array, nnx.state(policy))
+    config = dataclasses.replace(SMALL, mode=mode, epochs=10 if mode == 0 else 1)
+    pairs, log = tiny_pairs(), []
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append)
+    chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(policy)))
+
+    model = RewardModel(sarm, tokenizer, max_length=200)
+    chosen, rejected = (
+        model.score([p["prompt"] for p in pairs], [p[side] for p in pairs])[0]
+        for side in ("chosen", "rejected")
+    )
+    held_out = training.encode_pairs(tokenizer, pairs, config).held_out_p
+    margin = chosen - rejected
+    assert_close(summary["margin_train"], margin[~held_out].mean(), terms=chosen)
+    assert_close(summary["margin_held_out"], margin[held_out].mean(), terms=chosen)
+    assert_close(summary["score_chosen_std"], chosen[held_out].std(), terms=chosen)
+    assert summary["accuracy_held_out"] == np.mean(margin[held_out] > 0)
+    assert set(summary["accuracy_held_out_by_source"]) == {"even", "odd"}
+    assert set(summary["sae"]) == {
+        "explained_variance", "explained_variance_pooled", "l0", "dead_fraction"
+    }  # fmt: skip
+    assert ("sae_after" in summary) == (mode > 0)
+    assert {row["stage"] for row in log} == {"sae", "preferences" if mode else "head"}
+
+
+def test_everything_follows_from_the_seed(policy, tokenizer):
+    runs = [
+        training.train_sarm(SMALL, policy, tokenizer, tiny_pairs(), lambda row: None)[0]
+        for _ in range(2)
+    ]
+    chex.assert_trees_all_equal(*(jax.tree.map(np.array, nnx.state(run)) for run in runs))
+
+
+def test_numbers_of_the_summary(policy, tokenizer):
+    pairs = tiny_pairs()
+    sarm, summary = training.train_sarm(SMALL, policy, tokenizer, pairs, lambda r: None)
+    data = training.encode_pairs(tokenizer, pairs, SMALL)
+    model = RewardModel(sarm, tokenizer, max_length=200)
+    chosen, rejected = (
+        model.score([p["prompt"] for p in pairs], [p[s] for p in pairs])[0]
+        for s in ("chosen", "rejected")
+    )
+    right, held = chosen > rejected, data.held_out_p
+    assert summary["accuracy_train"] == right[~held].mean()
+    for source in ("even", "odd"):
+        mine = held & np.array([p["source"] == source for p in pairs])
+        assert summary["accuracy_held_out_by_source"][source] == right[mine].mean()
+    prompts = len({p["prompt"] for p, h in zip(pairs, held, strict=True) if h})
+    assert summary["accuracy_held_out_95"] == wilson_interval(right[held].mean(), prompts)
+    lengths = [
+        [len(model.encode(p["prompt"], p[s])) for s in ("chosen", "rejected")] for p in pairs
+    ]
+    longer = np.mean(
+        [(np.sign(c - r) + 1) / 2 for (c, r), h in zip(lengths, held, strict=True) if h]
+    )
+    assert summary["length_only_accuracy_held_out"] == max(longer, 1 - longer)
+
+
+def test_by_source_of_the_held_out_pairs_alone():
+    rows = [training.Conversation([1] * (n + 2), 1) for n in range(8)]
+    data = training.PairSet(
+        rows,
+        np.array([[0, 1], [2, 3], [5, 4], [7, 6]]),
+        np.arange(4),
+        np.array([1, 1, 0, 0], bool),
+        ["a", "b", "a", "b"],
+    )
+    found = training.preference_summary(data, np.array([1, 0, 0, 1, 1, 0, 0, 1], np.float32))
+    assert found["accuracy_held_out_by_source"] == {"a": 1.0, "b": 0.0}
+    assert found["accuracy_train"] == 0.5 and found["length_only_accuracy_held_out"] == 1.0

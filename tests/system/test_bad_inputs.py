@@ -1,0 +1,140 @@
+"""Every row of the table of bad inputs, through the real commands, in this process.
+
+Exit code 2, one line on stderr that names the culprit, nothing on disk created or changed, no
+weight loaded, within seconds.
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+import conversion.load
+from conversion import cli, from_hf, load_policy, to_hf
+from conversion.peft import save_adapter
+from sarm_jax.models.lora import LoRAConfig, add_lora
+from tests.bad_inputs import BAD_INPUTS, TRAINED, Bad
+from tests.command import run_main
+from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
+from tests.report_runs import write_run
+
+BASE = Path("configs/base.py").resolve()
+SECONDS = 10  # that a refusal may take; nearly all take a tenth of one
+SMALL = "--config.ppo.total_steps=2 --config.ppo.batch_size=4 --config.ppo.max_new_tokens=6"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """root/world holds the good models and data."""
+    root = tmp_path_factory.mktemp("root")
+    world, tokenizer = root / "world", tiny_tokenizer()
+    save_tiny_llama(world / "policy", tiny_llama_config(), tokenizer)
+    save_tiny_llama(world / "sharded", tiny_llama_config(), tokenizer, max_shard_size="60KB")
+    save_tiny_sarm(world / "sarm", tokenizer)
+    from_hf.convert(world / "policy", world / "ours", "policy")
+    policy, _ = load_policy(world / "policy")
+    lora = LoRAConfig(rank=2)
+    add_lora(policy, lora, nnx.Rngs(0))
+    save_adapter(world / "adapter", policy, lora, str(world / "policy"), tokenizer)
+    write_run(world / "run")
+    demos = [{"prompt": f"name {n}", "response": f"it is {n}"} for n in range(8)]
+    write_rows(world / "demos.jsonl", demos)
+    pairs = [{"prompt": d["prompt"], "chosen": d["response"], "rejected": "no"} for d in demos]
+    write_rows(world / "pairs.jsonl", pairs)
+    write_rows(world / "answers.jsonl", [{"question": "q", "answer": "a"}])
+    save_tiny_llama(world / "wide", tiny_llama_config(hidden_size=64), tokenizer)
+    train_in(world / "trained", world)
+    return root
+
+
+def train_in(place: Path, world: Path) -> None:
+    """A finished run in place/run, with copies of what it was made from beside it."""
+    for name in ("policy", "sarm"):
+        shutil.copytree(world / name, place / name)
+    shutil.copy(world / "demos.jsonl", place)
+    with contextlib.chdir(place):
+        assert run_main(f"--config={BASE}", *SMALL.split(), *TRAINED.split()) == 0
+    assert (place / "run" / "checkpoints" / "2").is_dir()
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fingerprint(root: Path) -> dict[str, str]:
+    """Every path below `root` with a hash of its content, or where it links to."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_symlink():
+            found[name] = f"→ {path.readlink()}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "directory"
+    return found
+
+
+def run(case: Bad, options: list[str], root: Path) -> int:
+    """The exit code of the command."""
+    if case.command != "main":
+        module = {"from_hf": from_hf, "to_hf": to_hf}[case.command]
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(module.main, copy.deepcopy(module.FLAGS), "", [case.command, *options])
+        return stopped.value.code
+    world = root / "world"
+    given = {
+        "--config": f"--config={BASE}",
+        "--workdir": f"--workdir={root / 'out' / 'put'}",
+        "--policy_model": f"--policy_model={world / 'policy'}",
+        "--sarm_model": f"--sarm_model={world / 'sarm'}",
+        "--prompts_jsonl": f"--prompts_jsonl={world / 'demos.jsonl'}",
+    }
+    further = []
+    for option in options:
+        name = option.split("=")[0]
+        if name in given:
+            given[name] = option
+        else:
+            further.append(option)
+    return run_main(*given.values(), *SMALL.split(), *further)
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: case.what.replace(" ", "-"))
+def test_bad_input_is_refused(case, root, tmp_path_factory, monkeypatch, capfd):
+    place = root / "cases" / str(BAD_INPUTS.index(case))
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    bad = case.spoil(root / "world", place) if case.spoil else place
+    if not case.loads:
+        monkeypatch.setattr(conversion.load, "_fill", lambda *_: pytest.fail("weights are loaded"))
+    names = {"{bad}": str(bad), "{world}": str(root / "world")}
+
+    def filled(text: str) -> str:
+        for name, value in names.items():
+            text = text.replace(name, value)
+        return text
+
+    before, start = fingerprint(root), time.monotonic()
+    capfd.readouterr()
+    code = run(case, [filled(option) for option in case.options.split()], root)
+    shown, seconds = capfd.readouterr(), time.monotonic() - start
+    assert code == 2, shown
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
+    assert shown.err.strip().isprintable() and len(shown.err) < 2500
+    for part in case.says:
+        assert filled(part) in shown.err
+    assert fingerprint(root) == before
+    shutil.rmtree(place)  # or every case would hash those before it
+    assert seconds < SECONDS
+
+
+def test_the_table_is_as_long_as_said():
+    assert len(BAD_INPUTS) >= 300
+    assert len({(case.command, case.options, case.what) for case in BAD_INPUTS}) == len(BAD_INPUTS)

@@ -1,0 +1,258 @@
+"""Properties of every parser of what users give: a valid result, or one `InputError` on one line.
+
+Nothing else may be raised, nothing may take long, and nothing may take much memory. A bounded,
+repeatable number of examples here; a long campaign, other examples every time, is
+
+    FUZZ_EXAMPLES=100000 python -m pytest tests/system/test_fuzzing.py --hypothesis-show-statistics
+"""
+
+import json
+import os
+import resource
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from conversion.hf_config import llama_config, sarm_config
+from conversion.safetensors_io import INDEX, SINGLE, TensorFiles
+from ppo.options import reward_config
+from ppo.tracking.metrics_csv import read_metrics
+from sarm_jax.evaluation.controls import read_steering
+from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.jsonl import parse_jsonl
+from sarm_jax.models.llama import LlamaConfig
+from sarm_jax.models.sarm import SARMConfig
+from tests.oracles import LLAMA3_ROPE, tiny_llama_config
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+MEMORY = 300 << 20  # bytes that all of it may add to the process
+bounded = settings(
+    max_examples=EXAMPLES or 80,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=10_000,  # milliseconds for one example
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+numbers = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.sampled_from([0, -1, 10**30, 10**400, 2**31, 2**63, True, 1e308, float("nan")]),
+)
+scalars = st.one_of(st.none(), st.booleans(), numbers, st.text(max_size=8))
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory():
+    """The process must not grow by more than `MEMORY` over all examples."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+def result(call, *args):
+    """What the call returns; None for an `InputError` with one printable line."""
+    try:
+        return call(*args)
+    except InputError as error:
+        assert str(error) and str(error).isprintable() and len(str(error)) < 2500
+        return None
+
+
+def spoilt(draw, content: bytes) -> bytes:
+    """The content with a few bytes changed, cut, doubled or put in."""
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(content)))
+        piece = draw(
+            st.binary(max_size=6) | st.sampled_from([b"{", b"[" * 2000, b'"', b"\n", b","])
+        )
+        content = content[:at] + piece + content[at + draw(st.integers(0, 8)) :]
+    return content
+
+
+@st.composite
+def lines(draw):
+    rows = draw(
+        st.lists(st.dictionaries(st.sampled_from(["prompt", "n", "x"]), values), max_size=4)
+    )
+    return spoilt(draw, "\n".join(json.dumps(row) for row in rows).encode())
+
+
+@bounded
+@given(st.one_of(lines(), st.binary(max_size=60)))
+def test_jsonl(content):
+    rows = result(parse_jsonl, content, {"prompt": str, "n": float}, "x.jsonl")
+    for row in rows or ():
+        assert row["prompt"].strip() and isinstance(row["n"], (int, float))
+        assert json.loads(json.dumps(row, allow_nan=False).encode()) == row
+
+
+entries = st.one_of(
+    st.text(max_size=12),
+    st.text("0123456789.-+einfa_, ", max_size=12),
+    st.integers().map(str),
+    st.sampled_from(["none", "inf", "9" * 5000, "@f.json:a", "@f.json:a[:99999999999999]", "@:"]),
+)
+
+
+@bounded
+@given(st.lists(entries, max_size=4).map(",".join))
+def test_feature_lists(text):
+    assert all(0 <= i < 2**31 for i in result(parse_features, "o", text) or ())
+    assert np.isfinite(result(parse_values, "o", text) or ()).all()
+    assert all(v is None or np.isfinite(v) for v in result(parse_bounds, "o", text) or ())
+
+
+@bounded
+@given(values | st.dictionaries(st.just("a"), st.lists(scalars, max_size=4)))
+def test_feature_lists_of_files(folder, content):
+    path = folder / "lists.json"
+    path.write_text(json.dumps(content))
+    for parse in (parse_features, parse_values, parse_bounds):
+        result(parse, "o", f"@{path}:a[:2]")
+        result(parse, "o", f"@{path}:a")
+
+
+actions = st.tuples(st.sampled_from(["*", "+", "x", 1]), scalars).map(list) | values
+
+
+@st.composite
+def steering(draw):
+    keys = st.integers(-1, 10**11).map(str) | st.text(max_size=4)
+    return spoilt(draw, json.dumps(draw(st.dictionaries(keys, actions, max_size=4))).encode())
+
+
+@bounded
+@given(steering())
+def test_steering_files(folder, content):
+    path = folder / "steering.json"
+    path.write_bytes(content)
+    for feature, (operation, value) in (result(read_steering, path) or {}).items():
+        assert 0 <= feature < 2**31 and operation in "*+" and np.isfinite(np.float32(value))
+
+
+cells = st.one_of(st.floats().map(str), st.text(max_size=6), st.just("step"), st.just('"'))
+
+
+@bounded
+@given(st.lists(st.lists(cells, max_size=4).map(",".join), max_size=5).map("\n".join), st.data())
+def test_metrics(folder, text, data):
+    path = folder / "metrics.csv"
+    path.write_bytes(spoilt(data.draw, f"step,a\n{text}\n".encode("utf-8", "surrogatepass")))
+    for row in result(read_metrics, path) or ():
+        assert "step" in row and all(isinstance(value, float) for value in row.values())
+
+
+GOOD = tiny_llama_config(architectures=["LlamaForCausalLM"]).to_dict()
+PARAM = {"sae_source_layer": 2, "sae_latent_size": 64, "sae_k": 8, "sarm_use_activation": True}
+
+
+@bounded
+@given(
+    st.dictionaries(st.sampled_from(sorted(GOOD)) | st.text(max_size=6), values, max_size=4),
+    st.dictionaries(st.sampled_from(sorted(PARAM)), values, max_size=2) | values,
+    st.dictionaries(st.sampled_from(sorted(LLAMA3_ROPE)), values, max_size=2),
+)
+def test_hf_configs(changes, param, rope):
+    for hf in (GOOD | changes, GOOD | {"rope_parameters": LLAMA3_ROPE | rope} | changes):
+        found = result(llama_config, hf)
+        assert found is None or isinstance(found, LlamaConfig)
+        if found is not None:
+            assert 0 < found.num_hidden_layers <= 4096 and found.head_dim % 2 == 0
+            assert np.isfinite([found.rms_norm_eps, found.rope_theta]).all()
+        sarm = PARAM | param if isinstance(param, dict) else param
+        found = result(sarm_config, hf | {"sarm_param": sarm}, "x_Latent64_Layer2_K8_")
+        assert found is None or isinstance(found, SARMConfig)
+
+
+WHOLE = save({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)})
+tensor = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "BF16", "F8_E4M3", "F4", "X", 3]),
+        "shape": st.lists(numbers, max_size=3),
+        "data_offsets": st.lists(st.integers(-1, 40) | numbers, max_size=3),
+    },
+)
+
+
+@st.composite
+def safetensors(draw):
+    if draw(st.booleans()):
+        return spoilt(draw, WHOLE)
+    header = json.dumps(draw(st.dictionaries(st.text(max_size=3), tensor, max_size=3))).encode()
+    length = draw(st.just(len(header)) | st.integers(0, 2**64 - 1))
+    return struct.pack("<Q", length) + header + draw(st.binary(max_size=40))
+
+
+def read_all(folder):
+    files = TensorFiles(folder)
+    for name in files.names():
+        assert len(files.shape(name)) >= 0 and files.dtype(name)
+        array = result(files.read, name)
+        assert array is None or array.nbytes <= 1 << 12  # no more than the file has
+
+
+@bounded
+@given(safetensors())
+def test_safetensors(tmp_path_factory, folder, content):
+    place = folder / "single"
+    place.mkdir(exist_ok=True)
+    (place / SINGLE).write_bytes(content)
+    result(read_all, place)
+
+
+names = st.sampled_from(["a.safetensors", "b.safetensors", "../single/model.safetensors", "x.bin"])
+
+
+@bounded
+@given(st.dictionaries(st.sampled_from("abc"), names | values), values, st.data())
+def test_indices(folder, weight_map, other, data):
+    place = folder / "sharded"
+    place.mkdir(exist_ok=True)
+    for name in ("a", "b"):
+        (place / f"{name}.safetensors").write_bytes(save({name: np.ones(2, np.float32)}))
+    content = json.dumps(data.draw(st.sampled_from([{"weight_map": weight_map}, other])))
+    (place / INDEX).write_bytes(spoilt(data.draw, content.encode()))
+    result(read_all, place)
+
+
+SECTION = dict.fromkeys(
+    "penalize_features tau_values alpha_values clamp_features clamp_set_values "
+    "clamp_min_values clamp_max_values latent_indices".split(),
+    "",
+)
+lists = st.lists(st.integers(-1, 70) | st.floats() | st.just("none"), max_size=3).map(
+    lambda entries: ",".join(map(str, entries))
+)
+
+
+@bounded
+@given(
+    st.dictionaries(st.sampled_from(sorted(SECTION)), lists),
+    st.floats(),
+    st.floats(),
+    st.sampled_from(["sd", "score", "x"]),
+)
+def test_config_values(changes, beta, cap, unit):
+    section = SECTION | changes | {"beta": beta, "penalty_cap": cap, "unit": unit}
+    found = result(reward_config, section)
+    if found is not None:
+        assert len(found.tau_values) == len(found.alpha_values) == len(found.penalize_features)
+        assert found.beta >= 0 and found.penalty_cap > 0
+        result(found.check_features, 64)

@@ -1,0 +1,250 @@
+"""Processes that are killed, pre-empted and told to stop, and disks that are full."""
+
+import errno
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+import main
+from benchmarks.kill_campaign import run_digest
+from ppo.tracking.guards import GuardStopError, NonFiniteError
+from ppo.tracking.metrics import COLUMNS, RunLog
+from tests.command import run_main
+from tests.paths import ROOT
+
+
+def options(world, workdir):
+    """Of a short run with everything that a run can have."""
+    small = (
+        "ppo.total_steps=4 ppo.batch_size=4 ppo.max_new_tokens=4 ppo.calibration_batches=2 "
+        "ppo.max_prompt_tokens=120 ppo.checkpoint_every=2 ppo.pack_levels=1 lora.rank=4 "
+        "ppo.eval_every=2"
+    ).split()
+    given = (
+        "--config=configs/base.py --policy_model={0}/policy --sarm_model={0}/sarm "
+        "--prompts_jsonl={0}/demos.jsonl --config.eval_prompts_jsonl={0}/demos.jsonl "
+        "--penalize_features=3,5 --tau_values=0.1,0.1 --alpha_values=0.5,0.25 --seed=0 "
+        "--beta=0.1 --human_latents={0}/human.safetensors"
+    )
+    line = [*given.format(world).split(), f"--workdir={workdir}"]
+    return [*line, *(f"--config.{option}" for option in small)]
+
+
+def train(world, workdir, *killed):
+    """Runs the train stage in a process of its own; (exit code, what it said)."""
+    program = ["-m", "benchmarks.killed", *killed, "--"] if killed else ["main.py"]
+    line = [sys.executable, *program, *options(world, workdir)]
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """A run that nothing interrupted, in this process."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert run_main(*options(world, workdir)) == 0
+    return workdir
+
+
+def test_the_same_command_leaves_the_same_bytes(world, whole, tmp_path):
+    assert train(world, tmp_path / "again")[0] == 0
+    first, again = run_digest(whole), run_digest(tmp_path / "again")
+    assert first == again
+    for part in ("lora", "value_head", "opt_state", "density_ratio", "metrics.csv", "adapter/"):
+        assert any(part in name for name in first), part
+    metrics = tmp_path / "again" / "metrics.csv"
+    metrics.write_text(re.sub(r"\d(?=\n$)", lambda d: str(9 - int(d[0])), metrics.read_text()))
+    changed = run_digest(tmp_path / "again")  # sees the last digit of a log
+    assert {name for name in first if first[name] != changed[name]} == {"metrics.csv"}
+
+
+def test_a_run_that_is_killed_and_preempted_ends_like_one_that_is_not(world, whole, tmp_path):
+    parts = tmp_path / "parts"
+    # While the last checkpoint is nearly there: the log is two steps ahead of what is saved.
+    assert train(world, parts, "--place=manifest", "--call=2")[0] == -signal.SIGKILL
+    assert list((parts / "checkpoints").glob("4*tmp*"))
+    assert len((parts / "metrics.csv").read_text().splitlines()) == 1 + 4
+    # In the step after the resumption, so that a checkpoint that was not due is made.
+    code, said = train(world, parts, "--place=update", "--call=1", "--signal=SIGTERM")
+    assert code == 143 and "stopped by signal 15 after step 3" in said
+    assert {path.name for path in (parts / "checkpoints").iterdir()} == {"2", "3"}
+    code, said = train(world, parts)
+    assert code == 0 and "resuming after step 3 of 4" in said
+    assert run_digest(whole) == run_digest(parts)
+
+
+def run_script(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs it in a process of its own."""
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    script = (
+        "import os, signal, time; from sarm_jax.io.signals import on_signal\n"
+        "with on_signal(lambda number: print('first', number, flush=True)):\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "print('never')"
+    )
+    done = run_script(script)
+    assert done.returncode == -signal.SIGTERM and done.stdout == "first 15\n"
+
+
+DROPPED = {
+    "__del__": (
+        "class Old:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "with on_signal(stop): Old(); time.sleep(5)\n"
+    ),
+    "garbage collector": (
+        "def collected(phase, info):\n"
+        "    gc.callbacks.clear(); os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)\n"
+        "gc.callbacks.append(collected)\n"
+        "with on_signal(stop): gc.collect(); time.sleep(5)\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("where", DROPPED)
+def test_a_signal_counts_where_python_would_drop_an_exception(where):
+    script = (
+        "import gc, os, signal, sys, time; from sarm_jax.io.signals import leave, on_signal\n"
+        "def stop(number): leave(128 + number)\n"
+    )
+    done = run_script(f"{script}{DROPPED[where]}print('never')")
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
+def test_leaving_cleans_up_all_blocks_from_within(tmp_path):
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from conversion.directory import atomic_directory\n"
+        "from sarm_jax.io.files import replacing; from sarm_jax.io.signals import leave\n"
+        "from sarm_jax.io.workdir import open_workdir\n"
+        "root = Path(sys.argv[1])\n"
+        "with open_workdir(root / 'new' / 'run'), atomic_directory(root / 'model') as folder:\n"
+        "    (folder / 'half').write_text('x')\n"
+        "    with replacing(root / 'file') as file: file.write('half'); leave(143)\n"
+    )
+    assert run_script(script, str(tmp_path)).returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    script = (
+        "import os, signal; from sarm_jax.io.signals import on_signal\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what runs behind it\n"
+        "with on_signal(print): os.kill(os.getpid(), signal.SIGINT)\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN"
+    )
+    done = run_script(script)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.fixture
+def failing(monkeypatch, tmp_path):
+    """Runs `main` with a stage that does what it is told; its exit code."""
+
+    def call(stage, *options):
+        monkeypatch.setattr(main, "run_stage", stage)
+        return run_main("--config=configs/base.py", f"--workdir={tmp_path / 'run'}", *options)
+
+    return call
+
+
+def raises(error):
+    def stage(*_):
+        raise error
+
+    return stage
+
+
+FULL = OSError(errno.ENOSPC, "no space for the checkpoint of step 6", "/runs/a/checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (FULL, 2, "error: /runs/a/checkpoints: no space for the checkpoint of step 6; free space,"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "run: No space left on device; free"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nBuffers:"),
+            2,
+            "memory; --stage=plan says",
+        ),
+        (
+            RuntimeError("INTERNAL: Failed to load module: CUDA_ERROR_OUT_OF_MEMORY"),
+            2,
+            "needs a smaller XLA_CLIENT_MEM_FRACTION",
+        ),
+        (MemoryError(), 2, "error: out of memory; --stage=plan says what fits"),
+        (NonFiniteError("step 3 is not finite"), 3, "error: step 3 is not finite"),
+        (GuardStopError("step 3: stopped"), 3, "error: step 3: stopped"),
+    ],
+)
+def test_what_stops_a_stage_is_one_line(failing, capsys, error, code, line):
+    assert failing(raises(error)) == code
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert line in shown
+
+
+@pytest.mark.parametrize("text", ["a bug", "RESOURCE_EXHAUSTED: Shared memory size limit exceeded"])
+def test_what_nobody_expected_is_not_hidden(failing, text):
+    with pytest.raises(RuntimeError, match=text):
+        failing(raises(RuntimeError(text)))
+
+
+def test_other_errors_of_the_system_are_one_line(failing, capsys):
+    assert failing(raises(PermissionError(errno.EACCES, "Permission denied", "x"))) == 2
+    assert capsys.readouterr().err == "error: x: Permission denied\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_outside_ppo_ends_the_stage(failing, leaving, capsys, number):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        failing(lambda *_: os.kill(os.getpid(), number))
+    assert stop.value.code == 128 + number
+    assert capsys.readouterr().err == "interrupted; the same command goes on\n"
+    assert signal.getsignal(number) is before
+
+
+def test_log_level_chooses_what_is_shown(failing, capsys):
+    def stage(*_):
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING):
+            logging.getLogger("ppo.train").log(level, "level %d", level)
+
+    for name, shown in (("debug", [10, 20, 30]), ("info", [20, 30]), ("warning", [30])):
+        assert failing(stage, f"--log_level={name}") == 0
+        lines = capsys.readouterr().err.splitlines()
+        assert [int(line.split()[-1]) for line in lines] == shown
+    assert failing(stage, "--log_level=loud") == 2
+    assert "log_level" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["metrics", "samples", "events"])
+def test_a_log_on_a_full_disk_is_an_error_and_not_a_wait(tmp_path, file):
+    row = dict.fromkeys(COLUMNS, 1.0)
+    log = RunLog(tmp_path, (), 0, 4)
+    full = Path("/dev/full")  # every write to it fails as on a full disk
+    if file == "events":
+        fails = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+        file_of_events = Mock(write=fails, spec=["write", "flush", "close"])
+        log._board._writer._py_recordio_writer._writer = file_of_events
+    elif file == "samples":
+        log._samples = full.open("w")
+    else:
+        log._metrics = full.open("w")
+        log._writer.writer = type(log._writer)(log._metrics, log.columns).writer
+    with pytest.raises(OSError, match="No space left") as error, log:
+        log.write(row, [{"step": 1}])
+    assert error.value.errno == errno.ENOSPC
