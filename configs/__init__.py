@@ -1,1 +1,1 @@
-"""Experiments: `base` holds every option, each other file is a diff from it."""
+"""Experiments: `base` holds every option, every other file is a diff from it."""

@@ -1,8 +1,9 @@
-"""Every option once, with its unit and default. An experiment is a diff from this.
+"""Every option once, with its unit and its default. An experiment is a diff from this file.
 
-Lists are comma-separated strings; where a list names features or their values, it may also read
-a JSON file: "@FILE:key" or "@FILE:key[:n]" for its first n. "{workdir}" in a string stands for
-the run's working directory.
+The comment above or behind an option documents it; the comment above a section documents the
+section. Lists are comma-separated strings. A list of features, or of values for features, may also
+come from a JSON file: "@FILE:key" is the list under that key, "@FILE:key[:n]" its first n entries.
+"{workdir}" in a string stands for the run's working directory.
 """
 
 from ml_collections import ConfigDict
@@ -10,257 +11,375 @@ from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
-    """The defaults, locked: an unknown field is an error."""
+    """Returns the defaults, locked: an unknown field is an error."""
     config = ConfigDict()
-    config.experiment_name = ""  # stands in summary.json
-    # Models: a Hugging Face directory, a Hugging Face repo id, or a converted directory.
+    _add_models(config)
+    _add_ppo(config)
+    _add_reward(config)
+    _add_guards(config)
+    _add_profile(config)
+    _add_human_latents(config)
+    _add_prepare_data(config)
+    _add_train_sarm(config)
+    _add_identify(config)
+    _add_probe(config)
+    _add_evaluate(config)
+    _add_plan(config)
+    _add_report(config)
+    _add_lab(config)
+    return config.lock()
+
+
+def _add_models(config: ConfigDict) -> None:
+    config.experiment_name = ""  # a name for the run, copied to summary.json
+    # Chat model to train: a Hugging Face directory or repository id, or a converted directory.
     config.policy_model = ""
+    # Reward model (SARM): a Hugging Face directory or repository id, or a converted directory.
     config.sarm_model = ""
-    config.dtype = "float32"  # of the frozen weights and activations: float32 or bfloat16
-    config.remat = "dots"  # kept for the backward pass: all (none), matrix products, nothing (full)
-    config.prompts_jsonl = ""  # {"prompt"} lines that PPO trains on
-    config.eval_prompts_jsonl = ""  # {"prompt"} lines to evaluate the policy on; empty: none
-    # Tokens, at most the positions that the SARM knows; longer conversations lose their beginning
+    config.dtype = "float32"  # dtype of frozen weights and activations: float32 or bfloat16
+    # Activations kept for the backward pass: all ("none"), matrix products ("dots"), none ("full").
+    config.remat = "dots"
+    config.prompts_jsonl = ""  # file of {"prompt"} lines that PPO trains on
+    # File of {"prompt"} lines that PPO evaluates the policy on; empty: no evaluation.
+    config.eval_prompts_jsonl = ""
+    # Longest conversation that the SARM scores, in tokens; a longer one loses its beginning. At
+    # most the number of positions that the SARM has.
     config.sarm_max_length = 4096
-    config.sarm_batch_size = 16  # conversations scored at a time
+    config.sarm_batch_size = 16  # conversations that the SARM scores at a time
 
-    # Devices along each axis: data copies the weights, fsdp splits them, either splits the batch;
-    # tensor splits heads and widths.
+    # Device mesh. The batch is split over the axes data and fsdp.
     config.mesh = ConfigDict()
-    config.mesh.data = 1
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.data = 1  # devices that each hold a copy of the weights
+    config.mesh.fsdp = 1  # devices that the weights are split over, parameter by parameter
+    config.mesh.tensor = 1  # devices that attention heads and hidden widths are split over
 
-    # Several runs of PPO, trained in {workdir}/experiments/NAME: NAME = ConfigDict() of what it
-    # changes in this config. None: one run, in {workdir}.
+    # Several PPO runs from one config. Each entry NAME = ConfigDict() holds the options that its
+    # run changes; the run is trained in {workdir}/experiments/NAME. Empty: one run, in {workdir}.
     config.experiments = ConfigDict()
 
+    # LoRA adapters of the policy.
     config.lora = ConfigDict()
-    config.lora.rank = 16
-    config.lora.alpha = 32.0  # the update is scaled by alpha / rank
-    # Recorded in adapter_config.json. PPO compares log-probabilities, so all of its forward
-    # passes run without dropout, whatever stands here.
+    config.lora.rank = 16  # rank of each adapter
+    config.lora.alpha = 32.0  # the update is multiplied by alpha / rank
+    # Dropout rate recorded in adapter_config.json. PPO itself runs without dropout, whatever the
+    # value, because it compares log-probabilities of several forward passes.
     config.lora.dropout = 0.0
-    config.lora.target_modules = "q_proj,k_proj,v_proj,o_proj"
+    config.lora.target_modules = "q_proj,k_proj,v_proj,o_proj"  # projections that have an adapter
 
+
+def _add_ppo(config: ConfigDict) -> None:
+    # PPO. Rewards are normalised: (R_total − μ) / σ with the mean μ and the standard deviation σ
+    # of the scores of reference responses.
     config.ppo = ConfigDict()
-    config.ppo.total_steps = 100
-    config.ppo.batch_size = 8  # responses per step, over all devices
-    config.ppo.num_minibatches = 1  # optimizer steps per epoch
-    config.ppo.gradient_accumulation_steps = 1  # microbatches per minibatch: memory, not maths
-    config.ppo.ppo_epochs = 2
-    config.ppo.learning_rate = 1e-4
-    config.ppo.lr_schedule = "constant"  # constant, linear or cosine to 0
+    config.ppo.total_steps = 100  # PPO steps: rollout, scoring, updates
+    config.ppo.batch_size = 8  # responses per PPO step, over all devices
+    config.ppo.num_minibatches = 1  # minibatches, and so optimizer steps, per epoch
+    # Microbatches per minibatch. More of them need less memory; the gradient is the same.
+    config.ppo.gradient_accumulation_steps = 1
+    config.ppo.ppo_epochs = 2  # passes over each batch
+    config.ppo.learning_rate = 1e-4  # peak learning rate of AdamW
+    config.ppo.lr_schedule = "constant"  # constant, or linear or cosine decay to 0
     config.ppo.warmup_steps = 0  # PPO steps of linear warm-up
-    config.ppo.weight_decay = 0.0
-    config.ppo.max_grad_norm = 1.0
-    config.ppo.clip_range = 0.2
-    config.ppo.value_clip_range = 0.2
-    config.ppo.vf_coef = 0.1
-    config.ppo.gamma = 1.0
-    config.ppo.gae_lambda = 0.95
-    config.ppo.kl_coef = 0.05  # per-token penalty on log π_old − log π_ref, in reward σ per nat
-    config.ppo.missing_eos_penalty = 1.0  # in reward σ, for a response that does not end; 0: none
-    config.ppo.whiten_advantages = True
-    config.ppo.temperature = 1.0  # of sampler, old, new and reference policy alike
-    config.ppo.top_p = 1.0  # PPO refuses anything else
-    config.ppo.max_new_tokens = 256
-    config.ppo.max_prompt_tokens = 1024  # with the chat template
-    # A longer prompt: error, drop it, or truncate the beginning of the user's text.
+    config.ppo.weight_decay = 0.0  # weight decay of AdamW
+    config.ppo.max_grad_norm = 1.0  # global norm that gradients are clipped to
+    config.ppo.clip_range = 0.2  # ε: the policy ratio is clipped to [1 − ε, 1 + ε]
+    config.ppo.value_clip_range = 0.2  # largest change of a value in the value loss, in reward σ
+    config.ppo.vf_coef = 0.1  # weight of the value loss
+    config.ppo.gamma = 1.0  # discount per token
+    config.ppo.gae_lambda = 0.95  # λ of generalised advantage estimation
+    config.ppo.kl_coef = 0.05  # penalty per token on log π_old − log π_ref, in reward σ per nat
+    # Penalty for a response without a stop token, in reward σ; 0: a response need not end.
+    config.ppo.missing_eos_penalty = 1.0
+    config.ppo.whiten_advantages = True  # True: advantages have mean 0 and variance 1 in a batch
+    # Sampling temperature; old, new and reference log-probabilities use the same one.
+    config.ppo.temperature = 1.0
+    config.ppo.top_p = 1.0  # nucleus sampling; PPO accepts 1.0 only
+    config.ppo.max_new_tokens = 256  # longest response, in tokens
+    config.ppo.max_prompt_tokens = 1024  # longest prompt with the chat template, in tokens
+    # For a longer prompt: error, drop the prompt, or truncate the beginning of the user's text.
     config.ppo.long_prompts = "error"
-    config.ppo.calibration_batches = 2  # batches of reference responses that give μ and σ
-    config.ppo.pack_levels = 0  # sizes of packed batches (ppo/slots.py), each compiled; 0 = padded
-    config.ppo.logprob_chunk = 0  # response positions per vocabulary projection; 0 = all at once
-    config.ppo.checkpoint_every = 10  # steps
-    config.ppo.keep_checkpoints = 3
-    config.ppo.samples_per_step = 2  # rows of samples.jsonl per step
-    config.ppo.eval_every = 10  # steps between evaluations on eval_prompts_jsonl
-    config.ppo.eval_batches = 1  # batches of its prompts, the same ones every time
-    config.ppo.seed = 0
+    config.ppo.calibration_batches = 2  # batches of reference responses that μ and σ come from
+    # Number of sizes of packed batches (ppo/slots.py), each compiled once; 0: padded batches.
+    config.ppo.pack_levels = 0
+    # Response positions per projection onto the vocabulary; 0: all positions at once.
+    config.ppo.logprob_chunk = 0
+    config.ppo.checkpoint_every = 10  # PPO steps between checkpoints
+    config.ppo.keep_checkpoints = 3  # newest checkpoints that are kept
+    config.ppo.samples_per_step = 2  # rows of samples.jsonl per PPO step
+    config.ppo.eval_every = 10  # PPO steps between evaluations on eval_prompts_jsonl
+    config.ppo.eval_batches = 1  # batches per evaluation; every evaluation has the same prompts
+    config.ppo.seed = 0  # seed of prompt order, sampling, adapters and discriminator
 
+
+def _add_reward(config: ConfigDict) -> None:
+    # The compound reward: score of the SARM − penalties − latent KL.
     config.reward = ConfigDict()
-    config.reward.penalize_features = ""
-    config.reward.tau_values = ""  # threshold on z, one per penalised feature
-    config.reward.alpha_values = ""  # penalty for z > tau, one per penalised feature
-    config.reward.clamp_features = ""
-    config.reward.clamp_set_values = ""  # one per clamped feature; "none" leaves one out
+    config.reward.penalize_features = ""  # features with a penalty
+    config.reward.tau_values = ""  # τ: a penalty applies if z > τ; one per penalised feature
+    config.reward.alpha_values = ""  # α: the penalty, in `unit`; one per penalised feature
+    config.reward.clamp_features = ""  # features whose latent is changed before the head reads it
+    # Value that the latent is set to, one per clamped feature; "none": not set.
+    config.reward.clamp_set_values = ""
+    # Lower bound of the latent, one per clamped feature; "none": no bound.
     config.reward.clamp_min_values = ""
+    # Upper bound of the latent, one per clamped feature; "none": no bound.
     config.reward.clamp_max_values = ""
-    config.reward.beta = 0.0  # weight of the latent KL to human responses
-    config.reward.latent_indices = ""  # features the discriminator reads; empty: all in the buffer
-    config.reward.human_latents = ""  # safetensors written by --stage=human_latents
-    config.reward.unit = "score"  # of alpha and beta: reward-model score, or "sd" of it
-    # The most that penalties and latent KL together take from a response, in sd of the score.
-    config.reward.penalty_cap = 10.0  # inf: no cap
+    config.reward.beta = 0.0  # β: weight of the latent KL to human responses, in `unit` per nat
+    # Features that the discriminator reads; empty: all features in the file of human latents.
+    config.reward.latent_indices = ""
+    config.reward.human_latents = ""  # safetensors file written by --stage=human_latents
+    # Unit of α and β: "score", the SARM's own unit, or "sd", standard deviations of its score.
+    config.reward.unit = "score"
+    # Largest deduction from a response by penalties and latent KL together, in standard deviations
+    # of the score; inf: no cap.
+    config.reward.penalty_cap = 10.0
 
+    # The discriminator, whose logit estimates the latent KL.
     config.discriminator = ConfigDict()
-    config.discriminator.learning_rate = 1e-3
-    config.discriminator.hidden_size = 64
+    config.discriminator.learning_rate = 1e-3  # learning rate of AdamW
+    config.discriminator.hidden_size = 64  # width of the hidden layer
     config.discriminator.steps = 4  # minibatches per PPO step
-    config.discriminator.batch_size = 32  # human rows, and as many policy rows
-    config.discriminator.weight_decay = 1e-2
+    config.discriminator.batch_size = 32  # human rows per minibatch, and as many policy rows
+    config.discriminator.weight_decay = 1e-2  # weight decay of AdamW
 
-    # The next two sections change no number: a run may go on with others than it started with.
+
+def _add_guards(config: ConfigDict) -> None:
+    # Checkpoints kept for good. These options do not affect results and may differ when a run is
+    # resumed.
     config.checkpoint = ConfigDict()
-    config.checkpoint.keep_every = 0  # besides the newest, those of every n-th step for good
+    # Checkpoints of every n-th PPO step are kept for good, besides the newest; 0: none are.
+    config.checkpoint.keep_every = 0
 
-    # Warnings in the log and in summary.json where a metric says that a run has gone wrong
-    # (ppo/tracking/guards.py); thresholds are on the columns of metrics.csv.
+    # Guards: warnings, in the log and in summary.json, if a metric shows that a run has gone wrong
+    # (ppo/tracking/guards.py). Thresholds apply to columns of metrics.csv. These options do not
+    # affect results and may differ when a run is resumed.
     config.guards = ConfigDict()
-    config.guards.stop = ""  # comma-separated guards that also end the run, exit 3; "all" of them
-    config.guards.steps = 3  # in a row, before a guard warns
-    config.guards.max_nonfinite_steps = 3  # whose updates were skipped; one more ends the run
-    config.guards.ratio_0_max_dev = 1e-5  # warns above, on the first step
-    config.guards.ref_kl = 15.0  # nats per response, and
-    config.guards.ref_kl_per_token = 0.1  # nats per response token: warns above both
-    config.guards.approx_kl = 0.1  # nats per token, mean over updates (first: 0); warns above
-    config.guards.disc_acc = 0.97  # warns above
-    config.guards.entropy = 0.02  # nats per token; warns below
-    config.guards.distinct_responses = 0.3  # per distinct prompt of a batch; warns below
-    config.guards.eos_fraction = 0.05  # warns below
-    config.guards.alpha_low = 0.1  # warns for penalties outside, in sd of the score
+    # Guards that also end the run, with exit code 3; "all": every guard.
+    config.guards.stop = ""
+    config.guards.steps = 3  # consecutive PPO steps after which a guard warns
+    # PPO steps with a skipped update, because it was not finite, that a run may have; one more ends
+    # the run with exit code 3.
+    config.guards.max_nonfinite_steps = 3
+    # Largest |ratio − 1| in the first minibatch; warns above it, from the first step on.
+    config.guards.ratio_0_max_dev = 1e-5
+    # KL to the reference policy, in nats per response; warns above this and `ref_kl_per_token`.
+    config.guards.ref_kl = 15.0
+    # KL to the reference policy, in nats per response token; warns above this and `ref_kl`.
+    config.guards.ref_kl_per_token = 0.1
+    # KL of the updates, in nats per token, mean over updates (the first is 0); warns above it.
+    config.guards.approx_kl = 0.1
+    config.guards.disc_acc = 0.97  # accuracy of the discriminator; warns above it
+    config.guards.entropy = 0.02  # entropy of the policy, in nats per token; warns below it
+    # Distinct responses per distinct prompt of a batch; warns below it.
+    config.guards.distinct_responses = 0.3
+    config.guards.eos_fraction = 0.05  # share of responses that end; warns below it
+    # Smallest penalty α, in standard deviations of the score; warns below it.
+    config.guards.alpha_low = 0.1
+    # Largest penalty α, in standard deviations of the score; warns above it.
     config.guards.alpha_high = 10.0
 
-    # A profiler trace of some PPO steps; choose late ones, after everything is compiled.
+
+def _add_profile(config: ConfigDict) -> None:
+    # A profiler trace of some PPO steps. Choose late steps, after everything is compiled.
     config.profile = ConfigDict()
-    config.profile.start_step = -1  # -1: none
-    config.profile.num_steps = 2
+    config.profile.start_step = -1  # first PPO step of the trace; -1: no trace
+    config.profile.num_steps = 2  # PPO steps in the trace
 
+
+def _add_human_latents(config: ConfigDict) -> None:
+    # Stage human_latents: latents of human responses, for the latent KL.
     config.human_latents = ConfigDict()
-    config.human_latents.demos_jsonl = ""  # {"prompt", "response"} lines written by people
+    # File of {"prompt", "response"} lines written by people.
+    config.human_latents.demos_jsonl = ""
 
-    # Stage prepare_data: preference pairs from demonstrations and the policy's own answers; the
-    # whole of a small world with its models; or prompts, demos, probes and tests from benchmarks.
+
+def _add_prepare_data(config: ConfigDict) -> None:
+    # Stage prepare_data: makes the data that later stages read.
     config.prepare_data = ConfigDict()
-    config.prepare_data.source = "demonstrations"  # or lab, benchmarks
-    config.prepare_data.demos_jsonl = ""  # {"prompt", "response"} lines
-    config.prepare_data.samples_per_prompt = 2
-    config.prepare_data.max_new_tokens = 64
-    config.prepare_data.temperature = 0.8
-    config.prepare_data.seed = 0
-    # Of benchmarks: files, comma-separated, or hf://datasets/OWNER/NAME/PATH. A path may be empty.
-    config.prepare_data.steering_dir = ""  # the SARM repository's steering/: train/*/, test/*/
-    config.prepare_data.rewardbench2 = ""  # parquet, JSON or JSON Lines
-    config.prepare_data.rm_bench = ""  # JSON or JSON Lines
-    config.prepare_data.safety_pairs = ""  # own {"prompt", "chosen", "rejected"}: what to find
-    config.prepare_data.complement_pairs = ""  # likewise: everything else
-    # Of the prompts, into test sets; steering_dir has its own.
+    # "demonstrations": preference pairs of demonstrations and the policy's own responses. "lab":
+    # the data and the models of the lab. "benchmarks": prompts, demonstrations, probes and test
+    # sets from benchmark files.
+    config.prepare_data.source = "demonstrations"
+    # File of {"prompt", "response"} lines; for source=demonstrations.
+    config.prepare_data.demos_jsonl = ""
+    config.prepare_data.samples_per_prompt = 2  # responses sampled per prompt
+    config.prepare_data.max_new_tokens = 64  # longest sampled response, in tokens
+    config.prepare_data.temperature = 0.8  # sampling temperature
+    config.prepare_data.seed = 0  # seed of sampling and of held-out sets
+
+    # For source=benchmarks: comma-separated files, or hf://datasets/OWNER/NAME/PATH. Each of these
+    # options may be empty.
+
+    # The folder steering/ of the SARM repository, with train/*/ and test/*/.
+    config.prepare_data.steering_dir = ""
+    config.prepare_data.rewardbench2 = ""  # files of RewardBench 2: Parquet, JSON or JSON Lines
+    config.prepare_data.rm_bench = ""  # files of RM-Bench: JSON or JSON Lines
+    # Files of {"prompt", "chosen", "rejected"} pairs that differ in safety.
+    config.prepare_data.safety_pairs = ""
+    # Files of {"prompt", "chosen", "rejected"} pairs of anything else.
+    config.prepare_data.complement_pairs = ""
+    # Share of the prompts that goes into test sets; steering_dir has test sets of its own.
     config.prepare_data.held_out_fraction = 0.0
 
-    # Stage train_sarm: a SARM on the first layers of policy_model.
-    config.train_sarm = ConfigDict()
-    config.train_sarm.model = ""  # the trunk is cut from; empty: policy_model
-    config.train_sarm.pairs_jsonl = ""  # {"prompt", "chosen", "rejected"}; comma-separated files
-    config.train_sarm.held_out_fraction = 0.2  # of the prompts
-    config.train_sarm.max_length = 4096  # tokens
-    config.train_sarm.source_layer = 16
-    config.train_sarm.latent_size = 65536
-    config.train_sarm.k = 192
-    config.train_sarm.use_topk = True  # False: the head reads the pre-activations
-    config.train_sarm.mode = 3  # 0 head; 1 trunk + head; 2 all, both losses; 3 = 1 + detached SAE
-    config.train_sarm.reconstruction_weight = 1.0
-    config.train_sarm.sae_tokens = 100_000  # activations collected, at most
-    config.train_sarm.sae_steps = 1000
-    config.train_sarm.sae_batch_tokens = 512
-    config.train_sarm.sae_learning_rate = 1e-3
-    config.train_sarm.dead_after_steps = 100  # without firing
-    config.train_sarm.aux_k = 256  # dead latents that reconstruct the residual
-    config.train_sarm.aux_weight = 1 / 32
-    config.train_sarm.epochs = 3
-    config.train_sarm.batch_size = 16  # pairs
-    config.train_sarm.learning_rate = 2e-6
-    config.train_sarm.head_learning_rate = 1e-3
-    config.train_sarm.weight_decay = 1e-3
-    config.train_sarm.warmup_fraction = 0.03
-    config.train_sarm.seed = 0
 
-    # Stage identify: which latents tell chosen from rejected.
+def _add_train_sarm(config: ConfigDict) -> None:
+    # Stage train_sarm: a SARM on the first layers of a chat model.
+    config.train_sarm = ConfigDict()
+    config.train_sarm.model = ""  # model that the layers are taken from; empty: policy_model
+    # Files of {"prompt", "chosen", "rejected"} pairs, comma-separated.
+    config.train_sarm.pairs_jsonl = ""
+    config.train_sarm.held_out_fraction = 0.2  # share of the prompts in the held-out set
+    # Longest conversation, in tokens; a longer one loses its beginning.
+    config.train_sarm.max_length = 4096
+    config.train_sarm.source_layer = 16  # layers in the trunk
+    config.train_sarm.latent_size = 65536  # latents of the SAE
+    config.train_sarm.k = 192  # latents that TopK keeps per token
+    # True: the head reads the latents after TopK; False: it reads the pre-activations.
+    config.train_sarm.use_topk = True
+    # What is trained on preferences. 0: the head; 1: trunk and head; 2: all, with the loss of
+    # preferences and of reconstruction; 3: as 1, and the SAE, detached, on reconstruction.
+    config.train_sarm.mode = 3
+    # Weight λ of the reconstruction loss in modes 2 and 3.
+    config.train_sarm.reconstruction_weight = 1.0
+    config.train_sarm.sae_tokens = 100_000  # most activations collected to pretrain the SAE
+    config.train_sarm.sae_steps = 1000  # optimizer steps of SAE pretraining
+    config.train_sarm.sae_batch_tokens = 512  # activations per step of SAE pretraining
+    config.train_sarm.sae_learning_rate = 1e-3  # peak learning rate of SAE pretraining
+    config.train_sarm.dead_after_steps = 100  # steps without activity after which a latent is dead
+    config.train_sarm.aux_k = 256  # dead latents that reconstruct the residual
+    config.train_sarm.aux_weight = 1 / 32  # weight of that auxiliary loss
+    config.train_sarm.epochs = 3  # passes over the preference pairs
+    config.train_sarm.batch_size = 16  # preference pairs per optimizer step
+    # Peak learning rate of the trunk, and of the SAE in modes 2 and 3.
+    config.train_sarm.learning_rate = 2e-6
+    config.train_sarm.head_learning_rate = 1e-3  # peak learning rate of the head
+    config.train_sarm.weight_decay = 1e-3  # weight decay of AdamW
+    config.train_sarm.warmup_fraction = 0.03  # share of the optimizer steps that is warm-up
+    config.train_sarm.seed = 0  # seed of the held-out split, initial weights and batch order
+
+
+def _add_identify(config: ConfigDict) -> None:
+    # Stage identify: which latents tell chosen from rejected responses.
     config.identify = ConfigDict()
-    config.identify.pairs_jsonl = ""  # comma-separated files
-    # Pairs of a concise (chosen) and a longer answer, for the list verbosity_features; empty: none
+    # Files of {"prompt", "chosen", "rejected"} pairs, comma-separated.
+    config.identify.pairs_jsonl = ""
+    # Files of pairs of a concise (chosen) and a longer answer, for the list verbosity_features;
+    # empty: no such list.
     config.identify.verbosity_jsonl = ""
     config.identify.top_k = 10  # features per list
-    config.identify.method = "differential"  # or head_weight
-    config.identify.tau_quantile = 0.98  # of z on chosen responses
-    config.identify.false_alarm_budget = 0.05  # share of chosen responses that detectors may hit
-    config.identify.combine = "pooled"  # lists follow all pairs; "sources": their sources' mean
-    config.identify.resamples = 1000  # of the bootstrap
+    config.identify.method = "differential"  # differential activation, or head_weight
+    config.identify.tau_quantile = 0.98  # quantile of z on chosen responses that gives τ
+    # Share of chosen responses that all detectors together may flag.
+    config.identify.false_alarm_budget = 0.05
+    # Pairs of several sources: pooled, or the mean over the sources ("sources").
+    config.identify.combine = "pooled"
+    config.identify.resamples = 1000  # bootstrap samples
     config.identify.examples = 5  # responses shown per feature
-    config.identify.naming_examples = 10  # responses per prompt of naming_prompts.jsonl; 0: no file
-    config.identify.seed = 0  # of everything in this stage that is drawn at random
+    # Responses per prompt of naming_prompts.jsonl; 0: the file is not written.
+    config.identify.naming_examples = 10
+    config.identify.seed = 0  # seed of everything that this stage draws at random
 
-    # Stage probe: what the reward does when a feature is set to a value, or kept within bounds.
+
+def _add_probe(config: ConfigDict) -> None:
+    # Stage probe: how the reward changes if a feature is set to a value or kept within bounds.
     config.probe = ConfigDict()
-    config.probe.feature = ""  # one id, or a list; every feature is probed on its own
-    config.probe.set_value = placeholder(float)  # None: 0.0 unless a bound is given
-    config.probe.min_value = placeholder(float)  # z is raised to it; None: no lower bound
-    config.probe.max_value = placeholder(float)  # z is lowered to it; None: no upper bound
-    config.probe.data_jsonl = ""  # {"prompt", "response"} or pairs; {"prompt", "candidates"}
-    config.probe.mode = "pairs"  # or bestofn
-    config.probe.rank = 1  # of the candidate that bestofn selects; 1: the best
-    config.probe.controls = 10  # random features per feature, alike in firing rate and activation
-    config.probe.flips = 9999  # of signs, in the test of a certificate
-    config.probe.level = 0.05  # of a certificate, after Holm's correction
-    config.probe.seed = 0  # of controls and flips
+    config.probe.feature = ""  # features to probe, each on its own
+    # Value that the latent is set to; None: 0.0, or not set if a bound is given.
+    config.probe.set_value = placeholder(float)
+    config.probe.min_value = placeholder(float)  # lower bound of the latent; None: no bound
+    config.probe.max_value = placeholder(float)  # upper bound of the latent; None: no bound
+    # File of {"prompt", "response"} lines or pairs, or of {"prompt", "candidates"} lines.
+    config.probe.data_jsonl = ""
+    config.probe.mode = "pairs"  # pairs, or bestofn
+    config.probe.rank = 1  # rank of the candidate that bestofn selects; 1: the best
+    # Random features per probed feature, similar in firing rate and mean activation.
+    config.probe.controls = 10
+    config.probe.flips = 9999  # random sign flips in the test of a certificate
+    config.probe.level = 0.05  # significance level of a certificate, after Holm's correction
+    config.probe.seed = 0  # seed of controls and sign flips
 
-    # Stage evaluate: the SARM on benchmarks and under steering, without and with its controls: the
-    # clamped and penalised features of reward, and steering_json. Comma-separated files.
+
+def _add_evaluate(config: ConfigDict) -> None:
+    # Stage evaluate: the SARM on benchmarks and under steering, without and with its controls (the
+    # clamped and penalised features of `reward`, and steering_json); trained policies against the
+    # base policy. Several files are comma-separated.
     config.evaluate = ConfigDict()
-    config.evaluate.steering_json = ""  # {"48659": ["*", 0.0], "7": ["+", 1.5]}
-    # {"question", "answer", "type"}, scored before and after: FILE or NAME=FILE. Each type of each
-    # file is a set; files that are given the same name count as one.
+    # Steering file: {"48659": ["*", 0.0], "7": ["+", 1.5]} multiplies a latent or adds to it.
+    config.evaluate.steering_json = ""
+    # Files of {"question", "answer", "type"} lines, scored before and after steering: FILE or
+    # NAME=FILE. Each type of each file is a set; files with the same name are one file.
     config.evaluate.data_jsonl = ""
     config.evaluate.num_example = 0  # answers of each set; 0: all
-    config.evaluate.steering_targets = ""  # types or sets meant to change; empty: rejected, if any
-    config.evaluate.resamples = 2000  # of the bootstrap for specificity
-    config.evaluate.seed = 0  # of num_example and the bootstrap
-    config.evaluate.rm_bench = ""  # as in prepare_data
-    config.evaluate.rewardbench2 = ""
-    # The base against trained adapters, up to ppo.max_new_tokens per response.
-    config.evaluate.prompts_jsonl = ""  # {"prompt"} lines; empty: eval_prompts_jsonl
-    config.evaluate.runs = ""  # PPO's, DIR or NAME=DIR, comma-separated; empty: this one's adapter
-    config.evaluate.human_jsonl = ""  # {"prompt", "response"} lines shown in latent_map.json
-    config.evaluate.temperature = 0.0  # 0: greedy
+    # Types or sets that are meant to change; empty: the type "rejected", if there is one.
+    config.evaluate.steering_targets = ""
+    config.evaluate.resamples = 2000  # bootstrap samples for intervals
+    config.evaluate.seed = 0  # seed of num_example, sampling and the bootstrap
+    config.evaluate.rm_bench = ""  # files of RM-Bench, as in prepare_data
+    config.evaluate.rewardbench2 = ""  # files of RewardBench 2, as in prepare_data
+    # File of {"prompt"} lines that policies respond to, with up to ppo.max_new_tokens tokens;
+    # empty: eval_prompts_jsonl.
+    config.evaluate.prompts_jsonl = ""
+    # Working directories of PPO runs to compare: DIR or NAME=DIR; empty: this run's own adapter.
+    config.evaluate.runs = ""
+    # File of {"prompt", "response"} lines by people, shown in latent_map.json.
+    config.evaluate.human_jsonl = ""
+    config.evaluate.temperature = 0.0  # sampling temperature; 0: greedy
     config.evaluate.samples = 1  # responses per prompt
     config.evaluate.batch_size = 32  # responses sampled at a time
 
-    # Stage plan: compiles every program of a PPO step from shapes alone, and says what it takes.
-    config.plan = ConfigDict()
-    config.plan.target = "host"  # or h100x4, h200x8 and the like, which need not be there
-    config.plan.policy_config = ""  # a folder with a config.json; empty: policy_model
-    config.plan.sarm_config = ""  # likewise; empty: sarm_model
-    # A JSON file {"tokens": prompts of that length with the chat template, …}: the plan is then for
-    # the lengths that a run would pad its batches to. Empty: all prompts at ppo.max_prompt_tokens.
-    config.plan.prompt_lengths = ""
-    config.plan.search = False  # over meshes of the target's devices, remat and accumulation
 
+def _add_plan(config: ConfigDict) -> None:
+    # Stage plan: compiles every program of a PPO step from shapes alone, and reports its memory,
+    # traffic and time.
+    config.plan = ConfigDict()
+    # Machine: "host", or a name such as h100x4 or h200x8, which need not be present.
+    config.plan.target = "host"
+    # Directory with the policy's config.json; empty: policy_model.
+    config.plan.policy_config = ""
+    # Directory with the SARM's config.json; empty: sarm_model.
+    config.plan.sarm_config = ""
+    # JSON file {"tokens": number of prompts of that length with the chat template, …}; the plan
+    # covers the lengths that a run pads its batches to. Empty: all prompts have the length
+    # ppo.max_prompt_tokens.
+    config.plan.prompt_lengths = ""
+    # True: compares meshes of the target's devices, values of remat and accumulation steps.
+    config.plan.search = False
+
+
+def _add_report(config: ConfigDict) -> None:
     # Stage report: a page on one run, or on several side by side.
     config.report = ConfigDict()
-    # Comma-separated working directories, DIR or NAME=DIR, or metrics, FILE.csv; empty: its own.
+    # Working directories (DIR or NAME=DIR) or metrics files (FILE.csv), comma-separated; empty:
+    # this run.
     config.report.runs = ""
-    config.report.samples = 200  # prompts of each run in its browser of responses; 0: all
+    config.report.samples = 200  # prompts of each run in the browser of responses; 0: all
 
+
+def _add_lab(config: ConfigDict) -> None:
     # The reward-hacking lab: a small world whose true reward is known (sarm_jax/lab).
     config.lab = ConfigDict()
-    config.lab.held_out_fraction = 0.2  # of the country combinations
-    config.lab.corpus_rows = 40_000  # responses with notes that the pretrained model reads
-    config.lab.demonstrations = 4_000
-    config.lab.pairs = 20_000  # of the biased annotator
-    config.lab.contrast_pairs = 1024  # with and without flattery
-    config.lab.tap_layer = 2  # where pretraining also takes the loss: the SARM's source_layer
-    config.lab.pretraining_steps = 2750
-    config.lab.pretraining_learning_rate = 3e-3
-    config.lab.tuning_steps = 200
-    config.lab.tuning_learning_rate = 1e-3
-    config.lab.batch_size = 64  # rows
-    config.lab.seed = 0  # of a single stage; the study takes it from seeds
-    # The study, --stage=all: every seed under every condition (sarm_jax/lab/conditions.py).
-    config.lab.seeds = "0"  # comma-separated, ranges such as 10-19
-    config.lab.conditions = "baseline,full"
-    config.lab.processes = 1  # seeds that run at a time
-    config.lab.alpha = 2.0  # penalty per detector that fires, in reward.unit
-    config.lab.beta = 0.1  # of the latent KL on the carriers, in reward.unit
-    config.lab.gates_json = ""  # written by identify; PPO refuses to start where a gate failed
-    config.lab.ignore_failed_gates = False  # True: it starts and says so
+    config.lab.held_out_fraction = 0.2  # share of the combinations of countries that is held out
+    # Responses with notes in the corpus of pretraining.
+    config.lab.corpus_rows = 40_000
+    config.lab.demonstrations = 4_000  # demonstrations in the data
+    config.lab.pairs = 20_000  # preference pairs of the biased annotator
+    config.lab.contrast_pairs = 1024  # pairs of a response with and without flattery
+    # Layer at which pretraining takes a second loss; it is the SARM's source_layer.
+    config.lab.tap_layer = 2
+    config.lab.pretraining_steps = 2750  # optimizer steps of pretraining
+    config.lab.pretraining_learning_rate = 3e-3  # peak learning rate of pretraining
+    config.lab.tuning_steps = 200  # optimizer steps of tuning on demonstrations
+    config.lab.tuning_learning_rate = 1e-3  # peak learning rate of tuning
+    config.lab.batch_size = 64  # rows per optimizer step
+    config.lab.seed = 0  # seed of a single stage; the study takes seeds from lab.seeds
 
-    return config.lock()
+    # The study, --stage=all: every seed under every condition (sarm_jax/lab/conditions.py).
+
+    config.lab.seeds = "0"  # comma-separated seeds or ranges such as 10-19
+    config.lab.conditions = "baseline,full"  # names of conditions, comma-separated
+    config.lab.processes = 1  # seeds that run at the same time, each in a process of its own
+    config.lab.alpha = 2.0  # penalty per detector that fires, in reward.unit
+    config.lab.beta = 0.1  # weight of the latent KL on the carriers, in reward.unit per nat
+    # File of gates written by identify; PPO refuses to start if a gate failed.
+    config.lab.gates_json = ""
+    config.lab.ignore_failed_gates = False  # True: PPO starts anyway and reports the failed gates

@@ -1,7 +1,11 @@
-"""The reward model alone: no penalty, no latent KL. The run that the others are compared with.
+"""The reward model alone: no penalty and no latent KL, for comparison with the other runs.
 
-A diff from `configs/full_method.py`, which states hardware and preparation.
+Source: the baseline of the reference implementation, nikhilk7153/cpsc4710, run_experiments.sh.
+Before: as for `configs/full_method.py`.
 Command: python main.py --config=configs/baseline.py
+Hardware and time: as for `configs/full_method.py`.
+Expected result: not run with the real models; docs/results/reference.md has a stand-in. Without
+        controls the penalised features of the other runs stay free to grow.
 """
 
 from ml_collections import ConfigDict
@@ -10,7 +14,7 @@ from configs import full_method
 
 
 def get_config() -> ConfigDict:
-    """One change to the full method."""
+    """Returns the full method without penalties and without the latent KL."""
     config = full_method.get_config()
     config.reward.penalize_features = ""
     config.reward.tau_values = ""

@@ -1,8 +1,16 @@
-"""The reward-hacking lab: a world of sixteen countries in which the true reward is known.
+"""The reward-hacking lab: a world of sixteen countries whose true reward is known.
 
-Command: make demo, or main.py --config=configs/demo.py --stage=all
+A small Llama is trained from scratch, with a reward model that learned from a biased annotator, who
+likes flattery. PPO runs against that reward model, alone and with the features of flattery under
+control, and the true ("gold") reward is measured on held-out prompts.
+
+Command: make demo, or python main.py --config=configs/demo.py --stage=all; ten seeds and all
+        conditions: make study
 Hardware: 2 CPU cores, 4 GB of memory.
-Time and result: README, "The lab".
+Time: about 6 minutes; make study 68 minutes.
+Expected result: without controls the gold reward rises and then collapses (mean over ten seeds:
+        0.72 at its peak, −0.24 at the end) while the reward model's score keeps rising; with the
+        penalty it ends at 0.98, with penalty and latent KL at 0.96.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +19,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """A diff from `configs/base.py`."""
+    """Returns the diff from `configs/base.py`."""
     config = base.get_config()
     config.policy_model = "{workdir}/policy"
     config.sarm_model = "{workdir}/sarm"

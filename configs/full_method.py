@@ -1,16 +1,18 @@
-"""Llama-3.1-8B-Instruct against Llama-SARM-4B with harmful features penalised, plus latent KL.
+"""Llama-3.1-8B-Instruct against Llama-SARM-4B: harmful features penalised, plus the latent KL.
 
-Method: SARM, arXiv 2508.08746; features from its safety steering set.
-Before: accept the licence of both models on Hugging Face and log in, or convert them
-        (`python -m conversion.from_hf`); put {"prompt"} lines into outputs/data/prompts.jsonl and
-        {"prompt", "response"} lines into outputs/data/demos.jsonl, then
-        `python main.py --config=configs/full_method.py --stage=human_latents`
+Paper: SARM, arXiv 2508.08746; the features come from its steering set for safety.
+Before: accept the licences of both models on Hugging Face and log in, or convert the models
+        (python -m conversion.from_hf). Write {"prompt"} lines to outputs/data/prompts.jsonl and
+        {"prompt", "response"} lines to outputs/data/demos.jsonl. Then collect the human latents:
+        python main.py --config=configs/full_method.py --stage=human_latents
 Command: python main.py --config=configs/full_method.py
-Hardware: 4×H100 80 GB, every layer split over all four (fewer: --config.mesh.tensor=1 or 2).
-Time and result: 1.2 s per step, estimated by --stage=plan for the reference's prompts; 3.0 s
-        measured for prompts of 512 tokens on one H100 (--config.mesh.tensor=1), with random
-        weights. The reference implementation took 13.5 s and never moved (KL about 0). Alpha 0.1 is
-        about two standard deviations of the SARM's score.
+Hardware: 4×H100 80 GB, with every layer split over all four. On one or two GPUs:
+        --config.mesh.tensor=1 or 2.
+Time: 1.2 s per PPO step, as --stage=plan estimates it for the reference's prompts. Measured on one
+        H100 (--config.mesh.tensor=1) for prompts of 512 tokens and random weights: 3.0 s. The
+        reference implementation took 13.5 s.
+Expected result: not run with the real models. In the reference implementation the policy did not
+        move (KL about 0). An alpha of 0.1 is about two standard deviations of the SARM's score.
 """
 
 from ml_collections import ConfigDict
@@ -19,7 +21,7 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """A diff from `configs/base.py`."""
+    """Returns the diff from `configs/base.py`."""
     config = base.get_config()
     config.policy_model = "meta-llama/Llama-3.1-8B-Instruct"
     config.sarm_model = "Schrieffer/Llama-SARM-4B"
@@ -29,8 +31,8 @@ def get_config() -> ConfigDict:
     config.plan.target = "h100x4"
     config.plan.policy_config = "configs/architectures/llama_3_1_8b_instruct"
     config.plan.sarm_config = "configs/architectures/llama_sarm_4b"
-    # The 3,184 prompts of nikhilk7153/cpsc4710, data/train/prompts.jsonl, in the tokens of the
-    # Llama-3.1 chat template.
+    # Lengths of the 3,184 prompts in nikhilk7153/cpsc4710, data/train/prompts.jsonl, in tokens with
+    # the Llama-3.1 chat template.
     config.plan.prompt_lengths = "configs/data/reference_prompt_lengths.json"
     config.prompts_jsonl = "outputs/data/prompts.jsonl"
     config.human_latents.demos_jsonl = "outputs/data/demos.jsonl"
@@ -40,10 +42,11 @@ def get_config() -> ConfigDict:
     config.ppo.total_steps = 100
     config.ppo.batch_size = 8
     config.ppo.max_new_tokens = 256
-    config.ppo.long_prompts = "drop"  # one of the reference's 3,184 has more than 1,024 tokens
+    config.ppo.long_prompts = "drop"  # one of those 3,184 prompts has more than 1,024 tokens
     config.ppo.logprob_chunk = 64
 
-    config.guards.ratio_0_max_dev = 0.1  # where old and new are two programs, bfloat16 rounds apart
+    # Old and new log-probabilities come from two programs, which round differently in bfloat16.
+    config.guards.ratio_0_max_dev = 0.1
     config.reward.penalize_features = "48659,28879,26446"
     config.reward.tau_values = "3.0,3.0,3.0"
     config.reward.alpha_values = "0.1,0.1,0.1"

@@ -1,15 +1,17 @@
-"""The reference's own study: its data, its six experiments and verbosity control, one command.
+"""The study of the reference implementation: its data, six experiments and verbosity control.
 
-Method: nikhilk7153/cpsc4710, README and scripts/run_all.sh: prompts, demonstrations and probes from
-the SARM repository's steering folder; features by head weight and by differential activation; the
-three most harming ones probed; seven runs of PPO, each a diff in `experiments`; steering before and
-after on the four test sets, both benchmarks, all policies compared, and one report.
-Before: accept the licence of both models on Hugging Face and log in;
-        `git clone https://github.com/schrieffer-z/sarm` for its steering folder.
+Source: nikhilk7153/cpsc4710, README and scripts/run_all.sh. Prompts, demonstrations and probes come
+from the folder steering/ of the SARM repository. Features are selected by head weight and by
+differential activation, and the three most harmful ones are probed. PPO runs seven times, each run
+a diff in `experiments`. The evaluation scores the four test sets before and after steering and both
+benchmarks, compares all policies, and ends in one report.
+Before: accept the licences of both models on Hugging Face and log in; for the folder steering/,
+        git clone https://github.com/schrieffer-z/sarm
 Command: python main.py --config=configs/reference.py --stage=all; with another steering folder
         --config=configs/reference.py:FOLDER
-Hardware: 4×H100 80 GB. On two CPU cores: configs/reference_small.py.
-Differences from the reference and their reasons: docs/guides/coming_from_the_reference.md.
+Hardware: 4×H100 80 GB; on two CPU cores, configs/reference_small.py.
+Time and expected result: not run with the real models; docs/results/reference.md has a stand-in.
+Deviations from the reference and their reasons: docs/guides/coming_from_the_reference.md.
 """
 
 from ml_collections import ConfigDict
@@ -18,11 +20,16 @@ from configs import full_method
 
 SELECTED = "@{workdir}/probes/selected_features.json"
 STEERING = "sarm/steering"
-TESTS = {"rb2_safety": "rewardbenchv2", "rmb_safety": "rm_bench"}  # the reference's names of them
+# Names of the test sets in the reference → folders of the SARM repository.
+TESTS = {"rb2_safety": "rewardbenchv2", "rmb_safety": "rm_bench"}
 
 
 def get_config(steering: str = STEERING) -> ConfigDict:
-    """A diff from `configs/full_method.py`; `steering` is the SARM repository's folder."""
+    """Returns the diff from `configs/full_method.py`.
+
+    Args:
+        steering: the folder steering/ of the SARM repository.
+    """
     config = full_method.get_config()
     config.prompts_jsonl = "{workdir}/data/prompts.jsonl"
 
@@ -40,8 +47,9 @@ def get_config(steering: str = STEERING) -> ConfigDict:
     config.human_latents.demos_jsonl = "{workdir}/data/demos.jsonl"
     config.reward.penalize_features = f"{SELECTED}:safety_harming[:3]"
     config.reward.latent_indices = f"{SELECTED}:safety_promoting[:5],{SELECTED}:safety_harming[:5]"
-    config.reward.beta = 0.0  # as in all of the six
-    config.ppo.gradient_accumulation_steps = 4  # of --batch_size 2
+    config.reward.beta = 0.0  # as in all six experiments of the reference
+    # Microbatches of two responses, which is the --batch_size of the reference.
+    config.ppo.gradient_accumulation_steps = 4
     add_experiments(config, alpha=0.1, tau=3.0, verbosity="29733,53553,3402")
 
     config.evaluate.data_jsonl = ",".join(
@@ -63,9 +71,12 @@ def get_config(steering: str = STEERING) -> ConfigDict:
 def add_experiments(config: ConfigDict, alpha: float, tau: float, verbosity: str) -> None:
     """Adds the runs of the reference's run_experiments.sh, and verbosity control as a seventh.
 
-    `alpha` and `tau` are those of the full method: 0.1 and 3.0 in the reference, whose ablations
-    have half and double the one, and two and four thirds of the other. `verbosity` are the features
-    of the last run.
+    Args:
+        config: the config to change, with the features to penalise in `reward`.
+        alpha: penalty of the full method, 0.1 in the reference; the ablations have half and double.
+        tau: threshold of the full method, 3.0 in the reference; the ablations have two and four
+            thirds of it.
+        verbosity: the features that verbosity control penalises.
     """
 
     def three(value: float) -> str:

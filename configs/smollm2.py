@@ -1,15 +1,18 @@
 """The whole method on a real model that fits any machine: SmolLM2-135M-Instruct.
 
-The SARM is built here too, from the policy's own first 15 layers: everyday prompts with written
-answers (configs/data) and the policy's samples become preference pairs whose rejected side is
-spoilt in a known way (off topic, truncated, degenerate, shuffled, unfinished, evasive); an SAE is
-pretrained on the trunk's states and a Bradley–Terry head on its latents. PPO then trains the policy
-against that SARM with the three features penalised that fire most on rejected answers, and a
-latent KL to the written answers.
+The SARM is made here too, from the policy's own first 15 layers. Everyday prompts with written
+answers (configs/data) and the policy's samples become preference pairs, whose rejected side has a
+known defect (off topic, truncated, degenerate, shuffled, unfinished, evasive). An SAE is pretrained
+on the hidden states of the trunk, and a Bradley–Terry head on its latents. PPO then trains the
+policy against that SARM, with a penalty on the three features that are active most often on
+rejected answers, and with the latent KL to the written answers.
 
 Command: make smollm2
 Hardware: 2 CPU cores, 8 GB of memory.
-Time and result: README, "The real run".
+Time: 23 minutes, of which PPO takes 12.
+Expected result: the total reward rises by about 1.5 standard deviations and nearly all responses
+        end by themselves. The reward is exploited as well: short, wrong answers score high, and
+        the guard on the KL to the reference warns.
 """
 
 from ml_collections import ConfigDict
@@ -20,13 +23,13 @@ SELECTED = "@{workdir}/probes/selected_features.json"
 
 
 def get_config() -> ConfigDict:
-    """A diff from `configs/base.py`."""
+    """Returns the diff from `configs/base.py`."""
     config = base.get_config()
     config.policy_model = "outputs/models/SmolLM2-135M-Instruct"
     config.sarm_model = "{workdir}/sarm"
     config.prompts_jsonl = "configs/data/everyday_demos.jsonl"
     config.sarm_max_length = 512
-    config.sarm_batch_size = 4  # more than two cores need, and less padding than in 16
+    config.sarm_batch_size = 4  # enough for two cores, with less padding than 16
 
     config.prepare_data.demos_jsonl = "configs/data/everyday_demos.jsonl"
     config.prepare_data.samples_per_prompt = 2
@@ -56,7 +59,8 @@ def get_config() -> ConfigDict:
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 2
     config.ppo.learning_rate = 1.5e-3
-    config.ppo.lr_schedule = "linear"  # constant, late updates were too large for one seed of three
+    # With a constant rate, late updates were too large in one of three seeds.
+    config.ppo.lr_schedule = "linear"
     config.ppo.max_new_tokens = 48
     config.ppo.max_prompt_tokens = 96
     config.ppo.kl_coef = 0.02

@@ -1,13 +1,14 @@
-"""A reward model with a taste for detail, and PPO that is rewarded by it: SmolLM2 and RM-Bench.
+"""PPO against a reward model that prefers detail: SmolLM2 and RM-Bench, without controls.
 
 The SARM is trained on RM-Bench's easy pairs alone, whose right answer is also the longer or the
-more formatted one. The policy is asked for one short sentence, and nothing but the SARM's score is
-in its reward: no charge for a response without an end. `configs/verbosity_smollm2.py` finds what
-the SARM likes, controls it, and compares.
+more formatted one. The policy is asked for one short sentence. Its reward is the SARM's score
+alone, without a penalty for a response that does not end. `configs/verbosity_smollm2.py` identifies
+what the SARM prefers, controls it, and compares.
 
 Command: make verbosity RM_BENCH=chat_filtered.json,code_filtered.json
 Hardware: 2 CPU cores, 8 GB of memory.
-Time and result: README, "Verbosity".
+Time: 57 minutes with the controlled run.
+Expected result: held-out responses grow from 34 tokens to 92 or more, of at most 96.
 """
 
 from ml_collections import ConfigDict
@@ -16,13 +17,13 @@ from configs import base
 
 
 def get_config() -> ConfigDict:
-    """A diff from `configs/base.py`."""
+    """Returns the diff from `configs/base.py`."""
     config = base.get_config()
     config.policy_model = "outputs/models/SmolLM2-135M-Instruct"
     config.sarm_model = "{workdir}/sarm"
     config.prompts_jsonl = "configs/data/brief_demos.jsonl"
     config.sarm_max_length = 512
-    config.sarm_batch_size = 4  # more than two cores need, and less padding than in 16
+    config.sarm_batch_size = 4  # enough for two cores, with less padding than 16
 
     config.prepare_data.source = "benchmarks"
     config.prepare_data.held_out_fraction = 0.3
@@ -47,6 +48,6 @@ def get_config() -> ConfigDict:
     config.ppo.max_prompt_tokens = 96
     config.ppo.kl_coef = 0.05
     config.ppo.missing_eos_penalty = 0.0
-    config.ppo.pack_levels = 2  # prompts and responses differ much in length
+    config.ppo.pack_levels = 2  # lengths of prompts and responses differ a lot
     config.ppo.calibration_batches = 4
     return config

@@ -1,14 +1,16 @@
-"""The flags of `main.py`, and how they land in the config.
+"""Parse the command line: flags and a config file → config, stage and working directory.
 
 The reference implementation's flags (`reference_flags`) are shorthands for config fields: a flag
-that is not given leaves the field alone. "{workdir}" in a string field becomes the working
-directory, in `fill_in`.
+that is not given leaves its field as it is. `fill_in` replaces "{workdir}" in string fields.
 """
 
 import difflib
+import inspect
 import logging
+import re
 import runpy
 import traceback
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,40 +19,47 @@ from absl import flags
 from jax.tree_util import keystr, tree_leaves_with_path
 from ml_collections import ConfigDict, config_flags
 
+import configs
 from pipeline import reference_flags
+from pipeline import stage as stages
 from pipeline.experiments import changed_fields
 from pipeline.reference_flags import BATCH, SHORTHANDS
-from sarm_jax.io.errors import InputError, refuse_secrets
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.secrets import refuse_secrets
 from sarm_jax.parallel.processes import Hosts
 
+VERSION = flags.DEFINE_bool("version", False, "print the version and exit")
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment: configs/*.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "results; default outputs/<name of the config>")
 LEVELS = ("debug", "info", "warning", "error")
-LOG_LEVEL = flags.DEFINE_enum("log_level", "info", LEVELS, "the least severe messages shown")
+LOG_LEVEL = flags.DEFINE_enum("log_level", "info", LEVELS, "severity from which messages are shown")
 COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "host:port of process 0, for a mesh over several hosts"
 )
-PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes run this command")
-PROCESS = flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
-STAGE = flags.DEFINE_string("stage", "train", "what to run; README lists the stages")
+PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes that run this command")
+PROCESS = flags.DEFINE_integer("process_id", None, "number of this process among them, from 0")
+STAGE = flags.DEFINE_string(
+    "stage", "train", "what to run: all, or one of " + ", ".join(stages.names())
+)
 
 reference_flags.define()
 PLANNED_AS = {"policy_model": "policy_config", "sarm_model": "sarm_config"}
 
 
 def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
-    """(config with every flag applied, stage, working directory); InputError for bad flags.
+    """Returns (config with every flag applied, stage, working directory).
 
     "{workdir}" is not filled in yet.
+
+    Raises:
+        InputError: a flag is unknown or malformed, or the config file is wrong.
     """
     refuse_secrets(argv[1:])
-    pairs = [a.partition("=")[::2] for a in argv] + list(pairwise(argv))
-    given = [value for name, value in pairs if name == "--config" and value]
-    named = given[-1] if given else None
+    named = _named_config(argv)
     if named is not None and not Path(named.partition(":")[0]).is_file():
         raise InputError(f"--config={named}: no such file")
     try:
-        rest = flags.FLAGS(argv)
+        positional = flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
         instead = reference_flags.replacement(error.flagname)
         if instead is not None:
@@ -58,37 +67,84 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         if named is not None:
             _refuse_unknown_options(argv, named)
         raise InputError(_one_line(error)) from error
-    except Exception as error:  # the file of --config is a program
+    except Exception as error:  # the file of --config is a program and may raise anything
         if named is not None:
             _refuse_unknown_options(argv, named)
         raise InputError(_place(error, named or "") + _one_line(error)) from error
-    if len(rest) > 1:
-        raise InputError(f"unexpected argument {rest[1]!r}: options are --name=value")
+    if len(positional) > 1:
+        raise InputError(f"unexpected argument {positional[1]!r}: options are --name=value")
     if named is None:
         raise InputError("--config is missing: for example --config=configs/smollm2.py")
     _check_kind(CONFIG.value, named)
-    path = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
-    if not path.is_file():
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not Path(path.partition(":")[0]).is_file():
         raise InputError(f"--config={path}: no such file")
-    workdir = _workdir(default=Path("outputs") / path.stem)
+    workdir = _workdir(default=Path("outputs") / _run_name(path))
     config = CONFIG.value
+    _apply_shorthands(config)
+    _refuse_what_experiments_set(config)
+    reference_flags.set_batch(config, argv)
+    leaves = tree_leaves_with_path(config.to_dict())
+    named_values = ((keystr(parts, simple=True, separator="."), value) for parts, value in leaves)
+    refuse_secrets(f"--config.{name}={value}" for name, value in named_values)
+    return config, STAGE.value, workdir
+
+
+def with_installed_config(argv: list[str]) -> list[str]:
+    """Returns the arguments with a config of this project named by its full path.
+
+    `--config=configs/smollm2.py` then works in any directory. A file of that name in the current
+    directory comes first.
+    """
+    named = _named_config(argv)
+    path = (named or "").partition(":")[0]
+    try:
+        installed = None if Path(path).is_file() else installed_file(path)
+    except OSError:  # no name that a file can have; `parse` refuses it
+        return argv
+    if named is None or installed is None or not installed.is_file():
+        return argv
+    full = str(installed) + named[len(path) :]
+    changed = {named: full, f"--config={named}": f"--config={full}"}
+    return [changed.get(argument, argument) for argument in argv]
+
+
+def installed_file(path: str) -> Path | None:
+    """Returns a file under configs/ as it was installed; None if `path` is no such file."""
+    parts = Path(path).parts
+    if not parts or parts[0] != "configs":
+        return None
+    file = Path(configs.__path__[0]).joinpath(*parts[1:])
+    return file if file.exists() else None
+
+
+def _named_config(argv: Sequence[str]) -> str | None:
+    """Returns the value of the last --config, or None."""
+    pairs = [argument.partition("=")[::2] for argument in argv] + list(pairwise(argv))
+    values = [value for name, value in pairs if name == "--config" and value]
+    return values[-1] if values else None
+
+
+def _run_name(path: str) -> str:
+    """Returns the name of the config file, with its argument if that is a single word."""
+    file, _, argument = path.partition(":")
+    word = re.fullmatch(r"[A-Za-z0-9_-]+", argument)
+    return f"{Path(file).stem}_{argument}" if word else Path(file).stem
+
+
+def _apply_shorthands(config: ConfigDict) -> None:
+    """Sets the config fields of the reference's flags that were given."""
     for flag, (_, field) in SHORTHANDS.items():
         value = flags.FLAGS[flag].value
         if value is None:
             continue
         config.update_from_flattened_dict({field: value})
-        if flag in PLANNED_AS:  # the model given takes the place of the config's own architecture
+        if flag in PLANNED_AS:  # the plan is then for this model, not for the config's architecture
             config.plan[PLANNED_AS[flag]] = ""
-    _refuse_what_experiments_set(config)
-    reference_flags.set_batch(config, argv)
-    values = tree_leaves_with_path(config.to_dict())
-    named_values = ((keystr(parts, simple=True, separator="."), value) for parts, value in values)
-    refuse_secrets(f"--config.{name}={value}" for name, value in named_values)
-    return config, STAGE.value, workdir
 
 
 def _refuse_what_experiments_set(config: ConfigDict) -> None:
-    """Raises InputError for a flag whose field an experiment of the config sets itself."""
+    """Raises InputError for a flag whose field an experiment of the config sets."""
     fields = {flag: field for flag, (_, field) in SHORTHANDS.items()}
     fields |= {flag: field for flag, (field, _) in BATCH.items()}
     changed = changed_fields(config)
@@ -102,35 +158,38 @@ def _refuse_what_experiments_set(config: ConfigDict) -> None:
 
 
 def shorthands() -> dict[str, str]:
-    """Flags given for a field of a section, which not every stage reads, by flag: the field."""
+    """Returns the config field of each shorthand flag that was given, if it is in a section.
+
+    The runner names the flags whose field the stage does not read.
+    """
     fields = {flag: field for flag, (_, field) in SHORTHANDS.items() if "." in field}
     fields |= {flag: field for flag, (field, _) in BATCH.items()}
     return {f"--{k}": field for k, field in fields.items() if flags.FLAGS[k].value is not None}
 
 
 def _workdir(default: Path) -> Path:
-    """The directory of --workdir, or of --output_dir as the reference calls it."""
-    given: dict[str, str] = {}
+    """Returns the directory of --workdir, which the reference calls --output_dir."""
+    values: dict[str, str] = {}
     for name in ("workdir", "output_dir"):
         value = flags.FLAGS[name].value
         if value == "":
             raise InputError(f"--{name} is empty")
         if value is not None:
-            given[name] = value
-    if len({Path(value) for value in given.values()}) > 1:
-        both = " and ".join(f"--{name}={value}" for name, value in given.items())
+            values[name] = value
+    if len({Path(value) for value in values.values()}) > 1:
+        both = " and ".join(f"--{name}={value}" for name, value in values.items())
         raise InputError(f"{both}: two names of the same option, give one")
-    return Path(next(iter(given.values()), default))
+    return Path(next(iter(values.values()), default))
 
 
 def hosts(stage: str) -> Hosts | None:
-    """The processes that this one belongs to; None: it is the only one."""
-    given = (COORDINATOR, PROCESSES, PROCESS)
-    if all(flag.value is None for flag in given):
+    """Returns the group of processes that this one belongs to; None if it is the only one."""
+    group = (COORDINATOR, PROCESSES, PROCESS)
+    if all(flag.value is None for flag in group):
         return None
-    address, count, number = (flag.value for flag in given)
+    address, count, number = (flag.value for flag in group)
     if address is None or count is None or number is None:
-        names = ", ".join(f"--{flag.name}" for flag in given)
+        names = ", ".join(f"--{flag.name}" for flag in group)
         raise InputError(f"{names} go together: one is missing")
     if stage != "train":
         raise InputError(f"--num_processes={count}: --stage={stage} runs in one process")
@@ -138,40 +197,60 @@ def hosts(stage: str) -> Hosts | None:
 
 
 def log_level() -> int:
-    """--log_level, as `logging` counts."""
+    """Returns --log_level as a number of `logging`."""
     return logging.getLevelNamesMapping()[LOG_LEVEL.value.upper()]
 
 
 def usage() -> str:
-    """The flags, for --help."""
+    """Returns the description of all flags, for --help."""
     return "\n".join(flags.FLAGS.module_help(m) for m in (__name__, reference_flags.__name__))
 
 
 def fill_in(template: ConfigDict, workdir: Path) -> ConfigDict:
-    """A copy in which "{workdir}" is the working directory."""
+    """Returns a copy in which "{workdir}" is the working directory.
+
+    Files of configs/ that are not in the current directory are those that were installed.
+    """
     config = template.copy_and_resolve_references()
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             config[name] = fill_in(value, workdir)
         elif isinstance(value, str):
-            config[name] = value.replace("{workdir}", str(workdir))
+            value = value.replace("{workdir}", str(workdir))
+            if value.startswith("configs/") and not Path(value).exists():
+                value = str(installed_file(value) or value)
+            config[name] = value
     return config
 
 
 def _refuse_unknown_options(argv: list[str], path: str) -> None:
-    """Raises InputError for the first --config.… that names no option of the file at `path`."""
+    """Raises InputError if get_config() of the file at `path` fails, or for an unknown option.
+
+    An unknown option is a --config.… that names no field. An argument behind the file's name that
+    get_config() does not take is refused as well.
+    """
+    file, _, argument = path.partition(":")
+    arguments = [argument] if argument else []
     try:
-        file, _, argument = path.partition(":")
-        config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
-    except Exception:  # of the file itself: the caller has it already
+        get_config = runpy.run_path(file)["get_config"]
+    except Exception:  # an error of the file itself, which the caller has already
         return
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError:
+        needs = "needs an argument" if not argument else "takes no argument"
+        raise InputError(f"--config={path}: this config {needs}, as in FILE.py:ARGUMENT") from None
+    try:
+        config = get_config(*arguments)
+    except Exception as error:
+        raise InputError(_place(error, path) + _one_line(error)) from error
     _check_kind(config, path)
     leaves = tree_leaves_with_path(config.to_dict(), is_leaf=lambda value: value is None)
-    known = [keystr(parts, simple=True, separator=".") for parts, _ in leaves]
+    options = [keystr(parts, simple=True, separator=".") for parts, _ in leaves]
     for argument in argv:
         name = argument.removeprefix("--config.").partition("=")[0]
-        if argument.startswith("--config.") and name not in known:
-            near = difflib.get_close_matches(name, known, 1, cutoff=0.85)
+        if argument.startswith("--config.") and name not in options:
+            near = difflib.get_close_matches(name, options, 1, cutoff=0.85)
             hint = f" (did you mean --config.{near[0]}?)" if near else ""
             raise InputError(f"{argument}: no such option{hint}")
 
@@ -182,7 +261,7 @@ def _check_kind(config: Any, path: str) -> None:
 
 
 def _place(error: Exception, path: str) -> str:
-    """Where in the file of --config it happened, if it did."""
+    """Returns the place in the file of --config where the error was raised, if it was there."""
     path = path.partition(":")[0]
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if path and Path(frame.filename) == Path(path)]

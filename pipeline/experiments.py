@@ -1,7 +1,7 @@
-"""Several runs of PPO from one config: `config.experiments` holds the changes of each, by its name.
+"""Several runs of PPO from one config: `config.experiments` holds each run's changes by its name.
 
-Preparation, evaluation and report are those of the working directory; each run is trained in
-{workdir}/experiments/NAME.
+The runs share the preparation, the evaluation and the report of the working directory; each is
+trained in {workdir}/experiments/NAME.
 """
 
 import re
@@ -11,19 +11,20 @@ from typing import Any
 from jax.tree_util import keystr, tree_leaves_with_path
 from ml_collections import ConfigDict
 
+from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 
 FOLDER = "experiments"
 CHANGEABLE = "ppo reward discriminator lora guards checkpoint prompts_jsonl".split()
-RESERVED = ("base", "human")  # names of the other sides of the evaluation
+RESERVED = ("base", "human")  # names that the evaluation uses for something else
 
 
-def runs_of(stage: str, config: ConfigDict, workdir: Path) -> list[tuple[str, ConfigDict, Path]]:
+def runs_of(stage: Stage, config: ConfigDict, workdir: Path) -> list[tuple[str, ConfigDict, Path]]:
     """Returns (name, config, working directory) of each run that a stage consists of.
 
-    That is one run without a name, but for `train` of a config with experiments.
+    That is one run without a name, unless the stage runs per experiment and the config has some.
     """
-    if stage != "train" or not config.experiments:
+    if not (stage.per_experiment and config.experiments):
         return [("", config, workdir)]
     return [
         (name, with_changes(config, name), folder)
@@ -47,7 +48,7 @@ def with_changes(config: ConfigDict, name: str) -> ConfigDict:
     """Returns a copy of the config with the changes of an experiment.
 
     Raises:
-        InputError: the experiment changes an option that there is not, or to another type.
+        InputError: the experiment changes an option that does not exist, or its type.
     """
     changed = config.copy_and_resolve_references()
     changes = changed.experiments[name]
@@ -65,7 +66,7 @@ def with_changes(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def _change(config: ConfigDict, changes: ConfigDict, path: str) -> None:
-    """Sets the options of `changes` in the config; `path` is what errors call them."""
+    """Sets the options of `changes` in the config; errors call the section `path`."""
     for field, value in changes.items():
         place = f"{path}.{field}"
         if field not in config:
@@ -88,19 +89,19 @@ def _kind(value: Any) -> str:
 
 def changed_fields(config: ConfigDict) -> dict[str, str]:
     """Returns the name of an experiment that changes a field, by field such as reward.beta."""
-    found: dict[str, str] = {}
+    fields: dict[str, str] = {}
     for name in config.experiments:
         changes = config.experiments[name]
         if isinstance(changes, ConfigDict):
             leaves = tree_leaves_with_path(changes.to_dict())
-            found |= {keystr(parts, simple=True, separator="."): name for parts, _ in leaves}
-    return found
+            fields |= {keystr(parts, simple=True, separator="."): name for parts, _ in leaves}
+    return fields
 
 
 def with_runs(config: ConfigDict, workdir: Path) -> ConfigDict:
     """Returns the config with `evaluate.runs` and `report.runs` naming its experiments.
 
-    Where the config names runs already, it stays as it is.
+    A config that names runs itself keeps them.
     """
     if not config.experiments:
         return config

@@ -1,8 +1,8 @@
-"""What the stages of a working directory were made from: stages.json.
+"""Record what the stages of a working directory were made from: stages.json.
 
-A stage is up to date where it finished, its last file is there, and neither its options nor the
-files that they name have changed since. Files count by their content, those above 64 MiB (weights)
-by size and pieces spread over them. A model on the hub counts by its name.
+A stage is up to date if it finished, its last file is there, and neither its options nor the files
+that it reads have changed since. Files count by their content; those above 64 MiB (weights) count
+by their size and by pieces spread over them. A model on the hub counts by its name.
 """
 
 import contextlib
@@ -10,57 +10,52 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pipeline.shared import plain
+from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import disk_is_full, replacing
-from sarm_jax.io.strict_json import parse_json
-from sarm_jax.io.workdir import first_difference
+from sarm_jax.io.files import disk_is_full
+from sarm_jax.io.json_files import parse_json, write_json
+from sarm_jax.io.workdir import first_difference, has_settings, save_settings
 
 FILE = "stages.json"
-# What was done before an option existed: records without it are taken to have this value.
+# Options that did not exist from the start, with the value that stands for what was done before:
+# records that lack them are taken to have it.
 DEFAULTS = {"ppo": {"long_prompts": "error"}}
-ADAPTER = "adapter/adapter_config.json"  # what the stage train writes last
-TRAIN_SETTINGS = (
-    "policy_model sarm_model prompts_jsonl eval_prompts_jsonl dtype remat sarm_max_length "
-    "lora ppo reward discriminator"
-).split()
-LARGE, PIECE, PIECES = 64 << 20, 1 << 20, 16  # bytes, bytes, and how many of a large file
+LARGE, PIECE, PIECES = 64 << 20, 1 << 20, 16  # bytes, bytes, and number of pieces of a large file
 
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """`options` by field, `inputs` a digest by path."""
+    """The options by field, and the digests of the inputs by path, that a result depends on."""
 
     options: dict[str, Any]
     inputs: dict[str, str]
 
 
-def provenance(
-    options: dict[str, Any], run_files: tuple[str, ...] = (), output: Path | None = None
-) -> Provenance:
-    """The options with digests of all existing files that they name, folders included.
+def provenance(stage: Stage, config: ConfigDict, workdir: Path) -> Provenance:
+    """Returns what a stage's result would depend on now.
 
-    Of a folder with a run in it only `run_files` count; what the stage itself writes, `output`,
-    is none of its inputs.
+    What the stage itself writes is none of its inputs.
     """
-    found: dict[str, str] = {}
-    for text in _strings(options):
-        for path in _paths(text):
-            if output and path.absolute().is_relative_to(output.absolute()):
-                continue
-            files = [path] if path.is_file() else _files_in(path, run_files)
-            found |= {str(file): _digest(file) for file in files}
-    return Provenance(options, found)
+    files = [file for item in stage.inputs for file in item.files(config, workdir)]
+    files += [file for pattern in stage.own_inputs for file in workdir.glob(pattern)]
+    output = stage.output_path(config, workdir).absolute()
+    read = [f for f in files if f.is_file() and not f.absolute().is_relative_to(output)]
+    return Provenance(stage.recorded_options(config, workdir), digests(read))
+
+
+def digests(files: Iterable[Path]) -> dict[str, str]:
+    """Returns the digest of each file by its path."""
+    return {str(file): _digest(file) for file in files}
 
 
 def change(before: Mapping[str, Any], now: Provenance) -> str | None:
-    """What differs from a recorded {options, inputs}, in words; None: nothing."""
+    """Describes what differs from a recorded {options, inputs}; None if nothing does."""
     options = json.loads(json.dumps(now.options))
     changed = first_difference(before["options"], options, defaults=DEFAULTS)
     if changed:
@@ -71,13 +66,18 @@ def change(before: Mapping[str, Any], now: Provenance) -> str | None:
     return None
 
 
-def train_settings(config: ConfigDict) -> dict:
-    """What a run in a working directory must not differ in."""
-    return {name: plain(config[name]) for name in TRAIN_SETTINGS}
+def check_claim(stage: Stage, config: ConfigDict, workdir: Path) -> None:
+    """Raises InputError if config.json says that the working directory has another run."""
+    has_settings(workdir, stage.recorded_options(config, workdir), DEFAULTS)
+
+
+def claim_workdir(stage: Stage, config: ConfigDict, workdir: Path) -> None:
+    """Writes config.json, unless this run has claimed the working directory already."""
+    save_settings(workdir, stage.recorded_options(config, workdir), DEFAULTS)
 
 
 class Records:
-    """stages.json of a working directory."""
+    """The records of the stages of a working directory, in stages.json."""
 
     def __init__(self, workdir: Path):
         self.path = workdir / FILE
@@ -85,29 +85,28 @@ class Records:
 
     def _read(self) -> dict[str, dict]:
         try:
-            stages = parse_json(
-                self.path.read_text(encoding="utf-8"), constants=True, unicode=False
-            )
+            text = self.path.read_text(encoding="utf-8")
+            stages = parse_json(text, allow_nan=True, allow_surrogates=True)
         except FileNotFoundError:
             return {}
         except ValueError as error:
             raise InputError(f"{self.path}: not JSON ({error}); delete it") from None
-        whole = isinstance(stages, dict) and all(
+        is_record = isinstance(stages, dict) and all(
             isinstance(s, dict) and {"options", "inputs", "finished"} <= s.keys()
             for s in stages.values()
         )
-        if not whole:
+        if not is_record:
             raise InputError(f"{self.path}: not a record of stages; delete it")
         return stages
 
     def difference(self, stage: str, made_from: Provenance) -> str | None:
-        """What changed since the stage ran, in words; None: nothing, or it never ran."""
+        """Describes what changed since the stage ran; None if nothing did, or if it never ran."""
         if stage not in self.stages:
             return None
         return change(self.stages[stage], made_from)
 
     def stale(self, stage: str, made_from: Provenance, option: str) -> str | None:
-        """What changed of `option` and of files that the stage read and would read, in words."""
+        """Describes how `option` or an input file changed since the stage last ran, or None."""
         if stage not in self.stages:
             return None
         before, read = self.stages[stage]["options"].get(option), self.stages[stage]["inputs"]
@@ -120,19 +119,19 @@ class Records:
         return None
 
     def finished(self, stage: str) -> bool:
-        """Whether the stage's last call came to its end."""
+        """Returns whether the stage's last call finished."""
         return bool(self.stages.get(stage, {}).get("finished"))
 
     @contextlib.contextmanager
     def recording(self, stage: str, made_from: Provenance) -> Iterator[None]:
-        """Notes that the stage is running, then that it finished, or nothing if it was refused."""
+        """Records that the stage runs and then that it finished; nothing if it was refused."""
         before, start = self.stages.get(stage), time.monotonic()
         entry: dict[str, Any] = dataclasses.asdict(made_from) | {"finished": None}
         self._note(stage, entry)
         try:
             yield
         except (InputError, OSError) as error:
-            if not disk_is_full(error):  # which may leave half an output
+            if not disk_is_full(error):  # a full disk may have left half of an output
                 self._note(stage, before)
             raise
         entry["seconds"] = round(time.monotonic() - start, 1)
@@ -140,7 +139,7 @@ class Records:
         self._note(stage, entry)
 
     def _note(self, stage: str, entry: dict[str, Any] | None) -> None:
-        """Exchanges one stage's entry; those of stages that run beside it stay as they are now."""
+        """Replaces one stage's entry; keeps those of stages that run at the same time."""
         self.stages = self._read()
         if entry is None:
             self.stages.pop(stage, None)
@@ -149,48 +148,7 @@ class Records:
         if not self.stages:
             self.path.unlink(missing_ok=True)
             return
-        with replacing(self.path) as file:
-            json.dump(self.stages, file, indent=2)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for part in value.values():
-            yield from _strings(part)
-    elif isinstance(value, str):
-        yield value
-
-
-def _paths(text: str) -> Iterator[Path]:
-    """Existing paths in PATH, "A,B", NAME=PATH or "@PATH:key[:n]"."""
-    for part in text.split(","):
-        name = part.strip()
-        if not name:
-            continue
-        if name.startswith("@"):
-            name = name[1:].split(":")[0]
-        for candidate in (name, *(name[i + 1 :] for i, sign in enumerate(name) if sign == "=")):
-            if _is_path(candidate):
-                yield Path(candidate)
-                break
-
-
-def _is_path(name: str) -> bool:
-    """Whether it exists; a word, which may be an option's value, must be a model or a run."""
-    try:
-        path = Path(name)
-        if "/" in name or "." in name:
-            return path.exists()
-        return (path / "config.json").is_file() or any(path.glob("*metrics.csv"))
-    except (OSError, ValueError):  # no name that a file can have
-        return False
-
-
-def _files_in(folder: Path, run_files: tuple[str, ...]) -> list[Path]:
-    metrics = [glob for glob in run_files if glob.endswith("metrics.csv")] or ["metrics.csv"]
-    is_run = any(any(folder.glob(glob)) for glob in metrics) or (folder / "adapter").is_dir()
-    found = [p for glob in run_files for p in folder.glob(glob)] if is_run else folder.rglob("*")
-    return sorted(path for path in found if path.is_file())
+        write_json(self.path, self.stages)
 
 
 def _digest(path: Path) -> str:
@@ -198,8 +156,8 @@ def _digest(path: Path) -> str:
     with path.open("rb") as file:
         if size <= LARGE:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        found = hashlib.sha256(str(size).encode())
-        for piece in range(PIECES):
-            file.seek(piece * (size - PIECE) // (PIECES - 1))  # the first and the last among them
-            found.update(file.read(PIECE))
-    return found.hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for piece in range(PIECES):  # the first and the last are among them
+            file.seek(piece * (size - PIECE) // (PIECES - 1))
+            digest.update(file.read(PIECE))
+    return digest.hexdigest()

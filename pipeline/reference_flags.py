@@ -1,8 +1,8 @@
-"""The flags of the reference implementation (nikhilk7153/cpsc4710): taken, or what stands for them.
+"""Accept the flags of the reference implementation (nikhilk7153/cpsc4710), or name the option.
 
-Those of its PPO program are taken with its meaning, but for three: `--output_dir` is `--workdir`;
-`--batch_size` and `--gradient_accumulation_steps` count rows on a device, see `set_batch`. A flag
-of its other scripts, or of the launcher, is refused with the option that it is here.
+The flags of its PPO program are accepted with their meaning there: `--output_dir` is `--workdir`,
+and `--batch_size` and `--gradient_accumulation_steps` count rows on a device, see `set_batch`. A
+flag of its other scripts, or of its launcher, is refused with the option to use instead.
 """
 
 import math
@@ -45,7 +45,7 @@ SHORTHANDS = {  # flag: (kind, config field)
     "temperature": (_FLOAT, "ppo.temperature"),
     "top_p": (_FLOAT, "ppo.top_p"),
 }
-BATCH = {  # flag: (config field, what it counts)
+BATCH = {  # flag: (config field, description)
     "batch_size": ("ppo.batch_size", "responses of a microbatch on a device"),
     "gradient_accumulation_steps": (
         "ppo.gradient_accumulation_steps",
@@ -99,17 +99,17 @@ REPLACED = {  # flag of another script: what stands for it
 
 
 def define() -> None:
-    """Defines the flags that are taken; unset ones leave the config alone."""
-    kind: Any  # the kinds have different signatures
-    for name, (kind, field) in SHORTHANDS.items():
-        kind(name, None, f"shorthand for --config.{field}")
-    for name, (_, what) in BATCH.items():
-        _INTEGER(name, None, what)
+    """Defines the flags that are accepted; those that are not given leave the config alone."""
+    define_flag: Any  # absl's functions have different signatures
+    for name, (define_flag, field) in SHORTHANDS.items():
+        define_flag(name, None, f"shorthand for --config.{field}")
+    for name, (_, description) in BATCH.items():
+        _INTEGER(name, None, description)
     _STRING("output_dir", None, "another name of --workdir")
 
 
 def replacement(name: str) -> str | None:
-    """Says what to use instead of a flag of the reference that is not taken."""
+    """Returns what to use instead of a flag of the reference that is not taken, or None."""
     return REPLACED.get(name)
 
 

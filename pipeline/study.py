@@ -1,4 +1,4 @@
-"""`--stage=all` for the lab: every seed and condition of the study, then its page."""
+"""Run `--stage=all` for the lab: every seed and condition of the study, then its page."""
 
 import dataclasses
 import json
@@ -11,22 +11,26 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from pipeline import stage as stages
 from pipeline.cli import fill_in
+from pipeline.models import load_reward_model
 from pipeline.preflight import check
-from pipeline.runner import recipes, run_stages
-from pipeline.shared import reward_model, write_json
+from pipeline.runner import run_stages
+from pipeline.stage import Stage
 from ppo.tracking.guards import TrainingStoppedError
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import write_json
 from sarm_jax.io.progress import show_progress
+from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
 from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
 from sarm_jax.lab.page import write_study
 from sarm_jax.lab.results import run_result
 
 LOG = logging.getLogger(__name__)
-PREPARATION = "prepare_data train_sarm identify human_latents probe".split()
-SEEDED = ("lab", "train_sarm", "identify", "ppo")
+SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
+# Options that the conditions of the study set.
 CONTROLS = (
     "penalize_features tau_values alpha_values clamp_features clamp_set_values clamp_min_values "
     "clamp_max_values beta latent_indices"
@@ -35,7 +39,7 @@ CONTROLS = (
 
 @dataclasses.dataclass(frozen=True)
 class SeedOutcome:
-    """The conditions that a seed has finished, and why it stopped, if it did."""
+    """The conditions that a seed has finished and, if it stopped, the reason."""
 
     finished: list[str]
     stopped: str = ""
@@ -43,7 +47,7 @@ class SeedOutcome:
 
 
 def run_study(template: ConfigDict, workdir: Path) -> None:
-    """The lab: every seed, every condition, then lab.json, the figures and lab.html."""
+    """Runs every seed and condition of the lab, then writes lab.json, the figures and lab.html."""
     seeds = parse_seeds(template.lab.seeds)
     conditions = parse_conditions(template.lab.conditions)
     check_study(template)
@@ -51,28 +55,36 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
     folder = seed_folder(workdir, seeds[0])
     config = fill_in(template, folder)
-    wanted = [name for name, recipe in recipes(config, folder).items() if recipe.wanted]
-    check(config, folder, [name for name in wanted if name in (*PREPARATION, "train")])
+    used = [*preparation(), stages.load("train")]
+    check(config, folder, [stage for stage in used if stage.wanted(config)])
     settings = template.to_dict()
     if template.lab.processes == 1 or len(seeds) == 1:
         level = LOG.getEffectiveLevel()
         outcomes = [run_seed(settings, workdir, seed, level) for seed in seeds]
     else:
         outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
-    finished = {seed: found.finished for seed, found in zip(seeds, outcomes, strict=True)}
-    stopped = {s: found for s, found in zip(seeds, outcomes, strict=True) if found.stopped}
-    reasons = {seed: found.stopped for seed, found in stopped.items()}
+    by_seed = dict(zip(seeds, outcomes, strict=True))
+    finished = {seed: outcome.finished for seed, outcome in by_seed.items()}
+    stopped = {seed: outcome for seed, outcome in by_seed.items() if outcome.stopped}
+    reasons = {seed: redact(outcome.stopped) for seed, outcome in stopped.items()}
     page, result = write_study(workdir, finished, conditions, reasons)
     print(f"{result}\nThe page: {page}")
     if stopped:
         first = next(iter(stopped))
         message = f"{len(stopped)} of {len(seeds)} seeds stopped; seed {first}: {reasons[first]}"
-        trained = all(found.in_training for found in stopped.values())
-        raise TrainingStoppedError(message) if trained else InputError(message)
+        in_training = all(outcome.in_training for outcome in stopped.values())
+        raise TrainingStoppedError(message) if in_training else InputError(message)
+
+
+def preparation() -> list[Stage]:
+    """Returns the stages that run before training, once for all conditions of a seed."""
+    order = stages.load_all()
+    train = next(i for i, stage in enumerate(order) if stage.per_experiment)
+    return [stage for stage in order[:train] if stage.output]
 
 
 def check_study(template: ConfigDict) -> None:
-    """Raises InputError for options that the study sets itself."""
+    """Raises InputError for options out of range, and for options that the study sets itself."""
     if template.lab.processes < 1:
         raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
     for name in ("alpha", "beta"):
@@ -94,13 +106,13 @@ def check_study(template: ConfigDict) -> None:
 def run_seeds(
     settings: dict, workdir: Path, seeds: Sequence[int], processes: int
 ) -> list[SeedOutcome]:
-    """`run_seed` of every seed, a process each, some at a time."""
-    os.environ["TQDM_DISABLE"] = "1"  # bars of several processes on one line
+    """Runs every seed in a process of its own, `processes` of them at a time."""
+    os.environ["TQDM_DISABLE"] = "1"  # several processes would write bars to one line
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
 
         def stop() -> None:
-            """At Ctrl-C or SIGTERM the seeds in progress save a checkpoint."""
+            """Terminates the seeds in progress, which save a checkpoint."""
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in active_children():
                 worker.terminate()
@@ -112,7 +124,7 @@ def run_seeds(
 
 
 def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO) -> SeedOutcome:
-    """One seed of the study; messages from `level` on are shown."""
+    """Runs one seed of the study; shows messages of severity `level` and above."""
     show_progress(f"seed {seed}: ", level)
     folder = seed_folder(workdir, seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,13 +134,13 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
     config = fill_in(template, folder)
     finished: list[str] = []
     try:
-        run_stages(config, folder, PREPARATION)
+        run_stages(config, folder, preparation())
         stopped = ""
         for condition in parse_conditions(config.lab.conditions):
             try:
                 run_condition(config, folder, condition)
                 finished.append(condition)
-            except TrainingStoppedError as error:  # the other conditions are runs of their own
+            except TrainingStoppedError as error:  # the other conditions can still run
                 stopped = f"{condition}: {error}"
                 LOG.error("stopped: %s", stopped)
     except InputError as error:
@@ -138,20 +150,20 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
 
 
 def seed_folder(workdir: Path, seed: int) -> Path:
-    """Where a seed's world and runs are."""
+    """Returns the folder of a seed's world and runs."""
     return workdir / f"seed_{seed}"
 
 
 def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
-    """PPO under a condition of the study, and its result.json."""
+    """Trains under one condition of the study and writes its result.json."""
     selected, workdir = folder / "probes" / "selected_features.json", folder / condition
     config = config.copy_and_resolve_references()
     config.reward.update(reward_options(condition, selected, config.lab.to_dict()))
     workdir.mkdir(exist_ok=True)
     LOG.info("condition %s", condition)
-    run_stages(config, workdir, ["train"])
+    run_stages(config, workdir, [stages.load("train")])
     summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     features = json.loads(selected.read_text(encoding="utf-8"))
     rows = read_evaluations(workdir)
-    result = run_result(rows, reward_model(config), features, summary["seconds"])
+    result = run_result(rows, load_reward_model(config), features, summary["seconds"])
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -1,1 +1,1 @@
-"""The report: what one run, or several side by side, did to the policy, as one HTML page."""
+"""The report on one run, or on several side by side, as one HTML page."""

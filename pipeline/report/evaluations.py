@@ -1,8 +1,8 @@
-"""What the stage evaluate left in an eval/ directory, checked as far as the report relies on it.
+"""Reads the files that the stage evaluate writes to eval/, and checks what the report relies on.
 
-An explanation of a score has to add up, or it explains something else:
+The explanation of a score must add up to the score:
 
-    score = Σ z_i · w_i over the shown terms + rest
+    score = Σ z_i · w_i over the terms in the file + rest
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from sarm_jax.io.jsonl import line_of, read_jsonl
 
 FILES = ("policy", "rm_bench", "rewardbench2", "steering", "latent_map")
 BASE = "base"
-TOLERANCE = 1e-4  # of the sum of the terms' sizes, which are float32
+TOLERANCE = 1e-4  # relative to Σ |term|; the terms are float32
 EVALUATE = "python main.py --config=CONFIG --stage=evaluate --workdir="
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The files of `folder`/eval: `parts` by name, where there are any, and responses.jsonl."""
+    """The content of `folder`/eval: the JSON files by name, and the rows of responses.jsonl."""
 
     name: str
     folder: Path
@@ -32,19 +32,23 @@ class Evaluation:
 
     @property
     def missing(self) -> list[str]:
-        """The names of the files that are not there."""
+        """Names of the files that do not exist."""
         names = [f"{name}.json" for name in FILES if name not in self.parts]
         return names + ["responses.jsonl"] * (not self.responses)
 
 
 def read_evaluation(name: str, folder: Path) -> Evaluation:
-    """Reads `folder`/eval, of which any part may be missing."""
-    place = folder / "eval"
-    found = {part: read_object(place / f"{part}.json") for part in FILES}
-    parts = {part: content for part, content in found.items() if content is not None}
-    path = place / "responses.jsonl"
+    """Reads `folder`/eval; any of its files may be missing.
+
+    Raises:
+        InputError: a file is malformed, or an explanation does not add up.
+    """
+    eval_folder = folder / "eval"
+    contents = {part: read_object(eval_folder / f"{part}.json") for part in FILES}
+    parts = {part: content for part, content in contents.items() if content is not None}
+    path = eval_folder / "responses.jsonl"
     fields = {"prompt": str, "responses": dict}
-    responses = read_jsonl(path, fields, own=True) if path.exists() else []
+    responses = read_jsonl(path, fields, lenient=True) if path.exists() else []
     for number, row in enumerate(responses, 1):
         for policy, response in row["responses"].items():
             try:
@@ -52,8 +56,8 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
             except InputError as error:
                 raise InputError(f"{path}:{line_of(path, number)}: {error}") from None
     if "latent_map" in parts:
-        _check_map(parts["latent_map"], place / "latent_map.json")
-    return Evaluation(name, folder, parts, responses)
+        _check_map(parts["latent_map"], eval_folder / "latent_map.json")
+    return Evaluation(name=name, folder=folder, parts=parts, responses=responses)
 
 
 def _check_response(response: Any, place: str) -> None:
@@ -73,14 +77,14 @@ def _check_response(response: Any, place: str) -> None:
             raise InputError(f"{place}: a term must be [feature, z, w, z·w], found {term!r}")
     if not _is_number(response.get("rest")):
         raise InputError(f"{place}: field 'rest' must be a number")
-    parts = [term[3] for term in terms] + [response["rest"]]
-    limit = TOLERANCE * sum(map(abs, parts)) + 1e-9
+    summands = [term[3] for term in terms] + [response["rest"]]
+    limit = TOLERANCE * sum(map(abs, summands)) + 1e-9
     wrong = next((term for term in terms if abs(term[1] * term[2] - term[3]) > limit), None)
     if wrong:
         raise InputError(f"{place}: the term of feature {wrong[0]} is not z·w: {wrong[1:]}")
-    if abs(math.fsum(parts) - response["score"]) > limit:
+    if abs(math.fsum(summands) - response["score"]) > limit:
         raise InputError(
-            f"{place}: the terms and the rest add up to {math.fsum(parts):.6g}, "
+            f"{place}: the terms and the rest add up to {math.fsum(summands):.6g}, "
             f"not to the score {response['score']:.6g}"
         )
 
@@ -90,8 +94,8 @@ def _check_map(content: Mapping[str, Any], path: Path) -> None:
     if not isinstance(points, list):
         raise InputError(f"{path}: field 'points' must be a list")
     for number, point in enumerate(points):
-        names = isinstance(point, dict) and isinstance(point.get("source"), str)
-        if not (names and _is_number(point.get("x")) and _is_number(point.get("y"))):
+        has_source = isinstance(point, dict) and isinstance(point.get("source"), str)
+        if not (has_source and _is_number(point.get("x")) and _is_number(point.get("y"))):
             raise InputError(f"{path}: points[{number}] needs source, x and y")
 
 

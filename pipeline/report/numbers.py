@@ -1,35 +1,38 @@
-"""Numbers as a reader sees them."""
+"""Formats numbers for the report."""
 
 import math
 from typing import Any
 
 NOTHING = "–"
-NOISE = 1e-12  # what rounding leaves of zero
+NOISE = 1e-12  # values below it are rounding errors of zero
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """ "1.23", "−0.045", "1,234"; an en dash for what is not a finite number."""
+    """Formats a number as "1.23", "−0.045" or "1,234"; anything else is an en dash."""
     if not _is_finite(value):
         return NOTHING
-    return f"{value:,}".replace("-", "−") if isinstance(value, int) else _text(value, value, digits)
+    if isinstance(value, int):
+        return f"{value:,}".replace("-", "−")
+    return _format(value, scale=value, digits=digits)
 
 
 def change(ends: tuple[float, float]) -> str:
-    """ "0.31 → 0.97"."""
+    """Formats a start and an end as "0.31 → 0.97"."""
     return f"{number(ends[0])} → {number(ends[1])}"
 
 
 def estimate(value: Any) -> str:
-    """A number, or {mean, low, high} as "0.93" with "(0.90 to 0.96)" below; else what it is.
+    """Formats a number, or a dict {mean, low, high} as "0.93" with "(0.90 to 0.96)" below.
 
-    The ends of an interval have as many places as its largest number needs; one without width
-    is not shown.
+    All numbers of an interval have the decimal places that its largest number needs. An interval
+    without width is omitted. Any other value is formatted with `str`.
     """
     if isinstance(value, dict) and "mean" in value:
-        parts = [value[name] for name in ("mean", "low", "high") if _is_finite(value.get(name))]
-        if len(parts) < 3 or parts[1] == parts[2]:
+        numbers = [value[name] for name in ("mean", "low", "high") if _is_finite(value.get(name))]
+        if len(numbers) < 3 or numbers[1] == numbers[2]:
             return number(value["mean"])
-        mean, low, high = (_text(part, max(abs(p) for p in parts)) for part in parts)
+        scale = max(map(abs, numbers))
+        mean, low, high = (_format(n, scale) for n in numbers)
         return f"{mean}\n({low} to {high})"
     if value is None or isinstance(value, (int, float)):
         return number(value)
@@ -37,12 +40,12 @@ def estimate(value: Any) -> str:
 
 
 def _is_finite(value: Any) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
-def _text(value: float, scale: float, digits: int = 3) -> str:
-    """`value` with the places that `scale` needs to have so many digits."""
+def _format(value: float, scale: float, digits: int = 3) -> str:
+    """Formats `value` with the decimal places that `scale` needs for `digits` digits."""
     if abs(scale) < NOISE:
         return "0"
     places = max(0, digits - 1 - math.floor(math.log10(abs(scale))))

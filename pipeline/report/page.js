@@ -1,5 +1,5 @@
 "use strict";
-// The sample browser. Every text is put in with textContent: nothing in it can become markup.
+// The browser of samples. All text enters the page through textContent and cannot become markup.
 (() => {
   const list = document.getElementById("list");
   if (!list) return;
@@ -7,9 +7,9 @@
   const count = document.getElementById("count");
   const more = document.getElementById("more");
   const rows = JSON.parse(document.getElementById("data").textContent).rows;
-  const STEP = 20;
-  const ODD = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069\ufeff])/;
-  let found = [];
+  const PAGE_SIZE = 20;
+  const INVISIBLE = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069\ufeff])/;
+  let matching = [];
 
   function make(name, className, text) {
     const element = document.createElement(name);
@@ -18,12 +18,12 @@
     return element;
   }
 
-  // Text that a model wrote. Characters that cannot be seen, or that turn the direction of what
-  // follows, are shown by their number.
-  function said(element, text) {
+  // Appends text by a model. Invisible characters, and those that change the text direction, are
+  // shown by their code points.
+  function appendText(element, text) {
     element.dir = "auto";
-    for (const part of text.split(ODD)) {
-      if (ODD.test(part)) {
+    for (const part of text.split(INVISIBLE)) {
+      if (INVISIBLE.test(part)) {
         const code = part.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
         element.append(make("span", "code", "U+" + code));
       } else if (part) {
@@ -33,21 +33,22 @@
     return element;
   }
 
-  const sign = (text) => text.replace("-", "−");
-  const shown = (value, digits) => (value === null || value === undefined ? "–"
-    : sign(digits === undefined ? String(Number(value.toPrecision(3))) : value.toFixed(digits)));
+  const withMinus = (text) => text.replace("-", "−");
+  const format = (value, digits) => (value === null || value === undefined ? "–"
+    : withMinus(digits === undefined ? String(Number(value.toPrecision(3))) : value.toFixed(digits)));
   const change = (row) => (row.before && row.before.score !== null && row.after.score !== null
     ? row.after.score - row.before.score : null);
   const sides = (row) => (row.before ? [row.before, row.after] : [row.after]);
   const fired = (side) => Object.keys(side.penalties).filter((id) => side.penalties[id] > 0);
 
-  // What is shown adds up as shown: the rest is what the shown terms leave of the shown score.
+  // The rounded numbers in the table add up exactly: the rest is the rounded score minus the rounded
+  // terms.
   function explanation(side) {
     const largest = Math.max(...side.terms.map((term) => Math.abs(term[3])), Math.abs(side.score));
     const digits = Math.min(12, Math.max(0, 3 - Math.floor(Math.log10(largest || 1))));
     const unit = 10 ** digits;
-    const whole = Math.round(side.score * unit);
-    const left = side.terms.reduce((rest, term) => rest - Math.round(term[3] * unit), whole);
+    const score = Math.round(side.score * unit);
+    const rest = side.terms.reduce((sum, term) => sum - Math.round(term[3] * unit), score);
     const table = make("table");
     const head = table.createTHead().insertRow();
     for (const [name, className] of [["feature"], ["z", "number"], ["w", "number"], ["z · w", "number"], [""]]) {
@@ -56,105 +57,106 @@
       head.append(cell);
     }
     const body = table.createTBody();
-    for (const [feature, z, w, part] of side.terms) {
-      line(body, String(feature), shown(z), shown(w), Math.round(part * unit) / unit);
+    for (const [feature, z, w, term] of side.terms) {
+      addRow(body, String(feature), format(z), format(w), Math.round(term * unit) / unit);
     }
-    line(body, "rest", "", "", left / unit);
-    line(table.createTFoot(), "score", "", "", whole / unit);
-    function line(place, name, z, w, value) {
-      const row = place.insertRow();
+    addRow(body, "rest", "", "", rest / unit);
+    addRow(table.createTFoot(), "score", "", "", score / unit);
+    function addRow(section, name, z, w, value) {
+      const row = section.insertRow();
       const first = make("th", "", name);
       first.scope = "row";
       row.append(first, make("td", "number", z), make("td", "number", w));
-      row.append(make("td", "number part", shown(value, digits)));
+      row.append(make("td", "number part", format(value, digits)));
       const bar = make("div", value < 0 ? "minus" : "");
       bar.style.width = Math.min(100, (100 * Math.abs(value)) / (largest || 1)) + "%";
       row.append(make("td", "bar"));
       row.lastChild.append(bar);
     }
     const details = make("details");
-    details.append(make("summary", "", "Why " + shown(whole / unit, digits)), table);
+    details.append(make("summary", "", "Why " + format(score / unit, digits)), table);
     return details;
   }
 
-  function half(title, side) {
-    const part = make("div");
-    const facts = [title, "score " + shown(side.score)];
-    if (side.length !== null && side.length !== undefined) facts.push(shown(side.length) + (side.length === 1 ? " token" : " tokens"));
+  // A response with its score, length and penalties.
+  function responsePanel(title, side) {
+    const panel = make("div");
+    const facts = [title, "score " + format(side.score)];
+    if (side.length !== null && side.length !== undefined) facts.push(format(side.length) + (side.length === 1 ? " token" : " tokens"));
     if (side.ended === false) facts.push("did not end");
-    part.append(make("h4", "", facts.join(" · ")));
-    part.append(said(make("p", "said"), side.text || "(nothing)"));
+    panel.append(make("h4", "", facts.join(" · ")));
+    panel.append(appendText(make("p", "model-text"), side.text || "(nothing)"));
     const ids = fired(side);
     if (ids.length) {
-      const each = ids.map((id) => "feature " + id + " (−" + shown(side.penalties[id]) + ")");
-      part.append(make("p", "fired", "Penalty fired: " + each.join(", ")));
+      const penalties = ids.map((id) => "feature " + id + " (−" + format(side.penalties[id]) + ")");
+      panel.append(make("p", "fired", "Penalty fired: " + penalties.join(", ")));
     } else if (Object.keys(side.penalties).length) {
-      part.append(make("p", "note", "No penalty fired."));
+      panel.append(make("p", "note", "No penalty fired."));
     }
-    if (side.terms && side.score !== null) part.append(explanation(side));
-    return part;
+    if (side.terms && side.score !== null) panel.append(explanation(side));
+    return panel;
   }
 
   function article(row) {
     const card = make("article");
-    card.append(said(make("h3"), row.prompt));
+    card.append(appendText(make("h3"), row.prompt));
     const difference = change(row);
-    const told = [row.run, row.origin];
-    if (difference !== null) told.push("score change " + (difference < 0 ? "" : "+") + shown(difference));
-    card.append(make("p", "note", told.join(" · ")));
-    const both = make("div", "sides");
-    if (row.before) both.append(half("Before", row.before));
-    both.append(half(row.before ? "After" : "Response", row.after));
-    card.append(both);
+    const facts = [row.run, row.origin];
+    if (difference !== null) facts.push("score change " + (difference < 0 ? "" : "+") + format(difference));
+    card.append(make("p", "note", facts.join(" · ")));
+    const panels = make("div", "sides");
+    if (row.before) panels.append(responsePanel("Before", row.before));
+    panels.append(responsePanel(row.before ? "After" : "Response", row.after));
+    card.append(panels);
     return card;
   }
 
-  function matches(row, wanted) {
-    if (wanted.run && row.run !== wanted.run) return false;
+  function matches(row, filters) {
+    if (filters.run && row.run !== filters.run) return false;
     const ids = new Set(sides(row).flatMap(fired));
-    if (wanted.penalty === "any" && !ids.size) return false;
-    if (wanted.penalty === "none" && ids.size) return false;
-    if (wanted.penalty.startsWith("f") && !ids.has(wanted.penalty.slice(1))) return false;
+    if (filters.penalty === "any" && !ids.size) return false;
+    if (filters.penalty === "none" && ids.size) return false;
+    if (filters.penalty.startsWith("f") && !ids.has(filters.penalty.slice(1))) return false;
     const texts = [row.prompt, ...sides(row).map((side) => side.text)];
-    return texts.some((text) => text.toLowerCase().includes(wanted.text));
+    return texts.some((text) => text.toLowerCase().includes(filters.text));
   }
 
-  function extend() {
+  function showMore() {
     const start = list.children.length;
-    list.append(...found.slice(start, start + STEP).map(article));
-    more.hidden = list.children.length >= found.length;
+    list.append(...matching.slice(start, start + PAGE_SIZE).map(article));
+    more.hidden = list.children.length >= matching.length;
   }
 
   function update() {
     const value = (name) => form.elements[name].value;
-    const wanted = { run: value("run"), penalty: value("penalty"), text: value("text").toLowerCase() };
-    found = rows.filter((row) => matches(row, wanted));
+    const filters = { run: value("run"), penalty: value("penalty"), text: value("text").toLowerCase() };
+    matching = rows.filter((row) => matches(row, filters));
     if (value("order")) {
-      const sense = value("order") === "up" ? -1 : 1;
-      const last = (row) => (change(row) === null ? 1 : 0);  // nothing to compare with
-      found.sort((a, b) => last(a) - last(b) || sense * (change(a) - change(b)));
+      const direction = value("order") === "up" ? -1 : 1;
+      const isLast = (row) => (change(row) === null ? 1 : 0);  // rows without a change come last
+      matching.sort((a, b) => isLast(a) - isLast(b) || direction * (change(a) - change(b)));
     }
-    count.textContent = found.length + " of " + rows.length + " shown";
+    count.textContent = matching.length + " of " + rows.length + " shown";
     list.replaceChildren();
-    extend();
+    showMore();
   }
 
-  function choices(name, values, prefix, words) {
+  function addOptions(name, values, prefix, label) {
     for (const value of values) {
-      const option = make("option", "", words + value);
+      const option = make("option", "", label + value);
       option.value = prefix + value;
       form.elements[name].append(option);
     }
   }
 
   const ids = new Set(rows.flatMap((row) => sides(row).flatMap((side) => Object.keys(side.penalties))));
-  choices("run", new Set(rows.map((row) => row.run)), "", "");
-  choices("penalty", [...ids].sort((a, b) => a - b), "f", "feature ");
+  addOptions("run", new Set(rows.map((row) => row.run)), "", "");
+  addOptions("penalty", [...ids].sort((a, b) => a - b), "f", "feature ");
   form.addEventListener("input", update);
   form.addEventListener("submit", (event) => event.preventDefault());
   more.addEventListener("click", () => {
     const start = list.children.length;
-    extend();
+    showMore();
     const first = list.children[start];
     if (first) {
       first.tabIndex = -1;

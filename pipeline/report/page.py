@@ -1,8 +1,8 @@
-"""report.html and figures/*.png: from what runs and evaluations left to what a person looks at.
+"""Writes report.html and figures/*.png from the files of runs and evaluations.
 
-The page needs nothing but itself, and cannot load anything: its Content-Security-Policy allows its
-own style and script, by their hashes. Texts that models wrote go in as escaped JSON, and into the
-document as text alone.
+The page is self-contained and cannot load anything: its Content-Security-Policy allows only its own
+style and script, by their hashes. Texts by models are embedded as escaped JSON and enter the
+document as text only.
 """
 
 import dataclasses
@@ -24,17 +24,22 @@ from pipeline.report.sections import (
 )
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
-from sarm_jax.io.secrets import secrets, without_secrets
+from sarm_jax.io.secrets import redact
 from sarm_jax.io.workdir import named_workdirs
-from sarm_jax.reporting.page import HERE as SHARED
-from sarm_jax.reporting.page import content_policy, environment, json_in_html, picture_uri
+from sarm_jax.reporting.page import (
+    SHARED,
+    content_policy,
+    environment,
+    json_in_html,
+    picture_uri,
+)
 
 HERE = Path(__file__).parent
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """`runs` as `named_workdirs` reads them; `samples` per run in the browser, 0 for all."""
+    """Options of the report: `runs` as in `named_workdirs`, `samples` per run (0: all)."""
 
     runs: str
     samples: int
@@ -45,19 +50,26 @@ class ReportConfig:
 
 
 def write_report(config: ReportConfig, workdir: Path) -> Path:
-    """Reads everything, then writes the figures and, last, the page, whose path it returns."""
+    """Writes the figures and, last, the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: a run or an evaluation is missing or malformed; nothing is written.
+    """
     named = named_workdirs(config.runs, workdir, "report.runs")
-    runs = [read_run(*item, place) for place, item in enumerate(named.items())]
+    runs = [read_run(name, path, position) for position, (name, path) in enumerate(named.items())]
     evaluations = find_evaluations(named, workdir)
     pairs = pairs_of(runs, evaluations)
     sections = [
         *run_sections(runs),
-        *response_sections(runs, evaluations, pairs, workdir),
+        *response_sections(runs, evaluations, pairs=pairs, workdir=workdir),
         *benchmark_sections(evaluations, workdir),
     ]
+    sections = _with_unique_names(sections)
     rows = browser_rows(pairs, config.samples)
-    sections = _unique(sections)
-    page = render(runs, sections, rows, len(pairs), workdir)
+    page = render(runs, sections, rows=rows, pairs=len(pairs), workdir=workdir)
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     for section in sections:
@@ -66,12 +78,12 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
                 file.write(picture.light)
     path = workdir / "report.html"
     with replacing(path) as file:
-        file.write(without_secrets(page, secrets()))
+        file.write(redact(page))
     return path
 
 
 def find_evaluations(named: Mapping[str, Path], workdir: Path) -> list[Evaluation]:
-    """Those of the runs, and that of `workdir`, which may compare several."""
+    """Reads the evaluations of the runs and of `workdir`, which may compare several runs."""
     folders = {folder.resolve(): (name, folder) for name, folder in named.items()}
     folders.setdefault(workdir.resolve(), (workdir.resolve().name, workdir))
     return [
@@ -84,14 +96,26 @@ def find_evaluations(named: Mapping[str, Path], workdir: Path) -> list[Evaluatio
 def render(
     runs: Sequence[Run],
     sections: Sequence[Section],
+    *,
     rows: Sequence[dict],
     pairs: int,
     workdir: Path,
 ) -> str:
-    """The page; `rows` are shown in its browser, of `pairs` that there are."""
-    plain = list(dict.fromkeys(row["run"] for row in rows if row["after"]["terms"] is None))
-    explain = f"{EVALUATE}{workdir}{PROMPTS} does."
-    notes = [f"Nothing explains the scores of {', '.join(plain)} here; {explain}"] if plain else []
+    """Renders the page.
+
+    Args:
+        runs: the runs.
+        sections: the sections in their order.
+        rows: the rows of the browser of responses.
+        pairs: the number of pairs that the rows were selected from.
+        workdir: the working directory of the report, for commands in notes.
+    """
+    unexplained = dict.fromkeys(row["run"] for row in rows if row["after"]["terms"] is None)
+    notes = []
+    if unexplained:
+        names = ", ".join(unexplained)
+        command = f"{EVALUATE}{workdir}{PROMPTS}"
+        notes = [f"The scores of {names} have no explanation; {command} makes one."]
     style = (SHARED / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")
     script = (HERE / "page.js").read_text("utf-8")
     return (
@@ -113,10 +137,10 @@ def render(
     )
 
 
-def _unique(sections: Sequence[Section]) -> list[Section]:
-    """The same without empty figures and tables, and with a file name for each figure alone."""
+def _with_unique_names(sections: Sequence[Section]) -> list[Section]:
+    """Drops empty figures and tables, and gives every figure a file name of its own."""
     taken: set[str] = set()
-    found = []
+    result = []
     for section in sections:
         pictures = []
         for picture in filter(None, section.pictures):
@@ -126,5 +150,5 @@ def _unique(sections: Sequence[Section]) -> list[Section]:
             taken.add(name)
             pictures.append(dataclasses.replace(picture, name=name))
         kept = [table for table in section.tables if table]
-        found.append(dataclasses.replace(section, pictures=pictures, tables=kept))
-    return found
+        result.append(dataclasses.replace(section, pictures=pictures, tables=kept))
+    return result

@@ -1,5 +1,7 @@
-"""A figure of the report: one panel, in a light and a dark version, with words for those who
-cannot see it. Panels are small and their letters large, so that they can be read on a phone."""
+"""Figures of the report: one panel each, in a light and a dark version, with alternative text.
+
+Panels are small and their letters large, so that they can be read on a phone.
+"""
 
 import dataclasses
 import re
@@ -13,10 +15,11 @@ from matplotlib.axes import Axes
 
 from sarm_jax.reporting.plotting import png, theme
 
-# Told apart by colour-blind readers (after Okabe and Ito), and by their dashes without any colour.
+# Colours that colour-blind readers can tell apart (after Okabe and Ito); dashes serve without
+# colour.
 ON_WHITE = "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #888888 #8A63D2".split()
 ON_BLACK = "#F07A2B #4DA3E0 #2CC79A #E29AC2 #F0B84D #8FD0F5 #A8A8A8 #B79BF0".split()
-COLOURS = tuple(f"C{i}" for i in range(len(ON_WHITE)))  # of whichever it is drawn on
+COLOURS = tuple(f"C{i}" for i in range(len(ON_WHITE)))  # names of the colours in either version
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKS = "os^Dv*X"
 LETTERS: dict[Any, Any] = {
@@ -25,12 +28,12 @@ LETTERS: dict[Any, Any] = {
     "lines.linewidth": 2.6,
     "axes.linewidth": 1.4,
 }
-SIZE = (8, 6)  # inches at 120 dpi; shown about half as wide
+SIZE = (8, 6)  # inches at 120 dpi; the page shows them at about half that width
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """`name` is the file's name without ".png"; `caption` stands below, `alt` instead."""
+    """A figure: file name without ".png", caption, alternative text, and both PNG versions."""
 
     name: str
     caption: str
@@ -39,8 +42,8 @@ class Picture:
     dark: bytes
 
 
-def picture(name: str, caption: str, alt: str, draw: Callable[[Axes], None]) -> Picture:
-    """Has `draw` fill the panel, once on white and once on black."""
+def picture(name: str, *, caption: str, alt: str, draw: Callable[[Axes], None]) -> Picture:
+    """Draws a figure on white and on black; `draw` draws the panel."""
 
     def render(dark: bool) -> bytes:
         colours: dict[Any, Any] = {"axes.prop_cycle": cycler(color=ON_BLACK if dark else ON_WHITE)}
@@ -50,47 +53,57 @@ def picture(name: str, caption: str, alt: str, draw: Callable[[Axes], None]) -> 
             axes.grid(visible=True)
             return png(figure)
 
-    return Picture(file_name(name), caption, alt, render(False), render(True))
+    return Picture(
+        name=file_name(name), caption=caption, alt=alt, light=render(False), dark=render(True)
+    )
 
 
 def file_name(text: str) -> str:
-    """`text` as part of a file's name."""
+    """Returns `text` without the characters that do not belong into a file name."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "run"
 
 
-def look(place: int) -> dict[str, Any]:
-    """Colour and dashes of the run, term or feature at `place`."""
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": DASHES[place % len(DASHES)]}
+def line_style(position: int) -> dict[str, Any]:
+    """Returns colour and dashes of the run, term or feature at `position` in its list."""
+    colour, dashes = COLOURS[position % len(COLOURS)], DASHES[position % len(DASHES)]
+    return {"color": colour, "linestyle": dashes}
 
 
-def label(text: str, most: int = 28) -> str:
-    """A name as a legend shows it: no formula, never hidden, not too long."""
-    short = text if len(text) <= most else text[: most - 1] + "…"
+def label(text: str, max_length: int = 28) -> str:
+    """Returns a name for a legend: shortened, and safe from Matplotlib's special characters."""
+    short = text if len(text) <= max_length else text[: max_length - 1] + "…"
     shown = "".join(c if c.isprintable() else "�" for c in short).replace("$", r"\$")
     return f"\u2060{shown}" if shown.startswith("_") else shown
 
 
 def legend(axes: Axes, lines: int) -> None:
-    """Above the panel, where it covers nothing."""
+    """Puts a legend of so many lines above the panel, where it covers nothing."""
     columns = 2 if lines > 1 else 1
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False)
 
 
 def smooth(values_t: np.ndarray, width: int = 5) -> np.ndarray:
-    """The median of `width` steps around each, of those that have a value."""
+    """Returns the running median over `width` steps, ignoring steps without a value."""
     half = width // 2
     windows = [values_t[max(0, t - half) : t + half + 1] for t in range(len(values_t))]
-    found = [window[np.isfinite(window)] for window in windows]
-    return np.array([np.median(window) if len(window) else np.nan for window in found])
+    finite = [window[np.isfinite(window)] for window in windows]
+    return np.array([np.median(window) if len(window) else np.nan for window in finite])
 
 
-def outline(
+def draw_histograms(
     axes: Axes,
     groups: Sequence[tuple[str, np.ndarray, dict[str, Any]]],
     span: tuple[float, float],
     bins: int = 24,
 ) -> None:
-    """Histograms of (label, values, look) over the same bins, as shares of their group."""
+    """Draws histograms of several groups over the same bins, with a line at each mean.
+
+    Args:
+        axes: the panel.
+        groups: (label, values, line style) of each group.
+        span: the range of the bins.
+        bins: the number of bins.
+    """
     low, high = span
     edges = np.linspace(low, high if high > low else low + 1, bins + 1)
     for name, values, style in groups:

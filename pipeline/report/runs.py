@@ -1,17 +1,18 @@
-"""A run as its working directory tells it: metrics, samples, options; and what is not there.
-Of a run of another program there are metrics alone (`recordings`).
+"""Reads a run from its working directory: metrics, samples and options, and what is missing.
 
-The share of a penalty that each feature has at a step follows from how often it fired and its α:
+Of a run of another program only the metrics exist (`recordings`).
+
+The share of each feature in the penalty of a step follows from α and from how often it was active:
 
     penalty_i(t) = indicator_penalty(t) · α_i f_i(t) / Σ_j α_j f_j(t),   f_i = feat_{i}_above_tau
 
-which is α_i f_i in reward units, whatever the unit of α; where a response's penalties were scaled
-down to reward.penalty_cap, it is their total shared out in proportion. The parts add up to it.
+It equals α_i f_i in reward units, whatever the unit of α, unless the penalties of a response were
+scaled down to reward.penalty_cap. The shares add up to the penalty.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +22,38 @@ from pipeline.report import recordings
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.features.feature_lists import parse_values
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import line_of, parse_jsonl
-from sarm_jax.io.strict_json import parse_json
+from sarm_jax.io.workdir import VERSION_KEY
 
 SAMPLE = {"step": int, "prompt": str, "rm_score": float, "penalties": dict, "total_reward": float}
-EDGE = (
-    5  # steps at the start and the end of a run, whose mean is its start and its end; at most half
-)
+EDGE = 5  # steps whose mean stands for the start, or the end, of a run; at most half of the run
 TRAIN = "python main.py --config=CONFIG --stage=train --workdir="
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """`place` is its number in the report, by which figures colour it.
+    """A run of PPO, as far as its files exist.
 
-    `column_t` maps the columns of metrics.csv to `[T]`, NaN where a step has no value. `samples`
-    and `held_out` are the rows of samples.jsonl and evaluations.jsonl. `alphas` and `taus` are
-    those of `features`, None where the options cannot be read any more. `scale` is the mean and
-    deviation of the reference responses' scores. `warnings` are those of the guards, by the names
-    of summary.json. `missing` are sentences on what is not there, each with the command that makes
-    it. `origin` is the program that wrote the metrics, as `recordings.origin_of` says.
+    Attributes:
+        name: its name in the report.
+        position: its position in the report, which selects its colour in figures.
+        folder: its working directory, or the file that the user named.
+        column_t: the columns of metrics.csv `[T]`; NaN if a step has no value.
+        samples: the rows of samples.jsonl.
+        held_out: the rows of evaluations.jsonl.
+        options: the content of config.json.
+        features: the penalised features.
+        alphas: the α of each feature; None if the options cannot be read any more.
+        taus: the τ of each feature; None if the options cannot be read any more.
+        scale: mean and standard deviation of the reference responses' scores.
+        warnings: warnings of the guards, as in summary.json.
+        missing: sentences on missing files, each with the command that makes the file.
+        origin: the program that wrote the metrics, from `recordings.origin_of`.
     """
 
     name: str
-    place: int
+    position: int
     folder: Path
     column_t: Mapping[str, np.ndarray]
     samples: Sequence[Mapping[str, Any]]
@@ -60,36 +69,36 @@ class Run:
 
     @property
     def mark(self) -> str:
-        """The mark behind the name of a run that another program recorded."""
+        """The mark behind the name of the run if another program recorded it."""
         return "" if self.origin == recordings.OURS else recordings.RUN_MARK
 
     @property
     def title(self) -> str:
-        """The name with its mark."""
+        """Name and mark."""
         return self.name + self.mark
 
     @property
     def steps(self) -> int:
-        """Finished steps."""
+        """Number of finished steps."""
         return len(self.column_t.get("step", ()))
 
     def column(self, name: str) -> np.ndarray:
-        """A column `[T]`; NaN throughout where metrics.csv does not have it."""
+        """Returns a column `[T]`, all NaN if metrics.csv does not have it."""
         return self.column_t.get(name, np.full(self.steps, np.nan))
 
     def has(self, name: str) -> bool:
-        """Whether any step has a value of `name`."""
+        """Returns whether any step has a value of `name`."""
         return bool(np.isfinite(self.column(name)).any())
 
     @property
     def clamps(self) -> bool:
-        """Whether its `rm_score` is of clamped latents."""
+        """True if `rm_score` is the score of clamped latents."""
         reward = self.options.get("reward", {})
         return isinstance(reward, Mapping) and bool(reward.get("clamp_features"))
 
     @property
     def seconds(self) -> float:
-        """Duration of all steps together; NaN if it is not recorded."""
+        """Duration of all steps in seconds; NaN if it is not recorded."""
         if self.origin == recordings.REFERENCE:
             time_t = self.column("timestamp")
             return float(np.nanmax(time_t)) if self.has("timestamp") else float("nan")
@@ -99,11 +108,11 @@ class Run:
         return float(np.nansum([self.column(name) for name in columns]))
 
     def ends(self, name: str) -> tuple[float, float]:
-        """The mean of a column over the first and over the last steps, see `ends`."""
+        """Returns the means of a column at the start and at the end, see `ends`."""
         return ends(self.column(name))
 
     def penalties(self) -> dict[int, np.ndarray] | None:
-        """Feature → its part of the indicator penalty `[T]`; None where α is not known."""
+        """Returns each feature's share of the indicator penalty `[T]`; None if α is unknown."""
         if self.alphas is None or not self.features:
             return None if self.features else {}
         fired_nt = np.array([self.column(f"feat_{i}_above_tau") for i in self.features])
@@ -114,78 +123,102 @@ class Run:
 
 
 def ends(values_t: np.ndarray) -> tuple[float, float]:
-    """The means over the first and the last five steps, of those with a value; NaN: none.
+    """Returns the mean over the first five and over the last five steps.
 
-    Of fewer than ten steps over either half of them.
+    With fewer than ten steps, the two halves are used. Steps without a value are ignored; if no
+    step has a value, the mean is NaN.
     """
     edge = max(1, min(EDGE, len(values_t) // 2))
     return _mean(values_t[:edge]), _mean(values_t[-edge:])
 
 
-def read_run(name: str, folder: Path, place: int = 0) -> Run:
-    """Reads the run in `folder`, or a run's metrics alone.
+def read_run(name: str, folder: Path, position: int = 0) -> Run:
+    """Reads the run in `folder`, or a run of which only the metrics exist.
 
-    Raises InputError for a directory without a run, or with several, and for bad files.
+    Args:
+        name: the name of the run in the report.
+        folder: its working directory, or a file of metrics.
+        position: its position in the report.
+
+    Raises:
+        InputError: the directory holds no run, or several, or a file is malformed.
     """
     recording = recordings.metrics_file(folder)
     if recording:
-        return _read_recording(name, folder, recording, place)
+        return _read_recording(recording, name=name, folder=folder, position=position)
     if not folder.is_dir():
         raise InputError(f"report.runs: {folder} is not a directory")
     if not any((folder / part).exists() for part in ("metrics.csv", "samples.jsonl", "eval")):
         raise InputError(
             f"report.runs: {folder} holds no run (no metrics.csv or NAME_metrics.csv, "
-            "samples.jsonl or eval/); "
-            f"{TRAIN}{folder} makes one"
+            f"samples.jsonl or eval/); {TRAIN}{folder} makes one"
         )
     missing: list[str] = []
-
-    def lacks(found: bool, what: str) -> None:
-        if not found:
-            missing.append(f"{folder} has {what}; {TRAIN}{folder} makes it.")
-
-    path = folder / "metrics.csv"
-    rows = read_metrics(path) if path.exists() else []
-    lacks(path.exists(), "no metrics.csv")
-    lacks(bool(rows) or not path.exists(), "a metrics.csv without a finished step")
-    samples = _rows(folder / "samples.jsonl", SAMPLE | {"kl_penalty": float}, lacks)
+    rows = _metrics(folder, missing)
+    samples = _rows(folder / "samples.jsonl", SAMPLE | {"kl_penalty": float}, missing)
     held_out = []
     if (folder / "evaluations.jsonl").exists():
         fields = SAMPLE | {"ref_kl": float, "ended": bool}
-        held_out = _rows(folder / "evaluations.jsonl", fields, lacks)
-    summary = read_object(folder / "summary.json")
-    if summary is None:
-        lacks(False, "no summary.json: the run did not finish, its log alone has any warnings")
-    elif summary.get("stopped"):
-        done, of = summary.get("steps"), summary.get("total_steps")
-        missing.append(f"{folder} was stopped by {summary['stopped']} after {done} of {of} steps.")
+        held_out = _rows(folder / "evaluations.jsonl", fields, missing)
+    summary = _summary(folder, missing)
     options = read_object(folder / "config.json") or {}
+    options.pop(VERSION_KEY, None)
     columns, origin = _columns(rows)
     features = _features(columns)
     reward = options.get("reward", {})
     return Run(
         name=name,
-        place=place,
+        position=position,
         folder=folder,
         column_t=columns,
         samples=samples,
         held_out=held_out,
         options=options,
         features=features,
-        alphas=_option(reward, "alpha_values", features, folder),
-        taus=_option(reward, "tau_values", features, folder),
-        scale=_scale(summary or {}),
-        warnings=_objects((summary or {}).get("warnings")),
+        alphas=_read_values(reward, "alpha_values", folder=folder, count=len(features)),
+        taus=_read_values(reward, "tau_values", folder=folder, count=len(features)),
+        scale=_scale(summary),
+        warnings=_objects(summary.get("warnings")),
         missing=tuple(missing),
         origin=origin,
     )
 
 
-def _read_recording(name: str, given: Path, path: Path, place: int) -> Run:
-    """Reads the metrics of a run of which nothing else is known; `given` is what the user named."""
+def _metrics(folder: Path, missing: list[str]) -> list[dict[str, float]]:
+    """Reads metrics.csv if it exists; adds a sentence to `missing` if it has no rows."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        missing.append(_lacks(folder, "no metrics.csv"))
+        return []
+    rows = read_metrics(path)
+    if not rows:
+        missing.append(_lacks(folder, "a metrics.csv without a finished step"))
+    return rows
+
+
+def _summary(folder: Path, missing: list[str]) -> dict[str, Any]:
+    """Reads summary.json; adds a sentence to `missing` if the run did not reach its end."""
+    summary = read_object(folder / "summary.json")
+    if summary is None:
+        what = "no summary.json: the run did not finish, and only its log has its warnings"
+        missing.append(_lacks(folder, what))
+        return {}
+    if summary.get("stopped"):
+        steps = f"{summary.get('steps')} of {summary.get('total_steps')} steps"
+        missing.append(f"{folder} was stopped by {summary['stopped']} after {steps}.")
+    return summary
+
+
+def _lacks(folder: Path, what: str) -> str:
+    """Describes what a run has instead of a file, and names the command that makes the file."""
+    return f"{folder} has {what}; {TRAIN}{folder} makes it."
+
+
+def _read_recording(path: Path, *, name: str, folder: Path, position: int) -> Run:
+    """Reads a run of which only the metrics exist; `folder` is the path that the user named."""
     rows = read_metrics(path)
     missing = [] if rows else [f"{path} has no finished step."]
-    if given != path:
+    if folder != path:
         summary = recordings.summary_file(path)
         total = (read_object(summary) or {}).get("total_steps", len(rows))
         if not summary.is_file():
@@ -195,8 +228,8 @@ def _read_recording(name: str, given: Path, path: Path, place: int) -> Run:
     columns, origin = _columns(rows)
     return Run(
         name=name,
-        place=place,
-        folder=given,
+        position=position,
+        folder=folder,
         column_t=columns,
         samples=(),
         held_out=(),
@@ -212,7 +245,7 @@ def _read_recording(name: str, given: Path, path: Path, place: int) -> Run:
 
 
 def _columns(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, np.ndarray], str]:
-    """Returns the columns `[T]` that may be compared with ours, steps from 0, and their origin."""
+    """Returns the columns `[T]` that the report shows, with steps from 0, and their origin."""
     names = tuple(rows[0]) if rows else ()
     origin = recordings.origin_of(names) if rows else recordings.OURS
     kept = (name for name in names if recordings.is_compared(origin, name))
@@ -223,27 +256,24 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, np.ndarray]
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"), constants=True, unicode=False)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    """Reads a JSON object; returns None if there is no such file."""
+    return read_json(path, allow_surrogates=True) if path.is_file() else None
 
 
-def _rows(path: Path, fields: Mapping[str, type], lacks: Callable[[bool, str], None]) -> list[dict]:
-    """The rows of a file that a run appends to, without half a line that an interruption left."""
+def _rows(path: Path, fields: Mapping[str, type], missing: list[str]) -> list[dict[str, Any]]:
+    """Reads a file that a run appends to, without an incomplete line that an interruption left.
+
+    Adds a sentence to `missing` if the file does not exist or is empty.
+    """
     if not path.exists():
-        lacks(False, f"no {path.name}")
+        missing.append(_lacks(path.parent, f"no {path.name}"))
         return []
-    text = path.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    lacks(bool(whole.strip()), f"an empty {path.name}")
-    rows = parse_jsonl(whole, fields, str(path), own=True) if whole.strip() else []
+    content = path.read_bytes()
+    complete_lines = content[: content.rfind(b"\n") + 1]
+    if not complete_lines.strip():
+        missing.append(_lacks(path.parent, f"an empty {path.name}"))
+        return []
+    rows = parse_jsonl(complete_lines, fields, str(path), lenient=True)
     for number, row in enumerate(rows, 1):
         if not isinstance(row.get("response"), str):  # unlike a prompt, it may be empty
             raise InputError(f"{path}:{line_of(path, number)}: field 'response' must be str")
@@ -254,30 +284,30 @@ def _rows(path: Path, fields: Mapping[str, type], lacks: Callable[[bool, str], N
 
 
 def _features(names: Mapping[str, np.ndarray]) -> tuple[int, ...]:
-    found = (re.fullmatch(r"feat_(\d+)_above_tau", name) for name in names)
-    return tuple(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(r"feat_(\d+)_above_tau", name) for name in names)
+    return tuple(int(match[1]) for match in matches if match)
 
 
-def _option(
-    reward: Mapping[str, Any], name: str, features: Sequence[int], folder: Path
+def _read_values(
+    reward: Mapping[str, Any], name: str, *, folder: Path, count: int
 ) -> tuple[float, ...] | None:
-    """A list of values that belong to the features; None where it cannot be read.
+    """Returns an option of `count` values, one per feature; None if it cannot be read.
 
-    A relative path is from where the run was started, which is looked for above its directory
-    first, and here at last.
+    A relative path in the option is relative to the directory that the run was started in. The
+    parents of the run's directory are tried first, the current directory last.
     """
 
     def find(match: re.Match) -> str:
         starts = (*folder.resolve().parents, Path())
-        found = (start / match[1] for start in starts if (start / match[1]).is_file())
-        return f"@{next(found, match[1])}:"
+        files = (start / match[1] for start in starts if (start / match[1]).is_file())
+        return f"@{next(files, match[1])}:"
 
     try:
         text = re.sub(r"@([^,:]+):", find, str(reward.get(name, "")))
         values = parse_values(f"reward.{name}", text)
-    except InputError:  # a file that the options name has been moved
+    except InputError:  # a file that the option names has been moved
         return None
-    return values if len(values) == len(features) else None
+    return values if len(values) == count else None
 
 
 def _scale(summary: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -288,8 +318,8 @@ def _scale(summary: Mapping[str, Any]) -> tuple[float, float] | None:
 
 
 def _objects(values: Any) -> list[dict]:
-    found = values if isinstance(values, list) else []
-    return [value for value in found if isinstance(value, dict)]
+    items = values if isinstance(values, list) else []
+    return [item for item in items if isinstance(item, dict)]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -1,8 +1,8 @@
 """Responses before and after training, prompt by prompt, for the browser and the figures.
 
-From an evaluation where there is one: the base policy's response and the trained one's, each with
-its score explained. Otherwise from the run itself: its first and last evaluation on held-out
-prompts, or, with nothing to compare with, what it sampled while it was trained.
+If there is an evaluation, they come from it: the responses of the base and the trained policy, each
+with an explanation of its score. Otherwise they come from the run itself: from its first and last
+evaluation on held-out prompts or, without a comparison, from the responses sampled in training.
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ import numpy as np
 from pipeline.report.evaluations import BASE, Evaluation
 from pipeline.report.runs import Run
 
-SHOWN_TERMS = 8  # of a score; the others are added to the rest
+SHOWN_TERMS = 8  # terms of a score that are shown; the others are added to the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A prompt with the response of `run` and, if there is one, that from before training.
+    """A prompt with the response of `run` and, if it exists, a response from before training.
 
     A response is {text, score, terms, rest, penalties, length, ended}; `terms` are
-    [feature, z, w, z·w], or None where nothing explains the score. `origin` says what they are.
+    [feature, z, w, z·w], or None if the score has no explanation. `origin` describes the prompt.
     """
 
     run: str
@@ -34,49 +34,63 @@ class Pair:
 
 
 def pairs_of(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> list[Pair]:
-    """Everything there is to show, run after run."""
-    found = [pair for evaluation in evaluations for pair in _evaluated(evaluation, evaluations)]
-    known = {pair.run for pair in found}
-    own = {evaluation.folder.resolve() for evaluation in evaluations if evaluation.responses}
+    """Returns all pairs, run after run; an evaluation takes precedence over the run's own data."""
+    pairs = [pair for evaluation in evaluations for pair in _evaluated(evaluation, evaluations)]
+    evaluated_runs = {pair.run for pair in pairs}
+    evaluated_folders = {e.folder.resolve() for e in evaluations if e.responses}
     for run in runs:
-        if run.name not in known and run.folder.resolve() not in own:
-            found += _held_out(run) or _sampled(run)
-    return found
+        if run.name not in evaluated_runs and run.folder.resolve() not in evaluated_folders:
+            pairs += _held_out(run) or _sampled(run)
+    return pairs
 
 
-def browser_rows(pairs: Sequence[Pair], most: int) -> list[dict[str, Any]]:
-    """JSON-ready rows for the page, at most `most` per run, evenly taken; 0: all."""
+def browser_rows(pairs: Sequence[Pair], max_rows: int) -> list[dict[str, Any]]:
+    """Returns JSON-ready rows for the page.
+
+    Args:
+        pairs: the pairs of all runs.
+        max_rows: rows per run, evenly spaced among its pairs; 0: all.
+    """
     rows = []
     for run in dict.fromkeys(pair.run for pair in pairs):
         own = [pair for pair in pairs if pair.run == run]
-        count = min(most, len(own)) if most else len(own)
-        for place in np.linspace(0, len(own) - 1, count).round().astype(int).tolist():
-            rows.append(_finite(dataclasses.asdict(own[place])))
+        count = min(max_rows, len(own)) if max_rows else len(own)
+        for index in np.linspace(0, len(own) - 1, count).round().astype(int).tolist():
+            rows.append(_without_nan(dataclasses.asdict(own[index])))
     return rows
 
 
 def _evaluated(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> list[Pair]:
-    """Pairs of an evaluation; a policy is called by its own name where that is clear."""
-    alone = sum(bool(e.responses) for e in evaluations) == 1
+    """Returns the pairs of an evaluation.
+
+    The name of a policy is preceded by the name of the evaluation if it would be ambiguous.
+    """
+    is_only_one = sum(bool(e.responses) for e in evaluations) == 1
     pairs = []
     policies = dict.fromkeys(name for row in evaluation.responses for name in row["responses"])
     for policy in policies:
         if policy == BASE and len(policies) > 1:
             continue
-        clear = alone or policy == evaluation.name
-        run = policy if clear else f"{evaluation.name}: {policy}"
+        is_clear = is_only_one or policy == evaluation.name
+        run = policy if is_clear else f"{evaluation.name}: {policy}"
         for row in evaluation.responses:
-            found = row["responses"]
-            if policy in found:
-                before = found.get(BASE) if policy != BASE else None
-                before = before and _explained(before)
-                after = _explained(found[policy])
-                pairs.append(Pair(run, "held-out prompt", row["prompt"], before, after))
+            responses = row["responses"]
+            if policy not in responses:
+                continue
+            before = responses.get(BASE) if policy != BASE else None
+            pair = Pair(
+                run=run,
+                origin="held-out prompt",
+                prompt=row["prompt"],
+                before=before and _explained(before),
+                after=_explained(responses[policy]),
+            )
+            pairs.append(pair)
     return pairs
 
 
 def _explained(response: Mapping[str, Any]) -> dict[str, Any]:
-    """The response of an evaluation; the terms that are not shown go into the rest."""
+    """Returns a response of an evaluation; terms that are not shown are added to the rest."""
     terms, rest = response.get("terms"), response.get("rest", 0.0)
     if terms is not None:
         terms = sorted(terms, key=lambda term: -abs(term[3]))
@@ -94,28 +108,41 @@ def _explained(response: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held_out(run: Run) -> list[Pair]:
-    """The run's first and last evaluation, prompt by prompt."""
+    """Pairs the run's first evaluation with its last one, prompt by prompt."""
     steps = sorted({row["step"] for row in run.held_out})
     if len(steps) < 2:
         return []
-    first, last = ([r for r in run.held_out if r["step"] == at] for at in (steps[0], steps[-1]))
-    origin = f"held-out prompt, before training and after {steps[-1]} steps"
+    first = [row for row in run.held_out if row["step"] == steps[0]]
+    last = [row for row in run.held_out if row["step"] == steps[-1]]
     return [
-        Pair(run.name, origin, a["prompt"], _recorded(b), _recorded(a))
-        for b, a in zip(first, last, strict=False)
-        if a["prompt"] == b["prompt"]
+        Pair(
+            run=run.name,
+            origin=f"held-out prompt, before training and after {steps[-1]} steps",
+            prompt=after["prompt"],
+            before=_recorded(before),
+            after=_recorded(after),
+        )
+        for before, after in zip(first, last, strict=False)
+        if after["prompt"] == before["prompt"]
     ]
 
 
 def _sampled(run: Run) -> list[Pair]:
+    """Returns the responses that were sampled in training, without a comparison."""
     return [
-        Pair(run.name, f"sampled at step {r['step']}", r["prompt"], None, _recorded(r))
-        for r in run.samples
+        Pair(
+            run=run.name,
+            origin=f"sampled at step {row['step']}",
+            prompt=row["prompt"],
+            before=None,
+            after=_recorded(row),
+        )
+        for row in run.samples
     ]
 
 
 def _recorded(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row that a run wrote: no latents, so nothing explains the score."""
+    """Returns a response that a run recorded; it has no latents that explain its score."""
     return {
         "text": row["response"],
         "score": row["rm_score"],
@@ -127,10 +154,10 @@ def _recorded(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """The same with None in place of what JSON cannot say."""
+def _without_nan(value: Any) -> Any:
+    """Replaces numbers that JSON does not have, NaN and infinities, by None."""
     if isinstance(value, dict):
-        return {str(name): _finite(item) for name, item in value.items()}
+        return {str(name): _without_nan(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

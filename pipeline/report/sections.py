@@ -1,4 +1,4 @@
-"""What stands in each part of the page, and the sentence that stands where a part is missing."""
+"""The sections of the page, and the sentences in place of what is missing."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ from pipeline.report.samples import Pair
 from pipeline.report.tables import Table
 
 Shown = TypeVar("Shown", Table, Picture)
-BANDS = 3  # runs whose spread is drawn as well: of more the bands hide each other
+MAX_BANDS = 3  # runs with a band; the bands of more runs would hide each other
 CHECKED = ("total_reward", "rm_score", "ref_kl", "response_length_mean", "policy_loss")
 PROMPTS = " --config.evaluate.prompts_jsonl=FILE --config.evaluate.runs=DIR,DIR"
 OPTIONS_OF = {
@@ -30,9 +30,10 @@ OPTIONS_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page: a sentence on what it shows, tables, figures, and what is missing.
+    """A section of the page: a sentence on what it shows, tables and figures.
 
-    `notes` stand above the tables and figures, `footnotes`, which explain marks in them, below.
+    `notes`, which name what is missing, come above the tables and figures; `footnotes`, which
+    explain marks in them, come below.
     """
 
     anchor: str
@@ -45,7 +46,7 @@ class Section:
 
 
 def run_sections(runs: Sequence[Run]) -> list[Section]:
-    """What metrics.csv and config.json tell."""
+    """Returns the sections that metrics.csv and config.json fill."""
     recorded = [run for run in runs if run.steps]
     return [
         _glance(runs, recorded),
@@ -60,45 +61,45 @@ def run_sections(runs: Sequence[Run]) -> list[Section]:
 def _glance(runs: Sequence[Run], recorded: Sequence[Run]) -> Section:
     missing = [note for run in runs for note in run.missing]
     return Section(
-        "glance",
-        "At a glance",
-        "Where each run started and where it ended.",
+        anchor="glance",
+        title="At a glance",
+        text="The start and the end of each run.",
         tables=[
             tables.glance(recorded) if recorded else None,
             tables.guard_warnings(runs),
             tables.options(runs),
         ],
-        notes=[*missing, *_not_numbers(recorded), *_incomparable(runs), *_clamped(runs)],
-        footnotes=_of_recordings(recorded, tuple(recordings.DIFFERS), whole=True),
+        notes=[*missing, *_not_finite(recorded), *_incomparable(runs), *_clamped(runs)],
+        footnotes=_footnotes(recorded, tuple(recordings.DIFFERS), complete=True),
     )
 
 
 def _reward(runs: Sequence[Run]) -> Section:
     return Section(
-        "reward",
-        "What the reward is made of",
-        "R_total = R_SARM − penalties − β · D, means over the responses of a step.",
-        curves.reward_terms(runs),
-        notes=_of_each(
+        anchor="reward",
+        title="The terms of the reward",
+        text="R_total = R_SARM − penalties − β · D, means over the responses of a step.",
+        pictures=curves.reward_terms(runs),
+        notes=_grouped(
             [run for run in runs if run.features and run.alphas is None],
             lambda run: (
-                _unread(run, "alpha_values", "α") + ", so the penalties are shown together."
+                _unreadable(run, "alpha_values", "α") + ", so the penalties are shown together."
             ),
         ),
-        footnotes=_of_recordings(runs),
+        footnotes=_footnotes(runs),
     )
 
 
 def _distance(runs: Sequence[Run]) -> Section:
     return Section(
-        "goodhart",
-        "Reward against distance",
-        "A reward that climbs while the policy moves far from the reference may be paid for "
-        "something that nobody wants: then the curve says nothing of quality any more.",
-        [curves.goodhart(runs)],
+        anchor="goodhart",
+        title="Reward against distance",
+        text="A reward that rises while the policy moves far from the reference may come from "
+        "something that nobody wants. The curve is then no longer a measure of quality.",
+        pictures=[curves.goodhart(runs)],
         notes=[
             *_clamped(runs),
-            *_of_each(
+            *_grouped(
                 [run for run in runs if run.origin != recordings.OURS],
                 lambda run: "the KL to the reference policy is not recorded.",
             ),
@@ -107,198 +108,230 @@ def _distance(runs: Sequence[Run]) -> Section:
 
 
 def _features(runs: Sequence[Run]) -> Section:
-    no_tau = _of_each(
-        [run for run in runs if run.features and run.taus is None],
-        lambda run: _unread(run, "tau_values", "τ") + ", so τ is not shown.",
-    )
+    if any(run.features for run in runs):
+        notes = _grouped(
+            [run for run in runs if run.features and run.taus is None],
+            lambda run: _unreadable(run, "tau_values", "τ") + ", so τ is not shown.",
+        )
+    else:
+        notes = ["No run with penalties has a finished step."]
     return Section(
-        "features",
-        "The penalised features",
-        "A penalty works when its feature stops firing.",
-        [figure for run in runs for figure in curves.features(run)],
-        [tables.features(run) for run in runs],
-        no_tau
-        if any(run.features for run in runs)
-        else ["No step of a run with penalties is there."],
-        _of_recordings([run for run in runs if run.features]),
+        anchor="features",
+        title="The penalised features",
+        text="A penalty works if its feature stops exceeding its threshold τ.",
+        pictures=[figure for run in runs for figure in curves.features(run)],
+        tables=[tables.features(run) for run in runs],
+        notes=notes,
+        footnotes=_footnotes([run for run in runs if run.features]),
     )
 
 
 def _length(runs: Sequence[Run]) -> Section:
-    mean, spread, title = "response_length_mean", "response_length_std", "Response length, mean"
-    if len(runs) <= BANDS:
-        title += " and one sd"
-    else:
-        spread = ""
+    with_bands = len(runs) <= MAX_BANDS
+    mean = curves.over_steps(
+        runs,
+        "response_length_mean",
+        title="Response length, mean and one sd" if with_bands else "Response length, mean",
+        unit="tokens",
+        spread="response_length_std" if with_bands else "",
+    )
+    ended = curves.over_steps(
+        runs, "eos_fraction", title="Responses that ended by themselves", unit="share"
+    )
     return Section(
-        "length",
-        "Length and end",
-        "Tokens up to and including the stop token; the share of responses that ended.",
-        [
-            curves.over_steps(runs, mean, title, "tokens", spread=spread),
-            curves.over_steps(runs, "eos_fraction", "Responses that ended by themselves", "share"),
-        ],
-        footnotes=_of_recordings(runs),
+        anchor="length",
+        title="Length and end",
+        text="Tokens up to and including the stop token; the share of responses that ended.",
+        pictures=[mean, ended],
+        footnotes=_footnotes(runs),
     )
 
 
 def _discriminator(runs: Sequence[Run]) -> Section:
     runs = [run for run in runs if run.has("disc_acc")]
-    chance, log_2 = (0.5, "chance"), (LOG_2, "log 2")
+    notes = [] if runs else ["No run with a latent KL (reward.beta above 0) has a finished step."]
+    accuracy = curves.over_steps(
+        runs,
+        "disc_acc",
+        title="Discriminator accuracy",
+        unit="share",
+        level=(0.5, "chance"),
+    )
+    loss = curves.over_steps(
+        runs, "disc_loss", title="Discriminator loss", unit="nats", level=(LOG_2, "log 2")
+    )
+    penalty = curves.over_steps(
+        runs, "kl_penalty", title="Latent KL, β · D", unit="reward-model units"
+    )
     return Section(
-        "discriminator",
-        "The discriminator",
-        "It tells human latents from the policy's. At an accuracy of 0.5 and a loss of log 2 "
-        "it cannot; its mean logit estimates the latent KL.",
-        [
-            curves.over_steps(runs, "disc_acc", "Discriminator accuracy", "share", chance),
-            curves.over_steps(runs, "disc_loss", "Discriminator loss", "nats", log_2),
-            curves.over_steps(runs, "kl_penalty", "Latent KL, β · D", "reward-model units"),
-        ],
-        notes=[] if runs else ["No step of a run with a latent KL (reward.beta above 0) is there."],
+        anchor="discriminator",
+        title="The discriminator",
+        text="It tells human latents from those of the policy. At an accuracy of 0.5 and a loss of "
+        "log 2 it cannot tell them apart. Its mean logit estimates the latent KL.",
+        pictures=[accuracy, loss, penalty],
+        notes=notes,
     )
 
 
 def response_sections(
-    runs: Sequence[Run], evaluations: Sequence[Evaluation], pairs: Sequence[Pair], workdir: Path
+    runs: Sequence[Run],
+    evaluations: Sequence[Evaluation],
+    *,
+    pairs: Sequence[Pair],
+    workdir: Path,
 ) -> list[Section]:
-    """What the policies write, and how they compare."""
-    compared = any(pair.before for pair in pairs)
+    """Returns the sections on the responses of the policies and on how the policies compare.
+
+    Args:
+        runs: the runs, which come first in the order of colours.
+        evaluations: the evaluations.
+        pairs: responses before and after training.
+        workdir: the working directory of the report, for commands in notes.
+    """
     names = dict.fromkeys([*(run.name for run in runs), *(pair.run for pair in pairs)])
-    places = {name: place for place, name in enumerate(names)}
-    nothing = f"No responses before and after: {EVALUATE}{workdir}{PROMPTS} makes them."
+    positions = {name: position for position, name in enumerate(names)}
+    notes = []
+    if not any(pair.before for pair in pairs):
+        notes = [f"No responses before and after: {EVALUATE}{workdir}{PROMPTS} makes them."]
     return [
         Section(
-            "distributions",
-            "Before and after",
-            "The same prompts, before and after training.",
-            responses.distributions(pairs, places),
-            notes=[] if compared else [nothing],
+            anchor="distributions",
+            title="Before and after",
+            text="The same prompts, before and after training.",
+            pictures=responses.distributions(pairs, positions),
+            notes=notes,
         ),
         Section(
-            "latents",
-            "Where the latents lie",
-            "Human, base and trained responses by their pooled latents.",
-            [responses.latent_map(found, places) for found in evaluations],
-            notes=_lacking(evaluations, "latent_map", workdir),
+            anchor="latents",
+            title="Map of the latents",
+            text="Human, base and trained responses by their pooled latents.",
+            pictures=[responses.latent_map(evaluation, positions) for evaluation in evaluations],
+            notes=_missing_part(evaluations, "latent_map", workdir),
         ),
         Section(
-            "policy",
-            "The policies compared",
-            "Their responses to the same prompts.",
+            anchor="policy",
+            title="The policies compared",
+            text="Their responses to the same prompts.",
             tables=_captioned(evaluations, tables.policy),
-            notes=_lacking(evaluations, "policy", workdir),
+            notes=_missing_part(evaluations, "policy", workdir),
         ),
     ]
 
 
 def benchmark_sections(evaluations: Sequence[Evaluation], workdir: Path) -> list[Section]:
-    """The reward model itself, without and with controls."""
-    shown = {
-        "rm_bench": ("RM-Bench", "Is the right answer scored higher, whatever its style?"),
-        "rewardbench2": ("RewardBench 2", "The best of four, by subset."),
-        "steering": ("Steering", "Which responses does a change of features reach?"),
-    }
-    tables_of = {
-        "rm_bench": tables.rm_bench,
-        "rewardbench2": tables.rewardbench2,
-        "steering": tables.steering,
-    }
+    """Returns the sections on the reward model itself, without and with controls."""
     return [
         Section(
-            part,
-            title,
-            text,
-            _captioned(evaluations, responses.steering_pictures) if part == "steering" else [],
-            _captioned(evaluations, tables_of[part]),
-            _lacking(evaluations, part, workdir),
-        )
-        for part, (title, text) in shown.items()
+            anchor="rm_bench",
+            title="RM-Bench",
+            text="Is the right answer scored higher, whatever its style?",
+            tables=_captioned(evaluations, tables.rm_bench),
+            notes=_missing_part(evaluations, "rm_bench", workdir),
+        ),
+        Section(
+            anchor="rewardbench2",
+            title="RewardBench 2",
+            text="The best of four, by subset.",
+            tables=_captioned(evaluations, tables.rewardbench2),
+            notes=_missing_part(evaluations, "rewardbench2", workdir),
+        ),
+        Section(
+            anchor="steering",
+            title="Steering",
+            text="Which responses does a change of features reach?",
+            pictures=_captioned(evaluations, responses.steering_pictures),
+            tables=_captioned(evaluations, tables.steering),
+            notes=_missing_part(evaluations, "steering", workdir),
+        ),
     ]
 
 
 def _captioned(
     evaluations: Sequence[Evaluation], show: Callable[[Evaluation], Iterable[Shown]]
 ) -> list[Shown]:
-    """What `show` makes of every evaluation; of several each caption says which it is of."""
+    """Applies `show` to every evaluation; with several, captions begin with their names."""
     several = len(evaluations) > 1
     return [
-        dataclasses.replace(one, caption=f"{found.name}: {one.caption}") if several else one
-        for found in evaluations
-        for one in show(found)
+        dataclasses.replace(item, caption=f"{evaluation.name}: {item.caption}") if several else item
+        for evaluation in evaluations
+        for item in show(evaluation)
     ]
 
 
-def _lacking(evaluations: Sequence[Evaluation], part: str, workdir: Path) -> list[str]:
-    """A sentence where no evaluation has `part`."""
-    if any(part in found.parts for found in evaluations):
+def _missing_part(evaluations: Sequence[Evaluation], part: str, workdir: Path) -> list[str]:
+    """Returns a sentence with the command that makes `part`, if no evaluation has it."""
+    if any(part in evaluation.parts for evaluation in evaluations):
         return []
     folder = evaluations[0].folder if evaluations else workdir
     command = f"{EVALUATE}{folder}{OPTIONS_OF.get(part, '')}"
     return [f"There is no eval/{part}.json; {command} makes it."]
 
 
-def _of_recordings(
-    runs: Sequence[Run], columns: Iterable[str] = (), whole: bool = False
+def _footnotes(
+    runs: Sequence[Run], columns: Iterable[str] = (), complete: bool = False
 ) -> list[str]:
     """Explains the marks at runs of other programs.
 
-    `columns` are those shown that may measure something else; `whole`: also what is not shown.
+    Args:
+        runs: the runs in the section.
+        columns: columns in the section whose meaning may differ in the reference's files.
+        complete: also explain what is not shown.
     """
     origins = {run.name: run.origin for run in runs}
     reference = [run for run in runs if run.origin == recordings.REFERENCE]
     shown = [c for c in columns if c == "minutes" or any(run.has(c) for run in reference)]
-    found = recordings.notes(origins, shown)
-    if whole and reference:
+    footnotes = recordings.notes(origins, shown)
+    if complete and reference:
         titles = tables.GLANCE.items()
         absent = [title for name, title in titles if not any(run.has(name) for run in reference)]
-        found += recordings.further_notes(absent)
-    return found
+        footnotes += recordings.further_notes(absent)
+    return footnotes
 
 
-def _of_each(runs: Sequence[Run], sentence: Callable[[Run], str]) -> list[str]:
-    """The sentences that the runs have, each once, with the names of its runs."""
+def _grouped(runs: Sequence[Run], sentence: Callable[[Run], str]) -> list[str]:
+    """Returns the sentences of all runs, each once, preceded by the names of its runs."""
     names: dict[str, list[str]] = {}
     for run in runs:
         names.setdefault(sentence(run), []).append(run.name)
-    return [f"{', '.join(of)}: {text}" for text, of in names.items()]
+    return [f"{', '.join(own)}: {text}" for text, own in names.items()]
 
 
-def _unread(run: Run, option: str, symbol: str) -> str:
-    """Says why the values of an option are not known."""
+def _unreadable(run: Run, option: str, symbol: str) -> str:
+    """Explains why the values of an option are unknown."""
     if run.origin == recordings.OURS:
-        return f"what reward.{option} names cannot be read any more"
+        return f"the file that reward.{option} names cannot be read any more"
     return f"{symbol} is not recorded"
 
 
-def _not_numbers(runs: Sequence[Run]) -> list[str]:
-    """A sentence per run and column with values that are not finite."""
+def _not_finite(runs: Sequence[Run]) -> list[str]:
+    """Returns a sentence for every run and column with values that are not finite."""
     notes = []
     for run in runs:
         for name in filter(run.column_t.__contains__, CHECKED):
-            bad = run.column("step")[~np.isfinite(run.column(name))]
-            if len(bad):
-                first = f"{bad[0]:.0f}" if np.isfinite(bad[0]) else "?"
+            bad_steps = run.column("step")[~np.isfinite(run.column(name))]
+            if len(bad_steps):
+                first = f"{bad_steps[0]:.0f}" if np.isfinite(bad_steps[0]) else "?"
                 notes.append(
-                    f"{run.name}: {name} is not a finite number at {len(bad)} of {run.steps} "
+                    f"{run.name}: {name} is not a finite number at {len(bad_steps)} of {run.steps} "
                     f"steps, first at step {first}."
                 )
     return notes
 
 
 def _clamped(runs: Sequence[Run]) -> list[str]:
-    """A sentence on every run whose score is not the reward model's own."""
+    """Returns a sentence for every run whose score is that of clamped latents."""
     return [
-        f"{run.name}: R_SARM is of the clamped latents, which the policy learned from; what the "
-        "reward model itself says of its responses is not recorded at every step."
+        f"{run.name}: R_SARM is the score of the clamped latents, which the policy learned from. "
+        "The reward model's own score of its responses is not recorded at every step."
         for run in runs
         if run.clamps
     ]
 
 
 def _incomparable(runs: Sequence[Run]) -> list[str]:
-    """A sentence where the runs were not judged by the same reward model."""
+    """Returns a sentence if the runs had different reward models."""
     models = {run.options["sarm_model"] for run in runs if "sarm_model" in run.options}
     if len(models) < 2:
         return []
-    return [f"The reward models differ ({', '.join(sorted(models))}): their scores do not compare."]
+    names = ", ".join(sorted(models))
+    return [f"The reward models differ ({names}): their scores are not comparable."]

@@ -1,5 +1,7 @@
-"""The report's tables. Values may be numbers or {mean, low, high}; keys that are not known by name
-are shown under their own."""
+"""Tables of the report.
+
+Values are numbers or {mean, low, high}. A measure without a title here is shown under its own name.
+"""
 
 import dataclasses
 import re
@@ -61,7 +63,10 @@ STYLES = ("concise", "detailed, plain", "detailed, markdown")
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """`rows` of texts; the first of each is its name, columns from `numeric` on are numbers."""
+    """A table of texts; the first cell of a row is its name.
+
+    Columns from number `numeric` on hold numbers.
+    """
 
     caption: str
     header: Sequence[str]
@@ -70,19 +75,19 @@ class Table:
 
 
 def glance(runs: Sequence[Run]) -> Table:
-    """The start and the end of every run."""
+    """Returns the start and the end of every run."""
     rows = [["steps", *(number(run.steps) for run in runs)]]
     for name, title in GLANCE.items():
         if any(run.has(name) for run in runs):
             cells = (_ends(run, name) if run.has(name) else NOTHING for run in runs)
             rows.append([title, *cells])
     rows.append(["minutes", *(_minutes(run) for run in runs)])
-    caption = "Means over the first and over the last five steps, of short runs over their halves"
+    caption = "Means over the first and the last five steps; over both halves of a short run"
     return Table(caption, ["", *(run.title for run in runs)], rows)
 
 
 def guard_warnings(runs: Sequence[Run]) -> Table | None:
-    """What the guards said while the runs were trained."""
+    """Returns the warnings of the guards during training; None without warnings."""
     fields = "guard", "first_step", "steps", "message"
     rows = [
         [run.name, *(str(warning.get(field, NOTHING)) for field in fields)]
@@ -94,45 +99,45 @@ def guard_warnings(runs: Sequence[Run]) -> Table | None:
 
 
 def options(runs: Sequence[Run]) -> Table | None:
-    """What our runs differ in; of a single one, its reward."""
+    """Returns the options in which our runs differ or, for a single run, its main options."""
     runs = [run for run in runs if run.origin == recordings.OURS]
     flat = [_flatten(run.options) for run in runs]
-    names = list(dict.fromkeys(name for found in flat for name in found))
+    names = list(dict.fromkeys(name for own in flat for name in own))
     if len(runs) > 1:
-        names = [n for n in names if len({repr(found.get(n, "")) for found in flat}) > 1]
+        names = [n for n in names if len({repr(own.get(n, "")) for own in flat}) > 1]
     else:
-        names = [n for n in OPTIONS if any(found.get(n, "") != "" for found in flat)]
+        names = [n for n in OPTIONS if any(own.get(n, "") != "" for own in flat)]
     if not names:
         return None
-    rows = [[n, *(str(found.get(n, NOTHING)) or NOTHING for found in flat)] for n in names]
+    rows = [[n, *(str(own.get(n, NOTHING)) or NOTHING for own in flat)] for n in names]
     caption = "Options in which the runs differ" if len(runs) > 1 else "Options"
     return Table(caption, ["option", *(run.name for run in runs)], rows, numeric=len(runs) + 1)
 
 
 def features(run: Run) -> Table | None:
-    """Every penalised feature of a run, from the start to the end."""
+    """Returns the start and the end of every penalised feature of a run; None without features."""
     if not run.features:
         return None
 
-    def known(values: Sequence[float] | None, place: int) -> str:
-        return number(values[place]) if values else NOTHING
+    def cell(values: Sequence[float] | None, index: int) -> str:
+        return number(values[index]) if values else NOTHING
 
     rows = [
         [
-            str(i),
-            known(run.taus, place),
-            known(run.alphas, place),
-            change(run.ends(f"feat_{i}_above_tau")),
-            change(run.ends(f"feat_{i}_activation")),
+            str(feature),
+            cell(run.taus, index),
+            cell(run.alphas, index),
+            change(run.ends(f"feat_{feature}_above_tau")),
+            change(run.ends(f"feat_{feature}_activation")),
         ]
-        for place, i in enumerate(run.features)
+        for index, feature in enumerate(run.features)
     ]
     header = ["feature", "τ", f"α, in {_unit(run)}", "share above τ", "mean z"]
     return Table(f"{run.title}: penalised features", header, rows)
 
 
 def policy(evaluation: Evaluation) -> list[Table]:
-    """policy.json: every policy's means, and the paired differences from the base."""
+    """Returns the tables of policy.json: means of every policy, and paired differences."""
     content = evaluation.parts.get("policy", {})
     titles = {
         "runs": "Held-out prompts: means with 95 % intervals",
@@ -142,10 +147,10 @@ def policy(evaluation: Evaluation) -> list[Table]:
     tables = []
     for part, title in titles.items():
         columns = _dicts(content.get(part))
-        measures = {m for found in columns.values() for m in found}
+        measures = {m for column in columns.values() for m in column}
         of_features = [m for m in measures if FEATURE.fullmatch(m)]
-        whole = {name: _without(found, of_features) for name, found in columns.items()}
-        tables.append(_table_of(whole, title, known=POLICY))
+        overall = {name: _without(column, of_features) for name, column in columns.items()}
+        tables.append(_table_of(overall, title, titles=POLICY))
         tables += [_feature_table(columns, measure, title) for measure in FEATURE_MEASURES]
     return [table for table in tables if table]
 
@@ -153,71 +158,71 @@ def policy(evaluation: Evaluation) -> list[Table]:
 def _feature_table(
     columns: Mapping[str, Mapping[str, Any]], measure: str, title: str
 ) -> Table | None:
-    """A measure of every controlled feature; those that are 0 everywhere are only named."""
+    """Returns a measure of every controlled feature; features that are always 0 are only named."""
     by_name: dict[str, dict[str, Any]] = {name: {} for name in columns}
-    for name, found in columns.items():
-        for full_name, value in found.items():
+    for name, column in columns.items():
+        for full_name, value in column.items():
             match = FEATURE.fullmatch(full_name)
             if match and match[1] == measure:
                 by_name[name][f"feature {match[2]}"] = value
-    features = dict.fromkeys(i for found in by_name.values() for i in found)
-    silent = [i for i in features if all(_is_zero(f[i]) for f in by_name.values() if i in f)]
+    features = dict.fromkeys(i for column in by_name.values() for i in column)
+    silent = [i for i in features if all(_is_zero(c[i]) for c in by_name.values() if i in c)]
     caption = f"{title}: {FEATURE_MEASURES[measure]}"
     if silent:
         caption += f"; 0 everywhere: {', '.join(silent)}"
-    return _table_of({n: _without(found, silent) for n, found in by_name.items()}, caption)
+    return _table_of({n: _without(column, silent) for n, column in by_name.items()}, caption)
 
 
 def rm_bench(evaluation: Evaluation) -> list[Table]:
-    """The levels of every variant, the change under controls, domains and 3 × 3 matrices."""
+    """Returns the tables of rm_bench.json: levels, change under controls, domains and matrices."""
     content = evaluation.parts.get("rm_bench", {})
-    variants = {name: _overall(part) for name, part in _variants(content).items()}
-    limits = _missing(content.get("missing_domains")) + _halves(content)
-    tables = [_table_of(variants, f"RM-Bench: accuracy{limits}", rows_are_names=True)]
-    changes = {name: _overall(part) for name, part in _dicts(content.get("change")).items()}
-    caption = f"RM-Bench: change under controls{limits}"
+    variants = {name: _overall(variant) for name, variant in _variants(content).items()}
+    suffix = _missing(content.get("missing_domains")) + _old_safety_note(content)
+    tables = [_table_of(variants, f"RM-Bench: accuracy{suffix}", rows_are_names=True)]
+    changes = {name: _overall(variant) for name, variant in _dicts(content.get("change")).items()}
+    caption = f"RM-Bench: change under controls{suffix}"
     tables.append(_table_of(changes, caption, rows_are_names=True))
-    for name, part in _variants(content).items():
+    for name, variant in _variants(content).items():
         title = VARIANTS.get(name, name)
-        domains = _dicts(part.get("domains"))
+        domains = _dicts(variant.get("domains"))
         if len(domains) > 1:
             tables.append(_table_of(domains, f"RM-Bench by domain, {title}", rows_are_names=True))
-        matrix = _overall(part).get("matrix")
+        matrix = _overall(variant).get("matrix")
         if isinstance(matrix, list) and _is_square(matrix):
             styles = list(content.get("styles") or STYLES)[: len(matrix)]
-            rows = [[s, *map(number, line)] for s, line in zip(styles, matrix, strict=True)]
+            rows = [[style, *map(number, row)] for style, row in zip(styles, matrix, strict=True)]
             caption = f"RM-Bench, {title}: style of the right answer (rows) against the wrong one"
             tables.append(Table(caption, ["right \\ wrong", *styles], rows))
     return [table for table in tables if table]
 
 
 def rewardbench2(evaluation: Evaluation) -> list[Table]:
-    """Subsets by variant, and the change under controls."""
+    """Returns the tables of rewardbench2.json: scores by subset, and the change under controls."""
     content = evaluation.parts.get("rewardbench2", {})
     tables = []
-    for found, caption in (
+    for variants, caption in (
         (_variants(content), "RewardBench 2: score"),
         (_dicts(content.get("change")), "RewardBench 2: change under controls"),
     ):
         columns = {}
-        for name, part in found.items():
+        for name, variant in variants.items():
             subsets = {
                 subset: value.get("score", value) if isinstance(value, Mapping) else value
-                for subset, value in _mapping(part.get("subsets")).items()
+                for subset, value in _mapping(variant.get("subsets")).items()
             }
-            whole = part.get("score", part.get("average"))
-            columns[name] = subsets | ({"all subsets": whole} if whole is not None else {})
+            score = variant.get("score", variant.get("average"))
+            columns[name] = subsets | ({"all subsets": score} if score is not None else {})
         tables.append(_table_of(columns, caption + _missing(content.get("missing_subsets"))))
     return [table for table in tables if table]
 
 
 def steering(evaluation: Evaluation) -> list[Table]:
-    """Sets of responses before and after."""
+    """Returns the tables of steering.json: sets before and after, and the specificity."""
     content = evaluation.parts.get("steering", {})
-    names = ("source", "responses", "before", "after", "change", "absolute_change", "unchanged")
+    measures = ("source", "responses", "before", "after", "change", "absolute_change", "unchanged")
     sets = {
-        kind: {name: found[name] for name in names if name in found}
-        for kind, found in _dicts(content.get("sets")).items()
+        name: {measure: own[measure] for measure in measures if measure in own}
+        for name, own in _dicts(content.get("sets")).items()
     }
     table = _table_of(sets, "Steering: score before and after", rows_are_names=True)
     if table and "source" in table.header:
@@ -226,7 +231,7 @@ def steering(evaluation: Evaluation) -> list[Table]:
     specificity = content.get("specificity")
     if isinstance(specificity, Mapping) and specificity.get("mean") is not None:
         targets = ", ".join(map(str, specificity.get("targets", ()))) or "the targets"
-        caption = f"Steering: share of the change that falls on {targets} (0.5: as much elsewhere)"
+        caption = f"Steering: share of the change in {targets} (0.5: as much in the other sets)"
         tables.append(Table(caption, ["", "share"], [["specificity", estimate(specificity)]]))
     return [table for table in tables if table]
 
@@ -235,30 +240,37 @@ def _table_of(
     columns: Mapping[str, Any] | None,
     caption: str,
     rows_are_names: bool = False,
-    known: Mapping[str, str] | None = None,
+    titles: Mapping[str, str] | None = None,
 ) -> Table | None:
-    """Name → measure → value as a table: names are columns, or rows; `known` titles measures."""
-    known = known or {}
-    flat = {VARIANTS.get(n, n): _flatten(found) for n, found in _dicts(columns).items()}
-    measures = list(dict.fromkeys(m for found in flat.values() for m in found))
+    """Makes a table from name → measure → value; returns None if there are no measures.
+
+    Args:
+        columns: the values; variants get their titles.
+        caption: the caption.
+        rows_are_names: True: a row per name; False: a column per name.
+        titles: titles of measures; other measures are shown under their names.
+    """
+    titles = titles or {}
+    flat = {VARIANTS.get(n, n): _flatten(column) for n, column in _dicts(columns).items()}
+    measures = list(dict.fromkeys(m for column in flat.values() for m in column))
     measures = [m for m in measures if m not in ("matrix", "domains", "scores")]
     if not measures:
         return None
-    titles = [known.get(m, m.replace("_", " ").replace(".", " ")) for m in measures]
+    shown = [titles.get(m, m.replace("_", " ").replace(".", " ")) for m in measures]
     if rows_are_names:
-        rows = [[n, *(estimate(found.get(m)) for m in measures)] for n, found in flat.items()]
-        return Table(caption, ["", *titles], rows)
+        rows = [[n, *(estimate(column.get(m)) for m in measures)] for n, column in flat.items()]
+        return Table(caption, ["", *shown], rows)
     rows = [
-        [title, *(estimate(found.get(m)) for found in flat.values())]
-        for m, title in zip(measures, titles, strict=True)
+        [title, *(estimate(column.get(m)) for column in flat.values())]
+        for m, title in zip(measures, shown, strict=True)
     ]
     return Table(caption, ["", *flat], rows)
 
 
-def _flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """ "a.b" → value; {mean, …} is a value, lists and what is in a list are left as they are."""
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens nested mappings to "a.b" → value; {mean, …} counts as a value, lists are kept."""
     flat: dict[str, Any] = {}
-    for name, value in found.items():
+    for name, value in content.items():
         if isinstance(value, Mapping) and "mean" not in value:
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
@@ -267,50 +279,51 @@ def _flatten(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _variants(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Without controls, with them, and so on: under "variants", or at the top."""
-    parts = _dicts(content.get("variants", content))
+    """Returns the results by variant, which are under "variants" or, in old files, at the top."""
+    candidates = _dicts(content.get("variants", content))
     return {
-        name: part
-        for name, part in parts.items()
-        if {"overall", "matrix", "subsets", "average"} & set(part)
+        name: variant
+        for name, variant in candidates.items()
+        if {"overall", "matrix", "subsets", "average"} & set(variant)
     }
 
 
-def _overall(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    whole = part.get("overall", part)
-    return {name: value for name, value in whole.items() if name != "domains"}
+def _overall(variant: Mapping[str, Any]) -> Mapping[str, Any]:
+    overall = variant.get("overall", variant)
+    return {name: value for name, value in overall.items() if name != "domains"}
 
 
-def _missing(parts: Any) -> str:
-    """The end of a caption if a benchmark's score lacks some of its parts."""
-    return f"; no rows of {', '.join(map(str, parts))}" if parts else ""
+def _missing(names: Any) -> str:
+    """Returns the end of a caption that names domains or subsets without rows."""
+    return f"; no rows of {', '.join(map(str, names))}" if names else ""
 
 
-def _halves(content: Mapping[str, Any]) -> str:
-    """The end of a caption if an older version wrote the overall of RM-Bench, in its own way."""
+def _old_safety_note(content: Mapping[str, Any]) -> str:
+    """Returns the end of a caption for files of an older version, which did not pool safety."""
     halves = {"safety-refuse", "safety-response"}
-    for part in _variants(content).values():
-        domains = _dicts(part.get("domains"))
+    for variant in _variants(content).values():
+        domains = _dicts(variant.get("domains"))
         if halves <= domains.keys() and "safety" not in domains:
             return "; safety-refuse and safety-response count half of safety each"
     return ""
 
 
-def _dicts(found: Any) -> dict[str, Mapping[str, Any]]:
-    return {str(n): value for n, value in _mapping(found).items() if isinstance(value, Mapping)}
+def _dicts(content: Any) -> dict[str, Mapping[str, Any]]:
+    """Returns the entries of `content` that are mappings; none if it is not a mapping itself."""
+    return {str(n): value for n, value in _mapping(content).items() if isinstance(value, Mapping)}
 
 
-def _mapping(found: Any) -> Mapping[str, Any]:
-    return found if isinstance(found, Mapping) else {}
+def _mapping(content: Any) -> Mapping[str, Any]:
+    return content if isinstance(content, Mapping) else {}
 
 
-def _without(found: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name not in names}
+def _without(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in names}
 
 
 def _is_zero(value: Any) -> bool:
     numbers = value.values() if isinstance(value, Mapping) else [value]
-    return all(found == 0 for found in numbers)
+    return all(item == 0 for item in numbers)
 
 
 def _is_square(matrix: Sequence[Any]) -> bool:
@@ -323,8 +336,8 @@ def _ends(run: Run, name: str) -> str:
 
 
 def _minutes(run: Run) -> str:
-    known = np.isfinite(run.seconds) and recordings.differs(run.origin, "minutes")
-    return number(run.seconds / 60) + (recordings.CELL_MARK if known else "")
+    marked = np.isfinite(run.seconds) and recordings.differs(run.origin, "minutes")
+    return number(run.seconds / 60) + (recordings.CELL_MARK if marked else "")
 
 
 def _unit(run: Run) -> str:

@@ -1,4 +1,4 @@
-"""A SARM on benchmarks and under steering, with and without its controls."""
+"""Evaluate a SARM on benchmarks and under steering, and trained policies against their base."""
 
 import logging
 from collections.abc import Sequence
@@ -8,8 +8,12 @@ from ml_collections import ConfigDict
 
 from conversion.hub import locate_file
 from conversion.load import read_sarm_config
-from pipeline.shared import given, required, reward_model, write_json
-from pipeline.stages.policies import evaluate_policies, policy_inputs, response_config
+from pipeline.inputs import Input, Kind
+from pipeline.models import load_reward_model
+from pipeline.options import optional_paths, required
+from pipeline.policy_evaluation import evaluate_policies, policy_inputs, response_config
+from pipeline.reward_inputs import REWARD_LISTS
+from pipeline.stage import Stage, never
 from ppo.options import reward_config
 from sarm_jax.evaluation import figures
 from sarm_jax.evaluation.benchmark_files import (
@@ -32,14 +36,18 @@ from sarm_jax.evaluation.steering import (
 )
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
+from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.statistics import format_interval
 
 LOG = logging.getLogger(__name__)
+NUMBER_FORMAT = "+.4f"  # of logged means and intervals
+FORMAT = 2  # of eval/: 2 pools RM-Bench's safety rows and has a steering set for each file
 
 
-def options(config: ConfigDict) -> SteeringConfig:
-    """The section evaluate; its sampling options are `policies.response_config`'s."""
+def validate(config: ConfigDict) -> SteeringConfig:
+    """Validates the section evaluate and returns its steering part."""
     required(config, "sarm_model")
     reward_config(config.reward)
     response_config(config)
@@ -47,15 +55,22 @@ def options(config: ConfigDict) -> SteeringConfig:
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """What the config names files for → eval/*.json and eval/*.png.
+    """Run every evaluation that the config names files for.
 
-    Every file is read, and refused if it is bad, before the model is loaded.
+    All files are read and checked before the model is loaded.
     """
-    steering, section = options(config), config.evaluate
-    answers = read_answer_sets(named_files(given(section.data_jsonl), "evaluate.data_jsonl"))
-    styled = [r for src in given(section.rm_bench) for r in read_rm_bench(locate_file(src), src)]
+    steering, section = validate(config), config.evaluate
+    files = named_files(optional_paths(section.data_jsonl), "evaluate.data_jsonl")
+    answers = read_answer_sets(files)
+    styled = [
+        row
+        for name in optional_paths(section.rm_bench)
+        for row in read_rm_bench(locate_file(name), name)
+    ]
     choices = [
-        r for src in given(section.rewardbench2) for r in read_rewardbench2(locate_file(src), src)
+        row
+        for name in optional_paths(section.rewardbench2)
+        for row in read_rewardbench2(locate_file(name), name)
     ]
     policies = policy_inputs(config, workdir)
     if not (answers or styled or choices or policies):
@@ -69,7 +84,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         check_steering(steering, answers, controls)
     folder = workdir / "eval"
     LOG.info("evaluating %s, for %s", config.sarm_model, folder)
-    model = reward_model(config)
+    model = load_reward_model(config)
     folder.mkdir(exist_ok=True)
     if answers:
         evaluate_on_answers(steering, model, answers, controls, folder)
@@ -88,64 +103,65 @@ def evaluate_on_answers(
     controls: Controls,
     folder: Path,
 ) -> None:
-    """Scores before and after steering: steering.json, steering_rows.jsonl, a figure per set."""
-    found = evaluate_steering(config, model, answers, controls)
-    for number, (name, content) in enumerate(found.summary["sets"].items(), 1):
+    """Writes scores before and after steering: steering.json, steering_rows.jsonl, figures."""
+    result = evaluate_steering(config, model, answers, controls)
+    for number, (name, content) in enumerate(result.summary["sets"].items(), 1):
         content["figure"] = f"steering_{number}.png"
         write_figure(folder / content["figure"], figures.before_after(name, content))
-        LOG.info("%s: %d responses, %s", name, content["responses"], shown(content["change"]))
-    write_jsonl(folder / "steering_rows.jsonl", found.rows)
-    write_json(folder / "steering.json", found.summary)
-    specificity = found.summary["specificity"]
+        change = format_interval(content["change"], NUMBER_FORMAT)
+        LOG.info("%s: %d responses, %s", name, content["responses"], change)
+    write_jsonl(folder / "steering_rows.jsonl", result.rows)
+    write_json(folder / "steering.json", result.summary)
+    specificity = result.summary["specificity"]
     if specificity["mean"] is None:
         LOG.info("no specificity: %s", specificity["why"])
     else:
-        LOG.info("specificity %s", shown(specificity))
+        LOG.info("specificity %s", format_interval(specificity, NUMBER_FORMAT))
     LOG.info("steering in %s", folder / "steering.json")
 
 
 def evaluate_on_rm_bench(
     model: RewardModel, rows: Sequence[StyledRow], controls: Controls, folder: Path
 ) -> None:
-    """The 3 × 3 style matrices: rm_bench.json and its figure."""
-    found = evaluate_rm_bench(model, rows, controls)
-    write_figure(folder / "rm_bench.png", figures.style_matrices(found))
-    write_json(folder / "rm_bench.json", found)
-    for name, content in found["variants"].items():
+    """Writes the 3 × 3 style matrices: rm_bench.json and its figure."""
+    result = evaluate_rm_bench(model, rows, controls)
+    write_figure(folder / "rm_bench.png", figures.style_matrices(result))
+    write_json(folder / "rm_bench.json", result)
+    for name, content in result["variants"].items():
         means = ", ".join(f"{m} {content['overall'][m]['mean']:.3f}" for m in MEASURES)
         LOG.info("RM-Bench, %s: %s", name, means)
-    log_missing("RM-Bench", found["missing_domains"])
+    log_missing("RM-Bench", result["missing_domains"])
     LOG.info("RM-Bench in %s", folder / "rm_bench.json")
 
 
 def evaluate_on_rewardbench2(
     model: RewardModel, rows: Sequence[ChoiceRow], controls: Controls, folder: Path
 ) -> None:
-    """Scores per subset: rewardbench2.json and its figure."""
-    found = evaluate_rewardbench2(model, rows, controls)
-    write_figure(folder / "rewardbench2.png", figures.subset_scores(found))
-    write_json(folder / "rewardbench2.json", found)
-    for name, content in found["variants"].items():
-        LOG.info("RewardBench 2, %s: %s", name, shown(content["score"]))
-    log_missing("RewardBench 2", found["missing_subsets"])
+    """Writes scores per subset: rewardbench2.json and its figure."""
+    result = evaluate_rewardbench2(model, rows, controls)
+    write_figure(folder / "rewardbench2.png", figures.subset_scores(result))
+    write_json(folder / "rewardbench2.json", result)
+    for name, content in result["variants"].items():
+        LOG.info("RewardBench 2, %s: %s", name, format_interval(content["score"], NUMBER_FORMAT))
+    log_missing("RewardBench 2", result["missing_subsets"])
     LOG.info("RewardBench 2 in %s", folder / "rewardbench2.json")
 
 
-def log_missing(benchmark: str, parts: Sequence[str]) -> None:
-    """Says what a score lacks to be the benchmark's own."""
-    if parts:
-        LOG.info("%s: no rows of %s: this is the mean of the others", benchmark, ", ".join(parts))
+def log_missing(benchmark: str, missing: Sequence[str]) -> None:
+    """Logs the parts of a benchmark that the files have no rows of, if any."""
+    if missing:
+        LOG.info("%s: no rows of %s: this is the mean of the others", benchmark, ", ".join(missing))
 
 
 def steering_config(config: ConfigDict) -> SteeringConfig:
-    """The steering part of the section evaluate."""
+    """Returns the steering part of the section evaluate."""
     section = config.evaluate
     targets = parse_targets(section.steering_targets)
     return SteeringConfig(section.num_example, targets, section.resamples, section.seed)
 
 
 def controls_of(config: ConfigDict) -> Controls:
-    """Clamps and penalties of the section reward, and the steering file."""
+    """Returns the clamps and penalties of the section reward, with those of the steering file."""
     reward = reward_config(config.reward)
     size = read_sarm_config(config.sarm_model).sae.latent_size
     reward.check_features(size)
@@ -153,26 +169,81 @@ def controls_of(config: ConfigDict) -> Controls:
     steering = read_steering(path) if path else {}
     try:
         change = reward.clamp(size, steering)
-    except InputError as error:  # the clamps alone are sound
+    except InputError as error:  # the clamps alone have been checked: it is the file
         raise InputError(f"evaluate.steering_json={path}: {error}") from None
     return Controls(
-        change,
-        reward.penalize_features,
-        reward.tau_values,
-        reward.alpha_values,
-        reward.unit,
-        reward.penalty_cap,
+        intervention=change,
+        penalize_features=reward.penalize_features,
+        tau_values=reward.tau_values,
+        alpha_values=reward.alpha_values,
+        unit=reward.unit,
+        penalty_cap=reward.penalty_cap,
     )
 
 
 def write_figure(path: Path, content: bytes) -> None:
-    """A PNG, written atomically."""
+    """Writes a PNG atomically."""
     with replacing(path, "wb") as file:
         file.write(content)
 
 
-def shown(found: dict) -> str:
-    """A mean with its interval."""
-    if found["low"] is None:
-        return f"{found['mean']:+.4f}"
-    return f"{found['mean']:+.4f} (95 % {found['low']:+.4f} to {found['high']:+.4f})"
+def wanted(config: ConfigDict) -> bool:
+    """Returns whether the config names anything to evaluate."""
+    section = config.evaluate
+    policies = config.prompts_jsonl and (config.eval_prompts_jsonl or section.runs)
+    files = (section.data_jsonl, section.rm_bench, section.rewardbench2, section.prompts_jsonl)
+    return any(files) or bool(policies)
+
+
+def compares_policies(config: ConfigDict) -> bool:
+    """Returns whether policies are compared even if the working directory has no adapter."""
+    return bool(config.evaluate.prompts_jsonl or config.evaluate.runs)
+
+
+def records(config: ConfigDict, workdir: Path) -> dict:
+    """Names the runs that are compared, and the version of what eval/ holds."""
+    runs = config.evaluate.runs or str(workdir)
+    return {"evaluate": config.evaluate.to_dict() | {"runs": runs}, "format": FORMAT}
+
+
+STAGE = Stage(
+    name="evaluate",
+    summary="The SARM on benchmarks and under steering; policies against their base → eval/.",
+    validate=validate,
+    run=run,
+    options=(
+        "evaluate",
+        "reward",
+        "policy_model",
+        "eval_prompts_jsonl",
+        "sarm_model",
+        "sarm_max_length",
+        "dtype",
+        "ppo.max_new_tokens",
+        "ppo.max_prompt_tokens",
+        "ppo.long_prompts",
+    ),
+    inputs=(
+        Input("evaluate.data_jsonl", Kind.NAMED_FILES),
+        Input("evaluate.steering_json"),
+        Input("evaluate.rm_bench"),
+        Input("evaluate.rewardbench2"),
+        Input("evaluate.prompts_jsonl"),
+        Input("evaluate.human_jsonl", read_if=compares_policies),
+        Input("evaluate.runs", Kind.RUNS, ("adapter/*",)),
+        Input(
+            "eval_prompts_jsonl",
+            read_if=lambda config: compares_policies(config) and not config.evaluate.prompts_jsonl,
+        ),
+        *REWARD_LISTS,
+        Input("reward.human_latents", read_if=never),
+        Input("policy_model", Kind.POLICY, read_if=compares_policies),
+        Input("sarm_model", Kind.SARM),
+    ),
+    output="eval",
+    makes=("eval",),
+    after=("train",),
+    wanted=wanted,
+    records=records,
+    made_from=("identify", "human_latents"),
+)

@@ -1,4 +1,4 @@
-"""The human side of the latent KL."""
+"""Collect the human side of the latent KL."""
 
 import logging
 from pathlib import Path
@@ -6,28 +6,57 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from conversion.load import read_sarm_config
-from pipeline.shared import DEMO, required, reward_model
+from pipeline.inputs import Input, Kind
+from pipeline.models import load_reward_model
+from pipeline.options import DEMONSTRATION, required
+from pipeline.stage import Stage
 from ppo.human_latents import collect_human_latents, save_human_latents
 from ppo.options import reward_config
 from ppo.reward import RewardConfig
 from sarm_jax.io.jsonl import read_jsonl
 
 LOG = logging.getLogger(__name__)
+FILE = "human_latents.safetensors"
 
 
-def options(config: ConfigDict) -> RewardConfig:
-    """The section reward, which says whose latents are wanted."""
+def validate(config: ConfigDict) -> RewardConfig:
+    """Validates the section reward, which names the features whose latents are collected."""
     required(config, "human_latents.demos_jsonl", "sarm_model")
     return reward_config(config.reward)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Human demonstrations → the buffer of latents that the discriminator compares with."""
-    reward = options(config)
-    demos = read_jsonl(config.human_latents.demos_jsonl, DEMO)
+    """Score human demonstrations and save the latents that the discriminator compares with."""
+    reward = validate(config)
+    demonstrations = read_jsonl(config.human_latents.demos_jsonl, DEMONSTRATION)
     reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
-    path = workdir / "human_latents.safetensors"
-    LOG.info("latents of %d demonstrations, for %s", len(demos), path)
-    human = collect_human_latents(reward_model(config), demos, reward.latent_indices)
+    path = workdir / FILE
+    LOG.info("latents of %d demonstrations, for %s", len(demonstrations), path)
+    model = load_reward_model(config)
+    human = collect_human_latents(model, demonstrations, reward.latent_indices)
     save_human_latents(path, human)
     LOG.info("latents %s in %s", human.z_ns.shape, path)
+
+
+STAGE = Stage(
+    name="human_latents",
+    summary="Human demonstrations → the latents that the discriminator compares the policy's with.",
+    validate=validate,
+    run=run,
+    options=(
+        "human_latents",
+        "reward.latent_indices",
+        "sarm_model",
+        "sarm_max_length",
+        "dtype",
+    ),
+    inputs=(
+        Input("human_latents.demos_jsonl"),
+        Input("reward.latent_indices", Kind.LIST),
+        Input("sarm_model", Kind.SARM),
+    ),
+    output=FILE,
+    makes=(FILE,),
+    after=("identify",),
+    wanted=lambda config: bool(config.human_latents.demos_jsonl),
+)

@@ -1,4 +1,4 @@
-"""Features found by their contrast, and in the lab its gates."""
+"""Find features by their contrast between the sides of pairs, and measure the lab's gates."""
 
 import logging
 from collections.abc import Sequence
@@ -8,13 +8,17 @@ from typing import Any
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
-from pipeline.shared import PAIR, given, read_pairs, required, reward_model, split_paths, write_json
+from pipeline.inputs import Input, Kind
+from pipeline.models import load_reward_model
+from pipeline.options import PAIR, optional_paths, read_pairs, required, split_paths
+from pipeline.stage import Stage
 from ppo.prompts import read_prompts
 from sarm_jax.features.detectors import Detectors
-from sarm_jax.features.identify import IdentifyConfig, identify, verbose_features
+from sarm_jax.features.identify import Identified, IdentifyConfig, identify, verbose_features
 from sarm_jax.features.naming_prompts import naming_prompts
 from sarm_jax.features.strong_responses import StrongResponses
 from sarm_jax.io.files import replacing
+from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.lab.gates import measure_gates
 from sarm_jax.models.reward_model import RewardModel
@@ -23,8 +27,8 @@ LOG = logging.getLogger(__name__)
 STEERED = 5  # harming features that steering_config.json sets to 0
 
 
-def options(config: ConfigDict) -> IdentifyConfig:
-    """The section identify, but for its files."""
+def validate(config: ConfigDict) -> IdentifyConfig:
+    """Validates the section identify, except for its files."""
     required(config, "identify.pairs_jsonl", "sarm_model")
     section = config.identify.to_dict()
     del section["pairs_jsonl"], section["verbosity_jsonl"]
@@ -32,37 +36,45 @@ def options(config: ConfigDict) -> IdentifyConfig:
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Preference pairs → which latents tell chosen from rejected, with thresholds."""
-    asked = options(config)
+    """Find the latents that tell chosen from rejected responses, with thresholds."""
+    options = validate(config)
     paths = split_paths(config.identify.pairs_jsonl)
     names = source_names(paths)
     pairs = [{"source": names[path]} | row for path in paths for row in read_pairs((path,))]
-    versions = read_pairs(given(config.identify.verbosity_jsonl))
+    verbosity_pairs = read_pairs(optional_paths(config.identify.verbosity_jsonl))
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
-    model = reward_model(config)
-    found = identify(asked, model, pairs)
-    analysis, selected = found.analysis, found.selected
-    if versions:
-        selected |= verbose_features(asked, model, versions)
+    model = load_reward_model(config)
+    features = identify(options, model, pairs)
+    selected = features.selected
+    if verbosity_pairs:
+        selected |= verbose_features(options, model, verbosity_pairs)
     folder.mkdir(exist_ok=True)
-    write_json(folder / "feature_analysis.json", analysis)
-    with replacing(folder / "feature_scores.safetensors", "wb") as file:
-        file.write(save(found.scores))
-    write_naming_prompts(folder / "naming_prompts.jsonl", found.strongest, asked.naming_examples)
-    steering = {str(i): ["*", 0.0] for i in selected["safety_harming"][:STEERED]}
-    write_json(folder / "steering_config.json", steering)
+    write_features(folder, features, options)
     if config.prepare_data.source == "lab":
+        rates = features.analysis["detectors"]
         detectors = Detectors(
             tuple(selected["detectors"]),
             tuple(selected["tau_detectors"]),
-            analysis["detectors"]["detection"],
-            analysis["detectors"]["false_alarms"],
+            rates["detection"],
+            rates["false_alarms"],
         )
-        check_lab(config, workdir, model, detectors)
+        measure_lab_gates(config, workdir, model, detectors)
+    # Last, because --stage=all takes it for the end of the stage.
     write_json(folder / "selected_features.json", selected)
-    say_what_detectors_do(analysis["detectors"], asked.false_alarm_budget)
+    report_detector_rates(features.analysis["detectors"], options.false_alarm_budget)
     LOG.info("features in %s", folder / "selected_features.json")
+
+
+def write_features(folder: Path, features: Identified, options: IdentifyConfig) -> None:
+    """Writes all files of the stage except the last one, selected_features.json."""
+    write_json(folder / "feature_analysis.json", features.analysis)
+    with replacing(folder / "feature_scores.safetensors", "wb") as file:
+        file.write(save(features.scores))
+    path = folder / "naming_prompts.jsonl"
+    write_naming_prompts(path, features.strongest, options.naming_examples)
+    steering = {str(i): ["*", 0.0] for i in features.selected["safety_harming"][:STEERED]}
+    write_json(folder / "steering_config.json", steering)
 
 
 def source_names(paths: Sequence[str]) -> dict[str, str]:
@@ -77,7 +89,7 @@ def source_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def write_naming_prompts(path: Path, strongest: Sequence[StrongResponses], most: int) -> None:
-    """Writes a prompt per feature with at most `most` responses; without any, no file stays."""
+    """Writes a prompt per feature with at most `most` responses; no prompts, no file."""
     rows = naming_prompts(strongest, most) if most else []
     if not rows:
         path.unlink(missing_ok=True)
@@ -86,24 +98,27 @@ def write_naming_prompts(path: Path, strongest: Sequence[StrongResponses], most:
     LOG.info("%d prompts that ask for the names of features in %s", len(rows), path)
 
 
-def say_what_detectors_do(detectors: dict[str, Any], budget: float) -> None:
-    """In the log, with a warning where the budget does not hold on other prompts."""
-    detection, alarms = detectors["detection_held_out"], detectors["false_alarms_held_out"]
+def report_detector_rates(detectors: dict[str, Any], budget: float) -> None:
+    """Logs the detectors' rates on held-out prompts; warns if false positives exceed the budget."""
+    detection, false_positives = detectors["detection_held_out"], detectors["false_alarms_held_out"]
     if detection is None:
         return
     rates = (
-        f"detectors found like the {len(detectors['features'])} here fire on {detection:.3f} of the"
-        f" rejected and {alarms:.3f} of the chosen responses to other prompts"
+        f"detectors found in the same way as these {len(detectors['features'])} fire on "
+        f"{detection:.3f} of the rejected and {false_positives:.3f} of the chosen responses to "
+        "held-out prompts"
     )
-    if alarms > budget:
-        what = "identify.false_alarm_budget=%g does not hold there: more pairs, or a higher"
-        LOG.warning(f"%s; {what} identify.tau_quantile", rates, budget)
+    if false_positives > budget:
+        advice = "more than identify.false_alarm_budget=%g: give more pairs, or a higher"
+        LOG.warning(f"%s; {advice} identify.tau_quantile", rates, budget)
     else:
         LOG.info("%s", rates)
 
 
-def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors) -> None:
-    """Measures the lab's gates on held-out prompts, says which hold, and writes gates.json."""
+def measure_lab_gates(
+    config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors
+) -> None:
+    """Measures the lab's gates on held-out prompts, logs them and writes gates.json."""
     data = workdir / "data"
     prompts, held_out = (
         read_prompts(str(data / name)) for name in ("prompts.jsonl", "held_out_prompts.jsonl")
@@ -114,3 +129,27 @@ def check_lab(config: ConfigDict, workdir: Path, model: RewardModel, detectors: 
         LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
     values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
     write_json(workdir / "probes" / "gates.json", values)
+
+
+STAGE = Stage(
+    name="identify",
+    summary="Preference pairs → latents that tell chosen from rejected, with thresholds.",
+    validate=validate,
+    run=run,
+    options=("identify", "sarm_model", "sarm_max_length", "dtype", "lab.seed"),
+    inputs=(
+        Input("identify.pairs_jsonl"),
+        Input("identify.verbosity_jsonl"),
+        Input("sarm_model", Kind.SARM),
+    ),
+    output="probes/selected_features.json",
+    makes=(
+        "probes/selected_features.json",
+        "probes/steering_config.json",
+        "probes/naming_prompts.jsonl",
+        "probes/feature_*",
+        "probes/gates.json",
+    ),
+    after=("train_sarm",),
+    wanted=lambda config: bool(config.identify.pairs_jsonl),
+)

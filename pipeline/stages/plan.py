@@ -1,4 +1,4 @@
-"""A PPO step, compiled for this machine or for one that is not there."""
+"""Plan a PPO step: compile it for this machine, or for one that is not there."""
 
 import logging
 from pathlib import Path
@@ -7,25 +7,29 @@ from ml_collections import ConfigDict
 
 from conversion.keys import abstract_policy, abstract_sarm
 from conversion.load import read_policy_config, read_sarm_config
-from pipeline.shared import check_remat, mesh_config, required, write_json
+from pipeline.inputs import Input
+from pipeline.models import check_remat, mesh_config
+from pipeline.options import required
+from pipeline.stage import Stage
 from ppo.config import PPOConfig
 from ppo.options import train_config
 from ppo.planning.chips import target_devices
 from ppo.planning.plan import Layout, Planner, candidates, layouts_for, search, table
 from ppo.prompt_lengths import batch_shares, fitting_lengths, read_lengths
 from ppo.train import TrainConfig
+from sarm_jax.io.json_files import write_json
 
 LOG = logging.getLogger(__name__)
 
 
-def options(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
+def validate(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
     """Validates PPO's options, and returns them with the share of batches by prompt length."""
-    found = train_config(config)
-    for part, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
-        if not config.plan[part]:
+    options = train_config(config)
+    for field, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
+        if not config.plan[field]:
             required(config, model)
     check_remat(config.remat)
-    return found, prompt_shares(config.plan.prompt_lengths, found.ppo)
+    return options, prompt_shares(config.plan.prompt_lengths, options.ppo)
 
 
 def prompt_shares(path: str, ppo: PPOConfig) -> dict[int, float]:
@@ -39,34 +43,34 @@ def prompt_shares(path: str, ppo: PPOConfig) -> dict[int, float]:
 
 
 def make_planner(config: ConfigDict) -> Planner:
-    """For the target of the config, with the architectures that its models have."""
-    (asked, shares), section = options(config), config.plan
+    """Builds a planner for the config's target and the architectures of its models."""
+    (options, shares), section = validate(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
     sarm = read_sarm_config(section.sarm_config or config.sarm_model)
-    asked.reward.check_features(sarm.sae.latent_size)
+    options.reward.check_features(sarm.sae.latent_size)
     return Planner(
         name=section.target,
-        config=asked.ppo,
-        lora=asked.lora,
+        config=options.ppo,
+        lora=options.lora,
         policy=lambda: abstract_policy(policy, config.dtype),
         sarm=lambda: abstract_sarm(sarm, config.dtype),
         score_batch=config.sarm_batch_size,
-        watched=len(asked.reward.penalize_features) + len(asked.reward.latent_indices),
+        watched=len(options.reward.penalize_features) + len(options.reward.latent_indices),
         shares=shares,
     )
 
 
 def layout(config: ConfigDict) -> Layout:
-    """That of the config itself."""
+    """Returns the layout of the config itself: mesh, rematerialisation and accumulation."""
     return Layout(mesh_config(config), config.remat, config.ppo.gradient_accumulation_steps)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Architectures and options → memory, traffic and time of a PPO step on a machine."""
+    """Estimate memory, traffic and time of a PPO step; print a table and write plan.json."""
     planner = make_planner(config)
     if config.plan.search:
-        found = layouts_for(target_devices(planner.name), planner.config.batch_size)
-        ranked = search(planner, list(found))
+        layouts = layouts_for(target_devices(planner.name), planner.config.batch_size)
+        ranked = search(planner, list(layouts))
         plan = ranked[0] | {"candidates": ranked[1:]}
         print(candidates(ranked), end="\n\n")
     else:
@@ -74,3 +78,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
     write_json(workdir / "plan.json", plan)
     print(table(plan))
     LOG.info("the plan is in %s", workdir / "plan.json")
+
+
+STAGE = Stage(
+    name="plan",
+    summary="Architectures and options → memory, traffic and time of a PPO step on a machine.",
+    validate=validate,
+    run=run,
+    options=("plan", "ppo", "lora", "reward", "mesh", "remat", "dtype", "sarm_batch_size"),
+    inputs=(
+        Input("plan.policy_config"),
+        Input("plan.sarm_config"),
+        Input("plan.prompt_lengths"),
+    ),
+)

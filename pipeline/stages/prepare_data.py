@@ -1,4 +1,4 @@
-"""Preference pairs, the benchmarks' files, or the lab's world: what the later stages read."""
+"""Prepare what the later stages read: pairs, the benchmarks' files, or the lab's world."""
 
 import dataclasses
 import logging
@@ -10,7 +10,10 @@ from ml_collections import ConfigDict
 
 from conversion.hub import locate_file
 from conversion.to_hf import save_policy
-from pipeline.shared import DEMO, given, policy_model, required, write_json
+from pipeline.inputs import Input, Kind
+from pipeline.models import load_policy_model
+from pipeline.options import DEMONSTRATION, optional_paths, required
+from pipeline.stage import Stage
 from sarm_jax.evaluation.benchmark_data import (
     OUTPUTS,
     BenchmarkDataConfig,
@@ -18,6 +21,7 @@ from sarm_jax.evaluation.benchmark_data import (
     counts_table,
 )
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.lab.build import LabConfig, make_data, make_models
 from sarm_jax.training.preference_pairs import PairsConfig, make_pairs
@@ -25,21 +29,32 @@ from sarm_jax.training.preference_pairs import PairsConfig, make_pairs
 LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", PairsConfig, LabConfig)
 FILES = ("rewardbench2", "rm_bench", "safety_pairs", "complement_pairs")
-SHOWN_REFUSALS = 5  # per file, of all that are in data_summary.json
+SHOWN_REFUSALS = 5  # per file; data_summary.json has all
+# Fields of the section lab that describe the study, not a world.
+STUDY_FIELDS = (
+    "seeds",
+    "conditions",
+    "processes",
+    "alpha",
+    "beta",
+    "ignore_failed_gates",
+    "gates_json",
+)
+LAST_FILE = {"lab": "policy", "benchmarks": "data/data_summary.json"}
 
 
-def options(config: ConfigDict) -> PairsConfig | BenchmarkDataConfig | LabConfig:
-    """The section prepare_data, or lab; benchmark files under the names they were given."""
+def validate(config: ConfigDict) -> PairsConfig | BenchmarkDataConfig | LabConfig:
+    """Validates the section prepare_data, or lab; benchmark files keep the names given to them."""
     section, source = config.prepare_data, config.prepare_data.source
     if source == "lab":
         return from_section(LabConfig, config.lab)
     if source == "demonstrations":
-        found = from_section(PairsConfig, section)
+        options = from_section(PairsConfig, section)
         required(config, "prepare_data.demos_jsonl", "policy_model")
-        return found
+        return options
     if source == "benchmarks":
         fields: dict[str, Any] = {
-            name: tuple((f, Path(f)) for f in given(section[name])) for name in FILES
+            name: tuple((f, Path(f)) for f in optional_paths(section[name])) for name in FILES
         }
         fields |= {name: section[name] for name in ("steering_dir", "held_out_fraction", "seed")}
         return BenchmarkDataConfig(**fields)
@@ -47,38 +62,39 @@ def options(config: ConfigDict) -> PairsConfig | BenchmarkDataConfig | LabConfig
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """What the later stages read: preference pairs, or the whole of the lab's world."""
-    asked = options(config)
-    if isinstance(asked, LabConfig):
-        prepare_lab(asked, workdir)
-    elif isinstance(asked, PairsConfig):
-        prepare_pairs(asked, config, workdir)
+    """Write preference pairs, the sets made from benchmarks, or the whole of the lab's world."""
+    options = validate(config)
+    if isinstance(options, LabConfig):
+        prepare_lab(options, workdir)
+    elif isinstance(options, PairsConfig):
+        prepare_pairs(options, config, workdir)
     else:
-        prepare_benchmarks(asked, workdir)
+        prepare_benchmarks(options, workdir)
 
 
 def from_section(kind: type[Options], section: ConfigDict) -> Options:
-    """A dataclass of options from the fields of its names."""
+    """Builds a dataclass of options from the section's fields of the same names."""
     return kind(**{field.name: section[field.name] for field in dataclasses.fields(kind)})
 
 
 def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> None:
-    """Demonstrations → preference pairs, rejected answers being made from good ones."""
-    demos = read_jsonl(options.demos_jsonl, DEMO)
-    options.check(demos)
-    LOG.info("pairs from %d demonstrations, for %s", len(demos), workdir / "data" / "pairs.jsonl")
-    policy, tokenizer = policy_model(config)
-    pairs = make_pairs(options, policy, tokenizer, demos)
-    write_jsonl(workdir / "data" / "pairs.jsonl", pairs)
-    LOG.info("%d pairs in %s", len(pairs), workdir / "data" / "pairs.jsonl")
+    """Makes preference pairs from demonstrations; rejected answers are spoilt good ones."""
+    demonstrations = read_jsonl(options.demos_jsonl, DEMONSTRATION)
+    options.check(demonstrations)
+    path = workdir / "data" / "pairs.jsonl"
+    LOG.info("pairs from %d demonstrations, for %s", len(demonstrations), path)
+    policy, tokenizer = load_policy_model(config)
+    pairs = make_pairs(options, policy, tokenizer, demonstrations)
+    write_jsonl(path, pairs)
+    LOG.info("%d pairs in %s", len(pairs), path)
 
 
 def prepare_lab(options: LabConfig, workdir: Path) -> None:
-    """A seed → the lab's data, its pretrained model and its policy, in the HF layout."""
+    """Makes the lab's data, its pretrained model and its policy, in the HF layout."""
     if (workdir / "policy").exists():
         raise InputError(f"{workdir / 'policy'} exists already: delete it to train again")
     LOG.info("a world and its models, for %s", workdir)
-    shutil.rmtree(workdir / "pretrained", ignore_errors=True)  # of a call that did not finish
+    shutil.rmtree(workdir / "pretrained", ignore_errors=True)  # left by a call that did not finish
     data = make_data(options)
     for field in dataclasses.fields(data):
         write_jsonl(workdir / "data" / f"{field.name}.jsonl", getattr(data, field.name))
@@ -89,12 +105,12 @@ def prepare_lab(options: LabConfig, workdir: Path) -> None:
 
 
 def prepare_benchmarks(options: BenchmarkDataConfig, workdir: Path) -> None:
-    """data/*.jsonl and, last, data/data_summary.json; files of an earlier call are replaced."""
-    found: dict[str, Any] = {
-        name: tuple((called, locate_file(called)) for called, _ in getattr(options, name))
-        for name in FILES
+    """Writes data/*.jsonl and, last, data/data_summary.json; replaces those of an earlier call."""
+    local: dict[str, Any] = {
+        field: tuple((name, locate_file(name)) for name, _ in getattr(options, field))
+        for field in FILES
     }
-    data = collect(dataclasses.replace(options, **found))
+    data = collect(dataclasses.replace(options, **local))
     folder = workdir / "data"
     (folder / "data_summary.json").unlink(missing_ok=True)
     for name in OUTPUTS:
@@ -104,8 +120,44 @@ def prepare_benchmarks(options: BenchmarkDataConfig, workdir: Path) -> None:
         else:
             path.unlink(missing_ok=True)
     write_json(folder / "data_summary.json", data.summary)
-    for found in data.summary["sources"].values():
-        for refusal in found["refusals"][:SHOWN_REFUSALS]:
+    for source in data.summary["sources"].values():
+        for refusal in source["refusals"][:SHOWN_REFUSALS]:
             LOG.warning("refused: %s: %s", refusal["place"], refusal["reason"])
     print(counts_table(data.summary))
     LOG.info("data in %s, counts in %s", folder, folder / "data_summary.json")
+
+
+def wanted(config: ConfigDict) -> bool:
+    """Returns whether the config names a source of data."""
+    return config.prepare_data.source in LAST_FILE or bool(config.prepare_data.demos_jsonl)
+
+
+def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Adds the options of the lab's world, if that is the source."""
+    if config.prepare_data.source != "lab":
+        return {"lab": {}}
+    options = config.lab.to_dict()
+    return {"lab": {name: options[name] for name in options if name not in STUDY_FIELDS}}
+
+
+STAGE = Stage(
+    name="prepare_data",
+    summary="Demonstrations, benchmark files or a seed → pairs and prompts that later stages read.",
+    validate=validate,
+    run=run,
+    options=("prepare_data", "policy_model", "dtype"),
+    inputs=(
+        Input("prepare_data.demos_jsonl"),
+        Input("prepare_data.steering_dir"),
+        Input("prepare_data.rewardbench2"),
+        Input("prepare_data.rm_bench"),
+        Input("prepare_data.safety_pairs"),
+        Input("prepare_data.complement_pairs"),
+        Input("policy_model", Kind.POLICY),
+    ),
+    output=lambda config: LAST_FILE.get(config.prepare_data.source, "data/pairs.jsonl"),
+    makes=("data/*", "policy", "pretrained"),
+    wanted=wanted,
+    costly=lambda config: config.prepare_data.source == "lab",
+    records=records,
+)

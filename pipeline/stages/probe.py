@@ -1,4 +1,4 @@
-"""Features proven causal, or not."""
+"""Test whether features are causal."""
 
 import dataclasses
 import logging
@@ -7,24 +7,28 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from conversion.load import read_sarm_config
-from pipeline.shared import required, reward_model, write_json
+from pipeline.inputs import Input, Kind
+from pipeline.models import load_reward_model
+from pipeline.options import required
+from pipeline.stage import Stage
 from sarm_jax.features.certificates import CertificateConfig
 from sarm_jax.features.feature_lists import parse_features
 from sarm_jax.features.probing import ProbeConfig, check_probe, probe, write_probes
+from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl
 
 LOG = logging.getLogger(__name__)
 
 
-def options(config: ConfigDict) -> ProbeConfig:
-    """The section probe."""
+def validate(config: ConfigDict) -> ProbeConfig:
+    """Validates the section probe."""
     section = config.probe
     features = parse_features("probe.feature", section.feature)
     certificate = CertificateConfig(section.controls, section.flips, section.level, section.seed)
     low, high, value = section.min_value, section.max_value, section.set_value
     if value is None and low is None and high is None:
         value = 0.0
-    probe_options = ProbeConfig(
+    options = ProbeConfig(
         features=tuple(dict.fromkeys(features)),
         set_value=value,
         mode=section.mode,
@@ -34,24 +38,42 @@ def options(config: ConfigDict) -> ProbeConfig:
         rank=section.rank,
     )
     required(config, "probe.data_jsonl", "sarm_model")
-    return probe_options
+    return options
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Sets or bounds features, one at a time, and says what the reward does."""
-    asked, path = options(config), config.probe.data_jsonl
-    data = read_jsonl(path, {"prompt": str})
+    """Set or bound one feature at a time and write what the reward does."""
+    options, path = validate(config), config.probe.data_jsonl
+    rows = read_jsonl(path, {"prompt": str})
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
-    check_probe(asked, latent_size, data, path)
+    check_probe(options, latent_size, rows, path)
     folder = workdir / "probes"
-    LOG.info("probing %d features on %d rows, for %s", len(asked.features), len(data), folder)
-    probes, certificates = probe(asked, reward_model(config), data)
+    LOG.info("probing %d features on %d rows, for %s", len(options.features), len(rows), folder)
+    probes, certificates = probe(options, load_reward_model(config), rows)
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)
-    content = {"options": dataclasses.asdict(asked), "features": certificates}
+    content = {"options": dataclasses.asdict(options), "features": certificates}
     write_json(folder / "certificates.json", content)
     # Last, because --stage=all takes it for the end of the stage.
-    write_json(folder / "probe_summary.json", {"features": [found.summary for found in probes]})
+    write_json(folder / "probe_summary.json", {"features": [result.summary for result in probes]})
     certified = sum(row["certified"] for row in certificates)
     LOG.info("%d of %d features certified", certified, len(certificates))
     LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")
+
+
+STAGE = Stage(
+    name="probe",
+    summary="Responses, with a feature set or bounded → what the reward does, and certificates.",
+    validate=validate,
+    run=run,
+    options=("probe", "sarm_model", "sarm_max_length", "dtype"),
+    inputs=(
+        Input("probe.feature", Kind.LIST),
+        Input("probe.data_jsonl"),
+        Input("sarm_model", Kind.SARM),
+    ),
+    output="probes/probe_summary.json",
+    makes=("probes/probe_*", "probes/certificates.json"),
+    after=("identify", "human_latents"),
+    wanted=lambda config: bool(config.probe.data_jsonl),
+)

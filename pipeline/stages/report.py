@@ -1,21 +1,54 @@
-"""One page for a run, or several side by side."""
+"""Write one page for a run, or for several side by side."""
 
 import logging
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from pipeline.inputs import Input, Kind
 from pipeline.report.page import ReportConfig, write_report
+from pipeline.stage import Stage
 
 LOG = logging.getLogger(__name__)
 
 
-def options(config: ConfigDict) -> ReportConfig:
-    """The section report."""
+def validate(config: ConfigDict) -> ReportConfig:
+    """Validates the section report."""
     return ReportConfig(**config.report)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Runs and their evaluations → report.html and figures; no model, no network."""
-    path = write_report(options(config), workdir)
+    """Write the report; no model is loaded and no network is used."""
+    path = write_report(validate(config), workdir)
     LOG.info("the report is in %s", path)
+
+
+def records(config: ConfigDict, workdir: Path) -> dict:
+    """Names the runs, and the evaluations of the working directory itself."""
+    runs = config.report.runs or str(workdir)
+    return {
+        "report": config.report.to_dict() | {"runs": runs},
+        "evaluations": str(workdir / "eval"),
+    }
+
+
+STAGE = Stage(
+    name="report",
+    summary="Runs and their evaluations → report.html and figures; no model, no network.",
+    validate=validate,
+    run=run,
+    options=("report",),
+    inputs=(
+        Input(
+            "report.runs",
+            Kind.RUNS,
+            ("*metrics.csv", "*.jsonl", "*summary.json", "config.json", "eval/*.json*"),
+        ),
+    ),
+    own_inputs=("eval/*",),
+    output="report.html",
+    makes=("report.html", "figures"),
+    after=("evaluate",),
+    wanted=lambda config: bool(config.prompts_jsonl),
+    records=records,
+)

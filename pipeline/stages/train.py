@@ -1,8 +1,9 @@
-"""PPO, and the adapter that it leaves."""
+"""Train the policy by PPO with the compound reward, and save its adapter."""
 
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -10,10 +11,14 @@ from ml_collections import ConfigDict
 
 from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
-from pipeline.provenance import ADAPTER, DEFAULTS, Provenance, change, provenance, train_settings
-from pipeline.shared import check_remat, mesh_config, policy_model, required, reward_model
+from pipeline.inputs import Input, Kind
+from pipeline.models import check_remat, load_policy_model, load_reward_model, mesh_config
+from pipeline.options import required
+from pipeline.provenance import Provenance, change, check_claim, claim_workdir, provenance
+from pipeline.reward_inputs import REWARD_LISTS
+from pipeline.stage import Stage
 from ppo.config import PPOConfig
-from ppo.human_latents import human_buffer
+from ppo.human_latents import HumanLatents, human_buffer
 from ppo.options import train_config
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.tracking.checkpoint import newest_facts
@@ -22,8 +27,9 @@ from ppo.tracking.metrics import check_log
 from ppo.tracking.profiling import ProfileConfig
 from ppo.train import TrainConfig, Trainer
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.workdir import claim, is_claimed, nobody_else_in
+from sarm_jax.io.workdir import lock_workdir
 from sarm_jax.lab.gates import require_gates
+from sarm_jax.models.llama import Llama
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
 from sarm_jax.parallel.sharding import make_mesh
@@ -31,98 +37,127 @@ from sarm_jax.parallel.sharding import make_mesh
 LOG = logging.getLogger(__name__)
 
 
-def options(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
-    """All that PPO reads, on a mesh that the devices can make."""
-    found, profile = train_config(config), ProfileConfig(**config.profile)
-    profile.check_steps(found.ppo.total_steps)
+@dataclasses.dataclass(frozen=True)
+class RunInputs:
+    """Everything that a run reads except weights, checked; `human` is None if beta is 0."""
+
+    options: TrainConfig
+    profile: ProfileConfig
+    tokenizer: Any
+    deck: PromptDeck
+    eval_deck: PromptDeck | None
+    human: HumanLatents | None
+
+
+def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
+    """Validates everything that PPO reads of the config, and that the devices make its mesh."""
+    options, profile = train_config(config), ProfileConfig(**config.profile)
+    profile.check_steps(options.ppo.total_steps)
     check_remat(config.remat)
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
     mesh = mesh_config(config)
-    make_mesh(mesh)  # are there enough devices?
-    rows = found.ppo.batch_size // found.ppo.pieces
+    make_mesh(mesh)  # raises if there are too few devices
+    rows = options.ppo.batch_size // options.ppo.pieces
     mesh.check_batch(rows, "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)")
-    return found, profile
+    return options, profile
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter."""
-    with nobody_else_in(workdir):
-        _train(config, workdir)
+    """Train by PPO; write metrics, samples, checkpoints and, last, the adapter."""
+    with lock_workdir(workdir):
+        inputs = read_inputs(config)
+        made_from = claim_run(config, workdir, inputs)
+        log_start(config, workdir, inputs)
+        policy, tokenizer = load_policy_model(config)
+        policy.remat = config.remat
+        trainer = Trainer(
+            config=inputs.options,
+            policy=policy,
+            tokenizer=tokenizer,
+            reward_model=load_reward_model(config),
+            deck=inputs.deck,
+            human=inputs.human,
+            workdir=workdir,
+            eval_deck=inputs.eval_deck,
+            profile=inputs.profile,
+            made_from=dataclasses.asdict(made_from),
+        )
+        processes.raise_on_all()
+        try:
+            summary = trainer.run()
+        except TrainingStoppedError:
+            save_run(config, workdir, trainer, policy, tokenizer)
+            LOG.info("adapter of the steps so far in %s", workdir / "adapter")
+            processes.shut_down()
+            raise
+        save_run(config, workdir, trainer, policy, tokenizer)
+        log_end(workdir, summary)
+        processes.shut_down()
 
 
-def _train(config: ConfigDict, workdir: Path) -> None:
-    asked, profile = options(config)
+def read_inputs(config: ConfigDict) -> RunInputs:
+    """Reads and checks all options and files of a run, before any weight is loaded."""
+    options, profile = validate(config)
     if config.lab.gates_json:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
     prompts = read_prompts(config.prompts_jsonl)
     mesh_config(config).check_model(read_policy_config(config.policy_model))
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
-    asked.reward.check_features(latent_size)
-    human = human_buffer(asked.reward, config.reward.human_latents, latent_size)
+    options.reward.check_features(latent_size)
+    human = human_buffer(options.reward, config.reward.human_latents, latent_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
-    ppo = asked.ppo
-    deck = PromptDeck(prompts, tokenizer, ppo, config.prompts_jsonl)
+    deck = PromptDeck(prompts, tokenizer, options.ppo, config.prompts_jsonl)
     eval_deck = None
     if path := config.eval_prompts_jsonl:
-        eval_deck = PromptDeck(read_prompts(path), tokenizer, ppo, path)
+        eval_deck = PromptDeck(read_prompts(path), tokenizer, options.ppo, path)
     check_context(config, deck, *([eval_deck] if eval_deck else []))
     check_models(config.policy_model, config.sarm_model)
-    made_from = provenance(train_settings(config), (), workdir / ADAPTER)
-    done = check_checkpoint(workdir / "checkpoints", made_from)
-    is_claimed(workdir, train_settings(config), DEFAULTS)
-    if processes.is_first():
-        check_log(workdir, asked.reward.penalize_features, done, ppo.checkpoint_every)
-    claim(workdir, train_settings(config), DEFAULTS)
-    processes.agree()
-    check_same_everywhere(made_from)
+    return RunInputs(options, profile, tokenizer, deck, eval_deck, human)
 
-    steps = ppo.total_steps
-    where = describe_devices(mesh_config(config).devices)
-    batch = describe_batch(ppo, mesh_config(config).batch_parts)
-    what = f"PPO, {steps} steps of {batch} to {len(deck.prompts)} prompts, on {where}"
-    LOG.info("%s; log and checkpoints in %s", what, workdir)
-    if ppo.warmup_steps >= steps:
+
+def claim_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenance:
+    """Claims the working directory for this run, or checks that the run there is this one.
+
+    Raises:
+        InputError: there is another run, checkpoint or log in the working directory, or another
+            process has other options or files.
+    """
+    made_from = provenance(STAGE, config, workdir)
+    finished = check_checkpoint(workdir / "checkpoints", made_from)
+    check_claim(STAGE, config, workdir)
+    if processes.is_primary():
+        options = inputs.options
+        features, every = options.reward.penalize_features, options.ppo.checkpoint_every
+        check_log(workdir, features, finished, every)
+    claim_workdir(STAGE, config, workdir)
+    processes.raise_on_all()
+    check_same_everywhere(made_from)
+    return made_from
+
+
+def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
+    """Logs what will be trained, and the options that have no effect."""
+    options, ppo = inputs.options, inputs.options.ppo
+    mesh = mesh_config(config)
+    batch = describe_batch(ppo, mesh.batch_parts)
+    LOG.info(
+        "PPO, %d steps of %s to %d prompts, on %s; log and checkpoints in %s",
+        ppo.total_steps, batch, len(inputs.deck.prompts), describe_devices(mesh.devices), workdir,
+    )  # fmt: skip
+    if ppo.warmup_steps >= ppo.total_steps:
         LOG.warning(
             "ppo.warmup_steps=%d: the learning rate never gets to ppo.learning_rate=%g in %d steps",
-            ppo.warmup_steps, ppo.learning_rate, steps,
+            ppo.warmup_steps, ppo.learning_rate, ppo.total_steps,
         )  # fmt: skip
-    if not asked.reward.beta and (config.reward.human_latents or asked.reward.latent_indices):
+    if not options.reward.beta and (config.reward.human_latents or options.reward.latent_indices):
         LOG.info("beta is 0: human_latents and latent_indices are not used")
-    if asked.lora.dropout:
-        LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", asked.lora.dropout)
-    policy, tokenizer = policy_model(config)
-    policy.remat = config.remat
-    model = reward_model(config)
-    trainer = Trainer(
-        asked,
-        policy,
-        tokenizer,
-        model,
-        deck,
-        human,
-        workdir,
-        eval_deck,
-        profile,
-        dataclasses.asdict(made_from),
-    )
-    processes.agree()
+    if options.lora.dropout:
+        dropout = options.lora.dropout
+        LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", dropout)
 
-    def save() -> None:
-        """The adapter that the run has come to."""
-        params = trainer.state["train"].params
-        nnx.update(policy, params["lora"])
-        value_head = jax.device_get(params["value_head"])
-        model, folder = config.policy_model, workdir / "adapter"
-        save_adapter(folder, policy, asked.lora, model, tokenizer, value_head, replace=True)
 
-    try:
-        summary = trainer.run()
-    except TrainingStoppedError:
-        save()
-        LOG.info("adapter of the steps so far in %s", workdir / "adapter")
-        processes.part()
-        raise
-    save()
+def log_end(workdir: Path, summary: dict) -> None:
+    """Logs the end of a run that was not stopped."""
     LOG.info(
         "%d steps: total reward %+.2f sd, reference KL %.2f nats, ended %.0f %%",
         summary["steps"],
@@ -131,39 +166,59 @@ def _train(config: ConfigDict, workdir: Path) -> None:
         100 * summary["last_steps"]["eos_fraction"],
     )
     LOG.info("adapter in %s, numbers in %s", workdir / "adapter", workdir / "summary.json")
-    processes.part()
 
 
-def describe_batch(ppo: PPOConfig, parts: int) -> str:
-    """Says how many responses a PPO step has, and how they are cut."""
-    rows = ppo.batch_size // (ppo.pieces * parts)
-    cuts = [
+def save_run(
+    config: ConfigDict, workdir: Path, trainer: Trainer, policy: Llama, tokenizer: Any
+) -> None:
+    """Saves the adapter and the value head of the run's present state."""
+    params = trainer.state.train.params
+    nnx.update(policy, params["lora"])
+    save_adapter(
+        workdir / "adapter",
+        policy,
+        trainer.config.lora,
+        config.policy_model,
+        tokenizer,
+        jax.device_get(params["value_head"]),
+        replace=True,
+    )
+
+
+def describe_batch(ppo: PPOConfig, devices: int) -> str:
+    """Describes how many responses a PPO step has and how they are split.
+
+    `devices` is the number of data-parallel devices.
+    """
+    rows = ppo.batch_size // (ppo.pieces * devices)
+    factors = [
         (ppo.gradient_accumulation_steps, "accumulated"),
         (ppo.num_minibatches, "optimizer steps an epoch"),
-        (parts, "data-parallel devices"),
+        (devices, "data-parallel devices"),
     ]
-    product = "".join(f" × {count} {what}" for count, what in cuts if count > 1)
+    product = "".join(f" × {count} {text}" for count, text in factors if count > 1)
     return f"{ppo.batch_size} responses ({rows} on a device{product})"
 
 
 def check_context(config: ConfigDict, *decks: PromptDeck) -> None:
-    """Raises InputError where a response can go beyond the positions that the policy knows."""
+    """Raises InputError if a response can exceed the positions that the policy has."""
     positions = read_policy_config(config.policy_model).max_position_embeddings
     prompt, new = max(deck.longest for deck in decks), config.ppo.max_new_tokens
     if prompt + new > positions:
         raise InputError(
-            f"ppo.max_new_tokens={new}: with the {prompt} tokens of the longest prompt more than "
-            f"the {positions} positions (max_position_embeddings) of {config.policy_model}"
+            f"ppo.max_new_tokens={new}: with the {prompt} tokens of the longest prompt this "
+            f"exceeds the {positions} positions (max_position_embeddings) of {config.policy_model}"
         )
 
 
 def check_checkpoint(directory: Path, made_from: Provenance) -> int:
-    """The finished steps of the newest checkpoint, 0 where there is none.
+    """Returns the number of finished steps of the newest checkpoint, 0 if there is none.
 
-    Raises InputError where a run would go on from a checkpoint of another one.
+    stages.json and config.json tell runs apart too, if they are there and belong to the checkpoint.
+    Checkpoints of versions that did not record what they were made from are accepted.
 
-    stages.json and config.json say so too, where they are there and belong to the checkpoint.
-    Checkpoints of versions that did not record what they were made from are taken.
+    Raises:
+        InputError: the checkpoint belongs to another run.
     """
     newest = newest_facts(directory)
     if newest is None:
@@ -179,7 +234,43 @@ def check_checkpoint(directory: Path, made_from: Provenance) -> int:
 
 
 def check_same_everywhere(made_from: Provenance) -> None:
-    """Raises InputError in every process where one has other options or files than process 0."""
-    first = processes.from_first(dataclasses.asdict(made_from))
+    """Raises InputError in every process if one has other options or files than process 0."""
+    first = processes.broadcast(dataclasses.asdict(made_from))
     changed = change(first, made_from)
-    processes.agree(f"not what process 0 has: {changed}" if changed else "")
+    processes.raise_on_all(f"not what process 0 has: {changed}" if changed else "")
+
+
+STAGE = Stage(
+    name="train",
+    summary="PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter.",
+    validate=validate,
+    run=run,
+    options=(
+        "policy_model",
+        "sarm_model",
+        "prompts_jsonl",
+        "eval_prompts_jsonl",
+        "dtype",
+        "remat",
+        "sarm_max_length",
+        "lora",
+        "ppo",
+        "reward",
+        "discriminator",
+    ),
+    inputs=(
+        Input("policy_model", Kind.POLICY),
+        Input("sarm_model", Kind.SARM),
+        Input("prompts_jsonl"),
+        Input("eval_prompts_jsonl"),
+        *REWARD_LISTS,
+        Input("reward.human_latents", read_if=lambda config: config.reward.beta != 0),
+    ),
+    output="adapter/adapter_config.json",
+    makes=("adapter", "experiments", "*.csv", "summary.json", "samples.jsonl", "checkpoints"),
+    after=("identify", "human_latents", "probe"),
+    wanted=lambda config: bool(config.prompts_jsonl),
+    costly=lambda config: True,
+    per_experiment=True,
+    made_from=("identify", "human_latents"),
+)

@@ -1,4 +1,4 @@
-"""The policy part of `evaluate`: the base and trained adapters on held-out prompts."""
+"""Compare the base policy and trained adapters on held-out prompts, for the stage evaluate."""
 
 import dataclasses
 import logging
@@ -7,11 +7,11 @@ from pathlib import Path
 from flax import nnx
 from ml_collections import ConfigDict
 
-from conversion.json_files import read_json
 from conversion.keys import abstract_policy, tensor_specs
 from conversion.load import load_hf_tokenizer, read_policy_config
 from conversion.peft import CONFIG, load_adapter, read_adapter
-from pipeline.shared import DEMO, mesh_config, policy_model, required, write_json
+from pipeline.models import load_policy_model, mesh_config
+from pipeline.options import DEMONSTRATION, required
 from ppo.comparison.policy_comparison import (
     BASE,
     HUMAN,
@@ -24,8 +24,10 @@ from ppo.comparison.responses import ResponseConfig, Responses, respond
 from ppo.prompts import encode_prompts, read_prompts
 from sarm_jax.evaluation.controls import Controls
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.io.workdir import named_workdirs
+from sarm_jax.models.llama import Llama
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.sampling.generate import Sampling
 
@@ -34,7 +36,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class PolicyInputs:
-    """What is compared: all of it read and checked before any model is loaded."""
+    """The data and adapters of a comparison, read and checked before any model is loaded."""
 
     prompts: list[str]
     rows: list[list[int]]
@@ -44,14 +46,18 @@ class PolicyInputs:
 
 
 def response_config(config: ConfigDict) -> ResponseConfig:
-    """How the section evaluate has responses sampled."""
+    """Returns the sampling options of the section evaluate."""
     section = config.evaluate
     sampling = Sampling(config.ppo.max_new_tokens, section.temperature)
     return ResponseConfig(sampling, section.samples, section.batch_size, section.seed)
 
 
 def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
-    """None where the config names nothing to compare."""
+    """Reads what is compared; returns None if the config names no policies to compare.
+
+    Raises:
+        InputError: an option, a file or an adapter is bad, or a run has no adapter.
+    """
     section = config.evaluate
     path = section.prompts_jsonl or config.eval_prompts_jsonl
     if section.runs and not path:
@@ -74,14 +80,17 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     encoded = encode_prompts(prompts, tokenizer, ppo.max_prompt_tokens, path, ppo.long_prompts)
     human = []
     if section.human_jsonl:
-        human = read_jsonl(section.human_jsonl, DEMO)
+        human = read_jsonl(section.human_jsonl, DEMONSTRATION)
     pairs = [(row["prompt"], row["response"]) for row in human]
     return PolicyInputs(encoded.texts, encoded.rows, pairs, adapters, options)
 
 
 def adapters_of(text: str, workdir: Path) -> dict[str, Path]:
-    """Adapter directories by run name; without `text` the working directory's own, if any."""
-    found: dict[str, Path] = {}
+    """Returns adapter directories by run name.
+
+    Without `text` that is the working directory's own adapter, or nothing if it has none.
+    """
+    adapters: dict[str, Path] = {}
     for name, run in named_workdirs(text, workdir, "evaluate.runs").items():
         places = [p for p in (run / "adapter", run) if (p / CONFIG).is_file()]
         if not places and not text:
@@ -90,8 +99,8 @@ def adapters_of(text: str, workdir: Path) -> dict[str, Path]:
             raise InputError(f"evaluate.runs={run}: no adapter there (expected adapter/{CONFIG})")
         if name in (BASE, HUMAN):
             raise InputError(f"evaluate.runs: {name!r} has a meaning of its own: use NAME={run}")
-        found[name] = places[0]
-    return found
+        adapters[name] = places[0]
+    return adapters
 
 
 def _check_adapters(config: ConfigDict, adapters: dict[str, Path]) -> None:
@@ -109,29 +118,42 @@ def _check_adapters(config: ConfigDict, adapters: dict[str, Path]) -> None:
 def evaluate_policies(
     config: ConfigDict, model: RewardModel, controls: Controls, inputs: PolicyInputs, folder: Path
 ) -> None:
-    """policy.json, responses.jsonl and latent_map.json."""
-    sides = responses_of(config, inputs)
-    found = compare(model, controls, inputs.prompts, sides, inputs.human)
+    """Samples and compares responses; writes policy.json, responses.jsonl and latent_map.json."""
+    responses = responses_of(config, inputs)
+    comparison = compare(
+        model, controls, prompts=inputs.prompts, responses=responses, human=inputs.human
+    )
     section = config.evaluate
-    content = summary(found, section.resamples, section.seed)
+    content = summary(comparison, section.resamples, section.seed)
     content["temperature"], content["seed"] = section.temperature, section.seed
-    write_jsonl(folder / "responses.jsonl", response_rows(found))
-    write_json(folder / "latent_map.json", latent_map(found))
+    write_jsonl(folder / "responses.jsonl", response_rows(comparison))
+    write_json(folder / "latent_map.json", latent_map(comparison))
     write_json(folder / "policy.json", content)
     for name, means in content["runs"].items():
         shown = ("score", "penalty", "kl", "length", "ended")
-        told = ", ".join(f"{key} {means[key]['mean']:.3g}" for key in shown)
-        LOG.info("policy %s: %s", name, told)
+        text = ", ".join(f"{key} {means[key]['mean']:.3g}" for key in shown)
+        LOG.info("policy %s: %s", name, text)
     LOG.info("policies in %s", folder / "policy.json")
 
 
 def responses_of(config: ConfigDict, inputs: PolicyInputs) -> dict[str, Responses]:
-    """Responses of the base and of every adapter, by name."""
-    base, tokenizer = policy_model(config)
-    options, rows, chunk = inputs.options, inputs.rows, config.ppo.logprob_chunk
-    sides = {BASE: respond(options, base, base, tokenizer, rows, chunk)}
+    """Samples responses of the base and of every adapter; returns them by name."""
+    base, tokenizer = load_policy_model(config)
+
+    def sample(policy: Llama, label: str) -> Responses:
+        return respond(
+            inputs.options,
+            base=base,
+            policy=policy,
+            tokenizer=tokenizer,
+            prompts=inputs.rows,
+            chunk=config.ppo.logprob_chunk,
+            label=label,
+        )
+
+    responses = {BASE: sample(base, BASE)}
     for name, path in inputs.adapters.items():
         policy = nnx.merge(*nnx.split(base))  # shares the base's arrays
         load_adapter(path, policy)
-        sides[name] = respond(options, base, policy, tokenizer, rows, chunk, name)
-    return sides
+        responses[name] = sample(policy, name)
+    return responses

@@ -1,20 +1,21 @@
-"""--stage=all: every stage whose inputs the config names, or the lab's study."""
+"""Run `--stage=all`: every stage whose inputs the config names, or the lab's study."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from pipeline import stage as stages
 from pipeline.cli import fill_in
 from pipeline.experiments import with_runs
 from pipeline.preflight import check
-from pipeline.runner import Outcome, recipes, run_stages
+from pipeline.runner import Outcome, run_stages
 from pipeline.study import run_study
 from sarm_jax.io.errors import InputError
 
 
 def run(template: ConfigDict, workdir: Path) -> None:
-    """The study, or one stage after the other; "{workdir}" is still to be filled in."""
+    """Runs the study, or all wanted stages; "{workdir}" is not filled in yet."""
     if template.prepare_data.source == "lab":
         run_study(template, workdir)
     else:
@@ -22,21 +23,20 @@ def run(template: ConfigDict, workdir: Path) -> None:
 
 
 def run_all(config: ConfigDict, workdir: Path) -> None:
-    """Runs every stage whose inputs the config names, then prints what was done as a table."""
+    """Runs every stage whose inputs the config names, then prints a table of what was done."""
     config = with_runs(config, workdir)
-    wanted = [name for name, recipe in recipes(config, workdir).items() if recipe.wanted]
+    wanted = [stage for stage in stages.load_all() if stage.wanted(config)]
     if not wanted:
         raise InputError("--stage=all: nothing to do; name prompts_jsonl, or another stage's input")
     check(config, workdir, wanted)
-    outcomes = run_stages(config, workdir, wanted)
-    print(summary(outcomes))
+    print(summary(run_stages(config, workdir, wanted)))
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """A line per stage: what was done, how long it took, where the result is."""
-    width = max(len(found.stage) for found in outcomes)
+    """Formats a line per stage: what was done, how long it took, where the result is."""
+    width = max(len(outcome.stage) for outcome in outcomes)
     lines = []
-    for found in outcomes:
-        took = "" if found.seconds is None else f"{found.seconds:.0f} s"
-        lines.append(f"{found.stage:{width}}  {took:>7}  {found.output}  {found.what}")
+    for outcome in outcomes:
+        seconds = "" if outcome.seconds is None else f"{outcome.seconds:.0f} s"
+        lines.append(f"{outcome.stage:{width}}  {seconds:>7}  {outcome.output}  {outcome.action}")
     return "\n".join(lines)

@@ -1,0 +1,134 @@
+"""Run one stage of an experiment.
+
+    python main.py --config=configs/full_method.py [--stage=train] [--workdir=outputs/full_method]
+                   [--config.ppo.total_steps=20 …] [--alpha_values=0.1,0.1 …] [--log_level=info]
+                   [--coordinator_address=host:port --num_processes=2 --process_id=0]
+
+Exit codes: 0 done; 2 bad input, a full disk or no memory (one `error: …` line on stderr); 3
+training was stopped by a guard, or because numbers became non-finite; 130 and 143 interrupted,
+after a checkpoint.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pipeline import cli
+from pipeline import stage as stages
+from ppo.tracking.guards import TrainingStoppedError
+from sarm_jax.io import secrets
+from sarm_jax.io.errors import InputError, out_of_memory
+from sarm_jax.io.files import disk_is_full
+from sarm_jax.io.progress import show_progress
+from sarm_jax.io.signals import exit_after_cleanup, on_signal
+from sarm_jax.io.workdir import open_workdir
+from sarm_jax.parallel import processes
+from sarm_jax.parallel.devices import exact_float32, set_memory_share
+from sarm_jax.version import VERSION
+
+MEMORY_ADVICE = (
+    "--stage=plan shows what fits: remat=full, a larger mesh.fsdp or mesh.tensor, "
+    "ppo.gradient_accumulation_steps, or a smaller ppo.batch_size or sarm_batch_size; memory "
+    "outside of JAX's own pool needs a smaller XLA_CLIENT_MEM_FRACTION"
+)
+
+
+def main(argv: list[str]) -> int:
+    """Parses the arguments, runs the stage, and turns errors into one line and the exit code."""
+    secrets.collect()
+    options = set(argv[1:])
+    if options & {"--help", "-h"}:
+        print(__doc__, cli.usage(), sep="\n")
+        return 0
+    if "--version" in options:
+        print(f"sarm-jax {VERSION}")
+        return 0
+    workdir: Path | None = None
+    try:
+        template, stage, workdir = cli.parse(argv)
+        _check(template, stage)
+        set_up(template, stage)
+        with _place_to_write(workdir) as place:
+            _run(template, stage, workdir, place)
+    except InputError as error:
+        show_error(str(error))
+        processes.raise_on_others(str(error))
+        return 2
+    except TrainingStoppedError as error:
+        show_error(str(error))
+        return 3
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        first_line = (str(error) or "out of memory").splitlines()[0]
+        show_error(f"{InputError(first_line)}; {MEMORY_ADVICE}")
+        return 2
+    except OSError as error:  # a full disk, or a path that cannot be written
+        advice = "; free space and run the same command again" if disk_is_full(error) else ""
+        message = f"{error.filename or workdir}: {error.strerror or error}"
+        show_error(f"{InputError(message)}{advice}")
+        return 2
+    return 0
+
+
+def run() -> None:
+    """Runs this process's command line and exits with its code."""
+    sys.argv = cli.with_installed_config(sys.argv)  # ml_collections reads overrides from there
+    with processes.exit_without_barrier():
+        sys.exit(main(sys.argv))
+
+
+def set_up(template: ConfigDict, stage: str) -> None:
+    """Sets up logging, devices and, if there are several processes, their connection."""
+    show_progress(level=cli.log_level())
+    set_memory_share()
+    if template.dtype == "float32":
+        exact_float32()
+    hosts = cli.hosts(stage)
+    if hosts and template.experiments:
+        raise InputError(f"--num_processes={hosts.count}: experiments run in one process")
+    if hosts:
+        show_progress(f"process {hosts.number}: ", cli.log_level(), not hosts.number)
+        processes.connect(hosts)
+
+
+def show_error(message: str) -> None:
+    """Prints the last line of a command that failed."""
+    print(f"error: {secrets.redact(message)}", file=sys.stderr)
+
+
+def _check(template: ConfigDict, stage: str) -> None:
+    # Imported here, since models take seconds to import and --help needs none.
+    from pipeline.models import check_scoring
+
+    if stage not in ("all", *stages.names()):
+        raise InputError(f"--stage={stage}: expected all or one of {', '.join(stages.names())}")
+    check_scoring(template)
+
+
+@contextlib.contextmanager
+def _place_to_write(workdir: Path) -> Iterator[Path]:
+    with (
+        on_signal(_interrupted),
+        processes.writable_workdir(workdir) as place,
+        open_workdir(place),
+    ):
+        yield place
+
+
+def _run(template: ConfigDict, stage: str, workdir: Path, place: Path) -> None:
+    from pipeline import all_stages, runner
+
+    if stage == "all":
+        all_stages.run(template, workdir)
+    else:
+        runner.run_stage(stage, cli.fill_in(template, workdir), place, cli.shorthands())
+
+
+def _interrupted(number: int) -> None:
+    """Exits at a signal; PPO handles signals itself and saves a checkpoint first."""
+    print("interrupted; the same command goes on", file=sys.stderr)
+    exit_after_cleanup(128 + number)

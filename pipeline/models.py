@@ -1,0 +1,57 @@
+"""The policy and the SARM of a config, on their mesh."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from conversion import load_policy, load_sarm
+from conversion.load import check_dtype, read_policy_config, read_sarm_config
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import REMAT, Llama
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
+
+
+def load_policy_model(config: ConfigDict) -> tuple[Llama, Any]:
+    """Loads the policy of the config onto its mesh, and its tokenizer."""
+    mesh_config(config).check_model(read_policy_config(config.policy_model))
+    placed = placement(config)
+    model, tokenizer = load_policy(config.policy_model, config.dtype, placed.load)
+    model.placement = placed
+    return model, tokenizer
+
+
+def load_reward_model(config: ConfigDict) -> RewardModel:
+    """Loads the SARM of the config onto its mesh, with the config's scoring options."""
+    mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
+    placed = placement(config)
+    model = load_sarm(config.sarm_model, config.dtype, placed.load)
+    positions = model.model.config.trunk.max_position_embeddings
+    model.max_length = min(config.sarm_max_length, positions)
+    model.batch_size = config.sarm_batch_size
+    model.model.trunk.placement = placed
+    return model
+
+
+def check_scoring(config: ConfigDict) -> None:
+    """Raises InputError for a dtype or for scoring options that no stage can use."""
+    check_dtype(config.dtype)
+    for name, least in (("sarm_max_length", 2), ("sarm_batch_size", 1)):
+        if config[name] < least:
+            raise InputError(f"{name}={config[name]}: must be at least {least}")
+
+
+def check_remat(name: str) -> None:
+    """Raises InputError for a rematerialisation policy that `Llama` does not have."""
+    if name not in REMAT:
+        raise InputError(f"remat={name!r}: expected one of {', '.join(REMAT)}")
+
+
+def mesh_config(config: ConfigDict) -> MeshConfig:
+    """Returns the validated section mesh."""
+    return MeshConfig(**config.mesh)
+
+
+def placement(config: ConfigDict) -> Placement:
+    """Returns the places of weights and batches on the mesh of the config."""
+    return Placement(make_mesh(mesh_config(config)))

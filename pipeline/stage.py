@@ -1,0 +1,112 @@
+"""A stage: one step from files to files, declared in one object.
+
+A module in `pipeline/stages` ends in `STAGE = Stage(...)`. The runner, the preflight,
+`stages.json`, the lab's study and the table of stages in the documentation all read that object, so
+adding a stage is adding one file. A module is imported when its stage is needed.
+"""
+
+import dataclasses
+import fnmatch
+import graphlib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pipeline.inputs import Input
+from pipeline.options import field_value, plain
+
+PACKAGE = "pipeline.stages"
+
+
+def never(config: ConfigDict) -> bool:
+    """Returns False: `--stage=all` never runs the stage."""
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline.
+
+    Attributes:
+        name: value of `--stage`, and name of the module.
+        summary: one line, "what it reads → what it writes", for the log and the documentation.
+        validate: reads the stage's options from the config alone and returns them; raises
+            InputError for the first that is out of range.
+        run: does the work, given the config and the working directory.
+        options: the config fields, or whole sections, that the result depends on.
+        inputs: the fields that name files.
+        own_inputs: patterns of further files in the working directory that are read.
+        output: path, in the working directory, of what the stage writes last; a function of the
+            config if it depends on an option; None if the stage leaves nothing to other stages.
+        makes: patterns of all paths in the working directory that other stages may read.
+        after: names of the stages that run before it in `--stage=all`.
+        wanted: whether the config asks for the stage.
+        costly: whether the result took so long that it is never overwritten.
+        per_experiment: whether it runs once for each of `config.experiments`, and each run claims
+            its working directory with a config.json.
+        records: more facts that the result depends on, by name, for `stages.json`.
+        made_from: names of stages whose results must be those of the present SARM; the log warns
+            if they are out of date.
+    """
+
+    name: str
+    summary: str
+    validate: Callable[[ConfigDict], Any]
+    run: Callable[[ConfigDict, Path], None]
+    options: tuple[str, ...]
+    inputs: tuple[Input, ...] = ()
+    own_inputs: tuple[str, ...] = ()
+    output: str | Callable[[ConfigDict], str] | None = None
+    makes: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    wanted: Callable[[ConfigDict], bool] = never
+    costly: Callable[[ConfigDict], bool] = never
+    per_experiment: bool = False
+    records: Callable[[ConfigDict, Path], dict[str, Any]] | None = None
+    made_from: tuple[str, ...] = ()
+
+    def output_path(self, config: ConfigDict, workdir: Path) -> Path:
+        """Returns the path of what the stage writes last."""
+        if self.output is None:
+            raise ValueError(f"stage {self.name} leaves nothing to other stages")
+        return workdir / (self.output if isinstance(self.output, str) else self.output(config))
+
+    def recorded_options(self, config: ConfigDict, workdir: Path) -> dict[str, Any]:
+        """Returns the options that the result depends on, by field, as JSON-ready values."""
+        values = {field: plain(field_value(config, field)) for field in self.options}
+        return values | (self.records(config, workdir) if self.records else {})
+
+    def reads_option(self, field: str) -> bool:
+        """Returns whether the result depends on a field such as "ppo.batch_size"."""
+        return any(f"{field}.".startswith(f"{option}.") for option in self.options)
+
+    def makes_path(self, path: Path, workdir: Path) -> bool:
+        """Returns whether the path is one that the stage writes in the working directory."""
+        path, workdir = path.absolute(), workdir.absolute()
+        if not path.is_relative_to(workdir):
+            return False
+        within = path.relative_to(workdir)
+        candidates = [str(candidate) for candidate in (within, *within.parents)]
+        return any(fnmatch.filter(candidates, pattern) for pattern in self.makes)
+
+
+def names() -> list[str]:
+    """Returns the names of all stages, without importing them."""
+    path = importlib.import_module(PACKAGE).__path__
+    return sorted(module.name for module in pkgutil.iter_modules(path) if module.name[0] != "_")
+
+
+def load(name: str) -> Stage:
+    """Imports a stage by name."""
+    return importlib.import_module(f"{PACKAGE}.{name}").STAGE
+
+
+def load_all() -> list[Stage]:
+    """Imports all stages and returns them in the order in which `--stage=all` runs them."""
+    stages = {name: load(name) for name in names()}
+    order = graphlib.TopologicalSorter({name: stage.after for name, stage in stages.items()})
+    return [stages[name] for name in order.static_order()]
