@@ -1,8 +1,8 @@
-"""Hugging Face ⇄ Flax: loading models, converting directories, exporting adapters."""
+"""Hugging Face ⇄ Flax: load models, convert directories, export adapters."""
 
 import os
 
-# before transformers is imported: it would advise to install PyTorch, which nothing here needs
+# Set before transformers is imported, which would advise to install PyTorch. Nothing here needs it.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from conversion.load import load_policy, load_sarm

@@ -1,8 +1,8 @@
-"""Files of a model directory stay in it: no link leads anywhere else.
+"""Refuses links that lead out of a model directory.
 
-Who downloads a directory does not look at its links, and what they point to would be read, and
-copied into what is written and shared. The hub's own cache is the exception: a snapshot's files are
-links to the blobs of the same repository.
+A user who downloads a directory does not look at its links. The files that they point to would be
+read, and copied into a directory that may be shared. The hub's own cache is the exception: the
+files of a snapshot are links to the blobs of the same repository.
 """
 
 from pathlib import Path
@@ -11,22 +11,22 @@ from sarm_jax.io.errors import InputError
 
 
 def contained(directory: Path, name: str) -> Path:
-    """The path of a file of `directory`.
+    """Returns the path of the file `name` in `directory`.
 
     Raises:
-      InputError: the name, or a link that it is, leads out of the directory.
+        InputError: the name, or the link of this name, leads out of the directory.
     """
     path, root = directory / name, directory.resolve()
-    places = [root]
+    allowed = [root]
     if root.parent.name == "snapshots":
-        places.append(root.parent.parent / "blobs")
+        allowed.append(root.parent.parent / "blobs")
     try:
-        real = path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a byte 0
+        target = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, or a zero byte
         raise InputError(f"{path}: cannot be followed ({error})") from error
-    if not any(real.is_relative_to(place) for place in places):
+    if not any(target.is_relative_to(folder) for folder in allowed):
         raise InputError(
-            f"{path}: leads out of its directory, to {real}; copy the file into the directory if "
+            f"{path}: leads out of its directory, to {target}; copy the file into the directory if "
             "you trust it"
         )
     return path

@@ -1,6 +1,7 @@
 """Output directories that appear complete or not at all, and the tokenizer files in them."""
 
 import contextlib
+import json
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -8,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conversion.json_files import read_json, write_json
 from conversion.scratch import OLD, check_space, clear_leftovers
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import locked, to_disk
+from sarm_jax.io.files import locked, sync_to_disk
+from sarm_jax.io.json_files import read_json
 from sarm_jax.io.signals import cleaning_up
 
 TOKENIZER_FILES = (
@@ -30,14 +31,19 @@ TOKENIZER_FILES = (
 
 @contextlib.contextmanager
 def atomic_directory(dst: str | Path, replace: bool = False, needed: int = 0) -> Iterator[Path]:
-    """Yields an empty sibling of `dst` that becomes `dst` on success and is removed on failure.
+    """Yields an empty directory beside `dst` that becomes `dst` on success.
 
-    After a kill, `dst` is what it was before or complete; the next call removes the rest.
+    On failure it is removed. If the process is killed, `dst` is as before or complete, and the next
+    call removes what is left over.
+
+    Args:
+        dst: the directory to write.
+        replace: exchange an existing directory for the new one.
+        needed: bytes that must be free on the disk.
 
     Raises:
-      InputError: `dst` exists, is not an empty directory, and `replace` is false (with it, an
-        existing directory is exchanged for the new one); its parent cannot be written to; or
-        fewer than `needed` bytes are free.
+        InputError: `dst` is a file, or a directory that is not empty while `replace` is false; its
+            parent cannot be written; or fewer than `needed` bytes are free.
     """
     dst = Path(dst)
     clear_leftovers(dst)
@@ -51,32 +57,40 @@ def atomic_directory(dst: str | Path, replace: bool = False, needed: int = 0) ->
         temporary.mkdir()
     except OSError as error:
         raise InputError(f"{dst}: cannot be written ({error.strerror})") from error
-    # Once it has become `dst` there is nothing to remove.
+    # After the rename to `dst` the cleanup finds nothing to remove.
     with locked(temporary), cleaning_up(partial(shutil.rmtree, temporary, ignore_errors=True)):
         yield temporary
-        mode = temporary.stat().st_mode & 0o666  # the umask's; safetensors writes private files
+        mode = temporary.stat().st_mode & 0o666  # of the umask; safetensors writes private files
         for file in temporary.iterdir():
             file.chmod(mode)
-            to_disk(file)
-        to_disk(temporary)
+            sync_to_disk(file)
+        sync_to_disk(temporary)
         _exchange(temporary, dst)
-        to_disk(dst.parent)
+        sync_to_disk(dst.parent)
 
 
 def tokenizer_bytes(src: Path) -> int:
-    """How much `copy_tokenizer_files` copies."""
+    """Returns the number of bytes that `copy_tokenizer_files` copies."""
     return sum((src / name).stat().st_size for name in TOKENIZER_FILES if (src / name).is_file())
 
 
 def copy_tokenizer_files(src: Path, dst: Path) -> None:
-    """Copies those of `TOKENIZER_FILES` that exist; generation_config.json counts as one."""
+    """Copies the `TOKENIZER_FILES` that exist, which include generation_config.json."""
     for name in TOKENIZER_FILES:
         if (src / name).is_file():
             shutil.copyfile(src / name, dst / name)
 
 
+def write_hf_json(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a JSON file as the Hugging Face libraries do: UTF-8 text that ends in a newline.
+
+    The file belongs in a directory that is not complete yet, see `atomic_directory`.
+    """
+    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Writes a tokenizer's files, for transformers 4 and 5."""
+    """Writes a tokenizer's files for transformers 4 and 5."""
     tokenizer.save_pretrained(directory)
     make_portable(directory)
 
@@ -84,8 +98,9 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 def make_portable(directory: Path) -> None:
     """Rewrites a directory's tokenizer files so that transformers 4 and 5 build our tokenizer.
 
-    That is tokenizer.json as it is, with the template of chat_template.jinja, which transformers
-    4.46 does not read. The class and the fields that only transformers 5 knows are renamed.
+    Our tokenizer is tokenizer.json as it is. The template of chat_template.jinja, which
+    transformers 4.46 does not read, is copied into tokenizer_config.json. The class and the fields
+    that only transformers 5 knows are renamed.
     """
     path, template = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     if not (directory / "tokenizer.json").is_file():
@@ -101,29 +116,30 @@ def make_portable(directory: Path) -> None:
     if template.is_file():
         fields["chat_template"] = template.read_text(encoding="utf-8")
     fields.setdefault("clean_up_tokenization_spaces", False)
-    write_json(path, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_hf_json(path, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_merges_as_texts(path: Path) -> None:
-    """Writes the merges of a tokenizer.json as "a b": tokenizers before 0.20 reads no pairs."""
+    """Writes the merges of tokenizer.json as "a b", since tokenizers before 0.20 reads no pairs."""
     fields = read_json(path)
     model = fields.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
         return
     for pair in model["merges"]:
         if not (isinstance(pair, list) and len(pair) == 2):
-            return  # a text already
-        if any(not isinstance(part, str) or " " in part for part in pair):
-            return  # a text would not say where the first part ends
+            return  # it is a text already
+        if any(not isinstance(token, str) or " " in token for token in pair):
+            return  # in a text, the end of the first token would be ambiguous
         if pair[0].startswith("#version"):
-            return  # a text that starts like this is skipped
+            return  # a reader skips a text that starts like this
     model["merges"] = [" ".join(pair) for pair in model["merges"]]
-    write_json(path, fields)
+    write_hf_json(path, fields)
 
 
 def _exchange(new: Path, dst: Path) -> None:
+    """Renames `new` to `dst`, and removes the directory that was there."""
     if not (dst.exists() and any(dst.iterdir())):
-        new.rename(dst)  # POSIX: an empty directory is replaced
+        new.rename(dst)  # POSIX replaces an empty directory
         return
     old = new.with_name(new.name + OLD)
     with locked(dst):

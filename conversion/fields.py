@@ -1,11 +1,11 @@
-"""Reads one field of a JSON object; what is wrong with it is added to a list of problems."""
+"""Reads fields of a JSON object and adds what is wrong with them to a list of problems."""
 
 from typing import Any
 
 import numpy as np
 
-# Far beyond any model there is. Without a limit the list of tensors alone could fill the memory.
-_LARGEST = {
+# These limits exceed every known model. Without them, a list of tensors could fill the memory.
+_MAX_SIZES = {
     "num_hidden_layers": 4096,
     "sae_source_layer": 4096,
     "num_attention_heads": 1 << 16,
@@ -19,9 +19,9 @@ _LARGEST = {
 
 
 def positive(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> int:
-    """Reads a positive integer; returns 1 if it is none."""
+    """Reads a positive integer; returns 1 after adding a problem."""
     value = fields.get(name)
-    most = _LARGEST.get(name, (1 << 31) - 1)
+    most = _MAX_SIZES.get(name, (1 << 31) - 1)
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= most:
         return value
     limit = f", at most {most}" if isinstance(value, int) and value > most else ""
@@ -30,7 +30,7 @@ def positive(fields: dict[str, Any], name: str, problems: list[str], prefix: str
 
 
 def number(fields: dict[str, Any], name: str, problems: list[str], prefix: str = "") -> float:
-    """Reads a positive number that float32 can hold; returns 1.0 if it is none."""
+    """Reads a positive number that float32 can hold; returns 1.0 after adding a problem."""
     value = fields.get(name)
     largest = float(np.finfo(np.float32).max)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= largest:

@@ -2,8 +2,9 @@
 
     python -m conversion.from_gguf --src=FILE.gguf --dst=DIR
 
-Weights are dequantised to float32. llama.cpp stores the rows of W_q and W_k so that the two halves
-of a rotated pair are neighbours; they are put back. Source: llama.cpp, convert_hf_to_gguf.py.
+Weights are dequantised to float32. llama.cpp stores the rows of W_q and W_k in another order, in
+which the two rows of a rotated pair are neighbours; here they are put back in the order of Hugging
+Face. Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
 import math
@@ -17,10 +18,9 @@ from tqdm import tqdm
 
 from conversion import cli
 from conversion.checkpoint import OVERHEAD
-from conversion.directory import atomic_directory, save_tokenizer
+from conversion.directory import atomic_directory, save_tokenizer, write_hf_json
 from conversion.gguf_tokenizer import tokenizer_from_metadata
 from conversion.hf_config import hf_llama_dict, llama_config
-from conversion.json_files import write_json
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.problems import report
 from conversion.safetensors_io import TensorWriter
@@ -61,7 +61,7 @@ _KNOWN = {
     "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
     "tokenizer.chat_template",
 }  # fmt: skip
-_KINDS = {  # of what else is a whole number
+_KINDS = {  # the types of fields that are not whole numbers
     "llama.attention.layer_norm_rms_epsilon": float,
     "llama.rope.freq_base": float,
     "tokenizer.ggml.tokens": list,
@@ -76,7 +76,8 @@ def convert(src: str | Path, dst: str | Path) -> str:
     """Writes the HF directory and returns a summary line.
 
     Raises:
-      InputError: not a GGUF file, not a Llama, unknown metadata, or tensors that do not fit.
+        InputError: `src` is not a GGUF file or not a Llama, or its metadata or tensors are not
+            supported.
     """
     start = time.perf_counter()
     reader = _open(Path(src))
@@ -96,8 +97,10 @@ def convert(src: str | Path, dst: str | Path) -> str:
         for spec in tqdm(specs, desc=f"writing {dst}", unit="tensor"):
             writer.add(spec.hf_name, _weights(tensors[_gguf_name(spec)], spec, config))
         writer.close()
-        write_json(directory / "config.json", hf_llama_dict(config, torch_dtype="float32", **ids))
-        write_json(directory / "generation_config.json", ids)
+        write_hf_json(
+            directory / "config.json", hf_llama_dict(config, torch_dtype="float32", **ids)
+        )
+        write_hf_json(directory / "generation_config.json", ids)
         save_tokenizer(tokenizer, directory)
     seconds = time.perf_counter() - start
     return f"{dst}: {len(specs)} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
@@ -107,7 +110,7 @@ def _open(src: Path) -> Any:
     if not src.is_file():
         raise InputError(f"{src}: no such file")
     try:
-        import gguf  # only this command needs it
+        import gguf  # an extra package that only this command needs
     except ImportError:
         raise InputError(f"{src}: reading it needs one more package: pip install gguf") from None
     try:
@@ -162,35 +165,39 @@ def _config(metadata: dict[str, Any], tied: bool) -> LlamaConfig:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.999999747378752e-06 is 1e-05."""
+    """Rounds to the shortest decimal of the same float32: 9.999999747378752e-06 becomes 1e-05."""
     return float(str(np.float32(value)))
 
 
 def _gguf_name(spec: TensorSpec) -> str:
+    """Returns the tensor's name in a GGUF file."""
     return TABLE[".".join(spec.path)].format(spec.layer)
 
 
 def _check_tensors(specs: list[TensorSpec], tensors: dict[str, Any]) -> None:
-    left = set(tensors)
+    """Raises InputError if a tensor is missing, unexpected or of another shape."""
+    unmatched = set(tensors)
     problems = []
     for spec in specs:
         name = _gguf_name(spec)
         if name not in tensors:
             problems.append(f"{name}: missing")
             continue
-        left.discard(name)
-        shape = tuple(int(n) for n in reversed(tensors[name].shape))  # stored fastest axis first
+        unmatched.discard(name)
+        shape = tuple(
+            int(n) for n in reversed(tensors[name].shape)
+        )  # GGUF lists the fastest axis first
         if shape != spec.hf_shape:
             problems.append(f"{name}: shape {list(shape)}, expected {list(spec.hf_shape)}")
-    if "rope_freqs.weight" in left:
-        left.discard("rope_freqs.weight")
+    if "rope_freqs.weight" in unmatched:
+        unmatched.discard("rope_freqs.weight")
         problems.append("rope_freqs.weight: scaled RoPE is not supported, convert the HF model")
-    problems += [f"{name}: unexpected tensor" for name in sorted(left)]
+    problems += [f"{name}: unexpected tensor" for name in sorted(unmatched)]
     report("tensors", problems)
 
 
 def _weights(tensor: Any, spec: TensorSpec, config: LlamaConfig) -> np.ndarray:
-    """The tensor in the HF orientation, float32."""
+    """Dequantises a tensor to float32, in the HF orientation."""
     from gguf.quants import dequantize
 
     try:
@@ -206,6 +213,7 @@ def _weights(tensor: Any, spec: TensorSpec, config: LlamaConfig) -> np.ndarray:
 
 
 def main(values: Any) -> str:
+    """Runs the command with parsed flags."""
     return convert(values.src, values.dst)
 
 

@@ -1,9 +1,9 @@
-"""Converts a Hugging Face directory (or repository) to ours, one tensor at a time.
+"""Converts a Hugging Face directory (or repository) to our layout, one tensor at a time.
 
     python -m conversion.from_hf --kind=policy|sarm --src=SRC --dst=DIR [--dtype=bfloat16|float32]
 
 The result holds the weights in our orientation, `sarm_jax.json`, and the tokenizer. Without
-`--dtype` every tensor keeps its own. Nothing is written unless everything checks out.
+`--dtype` every tensor keeps its own dtype. Everything is checked before anything is written.
 """
 
 import time
@@ -23,16 +23,27 @@ from conversion.safetensors_io import TensorWriter
 from sarm_jax.models.llama import LlamaConfig
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum("kind", None, ["policy", "sarm"], "What SRC is.", FLAGS, required=True)
+flags.DEFINE_enum("kind", None, ["policy", "sarm"], "Kind of model.", FLAGS, required=True)
 flags.DEFINE_string("src", None, "HF directory or repository id.", FLAGS, required=True)
 flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
-flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Default: that of each tensor.", FLAGS)
+flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32"], "Default: the dtype of each tensor.", FLAGS
+)
 
 
 def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = None) -> str:
     """Writes the converted directory and returns a summary line.
 
-    The host holds two shards and a tensor at a time.
+    The host holds two shards and one tensor at a time.
+
+    Args:
+        src: an HF directory or a repository id.
+        dst: the new directory.
+        kind: "policy" or "sarm".
+        dtype: the dtype of the weights; by default every tensor keeps its own.
+
+    Raises:
+        InputError: the model cannot be read, or `dst` cannot be written.
     """
     start = time.perf_counter()
     checkpoint = open_checkpoint(src, kind)
@@ -50,9 +61,9 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
             array = array if dtype is None else array.astype(jnp.dtype(dtype))
             dtypes.add(array.dtype.name)
             writer.add(spec.name, array)
-            del array  # before the next one is converted
+            del array  # frees it before the next tensor is converted
         tensors = writer.close()
-        write_description(directory, checkpoint, config, ",".join(sorted(dtypes)))
+        write_description(directory, checkpoint, config, dtype=",".join(sorted(dtypes)))
         copy_tokenizer_files(checkpoint.directory, directory)
         copy_model_code(checkpoint.hf_config.get("auto_map"), checkpoint.directory, directory)
     seconds = time.perf_counter() - start
@@ -60,7 +71,8 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
 
 
 def main(values: Any) -> str:
-    return convert(values.src, values.dst, values.kind, values.dtype)
+    """Runs the command with parsed flags."""
+    return convert(values.src, values.dst, kind=values.kind, dtype=values.dtype)
 
 
 if __name__ == "__main__":

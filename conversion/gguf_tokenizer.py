@@ -1,8 +1,8 @@
-"""The byte-level BPE tokenizer that a GGUF file describes in its metadata.
+"""Builds the byte-level BPE tokenizer that the metadata of a GGUF file describes.
 
-llama.cpp names the rule that splits text before merging (`tokenizer.ggml.pre`); the rules of the
-Llama-architecture models are here, others are refused. transformers has a converter of its own,
-which needs PyTorch and leaves out SmolLM's splitting of digits. Source: llama.cpp, llama-vocab.cpp.
+llama.cpp names the rule that splits text before merging (`tokenizer.ggml.pre`). The rules of the
+Llama-architecture models are implemented here; others are refused. The converter of transformers
+needs PyTorch and does not split digits as SmolLM does. Source: llama.cpp, llama-vocab.cpp.
 """
 
 from typing import Any
@@ -24,13 +24,17 @@ _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 
 
 def tokenizer_from_metadata(metadata: dict[str, Any], max_length: int) -> PreTrainedTokenizerFast:
-    """The tokenizer, with its chat template if there is one.
+    """Builds the tokenizer, with its chat template if there is one.
 
-    The pad token is never the end-of-sequence token: where the file says so, `<|endoftext|>`, the
-    unknown token or the first other control token takes its place.
+    The pad token is never the end-of-sequence token. If the file names the same token for both,
+    `<|endoftext|>`, the unknown token or the first other control token is used for padding.
+
+    Args:
+        metadata: the fields of the GGUF file.
+        max_length: the number of positions of the model.
 
     Raises:
-      InputError: another kind of tokenizer, or metadata that contradict each other.
+        InputError: the tokenizer is of another kind, or fields contradict each other.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
     if kind != "gpt2":
@@ -61,10 +65,11 @@ def tokenizer_from_metadata(metadata: dict[str, Any], max_length: int) -> PreTra
 
 
 def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
+    """Builds the BPE model with the splitting rule `pre`."""
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
-        # as in Llama-3's own tokenizer, a word that is a token is taken whole
+        # As in Llama-3's own tokenizer, a word that is a token is not split.
         core = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in _LLAMA3))
     except Exception as error:  # the Rust constructor raises bare Exceptions
         raise InputError(f"tokenizer.ggml.merges: {error}") from error
@@ -85,8 +90,8 @@ def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
             ]
         )
     else:
-        known = ", ".join((*_GPT2, *_DIGIT_WISE, *_LLAMA3))
-        raise InputError(f"tokenizer.ggml.pre={pre!r}: only {known} are supported")
+        supported = ", ".join((*_GPT2, *_DIGIT_WISE, *_LLAMA3))
+        raise InputError(f"tokenizer.ggml.pre={pre!r}: only {supported} are supported")
     core.decoder = decoders.ByteLevel()
     return core
 
@@ -94,6 +99,7 @@ def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
 def _named_tokens(
     metadata: dict[str, Any], tokens: list[str], control: list[str]
 ) -> dict[str, str | None]:
+    """Returns the special tokens by their names in transformers; None if there is none."""
     named: dict[str, str | None] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -111,6 +117,7 @@ def _named_tokens(
 
 
 def _prepend(bos: str | None, core: Tokenizer) -> processors.TemplateProcessing:
+    """Builds the post-processor that puts `bos` before every text."""
     if bos is None:
         raise InputError("tokenizer.ggml.add_bos_token is true, but bos_token_id is missing")
     return processors.TemplateProcessing(

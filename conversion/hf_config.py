@@ -1,8 +1,8 @@
-"""A Hugging Face `config.json` ⇄ our config dataclasses.
+"""Converts a Hugging Face `config.json` to our config dataclasses and back.
 
-Both dialects are read and written (see `rope_fields`). Fields are on an allow-list: what we neither
-use nor know to be harmless is refused by name, because ignoring it would silently compute something
-else. The defaults of absent fields are those of transformers' LlamaConfig.
+Both dialects are read and written (see `rope_fields`). Fields are on an allow-list: a field that we
+neither use nor know to be harmless is refused by name, because a model that ignored it could
+silently compute something else. Absent fields have the defaults of transformers' LlamaConfig.
 """
 
 import re
@@ -33,7 +33,7 @@ _ONLY = {  # fields that have one acceptable value
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
-_HARMLESS = {  # names, bookkeeping, token ids (the tokenizer's count), initialisation, dropout
+_HARMLESS = {  # names, bookkeeping, token ids (ours are the tokenizer's), initialisation, dropout
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "dtype",
     "torch_dtype", "use_cache", "initializer_range", "attention_dropout", "bos_token_id",
     "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
@@ -41,7 +41,7 @@ _HARMLESS = {  # names, bookkeeping, token ids (the tokenizer's count), initiali
     "output_attentions", "chunk_size_feed_forward", "tokenizer_class", "_attn_implementation",
     "attn_implementation", "_attn_implementation_autoset", "transformers.js_config",
     "is_llama_config", "unsloth_fixed", "unsloth_version", "finetuning_task", "prefix",
-    # defaults of generation that older versions wrote here
+    # generation defaults, which older versions of transformers wrote here
     "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
     "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
@@ -55,37 +55,50 @@ _SARM_PARAM = {
 
 
 def is_sarm(hf: dict[str, Any]) -> bool:
-    """Whether this config describes a SARM rather than a language model."""
+    """Returns True if this config describes a SARM rather than a language model."""
     names = hf.get("architectures")
     names = names if isinstance(names, list) else [names]
     return "sarm_param" in hf or "sarm_use_topk" in hf or any("SARM" in str(n) for n in names)
 
 
 def llama_config(hf: dict[str, Any]) -> LlamaConfig:
-    """A language model's architecture; `InputError` lists everything that is not supported."""
+    """Reads the architecture of a language model.
+
+    Raises:
+        InputError: fields are not supported; the message lists them.
+    """
     problems: list[str] = []
     if is_sarm(hf):
         problems.append("this is a SARM, not a policy")
     architectures = hf.get("architectures") or ["LlamaForCausalLM"]
     if architectures != ["LlamaForCausalLM"]:
         problems.append(f"architectures={architectures}: expected ['LlamaForCausalLM']")
-    config = _read_llama(hf, hf.get("num_hidden_layers"), set(), problems)
+    config = _read_llama(
+        hf, layers=hf.get("num_hidden_layers"), also_allowed=set(), problems=problems
+    )
     report("config.json", problems)
     assert config is not None
     return config
 
 
 def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
-    """A SARM's architecture, from `sarm_param` or, in older checkpoints, the directory's name.
+    """Reads the architecture of a SARM from `sarm_param` or, in older checkpoints, from its name.
 
-    `num_hidden_layers` still counts the layers of the model it was cut from and is not used.
+    `num_hidden_layers` counts the layers of the model that the trunk was cut from. It is not used.
+
+    Args:
+        hf: the fields of config.json.
+        directory_name: the path of the directory, or the repository id.
+
+    Raises:
+        InputError: fields are missing or not supported; the message lists them.
     """
     problems: list[str] = []
     param = _sarm_param(hf, directory_name, problems)
     if not param:
         report("config.json", problems)
     layers, latent_size, k = (
-        positive(param, name, problems, "sarm_param.")
+        positive(param, name, problems, prefix="sarm_param.")
         for name in ("sae_source_layer", "sae_latent_size", "sae_k")
     )
     use_topk = param.get("sarm_use_activation")
@@ -93,10 +106,11 @@ def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
         problems.append(f"sarm_param.sarm_use_activation={use_topk}: expected true or false")
     if k > latent_size > 1:
         problems.append(f"sarm_param.sae_k={k}: exceeds sae_latent_size={latent_size}")
-    trunk = _read_llama(hf, layers, _SARM_ONLY, problems)
+    trunk = _read_llama(hf, layers=layers, also_allowed=_SARM_ONLY, problems=problems)
     report("config.json", problems)
     assert trunk is not None and isinstance(use_topk, bool)
-    return SARMConfig(trunk, SAEConfig(trunk.hidden_size, latent_size, k, use_topk))
+    sae = SAEConfig(hidden_size=trunk.hidden_size, latent_size=latent_size, k=k, use_topk=use_topk)
+    return SARMConfig(trunk, sae)
 
 
 def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
@@ -128,16 +142,20 @@ def hf_policy_dict(config: LlamaConfig, base: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A SARM's `config.json`: `base` (the SARM's, or that of its trunk's model) plus its facts.
+    """Builds a SARM's `config.json` from `base` and the SARM's own fields.
 
-    The result names no code: see `copy_model_code`.
+    The result names no code; see `copy_model_code`.
+
+    Args:
+        config: the architecture.
+        base: the config.json of the SARM or of the model that its trunk was cut from, if known.
     """
     hf = {**(base or hf_llama_dict(config.trunk)), **rope_fields(config.trunk)}
     old = hf.pop("sarm_param", None) or {}
     for name in ("sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda", "auto_map", "num_labels"):
         hf.pop(name, None)
     hf["vocab_size"] = config.trunk.vocab_size
-    if len(hf.get("id2label") or ()) != 1:  # one output: the reference sizes its head by it
+    if len(hf.get("id2label") or ()) != 1:  # the reference sizes its head by the number of labels
         hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if not is_sarm(hf):
         hf["architectures"] = ["LlamaSARM"]
@@ -159,9 +177,10 @@ def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
 def _read_llama(
     hf: dict[str, Any], layers: Any, also_allowed: set[str], problems: list[str]
 ) -> LlamaConfig | None:
+    """Reads the fields of a Llama; `layers` replaces num_hidden_layers."""
     if hf.get("model_type") != "llama":
         problems.append(f"model_type={hf.get('model_type')!r}: only 'llama' is supported")
-        return None  # every other field would be a problem too
+        return None  # every other field would be reported as well
     for name, value in hf.items():
         expected = _ONLY.get(name)
         if name in _ONLY:
@@ -180,12 +199,12 @@ def _read_llama(
         "head_dim": max(sizes["hidden_size"] // heads, 1),
         "max_position_embeddings": 2048,
     }
-    given = {name: value for name, value in hf.items() if value is not None}
-    sizes |= {name: positive({**optional, **given}, name, problems) for name in optional}
-    problems += _misfits(sizes, implied_head_dim="head_dim" not in given)
+    present = {name: value for name, value in hf.items() if value is not None}
+    sizes |= {name: positive({**optional, **present}, name, problems) for name in optional}
+    problems += _size_problems(sizes, implied_head_dim="head_dim" not in present)
     theta, scaling = read_rope(hf, problems)
-    eps = number({"rms_norm_eps": 1e-6, **given}, "rms_norm_eps", problems)
-    tied = given.get("tie_word_embeddings", False)
+    eps = number({"rms_norm_eps": 1e-6, **present}, "rms_norm_eps", problems)
+    tied = present.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         problems.append(f"tie_word_embeddings={tied!r}: expected true or false")
     return LlamaConfig(
@@ -197,7 +216,8 @@ def _read_llama(
     )
 
 
-def _misfits(sizes: dict[str, int], implied_head_dim: bool) -> list[str]:
+def _size_problems(sizes: dict[str, int], implied_head_dim: bool) -> list[str]:
+    """Describes the sizes that contradict each other."""
     hidden, heads, head_dim = (sizes[n] for n in ("hidden_size", "num_attention_heads", "head_dim"))
     kv_heads = sizes["num_key_value_heads"]
     problems = []
@@ -213,6 +233,7 @@ def _misfits(sizes: dict[str, int], implied_head_dim: bool) -> list[str]:
 
 
 def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) -> dict[str, Any]:
+    """Returns sarm_param, or the same fields read from the name of an older checkpoint."""
     param = hf.get("sarm_param")
     if param is not None:
         if not isinstance(param, dict):
@@ -224,10 +245,10 @@ def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) ->
             if name not in _SARM_PARAM and not is_off(value):
                 problems.append(f"sarm_param.{name}={value!r}: unknown field")
         return param
-    facts = _named_facts(directory_name)
+    facts = _facts_in_name(directory_name)
     if not facts:
         problems.append(
-            "not a SARM: there is no sarm_param, and the directory's name does not hold its facts "
+            "not a SARM: there is no sarm_param, and the directory's name does not give its sizes "
             f"either (expected …_Latent65536_Layer16_K192_…, found {directory_name!r})"
         )
         return {}
@@ -236,16 +257,19 @@ def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) ->
     return facts
 
 
-def _named_facts(directory_name: str) -> dict[str, Any]:
-    """{} unless the name has the pattern; `-TopK-` and `-woTopK-` say what the head reads."""
+def _facts_in_name(directory_name: str) -> dict[str, Any]:
+    """Reads the SAE's sizes from a name such as …_Latent65536_Layer16_K192_…; {} if it has none.
+
+    With `-TopK-` in the name the head reads latents, with `-woTopK-` pre-activations.
+    """
     pattern = re.compile(r"_Latent(\d+)_Layer(\d+)_K(\d+)(?:_|$)")
-    found = [
+    matches = [
         (name, match) for name in Path(directory_name).parts for match in pattern.findall(name)
     ]
-    if not found:
+    if not matches:
         return {}
-    name, facts_found = found[-1]
-    latent_size, layer, k = map(int, facts_found)
+    name, numbers = matches[-1]
+    latent_size, layer, k = map(int, numbers)
     facts: dict[str, Any] = {"sae_latent_size": latent_size, "sae_source_layer": layer, "sae_k": k}
     if "TopK" in name:
         facts["sarm_use_activation"] = "woTopK" not in name

@@ -1,6 +1,6 @@
-"""Sources on the hub, downloaded with the user's own login: models, and files of data sets.
+"""Finds models and data set files, and downloads them from the hub with the user's own login.
 
-A model is a directory or a repository id; a file of a data set is a path, or
+A model is named by a directory or a repository id, a file of a data set by a path or by
 hf://datasets/OWNER/NAME[@REVISION]/PATH.
 """
 
@@ -18,10 +18,15 @@ MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
 
 
 def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
-    """The directory itself, or the local snapshot of the repository's files that match.
+    """Returns the directory itself, or the local snapshot of a repository.
+
+    Args:
+        src: a directory or a repository id.
+        patterns: the files of the repository to download.
 
     Raises:
-      InputError: `src` is neither, or the download fails; says how to get the model by hand.
+        InputError: `src` is neither, or the download fails. The message explains how to get the
+            model by hand.
     """
     path, name = Path(src), str(src)
     if not name:
@@ -50,16 +55,16 @@ def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
 
 
 def is_repository(name: str) -> bool:
-    """Whether a model's name can be that of a repository, owner/name, and is no directory here."""
+    """Returns True if a name can be a repository id, owner/name, and is not a local path."""
     pattern = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
     return not Path(name).exists() and bool(re.fullmatch(pattern, name))
 
 
 def locate_file(src: str) -> Path:
-    """The path itself, or the local copy of an hf:// file of a data set.
+    """Returns the path itself, or the local copy of an hf:// file of a data set.
 
     Raises:
-      InputError: not an address of a file, or the download fails.
+        InputError: `src` is not the address of a file, or the download fails.
     """
     if "://" not in src:
         return Path(src)

@@ -1,9 +1,9 @@
-"""Converts human latents of the reference implementation, without running what is in the file.
+"""Converts human latents of the reference implementation, without running code in the file.
 
     python -m conversion.human_latents --src=FILE.pt --dst=FILE.safetensors
 
-FILE.pt is {"latent_indices": list or None, "z": [N, d]} as torch.save wrote it; without a list the
-features are 0 … d − 1. The other file is what --human_latents takes.
+FILE.pt is {"latent_indices": list or None, "z": [N, d]}, written by torch.save; without a list the
+features are 0 … d − 1. The option --human_latents takes the new file.
 """
 
 from pathlib import Path
@@ -20,24 +20,28 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("src", None, "File of torch.save.", FLAGS, required=True)
+flags.DEFINE_string("src", None, "File that torch.save wrote.", FLAGS, required=True)
 flags.DEFINE_string("dst", None, "New safetensors file to write.", FLAGS, required=True)
 FIELDS = ("latent_indices", "z")
 
 
 def convert(src: str | Path, dst: str | Path) -> str:
-    """Writes `dst` and returns a summary line; InputError for what is no such file."""
+    """Writes `dst` and returns a summary line.
+
+    Raises:
+        InputError: `src` holds no human latents, or `dst` cannot be written.
+    """
     dst = Path(dst)
     if dst.suffix != ".safetensors":
         raise InputError(f"--dst={dst}: the name must end in .safetensors")
     if dst.exists():
         raise InputError(f"{dst}: exists already; name a new file or remove it first")
-    found = read_object(src)
-    if sorted(found) != sorted(FIELDS):
-        keys = ", ".join(repr(key[:60]) for key in sorted(found)[:8]) or "nothing"
+    content = read_object(src)
+    if sorted(content) != sorted(FIELDS):
+        keys = ", ".join(repr(key[:60]) for key in sorted(content)[:8]) or "nothing"
         raise InputError(f"{src}: holds {keys}, expected 'latent_indices' and 'z'")
-    z_ns = _matrix(src, found["z"])
-    indices_s = _indices(src, found["latent_indices"], z_ns.shape[1])
+    z_ns = _matrix(src, content["z"])
+    indices_s = _indices(src, content["latent_indices"], z_ns.shape[1])
     dst.parent.mkdir(parents=True, exist_ok=True)
     with replacing(dst, "wb") as file:
         file.write(save({"z": z_ns, "latent_indices": indices_s}))
@@ -72,6 +76,7 @@ def _indices(src: str | Path, listed: Any, count: int) -> np.ndarray:
 
 
 def main(values: Any) -> str:
+    """Runs the command with parsed flags."""
     return convert(values.src, values.dst)
 
 

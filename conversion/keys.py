@@ -1,7 +1,8 @@
 """The one table between Hugging Face tensor names and the paths of our parameters.
 
 A Hugging Face linear layer holds W `[out, in]` and computes x Wᵀ; our kernels are `[in, out]`.
-Embeddings are `[V, D]` on both sides. Ours are stacked `[L, …]` in memory and stored per layer.
+Embeddings are `[V, D]` on both sides. Our layers are stacked `[L, …]` in memory and stored one by
+one.
 """
 
 import dataclasses
@@ -43,7 +44,7 @@ TABLE: dict[str, tuple[str, Layout]] = {  # our path without "trunk." → (HF na
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """One stored tensor: `shape` is ours, of a single layer where `layer` is not None."""
+    """One stored tensor; `shape` is ours, and that of one layer unless `layer` is None."""
 
     path: tuple[str, ...]
     layer: int | None
@@ -51,7 +52,7 @@ class TensorSpec:
 
     @property
     def name(self) -> str:
-        """The name in a converted directory: the path, with the layer's number after `layers`."""
+        """The name in a converted directory: the path with the layer's number after `layers`."""
         if self.layer is None:
             return ".".join(self.path)
         at = self.path.index("layers") + 1
@@ -59,29 +60,31 @@ class TensorSpec:
 
     @property
     def hf_name(self) -> str:
+        """The name in a Hugging Face checkpoint."""
         return self._row[0].format(self.layer)
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
+        """The shape in a Hugging Face checkpoint."""
         layout = self._row[1]
         if layout == "row":
             return (1, *self.shape)
         return self.shape[::-1] if layout == "transposed" else self.shape
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:
-        """The HF tensor in our orientation (a view)."""
+        """Returns an HF tensor in our orientation (a view)."""
         layout = self._row[1]
         return {"same": array, "transposed": array.T, "row": array[0]}[layout]
 
     def hf_region(self, region: tuple[slice, ...]) -> tuple[slice, ...]:
-        """Where a region of ours lies in the HF tensor."""
+        """Converts a region of our tensor to the region of the HF tensor."""
         layout = self._row[1]
         if layout == "row":
             return (slice(0, 1), *region)
         return region[::-1] if layout == "transposed" else region
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Our tensor in the HF orientation (a view)."""
+        """Returns our tensor in the HF orientation (a view)."""
         layout = self._row[1]
         return {"same": array, "transposed": array.T, "row": array[None]}[layout]
 
@@ -91,7 +94,7 @@ class TensorSpec:
 
 
 def abstract_model(config: LlamaConfig | SARMConfig, dtype: str = "float32") -> Llama | SARM:
-    """The model's structure with shapes for weights: free of charge at any size."""
+    """Builds the model with shapes instead of weights, which costs nothing at any size."""
 
     def build() -> Llama | SARM:
         model: Any = Llama if isinstance(config, LlamaConfig) else SARM
@@ -101,23 +104,23 @@ def abstract_model(config: LlamaConfig | SARMConfig, dtype: str = "float32") -> 
 
 
 def abstract_policy(config: LlamaConfig, dtype: str) -> Llama:
-    """`abstract_model` of a policy."""
+    """Builds a policy like `abstract_model`."""
     return cast(Llama, abstract_model(config, dtype))
 
 
 def abstract_sarm(config: SARMConfig, dtype: str) -> SARM:
-    """`abstract_model` of a SARM."""
+    """Builds a SARM like `abstract_model`."""
     return cast(SARM, abstract_model(config, dtype))
 
 
 def parameters(model: Llama | SARM) -> dict[tuple[str, ...], nnx.Variable]:
-    """The model's weights by path, adapters left out."""
+    """Returns the model's weights by path, without adapters."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam)))
     return {tuple(map(str, path)): variable for path, variable in flat}
 
 
 def tensor_specs(model: Llama | SARM) -> list[TensorSpec]:
-    """Every tensor the model (abstract or not) is stored as, layer by layer in a fixed order."""
+    """Lists the tensors that a model (abstract or not) is stored as, in a fixed order by layer."""
     specs = []
     for path, variable in parameters(model).items():
         if "layers" in path:

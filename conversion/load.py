@@ -1,7 +1,7 @@
-"""Loading models from a Hugging Face directory, a converted directory, or a repository id.
+"""Loads models from a Hugging Face directory, a converted directory, or a repository id.
 
-The model is built without weights, then filled parameter by parameter: at any time the host holds
-one stack of layers, or on a mesh one device's part of it, beside the memory-mapped files.
+The model is built without weights and then filled parameter by parameter. Beside the memory-mapped
+files, the host holds one stack of layers at a time, or on a mesh one device's shard of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from flax import nnx
 
 from conversion.checkpoint import Checkpoint, open_checkpoint, verified_files
 from conversion.hub import CONFIG_FILES, TOKENIZER_FILES, locate
-from conversion.json_files import read_json
 from conversion.keys import TensorSpec, abstract_model
 from conversion.safetensors_io import TensorFiles, contiguous
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import read_json
 from sarm_jax.models.chat import end_of_turn_id, stop_ids
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.reward_model import RewardModel
@@ -31,33 +31,39 @@ Place = Callable[[str, Sequence[int], Any, Read], jax.Array]
 def load_policy(
     src: str | Path, dtype: str = "float32", place: Place | None = None
 ) -> tuple[Llama, Any]:
-    """(policy, tokenizer). `policy.stop_ids` are the tokenizer's and generation_config.json's.
+    """Loads a policy and its tokenizer.
 
     Args:
-      src: an HF directory, a converted directory, or a repository id "owner/name".
-      dtype: of the weights in memory, "float32" or "bfloat16".
-      place: puts a parameter on devices, given its dotted path, shape, dtype, and what reads any
-        region of it; `Placement.load` does.
+        src: an HF directory, a converted directory, or a repository id "owner/name".
+        dtype: the dtype of the weights in memory, "float32" or "bfloat16".
+        place: puts a parameter on devices, such as `Placement.load`. Its arguments are the dotted
+            path, the shape, the dtype, and a function that reads any region. By default the
+            parameters are put on one device.
+
+    Returns:
+        (policy, tokenizer). `policy.stop_ids` are those of the tokenizer and of
+        generation_config.json.
 
     Raises:
-      InputError: everything that is wrong with the files, before any weight is loaded.
+        InputError: the files are wrong. They are checked before any weight is loaded, and the
+            message lists all problems.
     """
     check_dtype(dtype)
     checkpoint, files, tokenizer, stops = _open_policy(src)
-    policy = cast(Llama, _fill(checkpoint, files, dtype, place))
+    policy = cast(Llama, _fill(checkpoint, files, dtype=dtype, place=place))
     policy.stop_ids = stops
     return policy, tokenizer
 
 
 def load_sarm(src: str | Path, dtype: str = "float32", place: Place | None = None) -> RewardModel:
-    """A SARM with its tokenizer; arguments and errors as in `load_policy`."""
+    """Loads a SARM with its tokenizer; arguments and errors as in `load_policy`."""
     check_dtype(dtype)
     checkpoint, files, tokenizer = _open_sarm(src)
-    return RewardModel(cast(SARM, _fill(checkpoint, files, dtype, place)), tokenizer)
+    return RewardModel(cast(SARM, _fill(checkpoint, files, dtype=dtype, place=place)), tokenizer)
 
 
 def check_models(policy: str | Path = "", sarm: str | Path = "") -> None:
-    """Raises the InputErrors of loading these, where they are given, without loading a weight."""
+    """Checks the models that are named, as loading them does, without loading a weight."""
     if policy:
         _open_policy(policy)
     if sarm:
@@ -77,39 +83,44 @@ def _open_sarm(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any]:
     files = verified_files(checkpoint)
     vocab_size = cast(SARMConfig, checkpoint.config).trunk.vocab_size
     tokenizer = load_hf_tokenizer(checkpoint.directory, vocab_size)
-    end_of_turn_id(tokenizer)  # where every response is scored: no use without it
+    end_of_turn_id(tokenizer)  # every response is scored at this token; raises if there is none
     return checkpoint, files, tokenizer
 
 
 def read_policy_config(src: str | Path) -> LlamaConfig:
-    """The architecture alone, without touching the weights."""
+    """Reads the architecture of a policy without reading its weights."""
     return cast(LlamaConfig, open_checkpoint(src, "policy", CONFIG_FILES).config)
 
 
 def read_sarm_config(src: str | Path) -> SARMConfig:
-    """The architecture alone, without touching the weights."""
+    """Reads the architecture of a SARM without reading its weights."""
     return cast(SARMConfig, open_checkpoint(src, "sarm", CONFIG_FILES).config)
 
 
 def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
-    """The fast tokenizer of a model; `src` as in `load_policy`.
+    """Loads the fast tokenizer of a model.
+
+    Args:
+        src: as in `load_policy`.
+        vocab_size: the number of tokens that the model embeds, if known.
 
     Raises:
-      InputError: tokenizer.json is missing or broken, or has ids beyond `vocab_size`.
+        InputError: tokenizer.json is missing or broken, or has ids beyond `vocab_size`.
     """
     directory = locate(src, TOKENIZER_FILES)
     if not (directory / "tokenizer.json").is_file():
         raise InputError(f"{directory}: tokenizer.json is missing")
-    # Slow to import: not before the input is checked.
+    # The import is slow, so it comes after the first check.
     from transformers import PreTrainedTokenizerFast
 
     try:
-        # The file as it is: AutoTokenizer builds some classes' pipelines anew, and not the same.
+        # This class keeps the file as it is. AutoTokenizer rebuilds the pipeline of some classes,
+        # with another result.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # the Rust parser raises bare Exceptions
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{directory}: the tokenizer cannot be read ({reason})") from error
-    if isinstance(tokenizer.chat_template, dict):  # of several templates the one for chats
+    if isinstance(tokenizer.chat_template, dict):  # several templates: take the one for chats
         tokenizer.chat_template = tokenizer.chat_template.get("default")
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if vocab_size is not None and last >= vocab_size:
@@ -122,6 +133,7 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
 def _fill(
     checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place | None
 ) -> Llama | SARM:
+    """Builds the model of a checkpoint and loads its parameters one by one."""
     place = ONE_DEVICE.load if place is None else place
     specs: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in checkpoint.specs():
@@ -130,7 +142,7 @@ def _fill(
     filled = []
     for keys, variable in nnx.to_flat_state(state):
         path = tuple(map(str, keys))
-        read = _reader(checkpoint, files, specs[path], variable.dtype)
+        read = _reader(checkpoint, files, specs=specs[path], dtype=variable.dtype)
         array = place(".".join(path), variable.shape, variable.dtype, read)
         filled.append((keys, variable.replace(array)))
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
@@ -139,16 +151,19 @@ def _fill(
 def _reader(
     checkpoint: Checkpoint, files: TensorFiles, specs: list[TensorSpec], dtype: Any
 ) -> Read:
-    """Reads regions of one parameter, of which `specs` are the tensors: one, or one per layer."""
+    """Returns a function that reads regions of one parameter.
+
+    `specs` are the parameter's tensors: a single one, or one per layer.
+    """
 
     def read(region: tuple[slice, ...]) -> np.ndarray:
         if specs[0].layer is None:
             array = checkpoint.read(files, specs[0], region)
             return contiguous(array).astype(dtype, copy=False)
-        layers, *inside = region
+        layers, *within_layer = region
         stack = np.empty([s.stop - s.start for s in region], dtype)
         for spec in specs[layers]:
-            array = checkpoint.read(files, spec, tuple(inside))
+            array = checkpoint.read(files, spec, tuple(within_layer))
             stack[spec.layer - layers.start] = contiguous(array)
         return stack
 
@@ -156,7 +171,8 @@ def _reader(
 
 
 def _stop_ids(checkpoint: Checkpoint, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    # a base model has no chat template; encoding a conversation says so when it is tried
+    """Collects the tokens that end a response, from the tokenizer and generation_config.json."""
+    # A base model has no chat template; encoding a conversation raises an error that explains it.
     ids = set(stop_ids(tokenizer)) if tokenizer.chat_template else {tokenizer.eos_token_id}
     path, fields = checkpoint.directory / "generation_config.json", checkpoint.hf_config
     if path.is_file():
@@ -173,6 +189,6 @@ def _stop_ids(checkpoint: Checkpoint, tokenizer: Any, vocab_size: int) -> tuple[
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises InputError for a dtype that weights cannot be held in."""
+    """Raises InputError if the option `dtype` is not supported for weights."""
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")

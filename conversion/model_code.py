@@ -1,7 +1,7 @@
-"""The Python files that a SARM's `auto_map` names: transformers builds the model from them.
+"""Copies the Python files that a SARM's `auto_map` names, from which transformers builds the model.
 
-They are data here: copied along with a model, never imported. An entry is `module.Class`, of a file
-beside config.json, or `owner/name--module.Class`, of a file in that repository.
+They are data here: they are copied with a model and never imported. An entry is `module.Class` for
+a file beside config.json, or `owner/name--module.Class` for a file in that repository.
 """
 
 import re
@@ -20,13 +20,18 @@ _RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))
 
 
 def copy_model_code(auto_map: Any, src: Path | None, dst: Path) -> dict[str, str]:
-    """Copies the files of `auto_map` from `src` and returns the entries that can be loaded.
+    """Copies the files of `auto_map` and returns the entries that can be loaded.
 
-    An entry whose file is not in `src` is left out. The SARM's own then names the published class,
-    which reads every SARM that this project reads.
+    An entry whose file is missing is left out. The entry of the SARM itself then names the
+    published class, which reads every SARM that this project reads.
+
+    Args:
+        auto_map: the field of config.json.
+        src: the directory of the files; None if there is none.
+        dst: the directory to copy them to.
 
     Raises:
-      InputError: a file is a link that leads out of `src`.
+        InputError: a file is a link that leads out of `src`.
     """
     result: dict[str, str] = {}
     for auto_class, entry in (auto_map if isinstance(auto_map, dict) else {}).items():
@@ -54,17 +59,17 @@ def name_repository(auto_map: Any, repository: str) -> Any:
 
 
 def _files(directory: Path, module: str) -> list[Path]:
-    """Finds a module's file and those of its relative imports; [] if one of them is missing."""
-    found: dict[str, Path] = {}
-    left = [module]
-    while left:
-        name = left.pop()
-        if name in found:
+    """Lists the files of a module and of its relative imports; [] if one of them is missing."""
+    paths: dict[str, Path] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name in paths:
             continue
         path = contained(directory, f"{name}.py")
         if not path.is_file():
             return []
-        found[name] = path
+        paths[name] = path
         text = path.read_text(encoding="utf-8", errors="replace")
-        left += [a or b for a, b in _RELATIVE_IMPORT.findall(text)]
-    return list(found.values())
+        pending += [a or b for a, b in _RELATIVE_IMPORT.findall(text)]
+    return list(paths.values())

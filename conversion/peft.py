@@ -1,4 +1,4 @@
-"""LoRA adapters in the layout of the PEFT library.
+"""Reads and writes LoRA adapters in the layout of the PEFT library.
 
     adapter_config.json  adapter_model.safetensors  [value_head.safetensors]  tokenizer files
 
@@ -16,12 +16,12 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from conversion.containment import require_contained
-from conversion.directory import atomic_directory, save_tokenizer
-from conversion.json_files import read_json, write_json
+from conversion.directory import atomic_directory, save_tokenizer, write_hf_json
 from conversion.keys import TensorSpec, tensor_specs
 from conversion.problems import report
 from conversion.safetensors_io import METADATA, TensorFiles
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import read_json
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig, LoRAParam, add_lora
 
@@ -38,16 +38,16 @@ _ONLY = {
     "use_rslora": False,
     "use_dora": False,
 }
-_IGNORED = {  # do not change what a trained adapter computes
+_IGNORED = {  # fields that do not change what a trained adapter computes
     "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
     "megatron_core", "qalora_group_size", "r", "lora_alpha", "lora_dropout", "target_modules",
 }  # fmt: skip
-_INITIALISERS = (None, True, False, "gaussian")  # others change the base's weights as well
+_INITIALISERS = (None, True, False, "gaussian")  # others also change the weights of the base
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """`factors` by kernel: (A `[in, r]`, B `[r, out]`) of one layer."""
+    """An adapter in memory; `factors` maps the kernel of a layer to (A `[in, r]`, B `[r, out]`)."""
 
     config: LoRAConfig
     factors: dict[TensorSpec, tuple[np.ndarray, np.ndarray]]
@@ -62,15 +62,24 @@ def save_adapter(
     value_head: dict[str, np.ndarray] | None = None,
     replace: bool = False,
 ) -> None:
-    """Writes the policy's adapter. `base_model` is what it was trained on: an id or a directory.
+    """Writes the policy's adapter.
+
+    Args:
+        dst: the new directory.
+        policy: the policy with its adapter.
+        lora_config: the shape of the adapter.
+        base_model: the repository id or directory of the model that it was trained on.
+        tokenizer: the tokenizer to save with it, if any.
+        value_head: the arrays of the value head to save with it, if any.
+        replace: exchange an existing directory for the new one.
 
     Raises:
-      InputError: `dst` exists (unless `replace`) or cannot be written.
+        InputError: `dst` exists and `replace` is false, or it cannot be written.
     """
     state = dict(nnx.to_flat_state(nnx.state(policy, LoRAParam)))
     targets = _targets(tensor_specs(policy), lora_config)
     if {path[:-2] for path in state} != {spec.path[:-1] for spec in targets}:
-        raise ValueError("lora_config.target_modules are not the policy's own")
+        raise ValueError("lora_config.target_modules are not those of the policy")
     tensors = {}
     for spec in targets:
         for factor in ("a", "b"):
@@ -79,7 +88,7 @@ def save_adapter(
             tensors[_peft_name(spec, factor)] = np.asarray(array, order="C")
     with atomic_directory(dst, replace) as directory:
         save_file(tensors, directory / WEIGHTS, metadata=METADATA)
-        write_json(directory / CONFIG, _config_dict(lora_config, base_model))
+        write_hf_json(directory / CONFIG, _config_dict(lora_config, base_model))
         if value_head is not None:
             arrays = {name: np.asarray(a, order="C") for name, a in value_head.items()}
             save_file(arrays, directory / VALUE_HEAD, metadata=METADATA)
@@ -91,7 +100,7 @@ def load_adapter(src: str | Path, policy: Llama) -> None:
     """Attaches the adapter of a PEFT directory to a policy that has none, in place.
 
     Raises:
-      InputError: the directory does not fit the policy, or asks for what is not supported.
+        InputError: the adapter does not fit the policy, or has fields that are not supported.
     """
     if nnx.to_flat_state(nnx.state(policy, LoRAParam)):
         raise InputError(f"{src}: the policy has an adapter already")
@@ -109,12 +118,17 @@ def load_adapter(src: str | Path, policy: Llama) -> None:
 
 
 def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
-    """The adapter of a PEFT directory, checked against the tensors of the base model."""
+    """Reads the adapter of a PEFT directory and checks it against the tensors of the base model.
+
+    Raises:
+        InputError: tensors are missing, unexpected or of another shape, or a field of the config is
+            not supported; the message lists them.
+    """
     src = Path(src)
     require_contained(src)
     config = _read_config(src / CONFIG)
     files = TensorFiles(src, single=WEIGHTS)
-    left = set(files.names())
+    unmatched = set(files.names())
     problems = []
     factors = {}
     for spec in _targets(base, config):
@@ -122,15 +136,15 @@ def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
         shapes = {"a": (config.rank, d_in), "b": (d_out, config.rank)}
         for factor, shape in shapes.items():
             name = _peft_name(spec, factor)
-            if name not in left:
+            if name not in unmatched:
                 problems.append(f"{name}: missing")
             elif files.shape(name) != shape:
                 problems.append(f"{name}: shape {list(files.shape(name))}, expected {list(shape)}")
             elif files.dtype(name).name not in ("float16", "bfloat16", "float32"):
                 problems.append(f"{name}: dtype {files.dtype(name)}, expected a float")
-            left.discard(name)
+            unmatched.discard(name)
         factors[spec] = tuple(_peft_name(spec, factor) for factor in shapes)
-    problems += [f"{name}: unexpected tensor" for name in sorted(left)]
+    problems += [f"{name}: unexpected tensor" for name in sorted(unmatched)]
     report(src / WEIGHTS, problems)
 
     def read(name: str) -> np.ndarray:
@@ -140,6 +154,7 @@ def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
 
 
 def _targets(specs: list[TensorSpec], config: LoRAConfig) -> list[TensorSpec]:
+    """Selects the kernels that have an adapter."""
     return [s for s in specs if s.path[-1] == "kernel" and s.path[-2] in config.target_modules]
 
 
@@ -176,11 +191,11 @@ def _read_config(path: Path) -> LoRAConfig:
             f"init_lora_weights={initialiser!r}: not supported, it changes the base's weights too "
             "(PEFT's save_pretrained can convert the adapter to one that does not)"
         )
-    known = {*_ONLY, *_IGNORED, "init_lora_weights"}
+    handled = {*_ONLY, *_IGNORED, "init_lora_weights"}
     problems += [
         f"{name}={value!r}: not supported"
         for name, value in fields.items()
-        if name not in known and value not in (None, False, {}, [])
+        if name not in handled and value not in (None, False, {}, [])
     ]
     targets = fields.get("target_modules")
     if not isinstance(targets, list):

@@ -1,8 +1,8 @@
-"""The rotary embedding in a `config.json`, in both of its dialects.
+"""Reads and writes the rotary embedding of a `config.json` in both dialects.
 
 transformers 4 reads `rope_theta` and `rope_scaling` and ignores `rope_parameters`, in which
-transformers 5 keeps both. A file may hold either dialect, or both if they agree. Both are written:
-a version that finds its own dialect missing computes with a base of 10000, and says nothing.
+transformers 5 keeps both. A file may hold either dialect, or both if they are equal. Both are
+written, because a version that does not find its own dialect silently uses a base of 10000.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ Rope = tuple[float, Llama3Scaling | None]
 
 
 def rope_fields(config: LlamaConfig) -> dict[str, Any]:
-    """Writes the base and the scaling in both dialects."""
+    """Returns the fields for the base and the scaling in both dialects."""
     theta, scaling = config.rope_theta, config.rope_scaling
     kind: dict[str, Any] = {"rope_type": "llama3" if scaling else "default"}
     values = kind | (vars(scaling) if scaling else {})
@@ -38,19 +38,23 @@ def needs_transformers5(hf: dict[str, Any], config: LlamaConfig) -> bool:
 
 
 def read_rope(hf: dict[str, Any], problems: list[str]) -> Rope:
-    """Reads (base, scaling); dialects that contradict each other are a problem."""
+    """Reads (base, scaling); adds a problem if the dialects contradict each other."""
     new, old, theta = (hf.get(n) for n in ("rope_parameters", "rope_scaling", "rope_theta"))
-    for where, fields in (("rope_parameters", new), ("rope_scaling", old)):
+    for name, fields in (("rope_parameters", new), ("rope_scaling", old)):
         if not isinstance(fields or {}, dict):
-            problems.append(f"{where}={fields!r}: expected an object")
+            problems.append(f"{name}={fields!r}: expected an object")
             return 1.0, None
     before = len(problems)
-    found: dict[str, Rope] = {}
+    dialects: dict[str, Rope] = {}
     if new:
-        found["rope_parameters"] = _read_dialect("rope_parameters", new, theta, problems)
+        dialects["rope_parameters"] = _read_dialect(
+            "rope_parameters", fields=new, theta=theta, problems=problems
+        )
     if old or theta is not None or not new:
-        found["rope_scaling"] = _read_dialect("rope_scaling", old or {}, theta, problems)
-    ropes = list(found.values())
+        dialects["rope_scaling"] = _read_dialect(
+            "rope_scaling", fields=old or {}, theta=theta, problems=problems
+        )
+    ropes = list(dialects.values())
     differ = len(problems) == before and ropes[0][1] != ropes[-1][1]
     if differ or (new and old and _kind(new) != _kind(old)):
         problems.append(f"rope_scaling={old} contradicts rope_parameters={new}")
@@ -60,31 +64,38 @@ def read_rope(hf: dict[str, Any], problems: list[str]) -> Rope:
     return ropes[0]
 
 
-def _read_dialect(where: str, fields: dict[str, Any], theta: Any, problems: list[str]) -> Rope:
-    """Reads one object of fields; `theta` is the base that stands beside it, if any."""
+def _read_dialect(parent: str, fields: dict[str, Any], theta: Any, problems: list[str]) -> Rope:
+    """Reads the object `parent`; `theta` is the base that config.json has beside it, if any."""
     inside = fields.get("rope_theta")
     if None not in (inside, theta) and inside != theta:
-        problems.append(f"rope_theta={theta!r} contradicts {where}.rope_theta={inside!r}")
+        problems.append(f"rope_theta={theta!r} contradicts {parent}.rope_theta={inside!r}")
     first = next((value for value in (inside, theta) if value is not None), _DEFAULT_THETA)
     base = number({"rope_theta": first}, "rope_theta", problems)
     kind = _kind(fields)
-    known = {"rope_type", "type", "rope_theta"}
+    allowed = {"rope_type", "type", "rope_theta"}
     if kind not in ("default", "llama3"):
-        problems.append(f"{where}.rope_type={kind!r}: only 'default' and 'llama3' are supported")
+        problems.append(f"{parent}.rope_type={kind!r}: only 'default' and 'llama3' are supported")
         return base, None
     if kind == "llama3":
-        known |= set(_LLAMA3_FIELDS)
+        allowed |= set(_LLAMA3_FIELDS)
     for name, value in fields.items():
         full_rotation = name == "partial_rotary_factor" and value == 1
-        if name not in known and not is_off(value) and not full_rotation:
-            problems.append(f"{where}.{name}={value!r}: unknown field")
+        if name not in allowed and not is_off(value) and not full_rotation:
+            problems.append(f"{parent}.{name}={value!r}: unknown field")
     if kind == "default":
         return base, None
-    factor, low, high = (number(fields, name, problems, f"{where}.") for name in _LLAMA3_FIELDS[:3])
-    original = positive(fields, _LLAMA3_FIELDS[3], problems, f"{where}.")
+    factor, low, high = (
+        number(fields, name, problems, prefix=f"{parent}.") for name in _LLAMA3_FIELDS[:3]
+    )
+    original = positive(fields, _LLAMA3_FIELDS[3], problems, prefix=f"{parent}.")
     if high <= low:
-        problems.append(f"{where}.high_freq_factor={high}: must exceed low_freq_factor={low}")
-    return base, Llama3Scaling(factor, low, high, original)
+        problems.append(f"{parent}.high_freq_factor={high}: must exceed low_freq_factor={low}")
+    return base, Llama3Scaling(
+        factor=factor,
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_position_embeddings=original,
+    )
 
 
 def _kind(fields: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
-"""Reading and writing directories of safetensors, one tensor in memory at a time.
+"""Reads and writes directories of safetensors files, one tensor in memory at a time.
 
-Two layouts: a single `model.safetensors`, or shards listed by `model.safetensors.index.json`.
+A directory has a single `model.safetensors`, or shards that `model.safetensors.index.json` lists.
 Pickled weights (.bin, .pt, .pth) are never opened.
 """
 
@@ -16,16 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from conversion.containment import contained
-from conversion.json_files import read_json, write_json
+from conversion.directory import write_hf_json
 from conversion.problems import report
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import to_disk
+from sarm_jax.io.files import sync_to_disk
+from sarm_jax.io.json_files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-METADATA = {"format": "pt"}  # transformers refuses files that do not say so
-STRIP = 16  # rows of a transposed matrix that are copied at a time
-LARGE = 1 << 20  # elements of a matrix from which on several threads copy it
+METADATA = {"format": "pt"}  # transformers refuses files without it
+STRIP = 16  # rows of a transposed matrix that are copied together
+LARGE = 1 << 20  # elements; a matrix of this size or more is copied by several threads
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -44,14 +45,15 @@ _DTYPES = {
 
 
 class TensorFiles:
-    """The tensors of a directory by name; nothing is read before it is asked for.
+    """The tensors of a directory by name; a tensor is read when it is requested.
 
     Args:
-      single: the name of the file where there are no shards.
+        directory: the directory.
+        single: the name of the file if there are no shards.
 
     Raises:
-      InputError: no safetensors, pickled files only, or any disagreement between the index and
-        the shards; all of them in one message.
+        InputError: there are no safetensors files, or the index and the shards contradict each
+            other. The message lists all contradictions.
     """
 
     def __init__(self, directory: str | Path, single: str = SINGLE):
@@ -60,7 +62,7 @@ class TensorFiles:
         listed = _read_index(index) if index.is_file() else None
         if listed is None:
             if not (self.directory / single).is_file():
-                raise InputError(_nothing_found(self.directory, single))
+                raise InputError(_describe_missing(self.directory, single))
             shards = [single]
         else:
             shards = sorted(set(listed.values()))
@@ -77,21 +79,23 @@ class TensorFiles:
         self._shard_of = self._locate(listed)
 
     def names(self) -> list[str]:
+        """Returns the names of all tensors, sorted."""
         return sorted(self._shard_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the stored shape."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        """The numpy or ml_dtypes dtype; `V1` where there is no such type."""
+        """Returns the stored dtype, of numpy or ml_dtypes; `V1` if neither has it."""
         return _DTYPES.get(self._slice(name).get_dtype(), np.dtype("V1"))
 
     def shard(self, name: str) -> str:
-        """The name of the file that holds it."""
+        """Returns the name of the file that holds the tensor."""
         return self._shard_of[name]
 
     def read(self, name: str, region: tuple[slice, ...] | None = None) -> np.ndarray:
-        """The tensor as stored, or a region of it; only that is read."""
+        """Reads the tensor as stored, or only a region of it."""
         try:
             if region is not None:
                 return self._slice(name)[region]
@@ -101,17 +105,17 @@ class TensorFiles:
             raise InputError(f"{shard}: tensor {name} cannot be read ({error})") from error
 
     def mapped(self, name: str) -> np.ndarray:
-        """The tensor as stored, read-only: its pages are read from the file where it is used.
+        """Maps the tensor as stored, read-only; its pages are read from the file when used.
 
-        For what is only passed on; whoever keeps it is at the mercy of who writes to the file.
+        For a tensor that is passed on at once: its values change if the file is overwritten.
         """
         path = contained(self.directory, self._shard_of[name])
-        with path.open("rb") as file:  # `safe_open` has checked all of it
+        with path.open("rb") as file:  # `safe_open` has checked the header
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[name]
         start = 8 + length + entry["data_offsets"][0]
         shape = tuple(entry["shape"])
-        if 0 in shape:  # which cannot be mapped
+        if 0 in shape:  # an empty tensor cannot be mapped
             return self.read(name)
         return np.memmap(path, self.dtype(name), "r", start, shape).view(np.ndarray)
 
@@ -119,27 +123,29 @@ class TensorFiles:
         return self._open[self._shard_of[name]].get_slice(name)
 
     def _locate(self, listed: dict[str, str] | None) -> dict[str, str]:
-        found: dict[str, str] = {}
+        """Returns the shard of each tensor, and checks the index against the shards."""
+        shard_of: dict[str, str] = {}
         problems = []
         for shard, file in self._open.items():
             for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                if name in found:
-                    problems.append(f"{name}: stored in both {found[name]} and {shard}")
-                found.setdefault(name, shard)
+                if name in shard_of:
+                    problems.append(f"{name}: stored in both {shard_of[name]} and {shard}")
+                shard_of.setdefault(name, shard)
                 if listed is not None and name not in listed:
                     problems.append(f"{name}: stored in {shard} but missing from {INDEX}")
         for name, shard in (listed or {}).items():
-            if found.get(name) != shard and not any(p.startswith(f"{name}: ") for p in problems):
+            if shard_of.get(name) != shard and not any(p.startswith(f"{name}: ") for p in problems):
                 problems.append(f"{name}: {INDEX} says it is in {shard}, which does not hold it")
         report(self.directory, problems)
-        return found
+        return shard_of
 
 
 class TensorWriter:
     """Collects tensors and writes a shard as soon as it holds `shard_bytes` or more.
 
-    A shard is written while the next one is collected, so two are in memory at a time; either may
-    exceed `shard_bytes` by a tensor. Leaving the `with` block waits for what is being written.
+    A shard is written while the next one is collected, so two are in memory at a time. Each may
+    exceed `shard_bytes` by one tensor. The end of the `with` block waits for the shard that is
+    being written.
     """
 
     def __init__(self, directory: Path, shard_bytes: int = 1 << 29):
@@ -159,6 +165,7 @@ class TensorWriter:
         self._thread.shutdown()
 
     def add(self, name: str, array: np.ndarray) -> None:
+        """Adds a tensor, and writes a shard if enough tensors are waiting."""
         if name in self._names:
             raise ValueError(f"tensor {name} was added twice")
         self._names.add(name)
@@ -169,26 +176,30 @@ class TensorWriter:
             self._flush()
 
     def close(self) -> int:
-        """Writes what is left, and the index where there are several shards: number of tensors."""
+        """Writes the last shard and, if there are several, the index.
+
+        Returns:
+            The number of tensors.
+        """
         self._flush()
         self._wait()
         count = len(self._shards)
         if count == 1:
-            (self.directory / _part(0)).rename(self.directory / SINGLE)
+            (self.directory / _unfinished_name(0)).rename(self.directory / SINGLE)
             return len(self._names)
         weight_map: dict[str, str] = {}
         for n, names in enumerate(self._shards):
             shard = f"model-{n + 1:05d}-of-{count:05d}.safetensors"
-            (self.directory / _part(n)).rename(self.directory / shard)
+            (self.directory / _unfinished_name(n)).rename(self.directory / shard)
             weight_map |= dict.fromkeys(names, shard)
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.directory / INDEX, index)
+        write_hf_json(self.directory / INDEX, index)
         return len(self._names)
 
     def _flush(self) -> None:
         if self._waiting or not self._shards:
             self._wait()
-            path = self.directory / _part(len(self._shards))
+            path = self.directory / _unfinished_name(len(self._shards))
             self._shards.append(list(self._waiting))
             self._writing = self._thread.submit(_save, self._waiting, path)
             self._waiting, self._waiting_bytes = {}, 0
@@ -202,15 +213,16 @@ class TensorWriter:
 def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
     try:
         save_file(tensors, path, metadata=METADATA)
-        to_disk(path)  # while the next shard is collected
-    except SafetensorError as error:  # a full disk, for one
+        sync_to_disk(path)  # while the next shard is collected
+    except SafetensorError as error:  # such as a full disk
         raise InputError(f"{path}: cannot be written ({error})") from error
 
 
 def contiguous(array: np.ndarray) -> np.ndarray:
-    """The array in C order; a transposed one is copied in strips that stay in the cache.
+    """Returns the array in C order.
 
-    Every core copies columns of its own.
+    A transposed matrix is copied in strips, which stay in the cache; each core copies its own
+    columns.
     """
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.asarray(array, order="C")
@@ -218,22 +230,24 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     source, out = array.view(bits), np.empty(array.shape, bits)
     cores = (os.cpu_count() or 1) if array.size >= LARGE else 1
     columns = array.shape[1]
-    share = -(-columns // (cores * STRIP)) * STRIP
+    columns_per_core = -(-columns // (cores * STRIP)) * STRIP
 
     def copy(first: int) -> None:
-        for start in range(first, min(first + share, columns), STRIP):
+        for start in range(first, min(first + columns_per_core, columns), STRIP):
             out[:, start : start + STRIP] = source[:, start : start + STRIP]
 
     with ThreadPoolExecutor(cores) as pool:
-        list(pool.map(copy, range(0, columns, share)))
+        list(pool.map(copy, range(0, columns, columns_per_core)))
     return out.view(array.dtype)
 
 
-def _part(n: int) -> str:
+def _unfinished_name(n: int) -> str:
+    """Returns the name of shard `n` while the number of shards is not known yet."""
     return f"part-{n:05d}.safetensors"
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    """Reads the shard of each tensor from an index, and checks the names of the shards."""
     listed = read_json(contained(path.parent, path.name)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise InputError(f"{path}: weight_map is missing or empty")
@@ -257,7 +271,8 @@ def _open_shard(directory: Path, shard: str) -> Any:
         raise InputError(f"{shard}: truncated or not safetensors ({error})") from error
 
 
-def _nothing_found(directory: Path, single: str) -> str:
+def _describe_missing(directory: Path, single: str) -> str:
+    """Explains why a directory has no tensors that can be read."""
     if not directory.is_dir():
         return f"{directory}: no such directory"
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLED)

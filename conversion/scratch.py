@@ -1,7 +1,8 @@
-"""Room for a directory in progress, and what becomes of it when its process is killed.
+"""Removes unfinished directories of killed processes, and checks the free disk space.
 
-It stands beside its destination as `.NAME.xxxxxxxx`, locked while its process lives. The lock goes
-with the process, however that ends, so what is there and not locked is left over.
+An unfinished directory stands beside its destination as `.NAME.xxxxxxxx` and is locked by its
+process. The lock ends with the process, however that ends, so a directory without a lock is left
+over.
 """
 
 import contextlib
@@ -12,11 +13,11 @@ from pathlib import Path
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import locked
 
-OLD = ".old"  # what is about to be replaced
+OLD = ".old"  # ending of the name of a directory that is being replaced
 
 
 def clear_leftovers(dst: Path) -> None:
-    """Removes what killed processes left beside `dst`; half a replacement is undone."""
+    """Removes what killed processes left beside `dst`; undoes a replacement that was cut off."""
     pattern = re.compile(re.escape(f".{dst.name}.") + r"[0-9a-f]{8}(" + re.escape(OLD) + ")?")
     if not dst.parent.is_dir():
         return
@@ -32,8 +33,8 @@ def clear_leftovers(dst: Path) -> None:
 
 
 def check_space(dst: Path, needed: int) -> None:
-    """Raises InputError where fewer than `needed` bytes are free on the disk of `dst`."""
-    there = next(p for p in (dst, *dst.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(there).free
+    """Raises InputError if fewer than `needed` bytes are free on the disk of `dst`."""
+    existing = next(p for p in (dst, *dst.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(f"{dst}: takes {needed:,} bytes, but only {free:,} are free on its disk")

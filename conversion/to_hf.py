@@ -1,11 +1,11 @@
-"""Writes models and adapters back for the Hugging Face libraries.
+"""Writes models and adapters in the layout of the Hugging Face libraries.
 
     python -m conversion.to_hf --src=WORKDIR_OR_DIR --dst=DIR [--merge]
     python -m conversion.to_hf --kind=sarm --src=DIR --dst=DIR
 
-WORKDIR is a PPO run's: its adapter is copied in the PEFT layout, or, with --merge, added to the
-base model (W + α/r · B A in float32, stored in the base's dtype). DIR is a converted directory, or
-one that holds an adapter itself.
+WORKDIR is the working directory of a PPO run: its adapter is copied in the PEFT layout or, with
+--merge, added to the base model (W + α/r · B A in float32, stored in the dtype of the base). DIR is
+a converted directory, or a directory that holds an adapter itself.
 """
 
 import shutil
@@ -26,10 +26,10 @@ from conversion.directory import (
     copy_tokenizer_files,
     make_portable,
     save_tokenizer,
+    write_hf_json,
 )
 from conversion.hf_config import hf_llama_dict, hf_policy_dict, hf_sarm_dict, with_dtype
 from conversion.hub import is_repository
-from conversion.json_files import read_json, write_json
 from conversion.keys import TensorSpec, abstract_model, parameters, tensor_specs
 from conversion.load import load_hf_tokenizer
 from conversion.model_code import copy_model_code
@@ -38,12 +38,13 @@ from conversion.peft import Adapter, read_adapter
 from conversion.rope_fields import needs_transformers5
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import read_json
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.lora import merge_lora
 from sarm_jax.models.sarm import SARM, SARMConfig
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum("kind", "policy", ["policy", "sarm"], "What SRC is.", FLAGS)
+flags.DEFINE_enum("kind", "policy", ["policy", "sarm"], "Kind of model.", FLAGS)
 flags.DEFINE_string("src", None, "Working directory or model directory.", FLAGS, required=True)
 flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
 flags.DEFINE_bool("merge", False, "Write base + adapter as one model.", FLAGS)
@@ -52,7 +53,17 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool = False) -> str:
-    """Writes `dst` and returns a summary line; see the module's docstring for what `src` may be."""
+    """Writes `dst` and returns a summary line.
+
+    Args:
+        src: a working directory or a model directory, see the module's docstring.
+        dst: the new directory.
+        kind: "policy" or "sarm".
+        merge: add the adapter to the base model.
+
+    Raises:
+        InputError: `src` holds no such model or adapter, or `dst` cannot be written.
+    """
     adapter = _adapter_directory(Path(src)) if kind == "policy" else None
     if adapter is None:
         if merge:
@@ -90,7 +101,7 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
         make_portable(directory)
         main_dtype = max(dtypes, key=lambda name: dtypes[name])
         hf = with_dtype(_hf_config(checkpoint, directory), main_dtype)
-        write_json(directory / "config.json", hf)
+        write_hf_json(directory / "config.json", hf)
     seconds = time.perf_counter() - start
     return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
 
@@ -98,18 +109,24 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
 def save_sarm(
     dst: str | Path, model: SARM, tokenizer: Any, hf_config: dict[str, Any] | None = None
 ) -> None:
-    """Writes a SARM in memory in the HF layout, in the dtype of its parameters.
+    """Writes a SARM that is in memory in the HF layout, in the dtype of its parameters.
 
-    `hf_config` is the config.json of the SARM or of the model its trunk was cut from, if known.
+    Args:
+        dst: the new directory.
+        model: the SARM.
+        tokenizer: its tokenizer.
+        hf_config: the config.json of the SARM or of the model that its trunk was cut from, if
+            known.
     """
     hf = with_dtype(hf_sarm_dict(model.config, hf_config), model.score.dtype.name)
-    _save(dst, model, tokenizer, hf, (hf_config or {}).get("auto_map"))
+    auto_map = (hf_config or {}).get("auto_map")
+    _save(dst, model=model, tokenizer=tokenizer, hf=hf, auto_map=auto_map)
 
 
 def save_policy(dst: str | Path, policy: Llama, tokenizer: Any) -> None:
-    """Writes a language model in memory in the HF layout, in the dtype of its parameters."""
+    """Writes a policy that is in memory in the HF layout, in the dtype of its parameters."""
     hf = with_dtype(hf_llama_dict(policy.config), policy.embed_tokens.dtype.name)
-    _save(dst, policy, tokenizer, hf)
+    _save(dst, model=policy, tokenizer=tokenizer, hf=hf)
 
 
 def _save(
@@ -120,23 +137,26 @@ def _save(
         for spec in tensor_specs(abstract_model(model.config)):
             value = weights[spec.path][...]
             array = np.asarray(value if spec.layer is None else value[spec.layer])
-            array = array[tuple(map(slice, spec.shape))]  # without a mesh's padding
+            array = array[tuple(map(slice, spec.shape))]  # removes the padding of a mesh
             writer.add(spec.hf_name, spec.to_hf(array))
         writer.close()
         if isinstance(model, SARM):
             hf["auto_map"] = copy_model_code(auto_map, None, directory)
-        write_json(directory / "config.json", _with_token_ids(hf, tokenizer))
+        write_hf_json(directory / "config.json", _with_token_ids(hf, tokenizer))
         save_tokenizer(tokenizer, directory)
 
 
 def _with_token_ids(hf: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Adds the tokenizer's ids that are missing; the reference pools by `pad_token_id`."""
+    """Adds missing token ids from the tokenizer; the reference pools by `pad_token_id`."""
     missing = [name for name in TOKEN_IDS if hf.get(name) is None]
     return hf | {name: getattr(tokenizer, name) for name in missing}
 
 
 def _hf_config(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
-    """Builds the config.json of `directory`, which has its tokenizer, and copies a SARM's code."""
+    """Builds the config.json of `directory`, and copies a SARM's code there.
+
+    The tokenizer must be in `directory` already.
+    """
     if not isinstance(checkpoint.config, SARMConfig):
         return hf_policy_dict(checkpoint.config, checkpoint.hf_config)
     hf = hf_sarm_dict(checkpoint.config, checkpoint.hf_config)
@@ -148,6 +168,7 @@ def _hf_config(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
 
 
 def _merged(kernel: np.ndarray, adapter: Adapter, spec: TensorSpec) -> np.ndarray:
+    """Adds the adapter of one kernel to it."""
     a, b = map(jnp.asarray, adapter.factors[spec])
     scale = adapter.config.alpha / adapter.config.rank
     with jax.default_matmul_precision("highest"):
@@ -155,14 +176,17 @@ def _merged(kernel: np.ndarray, adapter: Adapter, spec: TensorSpec) -> np.ndarra
 
 
 def _adapter_directory(src: Path) -> Path | None:
+    """Returns the directory of a run's adapter, or `src` if it holds one; else None."""
     return next((d for d in (src / "adapter", src) if (d / ADAPTER_CONFIG).is_file()), None)
 
 
 def _name_base(adapter_config: Path, checkpoint: Checkpoint) -> str:
-    """Names a base that PEFT can load: the repository that a converted base comes from.
+    """Writes the base model into adapter_config.json under a name that PEFT can load.
+
+    For a converted base, that is the repository it was converted from.
 
     Returns:
-      A hint for the user if PEFT or transformers 4 cannot use the base, else "".
+        A hint for the user if PEFT or transformers 4 cannot use the base, else "".
     """
     if not checkpoint.converted:
         assert isinstance(checkpoint.config, LlamaConfig)
@@ -173,12 +197,12 @@ def _name_base(adapter_config: Path, checkpoint: Checkpoint) -> str:
     if not isinstance(source, str) or not is_repository(source):
         return "; PEFT needs the Hugging Face directory that this base was converted from"
     fields = read_json(adapter_config) | {"base_model_name_or_path": source}
-    write_json(adapter_config, fields)
+    write_hf_json(adapter_config, fields)
     return ""
 
 
 def _base_model(src: Path, adapter: Path) -> str:
-    """What the run's config.json, or else the adapter's, calls the model it was trained on."""
+    """Reads the name of the base model from the config of the run, or else of the adapter."""
     if adapter == src:
         path, key = adapter / ADAPTER_CONFIG, "base_model_name_or_path"
     else:
@@ -190,7 +214,8 @@ def _base_model(src: Path, adapter: Path) -> str:
 
 
 def main(values: Any) -> str:
-    return export(values.src, values.dst, values.kind, values.merge)
+    """Runs the command with parsed flags."""
+    return export(values.src, values.dst, kind=values.kind, merge=values.merge)
 
 
 if __name__ == "__main__":

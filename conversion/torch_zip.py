@@ -1,9 +1,9 @@
-"""Tensors of a file that torch.save wrote, read without unpickling it.
+"""Reads the tensors of a file that torch.save wrote, without unpickling it.
 
 Such a file is a zip archive of stored (uncompressed) entries: NAME/data.pkl describes an object,
-and NAME/data/KEY are the bytes of its tensors. A pickle is a program that may call anything. Here
-it is not run: only the few instructions that build plain values are followed, the names that a
-tensor needs become inert marks, and everything else is refused.
+and NAME/data/KEY holds the bytes of a tensor. A pickle is a program that may call any function, so
+it is not run here. Only the few instructions that build plain values are interpreted, the names
+that a tensor needs become inert marks, and everything else is refused.
 """
 
 import dataclasses
@@ -19,33 +19,33 @@ import numpy as np
 
 from sarm_jax.io.errors import InputError
 
-LARGEST_PROGRAM = 4 << 20  # bytes of data.pkl: a list of 65,536 indices has a tenth of it
-ENCRYPTED = 0x1  # of a zip entry's flags
+MAX_PROGRAM_BYTES = 4 << 20  # of data.pkl; a list of 65,536 indices takes a tenth of it
+ENCRYPTED = 0x1  # a bit of the flags of a zip entry
 ORDERED_DICT, REBUILD = "collections OrderedDict", "torch._utils _rebuild_tensor_v2"
 DTYPES = {
     "torch FloatStorage": np.dtype(np.float32),
     "torch HalfStorage": np.dtype(np.float16),
     "torch BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
 }
-MOST_DIMENSIONS = 8
+MAX_DIMENSIONS = 8
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class RefusedError(ValueError):
-    """Why a file is not read; which file is the caller's to say."""
+    """The reason why a file is refused; the caller adds the name of the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Name:
-    """A name of a program, "module name", which stands for nothing but itself."""
+    """A name in a pickle, "module name", which is not resolved to anything."""
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """The entry data/`key`, which holds `size` elements."""
+    """The storage in the entry data/`key`, which holds `size` elements."""
 
     dtype: np.dtype
     key: str
@@ -63,9 +63,10 @@ class _Tensor:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """Returns the dict in a file of torch.save; those of its values that are tensors are arrays.
+    """Reads the dict in a file that torch.save wrote; its tensors are returned as arrays.
 
-    Raises InputError for a file that holds anything but plain values and tensors.
+    Raises:
+        InputError: the file holds something else than plain values and tensors, or is damaged.
     """
     path = Path(path)
     try:
@@ -84,7 +85,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 class _Archive:
-    """A zip archive of which every size is checked before anything is read."""
+    """A zip archive; every size is checked before an entry is read."""
 
     def __init__(self, archive: zipfile.ZipFile, size: int):
         self._archive, self._size = archive, size
@@ -98,17 +99,18 @@ class _Archive:
         self._names = set(names)
 
     def read(self) -> dict[str, Any]:
+        """Returns the dict that the archive holds."""
         if f"{self._folder}byteorder" in self._names:
             order = self._entry("byteorder", 16)
             if order != b"little":
                 raise RefusedError(f"byte order {order!r}: only little is supported")
-        found = _follow(self._entry("data.pkl", LARGEST_PROGRAM))
-        if not isinstance(found, dict):
-            raise RefusedError(f"holds a {_kind(found)}, expected a dict")
-        return {k: self._array(v) if isinstance(v, _Tensor) else v for k, v in found.items()}
+        value = _interpret(self._entry("data.pkl", MAX_PROGRAM_BYTES))
+        if not isinstance(value, dict):
+            raise RefusedError(f"holds a {_type_name(value)}, expected a dict")
+        return {k: self._array(v) if isinstance(v, _Tensor) else v for k, v in value.items()}
 
-    def _entry(self, name: str, most: int) -> bytes:
-        """Returns the bytes of an entry, at most `most`."""
+    def _entry(self, name: str, max_bytes: int) -> bytes:
+        """Reads an entry; refuses one of more than `max_bytes`."""
         if self._folder + name not in self._names:
             raise RefusedError(f"entry {name[:60]!r} is missing")
         info = self._archive.getinfo(self._folder + name)
@@ -116,14 +118,14 @@ class _Archive:
             raise RefusedError(
                 f"entry {name[:60]!r} is compressed or encrypted, torch.save does not"
             )
-        if info.file_size > min(most, self._size):
+        if info.file_size > min(max_bytes, self._size):
             raise RefusedError(
                 f"entry {name[:60]!r} has {info.file_size:,} bytes, more than can be"
             )
         return self._archive.read(info)
 
     def _array(self, tensor: _Tensor) -> np.ndarray:
-        """Returns the elements of a tensor, a view of its storage."""
+        """Reads a tensor as a view of its storage."""
         storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
         if math.prod(shape) > storage.size:
             raise RefusedError(f"a tensor {list(shape)} in a storage of {storage.size:,} elements")
@@ -147,7 +149,7 @@ class _Archive:
         )
 
 
-def _follow(program: bytes) -> Any:
+def _interpret(program: bytes) -> Any:
     """Returns the value that a pickle describes."""
     machine = _Machine()
     try:
@@ -161,7 +163,7 @@ def _follow(program: bytes) -> Any:
 
 
 class _Machine:
-    """The stack of a pickle, and the instructions that put plain values on it."""
+    """The stack machine of a pickle, with only the instructions that build plain values."""
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -169,12 +171,17 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def result(self) -> Any:
+        """Returns the value that is left on the stack."""
         if len(self._stack) != 1:
             raise IndexError
         return self._stack[0]
 
     def step(self, name: str, argument: Any) -> None:
-        """Follows one instruction; `RefusedError` for one that no plain tensor needs."""
+        """Interprets one instruction.
+
+        Raises:
+            RefusedError: no plain tensor needs this instruction.
+        """
         stack = self._stack
         match name:
             case "PROTO" | "STOP":
@@ -226,6 +233,7 @@ class _Machine:
 
 
 def _name(text: str) -> _Name:
+    """Returns the mark for an allowed name."""
     if text not in (ORDERED_DICT, REBUILD, *DTYPES):
         raise RefusedError(
             f"its pickle names {text[:60]!r}: only float32, float16 and bfloat16 tensors are read"
@@ -233,17 +241,17 @@ def _name(text: str) -> _Name:
     return _Name(text)
 
 
-def _storage(described: Any) -> _Storage:
+def _storage(description: Any) -> _Storage:
     """Returns the storage of ("storage", type, key, device, number of elements)."""
-    kind, dtype, key, _, size = _expect(described, tuple)
+    kind, dtype, key, _, size = _expect(description, tuple)
     if kind != "storage" or _expect(dtype, _Name).text not in DTYPES or _expect(size, int) < 0:
         raise TypeError
     return _Storage(DTYPES[dtype.text], _expect(key, str), size)
 
 
-def _result(called: Any, arguments: Any) -> Any:
-    """Returns what a call of one of the known names stands for."""
-    name = _expect(called, _Name).text
+def _result(function: Any, arguments: Any) -> Any:
+    """Returns the value of a call of one of the allowed names."""
+    name = _expect(function, _Name).text
     if name == ORDERED_DICT and arguments == ():
         return {}
     if name != REBUILD:
@@ -252,17 +260,17 @@ def _result(called: Any, arguments: Any) -> Any:
     for number in (offset, *_expect(shape, tuple), *_expect(strides, tuple)):
         if _expect(number, int) < 0:
             raise TypeError
-    if len(shape) != len(strides) or len(shape) > MOST_DIMENSIONS:
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
         raise TypeError
-    return _Tensor(_expect(storage, _Storage), offset, shape, strides)
+    return _Tensor(storage=_expect(storage, _Storage), offset=offset, shape=shape, strides=strides)
 
 
 def _expect(value: Any, kind: type) -> Any:
-    """Returns the value; TypeError if it is of another type, as a bool is no int."""
+    """Returns the value; raises TypeError unless its type is `kind` itself (a bool is no int)."""
     if type(value) is not kind:
         raise TypeError
     return value
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     return "tensor" if isinstance(value, _Tensor) else type(value).__name__.strip("_")

@@ -1,12 +1,12 @@
-"""From one reward per response to one advantage per token.
+"""Turns one reward per response into one advantage per token.
 
     r_t = −c · (log π_old − log π_ref)_t + 1[t = T] R        c: kl_coef, T: last token of the mask
     δ_t = r_t + γ V_{t+1} − V_t,   A_t = δ_t + γ λ A_{t+1},   V = 0 past T
     returns = A + V                                           before whitening
 
 Sources: Schulman et al. 1506.02438 (GAE); Huang et al. 2403.17031 (the RLHF details).
-Everything is float32 `[B, R]` over response tokens, and whatever stands where the mask is 0,
-NaN included, changes nothing.
+Arrays are float32 `[B, R]` over response tokens. Entries outside the mask do not affect the
+results, even if they are NaN.
 """
 
 import chex
@@ -15,45 +15,55 @@ import jax.numpy as jnp
 
 
 def token_rewards(
-    reward_b: jax.Array, kl_bt: jax.Array, mask_bt: jax.Array, kl_coef: float
+    reward_b: jax.Array, kl_br: jax.Array, mask_br: jax.Array, kl_coef: float
 ) -> jax.Array:
-    """The per-token KL penalty, plus the response's reward on its last token."""
-    chex.assert_rank([reward_b, kl_bt, mask_bt], [1, 2, 2])
-    mask_bt = mask_bt.astype(bool)
-    is_last_bt = mask_bt & ~jnp.pad(mask_bt[:, 1:], ((0, 0), (0, 1)))
-    penalty_bt = jnp.where(mask_bt, kl_coef * kl_bt, 0.0)
-    return jnp.where(is_last_bt, reward_b[:, None], 0.0) - penalty_bt
+    """Returns r_t: the KL penalty of each token, plus the response's reward on its last token.
+
+    Args:
+        reward_b: reward of each response.
+        kl_br: log π_old − log π_ref of each token.
+        mask_br: marks the tokens of the responses.
+        kl_coef: c, the weight of the KL penalty.
+    """
+    chex.assert_rank([reward_b, kl_br, mask_br], [1, 2, 2])
+    mask_br = mask_br.astype(bool)
+    is_last_br = mask_br & ~jnp.pad(mask_br[:, 1:], ((0, 0), (0, 1)))
+    penalty_br = jnp.where(mask_br, kl_coef * kl_br, 0.0)
+    return jnp.where(is_last_br, reward_b[:, None], 0.0) - penalty_br
 
 
 def gae(
-    rewards_bt: jax.Array, values_bt: jax.Array, mask_bt: jax.Array, gamma: float, lam: float
+    rewards_br: jax.Array, values_br: jax.Array, mask_br: jax.Array, gamma: float, lam: float
 ) -> tuple[jax.Array, jax.Array]:
-    """(advantages, returns); a response that ran out of budget is not bootstrapped."""
-    chex.assert_equal_shape([rewards_bt, values_bt, mask_bt])
-    mask_bt = mask_bt.astype(bool)
-    rewards_bt = jnp.where(mask_bt, rewards_bt, 0.0)
-    values_bt = jnp.where(mask_bt, values_bt, 0.0)
-    next_values_bt = jnp.pad(values_bt[:, 1:], ((0, 0), (0, 1)))
-    deltas_bt = rewards_bt + gamma * next_values_bt - values_bt
+    """Returns (A, returns); both are 0 outside the mask.
+
+    V after the last token is 0 even if the response was cut off by the token limit.
+    """
+    chex.assert_equal_shape([rewards_br, values_br, mask_br])
+    mask_br = mask_br.astype(bool)
+    rewards_br = jnp.where(mask_br, rewards_br, 0.0)
+    values_br = jnp.where(mask_br, values_br, 0.0)
+    next_values_br = jnp.pad(values_br[:, 1:], ((0, 0), (0, 1)))
+    deltas_br = rewards_br + gamma * next_values_br - values_br
 
     def step(advantage_b, delta_b):
         advantage_b = delta_b + gamma * lam * advantage_b
         return advantage_b, advantage_b
 
-    _, advantages_tb = jax.lax.scan(
-        step, jnp.zeros_like(deltas_bt[:, 0]), deltas_bt.T, reverse=True
+    _, advantages_rb = jax.lax.scan(
+        step, jnp.zeros_like(deltas_br[:, 0]), deltas_br.T, reverse=True
     )
-    advantages_bt = jnp.where(mask_bt, advantages_tb.T, 0.0)
-    return advantages_bt, advantages_bt + values_bt
+    advantages_br = jnp.where(mask_br, advantages_rb.T, 0.0)
+    return advantages_br, advantages_br + values_br
 
 
-def masked_mean(x_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-    """Mean of x where the mask is 1."""
-    return jnp.where(mask_bt, x_bt, 0.0).sum() / mask_bt.sum()
+def masked_mean(x_br: jax.Array, mask_br: jax.Array) -> jax.Array:
+    """Returns the mean of x over the mask."""
+    return jnp.where(mask_br, x_br, 0.0).sum() / mask_br.sum()
 
 
-def whiten(x_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-    """(x − μ) / √(σ² + 1e-8) with the mask's own μ and σ over the whole batch; 0 elsewhere."""
-    mean = masked_mean(x_bt, mask_bt)
-    variance = masked_mean(jnp.square(x_bt - mean), mask_bt)
-    return jnp.where(mask_bt, (x_bt - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+def whiten(x_br: jax.Array, mask_br: jax.Array) -> jax.Array:
+    """Returns (x − μ) / √(σ² + 1e-8), with μ and σ over the mask of the whole batch; 0 outside."""
+    mean = masked_mean(x_br, mask_br)
+    variance = masked_mean(jnp.square(x_br - mean), mask_br)
+    return jnp.where(mask_br, (x_br - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)

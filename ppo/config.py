@@ -1,4 +1,4 @@
-"""Options of a PPO run; defaults and units stand in `configs/base.py`."""
+"""Options of a PPO run. `configs/base.py` gives their defaults and units."""
 
 import dataclasses
 
@@ -18,7 +18,11 @@ NOT_NEGATIVE = (
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Validated where it is built; the message names `ppo.<field>=value`."""
+    """Options of PPO, the section `ppo` of a config.
+
+    Raises:
+        InputError: an option is invalid; the message names `ppo.<field>` and its value.
+    """
 
     total_steps: int
     batch_size: int
@@ -54,22 +58,12 @@ class PPOConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        for names, low, open_end in ((AT_LEAST_ONE, 1, False), (POSITIVE, 0, True)):
-            for name in names:
-                value = getattr(self, name)
-                if not (low < value if open_end else low <= value) or value == float("inf"):
-                    bound = "positive" if open_end else "at least 1"
-                    raise InputError(f"ppo.{name}={value}: must be {bound}")
-        for name in NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"ppo.{name}={getattr(self, name)}: must not be negative")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"ppo.{name}={getattr(self, name)}: must lie in [0, 1]")
+        self._check_ranges()
         if self.top_p != 1:
             raise InputError(
-                f"top_p={self.top_p}: PPO compares log-probabilities of the distribution that was "
-                "sampled from, and dropping tokens changes it between updates; use top_p=1.0"
+                f"ppo.top_p={self.top_p}: PPO compares log-probabilities of the distribution that "
+                "was sampled from, and dropping tokens changes it between updates; use "
+                "ppo.top_p=1.0"
             )
         if self.lr_schedule not in ("constant", "linear", "cosine"):
             raise InputError(
@@ -81,19 +75,34 @@ class PPOConfig:
             )
         if self.batch_size % self.pieces:
             raise InputError(
-                f"ppo.batch_size={self.batch_size} is not divisible by num_minibatches × "
-                f"gradient_accumulation_steps = {self.num_minibatches} × "
+                f"ppo.batch_size={self.batch_size} is not divisible by ppo.num_minibatches × "
+                f"ppo.gradient_accumulation_steps = {self.num_minibatches} × "
                 f"{self.gradient_accumulation_steps}"
             )
         if not 0 <= self.seed < 2**31:
-            raise InputError(f"seed={self.seed}: must lie in [0, 2^31)")
+            raise InputError(f"ppo.seed={self.seed}: must lie in [0, 2^31)")
+
+    def _check_ranges(self) -> None:
+        """Raises InputError for the first number that is out of its range."""
+        for name in AT_LEAST_ONE:
+            if not 1 <= getattr(self, name) < float("inf"):
+                raise InputError(f"ppo.{name}={getattr(self, name)}: must be at least 1")
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"ppo.{name}={getattr(self, name)}: must be positive")
+        for name in NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"ppo.{name}={getattr(self, name)}: must not be negative")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"ppo.{name}={getattr(self, name)}: must lie in [0, 1]")
 
     @property
     def pieces(self) -> int:
-        """Microbatches in a batch."""
+        """Number of microbatches in a batch."""
         return self.num_minibatches * self.gradient_accumulation_steps
 
     @property
     def updates_per_step(self) -> int:
-        """Optimizer steps per PPO step."""
+        """Number of optimizer steps in a PPO step."""
         return self.ppo_epochs * self.num_minibatches

@@ -1,13 +1,12 @@
-"""The policy on prompts that it is not trained on, every so many steps.
+"""Evaluates the policy on held-out prompts at regular steps.
 
-The same prompts and the same random keys every time, so that what changes is the policy. Nothing
-here is learned from: the discriminator is read as it stands.
+Every evaluation uses the same prompts and the same random keys, so that only the policy changes.
+Nothing is trained: the discriminator is only read.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from ppo.losses import response_kl
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, ScoreScale, compound_reward
 from ppo.rollout import Rollout, Sampler
+from ppo.run_state import RunState
 from ppo.scoring import Scorer
 from ppo.slots import SlotPlan, slot_plans
 from sarm_jax.parallel.processes import fetch
@@ -26,7 +26,7 @@ from sarm_jax.parallel.processes import fetch
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """`batches` batches of `deck`, sampled with keys that follow from `key`."""
+    """An evaluation on the first `batches` batches of `deck`, with keys derived from `key`."""
 
     deck: PromptDeck
     batches: int
@@ -37,59 +37,76 @@ class HeldOut:
     density_ratio: DensityRatio | None
 
     def programs(self, params: dict) -> Iterator[Callable[[], Lowered]]:
-        """Yields the rollout and the reference pass, for every length of prompts and responses."""
+        """Yields the programs of an evaluation, for every length of prompts and responses."""
         learner, base = self.sampler.learner, self.sampler.base
         for length in sorted({self.deck.padded_length(n) for n in range(self.batches)}):
             plan = self.slot_plans[length]
             yield partial(learner.lower_rollout, params, base, length, plan.prefill)
-            for slots in plan.all():
+            for slots in plan.all_slots():
                 yield partial(learner.lower_reference, base, length, slots)
 
     @property
     def prompts(self) -> list[list[str]]:
-        """The prompts of each batch."""
+        """Prompts of each batch."""
         return [self.deck.texts(number) for number in range(self.batches)]
 
     @cached_property
     def slot_plans(self) -> dict[int, SlotPlan]:
-        """The packed sizes of these batches, which are never cut in another order."""
+        """Plan of the packed sizes for each padded prompt length; rows keep their order."""
         learner = self.sampler.learner
         order = np.arange(learner.config.batch_size)[None]
         return slot_plans(
             learner.config,
-            self.deck,
-            range(self.batches),
-            lambda number: order,
-            learner.placement.parts,
+            deck=self.deck,
+            batches=range(self.batches),
+            order_of=lambda number: order,
+            parts=learner.placement.parts,
         )
 
-    def __call__(self, steps: int, state: dict[str, Any], scale: ScoreScale) -> list[dict]:
-        """A row per response of the policy that has `steps` PPO steps behind it."""
-        return [row for n in range(self.batches) for row in self._batch(n, steps, state, scale)]
+    def evaluate(self, finished: int, state: RunState, scale: ScoreScale) -> list[dict]:
+        """Returns the rows of evaluations.jsonl, one per response.
 
-    def _batch(self, number: int, steps: int, state: dict[str, Any], scale: ScoreScale):
-        key = jax.random.fold_in(self.key, number)
-        params = state["train"].params
+        Args:
+            finished: number of finished PPO steps.
+            state: state of the run after these steps.
+            scale: scale of the scores, for the reward.
+        """
+        return [
+            {"step": finished, **row}
+            for number in range(self.batches)
+            for row in self._evaluate_batch(number, state, scale)
+        ]
+
+    def _evaluate_batch(self, number: int, state: RunState, scale: ScoreScale) -> list[dict]:
         plan = self.slot_plans[self.deck.padded_length(number)]
-        rollout = self.sampler(params, self.deck, number, key, plan.prefill)
-        scored = self.scorer(rollout)
-        ratio_b = np.zeros_like(scored.score_b)
-        if self.density_ratio is not None:
-            read = self.density_ratio.read(state["density_ratio"], jnp.asarray(scored.subset_bs))
-            ratio_b = np.asarray(read)
-        terms = compound_reward(
-            self.reward, scored.score_b, scored.penalised_bn, ratio_b, scale.std
+        rollout = self.sampler.sample(
+            state.train.params,
+            self.deck,
+            batch_number=number,
+            key=jax.random.fold_in(self.key, number),
+            slots=plan.prefill,
         )
-        ref_kl_b, ended_b = self._reference_kl(rollout, plan), rollout.ended_b
+        scored = self.scorer.score(rollout)
+        d_b = np.zeros_like(scored.score_b)
+        if self.density_ratio is not None:
+            assert state.density_ratio is not None
+            d_b = np.asarray(self.density_ratio.read(state.density_ratio, jnp.asarray(scored.z_bs)))
+        terms = compound_reward(
+            self.reward,
+            score_b=scored.score_b,
+            z_bn=scored.z_bn,
+            d_b=d_b,
+            score_std=scale.std,
+        )
+        ref_kl_b = self._reference_kl(rollout, plan)
         features = [str(i) for i in self.reward.penalize_features]
         return [
             {
-                "step": steps,
                 "prompt": rollout.prompts[b],
                 "response": rollout.responses[b],
-                "ended": bool(ended_b[b]),
+                "ended": bool(rollout.ended_b[b]),
                 "ref_kl": float(ref_kl_b[b]),
-                "rm_score": float(terms.rm_score_b[b]),
+                "rm_score": float(terms.score_b[b]),
                 "penalties": dict(zip(features, terms.penalty_bn[b].tolist(), strict=True)),
                 "kl_penalty": float(terms.kl_penalty_b[b]),
                 "total_reward": float(terms.total_b[b]),
@@ -98,9 +115,9 @@ class HeldOut:
         ]
 
     def _reference_kl(self, rollout: Rollout, plan: SlotPlan) -> np.ndarray:
-        """Nats per response `[B]`, with the sampler's own log π."""
+        """Returns the KL to the reference policy, in nats `[B]`, from the sampler's own log π."""
         generation, learner = rollout.generation, self.sampler.learner
-        slots = plan.of(rollout.lengths_b)
+        slots = plan.slots_for(rollout.lengths_b)
         ref_logp_br = learner.reference_logp(
             self.sampler.base, rollout.tokens_bt, rollout.mask_bt, slots=slots
         )

@@ -1,6 +1,6 @@
-"""The buffer of latents of human responses that the discriminator compares the policy with.
+"""The buffer of latents of human responses, with which the discriminator compares the policy.
 
-File: safetensors with `z [N, S]` float32 and `latent_indices [S]` int32.
+The file is in the safetensors format, with `z [N, S]` float32 and `latent_indices [S]` int32.
 """
 
 import dataclasses
@@ -22,21 +22,21 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class HumanLatents:
-    """`z_ns [N, S]` float32 of the features `latent_indices`, in that order."""
+    """Latents `[N, S]` float32 of N human responses, with the ids of the features."""
 
     z_ns: np.ndarray
     latent_indices: tuple[int, ...]
 
     def select(self, latent_indices: tuple[int, ...]) -> "HumanLatents":
-        """The columns of `latent_indices`; every one must be in the buffer."""
-        place = {feature: column for column, feature in enumerate(self.latent_indices)}
-        missing = [i for i in latent_indices if i not in place]
+        """Returns the columns of `latent_indices`; raises InputError if one is missing."""
+        columns = {feature: column for column, feature in enumerate(self.latent_indices)}
+        missing = [i for i in latent_indices if i not in columns]
         if missing:
             raise InputError(
-                f"latent_indices: feature {missing[0]} is not in the human latents "
+                f"reward.latent_indices: feature {missing[0]} is not in the human latents "
                 f"({len(self.latent_indices)} features); collect them with --stage=human_latents"
             )
-        return HumanLatents(self.z_ns[:, [place[i] for i in latent_indices]], latent_indices)
+        return HumanLatents(self.z_ns[:, [columns[i] for i in latent_indices]], latent_indices)
 
 
 def collect_human_latents(
@@ -44,11 +44,22 @@ def collect_human_latents(
     demos: Sequence[Mapping[str, str]],
     latent_indices: tuple[int, ...] = (),
 ) -> HumanLatents:
-    """The latents of {prompt, response} rows; all of the SARM's where no features are named."""
+    """Computes the latents of demonstrations.
+
+    Args:
+        reward_model: the SARM.
+        demos: rows with the fields `prompt` and `response`.
+        latent_indices: features to keep; all features of the SARM if empty.
+
+    Raises:
+        InputError: the SARM does not have one of the features.
+    """
     size = reward_model.model.config.sae.latent_size
     missing = [i for i in latent_indices if i >= size]
     if missing:
-        raise InputError(f"latent_indices: feature {missing[0]} of a SARM with {size} latents")
+        raise InputError(
+            f"reward.latent_indices: feature {missing[0]} of a SARM with {size} latents"
+        )
     indices = latent_indices or tuple(range(size))
     prompts, responses = [d["prompt"] for d in demos], [d["response"] for d in demos]
     _, z_ns = reward_model.score(prompts, responses, latent_indices=indices)
@@ -63,66 +74,91 @@ def save_human_latents(path: str | Path, human: HumanLatents) -> None:
 
 
 def load_human_latents(path: str | Path) -> HumanLatents:
-    """Reads and checks the file: shapes, types, finite values."""
+    """Reads the file, and checks its shapes, types and values.
+
+    Raises:
+        InputError: the file is not there, not safetensors, or not a buffer of finite latents.
+    """
     path = Path(path)
     if path.suffix in (".pt", ".pth", ".pkl", ".bin", ".npy", ".npz"):
         raise InputError(
-            f"human_latents={path}: only safetensors are read, because unpickling runs code; "
-            f"python -m conversion.human_latents --src={path} "
+            f"reward.human_latents={path}: only safetensors are read, because unpickling runs "
+            f"code; python -m conversion.human_latents --src={path} "
             f"--dst={path.with_suffix('.safetensors')} converts a file of torch.save without "
             "running any, and --stage=human_latents makes a new one"
         )
     if not path.is_file():
-        raise InputError(f"human_latents={path}: no such file; make it with --stage=human_latents")
+        raise InputError(
+            f"reward.human_latents={path}: no such file; make it with --stage=human_latents"
+        )
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"human_latents={path}: not a safetensors file ({error})") from error
+        raise InputError(
+            f"reward.human_latents={path}: not a safetensors file ({error})"
+        ) from error
     if set(tensors) != {"z", "latent_indices"}:
         raise InputError(
-            f"human_latents={path}: holds {sorted(tensors)}, expected z and latent_indices"
+            f"reward.human_latents={path}: holds {sorted(tensors)}, expected z and latent_indices"
         )
     z_ns, indices = tensors["z"], tensors["latent_indices"]
-    if z_ns.ndim != 2 or indices.ndim != 1 or z_ns.shape[1] != len(indices) or not z_ns.size:
-        raise InputError(
-            f"human_latents={path}: z has shape {z_ns.shape} for {indices.shape} latent_indices"
-        )
-    if not np.issubdtype(z_ns.dtype, np.floating) or not np.isfinite(z_ns).all():
-        raise InputError(f"human_latents={path}: z must hold finite floats, found {z_ns.dtype}")
-    if not np.issubdtype(indices.dtype, np.integer) or len(set(indices.tolist())) < len(indices):
-        raise InputError(
-            f"human_latents={path}: latent_indices must be distinct integers, found {indices.dtype}"
-        )
+    _check_tensors(path, z_ns, indices)
     return HumanLatents(z_ns.astype(np.float32), tuple(int(i) for i in indices))
 
 
-def human_buffer(reward: RewardConfig, path: str, latent_size: int) -> HumanLatents | None:
-    """The buffer that β > 0 needs, reduced to the chosen features; None when β = 0.
+def _check_tensors(path: Path, z_ns: np.ndarray, indices: np.ndarray) -> None:
+    """Raises InputError unless the tensors are finite latents of distinct features."""
+    if z_ns.ndim != 2 or indices.ndim != 1 or z_ns.shape[1] != len(indices) or not z_ns.size:
+        raise InputError(
+            f"reward.human_latents={path}: z has shape {z_ns.shape} for {indices.shape} "
+            "latent_indices"
+        )
+    if not np.issubdtype(z_ns.dtype, np.floating) or not np.isfinite(z_ns).all():
+        raise InputError(
+            f"reward.human_latents={path}: z must hold finite floats, found {z_ns.dtype}"
+        )
+    if not np.issubdtype(indices.dtype, np.integer) or len(set(indices.tolist())) < len(indices):
+        raise InputError(
+            f"reward.human_latents={path}: latent_indices must be distinct integers, found "
+            f"{indices.dtype}"
+        )
 
-    Its features must be those of a SARM with `latent_size` latents.
+
+def human_buffer(reward: RewardConfig, path: str, latent_size: int) -> HumanLatents | None:
+    """Loads the buffer that β > 0 needs, reduced to `reward.latent_indices`; None if β = 0.
+
+    Args:
+        reward: β and the features.
+        path: the file, `reward.human_latents` of the config.
+        latent_size: number of latents of the SARM.
+
+    Raises:
+        InputError: there is no file, it is no buffer of this SARM, or it holds one response.
     """
     if reward.beta == 0:
         return None
     if not path:
         raise InputError(
-            f"beta={reward.beta} needs human latents: make them with --stage=human_latents and "
-            "name the file with --human_latents"
+            f"reward.beta={reward.beta} needs human latents: make them with --stage=human_latents "
+            "and name the file with --human_latents"
         )
     human = load_human_latents(path)
     foreign = [i for i in human.latent_indices if not 0 <= i < latent_size]
     if foreign:
         raise InputError(
-            f"human_latents={path}: feature {foreign[0]} of a SARM with {latent_size} latents: "
-            "collected with another SARM?"
+            f"reward.human_latents={path}: feature {foreign[0]} of a SARM with {latent_size} "
+            "latents: was it collected with another SARM?"
         )
     if len(human.z_ns) < 2:
-        raise InputError(f"human_latents={path}: holds one response, beta needs several")
+        raise InputError(
+            f"reward.human_latents={path}: holds one response, reward.beta needs several"
+        )
     human = human.select(reward.latent_indices) if reward.latent_indices else human
     constant = int((human.z_ns == human.z_ns[0]).all(axis=0).sum())
     if constant:
         LOG.warning(
-            "%d of the %d latents that beta compares are the same in all human responses",
+            "%d of the %d latents that reward.beta compares are the same in all human responses",
             constant, len(human.latent_indices),
         )  # fmt: skip
     return human

@@ -1,8 +1,8 @@
-"""The trainable side of PPO: LoRA and value head over one frozen copy of the base weights.
+"""The policy of PPO: a LoRA adapter and a value head over one frozen copy of the base weights.
 
-The policy is `merge(graphdef, lora, base)`; the reference policy is the same base merged into
-the adapter-free graph; the value head reads the policy's last hidden state where a token is
-predicted. The base travels as an argument through every program and is never copied.
+The policy is `merge(graphdef, lora, base)`. The reference policy is the same base, merged into the
+graph without the adapter. The value head reads the policy's last hidden state at the position that
+predicts a token. The base is an argument of every program and is never copied.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from sarm_jax.sampling.generate import Generation, Sampling, sample
 
 @struct.dataclass
 class TrainState:
-    """Everything a gradient step changes: `params` = {lora, value_head}, and Adam's moments."""
+    """Everything that an optimizer step changes: `params` {lora, value_head}, Adam's moments."""
 
     params: dict
     opt_state: optax.OptState
@@ -38,7 +38,7 @@ class TrainState:
 
 @struct.dataclass
 class Evaluation:
-    """What a policy says of given responses, float32 `[B, R]` each."""
+    """Log-probability, entropy and value of each response token, float32 `[B, R]`."""
 
     logp_br: jax.Array
     entropy_br: jax.Array
@@ -47,11 +47,19 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """The compiled programs over a policy. Holds no arrays, so equal learners share compilations.
+    """The compiled programs over a policy. It has no arrays, so equal learners share compilations.
 
-    `graphdef` describes the policy with its adapter, `reference_graph` without; `stops` end a
-    response, `pad` fills up after it; programs are made for `platform`. `base` is the frozen state
-    in every signature.
+    In every method `params` are the parameters of adapter and value head, and `base` is the frozen
+    state of the policy.
+
+    Attributes:
+        config: options of PPO.
+        graphdef: structure of the policy with its adapter.
+        reference_graph: structure of the policy without it.
+        stops: tokens that end a response.
+        pad: the token that fills a row after the end.
+        platform: the platform that programs are compiled for.
+        placement: where arrays are on the device mesh.
     """
 
     config: PPOConfig
@@ -70,18 +78,25 @@ class Learner:
         policy: Llama,
         pad: int,
     ) -> tuple["Learner", TrainState, nnx.State]:
-        """Gives `policy` a fresh adapter, in place: (learner, initial state, base).
+        """Adds a fresh adapter to `policy`, in place; returns (learner, initial state, base).
 
-        The state is still to be put where the policy's weights are, `placement.replicated`.
+        The caller puts the state on the mesh of the policy's weights (`placement.replicated`).
         """
         reference_graph = nnx.graphdef(policy)
         add_lora(policy, lora, nnx.Rngs(config.seed))
         graphdef, adapter, base = nnx.split(policy, LoRAParam, ...)  # type: ignore[misc]
-        known = policy.stop_ids, pad, policy.platform, policy.placement
-        learner = cls(config, graphdef, reference_graph, *known)
+        learner = cls(
+            config=config,
+            graphdef=graphdef,
+            reference_graph=reference_graph,
+            stops=policy.stop_ids,
+            pad=pad,
+            platform=policy.platform,
+            placement=policy.placement,
+        )
         width = policy.config.hidden_size
         params = {
-            "lora": jax.tree.map(jnp.copy, adapter),  # updates donate it
+            "lora": jax.tree.map(jnp.copy, adapter),  # a copy, since updates donate the state
             "value_head": {"kernel": jnp.zeros((width,)), "bias": jnp.zeros(())},
         }
         state = TrainState(params, learner.optimizer.init(params))
@@ -89,7 +104,7 @@ class Learner:
 
     @property
     def optimizer(self) -> optax.GradientTransformation:
-        """The optimizer of `config`."""
+        """Optimizer of the policy's parameters."""
         return make_optimizer(self.config)
 
     def rollout(
@@ -101,16 +116,23 @@ class Learner:
         key: jax.Array,
         slots: int | None = None,
     ) -> Generation:
-        """Samples responses to left-padded prompts with the current policy.
+        """Samples responses to left-padded prompts with the policy.
 
-        `slots` are what the prompts are packed in, of each part of the mesh; None: not packed. Not
-        to be called within a `jax.jit`, since the compiler gets options of its own for it.
+        It cannot be called within `jax.jit`, since it is compiled with options of its own.
+
+        Args:
+            params: parameters of the policy.
+            base: frozen state of the policy.
+            tokens_bp: prompts.
+            mask_bp: False for padding.
+            key: random key.
+            slots: slots of the packed prompts in each part of the mesh; None: prompts are padded.
         """
         return self._compiled_rollout(self, params, base, tokens_bp, mask_bp, key, slots=slots)
 
     @property
     def decoding_options(self) -> tuple[tuple[str, Any], ...]:
-        """What the compiler is told about programs that decode, see `compiler_options`."""
+        """Compiler options of programs that decode, from `compiler_options`."""
         return compiler_options(self.platform, self.config.batch_size // self.placement.parts)
 
     @property
@@ -120,15 +142,23 @@ class Learner:
     def _rollout(self, params, base, tokens_bp, mask_bp, key, slots):
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
         policy = nnx.merge(self.graphdef, params["lora"], base)
-        if policy.embed_tokens.dtype == jnp.float32:  # half precision would round it away
+        if policy.embed_tokens.dtype == jnp.float32:  # half precision would round the adapter away
             fold_lora(policy)
-        tokens_bp, mask_bp = self.placement.keep_rows((tokens_bp, mask_bp))
+        tokens_bp, mask_bp = self.placement.constrain_rows((tokens_bp, mask_bp))
         packing = None
         if slots is not None:
-            packing = Packing.of(mask_bp, slots, self.placement.parts)
-        stops, pad = self.stops, self.pad
-        generation = sample(policy, tokens_bp, mask_bp, key, sampling, stops, pad, packing)
-        return self.placement.keep_rows(generation)
+            packing = Packing.from_mask(mask_bp, slots, self.placement.parts)
+        generation = sample(
+            policy,
+            tokens_bp,
+            mask_bp,
+            key,
+            sampling=sampling,
+            stops=self.stops,
+            pad=self.pad,
+            packing=packing,
+        )
+        return self.placement.constrain_rows(generation)
 
     @partial(jax.jit, static_argnums=0, static_argnames="slots")
     def reference_logp(
@@ -138,26 +168,28 @@ class Learner:
         mask_bt: jax.Array,
         slots: Slots | None = None,
     ) -> jax.Array:
-        """log π_ref of the responses, `[B, R]`, a microbatch at a time."""
+        """Returns log π_ref of the response tokens, `[B, R]`, one microbatch at a time."""
         reference = nnx.merge(self.reference_graph, base)
 
-        def piece(rows):
+        def microbatch_logp(rows):
             tokens_bt, mask_bt = rows
-            return self._logprobs(reference, tokens_bt, mask_bt, slots)[0]
+            return self._logprobs(reference, tokens_bt, mask_bt, slots=slots)[0]
 
-        return self.placement.keep_rows(self.in_microbatches(piece, (tokens_bt, mask_bt)))
+        logp_br = self.in_microbatches(microbatch_logp, (tokens_bt, mask_bt))
+        return self.placement.constrain_rows(logp_br)
 
     def lower_rollout(
         self, params: dict, base: nnx.State, prompt_length: int, slots: int | None
     ) -> Lowered:
-        """`rollout` of prompts padded to `prompt_length` tokens; arrays may be abstract."""
+        """Lowers `rollout` for prompts padded to `prompt_length` tokens; arrays may be abstract."""
         tokens_bp, mask_bp = self._abstract_tokens(prompt_length)
         key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
-        given = self, params, base, tokens_bp, mask_bp, key
-        return self._compiled_rollout.lower(*given, slots=slots)
+        return self._compiled_rollout.lower(
+            self, params, base, tokens_bp, mask_bp, key, slots=slots
+        )
 
     def lower_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> Lowered:
-        """`reference_logp` after prompts padded to `prompt_length` tokens."""
+        """Lowers `reference_logp` for prompts padded to `prompt_length` tokens."""
         tokens_bt, mask_bt = self._abstract_tokens(prompt_length + self.config.max_new_tokens)
         return self.reference_logp.lower(self, base, tokens_bt, mask_bt, slots=slots)
 
@@ -173,45 +205,64 @@ class Learner:
         mask_bt: jax.Array,
         slots: Slots | None = None,
     ) -> Evaluation:
-        """log π, entropy and V of every response token; traced, differentiable in `params`.
+        """Computes log π, entropy and V of every response token; differentiable in `params`.
 
-        `tokens_bt` is prompt and response `[B, P + R]`, the response in the last R columns.
-        With `slots` no padding is computed, see `sarm_jax.models.packing`; None: rows as they are.
+        Args:
+            params: parameters of the policy.
+            base: frozen state of the policy.
+            tokens_bt: prompt and response `[B, P + R]`, with the response in the last R columns.
+            mask_bt: False for padding.
+            slots: slots of the packed rows, so that padding is not computed; None: rows are padded.
         """
         policy = nnx.merge(self.graphdef, params["lora"], base)
-        logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt, slots)
+        logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt, slots=slots)
         head = params["value_head"]
         values_br = x_brd.astype(jnp.float32) @ head["kernel"] + head["bias"]
         return Evaluation(logp_br, entropy_br, values_br)
 
     def in_microbatches(self, function, rows):
-        """Maps over the rows in `num_minibatches · gradient_accumulation_steps` pieces."""
+        """Maps `function` over the microbatches of `rows`, and joins the results."""
         pieces = self.config.pieces
         if pieces == 1:
             return function(rows)
-        cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
-        mapped = jax.lax.map(function, cut)
+        microbatches = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), rows)
+        mapped = jax.lax.map(function, microbatches)
         return jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), mapped)
 
     def _logprobs(self, model, tokens_bt, mask_bt, slots):
-        tokens_bt, mask_bt = self.placement.keep_rows((tokens_bt, mask_bt))
+        """Returns log π, entropy and hidden state of every response token."""
+        tokens_bt, mask_bt = self.placement.constrain_rows((tokens_bt, mask_bt))
         responses, parts = self.config.max_new_tokens, self.placement.parts
         temperature, chunk = self.config.temperature, self.config.logprob_chunk
         targets_br, size = tokens_bt[:, -responses:], model.config.vocab_size
         if slots is None:
             x_brd = model.hidden(tokens_bt, mask_bt)[:, -responses - 1 : -1]
-            given = (x_brd, model.vocabulary, targets_br)
-            return *token_logprobs(*given, temperature, chunk, size), x_brd
-        packing = Packing.of(mask_bt, slots.tokens, parts)
+            logp_br, entropy_br = token_logprobs(
+                x_brd,
+                model.vocabulary,
+                targets_br,
+                temperature=temperature,
+                chunk=chunk,
+                vocab_size=size,
+            )
+            return logp_br, entropy_br, x_brd
+        packing = Packing.from_mask(mask_bt, slots.tokens, parts)
         x_brd = model.hidden(tokens_bt, mask_bt, packing=packing)[:, -responses - 1 : -1]
-        packing = Packing.of(mask_bt[:, -responses:], slots.responses, parts)
+        packing = Packing.from_mask(mask_bt[:, -responses:], slots.responses, parts)
         packed = packing.pack(x_brd), packing.pack(targets_br)
-        rows = parts * math.gcd(len(packed[1]) // parts, MULTIPLE)  # for the cores of a CPU
+        # Several rows of slots, which the cores of a CPU share.
+        rows = parts * math.gcd(len(packed[1]) // parts, MULTIPLE)
         x_scd, targets_sc = (y.reshape(rows, -1, *y.shape[1:]) for y in packed)
-        chunk = -(-chunk * len(tokens_bt) // rows)
-        given = (x_scd, model.vocabulary, targets_sc)
-        per_token = token_logprobs(*given, temperature, chunk, size)
-        return *(packing.unpack(y.reshape(-1)) for y in per_token), x_brd
+        logp_sc, entropy_sc = token_logprobs(
+            x_scd,
+            model.vocabulary,
+            targets_sc,
+            temperature=temperature,
+            chunk=-(-chunk * len(tokens_bt) // rows),
+            vocab_size=size,
+        )
+        logp_br = packing.unpack(logp_sc.reshape(-1))
+        return logp_br, packing.unpack(entropy_sc.reshape(-1)), x_brd
 
 
 @cache
@@ -225,7 +276,7 @@ def _compile_rollout(options: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def make_optimizer(config: PPOConfig) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with ε = 1e-5 (Huang et al. 2403.17031)."""
+    """Returns AdamW with ε = 1e-5 (Huang et al. 2403.17031) after clipping the global norm."""
     updates = config.total_steps * config.updates_per_step
     warmup = config.warmup_steps * config.updates_per_step
     peak = config.learning_rate

@@ -1,7 +1,8 @@
-"""log π of given tokens, without ever holding `[B, R, V]` when chunked.
+"""Log-probabilities and entropy of given tokens, in chunks that bound the memory.
 
-The vocabulary projection is the largest array of an update (128 257 columns for Llama-3.1).
-With `chunk` > 0, positions are processed `chunk` at a time and recomputed in the backward pass.
+The vocabulary projection `[B, R, V]` is the largest array of an update (V = 128 257 for Llama-3.1).
+With `chunk` > 0 it is never held as a whole: `chunk` positions are processed at a time, and are
+computed again in the backward pass.
 """
 
 import jax
@@ -18,10 +19,17 @@ def token_logprobs(
     chunk: int = 0,
     vocab_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(log π(target), entropy of π), each float32 `[B, R]`, for π = softmax(x Eᵀ / temperature).
+    """Returns (log π(target), entropy of π), each float32 `[B, R]`, for π = softmax(x Eᵀ / T).
 
-    The entropy is a metric and carries no gradient. Rows of E from `vocab_size` on (None: all are
-    tokens) have no part in the softmax.
+    The entropy is a metric and has no gradient.
+
+    Args:
+        x_brd: the hidden states that predict the tokens.
+        vocabulary_vd: E, the output embedding.
+        targets_br: the tokens.
+        temperature: T.
+        chunk: positions per vocabulary projection; 0: all at once.
+        vocab_size: number of tokens; later rows of E are padding. None: all rows are tokens.
     """
     vocab_size = len(vocabulary_vd) if vocab_size is None else vocab_size
 

@@ -1,6 +1,5 @@
-"""What is kept of a step whose numbers were not finite, for somebody to look at."""
+"""Dumps a PPO step whose numbers were not finite, so that it can be examined."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ppo.rollout import Rollout
+from ppo.run_state import RunState
 from ppo.scoring import Scored
 from ppo.tracking.checkpoint import named_arrays
 from ppo.update import Batch
@@ -15,23 +15,40 @@ from sarm_jax.io.files import replacing
 from sarm_jax.parallel.processes import fetch
 
 
-def dump(
+def dump_step(
     workdir: Path,
+    *,
     row: Mapping[str, float],
     rollout: Rollout,
     scored: Scored,
     batch: Batch,
-    state: Any,
+    state: RunState,
 ) -> Path:
-    """Writes nonfinite_step_{n}.npz: texts, tokens, scores, latents, rewards, metrics, state.
+    """Writes texts, tokens, scores, latents, rewards, metrics and state to nonfinite_step_{n}.npz.
 
-    `state` is that after the step: of its updates only the finite ones were applied.
+    Args:
+        workdir: where the file is written.
+        row: metrics of the step.
+        rollout: prompts and responses.
+        scored: scores and latents of the responses.
+        batch: input of the update.
+        state: state of the run after the step, to which only the finite updates were applied.
+
+    Returns:
+        The path of the file.
     """
     path = workdir / f"nonfinite_step_{row['step']}.npz"
     arrays: dict[str, Any] = {f"metrics.{name}": value for name, value in row.items()}
-    for name, part in (("batch", batch), ("scored", scored)):
-        for field in dataclasses.fields(part):
-            arrays[f"{name}.{field.name}"] = getattr(part, field.name)
+    arrays |= {
+        "batch.tokens_bt": batch.tokens_bt,
+        "batch.mask_bt": batch.mask_bt,
+        "batch.response_mask_br": batch.mask_br,
+        "batch.ref_logp_br": batch.ref_logp_br,
+        "batch.reward_b": batch.reward_b,
+        "scored.score_b": scored.score_b,
+        "scored.penalised_bn": scored.z_bn,
+        "scored.subset_bs": scored.z_bs,
+    }
     arrays |= {f"state.{name}": value for name, value in named_arrays(state).items()}
     arrays["sampler.logp_br"] = rollout.generation.logp_br
     arrays |= {"prompts": rollout.prompts, "responses": rollout.responses}

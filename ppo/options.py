@@ -1,4 +1,7 @@
-"""From the config's sections to validated options."""
+"""Validates the sections of a config that PPO reads.
+
+Every field of a section reaches its dataclass, so a field that none of them has is an error.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +15,7 @@ from ppo.train import TrainConfig
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
 from sarm_jax.models.lora import LoRAConfig
 
+# Fields of the section `reward` that are lists, written as strings.
 PARSERS = {
     "penalize_features": parse_features,
     "tau_values": parse_values,
@@ -25,7 +29,7 @@ PARSERS = {
 
 
 def train_config(config: Mapping[str, Any]) -> TrainConfig:
-    """The options of the train stage; raises InputError for the first that cannot be."""
+    """Validates the options of the stage `train`; raises InputError for the first invalid one."""
     return TrainConfig(
         ppo=PPOConfig(**config["ppo"]),
         lora=lora_config(config["lora"]),
@@ -37,23 +41,32 @@ def train_config(config: Mapping[str, Any]) -> TrainConfig:
     )
 
 
-def guard_config(section: Mapping[str, Any]) -> GuardConfig:
-    """The guards section; the names in `stop` are comma-separated."""
-    return GuardConfig(**{**section, "stop": split_names(section["stop"])})
+def reward_config(section: Mapping[str, Any]) -> RewardConfig:
+    """Parses and validates the section `reward`, and reads the files that "@" names in its lists.
+
+    Of its fields only `human_latents`, a path, is left to the stage that reads the file.
+    """
+    lists: dict[str, Any] = {
+        name: parse(f"reward.{name}", section[name]) for name, parse in PARSERS.items()
+    }
+    others = {
+        name: value
+        for name, value in section.items()
+        if name not in PARSERS and name != "human_latents"
+    }
+    return RewardConfig(**lists, **others)
 
 
 def lora_config(section: Mapping[str, Any]) -> LoRAConfig:
-    """The lora section; target modules are comma-separated."""
+    """Validates the section `lora`, whose target modules are comma-separated."""
     return LoRAConfig(**{**section, "target_modules": split_names(section["target_modules"])})
 
 
+def guard_config(section: Mapping[str, Any]) -> GuardConfig:
+    """Validates the section `guards`, in which `stop` holds comma-separated names."""
+    return GuardConfig(**{**section, "stop": split_names(section["stop"])})
+
+
 def split_names(text: str) -> tuple[str, ...]:
-    """Comma-separated names; none from an empty string."""
+    """Splits comma-separated names; an empty string holds none."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def reward_config(section: Mapping[str, Any]) -> RewardConfig:
-    """The reward section with its lists parsed, files behind "@" read."""
-    options: dict[str, Any] = {name: parse(name, section[name]) for name, parse in PARSERS.items()}
-    plain = {name: section[name] for name in ("beta", "unit", "penalty_cap")}
-    return RewardConfig(**plain, **options)

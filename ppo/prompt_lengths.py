@@ -1,10 +1,10 @@
-"""The few lengths that the prompts of a batch are padded to.
+"""Chooses the few lengths that the prompts of a batch are padded to.
 
-One length for all batches would be that of the longest prompt of the file: of the 3,184 prompts of
-the reference one has 1,589 tokens, and the longest of a batch of 8 has 191 on average. A length for
-every batch would be a program to compile for each. This module chooses as few lengths as keep the
-expected padding below a bound. Padding is masked, so the choice does not affect results beyond the
-rounding of sums in another order.
+With one length for all batches, every batch would be padded to the longest prompt of the file. The
+longest of the 3,184 prompts of the reference has 1,589 tokens, but the longest of a batch of 8 has
+187 on average. With a length for every batch, every length would need programs of its own. This
+module chooses the smallest number of lengths that keeps the expected padding below a bound. Padding
+is masked, so the choice affects results only by the rounding of sums in another order.
 """
 
 import re
@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.jsonl import read_bytes, short
-from sarm_jax.io.strict_json import parse_json
+from sarm_jax.io.json_files import read_json, short
 
-MULTIPLE = 8  # every length is one, for matrix units
-WASTE = 0.2  # token positions more than the batches' own longest prompts need, in expectation
+MULTIPLE = 8  # every length is a multiple of it, which suits matrix units
+WASTE = 0.2  # expected share of token positions beyond those that the longest prompts need
 MOST_LENGTHS = 6
-MOST_CANDIDATES = 512  # lengths to choose from; longer files get coarser multiples
-MOST_PROMPTS = 10_000_000  # that a file of counts may stand for
+MOST_CANDIDATES = 512  # lengths to choose from; longer prompts give coarser multiples
+MOST_PROMPTS = 10_000_000  # in a file of counts
 
 
 def padded_lengths(
@@ -29,11 +28,12 @@ def padded_lengths(
     """Returns the padded lengths of prompts, ascending; the last one holds every prompt.
 
     Args:
-        lengths_n: tokens of every prompt.
-        batch_size: prompts in a batch, a uniform draw without replacement.
-        new_tokens: columns after the prompt, which every batch has.
-        waste: bound on E[padded length + new_tokens] / E[own longest + new_tokens] − 1. Multiples
-            of 8 and `MOST_LENGTHS` lengths can miss it for very short prompts.
+        lengths_n: number of tokens of every prompt.
+        batch_size: number of prompts in a batch, which are drawn uniformly without replacement.
+        new_tokens: number of columns after the prompt, the same for every batch.
+        waste: bound on E[padded length + new_tokens] / E[own longest + new_tokens] − 1. For very
+            short prompts it can be exceeded, since there are at most `MOST_LENGTHS` lengths and
+            all are multiples of 8.
     """
     longest_m, p_m = longest_of_a_batch(lengths_n, batch_size)
     bound = (1 + waste) * float(p_m @ (longest_m + new_tokens))
@@ -41,13 +41,13 @@ def padded_lengths(
     rounded_m = -multiple * (-longest_m // multiple)
     candidates_c = np.unique(rounded_m)
     p_c = np.asarray([p_m[rounded_m == length].sum() for length in candidates_c])
-    # best_c: the least expected length of the batches up to candidate c if c is the last length.
+    # best_c: the smallest expected length of the batches up to candidate c, if c is the last one.
     below_c = np.cumsum(p_c)
     best_c: np.ndarray = candidates_c * below_c
     previous: list[np.ndarray] = []
     lengths = min(MOST_LENGTHS, len(candidates_c))
     while best_c[-1] + new_tokens > bound and len(previous) + 1 < lengths:
-        # cost_ic: candidate i is the length before c, and takes the batches up to itself.
+        # cost_ic: the same if candidate i is the length before c.
         cost_ic = best_c[:, None] + candidates_c * (below_c - below_c[:, None])
         cost_ic[np.tril_indices(len(candidates_c))] = np.inf
         previous.append(cost_ic.argmin(axis=0))
@@ -59,17 +59,17 @@ def padded_lengths(
 
 
 def longest_of_a_batch(lengths_n: ArrayLike, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (distinct lengths, the probability of each to be a batch's longest prompt).
+    """Returns (distinct lengths, probability of each that it is the longest of a batch).
 
-    P(longest ≤ x) = C(n_x, B) / C(N, B), with n_x prompts of at most x tokens: a batch of B is
-    drawn without replacement. A batch of all prompts or more always meets the longest.
+    P(longest ≤ x) = C(n_x, B) / C(N, B) for a batch of B of the N prompts, drawn without
+    replacement, of which n_x have at most x tokens. If B ≥ N, every batch has the longest prompt.
     """
     distinct_m, count_m = np.unique(np.asarray(lengths_n, np.int64), return_counts=True)
     total = count_m.sum()
     if batch_size >= total:
         return distinct_m[-1:], np.ones(1)
     at_most_m = np.cumsum(count_m)
-    # C(n, B) / C(N, B) = Π (n − i) / (N − i), of which a factor is 0 for n < B.
+    # C(n, B) / C(N, B) = Π_i (n − i) / (N − i); for n < B one of the factors is 0.
     drawn_i = np.arange(batch_size)
     factors_mi = np.maximum(at_most_m[:, None] - drawn_i, 0) / (total - drawn_i)
     return distinct_m, np.diff(factors_mi.prod(axis=1), prepend=0.0)
@@ -86,14 +86,12 @@ def batch_shares(lengths_n: ArrayLike, batch_size: int, new_tokens: int) -> dict
 def read_lengths(path: str, name: str) -> np.ndarray:
     """Reads a JSON object {"tokens": prompts of that length, …}; returns the tokens of each prompt.
 
-    Raises InputError, which calls the file `name`, for anything else.
+    Raises:
+        InputError: the file has other content; the message calls it `name`.
     """
-    try:
-        counts = parse_json(read_bytes(path, name).decode("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{name}: not JSON ({error})") from None
-    if not isinstance(counts, dict) or not counts:
-        expected = 'a JSON object {"tokens": prompts, …} with at least one length'
+    expected = 'a JSON object {"tokens": prompts, …} with at least one length'
+    counts = read_json(path, name, expected=expected, allow_nan=False)
+    if not counts:
         raise InputError(f"{name}: expected {expected}, found {short(counts)}")
     for length, count in counts.items():
         if not re.fullmatch("[1-9][0-9]{0,8}", length):
@@ -113,8 +111,9 @@ def fitting_lengths(
 ) -> np.ndarray:
     """Applies `ppo.long_prompts` to the tokens of prompts, as a run does to their texts.
 
-    Raises InputError, which calls the prompts `name`, if one is too long and `long_prompts` is
-    "error", or if all are dropped.
+    Raises:
+        InputError: a prompt is too long and `long_prompts` is "error", or all are dropped; the
+            message calls the prompts `name`.
     """
     long = int((lengths_n > max_tokens).sum())
     too_long = (

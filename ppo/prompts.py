@@ -1,4 +1,4 @@
-"""The prompts of a run: read, encoded and checked before anything else, then dealt in batches."""
+"""Reads, encodes and checks the prompts of a run, and deals them in batches."""
 
 import dataclasses
 import logging
@@ -23,9 +23,14 @@ def read_prompts(path: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts that fit: their texts, their tokens with the chat template, and what was done to fit.
+    """Prompts within the limit of tokens.
 
-    A truncated prompt has its shortened text here, so that policy and reward model see the same.
+    Attributes:
+        texts: the prompts. A truncated prompt has its shortened text here, so that the policy and
+            the reward model read the same text.
+        rows: their tokens, with the chat template.
+        dropped: number of prompts that were too long and dropped.
+        truncated: number of prompts that were too long and truncated.
     """
 
     texts: list[str]
@@ -44,6 +49,9 @@ def encode_prompts(
     """Encodes prompts with the chat template, each in at most `max_tokens` tokens.
 
     Args:
+        prompts: the texts.
+        tokenizer: tokenizer of the policy.
+        max_tokens: `ppo.max_prompt_tokens`.
         source: the file that messages name.
         long_prompts: what to do with a prompt of more tokens: "error", "drop" it, or "truncate" the
             beginning of the user's text, which leaves the template whole.
@@ -62,14 +70,15 @@ def encode_prompts(
                 continue
             if long_prompts == "error":
                 raise InputError(
-                    f"{_place(source, number, row)}, more than ppo.max_prompt_tokens={max_tokens}: "
+                    f"{_length(source, number, row)}, more than "
+                    f"ppo.max_prompt_tokens={max_tokens}: "
                     "raise it, or set ppo.long_prompts=drop or ppo.long_prompts=truncate"
                 )
             text = _fitting_end(text, tokenizer, max_tokens)
             if not text:
                 template = len(encode_prompt(tokenizer, ""))
                 raise InputError(
-                    f"{_place(source, number, row)}; without the user's text it has {template} "
+                    f"{_length(source, number, row)}; without the user's text it has {template} "
                     f"tokens, which leaves no room in ppo.max_prompt_tokens={max_tokens}"
                 )
             row = encode_prompt(tokenizer, text)
@@ -90,14 +99,14 @@ def encode_prompts(
     return dataclasses.replace(encoded, dropped=dropped, truncated=truncated)
 
 
-def _place(source: str, number: int, row: Sequence[int]) -> str:
-    """Names the line of a prompt and says how long it is."""
+def _length(source: str, number: int, row: Sequence[int]) -> str:
+    """Describes the length of prompt `number`, with its file and line."""
     line = line_of(source, number)
     return f"{source}:{line}: the prompt has {len(row)} tokens with its chat template"
 
 
 def _fitting_end(text: str, tokenizer: Any, max_tokens: int) -> str:
-    """Returns the longest end of the text that fits, by bisection; empty if none does."""
+    """Returns the longest end of the text that fits, by bisection; empty if none fits."""
     too_early, fits = 0, len(text)
     while fits - too_early > 1:
         middle = (too_early + fits) // 2
@@ -109,21 +118,34 @@ def _fitting_end(text: str, tokenizer: Any, max_tokens: int) -> str:
 
 
 class PromptDeck:
-    """Every prompt once per pass, in an order that depends on (seed, pass) alone.
+    """Deals batches of prompts: every prompt once per pass, in an order given by (seed, pass).
 
-    The batch of a step is therefore a function of the step, and a resumed run deals on where it
-    stopped. A batch is padded on the left, to the least of a few lengths (`ppo.prompt_lengths`)
-    that holds its longest prompt.
+    The batch of a step is a function of the step, so that a resumed run continues with the batches
+    that it would have had. A batch is padded on the left, to the smallest of a few lengths
+    (`ppo.prompt_lengths`) that holds its longest prompt.
+
+    Args:
+        prompts: the texts.
+        tokenizer: tokenizer of the policy.
+        config: batch size, seed, limit of tokens, and what to do with longer prompts.
+        source: the file that messages name.
+
+    Raises:
+        InputError: as `encode_prompts` does.
     """
 
     def __init__(
         self, prompts: Sequence[str], tokenizer: Any, config: PPOConfig, source: str = "prompts"
     ):
-        self.source, self._given = source, len(prompts)
+        self.source, self._prompts_in_file = source, len(prompts)
         self._batch_size, self._seed, self._pad = config.batch_size, config.seed, pad_id(tokenizer)
-        self._order_of = -1, np.zeros(0, np.int64)  # the last pass asked for, and its order
+        self._cached_order = -1, np.zeros(0, np.int64)  # a pass and its order
         self._encoded = encode_prompts(
-            prompts, tokenizer, config.max_prompt_tokens, source, config.long_prompts
+            prompts,
+            tokenizer,
+            config.max_prompt_tokens,
+            source=source,
+            long_prompts=config.long_prompts,
         )
         self._lengths = np.asarray([len(row) for row in self._encoded.rows])
         self.padded_lengths = padded_lengths(
@@ -132,19 +154,19 @@ class PromptDeck:
 
     @property
     def prompts(self) -> list[str]:
-        """Texts of all prompts, truncated ones as they are used."""
+        """Texts of all prompts; those of truncated prompts are the shortened ones."""
         return self._encoded.texts
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt."""
+        """Number of tokens of the longest prompt."""
         return int(self._lengths.max())
 
     def summary(self) -> dict[str, Any]:
-        """Counts the prompts of the file, dropped and truncated ones, for summary.json."""
+        """Returns the part of summary.json about the prompts."""
         return {
             "source": self.source,
-            "prompts": self._given,
+            "prompts": self._prompts_in_file,
             "dropped": self._encoded.dropped,
             "truncated": self._encoded.truncated,
             "padded_lengths": list(self.padded_lengths),
@@ -162,23 +184,25 @@ class PromptDeck:
         return [self.prompts[i] for i in self._batch(step)]
 
     def lengths(self, step: int) -> np.ndarray:
-        """Returns the tokens of each prompt of batch number `step`, `[B]`."""
+        """Returns the number of tokens of each prompt of batch number `step`, `[B]`."""
         return self._lengths[self._batch(step)]
 
     def padded_length(self, step: int) -> int:
-        """Returns the columns P that batch number `step` is padded to."""
-        place = np.searchsorted(self.padded_lengths, self.lengths(step).max())
-        return self.padded_lengths[place]
+        """Returns the number of columns P that batch number `step` is padded to."""
+        index = np.searchsorted(self.padded_lengths, self.lengths(step).max())
+        return self.padded_lengths[index]
 
     def _batch(self, step: int) -> np.ndarray:
-        """Indices of the prompts of a batch, which may reach into the next passes."""
-        places = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
-        passes, places = np.divmod(places, len(self._lengths))
-        return np.concatenate([self._order(int(n))[places[passes == n]] for n in np.unique(passes)])
+        """Returns the indices of the prompts of a batch, which may extend into the next passes."""
+        dealt = np.arange(step * self._batch_size, (step + 1) * self._batch_size)
+        passes, positions = np.divmod(dealt, len(self._lengths))
+        return np.concatenate(
+            [self._order(int(n))[positions[passes == n]] for n in np.unique(passes)]
+        )
 
     def _order(self, number: int) -> np.ndarray:
-        """The order of pass `number`."""
-        if number != self._order_of[0]:
+        """Returns the order of the prompts in pass `number`."""
+        if number != self._cached_order[0]:
             order = np.random.default_rng((self._seed, number)).permutation(len(self._lengths))
-            self._order_of = number, order
-        return self._order_of[1]
+            self._cached_order = number, order
+        return self._cached_order[1]

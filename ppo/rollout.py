@@ -1,4 +1,4 @@
-"""One batch of prompts and the responses that the current policy gave to them."""
+"""Rollouts: a batch of prompts, and the responses that the current policy samples to them."""
 
 import dataclasses
 from typing import Any
@@ -16,11 +16,11 @@ from sarm_jax.sampling.generate import Generation
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Texts of B prompts and responses, and their tokens.
+    """Texts and tokens of B prompts and responses.
 
-    Prompts `[B, P]` are padded on the left, responses `[B, R]` on the right, so that the response
-    is in the last R columns of `tokens_bt`. `ended_b` says whether a response ended by itself,
-    `lengths_b` are its tokens, the stop token included.
+    Prompts `[B, P]` are padded on the left, responses `[B, R]` on the right, so the last R columns
+    of `tokens_bt` are the response. `ended_b` marks responses that ended with a stop token, and
+    `lengths_b` counts the tokens of each response, including the stop token.
     """
 
     prompts: list[str]
@@ -33,38 +33,56 @@ class Rollout:
 
     @property
     def tokens_bt(self) -> jax.Array:
-        """Prompt and response `[B, P + R]`."""
+        """Tokens of prompt and response, `[B, P + R]`."""
         return jnp.concatenate([self.tokens_bp, self.generation.tokens_br], axis=1)
 
     @property
     def mask_bt(self) -> jax.Array:
-        """Where `tokens_bt` is not padding."""
+        """Mask of prompt and response, `[B, P + R]`; False for padding."""
         return jnp.concatenate([self.mask_bp, self.generation.mask_br], axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Deals prompts and lets a policy answer them; `base` is the learner's frozen state."""
+    """Samples responses to the prompts of a deck; `base` is the learner's frozen state."""
 
     learner: Learner
     base: nnx.State
     tokenizer: Any
 
-    def __call__(
-        self, params: dict, deck: PromptDeck, number: int, key: jax.Array, slots: int | None = None
+    def sample(
+        self,
+        params: dict,
+        deck: PromptDeck,
+        *,
+        batch_number: int,
+        key: jax.Array,
+        slots: int | None = None,
     ) -> Rollout:
-        """Responses to batch `number` of the deck by the policy with `params`.
+        """Samples responses to a batch of the deck.
 
-        `slots` as in `Learner.rollout`.
+        Args:
+            params: parameters of the policy.
+            deck: the prompts.
+            batch_number: which batch of the deck.
+            key: random key of the batch.
+            slots: slots of the packed prompts, as in `Learner.rollout`.
         """
-        prompts, tokens_bp, mask_bp = deck.deal(number)
+        prompts, tokens_bp, mask_bp = deck.deal(batch_number)
         generation = self.learner.rollout(params, self.base, tokens_bp, mask_bp, key, slots=slots)
-        seen: Generation = fetch(generation)
-        lengths_b = np.asarray(seen.mask_br).sum(axis=1)
-        ended_b, texts = np.asarray(seen.ended_b), self._decode(seen)
-        return Rollout(prompts, texts, tokens_bp, mask_bp, generation, ended_b, lengths_b)
+        on_host: Generation = fetch(generation)
+        return Rollout(
+            prompts=prompts,
+            responses=self._decode(on_host),
+            tokens_bp=tokens_bp,
+            mask_bp=mask_bp,
+            generation=generation,
+            ended_b=np.asarray(on_host.ended_b),
+            lengths_b=np.asarray(on_host.mask_br).sum(axis=1),
+        )
 
-    def _decode(self, seen: Generation) -> list[str]:
-        """Response texts, without special tokens, of what the host has."""
-        rows = [tokens[mask] for tokens, mask in zip(seen.tokens_br, seen.mask_br, strict=True)]
+    def _decode(self, generation: Generation) -> list[str]:
+        """Returns the texts of responses that are on the host, without special tokens."""
+        pairs = zip(generation.tokens_br, generation.mask_br, strict=True)
+        rows = [tokens[mask] for tokens, mask in pairs]
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""What the reward reads from the SARM: scores, and the latents that its terms look at."""
+"""Scores responses with the SARM, and returns the latents that the reward reads."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,56 +9,74 @@ from jax.stages import Lowered
 from ppo.reward import RewardConfig
 from ppo.rollout import Rollout
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sarm import Intervention
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Scores `[B]` (of the clamped latents), and latents before the clamp.
+    """Scores of the clamped latents `[B]`, and latents before the clamp.
 
-    `penalised_bn` are those of the penalised features, `subset_bs` the discriminator's.
+    `z_bn` are the latents of the penalised features, `z_bs` those that the discriminator reads.
     """
 
     score_b: np.ndarray
-    penalised_bn: np.ndarray
-    subset_bs: np.ndarray
+    z_bn: np.ndarray
+    z_bs: np.ndarray
 
 
 class Scorer:
-    """A reward model under a run's clamp; `subset` are the features the discriminator reads."""
+    """A reward model under the clamp of a run.
 
-    def __init__(self, model: RewardModel, config: RewardConfig, subset: Sequence[int] = ()):
+    Args:
+        model: the SARM.
+        config: the clamp and the penalised features.
+        discriminator_features: the features that the discriminator reads.
+    """
+
+    def __init__(
+        self,
+        model: RewardModel,
+        config: RewardConfig,
+        discriminator_features: Sequence[int] = (),
+    ):
         size = model.model.config.sae.latent_size
         config.check_features(size)
         self._model, self._clamp = model, config.clamp(size)
-        self._split = len(config.penalize_features)
-        # One gather per response: the penalised features first, then the subset.
-        self._watched = (*config.penalize_features, *subset)
+        self._penalised = len(config.penalize_features)
+        # One gather per response: the penalised features first, then the discriminator's.
+        self._features = (*config.penalize_features, *discriminator_features)
         self._lengths: dict[str, int] = {}  # tokens of a prompt and an empty response
 
-    def __call__(self, rollout: Rollout) -> Scored:
-        """Scores the texts as the reward model's own tokenizer reads them."""
-        score_b, z_bn = self._model.score(
-            rollout.prompts, rollout.responses, self._clamp, self._watched
-        )
-        return Scored(score_b, z_bn[:, : self._split], z_bn[:, self._split :])
+    def score(self, rollout: Rollout) -> Scored:
+        """Scores the texts, which the reward model encodes with its own tokenizer."""
+        score_b, z_bm = self._score(rollout, self._clamp)
+        return Scored(score_b, z_bn=z_bm[:, : self._penalised], z_bs=z_bm[:, self._penalised :])
 
-    def with_and_without_clamp(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-        """Scores `[B]` under the run's clamp, and those that the reward model itself gives."""
-        score_b = self(rollout).score_b
+    def score_with_and_without_clamp(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the scores `[B]` under the clamp of the run, and without it."""
+        score_b = self.score(rollout).score_b
         if self._clamp is None:
             return score_b, score_b
-        texts, neutral = (rollout.prompts, rollout.responses), self._clamp.neutral()
-        return score_b, self._model.score(*texts, neutral, self._watched)[0]
+        unclamped_b, _ = self._score(rollout, self._clamp.neutral())
+        return score_b, unclamped_b
 
     def programs(
         self, batches: Iterable[Sequence[str]], max_new_tokens: int
     ) -> Iterator[Callable[[], Lowered]]:
-        """Yields what scoring responses to these batches of prompts runs, for all padded lengths.
+        """Yields the programs that score responses to batches of prompts, for all padded lengths.
 
         `max_new_tokens` is the most that a response adds to its prompt.
         """
         lengths = [[self._length(prompt) for prompt in prompts] for prompts in batches]
-        return self._model.programs(lengths, max_new_tokens, self._clamp, self._watched)
+        return self._model.programs(
+            lengths, max_new_tokens, clamp=self._clamp, latent_indices=self._features
+        )
+
+    def _score(self, rollout: Rollout, clamp: Intervention | None) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the scores `[B]` under a clamp, and the latents of all features that are read."""
+        return self._model.score(
+            rollout.prompts, rollout.responses, clamp=clamp, latent_indices=self._features
+        )
 
     def _length(self, prompt: str) -> int:
         if prompt not in self._lengths:

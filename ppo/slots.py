@@ -1,8 +1,9 @@
-"""How many slots the packed tokens of a batch take: few sizes, all known before the first step.
+"""The number of slots that hold the packed tokens of a batch.
 
-Programs are compiled for a fixed number of slots (see `sarm_jax.models.packing`). The prompts of
-every step are known, so their share is the most that any step needs; the responses' share is one of
-`ppo.pack_levels`, chosen when the responses are there.
+Programs are compiled for a fixed number of slots (see `sarm_jax.models.packing`), so there are only
+a few numbers, all known before the first step. The prompts of every step are known, so the slots
+for prompts are the most that any step needs. The slots for responses are one of `ppo.pack_levels`
+sizes, chosen once the responses have been sampled.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,23 +14,29 @@ import numpy as np
 from ppo.config import PPOConfig
 from ppo.prompts import PromptDeck
 
-MULTIPLE = 8  # every size is one: what matrix units like
+MULTIPLE = 8  # every size is a multiple of it, which suits matrix units
 
 
 class Slots(NamedTuple):
-    """Of one group of rows: for all tokens, and for the tokens of the responses among them."""
+    """Slots of one group of rows: for all tokens, and for the response tokens among them."""
 
     tokens: int
     responses: int
 
 
 class SlotPlan:
-    """The sizes that batches of one padded prompt length can take; None if `ppo.pack_levels` is 0.
+    """The slots that batches of one padded prompt length can take.
 
-    A microbatch is packed in `parts` groups, one per part of the mesh with rows of its own.
-    `prompt_lengths` are those of every batch, `[B]` in tokens, and `orders` its rows in every
-    epoch, `[epochs, B]`, where the batch is cut into microbatches. `prefill` holds the prompts of
-    a whole batch.
+    If `ppo.pack_levels` is 0, nothing is packed and all slots are None. `prefill` is the number of
+    slots that hold the prompts of a whole batch.
+
+    Args:
+        config: sizes of the batches and number of levels.
+        prompt_lengths: tokens of the prompts of every batch, each `[B]`.
+        orders: the rows of every batch in each epoch, `[epochs, B]`, in the order in which the
+            batch is cut into microbatches.
+        parts: number of groups that a microbatch is packed in, one for each part of the mesh that
+            has rows of its own.
     """
 
     def __init__(
@@ -43,20 +50,22 @@ class SlotPlan:
         self._levels, self._new_tokens = config.pack_levels, config.max_new_tokens
         self.prefill: int | None = None
         if self._levels:
-            whole = config.batch_size // parts
-            self.prefill = _rounded(max(_fullest(n, None, whole) for n in prompt_lengths))
+            rows = config.batch_size // parts
+            self.prefill = _rounded(max(_fullest(n, None, rows) for n in prompt_lengths))
             pairs = zip(prompt_lengths, orders, strict=True)
             self._prompts = _rounded(max(_fullest(n, order, self._rows) for n, order in pairs))
             self._unit = _rounded(-(-self._rows * config.max_new_tokens // self._levels))
 
-    def of(self, response_lengths: np.ndarray, order: np.ndarray | None = None) -> Slots | None:
-        """What a batch takes whose responses have these lengths, `[B]` in tokens."""
+    def slots_for(
+        self, response_lengths: np.ndarray, order: np.ndarray | None = None
+    ) -> Slots | None:
+        """Returns the slots of a batch whose responses have these lengths, `[B]` in tokens."""
         if not self._levels:
             return None
         return self._slots(-(-_fullest(response_lengths, order, self._rows) // self._unit))
 
-    def all(self) -> list[Slots | None]:
-        """Everything that `of` can return."""
+    def all_slots(self) -> list[Slots | None]:
+        """Returns everything that `slots_for` can return."""
         if not self._levels:
             return [None]
         levels = -(-self._rows * self._new_tokens // self._unit)
@@ -75,24 +84,32 @@ def slot_plans(
 ) -> dict[int, SlotPlan]:
     """Returns a plan for each padded prompt length that a batch of the deck can have.
 
-    Packed, these are the lengths of `batches`, which must be all of the run. `order_of` gives the
-    order of a batch; it and `parts` are those of `SlotPlan`.
+    Args:
+        config: sizes of the batches and number of levels.
+        deck: the prompts.
+        batches: numbers of all batches of the run.
+        order_of: gives the rows of a batch in each epoch, as in `SlotPlan`.
+        parts: groups that a microbatch is packed in, as in `SlotPlan`.
     """
     if not config.pack_levels:
-        return {length: SlotPlan(config, [], [], parts) for length in deck.padded_lengths}
+        unpacked = SlotPlan(config, prompt_lengths=[], orders=[], parts=parts)
+        return dict.fromkeys(deck.padded_lengths, unpacked)
     numbers: dict[int, list[int]] = {}
     for number in batches:
         numbers.setdefault(deck.padded_length(number), []).append(number)
     return {
         length: SlotPlan(
-            config, [deck.lengths(n) for n in some], [order_of(n) for n in some], parts
+            config,
+            prompt_lengths=[deck.lengths(n) for n in own],
+            orders=[order_of(n) for n in own],
+            parts=parts,
         )
-        for length, some in numbers.items()
+        for length, own in numbers.items()
     }
 
 
 def _fullest(lengths_b: np.ndarray, order: np.ndarray | None, rows: int) -> int:
-    """Tokens of the fullest group of `rows`, in the batch's own order and in those of `order`."""
+    """Returns the most tokens in a group of `rows`, in the batch's own order and in `order`."""
     orders = np.arange(len(lengths_b))[None]
     if order is not None:
         orders = np.concatenate([orders, order])

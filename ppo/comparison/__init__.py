@@ -1,1 +1,1 @@
-"""Policies compared on held-out prompts."""
+"""Comparison of trained policies with their base on held-out prompts."""

@@ -1,8 +1,10 @@
-"""What all latents of many responses come down to, without an array of N × M.
+"""Summaries of the latents of N responses that never build the array of N × M latents.
 
 principal_plane   the first two principal components, from the N × N products of centred latents
-largest_terms     the z_i · w_i that weigh most in each score
+largest_terms     the largest z_i · w_i in each score
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,9 +12,13 @@ from sarm_jax.models.latent_store import Latents, feature_blocks
 
 
 def principal_plane(latents: Latents) -> tuple[np.ndarray, list[float]]:
-    """(coordinates `[N, 2]`, the shares of variance explained); a missing component is 0.
+    """Projects all responses onto the first two principal components of their latents.
 
     The sign of a component is such that its largest coordinate is positive.
+
+    Returns:
+        Coordinates `[N, 2]`, and the two shares of the variance; a component that does not exist
+        has coordinates and share 0.
     """
     count = len(latents)
     gram_nn = np.zeros((count, count))
@@ -25,33 +31,46 @@ def principal_plane(latents: Latents) -> tuple[np.ndarray, list[float]]:
     largest_k = np.abs(xy_nk).argmax(axis=0)
     xy_nk = xy_nk * np.where(xy_nk[largest_k, np.arange(len(value_k))] < 0, -1.0, 1.0)
     total = float(np.trace(gram_nn))
-    share = [float(v / total) if total > 0 else 0.0 for v in value_k]
-    missing = 2 - len(share)
-    return np.pad(xy_nk, ((0, 0), (0, missing))), share + [0.0] * missing
+    shares = [float(value / total) if total > 0 else 0.0 for value in value_k]
+    missing = 2 - len(shares)
+    return np.pad(xy_nk, ((0, 0), (0, missing))), shares + [0.0] * missing
 
 
 def largest_terms(latents: Latents, weight_f: np.ndarray, count: int) -> list[list[list]]:
-    """Of every response [feature, z, w, z·w], the largest |z·w| first, float64; zeros left out."""
-    best_nk = np.zeros((len(latents), 0))
-    id_nk, z_nk = np.zeros((len(latents), 0), int), np.zeros((len(latents), 0))
+    """Returns the largest terms of the score of every response.
+
+    Args:
+        latents: the latents of N responses.
+        weight_f: the weights w of the linear head.
+        count: the number of terms per response.
+
+    Returns:
+        For each response rows [feature, z, w, z·w] in float64, the largest |z·w| first, without
+        terms that are 0.
+    """
+    term_nk, z_nk = np.zeros((len(latents), 0)), np.zeros((len(latents), 0))
+    id_nk = np.zeros((len(latents), 0), int)
     for ids, z_nb in _active_blocks(latents):
-        all_z = np.concatenate([z_nk, z_nb], axis=1)
-        all_id = np.concatenate([id_nk, np.broadcast_to(ids, z_nb.shape)], axis=1)
-        term_nc = np.concatenate([best_nk, z_nb * weight_f[ids].astype(np.float64)], axis=1)
-        chosen = np.argsort(-np.abs(term_nc), axis=1, kind="stable")[:, :count]
-        best_nk, id_nk, z_nk = (np.take_along_axis(a, chosen, 1) for a in (term_nc, all_id, all_z))
+        # The k largest terms of the blocks so far and the terms of this block: c candidates.
+        z_nc = np.concatenate([z_nk, z_nb], axis=1)
+        id_nc = np.concatenate([id_nk, np.broadcast_to(ids, z_nb.shape)], axis=1)
+        term_nc = np.concatenate([term_nk, z_nb * weight_f[ids].astype(np.float64)], axis=1)
+        largest_nk = np.argsort(-np.abs(term_nc), axis=1, kind="stable")[:, :count]
+        term_nk = np.take_along_axis(term_nc, largest_nk, axis=1)
+        id_nk = np.take_along_axis(id_nc, largest_nk, axis=1)
+        z_nk = np.take_along_axis(z_nc, largest_nk, axis=1)
     return [
         [
             [int(i), float(z), float(weight_f[i]), float(term)]
-            for i, z, term in zip(*row, strict=True)
+            for i, z, term in zip(id_k, z_k, term_k, strict=True)
             if term != 0
         ]
-        for row in zip(id_nk, z_nk, best_nk, strict=True)
+        for id_k, z_k, term_k in zip(id_nk, z_nk, term_nk, strict=True)
     ]
 
 
-def _active_blocks(latents: Latents):
-    """(ids, their columns in float64), features that are 0 throughout left out."""
+def _active_blocks(latents: Latents) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields blocks of (feature ids, columns in float64), without features that are always 0."""
     for ids in feature_blocks(latents.size, len(latents)):
         z_nb = latents.columns(ids)
         active_b = z_nb.any(axis=0)

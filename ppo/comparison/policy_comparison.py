@@ -1,12 +1,13 @@
-"""Policies on the same prompts, seen by one SARM: the base, and what adapters do beyond it.
+"""Comparison of policies on the same prompts by one SARM: the base, and trained adapters.
 
     score              R = w · z
     controlled_score   R with every clamp, steering action and penalty
-    score_without      R − Σ_i w_i z_i over the controlled features: without what they pay
+    score_without      R − Σ_i w_i z_i over the controlled features: the score without their part
 
-The unit "sd" of α and of the cap is the deviation of the base's scores on these prompts, sampled as
-here; in training it is that of the first prompts' responses, sampled as PPO does. The latent KL is
-a property of many responses to a discriminator that is training, and is left out.
+The unit "sd" of α and of the cap is the standard deviation of the base's scores on these prompts,
+sampled with the same options. In training it is the standard deviation for the first prompts,
+sampled as in PPO. The latent KL is a property of many responses and of a trained discriminator; it
+is left out.
 """
 
 import dataclasses
@@ -24,32 +25,36 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import Interval
 
 BASE, HUMAN = "base", "human"
-SHOWN_TERMS = 8  # of a score
+SHOWN_TERMS = 8  # largest terms of a score that are written out
 CORRELATION = "length_score_correlation"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """Of one policy's N responses; J penalised features, C controlled ones."""
+    """Scores of one policy's N responses, with J penalised and C controlled features.
+
+    `penalty_nj` are the penalties before the cap, `penalty_n` their sum after it.
+    """
 
     score_n: np.ndarray
     controlled_n: np.ndarray
     without_n: np.ndarray
-    penalty_n: np.ndarray  # after the cap
-    penalty_nj: np.ndarray  # before it
+    penalty_n: np.ndarray
+    penalty_nj: np.ndarray
     z_nc: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """`texts` are (policy or "human", prompt, response), a row of `latents` each.
+    """Responses of all policies to the same prompts, with their scores and latents.
 
-    Policy after policy, then the human ones.
+    `responses` and `scores` are by policy name. `texts` holds (policy or "human", prompt, response)
+    for every response, policy after policy and the human ones last; `latents` has a row for each.
     """
 
     prompts: Sequence[str]
     controls: Controls
-    sides: dict[str, Responses]
+    responses: dict[str, Responses]
     scores: dict[str, Scores]
     texts: list[tuple[str, str, str]]
     latents: Latents
@@ -57,143 +62,196 @@ class Comparison:
 
     @property
     def samples(self) -> int:
-        """Responses of a policy to a prompt."""
-        return len(self.sides[BASE].texts) // len(self.prompts)
+        """Number of responses of a policy to each prompt."""
+        return len(self.responses[BASE].texts) // len(self.prompts)
 
 
 def compare(
     model: RewardModel,
     controls: Controls,
+    *,
     prompts: Sequence[str],
-    sides: dict[str, Responses],
+    responses: dict[str, Responses],
     human: Sequence[tuple[str, str]] = (),
 ) -> Comparison:
-    """One pass of the SARM over all responses. `sides` maps "base" and adapters to responses."""
-    count = len(sides[BASE].texts)
-    asked = [prompt for prompt in prompts for _ in range(count // len(prompts))]
+    """Scores all responses in one pass of the SARM.
+
+    Args:
+        model: the reward model.
+        controls: its controls.
+        prompts: the prompts that every policy responded to.
+        responses: responses by policy name; "base" is one of them.
+        human: (prompt, response) pairs by people, for the latent map.
+    """
+    count = len(responses[BASE].texts)
+    repeated = [prompt for prompt in prompts for _ in range(count // len(prompts))]
     texts = [
-        (name, *pair) for name, s in sides.items() for pair in zip(asked, s.texts, strict=True)
+        (name, prompt, text)
+        for name, own in responses.items()
+        for prompt, text in zip(repeated, own.texts, strict=True)
     ]
-    texts += [(HUMAN, *pair) for pair in human]
+    texts += [(HUMAN, prompt, text) for prompt, text in human]
     score_n, latents = model.store([t[1] for t in texts], [t[2] for t in texts], "scores")
     weight_f = np.asarray(model.model.score[...], np.float32)
     z_nc = latents.columns(controls.features)
-    deviation = float(score_n[:count].std())
+    score_std = float(score_n[:count].std())
     scores = {}
-    for number, name in enumerate(sides):
+    for number, name in enumerate(responses):
         rows = slice(number * count, (number + 1) * count)
-        scores[name] = _scores(controls, score_n[rows], z_nc[rows], weight_f, deviation)
-    return Comparison(prompts, controls, sides, scores, texts, latents, weight_f)
+        scores[name] = _scores(
+            controls,
+            score_n=score_n[rows],
+            z_nc=z_nc[rows],
+            weight_f=weight_f,
+            score_std=score_std,
+        )
+    return Comparison(
+        prompts=prompts,
+        controls=controls,
+        responses=responses,
+        scores=scores,
+        texts=texts,
+        latents=latents,
+        weight_f=weight_f,
+    )
 
 
-def _scores(controls: Controls, score_n, z_nc, weight_f, deviation: float) -> Scores:
-    controlled_n = list(apply_controls(controls, score_n, z_nc, weight_f, deviation).values())[-1]
-    without_n = score_n - z_nc @ weight_f[list(controls.features)]
-    penalty_nj, penalty_n = penalties(controls, z_nc, deviation)
-    return Scores(score_n, controlled_n, without_n, penalty_n, penalty_nj, z_nc)
+def _scores(
+    controls: Controls,
+    *,
+    score_n: np.ndarray,
+    z_nc: np.ndarray,
+    weight_f: np.ndarray,
+    score_std: float,
+) -> Scores:
+    variants = apply_controls(
+        controls, plain_b=score_n, z_bn=z_nc, weight_f=weight_f, score_std=score_std
+    )
+    penalty_nj, penalty_n = penalties(controls, z_nc, score_std)
+    return Scores(
+        score_n=score_n,
+        controlled_n=list(variants.values())[-1],
+        without_n=score_n - z_nc @ weight_f[list(controls.features)],
+        penalty_n=penalty_n,
+        penalty_nj=penalty_nj,
+        z_nc=z_nc,
+    )
 
 
-def summary(found: Comparison, resamples: int, seed: int) -> dict[str, Any]:
-    """Means of every policy, adapters minus base, adapters minus one another; all with intervals.
+def summary(comparison: Comparison, resamples: int, seed: int) -> dict[str, Any]:
+    """Summarises a comparison, with bootstrap intervals over prompts.
 
-    Pairs are responses to the same prompt.
+    Returns:
+        The content of policy.json: means of every policy (`runs`), adapters minus base (`paired`)
+        and adapters minus each other (`between`); differences are paired by prompt.
     """
-    index_rp = metrics.bootstrap_indices(len(found.prompts), resamples, seed)
-    values = {name: _values(found, name) for name in found.sides}
+    index_rp = metrics.bootstrap_indices(len(comparison.prompts), resamples, seed)
+    values = {name: _values(comparison, name) for name in comparison.responses}
     adapters = [name for name in values if name != BASE]
-    later = [(b, a) for n, a in enumerate(adapters) for b in adapters[n + 1 :]]
+    pairs = [(b, a) for n, a in enumerate(adapters) for b in adapters[n + 1 :]]
     return {
-        "prompts": len(found.prompts),
-        "samples": found.samples,
+        "prompts": len(comparison.prompts),
+        "samples": comparison.samples,
         "runs": {name: _means(values[name], index_rp) for name in values},
         "paired": {name: _differences(values[name], values[BASE], index_rp) for name in adapters},
-        "between": {f"{b} − {a}": _differences(values[b], values[a], index_rp) for b, a in later},
+        "between": {f"{b} − {a}": _differences(values[b], values[a], index_rp) for b, a in pairs},
     }
 
 
-def _values(found: Comparison, name: str) -> dict[str, np.ndarray]:
-    """Every metric of every response, `[prompts, samples]` float64."""
-    side, own, base = found.sides[name], found.scores[name], found.scores[BASE]
+def _values(comparison: Comparison, name: str) -> dict[str, np.ndarray]:
+    """Returns every metric of every response of a policy, float64 `[prompts, samples]`."""
+    responses = comparison.responses[name]
+    own, base = comparison.scores[name], comparison.scores[BASE]
     values = {
         "score": own.score_n,
         "controlled_score": own.controlled_n,
         "score_without": own.without_n,
         "penalty": own.penalty_n,
-        "kl": side.kl_n,
-        "length": side.length_n,
-        "ended": side.ended_n,
-        "repetition": [metrics.repetition(text) for text in side.texts],
+        "kl": responses.kl_n,
+        "length": responses.length_n,
+        "ended": responses.ended_n,
+        "repetition": [metrics.repetition(text) for text in responses.texts],
     }
-    for place, i in enumerate(found.controls.penalize_features):
-        values[f"penalty_{i}"] = own.penalty_nj[:, place]
-    for place, i in enumerate(found.controls.features):
-        values[f"latent_{i}"] = own.z_nc[:, place]
-        values[f"active_{i}"] = own.z_nc[:, place] > 0
+    for column, i in enumerate(comparison.controls.penalize_features):
+        values[f"penalty_{i}"] = own.penalty_nj[:, column]
+    for column, i in enumerate(comparison.controls.features):
+        values[f"latent_{i}"] = own.z_nc[:, column]
+        values[f"active_{i}"] = own.z_nc[:, column] > 0
     if name != BASE:
         values["win_rate"] = metrics.wins(own.score_n, base.score_n)
         values["win_rate_controlled"] = metrics.wins(own.controlled_n, base.controlled_n)
         values["win_rate_without"] = metrics.wins(own.without_n, base.without_n)
-    shape = len(found.prompts), found.samples
+    shape = len(comparison.prompts), comparison.samples
     return {key: np.asarray(value, np.float64).reshape(shape) for key, value in values.items()}
 
 
 def _means(values: dict[str, np.ndarray], index_rp: np.ndarray) -> dict[str, Interval]:
     means = {key: metrics.bootstrap_mean(value, index_rp) for key, value in values.items()}
-    r, found_r = _correlation(values, index_rp)
-    return means | ({CORRELATION: metrics.interval(r, found_r)} if np.isfinite(r) else {})
+    r, sample_r = _correlation(values, index_rp)
+    return means | ({CORRELATION: metrics.interval(r, sample_r)} if np.isfinite(r) else {})
 
 
-def _differences(own, other, index_rp: np.ndarray) -> dict[str, Interval]:
+def _differences(
+    own: dict[str, np.ndarray], other: dict[str, np.ndarray], index_rp: np.ndarray
+) -> dict[str, Interval]:
     differences = {
         key: metrics.bootstrap_mean(value - other[key], index_rp)
         for key, value in own.items()
         if not key.startswith("win_rate")
     }
-    (r, found_r), (r0, found0_r) = (_correlation(v, index_rp) for v in (own, other))
-    defined = np.isfinite(r - r0)
-    return differences | (
-        {CORRELATION: metrics.interval(r - r0, found_r - found0_r)} if defined else {}
-    )
+    own_r, own_sample_r = _correlation(own, index_rp)
+    other_r, other_sample_r = _correlation(other, index_rp)
+    if np.isfinite(own_r - other_r):
+        differences[CORRELATION] = metrics.interval(own_r - other_r, own_sample_r - other_sample_r)
+    return differences
 
 
 def _correlation(values: dict[str, np.ndarray], index_rp: np.ndarray) -> tuple[float, np.ndarray]:
     return metrics.bootstrap_correlation(values["length"], values["score"], index_rp)
 
 
-def response_rows(found: Comparison) -> Iterator[dict[str, Any]]:
-    """A row per prompt and sample, its responses by policy: Σ shown z · w + rest = score."""
-    terms = largest_terms(found.latents, found.weight_f, SHOWN_TERMS)
-    count = len(found.prompts) * found.samples
+def response_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    """Yields the rows of responses.jsonl: one per prompt and sample, with responses by policy.
+
+    The terms z · w that are written out and the rest add up to the score.
+    """
+    terms = largest_terms(comparison.latents, comparison.weight_f, SHOWN_TERMS)
+    count = len(comparison.prompts) * comparison.samples
     for n in range(count):
         responses = {
-            name: _row(found, name, n, terms[number * count + n])
-            for number, name in enumerate(found.sides)
+            name: _row(comparison, name, n=n, terms=terms[number * count + n])
+            for number, name in enumerate(comparison.responses)
         }
-        place, sample = divmod(n, found.samples)
-        yield {"prompt": found.prompts[place], "sample": sample, "responses": responses}
+        prompt, sample = divmod(n, comparison.samples)
+        yield {"prompt": comparison.prompts[prompt], "sample": sample, "responses": responses}
 
 
-def _row(found: Comparison, name: str, n: int, terms: list[list]) -> dict[str, Any]:
-    side, own = found.sides[name], found.scores[name]
-    features = map(str, found.controls.penalize_features)
+def _row(comparison: Comparison, name: str, *, n: int, terms: list[list]) -> dict[str, Any]:
+    """Returns response number `n` of a policy, with its explanation."""
+    responses, own = comparison.responses[name], comparison.scores[name]
+    features = map(str, comparison.controls.penalize_features)
     return {
-        "response": side.texts[n],
+        "response": responses.texts[n],
         "score": float(own.score_n[n]),
         "controlled_score": float(own.controlled_n[n]),
-        "length": int(side.length_n[n]),
-        "ended": bool(side.ended_n[n]),
-        "kl": float(side.kl_n[n]),
+        "length": int(responses.length_n[n]),
+        "ended": bool(responses.ended_n[n]),
+        "kl": float(responses.kl_n[n]),
         "terms": terms,
         "rest": float(own.score_n[n]) - sum(term[3] for term in terms),
         "penalties": dict(zip(features, own.penalty_nj[n].tolist(), strict=True)),
     }
 
 
-def latent_map(found: Comparison) -> dict[str, Any]:
-    """All responses, and the human ones, on the two principal components of their latents."""
-    xy_n2, explained = principal_plane(found.latents)
+def latent_map(comparison: Comparison) -> dict[str, Any]:
+    """Returns the content of latent_map.json.
+
+    Every response, the human ones included, is a point on the two principal components of all
+    latents.
+    """
+    xy_n2, explained = principal_plane(comparison.latents)
     points = [
         {"source": name, "x": float(x), "y": float(y), "prompt": prompt, "response": text}
-        for (name, prompt, text), (x, y) in zip(found.texts, xy_n2, strict=True)
+        for (name, prompt, text), (x, y) in zip(comparison.texts, xy_n2, strict=True)
     ]
     return {"explained": explained, "points": points}

@@ -1,9 +1,9 @@
 """Responses of a policy with and without adapters to the same prompts, with their KL to the base.
 
-The base's weights are shared, an adapter's come on top. Random keys follow from a batch's place
-and never from the adapter, so that equal policies give equal responses. KL is Σ_t k3 of log-
-probabilities at temperature 1, whatever the temperature of sampling; for greedy responses it is
-k3 along the likeliest path, no expectation.
+Policies share the base's weights; each adds its own adapter. The random key of a batch depends only
+on the number of the batch, so that equal policies give equal responses. The KL of a response is
+Σ_t k3 of log-probabilities at temperature 1, whatever the sampling temperature. For greedy
+responses it is k3 along the most likely path, which is not an expectation.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from sarm_jax.sampling.generate import Sampling, generate
 
 @dataclasses.dataclass(frozen=True)
 class ResponseConfig:
-    """`samples` responses to every prompt, `batch_size` at a time; `seed` of the random keys."""
+    """Sampling options: `samples` responses to every prompt, `batch_size` at a time."""
 
     sampling: Sampling
     samples: int = 1
@@ -40,16 +40,16 @@ class ResponseConfig:
                 raise InputError(f"evaluate.{name}={getattr(self, name)}: must be at least 1")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise InputError(
-                f"evaluate.samples={self.samples}: greedy responses are all alike; "
+                f"evaluate.samples={self.samples}: greedy responses are all equal; "
                 "set evaluate.temperature"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """The `samples` responses to a prompt follow each other: N = prompts × samples.
+    """N = prompts × samples responses; the responses to one prompt are consecutive.
 
-    `length_n` in tokens with the stop token, `kl_n` in nats, `ended_n` bool.
+    `length_n` is in tokens and includes the stop token, `ended_n` is bool, `kl_n` is in nats.
     """
 
     texts: list[str]
@@ -60,6 +60,7 @@ class Responses:
 
 def respond(
     config: ResponseConfig,
+    *,
     base: Llama,
     policy: Llama,
     tokenizer: Any,
@@ -67,47 +68,107 @@ def respond(
     chunk: int = 0,
     label: str = "base",
 ) -> Responses:
-    """The policy's responses to encoded prompts, in the order given; `chunk`: `token_logprobs`."""
+    """Samples the policy's responses to prompts, in the order of the prompts.
+
+    Args:
+        config: the sampling options.
+        base: the base policy, which the KL refers to.
+        policy: `base` itself, or a policy that shares its weights and has an adapter.
+        tokenizer: the tokenizer of both.
+        prompts: the token ids of each prompt.
+        chunk: response positions per vocabulary projection, as in `token_logprobs`.
+        label: the name of the policy in the progress bar.
+    """
     rows = [row for row in prompts for _ in range(config.samples)]
-    parts = []
+    batches = []
     with tqdm(total=len(rows), desc=f"responses: {label}", unit="response") as bar:
         for number, start in enumerate(range(0, len(rows), config.batch_size)):
             batch = rows[start : start + config.batch_size]
             filler = [batch[0]] * (config.batch_size - len(batch))  # one compiled shape
             length = bucket_length(max(map(len, batch)))
             padded = pad_batch([*batch, *filler], length, pad_id(tokenizer), side="left")
-            key = jax.random.fold_in(jax.random.key(config.seed), number)
-            placed = base.placement.rows(padded)
-            parts.append(_batch(config, base, policy, tokenizer, placed, key, chunk))
+            responses = _respond_to_batch(
+                config,
+                base=base,
+                policy=policy,
+                tokenizer=tokenizer,
+                prompts=base.placement.rows(padded),
+                key=jax.random.fold_in(jax.random.key(config.seed), number),
+                chunk=chunk,
+            )
+            batches.append(responses)
             bar.update(len(batch))
-    texts, *arrays = zip(*parts, strict=True)
-    flat = [text for part in texts for text in part][: len(rows)]
-    return Responses(flat, *(np.concatenate(a)[: len(rows)] for a in arrays))
+    return Responses(
+        texts=[text for batch in batches for text in batch.texts][: len(rows)],
+        length_n=np.concatenate([batch.length_n for batch in batches])[: len(rows)],
+        ended_n=np.concatenate([batch.ended_n for batch in batches])[: len(rows)],
+        kl_n=np.concatenate([batch.kl_n for batch in batches])[: len(rows)],
+    )
 
 
-def _batch(config, base, policy, tokenizer, prompts, key, chunk):
+def _respond_to_batch(
+    config: ResponseConfig,
+    *,
+    base: Llama,
+    policy: Llama,
+    tokenizer: Any,
+    prompts: tuple[jax.Array, jax.Array],
+    key: jax.Array,
+    chunk: int,
+) -> Responses:
+    """Samples responses to one batch of padded prompts, (tokens, mask)."""
     tokens_bt, mask_bt = prompts
-    options = dataclasses.asdict(config.sampling)
-    out = generate(policy, tokens_bt, mask_bt, key=key, pad_id=pad_id(tokenizer), **options)
+    sampling = dataclasses.asdict(config.sampling)
+    out = generate(policy, tokens_bt, mask_bt, key=key, pad_id=pad_id(tokenizer), **sampling)
     kept_br, kl_b = np.asarray(out.mask_br), np.zeros(len(out.tokens_br), np.float32)
     if policy is not base:
-        full = (
-            jnp.concatenate([tokens_bt, out.tokens_br], axis=1),
-            jnp.concatenate([mask_bt, out.mask_br], axis=1),
+        all_tokens_bt = jnp.concatenate([tokens_bt, out.tokens_br], axis=1)
+        all_mask_bt = jnp.concatenate([mask_bt, out.mask_br], axis=1)
+        logp_br, ref_logp_br = (
+            _response_logprobs(
+                model,
+                all_tokens_bt,
+                all_mask_bt,
+                max_new_tokens=config.sampling.max_new_tokens,
+                chunk=chunk,
+            )
+            for model in (policy, base)
         )
-        budget = config.sampling.max_new_tokens
-        logp_br, ref_br = (
-            _logp(*nnx.split(model), *full, budget, chunk) for model in (policy, base)
-        )
-        kl_b = np.asarray(response_kl(logp_br, ref_br, out.mask_br))
-    tokens = zip(np.asarray(out.tokens_br), kept_br, strict=True)
-    texts = [tokenizer.decode(row_r[mask_r], skip_special_tokens=True) for row_r, mask_r in tokens]
-    return texts, kept_br.sum(axis=1), np.asarray(out.ended_b), kl_b
+        kl_b = np.asarray(response_kl(logp_br, ref_logp_br, out.mask_br))
+    rows = zip(np.asarray(out.tokens_br), kept_br, strict=True)
+    return Responses(
+        texts=[tokenizer.decode(row_r[kept_r], skip_special_tokens=True) for row_r, kept_r in rows],
+        length_n=kept_br.sum(axis=1),
+        ended_n=np.asarray(out.ended_b),
+        kl_n=kl_b,
+    )
 
 
-@partial(jax.jit, static_argnums=(0, 4, 5))
-def _logp(graphdef, state, tokens_bt, mask_bt, budget, chunk):
+def _response_logprobs(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    *,
+    max_new_tokens: int,
+    chunk: int,
+) -> jax.Array:
+    """Returns the log-probabilities of the last `max_new_tokens` tokens at temperature 1."""
+    graphdef, state = nnx.split(policy)
+    return _jitted_logprobs(
+        state, tokens_bt, mask_bt, graphdef=graphdef, max_new_tokens=max_new_tokens, chunk=chunk
+    )
+
+
+@partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "chunk"))
+def _jitted_logprobs(state, tokens_bt, mask_bt, *, graphdef, max_new_tokens, chunk):
     policy = nnx.merge(graphdef, state)
-    x_brd = policy.hidden(tokens_bt, mask_bt)[:, -budget - 1 : -1]
-    given = (x_brd, policy.vocabulary, tokens_bt[:, -budget:])
-    return token_logprobs(*given, 1.0, chunk, policy.config.vocab_size)[0]
+    x_brd = policy.hidden(tokens_bt, mask_bt)[:, -max_new_tokens - 1 : -1]
+    logp_br, _ = token_logprobs(
+        x_brd,
+        policy.vocabulary,
+        tokens_bt[:, -max_new_tokens:],
+        temperature=1.0,
+        chunk=chunk,
+        vocab_size=policy.config.vocab_size,
+    )
+    return logp_br

@@ -1,1 +1,1 @@
-"""What a PPO step takes on a machine that need not be there."""
+"""Plans the memory and time of a PPO step, for a machine that need not be present."""

@@ -1,7 +1,8 @@
-"""The machines that a plan can be made for, and devices to compile for that are not there.
+"""The target machines of a plan, which need not be present.
 
-A program for an H100 can be compiled without one: the CUDA extra of JAX holds the compiler, and a
-description of the chip stands in for it. Descriptions and rates are the vendor's published ones.
+A program for an H100 can be compiled without one: the CUDA extra of JAX has the compiler, and a
+description of the chip replaces the device. Descriptions and rates are those that the vendor
+publishes.
 """
 
 import dataclasses
@@ -23,7 +24,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Per device: FLOP/s of products, bytes/s of memory, bytes of it, bytes/s to other devices."""
+    """The rates of one device.
+
+    Attributes:
+        name: name of the device, as JAX gives it.
+        flops: FLOP/s of matrix products.
+        bandwidth: bytes/s of its memory.
+        memory: bytes of its memory.
+        link: bytes/s to other devices.
+    """
 
     name: str
     flops: float
@@ -32,21 +41,24 @@ class Chip:
     link: float
 
     def seconds(self, flops: Sequence[float], moved: Sequence[float]) -> float:
-        """Of parts that follow each other, each the longer of computing and moving its bytes."""
+        """Returns the roofline time of parts that run one after the other.
+
+        Each part takes the longer of computing its FLOPs and moving its bytes.
+        """
         parts = zip(flops, moved, strict=True)
         return sum(max(f / self.flops, size / self.bandwidth) for f, size in parts)
 
 
-# NVIDIA data sheets of the SXM boards; NVLink counted in one direction. Products of dense matrices,
-# by precision: float32 has no tensor cores.
+# From NVIDIA's data sheets of the SXM boards, with NVLink in one direction. FLOP/s of products of
+# dense matrices by precision; float32 does not use the tensor cores.
 FLOPS = {"bfloat16": 989e12, "tensorfloat32": 494e12, "float32": 67e12}
 CHIPS = {
     "h100": Chip("NVIDIA H100 80GB HBM3", FLOPS["bfloat16"], 3.35e12, 80 * GIB, 450e9),
     "h200": Chip("NVIDIA H200", FLOPS["bfloat16"], 4.8e12, 141 * 10**9, 450e9),
 }
-PCIE = 32e9  # bytes/s between GPUs of no known kind: generation 4, 16 lanes
+PCIE = 32e9  # bytes/s between GPUs of an unknown kind: PCIe generation 4, 16 lanes
 _ABSENT = re.compile(r"(h100|h200)x([1-9]\d?)")
-# Of compute capability 9.0 with 132 multiprocessors (CUDA C programming guide).
+# Compute capability 9.0 with 132 multiprocessors (CUDA C programming guide).
 _HOPPER = """
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 minor: 0 }}
@@ -76,21 +88,25 @@ device_description_str: "{name}"
 
 
 def target(name: str, devices: int, dtype: Any) -> tuple[Chip, list[Any], str]:
-    """(chip, devices to compile for, their backend) of a `plan.target`, for products of `dtype`.
+    """Returns (chip, devices to compile for, their backend) of a `plan.target`.
 
-    `host` is this machine, of which `devices` are taken; `h100x4` and the like need not exist.
+    Args:
+        name: `host` for the devices of this machine, or for example `h100x4`.
+        devices: number of devices in the mesh.
+        dtype: type of the matrix products.
 
     Raises:
-      InputError: an unknown target, too few devices, or no CUDA extra of JAX.
+        InputError: an unknown target, too few devices, or no CUDA extra of JAX.
     """
     if name == "host":
-        found = find_devices()
-        if devices > len(found):
+        available = find_devices()
+        if devices > len(available):
             raise InputError(
-                f"plan.target=host: the mesh takes {devices} devices and there are {len(found)}; "
-                f"XLA_FLAGS=--xla_force_host_platform_device_count={devices} makes as many"
+                f"plan.target=host: the mesh takes {devices} devices and there are "
+                f"{len(available)}; XLA_FLAGS=--xla_force_host_platform_device_count={devices} "
+                "makes as many"
             )
-        return measure_host(devices, dtype), found[:devices], jax.default_backend()
+        return measure_host(devices, dtype), available[:devices], jax.default_backend()
     chip, count = _parse(name)
     if devices != count:
         raise InputError(f"plan.target={name}: the mesh takes {devices} devices, not {count}")
@@ -98,16 +114,20 @@ def target(name: str, devices: int, dtype: Any) -> tuple[Chip, list[Any], str]:
 
 
 def _with_products_of(chip: Chip, dtype: Any) -> Chip:
-    """One of `CHIPS` with the rate of that dtype, at JAX's present precision."""
+    """Returns one of `CHIPS` with the FLOP/s of that dtype at JAX's current precision."""
     precision = "bfloat16"
     if jnp.dtype(dtype).itemsize > 2:
-        asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-        precision = "float32" if asked in ("float32", "highest") else "tensorfloat32"
+        setting = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        precision = "float32" if setting in ("float32", "highest") else "tensorfloat32"
     return dataclasses.replace(chip, flops=FLOPS[precision])
 
 
 def target_devices(name: str) -> int:
-    """How many devices a target has; of the host, all. Raises InputError for an unknown one."""
+    """Returns the number of devices of a target; for `host`, all local devices.
+
+    Raises:
+        InputError: an unknown target.
+    """
     return len(find_devices()) if name == "host" else _parse(name)[1]
 
 
@@ -130,7 +150,7 @@ def _absent_gpus(chip: Chip, count: int) -> list[Any]:
     except Exception as error:  # JAX raises several kinds, depending on what is missing
         reason = " ".join(str(error).split())[:150]
         raise InputError(
-            f"compiling for {chip.name} without one needs the CUDA extra of JAX "
+            f"plan.target: compiling for {chip.name} without one needs the CUDA extra of JAX "
             f"(pip install 'jax[cuda12]=={jax.__version__}'); JAX says: {reason}"
         ) from None
     return list(topology.devices)
@@ -138,13 +158,17 @@ def _absent_gpus(chip: Chip, count: int) -> list[Any]:
 
 @functools.cache
 def measure_host(devices: int, dtype: Any) -> Chip:
-    """What each of `devices` devices of this machine can do, with products of `dtype` on a GPU.
+    """Returns the rates of one device of this machine.
 
-    A GPU of `CHIPS` has its published rates. Those of another GPU, and of a CPU that is shared by
-    virtual devices, are measured for a moment.
+    The rates of a GPU in `CHIPS` are the published ones. Those of other GPUs, and of a CPU, are
+    measured by short runs.
+
+    Args:
+        devices: number of devices in the mesh, which share a CPU.
+        dtype: type of the matrix products on a GPU.
 
     Raises:
-      InputError: a GPU whose allocator does not say how much memory it has.
+        InputError: the allocator of the GPU does not report its memory.
     """
     device = find_devices()[0]
     if device.platform == "gpu":
@@ -159,10 +183,10 @@ def _gpu(device: Any, dtype: Any) -> Chip:
     statistics = device.memory_stats()
     if not statistics:
         raise InputError(
-            "plan.target=host: the allocator of this GPU does not say what it has; unset "
+            "plan.target=host: the allocator of this GPU does not report its memory; unset "
             "XLA_PYTHON_CLIENT_ALLOCATOR"
         )
-    # Of which JAX may have its share: as much as it has here, whatever the environment says.
+    # The plan takes `MEMORY_SHARE` of this for JAX, which gives the limit that JAX has here.
     memory = round(statistics["bytes_limit"] / MEMORY_SHARE)
     for chip in CHIPS.values():
         if chip.name == device.device_kind:
@@ -171,14 +195,14 @@ def _gpu(device: Any, dtype: Any) -> Chip:
 
 
 def _rates(size: int, dtype: Any, length: int) -> tuple[float, float]:
-    """(FLOP/s of a square product, bytes/s of memory)."""
+    """Measures (FLOP/s of a product of square matrices, bytes/s of memory)."""
     square, large = jnp.ones((size, size), dtype), jnp.ones((length,))
     flops = 2 * size**3 / _seconds(jax.jit(jnp.matmul), square, square)
     return flops, 2 * large.nbytes / _seconds(jax.jit(lambda x: x + 1), large)
 
 
 def _seconds(function, *arguments) -> float:
-    """The shortest of a few runs."""
+    """Returns the seconds of the fastest of a few runs."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(5):

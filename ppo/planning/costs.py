@@ -1,8 +1,8 @@
-"""What the programs of a PPO step have to do, whatever the compiler makes of it.
+"""The costs that are inherent in the programs of a PPO step, however they are compiled.
 
-FLOPs are those of matrix products and causal attention (a multiplication and an addition each).
-The inherent bytes are the weights once per pass, in the layout that a device reads, and for a
-decoded token the keys and values before it; activations could stay on the chip and count nothing.
+FLOPs are those of matrix products and causal attention; a multiplication and an addition count as
+two. The inherent bytes are the weights that a device reads, once per pass, and for a decoded token
+the keys and values before it. Activations do not count, since they could stay on the chip.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from sarm_jax.parallel.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Per device and run."""
+    """FLOPs and inherent bytes of one run of a program on one device."""
 
     flops: float
     inherent_bytes: float
@@ -25,6 +25,7 @@ class Cost:
 def step_costs(
     config: PPOConfig,
     lora: LoRAConfig,
+    *,
     policy: LlamaConfig,
     sarm: SARMConfig,
     mesh: MeshConfig,
@@ -32,60 +33,83 @@ def step_costs(
     remat: str,
     bytes_per_weight: int,
 ) -> dict[str, tuple[Cost, ...]]:
-    """By the names of `ppo.planning.programs`, of full batches: parts that follow each other.
+    """Returns the costs of each program of `ppo.planning.programs`, for full batches.
 
-    Those of a rollout are its prefill and all tokens after it; other programs are one part.
+    The costs of a program are those of its parts, which run one after the other. A rollout consists
+    of the prefill and all tokens after it; every other program is one part.
+
+    Args:
+        config: options of PPO; every prompt has `config.max_prompt_tokens` tokens.
+        lora: options of the adapter.
+        policy: architecture of the policy.
+        sarm: architecture of the SARM.
+        mesh: the device mesh.
+        score_rows: conversations that are scored at a time.
+        remat: rematerialisation of the policy, "dots" or "full".
+        bytes_per_weight: bytes of one weight.
     """
     rows, prompt, new = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     length = prompt + new
-    step_rows = rows // config.num_minibatches
 
     def cost(flops: float, weights: float, cache: float = 0.0, passes: int = 1) -> Cost:
-        # A device computes with all of a layer that its `tensor` axis does not split.
+        # A device reads all weights except those that the `tensor` axis splits.
         read = passes * weights / mesh.tensor + cache / mesh.devices
         return Cost(flops / mesh.devices, bytes_per_weight * read)
 
     whole = layer_weights(policy) * policy.num_hidden_layers
     head = policy.vocab_size * policy.hidden_size
     prefill = cost(forward_flops(policy, rows, prompt, logits=rows), whole + head)
-    context = prompt + new / 2  # of a token, in the mean
-    heads = policy.num_attention_heads * policy.head_dim
-    decode_flops = 2.0 * rows * (whole + head)
-    decode_flops += 4 * rows * context * heads * policy.num_hidden_layers
+    context = prompt + new / 2  # mean number of tokens before a decoded token
     kv = 2 * policy.num_key_value_heads * policy.head_dim * policy.num_hidden_layers
-    decode = cost(decode_flops, whole + head, cache=rows * context * kv)
+    decode = cost(decode_flops(policy, rows, context), whole + head, cache=rows * context * kv)
     tokens = Cost((new - 1) * decode.flops, (new - 1) * decode.inherent_bytes)
     trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
     encoder = sarm.sae.hidden_size * sarm.sae.latent_size
     score_flops = forward_flops(sarm.trunk, score_rows, length) + 2 * score_rows * encoder
-    reference = forward_flops(policy, rows, length, logits=rows * new)
-    forward = forward_flops(policy, step_rows, length, logits=step_rows * new)
-    adapters = 2 * step_rows * length * lora.rank * adapted_widths(policy, lora)
-    # Backward: the gradients of the activations, of the adapters, and what is computed again.
-    again = forward if remat == "full" else 0.0
-    passes = (3 if again else 2) * config.gradient_accumulation_steps
-    step = cost(2 * forward + again + 3 * adapters, whole + head, passes=passes)
+    reference_flops = forward_flops(policy, rows, length, logits=rows * new)
+    reference = cost(reference_flops, whole + head, passes=config.pieces)
+    passes = (3 if remat == "full" else 2) * config.gradient_accumulation_steps
+    step = cost(step_flops(config, lora, policy, remat), whole + head, passes=passes)
     return {
         "rollout": (prefill, tokens),
         "prefill": (prefill,),
         "decode": (decode,),
         "score": (cost(score_flops, trunk + encoder),),
-        "reference": (cost(reference, whole + head, passes=config.pieces),),
-        "targets": (cost(reference, whole + head, passes=config.pieces),),
+        "reference": (reference,),
+        "targets": (reference,),
         "first_step": (step,),
         "step": (step,),
     }
 
 
+def decode_flops(config: LlamaConfig, rows: int, context: float) -> float:
+    """Returns the FLOPs of decoding a token in `rows` sequences, after `context` tokens."""
+    weights = layer_weights(config) * config.num_hidden_layers
+    weights += config.vocab_size * config.hidden_size
+    heads = config.num_attention_heads * config.head_dim
+    return 2.0 * rows * weights + 4 * rows * context * heads * config.num_hidden_layers
+
+
+def step_flops(config: PPOConfig, lora: LoRAConfig, policy: LlamaConfig, remat: str) -> float:
+    """Returns the FLOPs of an optimizer step, with every prompt and response at its limit."""
+    rows = config.batch_size // config.num_minibatches
+    length = config.max_prompt_tokens + config.max_new_tokens
+    forward = forward_flops(policy, rows, length, logits=rows * config.max_new_tokens)
+    adapters = 2 * rows * length * lora.rank * adapted_widths(policy, lora)
+    # The backward pass: gradients of activations and adapters, and what is computed again.
+    again = forward if remat == "full" else 0.0
+    return 2 * forward + again + 3 * adapters
+
+
 def layer_weights(config: LlamaConfig) -> int:
-    """Matrix entries of one layer."""
+    """Returns the number of matrix entries in a layer."""
     d, h = config.hidden_size, config.head_dim
     attention = 2 * d * h * (config.num_attention_heads + config.num_key_value_heads)
     return attention + 3 * d * config.intermediate_size
 
 
 def adapted_widths(config: LlamaConfig, lora: LoRAConfig) -> int:
-    """Σ (inputs + outputs) over the adapted products of all layers."""
+    """Returns Σ (inputs + outputs) over the adapted matrices of all layers."""
     d, f = config.hidden_size, config.intermediate_size
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     widths = {
@@ -101,7 +125,10 @@ def adapted_widths(config: LlamaConfig, lora: LoRAConfig) -> int:
 
 
 def forward_flops(config: LlamaConfig, rows: int, length: int, logits: int = 0) -> float:
-    """Of `rows` sequences of `length` tokens, and the vocabulary projection of `logits` tokens."""
+    """Returns the FLOPs of a forward pass over `rows` sequences of `length` tokens.
+
+    `logits` is the number of tokens for which the vocabulary projection is computed.
+    """
     products = 2 * rows * length * layer_weights(config)
     heads = config.num_attention_heads * config.head_dim
     attention = 4 * rows * (length * (length + 1) / 2) * heads

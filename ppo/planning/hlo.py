@@ -1,9 +1,9 @@
-"""What a compiled program moves: memory traffic, kernels and collectives, read from its HLO text.
+"""Counts memory traffic, kernels and collectives of a compiled program, from its HLO text.
 
-The compiler's own cost analysis is not available without the device, and counts the body of a
-loop once. Here a loop counts as often as it runs. The traffic is what XLA's cost model takes: a
-kernel reads its operands and writes its result, of a slice only what is sliced, of an update in
-place only what is updated.
+The compiler's own cost analysis is not available without the device, and counts the body of a loop
+once. Here the body counts as often as the loop runs. The traffic follows XLA's cost model: a kernel
+reads its operands and writes its result, a slice moves only what is sliced, and an update in place
+only what is updated.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-DTYPE_BITS = {"pred": 8, "c64": 64, "c128": 128}  # others end in their number of bits
+DTYPE_BITS = {"pred": 8, "c64": 64, "c128": 128}  # the names of others give their bits
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# These move nothing: names for parts of what is there already, or host-side bookkeeping.
+# Instructions that move nothing: they name parts of existing arrays, or run on the host.
 FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
     "opt-barrier add-dependency domain".split()
@@ -32,7 +32,10 @@ _CALLED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective operation: `bytes` each time, `count` times; `overlapped` with computation."""
+    """A collective operation that moves `bytes` bytes in each of `count` runs.
+
+    `overlapped` says whether computation runs at the same time.
+    """
 
     kind: str
     bytes: int
@@ -42,7 +45,10 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one run of a program on one device; `open_bytes` are those of loops of unknown length."""
+    """Memory traffic, kernels and collectives of one run of a program on one device.
+
+    `open_bytes` is the part of `bytes` that loops of unknown length move.
+    """
 
     bytes: int
     open_bytes: int
@@ -61,7 +67,10 @@ class _Instruction:
 
 
 def read_traffic(text: str, open_loops: int = 1) -> Traffic:
-    """Reads `compiled.as_text()`; a loop of unknown length is taken to run `open_loops` times."""
+    """Counts the traffic of a program from `compiled.as_text()`.
+
+    A loop of unknown length counts as `open_loops` runs.
+    """
     computations = dict(_computations(text))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
     if entry is None:
@@ -73,18 +82,18 @@ def read_traffic(text: str, open_loops: int = 1) -> Traffic:
 
 def by_kind(collectives: Sequence[Collective]) -> dict[str, dict]:
     """Returns {kind: {count, bytes, overlapped}}, with the bytes of all runs together."""
-    found: dict[str, dict] = defaultdict(lambda: {"count": 0, "bytes": 0, "overlapped": 0})
-    for one in collectives:
-        entry = found[one.kind]
-        entry["count"] += one.count
-        entry["bytes"] += one.count * one.bytes
-        entry["overlapped"] += one.count * one.overlapped
-    return dict(found)
+    totals: dict[str, dict] = defaultdict(lambda: {"count": 0, "bytes": 0, "overlapped": 0})
+    for collective in collectives:
+        total = totals[collective.kind]
+        total["count"] += collective.count
+        total["bytes"] += collective.count * collective.bytes
+        total["overlapped"] += collective.count * collective.overlapped
+    return dict(totals)
 
 
 def array_bytes(shape: str) -> int:
-    """Bytes of an HLO shape such as `bf16[8,4096]{1,0}`, or of all arrays of a tuple."""
-    return sum(_bytes(*found) for found in _ARRAY.findall(shape))
+    """Returns the bytes of an HLO shape such as `bf16[8,4096]{1,0}`; of a tuple, those of all."""
+    return sum(_bytes(dtype, dimensions) for dtype, dimensions in _ARRAY.findall(shape))
 
 
 def _bytes(dtype: str, dimensions: str) -> int:
@@ -94,40 +103,51 @@ def _bytes(dtype: str, dimensions: str) -> int:
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[_Instruction]]]:
+    """Yields the name and the instructions of each computation of a program."""
     name, instructions = "", list[_Instruction]()
     for line in text.splitlines():
         if not line.startswith(" ") and (header := _COMPUTATION.match(line)):
             name, instructions = header.group(1), []
         elif line.startswith("}"):
             yield name, instructions
-        elif found := _INSTRUCTION.match(line):
-            root, label, shape, operation, rest = found.groups()
-            operands, attributes = _split_operands(rest)
+        elif match := _INSTRUCTION.match(line):
+            root, label, shape, operation, arguments = match.groups()
+            operands, attributes = _split_operands(arguments)
             instructions.append(
-                _Instruction(label, shape, operation, operands, attributes, bool(root))
+                _Instruction(
+                    name=label,
+                    shape=shape,
+                    operation=operation,
+                    operands=operands,
+                    attributes=attributes,
+                    root=bool(root),
+                )
             )
 
 
-def _split_operands(rest: str) -> tuple[tuple[str, ...], str]:
-    """(the names between the parentheses, what stands behind them)."""
+def _split_operands(arguments: str) -> tuple[tuple[str, ...], str]:
+    """Splits the text after the opening parenthesis into names of operands and attributes."""
     depth = 1
-    for at, character in enumerate(rest):
+    for i, character in enumerate(arguments):
         depth += (character == "(") - (character == ")")
         if depth == 0:
-            return tuple(re.findall(r"%([\w.\-]+)", rest[:at])), rest[at + 1 :]
-    return (), rest
+            return tuple(re.findall(r"%([\w.\-]+)", arguments[:i])), arguments[i + 1 :]
+    return (), arguments
 
 
 class _Reader:
+    """Adds up the traffic of the computations of a program."""
+
     def __init__(self, computations: dict[str, list[_Instruction]], open_loops: int):
         self._computations, self._open_loops = computations, open_loops
         self.bytes = self.open_bytes = self.kernels = 0
         self.collectives: list[Collective] = []
 
     def visit(self, name: str, times: int, is_open: bool = False) -> None:
+        """Counts a computation `times` times; `is_open` if a loop of unknown length runs it."""
         instructions = self._computations[name]
-        shapes = {i.name: i.shape for i in instructions}
-        for at, instruction in enumerate(instructions):
+        shapes = {instruction.name: instruction.shape for instruction in instructions}
+        for i, instruction in enumerate(instructions):
             operation = instruction.operation
             kind = next((k for k in COLLECTIVES if operation in (k, f"{k}-start")), None)
             if operation in FREE or operation.endswith("-done"):
@@ -136,8 +156,10 @@ class _Reader:
                 self._enter(instruction, times, is_open)
             elif kind:
                 sent = _sent(instruction, shapes)
-                overlapped = _overlapped(instructions, at)
-                self.collectives.append(Collective(kind, sent, times, overlapped))
+                overlapped = _overlapped(instructions, start=i)
+                self.collectives.append(
+                    Collective(kind=kind, bytes=sent, count=times, overlapped=overlapped)
+                )
             else:
                 moved = times * self._kernel_bytes(instruction, shapes)
                 self.kernels += times
@@ -146,13 +168,14 @@ class _Reader:
 
     def _enter(self, instruction: _Instruction, times: int, is_open: bool) -> None:
         if instruction.operation == "while":
-            found = _TRIPS.search(instruction.attributes)
-            times *= int(found.group(1)) if found else self._open_loops
-            is_open = is_open or not found
+            trips = _TRIPS.search(instruction.attributes)
+            times *= int(trips.group(1)) if trips else self._open_loops
+            is_open = is_open or not trips
         for called in _CALLED.findall(instruction.attributes):
             self.visit(called, times, is_open)
 
     def _kernel_bytes(self, instruction: _Instruction, shapes: dict[str, str]) -> int:
+        """Returns the bytes that a kernel reads and writes."""
         operands = [array_bytes(shapes[name]) for name in instruction.operands]
         if instruction.operation == "dynamic-slice":
             return 2 * array_bytes(instruction.shape)
@@ -164,7 +187,7 @@ class _Reader:
         return sum(operands) + _result_bytes(instruction.shape)
 
     def _fusion_bytes(self, body: Sequence[_Instruction], operands: Sequence[int]) -> int:
-        by_name = {i.name: i for i in body}
+        by_name = {instruction.name: instruction for instruction in body}
         users: dict[str, list[_Instruction]] = {}
         for instruction in body:
             for name in instruction.operands:
@@ -174,21 +197,21 @@ class _Reader:
             if instruction.operation == "parameter":
                 whole = array_bytes(instruction.shape)
                 total += min(whole, _read_of(instruction, users))
-        root = next(i for i in body if i.root)
+        root = next(instruction for instruction in body if instruction.root)
         return total + _written_by(root, by_name)
 
 
 def _sent(collective: _Instruction, shapes: dict[str, str]) -> int:
-    """Bytes of all that it combines: its operands or its results, whichever is more."""
-    given = sum(array_bytes(shapes[name]) for name in collective.operands)
-    made = array_bytes(collective.shape)
-    if collective.operation.endswith("-start") and made > given:
-        made -= given  # its result is a tuple of operands and results
-    return max(given, made)
+    """Returns the bytes of all operands of a collective or of all results, whichever is more."""
+    operands = sum(array_bytes(shapes[name]) for name in collective.operands)
+    results = array_bytes(collective.shape)
+    if collective.operation.endswith("-start") and results > operands:
+        results -= operands  # the shape is a tuple of operands and results
+    return max(operands, results)
 
 
 def _read_of(value: _Instruction, users: dict[str, list[_Instruction]]) -> int:
-    """Bytes of a fusion's parameter that are read: only the slices, where only slices are taken."""
+    """Returns the bytes that are read of a fusion's parameter; if it is only sliced, the slices."""
     total = 0
     for user in users.get(value.name, []):
         if user.operation == "bitcast":
@@ -196,13 +219,14 @@ def _read_of(value: _Instruction, users: dict[str, list[_Instruction]]) -> int:
         elif user.operation in ("dynamic-slice", "slice", "gather"):
             total += array_bytes(user.shape)
         elif user.operation == "dynamic-update-slice" and user.operands[0] == value.name:
-            continue  # in place
+            continue  # updated in place
         else:
             return array_bytes(value.shape)
     return total
 
 
 def _written_by(root: _Instruction, by_name: dict[str, _Instruction]) -> int:
+    """Returns the bytes that a fusion writes."""
     if root.operation == "tuple":
         return sum(_written_by(by_name[name], by_name) for name in root.operands)
     if root.operation == "bitcast":
@@ -213,15 +237,18 @@ def _written_by(root: _Instruction, by_name: dict[str, _Instruction]) -> int:
 
 
 def _result_bytes(shape: str) -> int:
-    """Without the scratch space (bytes of int8) that library calls ask for as a second result."""
+    """Returns the bytes of a result, without scratch space.
+
+    Library calls return their scratch space as a second result, an array of int8.
+    """
     arrays = _ARRAY.findall(shape)
     if len(arrays) > 1:
-        arrays = [found for found in arrays if found[0] not in ("s8", "u8")]
-    return sum(_bytes(*found) for found in arrays)
+        arrays = [array for array in arrays if array[0] not in ("s8", "u8")]
+    return sum(_bytes(dtype, dimensions) for dtype, dimensions in arrays)
 
 
 def _overlapped(instructions: Sequence[_Instruction], start: int) -> bool:
-    """Whether a kernel is scheduled between the start of a collective and its end."""
+    """Returns whether a kernel is scheduled between the start and the end of a collective."""
     name = instructions[start].name
     for instruction in instructions[start + 1 :]:
         if instruction.operation.endswith("-done") and name in instruction.operands:

@@ -1,10 +1,12 @@
-"""`--stage=plan`: compile every program of a PPO step for a machine, and say what it will take.
+"""Plans a PPO run: compiles every program of a step for a machine, and estimates what it takes.
 
-Memory is the compiler's. Traffic, kernels and collectives are counted in the compiled programs.
-The time is an estimate: the roofline at the shares of the peak below (of a rollout that of its
-prefill and then that of decoding), plus collectives and kernel launches, none of which overlap.
+The memory is what the compiler reports. Traffic, kernels and collectives are counted in the
+compiled programs. The time is an estimate: the roofline at the shares of the peak in `ASSUMPTIONS`,
+plus collectives and kernel launches, none of which overlap. The roofline of a rollout is the sum of
+those of its prefill and its decoding.
+
 Programs are compiled for each length that a run pads prompts to. The time of a step is the
-expectation over these lengths, and the memory is that of the worst one.
+expectation over these lengths; its memory is the largest of all lengths.
 """
 
 import dataclasses
@@ -39,12 +41,12 @@ ASSUMPTIONS = {
     "seconds_per_collective": 1e-5,
     "share_of_memory": MEMORY_SHARE,
 }
-HALVES = ("prefill", "decode")  # of the program `rollout`, which needs memory for both
+HALVES = ("prefill", "decode")  # parts of the program `rollout`, whose memory covers both
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a search varies."""
+    """A device mesh, rematerialisation and accumulation, which a search varies."""
 
     mesh: MeshConfig
     remat: str
@@ -56,11 +58,18 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Planner:
-    """Plans for one target; `policy` and `sarm` make the abstract models.
+    """Plans runs on one target.
 
-    `score_batch` rows are scored at a time; the reward reads `watched` latents of each.
-    `shares` holds the share of the batches by padded prompt length; empty: every batch is padded
-    to `config.max_prompt_tokens`.
+    Attributes:
+        name: the target, as in `ppo.planning.chips.target`.
+        config: options of PPO.
+        lora: options of the adapter.
+        policy: makes an abstract policy.
+        sarm: makes an abstract SARM.
+        score_batch: conversations that are scored at a time.
+        watched: number of latents that the reward reads.
+        shares: share of the batches by padded prompt length; if empty, every batch is padded to
+            `config.max_prompt_tokens`.
     """
 
     name: str
@@ -80,11 +89,11 @@ class Planner:
         for length in shares:
             config = self._config(layout, length)
             policy, sarm, chip = self._models(config, layout)
-            weights = {  # of all lengths alike, before the policy gets its adapter
+            weights = {  # the same for all lengths; the policy has no adapter yet
                 name: weight_bytes(model, policy.placement)
                 for name, model in (("policy", policy), ("sarm", sarm))
             }
-            rows += self._rows_of(config, layout, policy, sarm, chip)
+            rows += self._rows_of(config, layout=layout, policy=policy, sarm=sarm, chip=chip)
         return _summary(
             name=self.name,
             layout=layout,
@@ -96,29 +105,29 @@ class Planner:
         )
 
     def programs(self, layout: Layout, prompt_tokens: int) -> Iterator[Program]:
-        """Yields what `plan` compiles for prompts padded to that length."""
+        """Yields the programs that `plan` compiles for prompts padded to `prompt_tokens`."""
         config = self._config(layout, prompt_tokens)
         policy, sarm, _ = self._models(config, layout)
         return self._programs(config, policy, sarm)
 
     def _rows_of(
-        self, config: PPOConfig, layout: Layout, policy: Llama, sarm: SARM, chip: Chip
+        self, config: PPOConfig, *, layout: Layout, policy: Llama, sarm: SARM, chip: Chip
     ) -> list[dict]:
         """Compiles the programs under `config`; returns their rows of plan.json."""
         mesh, prompt_tokens = layout.mesh, config.max_prompt_tokens
         costs = step_costs(
             config,
             self.lora,
-            policy.config,
-            sarm.config,
-            mesh,
-            min(config.batch_size, self.score_batch),
-            layout.remat,
-            policy.embed_tokens.dtype.itemsize,
+            policy=policy.config,
+            sarm=sarm.config,
+            mesh=mesh,
+            score_rows=min(config.batch_size, self.score_batch),
+            remat=layout.remat,
+            bytes_per_weight=policy.embed_tokens.dtype.itemsize,
         )
         rows = []
         for program in self._programs(config, policy, sarm):
-            # A search meets the same program in several layouts.
+            # Several layouts of a search have the same program, which is compiled once.
             varying = (getattr(layout, field) for field in program.varies_with)
             key = prompt_tokens, program.name, *varying
             if key not in self._rows:
@@ -126,14 +135,19 @@ class Planner:
                     "compiling %s for %s on %s, prompts of %d tokens",
                     program.name, self.name, layout, prompt_tokens,
                 )  # fmt: skip
-                compiled = program.lower().compile()
-                cost = costs[program.name]
-                self._rows[key] = _row(program, compiled, cost, chip, config, mesh)
+                self._rows[key] = _row(
+                    program,
+                    compiled=program.lower().compile(),
+                    costs=costs[program.name],
+                    chip=chip,
+                    config=config,
+                    mesh=mesh,
+                )
             rows.append(self._rows[key])
         return rows
 
     def _config(self, layout: Layout, prompt_tokens: int) -> PPOConfig:
-        """Returns options under which every prompt has that length."""
+        """Returns the options for one layout, with all prompts padded to `prompt_tokens`."""
         return dataclasses.replace(
             self.config,
             gradient_accumulation_steps=layout.accumulation,
@@ -141,20 +155,27 @@ class Planner:
         )
 
     def _programs(self, config: PPOConfig, policy: Llama, sarm: SARM) -> Iterator[Program]:
-        return step_programs(config, self.lora, policy, sarm, self.score_batch, self.watched)
+        return step_programs(
+            config,
+            self.lora,
+            policy=policy,
+            sarm=sarm,
+            score_batch=self.score_batch,
+            watched=self.watched,
+        )
 
     def _models(self, config: PPOConfig, layout: Layout) -> tuple[Llama, SARM, Chip]:
-        """Places new abstract models; InputError if they or the batch do not divide."""
+        """Makes abstract models on the mesh; raises InputError if it cannot divide them evenly."""
         mesh, policy, sarm = layout.mesh, self.policy(), self.sarm()
         mesh.check_model(policy.config)
         mesh.check_model(sarm.config.trunk)
         mesh.check_batch(
             config.batch_size // config.pieces,
-            "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)",
+            "ppo.batch_size / (ppo.num_minibatches × ppo.gradient_accumulation_steps)",
         )
         chip, devices, backend = target(self.name, mesh.devices, policy.embed_tokens.dtype)
-        here = self.name == "host"  # then these are the very programs of a run
-        placement = Placement(make_mesh(mesh, devices) if here else _mesh(mesh, devices))
+        on_host = self.name == "host"  # the programs are then those of a run, on the same mesh
+        placement = Placement(make_mesh(mesh, devices) if on_host else _mesh(mesh, devices))
         policy.remat = layout.remat
         for model in (policy, sarm.trunk):
             model.backend, model.placement = backend, placement
@@ -162,20 +183,20 @@ class Planner:
 
 
 def search(planner: Planner, layouts: Sequence[Layout]) -> list[dict]:
-    """Plans of all layouts, the fastest that fits first; those that cannot be are left out."""
+    """Returns a plan for each possible layout: those that fit first, and the fastest of them."""
     plans = []
     for layout in layouts:
         try:
             plans.append(planner.plan(layout))
         except InputError as error:
-            LOG.info("left out: %s", error)
+            LOG.info("a layout is not possible: %s", error)
     if not plans:
         raise InputError(f"plan.target={planner.name}: no layout of the search is possible")
     return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds"]))
 
 
 def layouts_for(devices: int, rows: int) -> Iterator[Layout]:
-    """Every mesh over `devices`, with remat and accumulation; `rows` is the whole batch."""
+    """Yields every layout over `devices` devices that divides a batch of `rows` rows."""
     shapes = itertools.product(range(1, devices + 1), repeat=3)
     for shape in (shape for shape in shapes if math.prod(shape) == devices):
         mesh = MeshConfig(*shape)
@@ -185,7 +206,7 @@ def layouts_for(devices: int, rows: int) -> Iterator[Layout]:
 
 
 def table(plan: dict) -> str:
-    """A plan as Markdown: a line of totals, prompt lengths if there are several, all programs."""
+    """Formats a plan as Markdown: totals, prompt lengths if there are several, all programs."""
     lengths = plan["prompt_lengths"]
     lines = [
         f"{plan['target']}, {plan['layout']}, batch {plan['batch']}: "
@@ -202,9 +223,9 @@ def table(plan: dict) -> str:
             "|---|---|---|---|",
         ]
         lines += [
-            f"| {one['padded']} | {100 * one['share']:.1f} % | {one['peak_bytes'] / GIB:.1f} "
-            f"| {one['step_seconds']:.3f} |"
-            for one in lengths
+            f"| {row['padded']} | {100 * row['share']:.1f} % | {row['peak_bytes'] / GIB:.1f} "
+            f"| {row['step_seconds']:.3f} |"
+            for row in lengths
         ]
         lines.append("")
     lines += [
@@ -214,8 +235,8 @@ def table(plan: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in plan["programs"]:
-        count = sum(found["count"] for found in row["collectives"].values())
-        sent = sum(found["bytes"] for found in row["collectives"].values())
+        count = sum(total["count"] for total in row["collectives"].values())
+        sent = sum(total["bytes"] for total in row["collectives"].values())
         lines.append(
             f"| {row['name']} | {row['prompt_tokens']} | {row['runs'] or '–'} "
             f"| {row['argument_bytes'] / GIB:.2f} "
@@ -229,7 +250,7 @@ def table(plan: dict) -> str:
 
 
 def candidates(plans: Sequence[dict]) -> str:
-    """The layouts of a search, one a line."""
+    """Formats the layouts of a search as a Markdown table."""
     lines = ["| layout | peak GiB | fits | s a step | tokens/s |", "|---|---|---|---|---|"]
     lines += [
         f"| {plan['layout']} | {plan['peak_bytes'] / GIB:.1f} | {'yes' if plan['fits'] else 'no'} "
@@ -240,35 +261,39 @@ def candidates(plans: Sequence[dict]) -> str:
 
 
 def _mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
+    """Returns a mesh of devices that are not present."""
     grid = np.asarray(devices).reshape(mesh.data, mesh.fsdp, mesh.tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _row(
     program: Program,
+    *,
     compiled: Compiled,
     costs: tuple[Cost, ...],
     chip: Chip,
     config: PPOConfig,
     mesh: MeshConfig,
 ) -> dict:
+    """Returns the row of plan.json for a compiled program."""
     memory: Any = compiled.memory_analysis()
     traffic = read_traffic(compiled.as_text() or "", open_loops=config.max_new_tokens - 1)
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
     flops = [cost.flops for cost in costs]
     inherent_bytes = [cost.inherent_bytes for cost in costs]
     moved = [traffic.bytes]
-    if len(costs) > 1:  # decoding is a loop until the last row has ended
+    if len(costs) > 1:  # decoding is a loop of unknown length, until all responses have ended
         moved = [traffic.bytes - traffic.open_bytes, traffic.open_bytes]
     roofline = chip.seconds(flops, moved)
-    reached = dataclasses.replace(
+    achieved = dataclasses.replace(
         chip,
         flops=chip.flops * ASSUMPTIONS["share_of_peak_flops"],
         bandwidth=chip.bandwidth * ASSUMPTIONS["share_of_peak_bandwidth"],
     )
     launches = traffic.kernels * ASSUMPTIONS["seconds_per_kernel"]
-    sent = sum(
-        found.count * _collective_seconds(found, chip, mesh) for found in traffic.collectives
+    collectives = sum(
+        collective.count * _collective_seconds(collective, chip, mesh)
+        for collective in traffic.collectives
     )
     return {
         "name": program.name,
@@ -285,24 +310,25 @@ def _row(
         "collectives": by_kind(traffic.collectives),
         "roofline_seconds": roofline,
         "inherent_share": chip.seconds(flops, inherent_bytes) / roofline,
-        "seconds": reached.seconds(flops, moved) + launches + sent,
+        "seconds": achieved.seconds(flops, moved) + launches + collectives,
     }
 
 
 def _compiler_flops(compiled: Compiled) -> float | None:
-    """The compiler's own count, which takes the body of a loop once; None where it has none."""
+    """Returns the compiler's own count, in which loops run once; None if it has none."""
     analysis: Any = compiled.cost_analysis()
     return float(analysis["flops"]) if analysis and "flops" in analysis else None
 
 
-def _collective_seconds(found: Collective, chip: Chip, mesh: MeshConfig) -> float:
-    """A ring over the devices: an all-reduce passes every byte twice."""
-    passes = 2 if found.kind == "all-reduce" else 1
+def _collective_seconds(collective: Collective, chip: Chip, mesh: MeshConfig) -> float:
+    """Returns the seconds of a collective in a ring, which an all-reduce passes twice."""
+    passes = 2 if collective.kind == "all-reduce" else 1
     ring = (mesh.devices - 1) / mesh.devices
-    return ASSUMPTIONS["seconds_per_collective"] + passes * ring * found.bytes / chip.link
+    return ASSUMPTIONS["seconds_per_collective"] + passes * ring * collective.bytes / chip.link
 
 
 def _summary(
+    *,
     name: str,
     layout: Layout,
     config: PPOConfig,
@@ -311,10 +337,21 @@ def _summary(
     rows: list[dict],
     weights: dict[str, int],
 ) -> dict:
+    """Returns the content of plan.json.
+
+    Args:
+        name: the target.
+        layout: mesh, rematerialisation and accumulation.
+        config: options of PPO.
+        chip: rates of one device.
+        shares: share of the batches by padded prompt length.
+        rows: the rows of all programs.
+        weights: bytes of the weights of "policy" and "sarm" on one device.
+    """
     lengths = []
     for length, share in shares.items():
         own = [row for row in rows if row["prompt_tokens"] == length]
-        # Both models stay on the device; a program's arguments hold the one that it runs.
+        # Both models stay on the device; the arguments of a program include only the one it runs.
         peaks = (
             row["peak_bytes"] + weights["policy" if row["name"] == "score" else "sarm"]
             for row in own
@@ -328,8 +365,8 @@ def _summary(
                 "peak_bytes": max(peaks),
             }
         )
-    peak = max(one["peak_bytes"] for one in lengths)
-    seconds = sum(one["share"] * one["step_seconds"] for one in lengths)
+    peak = max(row["peak_bytes"] for row in lengths)
+    seconds = sum(row["share"] * row["step_seconds"] for row in lengths)
     return {
         "target": name,
         "mesh": dataclasses.asdict(layout.mesh),

@@ -1,8 +1,8 @@
-"""The compiled programs of a PPO step, made from shapes alone: no weights, no tokenizer.
+"""Lowers the programs of a PPO step from shapes alone, without weights or a tokenizer.
 
-`rollout`, `score`, `reference` and those of the update are the very programs that a run compiles.
-`prefill` and `decode` are the two halves of `rollout`, compiled by themselves to look at: on some
-meshes the compiler splits their arrays otherwise than within the whole.
+`rollout`, `score`, `reference` and the programs of the update are those that a run compiles.
+`prefill` and `decode` are the two halves of `rollout`, which the plan also compiles alone, to show
+their costs. On some meshes the compiler shards their arrays differently than in `rollout`.
 """
 
 import dataclasses
@@ -37,9 +37,13 @@ REPLICATED = P()
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """`runs` is how often a PPO step runs it; 0: it is a part of one that is listed.
+    """A program of a PPO step.
 
-    `varies_with` are the fields of a `Layout` that make it another program.
+    Attributes:
+        name: the name in plan.json.
+        runs: how often a PPO step runs it; 0 for the halves of another program.
+        lower: lowers the program.
+        varies_with: the fields of a `Layout` on which the program depends.
     """
 
     name: str
@@ -51,41 +55,54 @@ class Program:
 def step_programs(
     config: PPOConfig,
     lora: LoRAConfig,
+    *,
     policy: Llama,
     sarm: SARM,
     score_batch: int,
     watched: int,
 ) -> Iterator[Program]:
-    """All of them, for full batches: every prompt and response at its limit.
+    """Yields all programs, for batches in which every prompt and response is at its limit.
 
-    `policy` and `sarm` are abstract and know where they would be, `score_batch` rows are scored at
-    a time, and `watched` is how many latents the reward reads.
+    Args:
+        config: options of PPO.
+        lora: options of the adapter.
+        policy: an abstract policy with its placement, which gets an adapter.
+        sarm: an abstract SARM.
+        score_batch: conversations that are scored at a time.
+        watched: number of latents that the reward reads.
     """
     prompt, new, rows = config.max_prompt_tokens, config.max_new_tokens, config.batch_size
     placement = policy.placement
-    learner, fresh, bare = Learner.attach(config, lora, policy, pad=0)
-    base, state = _abstract(bare, placement), placement.abstract_replicated(fresh)
+    learner, fresh, frozen = Learner.attach(config, lora, policy=policy, pad=0)
+    base, state = _abstract(frozen, placement), placement.abstract_replicated(fresh)
     group = rows // (config.pieces * placement.parts)
     slots = Slots(group * (prompt + new), group * new) if config.pack_levels else None
     prefill = rows // placement.parts * prompt if config.pack_levels else None
 
     rollout = partial(learner.lower_rollout, state.params, base, prompt, prefill)
     yield Program("rollout", 1, rollout)
-    halves = _Halves(learner, state, base, prompt)
+    halves = _Halves(learner=learner, state=state, base=base, prompt=prompt)
     yield Program("prefill", 0, halves.lower_prefill)
     yield Program("decode", 0, halves.lower_decode)
     calls = -(-rows // score_batch)
     graphdef, weights = nnx.split(sarm)
-    length = scored_length(prompt + new)
-    batch = min(rows, score_batch), length, watched
-    scoring = partial(lower_score, graphdef, _abstract(weights, placement), placement, *batch)
+    scoring = partial(
+        lower_score,
+        graphdef,
+        _abstract(weights, placement),
+        placement,
+        rows=min(rows, score_batch),
+        length=scored_length(prompt + new),
+        watched=watched,
+    )
     yield Program("score", calls, scoring)
-    pieces = "mesh", "accumulation"
-    yield Program("reference", 1, partial(learner.lower_reference, base, prompt, slots), pieces)
+    forward = "mesh", "accumulation"
+    yield Program("reference", 1, partial(learner.lower_reference, base, prompt, slots), forward)
     steps = config.updates_per_step
     for name, lower in Updater(learner).lower(state, base, prompt, slots).items():
         runs = steps - (config.pieces == 1) if name == "step" else 1
-        yield Program(name, runs, lower, pieces if name == "targets" else (*pieces, "remat"))
+        varies_with = forward if name == "targets" else (*forward, "remat")
+        yield Program(name, runs, lower, varies_with)
 
 
 def weight_bytes(model: Llama | SARM, placement: Placement) -> int:
@@ -94,14 +111,14 @@ def weight_bytes(model: Llama | SARM, placement: Placement) -> int:
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name = ".".join(map(str, path))
         placed = placement.abstract_parameter(name, variable.shape, variable.dtype)
-        whole, sharding = placed.shape, placed.sharding
-        part = whole if sharding is None else sharding.shard_shape(whole)
-        total += math.prod(part) * placed.dtype.itemsize
+        shape, sharding = placed.shape, placed.sharding
+        shard = shape if sharding is None else sharding.shard_shape(shape)
+        total += math.prod(shard) * placed.dtype.itemsize
     return total
 
 
 def _abstract(state: nnx.State, placement: Placement) -> nnx.State:
-    """Shapes with the place where each parameter goes."""
+    """Returns the state with the placement of each parameter, without the arrays."""
     flat = []
     for path, variable in nnx.to_flat_state(state):
         name = ".".join(map(str, path))
@@ -112,6 +129,8 @@ def _abstract(state: nnx.State, placement: Placement) -> nnx.State:
 
 @dataclasses.dataclass(frozen=True)
 class _Halves:
+    """Lowers prefill and decoding, the two halves of a rollout."""
+
     learner: Learner
     state: TrainState
     base: nnx.State
@@ -121,6 +140,7 @@ class _Halves:
         return nnx.merge(self.learner.graphdef, params["lora"], base)
 
     def lower_prefill(self) -> Lowered:
+        """Lowers the prefill of a batch of prompts."""
         config, placement = self.learner.config, self.learner.placement
         size = self.prompt + config.max_new_tokens
 
@@ -134,6 +154,7 @@ class _Halves:
         return jax.jit(prefill).lower(self.state.params, self.base, tokens, mask)
 
     def lower_decode(self) -> Lowered:
+        """Lowers the decoding of one token of every response."""
         config, placement = self.learner.config, self.learner.placement
         sampling = Sampling(config.max_new_tokens, config.temperature)
 
@@ -148,11 +169,11 @@ class _Halves:
         token_b = placement.abstract_rows((config.batch_size,), jnp.int32)
         key = placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
         options = dict(self.learner.decoding_options)
-        donated = jax.jit(decode, donate_argnums=3, compiler_options=options)
-        return donated.lower(params, base, layers, cache, token_b, key)
+        compiled = jax.jit(decode, donate_argnums=3, compiler_options=options)
+        return compiled.lower(params, base, layers, cache, token_b, key)
 
     def _layers(self) -> tuple[FusedLayer, ...]:
-        """`fuse_layers` of the abstract policy, each array split as it is there."""
+        """Returns the layers of `fuse_layers` for the abstract policy, with the same sharding."""
         abstract = self.learner.placement.abstract
 
         def put(x, spec=REPLICATED):
@@ -170,17 +191,18 @@ class _Halves:
         )
 
     def _cache(self) -> KVCache:
+        """Returns an abstract KV cache."""
         config, placement = self.learner.config, self.learner.placement
         model = self._policy(self.state.params, self.base).config
         rows, size = config.batch_size, self.prompt + config.max_new_tokens
         shape = (rows, model.num_key_value_heads, model.head_dim, size)
         spec = P(BATCH[0], "tensor")
         kv = (placement.abstract(shape, self.base.embed_tokens.dtype, spec),)
-        whole: Any = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.int32))
+        scalar: Any = placement.abstract_replicated(jax.ShapeDtypeStruct((), jnp.int32))
         return KVCache(
             k=kv * model.num_hidden_layers,
             v=kv * model.num_hidden_layers,
             mask_bs=placement.abstract_rows((rows, size), bool),
-            column=whole,
+            column=scalar,
             position_b=placement.abstract_rows((rows,), jnp.int32),
         )

@@ -1,10 +1,10 @@
-"""Checkpoints: everything that changes during a run, through Orbax, verified before it is used.
+"""Checkpoints of everything that changes in a run, written by Orbax and verified when read.
 
-LoRA, value head, Adam's moments, the discriminator and its moments, the score scale, and the
-number of finished steps. Random keys, prompt order and schedules are functions of (seed, step),
-so the step restores them too.
+A checkpoint holds the adapter, the value head, Adam's moments, the discriminator and its moments,
+the score scale, and the number of finished steps. Random keys, prompt order and schedules are
+functions of (seed, step), so the step restores them too.
 
-Of several processes the first one alone reads and writes; every other is told what it read.
+Only the primary process reads and writes; it broadcasts what it reads.
 """
 
 import contextlib
@@ -45,9 +45,15 @@ LOG = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """`keep_every`: checkpoints of every n-th step are kept for good; 0: none are."""
+    """Options of checkpoints, the section `checkpoint` of a config.
 
-    keep_every: int = 0
+    Checkpoints of every `keep_every`-th step are kept permanently; 0: none are.
+
+    Raises:
+        InputError: the option is negative.
+    """
+
+    keep_every: int
 
     def __post_init__(self) -> None:
         if self.keep_every < 0:
@@ -55,50 +61,59 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run.
+    """The checkpoints of a run.
 
-    Keeps the newest `keep`, and for good those of every `keep_every`-th step; 0: no others.
+    Args:
+        directory: the folder `checkpoints/` of the run.
+        keep: how many of the newest checkpoints are kept.
+        keep_every: checkpoints of every n-th step are kept as well; 0: none are.
     """
 
     def __init__(self, directory: Path, keep: int, keep_every: int = 0):
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
-        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        primary_only = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,  # of a save that was killed
+            cleanup_tmp_directories=True,  # left by a save that was killed
             enable_async_checkpointing=False,
-            multiprocessing_options=alone,
-            create=False,  # Orbax would only for all processes
+            multiprocessing_options=primary_only,
+            create=False,  # Orbax can create it only if all processes take part
         )
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-        arrays = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        facts = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+        arrays = ocp.StandardCheckpointHandler(multiprocessing_options=primary_only)
+        facts = ocp.JsonCheckpointHandler(multiprocessing_options=primary_only)
         for item, handler, kinds in (
             ("state", arrays, (StandardSave, StandardRestore)),
             ("facts", facts, (JsonSave, JsonRestore)),
-            (ITEM, ManifestHandler(), (ManifestArgs,)),  # last: it is of the others
+            (ITEM, ManifestHandler(), (ManifestArgs,)),  # last, since it covers the others
         ):
             for kind in kinds:
                 registry.add(item, kind, handler)
         self._directory = directory.absolute()
         self._manager: ocp.CheckpointManager | None = None
-        if processes.is_first():
+        if processes.is_primary():
             self._directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, handler_registry=registry
             )
 
     def latest_step(self) -> int | None:
-        """Finished PPO steps of the newest checkpoint, None when there is none."""
+        """Returns the number of finished steps in the newest checkpoint; None without one."""
         own = None if self._manager is None else self._manager.latest_step()
-        return processes.from_first(own)
+        return processes.broadcast(own)
 
     def save(self, steps: int, state: Any, facts: dict) -> None:
-        """Writes `state` (a pytree of arrays) and `facts` (JSON) after `steps` steps; blocks.
+        """Writes a checkpoint, and returns when it is complete.
 
-        Raises OSError where the disk is full; the checkpoints before this one stay.
+        Args:
+            steps: number of finished steps.
+            state: a pytree of arrays. Their paths in it name them in the checkpoint.
+            facts: everything else, as JSON.
+
+        Raises:
+            OSError: the disk is full. Earlier checkpoints are intact.
         """
         if self._manager is None or self._manager.latest_step() == steps:
             return
@@ -113,35 +128,43 @@ class Checkpoints:
                 self._manager.wait_until_finished()
         except Exception as error:
             if _disk_is_full(error):
-                text = f"no space for the checkpoint of step {steps}"
-                raise OSError(errno.ENOSPC, text, str(self._directory)) from error
+                problem = f"no space for the checkpoint of step {steps}"
+                raise OSError(errno.ENOSPC, problem, str(self._directory)) from error
             raise
 
     def restore(self, like: Any) -> tuple[int, Any, dict]:
-        """(steps, state, facts) of the newest checkpoint whose files are those written.
+        """Restores the newest checkpoint that is intact.
 
-        `like` gives structure and placement. Damaged checkpoints that are newer are set aside,
-        with a warning. Raises InputError where none is whole, or where it does not fit `like`.
+        Newer checkpoints that are damaged are moved out of the folder, with a warning.
+
+        Args:
+            like: a state of the same structure, whose arrays have the shapes, types and placement.
+
+        Returns:
+            The number of finished steps, the state and the facts.
+
+        Raises:
+            InputError: no checkpoint is intact, or the arrays are not those of `like`.
         """
         read = None if self._manager is None else self._read_newest(self._manager, like)
-        processes.agree()
-        steps, facts = processes.from_first(read and read[:2])
+        processes.raise_on_all()
+        steps, facts = processes.broadcast(read and read[:2])
         leaves = []
-        for name, wanted in named_arrays(like).items():
-            array = processes.array_from_first(wanted, read and read[2][name])
-            leaves.append(put_like(array, wanted))
+        for name, expected in named_arrays(like).items():
+            array = processes.broadcast_array(expected, read and read[2][name])
+            leaves.append(put_like(array, expected))
         return steps, jax.tree.unflatten(jax.tree.structure(like), leaves), facts
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
+        """Stops the threads of Orbax."""
         if self._manager is not None:
             self._manager.close()
 
     def _read_newest(
         self, manager: ocp.CheckpointManager, like: Any
     ) -> tuple[int, dict, dict[str, np.ndarray]]:
-        """(steps, facts, arrays by name) of the newest whole checkpoint."""
-        steps, damaged = _newest_whole(self._directory)
+        """Returns (steps, facts, arrays by name) of the newest intact checkpoint."""
+        steps, damaged = _newest_intact(self._directory)
         self._set_aside(manager, damaged, steps)
         self._check_fits(steps, like)
         named = {name: np.empty(x.shape, x.dtype) for name, x in named_arrays(like).items()}
@@ -150,47 +173,49 @@ class Checkpoints:
         return steps, restored["facts"], restored["state"]
 
     def _check_fits(self, steps: int, like: Any) -> None:
-        """Raises InputError unless the arrays are those of `like`: Orbax would cast some of them,
-        and say of the others what no user can read."""
+        """Raises InputError unless the checkpoint has the arrays of `like`.
+
+        Orbax itself would cast some types silently, and raise errors that do not name the array.
+        """
         step = self._directory / str(steps)
-        found = _descriptions(ocp.StandardCheckpointHandler().metadata(step / "state").tree)
-        wanted = _descriptions(named_arrays(like))
-        for name in wanted | found:
-            if found.get(name) != wanted.get(name):
+        actual = _descriptions(ocp.StandardCheckpointHandler().metadata(step / "state").tree)
+        expected = _descriptions(named_arrays(like))
+        for name in expected | actual:
+            if actual.get(name) != expected.get(name):
                 raise InputError(
                     f"{step}: a checkpoint of another model or configuration: {name} is "
-                    f"{found.get(name, 'not there')}, expected {wanted.get(name, 'none')}"
+                    f"{actual.get(name, 'not there')}, expected {expected.get(name, 'none')}"
                 )
 
     def _set_aside(
         self, manager: ocp.CheckpointManager, damaged: dict[int, str], intact: int
     ) -> None:
-        """Moves damaged checkpoints out of Orbax's folder: their steps are done again."""
+        """Moves damaged checkpoints out of the folder, so that their steps are done again."""
         for steps, problem in damaged.items():
-            place = self._directory.with_name(f"damaged_checkpoint_{steps}")
+            target = self._directory.with_name(f"damaged_checkpoint_{steps}")
             LOG.warning(
-                "checkpoint %d is damaged (%s): moved to %s; going on from checkpoint %d",
-                *(steps, problem, place, intact),
-            )
-            shutil.rmtree(place, ignore_errors=True)  # of an earlier damage to the same step
-            (self._directory / str(steps)).rename(place)
+                "checkpoint %d is damaged (%s): moved to %s; resuming from checkpoint %d",
+                steps, problem, target, intact,
+            )  # fmt: skip
+            shutil.rmtree(target, ignore_errors=True)  # left by earlier damage to the same step
+            (self._directory / str(steps)).rename(target)
         if damaged:
             manager.reload()
 
 
 def newest_facts(directory: Path) -> tuple[int, dict] | None:
-    """(steps, facts) of the checkpoint that a run would go on from; None where none was made.
+    """Reads (steps, facts) of the checkpoint that a run would resume from; None without one.
 
-    Only reads. Raises InputError where no checkpoint is whole.
+    Changes nothing. Raises InputError if no checkpoint is intact.
     """
     if not _steps(directory):
         return None
-    steps, _ = _newest_whole(directory)
+    steps, _ = _newest_intact(directory)
     return steps, ocp.JsonCheckpointHandler().restore(directory.absolute() / str(steps) / "facts")
 
 
-def _newest_whole(directory: Path) -> tuple[int, dict[int, str]]:
-    """The newest step whose files are those written, and what is wrong with each newer one."""
+def _newest_intact(directory: Path) -> tuple[int, dict[int, str]]:
+    """Returns the newest step whose files are intact, and the damage of each newer one."""
     damaged: dict[int, str] = {}
     for steps in sorted(_steps(directory), reverse=True):
         try:
@@ -199,30 +224,35 @@ def _newest_whole(directory: Path) -> tuple[int, dict[int, str]]:
             damaged[steps] = str(error)
             continue
         return steps, damaged
-    found = "; ".join(f"{steps}: {problem}" for steps, problem in damaged.items())
+    problems = "; ".join(f"{steps}: {problem}" for steps, problem in damaged.items())
     raise InputError(
-        f"{directory}: no checkpoint is whole ({found}); put back a copy of one, or "
+        f"{directory}: no checkpoint is intact ({problems}); restore a copy of one, or "
         "delete the working directory to start again"
     )
 
 
 def _steps(directory: Path) -> list[int]:
-    """Those of the checkpoints that were finished: only they have a number for a name."""
+    """Returns the steps of all complete checkpoints, the only ones whose name is a number."""
     if not directory.is_dir():
         return []
     return [int(path.name) for path in directory.iterdir() if path.name.isdecimal()]
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """A flat {path: array}: readable in the checkpoint, whatever containers the tree is made of."""
-    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    """Returns the arrays of a tree by their paths, as in `train.params.value_head.bias`.
+
+    The names do not depend on the kinds of containers in the tree: a dict with the key "train" and
+    a dataclass with the field `train` give the same ones.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="."): _array(leaf) for path, leaf in paths
+        jax.tree_util.keystr(path, simple=True, separator="."): _array(leaf)
+        for path, leaf in leaves
     }
 
 
 def _descriptions(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """{path: type and shape}."""
+    """Returns the type and shape of each array, as text."""
     return {name: f"{np.dtype(x.dtype)} {list(x.shape)}" for name, x in arrays.items()}
 
 
@@ -232,7 +262,7 @@ def _array(leaf: Any) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax's threads log with a traceback each what is raised here anyway."""
+    """Silences the log of Orbax, whose threads log every error that is raised here anyway."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -243,7 +273,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether this, or what it came from, says so; TensorStore tells only in words."""
+    """Returns whether an error or its cause is a full disk, which TensorStore says only in text."""
     while error is not None:
         if disk_is_full(error):
             return True

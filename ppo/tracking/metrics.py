@@ -1,8 +1,7 @@
-"""What a run writes while it goes: metrics.csv, samples.jsonl, TensorBoard events, a bar; and
-evaluations.jsonl, where the policy is evaluated on held-out prompts.
+"""The log of a run: metrics.csv, samples.jsonl, evaluations.jsonl, TensorBoard, a progress bar.
 
-Rows of steps that a resumed run will repeat are dropped first, so that every step stands once.
-The meaning and unit of each column is in README's glossary.
+A resumed run first drops the rows of steps that it will repeat, so that every step is logged once.
+`docs/reference/metrics.md` gives the meaning and unit of each column.
 """
 
 import contextlib
@@ -30,11 +29,11 @@ COLUMNS = (
     "reward_max advantage_mean advantage_std grad_norm disc_loss disc_acc time_rollout time_score "
     "time_update tokens_per_second"
 ).split()
-LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after those of the features
+LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after the columns of the features
 
 
 class RunLog:
-    """The log files of `workdir`, positioned at `first_step`; use as a context manager."""
+    """The log files in `workdir`, positioned at `first_step`. Use it as a context manager."""
 
     def __init__(self, workdir: Path, features: Sequence[int], first_step: int, total_steps: int):
         self.columns = columns_of(features)
@@ -55,17 +54,26 @@ class RunLog:
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.ExitStack() as stack:  # where one cannot be flushed, the others are closed
+        with contextlib.ExitStack() as stack:  # closes all, even if one of them cannot be flushed
             for file in (self._bar, self._metrics, self._samples, self._board):
                 stack.callback(file.close)
 
     def earlier_rows(self) -> list[dict[str, float]]:
-        """The rows of the steps before the first one."""
+        """Reads the rows of the steps before `first_step`."""
         return read_metrics(self._metrics_path)
 
     def write(self, row: dict[str, float], samples: Sequence[dict]) -> None:
-        """One step: `row` holds every column (disc_* and feat_* may be absent → empty)."""
-        self._writer.writerow({name: row.get(name, "") for name in self.columns})
+        """Logs a step.
+
+        Args:
+            row: the metrics. Those of the discriminator are missing if β = 0; a column whose metric
+                is missing is empty.
+            samples: rows of samples.jsonl.
+
+        Raises:
+            ValueError: a metric has no column, which would lose it; the message names it.
+        """
+        self._writer.writerow(row)
         for sample in samples:
             self._samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
         self.flush()
@@ -79,7 +87,7 @@ class RunLog:
         self._bar.update()
 
     def write_evaluation(self, rows: Sequence[dict]) -> None:
-        """Appends the responses of one evaluation, all of the same step; none: no file."""
+        """Logs the responses of an evaluation, all of the same step; no rows leave no file."""
         if not rows:
             return
         with self._evaluations_path.open("a", encoding="utf-8") as file:
@@ -87,15 +95,17 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
         means = _held_out_means(rows)
-        self._board.write({f"held_out/{name}": x for name, x in means.items()}, rows[0]["step"])
+        scalars = {f"held_out/{name}": value for name, value in means.items()}
+        self._board.write(scalars, rows[0]["step"])
 
     def flush(self) -> None:
-        """Brings both files to disk."""
+        """Writes metrics.csv and samples.jsonl through to disk."""
         for file in (self._metrics, self._samples):
             file.flush()
             os.fsync(file.fileno())
 
     def _rewind(self, first_step: int) -> None:
+        """Drops everything that steps from `first_step` on have logged."""
         if self._metrics_path.exists():
             with self._metrics_path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if _is_before(row, first_step)]
@@ -104,44 +114,55 @@ class RunLog:
                 writer.writeheader()
                 writer.writerows(rows)
         _keep_lines(self._samples_path, first_step - 1)
-        # An evaluation of step n looks at what n steps have made, and comes before the checkpoint
-        # of n: a run that starts afresh repeats the one at 0.
+        # The evaluation of step n is that of the policy after n steps, and is written before the
+        # checkpoint of n. Only a run that starts again from 0 repeats the evaluation of its step.
         _keep_lines(self._evaluations_path, first_step if first_step else -1)
 
 
 def columns_of(features: Sequence[int]) -> list[str]:
-    """The columns of metrics.csv of a run that penalises these features."""
-    per_feature = [f"feat_{i}_{what}" for i in features for what in ("activation", "above_tau")]
+    """Returns the columns of metrics.csv for a run that penalises these features."""
+    per_feature = [f"feat_{i}_{name}" for i in features for name in ("activation", "above_tau")]
     return [*COLUMNS, *per_feature, *LAST_COLUMNS]
 
 
 def check_log(workdir: Path, features: Sequence[int], done: int, checkpoint_every: int) -> None:
-    """Raises InputError where metrics.csv is not what a run leaves that has a checkpoint of `done`
-    steps, or none (0): going on would write its rows anew."""
+    """Checks that metrics.csv belongs to the newest checkpoint, before a run rewrites it.
+
+    Args:
+        workdir: working directory of the run.
+        features: the penalised features.
+        done: steps of the newest checkpoint; 0 if there is none.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        InputError: the columns are another run's, rows before the checkpoint are missing, or there
+            are more rows than a run without a checkpoint can have.
+    """
     path = workdir / "metrics.csv"
     rows = read_metrics(path) if path.exists() else []
     if rows and list(rows[0]) != columns_of(features):
-        raise InputError(f"{path}:1: has not the columns of this run: put its own back")
+        raise InputError(f"{path}:1: does not have the columns of this run: restore its own file")
     steps = [row["step"] for row in rows]
     if steps[:done] != list(range(done)):
         raise InputError(
-            f"{path}: has not a row for each of the {done} steps before the checkpoint: put the "
-            "run's own back, or choose another --workdir"
+            f"{path}: does not have a row for each of the {done} steps before the checkpoint: "
+            "restore the run's own file, or choose another --workdir"
         )
     if not done and len(rows) > checkpoint_every:
         raise InputError(
             f"--workdir={workdir}: metrics.csv has {len(rows)} steps, but there is no checkpoint: "
-            "put checkpoints/ back, or choose another --workdir"
+            "restore checkpoints/, or choose another --workdir"
         )
 
 
 def read_evaluations(workdir: Path) -> list[dict]:
-    """The rows of evaluations.jsonl, in the order of the steps."""
+    """Reads the rows of evaluations.jsonl, which are in the order of the steps."""
     with (workdir / EVALUATIONS).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
+    """Returns the means over the responses of an evaluation."""
     means = {
         name: float(np.mean([row[name] for row in rows]))
         for name in ("total_reward", "rm_score", "kl_penalty", "ref_kl")
@@ -152,7 +173,7 @@ def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
 
 
 def summarise_evaluations(rows: Sequence[dict]) -> dict[str, Any]:
-    """Means over the held-out prompts before the first step and after the last."""
+    """Returns means over the held-out responses, for the first and the last evaluation."""
     steps = sorted({row["step"] for row in rows})
     first, last = ([row for row in rows if row["step"] == step] for step in (steps[0], steps[-1]))
     return {
@@ -164,19 +185,20 @@ def summarise_evaluations(rows: Sequence[dict]) -> dict[str, Any]:
 
 
 def _keep_lines(path: Path, last_step: int) -> None:
-    """Drops the lines of later steps, and half a line that an interruption left."""
+    """Drops the lines of later steps, and an incomplete line that an interruption left."""
     if path.exists():
-        lines = path.read_bytes().split(b"\n")  # bytes: the cut can be within a character
+        lines = path.read_bytes().split(b"\n")  # bytes, since a character may be incomplete
         with replacing(path, "wb") as file:
-            file.writelines(line + b"\n" for line in lines if _sample_step(line) <= last_step)
+            file.writelines(line + b"\n" for line in lines if _step_of(line) <= last_step)
 
 
 def _is_before(row: dict[str, str], first_step: int) -> bool:
-    """Whether a metrics row is complete and of an earlier step."""
+    """Returns whether a row of metrics.csv is complete and of an earlier step."""
     return all(cell is not None for cell in row.values()) and int(row["step"]) < first_step
 
 
-def _sample_step(line: bytes) -> float:
+def _step_of(line: bytes) -> float:
+    """Returns the step of a JSON line; infinity if the line is incomplete."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -184,18 +206,23 @@ def _sample_step(line: bytes) -> float:
 
 
 def summarise(rows: Sequence[dict[str, float]], score_mean: float, score_std: float) -> dict:
-    """summary.json: where the run started and ended, and what it cost.
+    """Summarises the metrics of a run for summary.json.
 
-    Start and end are means over five steps, of fewer than ten steps over either half of them.
-    Steps with a number that was not finite do not count where that number is asked for.
+    The first and last steps are means over five steps, or over half of the steps if there are fewer
+    than ten. A step in which a metric is not finite is left out for that metric.
+
+    Args:
+        rows: all rows of metrics.csv.
+        score_mean: mean of the reference responses' scores.
+        score_std: their standard deviation.
     """
     edge = max(1, min(5, len(rows) // 2))
 
-    def finite(part, name):
-        return [row[name] for row in part if math.isfinite(row[name])] or [float("nan")]
+    def finite(some_rows, name):
+        return [row[name] for row in some_rows if math.isfinite(row[name])] or [float("nan")]
 
-    def mean(part, name):
-        return float(np.mean(finite(part, name)))
+    def mean(some_rows, name):
+        return float(np.mean(finite(some_rows, name)))
 
     names = (
         "total_reward rm_score indicator_penalty kl_penalty ref_kl eos_fraction "

@@ -1,4 +1,4 @@
-"""metrics.csv of a run as numbers, read strictly."""
+"""Reads metrics.csv of a run, strictly."""
 
 import csv
 from pathlib import Path
@@ -7,9 +7,13 @@ from sarm_jax.io.errors import InputError
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows as floats; empty cells become NaN, and half a row at the end is left out.
+    """Reads the rows as floats. Empty cells become NaN.
 
-    An interruption can leave half a row. Raises `InputError` naming file, line and column.
+    A last line without a line break is ignored: an interruption can leave an incomplete row.
+
+    Raises:
+        InputError: the file cannot be read or is malformed; the message names file, line and
+            column.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")

@@ -1,12 +1,11 @@
-"""A trace of chosen steps, and a summary of it that needs no viewer.
+"""Traces chosen steps with JAX's profiler, and summarises the trace.
 
-The trace goes to `profile/` in the working directory, where XProf and TensorBoard read it; the
-summary to `profile_summary.json`: seconds per phase, and the operations that took the most time by
-themselves, without those inside them, over all threads and devices.
+The trace is written to `profile/` in the working directory, for XProf or TensorBoard. The summary,
+`profile_summary.json`, needs no viewer: it has the seconds of each phase, and the operations with
+the largest own time (without the operations inside them) over all threads and devices.
 """
 
 import dataclasses
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,21 +17,27 @@ import jax
 from jax.profiler import ProfileData
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import replacing
+from sarm_jax.io.json_files import write_json
 
 LOG = logging.getLogger(__name__)
 STEP = "ppo_step"
 PHASES = ("rollout", "score", "update")
-SHOWN = 20  # operations
-CONTAINERS = ("while", "call", "conditional")  # they wait for what runs inside them
+SHOWN = 20  # operations in the summary
+CONTAINERS = ("while", "call", "conditional")  # their time is that of the operations inside
 
 
 @dataclasses.dataclass(frozen=True)
 class ProfileConfig:
-    """Traces `num_steps` steps from `start_step` on; −1 traces nothing."""
+    """Options of the trace, the section `profile` of a config.
 
-    start_step: int = -1
-    num_steps: int = 2
+    `num_steps` steps are traced from `start_step` on; none if `start_step` is −1.
+
+    Raises:
+        InputError: an option is invalid; the message names `profile.<field>` and its value.
+    """
+
+    start_step: int
+    num_steps: int
 
     def __post_init__(self) -> None:
         if self.start_step < -1:
@@ -43,12 +48,15 @@ class ProfileConfig:
             raise InputError(f"profile.num_steps={self.num_steps}: must be at least 1")
 
     def check_steps(self, total_steps: int) -> None:
-        """Raises InputError where the run ends before the trace does."""
+        """Raises InputError if the trace does not end within the run."""
         if self.start_step >= 0 and self.start_step + self.num_steps > total_steps:
             raise InputError(
-                f"profile.start_step={self.start_step} and num_steps={self.num_steps} end after "
-                f"ppo.total_steps={total_steps}"
+                f"profile.start_step={self.start_step} and "
+                f"profile.num_steps={self.num_steps} end after ppo.total_steps={total_steps}"
             )
+
+
+NO_PROFILE = ProfileConfig(start_step=-1, num_steps=1)
 
 
 class Profiler:
@@ -60,16 +68,19 @@ class Profiler:
         self._tracing = False
 
     def check_start(self, done: int) -> None:
-        """Says so where a resumed run has the traced steps behind it."""
+        """Warns if a resumed run has finished the first step of the trace already."""
         if 0 <= self._first < done:
-            LOG.warning("no trace: step %d is done already, the run is at %d", self._first, done)
+            LOG.warning(
+                "no trace: profile.start_step=%d is done already, the run is at step %d",
+                self._first, done,
+            )  # fmt: skip
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`."""
+        """Surrounds step `number`: marks it in the trace, which it may start or stop."""
         if number == self._first and number >= 0:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every Python call: much to look at, little to see
+            options.python_tracer_level = 0  # without the many calls of Python functions
             jax.profiler.start_trace(self._workdir / "profile", profiler_options=options)
             self._tracing = True
         try:
@@ -82,25 +93,24 @@ class Profiler:
             self.stop()
 
     def stop(self) -> None:
-        """Ends a trace that is going on, and writes its summary."""
+        """Stops the trace, if there is one, and writes its summary."""
         if not self._tracing:
             return
         self._tracing = False
         jax.profiler.stop_trace()
         traces = sorted((self._workdir / "profile").rglob("*.xplane.pb"))
         summary = summarise_trace(ProfileData.from_file(str(traces[-1])))
-        with replacing(self._workdir / "profile_summary.json") as file:
-            json.dump(summary, file, indent=2)
+        write_json(self._workdir / "profile_summary.json", summary)
         LOG.info("trace in %s\n%s", self._workdir / "profile", table(summary))
 
 
 def phase(name: str) -> jax.profiler.TraceAnnotation:
-    """Marks a phase of a step, one of `PHASES`, in the trace."""
+    """Returns a context that marks a phase of a step, one of `PHASES`, in the trace."""
     return jax.profiler.TraceAnnotation(name)
 
 
 def summarise_trace(data: ProfileData) -> dict[str, Any]:
-    """Seconds per step: of the steps, of their phases, and of operations by themselves."""
+    """Returns the seconds per step of the steps, their phases and the operations themselves."""
     steps: list[float] = []
     phases: dict[str, float] = defaultdict(float)
     operations: dict[tuple[str, str], list[float]] = defaultdict(list)
@@ -115,7 +125,7 @@ def summarise_trace(data: ProfileData) -> dict[str, Any]:
                 elif event.name in PHASES:
                     phases[event.name] += event.duration_ns * 1e-9
                 elif "hlo_op" in stats:
-                    # A GPU runs many operations as one graph, and calls them by its kernels.
+                    # A GPU runs many operations as one graph, and names them by their kernels.
                     operation = event.name if on_device else str(stats["hlo_op"])
                     key = (str(stats.get("hlo_module", "")), operation)
                     events.append((event.start_ns, event.duration_ns, key))
@@ -144,9 +154,13 @@ def summarise_trace(data: ProfileData) -> dict[str, Any]:
 
 
 def own_times(events: Sequence[tuple[float, float, Any]]) -> list[tuple[Any, float]]:
-    """(key, duration without the events inside it) of a thread's (start, duration, key) events.
+    """Returns (key, duration without the events inside it) for each event of a thread.
 
-    An event is inside another that does not end before it: kernels of a GPU overlap a little.
+    An event is inside an earlier one that does not end before it; kernels of a GPU that overlap a
+    little are not.
+
+    Args:
+        events: (start, duration, key) of each event.
     """
     own: list[tuple[Any, float]] = []
     open_events: list[list] = []  # [end, key, own time], the innermost last
@@ -166,7 +180,7 @@ def own_times(events: Sequence[tuple[float, float, Any]]) -> list[tuple[Any, flo
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as lines of text."""
+    """Formats the summary as lines of text."""
     lines = [f"{summary['step_seconds']:8.3f} s per step"]
     lines += [f"{seconds:8.3f} s {name}" for name, seconds in summary["phases"].items()]
     lines += ["operations, over all threads:"]

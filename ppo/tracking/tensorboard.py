@@ -1,7 +1,7 @@
-"""TensorBoard events of a run, written where they are made.
+"""Writes the TensorBoard events of a run, in the thread that logs them.
 
-tensorboardX's SummaryWriter writes from a thread of its own; where the disk is full that thread
-dies, and the run waits for it forever. Its EventsWriter raises here instead.
+The SummaryWriter of tensorboardX writes in a thread of its own. If the disk is full, that thread
+dies and the run waits for it forever. Its EventsWriter raises in the calling thread instead.
 """
 
 import time
@@ -14,14 +14,14 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 class Board:
-    """An events file in `workdir`; from `first_step` on it replaces what earlier files say."""
+    """An events file in `workdir`, which replaces earlier events from `first_step` on."""
 
     def __init__(self, workdir: Path, first_step: int):
         self._writer = EventsWriter(str(workdir / "events"))
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Adds scalars of one step, and flushes them to the disk."""
+        """Writes the scalars of a step, and flushes them."""
         values = [Summary.Value(tag=name, simple_value=x) for name, x in scalars.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
         self._writer.flush()

@@ -1,1 +1,1 @@
-"""What a reward model and its policies are worth: steering, public benchmarks, comparisons."""
+"""Evaluation of a reward model: public benchmarks, steering, and the data made from benchmarks."""

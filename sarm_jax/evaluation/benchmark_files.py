@@ -1,24 +1,26 @@
-"""Benchmark files, their names and their rows: JSON Lines, a JSON array, or parquet.
+"""Benchmark files, their names and their rows: JSON Lines, a JSON array, or Parquet.
 
     RM-Bench         {prompt, chosen[3], rejected[3], domain}: concise, detailed, detailed markdown
     RewardBench 2    {id, prompt, chosen[...], rejected[...], subset}
 
-Sources: RM-Bench, arXiv 2410.16184; RewardBench 2, arXiv 2506.01937, whose Ties rows are named
-"ref:N" (one right answer) and "tied:N" (several).
+Sources: RM-Bench, arXiv 2410.16184; RewardBench 2, arXiv 2506.01937. In RewardBench 2, rows of the
+subset Ties have the ids "ref:N" (one right answer) and "tied:N" (several right answers).
 
-A row that cannot be used is a `RowError`. Scoring refuses the file for it, naming the row;
-preparing data counts it and goes on.
+A row that cannot be used is a `RowError`. Evaluation refuses a file with such a row and names the
+row; data preparation counts the row and continues.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.jsonl import numbered_lines, parse_line, read_bytes, short
-from sarm_jax.io.strict_json import parse_json
+from sarm_jax.io.files import read_bytes
+from sarm_jax.io.json_files import parse_json, short
+from sarm_jax.io.jsonl import numbered_lines, parse_line
 
 STYLES = ("concise", "detailed", "markdown")
 DOMAINS = ("safety-refuse", "safety-response", "chat", "code", "math")
@@ -26,12 +28,12 @@ Parsed = TypeVar("Parsed")
 
 
 class RowError(ValueError):
-    """Why a row cannot be used; where it stands is the reader's to say."""
+    """The reason why a row cannot be used. The caller knows the file and the line."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """`place` names file and line; `content` is what stands there, or the error in reading it."""
+    """A row of a file: `place` is file and line, `content` the parsed JSON or the `RowError`."""
 
     place: str
     content: Any
@@ -39,7 +41,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class StyledRow:
-    """A row of RM-Bench: the right and the wrong answer in the order of `STYLES`."""
+    """A row of RM-Bench: the right and the wrong answer, each in the order of `STYLES`."""
 
     prompt: str
     chosen: tuple[str, ...]
@@ -49,7 +51,7 @@ class StyledRow:
 
 @dataclasses.dataclass(frozen=True)
 class ChoiceRow:
-    """A row of RewardBench 2. `tie` is (kind, number) of a Ties row, kind "ref" or "tied"."""
+    """A row of RewardBench 2. `tie` is (kind, number) in the subset Ties, kind "ref" or "tied"."""
 
     prompt: str
     chosen: tuple[str, ...]
@@ -60,70 +62,85 @@ class ChoiceRow:
 
 @dataclasses.dataclass(frozen=True)
 class NamedFile:
-    """A file and its name; `given` if the user named it, else it is named after its path."""
+    """A file and its name, which comes from the user or, if not `named_by_user`, from the path."""
 
     path: str
     name: str
-    given: bool
+    named_by_user: bool
 
 
-def named_files(parts: Sequence[str], option: str) -> list[NamedFile]:
-    """Reads the FILE and NAME=FILE of an option; several files may be given the same name.
+def named_files(entries: Sequence[str], option: str) -> list[NamedFile]:
+    """Parses the entries FILE and NAME=FILE of an option.
 
-    A file without a name is called by its stem, with as many of its folders as tell it apart.
+    Several files may be given the same name. A file without a name is named after its stem, with as
+    many of its folders as are needed to tell it apart from the others.
+
+    Args:
+        entries: the comma-separated entries of the option.
+        option: the full name of the option, for messages.
+
+    Raises:
+        InputError: an entry is malformed, a file is given twice, or a derived name is taken.
     """
-    split = [_split_name(part, option) for part in parts]
-    places = [(name, Path(path).resolve()) for name, path in split]
-    for place, (_, path) in zip(places, split, strict=True):
-        if places.count(place) > 1:
+    split = [_split_name(entry, option) for entry in entries]
+    resolved = [(name, Path(path).resolve()) for name, path in split]
+    for entry, (_, path) in zip(resolved, split, strict=True):
+        if resolved.count(entry) > 1:
             raise InputError(f"{option}: {path} is given twice")
-    short = _short_names([path for name, path in split if not name])
-    files = [NamedFile(path, name or short[path], bool(name)) for name, path in split]
+    derived_names = _shortest_names([path for name, path in split if not name])
+    files = [NamedFile(path, name or derived_names[path], bool(name)) for name, path in split]
     for file in files:
-        if not file.given and sum(file.name == other.name for other in files) > 1:
+        if not file.named_by_user and sum(file.name == other.name for other in files) > 1:
             raise InputError(
                 f"{option}: two files are called {file.name!r}: give both as NAME=FILE"
             )
     return files
 
 
-def _split_name(part: str, option: str) -> tuple[str, str]:
-    """(name or "", path) of FILE or NAME=FILE; a file's path may have the sign as well."""
-    signs = [i for i, character in enumerate(part) if character == "="]
-    splits = [("", part), *((part[:i].strip(), part[i + 1 :].strip()) for i in signs)]
-    there = [(name, path) for name, path in splits if Path(path).is_file()]
-    if there:
-        name, path = there[0]
-    else:  # an unnamed file of a folder with the sign in its name, or a named one
+def _split_name(entry: str, option: str) -> tuple[str, str]:
+    """Splits FILE or NAME=FILE into (name or "", path); a path may contain "=" as well."""
+    signs = [i for i, character in enumerate(entry) if character == "="]
+    splits = [("", entry), *((entry[:i].strip(), entry[i + 1 :].strip()) for i in signs)]
+    existing = [(name, path) for name, path in splits if Path(path).is_file()]
+    if existing:
+        name, path = existing[0]
+    else:  # an unnamed file in a folder with "=" in its name, or a named file
         name, path = splits[0] if "/" in splits[-1][0] else splits[-1]
-    if not path or (not name and part.startswith("=")):
-        raise InputError(f"{option}: found {part!r}, expected FILE or NAME=FILE")
+    if not path or (not name and entry.startswith("=")):
+        raise InputError(f"{option}: found {entry!r}, expected FILE or NAME=FILE")
     return name, path
 
 
-def _short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The shortest end of each of these paths that none of the others has."""
+def _shortest_names(paths: Sequence[str]) -> dict[str, str]:
+    """Returns, for each path, the shortest end of it that is not an end of another path."""
 
-    def end(path: str, folders: int, suffix: bool) -> str:
-        *above, last = Path(path).absolute().parts
-        kept = above[max(0, len(above) - folders) :]
+    def end_of(path: str, folders: int, suffix: bool) -> str:
+        *parents, last = Path(path).absolute().parts
+        kept = parents[max(0, len(parents) - folders) :]
         return "/".join([*kept, last if suffix else Path(last).stem])
 
     names = {}
     for path in paths:
-        most = len(Path(path).absolute().parts)
-        forms = [(folders, suffix) for folders in range(most) for suffix in (False, True)]
-        ends = (([end(other, *form) for other in paths], end(path, *form)) for form in forms)
-        names[path] = next(own for others, own in ends if others.count(own) == 1)
+        depth = len(Path(path).absolute().parts)
+        for folders, suffix in itertools.product(range(depth), (False, True)):
+            end = end_of(path, folders, suffix)
+            if sum(end_of(other, folders, suffix) == end for other in paths) == 1:
+                names[path] = end
+                break
     return names
 
 
 def read_rows(path: str | Path, name: str = "") -> list[Row]:
-    """The rows of a file; a bad line of JSON Lines is a row with a `RowError`, a blank one
-    is none.
+    """Reads the rows of a file.
 
-    `name` is what the user called the file, where that differs. Raises `InputError` for a file
-    that cannot be read as a whole, or is empty.
+    A malformed line of JSON Lines becomes a row with a `RowError`; blank lines are skipped.
+
+    Args:
+        path: the file; the suffixes .parquet and .jsonl select the format, any other is JSON.
+        name: the name for messages, if it differs from the path.
+
+    Raises:
+        InputError: the file is missing, empty, or not of its format.
     """
     path, name = Path(path), name or str(path)
     if not path.is_file():
@@ -133,7 +150,9 @@ def read_rows(path: str | Path, name: str = "") -> list[Row]:
     else:
         text = _read_text(path, name)
         if path.suffix == ".jsonl":
-            return [Row(f"{name}:{number}", _object(line)) for number, line in numbered_lines(text)]
+            return [
+                Row(f"{name}:{number}", _parse_line(line)) for number, line in numbered_lines(text)
+            ]
         contents = _parse_array(text, name)
     if not contents:
         raise InputError(f"{name}: holds no rows")
@@ -141,7 +160,11 @@ def read_rows(path: str | Path, name: str = "") -> list[Row]:
 
 
 def parse_all(rows: Sequence[Row], parse: Callable[[Any], Parsed]) -> list[Parsed]:
-    """Every row parsed, or `InputError` naming the first that cannot be."""
+    """Parses every row.
+
+    Raises:
+        InputError: a row cannot be used; the message names the first such row.
+    """
     parsed = []
     for row in rows:
         try:
@@ -152,48 +175,50 @@ def parse_all(rows: Sequence[Row], parse: Callable[[Any], Parsed]) -> list[Parse
 
 
 def read_rm_bench(path: str | Path, name: str = "") -> list[StyledRow]:
-    """RM-Bench, strictly."""
+    """Reads a file of RM-Bench; raises InputError if any row cannot be used."""
     domain = domain_of(name or str(path))
     return parse_all(read_rows(path, name), lambda content: parse_styled(content, domain))
 
 
 def read_rewardbench2(path: str | Path, name: str = "") -> list[ChoiceRow]:
-    """RewardBench 2, strictly."""
+    """Reads a file of RewardBench 2; raises InputError if any row cannot be used."""
     return parse_all(read_rows(path, name), parse_choice)
 
 
 def domain_of(name: str) -> str:
-    """The domain that a file of RM-Bench is named after, else the name itself."""
+    """Returns the domain in the name of an RM-Bench file, or the stem if there is none."""
     stem = Path(name).stem
     return next((domain for domain in DOMAINS if domain in stem.lower()), stem)
 
 
 def parse_styled(content: Any, domain: str) -> StyledRow:
-    """A row of RM-Bench; `domain` is used where the row names none."""
+    """Parses a row of RM-Bench; `domain` is used if the row names none."""
     row = fields_of(content)
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
     for side, answers in (("chosen", chosen), ("rejected", rejected)):
         if len(answers) != len(STYLES):
             raise RowError(f"field {side!r} has {len(answers)} texts, expected {len(STYLES)}")
     domain = text({"domain": domain} | row, "domain")
-    return StyledRow(text(row, "prompt"), chosen, rejected, domain)
+    return StyledRow(prompt=text(row, "prompt"), chosen=chosen, rejected=rejected, domain=domain)
 
 
 def parse_choice(content: Any) -> ChoiceRow:
-    """A row of RewardBench 2: one right answer among several, or Ties."""
+    """Parses a row of RewardBench 2: one right answer among several, or a row of Ties."""
     row = fields_of(content)
     chosen, rejected = texts(row, "chosen"), texts(row, "rejected")
     subset = text(row, "subset")
     if row.get("num_correct", len(chosen)) != len(chosen):
         raise RowError(f"num_correct={row['num_correct']!r}, but 'chosen' has {len(chosen)} texts")
-    tie = _tie(row, len(chosen)) if subset.lower() == "ties" else None
+    tie = _parse_tie(row, len(chosen)) if subset.lower() == "ties" else None
     if tie is None and len(chosen) != 1:
         raise RowError(f"field 'chosen' has {len(chosen)} texts, expected 1 outside Ties")
-    return ChoiceRow(text(row, "prompt"), chosen, rejected, subset, tie)
+    return ChoiceRow(
+        prompt=text(row, "prompt"), chosen=chosen, rejected=rejected, subset=subset, tie=tie
+    )
 
 
 def fields_of(content: Any) -> dict[str, Any]:
-    """The row as an object."""
+    """Returns the fields of a row; raises RowError if it is not a JSON object."""
     if isinstance(content, RowError):
         raise content
     if not isinstance(content, dict):
@@ -202,7 +227,7 @@ def fields_of(content: Any) -> dict[str, Any]:
 
 
 def text(row: dict[str, Any], *names: str) -> str:
-    """The text of the first of these fields that the row has; it must not be blank."""
+    """Returns the first of these fields that the row has; it must be text and not blank."""
     name = next((name for name in names if name in row), None)
     if name is None:
         raise RowError(f"field {' or '.join(map(repr, names))} is missing, found {sorted(row)}")
@@ -215,7 +240,10 @@ def text(row: dict[str, Any], *names: str) -> str:
 
 
 def texts(row: dict[str, Any], name: str) -> tuple[str, ...]:
-    """A list of texts, at least one. A model's answer may be blank, and is scored as it is."""
+    """Returns a field that is a list of at least one text.
+
+    An answer of a model may be blank; it is scored like any other.
+    """
     if name not in row:
         raise RowError(f"field {name!r} is missing, found {sorted(row)}")
     value = row[name]
@@ -224,16 +252,16 @@ def texts(row: dict[str, Any], name: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _tie(row: dict[str, Any], right: int) -> tuple[str, int]:
+def _parse_tie(row: dict[str, Any], right_answers: int) -> tuple[str, int]:
     kind, _, number = text(row, "id").partition(":")
     if kind not in ("ref", "tied") or not number.isdecimal():
         raise RowError(f"id={row['id']!r} of a Ties row: expected ref:N or tied:N")
-    if kind == "tied" and right < 2:
+    if kind == "tied" and right_answers < 2:
         raise RowError(f"id={row['id']!r}: a tied row needs two or more texts in 'chosen'")
     return kind, int(number)
 
 
-def _object(line: str) -> Any:
+def _parse_line(line: str) -> Any:
     try:
         return parse_line(line)
     except ValueError as error:
@@ -263,7 +291,7 @@ def _parse_array(content: str, name: str) -> list[Any]:
 
 
 def _read_parquet(path: Path, name: str) -> list[Any]:
-    import pyarrow  # slow to import, and only this file format needs it
+    import pyarrow  # imported here because it is slow to import and only Parquet needs it
     from pyarrow import parquet
 
     try:

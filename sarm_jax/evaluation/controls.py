@@ -4,10 +4,10 @@
     controlled   R(z') = R(z) + Σ_i w_i (z'_i − z_i),   z' the clamped and steered latents
     penalised    R(z') − min(Σ_j α_j · 1[z_j > τ_j], cap)
 
-The head is linear and only the named features change, so that nothing runs twice. α is in the
-reward model's units or in standard deviations ("sd"); in PPO those are of reference responses, here
-of the plain scores that are evaluated. The cap is in those standard deviations too. The latent KL
-is no property of a single response and is left out.
+The head is linear and only the controlled features change, so one forward pass is enough. α is in
+the reward model's units or in standard deviations of the score ("sd"); the cap is always in
+standard deviations. Here they are standard deviations of the plain scores under evaluation, in PPO
+those of reference responses. The latent KL is not a property of a single response and is left out.
 """
 
 import dataclasses
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sarm_jax.features.feature_lists import LARGEST_ID
+from sarm_jax.features.penalties import cap_in_score, capped, fired_penalties, unit_scale
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.strict_json import parse_json
+from sarm_jax.io.json_files import read_json
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
 
@@ -29,29 +30,40 @@ PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
 
 @dataclasses.dataclass(frozen=True)
 class Controls:
-    """`change` clamps and steers; `tau` and `alpha` belong to `penalize_features`."""
+    """The features that are clamped, steered or penalised.
 
-    change: Intervention | None = None
+    `intervention` clamps and steers. `tau_values` and `alpha_values` belong to `penalize_features`,
+    one for each. `unit` is the unit of the alphas, "score" or "sd"; `penalty_cap` is in standard
+    deviations of the score.
+    """
+
+    intervention: Intervention | None = None
     penalize_features: tuple[int, ...] = ()
-    tau: tuple[float, ...] = ()
-    alpha: tuple[float, ...] = ()
+    tau_values: tuple[float, ...] = ()
+    alpha_values: tuple[float, ...] = ()
     unit: str = "score"
     penalty_cap: float = float("inf")
 
     @property
     def features(self) -> tuple[int, ...]:
-        """Every feature that something is done about, the changed ones first."""
-        return tuple(dict.fromkeys((*self.changed, *self.penalize_features)))
+        """All controlled features, the changed ones first."""
+        return tuple(dict.fromkeys((*self.changed_features, *self.penalize_features)))
 
     @property
-    def changed(self) -> tuple[int, ...]:
+    def changed_features(self) -> tuple[int, ...]:
         """The features that are clamped or steered."""
-        return () if self.change is None else tuple(np.asarray(self.change.indices).tolist())
+        if self.intervention is None:
+            return ()
+        return tuple(np.asarray(self.intervention.indices).tolist())
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-    """`variants`: scores `[B]` by name, float32; `z_bn`: the latents of `features`, unchanged."""
+class ScoredVariants:
+    """Scores of B responses under every variant of the controls.
+
+    `variants` maps the name of a variant to scores `[B]`, float32. `z_bn` are the latents of
+    `features` before any change.
+    """
 
     variants: dict[str, np.ndarray]
     features: tuple[int, ...]
@@ -60,70 +72,92 @@ class Scored:
 
 def score_variants(
     model: RewardModel, prompts: Sequence[str], responses: Sequence[str], controls: Controls
-) -> Scored:
-    """The scores of every variant that the controls give."""
+) -> ScoredVariants:
+    """Scores responses under every variant that the controls define."""
     plain_b, latents = model.store(prompts, responses, "scores")
     z_bn = latents.columns(controls.features)
-    weight_f = np.asarray(model.model.score[...], np.float32)
-    variants = apply_controls(controls, plain_b, z_bn, weight_f, float(plain_b.std()))
-    return Scored(variants, controls.features, z_bn)
+    variants = apply_controls(
+        controls,
+        plain_b=plain_b,
+        z_bn=z_bn,
+        weight_f=np.asarray(model.model.score[...], np.float32),
+        score_std=float(plain_b.std()),
+    )
+    return ScoredVariants(variants, controls.features, z_bn)
 
 
 def apply_controls(
     controls: Controls,
+    *,
     plain_b: np.ndarray,
     z_bn: np.ndarray,
     weight_f: np.ndarray,
-    deviation: float,
+    score_std: float,
 ) -> dict[str, np.ndarray]:
-    """Scores `[B]` of every variant from plain ones and the latents of `controls.features`.
+    """Returns the scores `[B]` of every variant by name, in the order plain, controlled, penalised.
 
-    `weight_f` is the head, `deviation` the unit "sd".
+    Args:
+        controls: the controls; a variant that they do not define is absent.
+        plain_b: scores without controls.
+        z_bn: latents of `controls.features`.
+        weight_f: weights w of the linear head.
+        score_std: the standard deviation that the unit "sd" and the cap refer to.
     """
     variants = {PLAIN: plain_b}
     controlled_b = plain_b
-    if controls.change is not None:
-        before_bn = z_bn[:, : len(controls.changed)]
-        change = dataclasses.replace(controls.change, indices=jnp.arange(len(controls.changed)))
-        after_bn = np.asarray(change(jnp.asarray(before_bn)))
-        controlled_b = plain_b + (after_bn - before_bn) @ weight_f[list(controls.changed)]
+    if controls.intervention is not None:
+        changed = list(controls.changed_features)
+        before_bn = z_bn[:, : len(changed)]
+        on_columns = dataclasses.replace(controls.intervention, indices=jnp.arange(len(changed)))
+        after_bn = np.asarray(on_columns(jnp.asarray(before_bn)))
+        controlled_b = plain_b + (after_bn - before_bn) @ weight_f[changed]
         variants[CONTROLLED] = controlled_b
     if controls.penalize_features:
-        variants[PENALISED] = controlled_b - penalties(controls, z_bn, deviation)[1]
+        variants[PENALISED] = controlled_b - penalties(controls, z_bn, score_std)[1]
     return variants
 
 
 def penalties(
-    controls: Controls, z_bn: np.ndarray, deviation: float
+    controls: Controls, z_bn: np.ndarray, score_std: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(α_j · 1[z_j > τ_j] `[B, J]` of the penalised features, their capped sum `[B]`).
+    """Returns the penalties of each response in the reward model's units.
 
-    `z_bn` are the latents of `controls.features`, `deviation` is the unit "sd".
+    Args:
+        controls: the controls, with J penalised features.
+        z_bn: latents of `controls.features`.
+        score_std: the standard deviation that the unit "sd" and the cap refer to.
+
+    Returns:
+        α_j · 1[z_j > τ_j] `[B, J]`, and their capped sum `[B]`.
     """
-    places = [controls.features.index(j) for j in controls.penalize_features]
-    alpha_j = np.asarray(controls.alpha, np.float32)
-    alpha_j = alpha_j * np.float32(deviation if controls.unit == "sd" else 1.0)
-    penalty_bj = (z_bn[:, places] > np.asarray(controls.tau, np.float32)) * alpha_j
-    # Scores that are all the same, as a single one is, are no unit for a cap.
-    limited = np.isfinite(controls.penalty_cap) and deviation > 0
-    capped = controls.penalty_cap * deviation if limited else np.inf
-    return penalty_bj, np.minimum(penalty_bj.sum(axis=1), np.float32(capped))
+    columns = [controls.features.index(j) for j in controls.penalize_features]
+    penalty_bj = fired_penalties(
+        z_bn[:, columns],
+        tau_values=controls.tau_values,
+        alpha_values=controls.alpha_values,
+        scale=unit_scale(controls.unit, score_std),
+    )
+    cap = cap_in_score(controls.penalty_cap, score_std)
+    return penalty_bj, capped(penalty_bj.sum(axis=1), cap)
 
 
 def read_steering(path: str | Path) -> dict[int, tuple[str, float]]:
-    """A steering file, {"48659": ["*", 0.0], "7": ["+", 1.5]}: multiply a feature, or add to it."""
-    try:
-        content = parse_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict) or not content:
-        raise InputError(f"{path}: expected an object of features, as in {{'7': ['*', 0.0]}}")
+    """Reads a steering file such as {"48659": ["*", 0.0], "7": ["+", 1.5]}.
+
+    Returns:
+        feature id → (operation, number); "*" multiplies the latent, "+" adds to it.
+
+    Raises:
+        InputError: the file cannot be read, is empty, or has another structure.
+    """
+    expected = "an object of features, as in {'7': ['*', 0.0]}"
+    content = read_json(path, expected=expected, allow_nan=False)
+    if not content:
+        raise InputError(f"{path}: expected {expected}")
     steering: dict[int, tuple[str, float]] = {}
     for key, action in content.items():
         if not key.isdecimal() or len(key) > 10 or int(key) > LARGEST_ID or int(key) in steering:
-            raise InputError(f"{path}: {key!r}: expected a feature id, and each one once")
+            raise InputError(f"{path}: {key!r}: expected a feature id that occurs once")
         if not _is_action(action):
             raise InputError(
                 f"{path}: feature {key}: found {action!r}, expected ['*' or '+', number]"

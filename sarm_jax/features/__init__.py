@@ -1,1 +1,1 @@
-"""Finding features and proving that they are causal."""
+"""Identification of features and tests of their causal effect on the reward."""

@@ -1,14 +1,15 @@
-"""Causal certificates: does changing a feature do more than changing others like it?
+"""Causal certificates: tests whether changing a feature does more than changing similar ones.
 
-For every probed feature, controls are drawn at random among the active features nearest to it in
-firing rate and mean activation. With e_i the effect on prompt i (the change of the margin of a
-pair, of the reward, or whether best-of-N picks another candidate):
+For every probed feature, controls are drawn at random from the active features that are nearest to
+it in firing rate and mean activation. Let e_i be the effect on prompt i: the change of the margin
+of a pair or of the reward or, in best-of-N, whether another candidate is selected.
     effect      mean e_i, with an interval
     excess      mean of |e_i| − the controls' mean |e_i| on the same prompt, with an interval;
                 `controls_above` counts the controls whose own mean |e_i| is larger
-Both are tested by flipping the signs of whole prompts at random: the effect on both sides, the
-excess on one (for best-of-N the excess alone, since e_i is never negative). Both must hold, so the
-larger p counts (an intersection-union test); Holm's step-down corrects over the probed features.
+Both are tested by flipping the signs of whole prompts at random. The test of the effect is
+two-sided, that of the excess one-sided; best-of-N tests only the excess, since e_i is never
+negative. A feature needs both, so the larger p value counts (an intersection-union test). Holm's
+step-down procedure corrects for the number of probed features.
 """
 
 import dataclasses
@@ -20,12 +21,19 @@ import numpy as np
 from sarm_jax.io.errors import InputError
 from sarm_jax.reporting.statistics import mean_interval
 
-POOL = 5  # as many nearest features per control that is drawn
+CANDIDATES_PER_CONTROL = 5  # size of the pool of nearest features, for each control drawn from it
 
 
 @dataclasses.dataclass(frozen=True)
 class CertificateConfig:
-    """`controls` per feature, `flips` of the test, the `level` after Holm's correction."""
+    """Options of the certificates.
+
+    Attributes:
+        controls: number of control features for each probed feature.
+        flips: number of random sign patterns in the test.
+        level: significance level after Holm's correction.
+        seed: seed of the controls and of the sign patterns.
+    """
 
     controls: int = 10
     flips: int = 9999
@@ -43,20 +51,31 @@ class CertificateConfig:
 def matched_controls(
     features: Sequence[int], rate_f: np.ndarray, mean_f: np.ndarray, config: CertificateConfig
 ) -> dict[int, list[int]]:
-    """For each feature as many others like it as there are, none of them probed itself.
+    """Draws control features that resemble each probed feature and are not probed themselves.
 
-    Distance: of the logarithms of firing rate and mean activation `[M]`.
+    The distance is Euclidean in the logarithms of firing rate and mean activation.
+
+    Args:
+        features: ids of the probed features.
+        rate_f: firing rates `[M]`.
+        mean_f: mean activations `[M]`.
+        config: number of controls and seed.
+
+    Returns:
+        The ids of the controls of each feature: `config.controls`, or fewer if too few other
+        features are active.
     """
     active = np.flatnonzero(rate_f > 0)
     candidates = np.setdiff1d(active, features)
-    place_f2 = np.log(np.maximum(np.stack([rate_f, np.abs(mean_f)], axis=1), 1e-9))
-    drawn = {}
+    position_f2 = np.log(np.maximum(np.stack([rate_f, np.abs(mean_f)], axis=1), 1e-9))
+    controls = {}
     for feature in features:
-        distance = np.linalg.norm(place_f2[candidates] - place_f2[feature], axis=1)
-        near = candidates[np.argsort(distance, kind="stable")[: POOL * config.controls]]
+        distance = np.linalg.norm(position_f2[candidates] - position_f2[feature], axis=1)
+        pool_size = CANDIDATES_PER_CONTROL * config.controls
+        nearest = candidates[np.argsort(distance, kind="stable")[:pool_size]]
         rng = np.random.default_rng([config.seed, feature])
-        drawn[feature] = rng.permutation(near)[: config.controls].tolist()
-    return drawn
+        controls[feature] = rng.permutation(nearest)[: config.controls].tolist()
+    return controls
 
 
 def certify(
@@ -66,16 +85,24 @@ def certify(
     cluster_n: np.ndarray,
     signed: bool,
 ) -> list[dict[str, Any]]:
-    """One certificate per feature of `controls`.
+    """Tests every probed feature and returns one certificate for each.
 
-    `effects` has e `[N]` of features and controls; rows of one `cluster_n` (a prompt) are averaged.
+    Args:
+        config: options of the tests.
+        effects: e `[N]` of every probed feature and every control.
+        controls: the controls of each probed feature.
+        cluster_n: number of the prompt of each row; rows of one prompt are averaged.
+        signed: test the effect as well as the excess; False if e is never negative.
+
+    Returns:
+        A row of certificates.json for each key of `controls`, in that order.
     """
     count_q = np.bincount(cluster_n)
 
     def by_prompt(values_n: np.ndarray) -> np.ndarray:
         return np.bincount(cluster_n, values_n) / count_q
 
-    found = []
+    certificates = []
     for feature, others in controls.items():
         own_q = by_prompt(effects[feature])
         row: dict[str, Any] = {"feature": feature, "prompts": len(count_q), "controls": others}
@@ -93,36 +120,40 @@ def certify(
             row["p"] = max(row["p_excess"], row["p_effect"] or 0.0)
         else:
             row["p"] = 1.0
-        found.append(row)
-    for row, p in zip(found, holm([row["p"] for row in found]), strict=True):
-        row["p_holm"] = p
-        row["certified"] = bool(p <= config.level)
+        certificates.append(row)
+    adjusted = holm([row["p"] for row in certificates])
+    for row, p_holm in zip(certificates, adjusted, strict=True):
+        row["p_holm"] = p_holm
+        row["certified"] = bool(p_holm <= config.level)
         row["reason"] = _reason(row, config.level)
-    return found
+    return certificates
 
 
 def sign_flip(values_q: np.ndarray, config: CertificateConfig, two_sided: bool) -> float:
-    """p of a mean of 0, every value being as likely with either sign; never below 1/(flips+1)."""
+    """Computes the p value of a mean of 0 under random signs of the values `[Q]`.
+
+    The smallest p value is 1 / (flips + 1).
+    """
     values = values_q[values_q != 0]
     if not len(values):
         return 1.0
     rng = np.random.default_rng(config.seed)
     observed = values.sum()
-    tiny = 1e-9 * np.abs(values).sum()
-    extreme, left = 0, config.flips
-    while left:
-        rows = min(left, max(1, 4_000_000 // len(values)))
+    tolerance = 1e-9 * np.abs(values).sum()
+    extreme, remaining = 0, config.flips
+    while remaining:
+        rows = min(remaining, max(1, 4_000_000 // len(values)))
         sums = (rng.integers(0, 2, (rows, len(values)), dtype=np.int8) * 2.0 - 1.0) @ values
         if two_sided:
-            extreme += int((np.abs(sums) >= abs(observed) - tiny).sum())
+            extreme += int((np.abs(sums) >= abs(observed) - tolerance).sum())
         else:
-            extreme += int((sums >= observed - tiny).sum())
-        left -= rows
+            extreme += int((sums >= observed - tolerance).sum())
+        remaining -= rows
     return (1 + extreme) / (1 + config.flips)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p values, in the order given."""
+    """Adjusts p values by Holm (1979) and returns them in the same order."""
     order = np.argsort(p_values, kind="stable")
     factors = len(p_values) - np.arange(len(p_values))
     stepped = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values)[order]))
@@ -132,13 +163,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _reason(row: dict[str, Any], level: float) -> str:
+    """Explains in one line why a feature is certified or not."""
     if not row["controls"]:
         return "no other active feature to compare with"
     if row["certified"]:
         count, above = len(row["controls"]), row["controls_above"]
-        return f"an effect, larger than the mean one of {count} matched features ({above} above it)"
+        return f"the effect exceeds the mean of {count} matched features ({above} lie above it)"
     if row["p_effect"] is not None and row["p_effect"] > level:
-        return f"no effect can be told from 0 (p = {row['p_effect']:.3g})"
+        return f"the effect cannot be distinguished from 0 (p = {row['p_effect']:.3g})"
     if row["p_excess"] > level:
-        return f"not more than matched features do (p = {row['p_excess']:.3g})"
-    return f"not after correction for the number of features (p = {row['p_holm']:.3g})"
+        return f"the effect does not exceed that of matched features (p = {row['p_excess']:.3g})"
+    return f"not significant after correction for the number of features (p = {row['p_holm']:.3g})"

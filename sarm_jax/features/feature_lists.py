@@ -1,7 +1,8 @@
-"""Comma-separated lists of features and values, as flags and config fields give them.
+"""Comma-separated lists of features and values, as flags and config fields contain them.
 
-"48659,28879" · "3.0,none" · "@outputs/run/probes/selected_features.json:safety_harming[:3]",
-and any of them one after the other.
+Examples: "48659,28879", "3.0,none",
+"@outputs/run/probes/selected_features.json:safety_harming[:3]", and several of them joined by
+commas.
 """
 
 import re
@@ -10,14 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.strict_json import parse_json
+from sarm_jax.io.json_files import read_json
 
-EMPTY = "the list is empty; name another one, or no"
+EMPTY = "the list is empty; name another list or leave out"
 LARGEST_ID = 2**31 - 1  # device indices are int32
 
 
 def parse_features(option: str, text: str) -> tuple[int, ...]:
-    """Feature ids; `option` is what an error message calls the list."""
+    """Parses a list of feature ids.
+
+    Args:
+        option: the option's name, for error messages.
+        text: the list.
+
+    Raises:
+        InputError: an entry is no feature id, or a file has no such list.
+    """
 
     def feature(entry: Any) -> int:
         if isinstance(entry, (float, bool)):
@@ -27,21 +36,22 @@ def parse_features(option: str, text: str) -> tuple[int, ...]:
             raise ValueError
         return value
 
-    return _parse(option, text, feature, "a feature id (a whole number that is not negative)")
+    expected = "a feature id (a whole number that is not negative)"
+    return _parse(option, text, convert=feature, expected=expected)
 
 
 def parse_values(option: str, text: str) -> tuple[float, ...]:
-    """Finite numbers."""
-    return _parse(option, text, _finite, "a finite number")
+    """Parses a list of finite numbers; otherwise as `parse_features`."""
+    return _parse(option, text, convert=_finite, expected="a finite number")
 
 
 def parse_bounds(option: str, text: str) -> tuple[float | None, ...]:
-    """Finite numbers, or "none" where a bound is left open."""
+    """Parses a list of finite numbers and of "none", which leaves a bound open."""
 
     def bound(entry: Any) -> float | None:
         return None if str(entry).strip().lower() == "none" else _finite(entry)
 
-    return _parse(option, text, bound, "a finite number or none")
+    return _parse(option, text, convert=bound, expected="a finite number or none")
 
 
 def _finite(entry: Any) -> float:
@@ -52,9 +62,10 @@ def _finite(entry: Any) -> float:
 
 
 def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str) -> tuple:
+    """Converts every entry of a list; `expected` describes an entry in error messages."""
     values = []
     entries = _entries(option, text.strip())
-    if not entries and text.strip() and "[:0]" not in text:  # which asks for none
+    if not entries and text.strip() and "[:0]" not in text:  # "[:0]" asks for an empty list
         raise InputError(f"{option}={text}: {EMPTY} {option}")
     for entry in entries:
         try:
@@ -65,35 +76,26 @@ def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str)
 
 
 def _entries(option: str, text: str) -> list[Any]:
-    parts = [part.strip() for part in text.split(",")] if text else []
+    """Splits a list at its commas and replaces each "@FILE:key" by the entries of that list."""
+    items = [item.strip() for item in text.split(",")] if text else []
     return [
         entry
-        for part in parts
-        for entry in (_from_file(option, part) if part.startswith("@") else [part])
+        for item in items
+        for entry in (_from_file(option, item) if item.startswith("@") else [item])
     ]
 
 
 def _from_file(option: str, text: str) -> list[Any]:
+    """Reads the list that "@FILE:key" or "@FILE:key[:n]" names."""
     match = re.fullmatch(r"@(.+):([^:\[\]]+?)(?:\[:(\d+)\])?", text)
     if not match:
         raise InputError(f"{option}={text}: expected @FILE:key or @FILE:key[:n]")
     path, key, count = Path(match[1]), match[2], match[3]
-    try:
-        if not path.is_file():
-            raise InputError(f"{option}={text}: no such file {path}")
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{option}={text}: {path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise InputError(f"{option}={text}: {path} is not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{option}={text}: {path} holds no JSON object")
-    lists = {k: v for k, v in content.items() if isinstance(v, list)}
+    content = read_json(path, f"{option}={text}: {path}", allow_nan=False)
+    lists = {name: value for name, value in content.items() if isinstance(value, list)}
     if key not in lists:
-        have = ", ".join(lists) or "none"
-        raise InputError(f"{option}={text}: {path} has no list {key!r} (it has: {have})")
+        names = ", ".join(lists) or "none"
+        raise InputError(f"{option}={text}: {path} has no list {key!r} (it has: {names})")
     entries = lists[key]
     if count is None:
         return entries

@@ -1,11 +1,11 @@
-"""The two ways to find features, side by side, in the layout of the reference implementation.
+"""The two methods of finding features, side by side, in the layout of the reference implementation.
 
     head weight               the most negative and the most positive w_i
-    differential activation   the smallest and the largest s_i (`features`)
+    differential activation   the smallest and the largest s_i (`identify`)
 
-Each gives a list of harming features, lowest score first, and one of promoting features, highest
-score first. Of features with the same score, which are common with weights in bfloat16, the one
-with the lower id comes first in either list.
+Each method gives a list of harming features, lowest score first, and a list of promoting features,
+highest score first. Equal scores are common with bfloat16 weights; among them, the feature with the
+lower id comes first in either list.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ METHODS = ("differential", "head_weight")
 
 @dataclasses.dataclass(frozen=True)
 class MethodLists:
-    """Feature ids by one method's score `[M]`."""
+    """The features that one method selects, with its score `[M]` of all features."""
 
     score_f: np.ndarray
     harming: list[int]
     promoting: list[int]
 
 
-def lists_of(score_f: np.ndarray, count: int) -> MethodLists:
-    """The `count` features with the lowest, and those with the highest, score `[M]`."""
-    harming, promoting = ranks_of(score_f)[:, :count].tolist()
+def select_features(score_f: np.ndarray, count: int) -> MethodLists:
+    """Selects the `count` features with the lowest and the `count` with the highest score `[M]`."""
+    harming, promoting = rank_features(score_f)[:, :count].tolist()
     return MethodLists(score_f, harming, promoting)
 
 
-def ranks_of(score_f: np.ndarray) -> np.ndarray:
-    """All feature ids, the lowest score first and the highest first, `[2, …, M]` for `[…, M]`."""
+def rank_features(score_f: np.ndarray) -> np.ndarray:
+    """Sorts all feature ids by score, ascending and descending: `[2, …, M]` of `[…, M]`."""
     return np.stack([np.argsort(x, axis=-1, kind="stable") for x in (score_f, -score_f)])
 
 
-def both_methods(head_weight: MethodLists, differential: MethodLists) -> dict[str, Any]:
-    """The lists of both methods with their features' scores, for feature_analysis.json."""
+def describe_methods(head_weight: MethodLists, differential: MethodLists) -> dict[str, Any]:
+    """Returns the lists of both methods with their features' scores, for feature_analysis.json."""
     return {
         "method_1_value_head_weights": _section(
             head_weight, "weights", "the weight of the feature in the reward model's linear head"
@@ -51,6 +51,7 @@ def both_methods(head_weight: MethodLists, differential: MethodLists) -> dict[st
 
 
 def _section(lists: MethodLists, key: str, description: str) -> dict[str, Any]:
+    """Returns the section of one method; `key` names its scores."""
     ids = [*lists.harming, *lists.promoting]
     return {
         "description": description,

@@ -1,19 +1,20 @@
-"""Finding features: which latents tell chosen from rejected responses.
+"""Identification of features: which latents tell chosen from rejected responses.
 
 Two methods, as in the reference implementation:
     head weight               the most positive and the most negative w_i
     differential activation   s_i = (c_i − j_i) / (c_i + j_i + C),   C = mean(c + j) + 1e-9
-with c and j the mean pooled latents of chosen and rejected responses, and C a mean over all
-latents (where they can be negative, without TopK, means of |z_i| stand in the denominator).
-Every source (a row's "source", else its file) has its own s; `combine` says whether the lists
-follow s of all pairs or the mean of the sources' s, as in the reference.
+c and j are the mean pooled latents of chosen and rejected responses, and C is a mean over all
+latents. Without TopK latents can be negative; then means of |z_i| stand in the denominator. Every
+source (a row's "source", else its file) has its own s. As in the reference, `combine` selects
+whether the lists follow the s of all pairs or the mean of the sources' s.
 
-Beyond it: a threshold for every selected feature, the quantile of z_i on the chosen responses that
-a penalty may start at, with the share of responses above it on either side; detectors and carriers
-(`detectors`), with what detectors do on prompts that they were not found on; and for every listed
-feature an interval, a false-discovery rate, its stability (`contrast_statistics`), the responses
-that excite it most, and its neighbours in the decoder. The lists of the other method are given
-too (`feature_methods`), and what a language model needs to name the features (`naming_prompts`).
+Beyond the reference, each selected feature gets a threshold at which a penalty may start (the
+quantile of z_i on the chosen responses) and the share of the responses above it on either side.
+Detectors and carriers (`detectors`) are found as well, with the detectors' rates on held-out
+prompts. Every listed feature has an interval, a false-discovery rate, its stability
+(`contrast_statistics`), the responses that excite it most, and its neighbours in the decoder. The
+result also holds the lists of the other method (`feature_methods`) and what a language model needs
+to name the features (`naming_prompts`).
 """
 
 import dataclasses
@@ -24,21 +25,27 @@ import numpy as np
 
 from sarm_jax.features.contrast_statistics import (
     ContrastStatistics,
+    assign_folds,
     bootstrap_differential,
     differential,
-    folds_of,
     half_differentials,
-    measure,
+    measure_contrast,
     row_totals,
 )
 from sarm_jax.features.detectors import (
     Detectors,
+    contrast_tau,
     find_detectors,
     held_out_rates,
     random_control,
-    taus_of,
 )
-from sarm_jax.features.feature_methods import METHODS, MethodLists, both_methods, lists_of, ranks_of
+from sarm_jax.features.feature_methods import (
+    METHODS,
+    MethodLists,
+    describe_methods,
+    rank_features,
+    select_features,
+)
 from sarm_jax.features.strong_responses import StrongResponses, Text, strong_responses
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.latent_store import Contrast
@@ -46,15 +53,27 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAE
 
 NEIGHBOURS = 5
-DETECTOR_FOLDS = 5  # of the prompts, for what detectors do elsewhere
-# Lists of selected_features.json: those whose features feature_analysis.json describes, and others.
+DETECTOR_FOLDS = 5  # of the prompts, for the detectors' held-out rates
+# Lists of selected_features.json: feature_analysis.json describes the features of the first ones.
 DESCRIBED = ("safety_harming", "safety_promoting", "detectors", "random_control", "carriers")
 ALTERNATIVES = ("alternative_safety_harming", "alternative_safety_promoting")
 
 
 @dataclasses.dataclass(frozen=True)
 class IdentifyConfig:
-    """`top_k` features per list; `method` is differential or head_weight."""
+    """Options of the stage identify.
+
+    Attributes:
+        top_k: features of each list.
+        method: "differential" or "head_weight", the method of the main lists.
+        tau_quantile: quantile of z on the chosen responses that gives the thresholds.
+        false_alarm_budget: largest false-positive rate of all detectors together.
+        seed: seed of folds, bootstrap samples and random features.
+        combine: "pooled" or "sources": s of all pairs, or the mean of the sources' s.
+        resamples: bootstrap samples of the intervals.
+        examples: responses of each feature in feature_analysis.json.
+        naming_examples: responses of each feature in naming_prompts.jsonl.
+    """
 
     top_k: int
     method: str
@@ -89,18 +108,27 @@ class IdentifyConfig:
 def pair_latents(
     reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
 ) -> tuple[list[Text], Contrast]:
-    """The distinct (prompt, response) texts, each scored once, and the pairs among them."""
+    """Scores every distinct (prompt, response) once.
+
+    Returns:
+        The distinct texts, and the pairs as a contrast of their latents.
+    """
     texts = [(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs]
     row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     _, latents = reward_model.store([p for p, _ in row], [r for _, r in row], "latents")
-    return list(row), Contrast(latents, *np.split(np.array([row[text] for text in texts]), 2))
+    chosen_p, rejected_p = np.split(np.array([row[text] for text in texts]), 2)
+    return list(row), Contrast(latents, chosen_p, rejected_p)
 
 
 @dataclasses.dataclass(frozen=True)
 class Identified:
-    """What identify writes: feature_analysis.json, selected_features.json, scores `[M]` by name.
+    """The results of the stage identify.
 
-    `strongest` has, for every feature in a list of `selected`, the responses to name it by.
+    Attributes:
+        analysis: content of feature_analysis.json.
+        selected: content of selected_features.json.
+        scores: scores of all features `[M]` by name, for feature_scores.safetensors.
+        strongest: the strongest responses of every feature in a list of `selected`.
     """
 
     analysis: dict[str, Any]
@@ -116,46 +144,38 @@ def identify(
     texts, contrast = pair_latents(reward_model, pairs)
     prompt_p, _ = _number([pair["prompt"] for pair in pairs])
     source_p, sources = _number([pair.get("source") or "pairs" for pair in pairs])
-    fold_p = folds_of(prompt_p, config.seed)
-    statistics = measure(contrast, prompt_p, source_p, fold_p)
+    fold_p = assign_folds(prompt_p, config.seed)
+    statistics = measure_contrast(contrast, prompt_p, source_p=source_p, fold_p=fold_p)
     scores = _scores(config, statistics, np.asarray(reward_model.model.score[...], np.float32))
-    methods = {name: lists_of(scores[name], config.top_k) for name in METHODS}
-    tau_f = taus_of(contrast, config.tau_quantile)
-    detectors = find_detectors(contrast, tau_f, config.false_alarm_budget, config.top_k)
-    held_out = held_out_rates(
+    methods = {name: select_features(scores[name], config.top_k) for name in METHODS}
+    detection = _detect(config, contrast, fold_p)
+    selected = _selected(
+        config,
+        methods,
+        tau_f=detection.tau_f,
+        detectors=detection.detectors,
+        control=detection.control,
+        carriers=select_features(scores["carried_reward"], config.top_k).promoting,
+    )
+    listed = strong_responses(
         contrast,
-        fold_p % DETECTOR_FOLDS,
-        config.tau_quantile,
-        config.false_alarm_budget,
-        config.top_k,
+        _features_of(selected, (*DESCRIBED, *ALTERNATIVES)),
+        texts=texts,
+        count=max(config.examples, config.naming_examples),
+        seed=config.seed,
     )
-    control = random_control(contrast, tau_f, detectors.features, config.seed)
-    carriers = lists_of(scores["carried_reward"], config.top_k).promoting
-    selected = _selected(config, methods, tau_f, detectors, control, carriers)
-    described, others = (
-        list(dict.fromkeys(i for name in names for i in selected[name]))
-        for names in (DESCRIBED, ALTERNATIVES)
+    rows = _feature_rows(
+        config,
+        _features_of(selected, DESCRIBED),
+        contrast=contrast,
+        statistics=statistics,
+        scores=scores,
+        tau_f=detection.tau_f,
+        prompt_p=prompt_p,
+        sources=sources,
+        strongest={strong.feature: strong for strong in listed},
+        sae=reward_model.model.sae,
     )
-    listed = list(dict.fromkeys([*described, *others]))
-    shown = max(config.examples, config.naming_examples)
-    strongest = {
-        strong.feature: strong
-        for strong in strong_responses(contrast, listed, texts, shown, config.seed)
-    }
-    parts: tuple[Sequence[Mapping[str, Any]], ...] = (
-        _columns(config, statistics, scores, tau_f, described),
-        _thresholds(contrast, described, tau_f),
-        _intervals(contrast, described, prompt_p, config),
-        _stability(statistics, described, config),
-        _sources(scores["differential_by_source"], sources, described),
-        [{"examples": strongest[i].examples[: config.examples]} for i in described],
-        _neighbours(
-            reward_model.model.sae, described, scores["differential"], scores["head_weight"]
-        ),
-    )
-    rows = {
-        i: {k: v for part in parts for k, v in part[n].items()} for n, i in enumerate(described)
-    }
     analysis = {
         "pairs": len(pairs),
         "prompts": int(prompt_p.max()) + 1,
@@ -164,18 +184,42 @@ def identify(
         "test": "median test within prompts, Benjamini-Yekutieli over all features that differ",
         "harming": [rows[i] for i in selected["safety_harming"]],
         "promoting": [rows[i] for i in selected["safety_promoting"]],
-        "detectors": _together(detectors, rows)
-        | {
-            f"{name}_held_out": rate if np.isfinite(rate) else None
-            for name, rate in zip(("detection", "false_alarms"), held_out, strict=True)
-        },
-        "random_control": _together(control, rows),
+        "detectors": _joint(detection.detectors, rows) | detection.held_out,
+        "random_control": _joint(detection.control, rows),
         "carriers": [
-            rows[i] | {"carried_reward": float(scores["carried_reward"][i])} for i in carriers
+            rows[i] | {"carried_reward": float(scores["carried_reward"][i])}
+            for i in selected["carriers"]
         ],
-        **both_methods(**methods),
+        **describe_methods(**methods),
     }
-    return Identified(analysis, selected, scores, list(strongest.values()))
+    return Identified(analysis=analysis, selected=selected, scores=scores, strongest=listed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Detection:
+    """Thresholds `[M]`, detectors with their held-out rates, and a random control."""
+
+    tau_f: np.ndarray
+    detectors: Detectors
+    control: Detectors
+    held_out: dict[str, float | None]
+
+
+def _detect(config: IdentifyConfig, contrast: Contrast, fold_p: np.ndarray) -> _Detection:
+    """Finds detectors of the rejected responses, on all pairs and on folds of the prompts."""
+    tau_f = contrast_tau(contrast, config.tau_quantile)
+    detectors = find_detectors(
+        contrast, tau_f, budget=config.false_alarm_budget, max_features=config.top_k
+    )
+    detection, false_positives = held_out_rates(
+        contrast,
+        fold_p % DETECTOR_FOLDS,
+        quantile=config.tau_quantile,
+        budget=config.false_alarm_budget,
+        max_features=config.top_k,
+    )
+    control = random_control(contrast, tau_f, exclude=detectors.features, seed=config.seed)
+    return _Detection(tau_f, detectors, control, _held_out(detection, false_positives))
 
 
 def verbose_features(
@@ -184,23 +228,26 @@ def verbose_features(
     """Finds what fires more on the rejected side of pairs whose chosen side is the concise one.
 
     Returns:
-        `verbosity_features`, those with the smallest s of all pairs, and their `tau_verbosity`,
-        for selected_features.json.
+        `verbosity_features`, the features with the smallest s of all pairs, and their thresholds
+        `tau_verbosity`, for selected_features.json.
     """
     _, contrast = pair_latents(reward_model, pairs)
     prompt_p, _ = _number([pair["prompt"] for pair in pairs])
-    statistics = measure(
-        contrast, prompt_p, np.zeros_like(prompt_p), folds_of(prompt_p, config.seed)
+    statistics = measure_contrast(
+        contrast,
+        prompt_p,
+        source_p=np.zeros_like(prompt_p),
+        fold_p=assign_folds(prompt_p, config.seed),
     )
-    found = lists_of(_pooled(statistics), config.top_k).harming
-    tau_f = taus_of(contrast, config.tau_quantile)
-    return {"verbosity_features": found, "tau_verbosity": tau_f[found].tolist()}
+    features = select_features(_pooled(statistics), config.top_k).harming
+    tau_f = contrast_tau(contrast, config.tau_quantile)
+    return {"verbosity_features": features, "tau_verbosity": tau_f[features].tolist()}
 
 
 def _scores(
     config: IdentifyConfig, statistics: ContrastStatistics, weight_f: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The scores of all features, float32 `[M]`, s also `[S, M]` by source."""
+    """Computes the scores of all features, float32 `[M]`, and s by source `[S, M]`."""
     by_source_sf = _by_source(statistics)
     pooled_f = _pooled(statistics)
     scores = {
@@ -222,7 +269,7 @@ def _selected(
     control: Detectors,
     carriers: list[int],
 ) -> dict[str, Any]:
-    """selected_features.json: the lists of the method that was asked for come first."""
+    """Assembles selected_features.json; the lists of the requested method come first."""
     main = methods[config.method]
     (other,) = (lists for name, lists in methods.items() if name != config.method)
     return {
@@ -241,13 +288,49 @@ def _selected(
     }
 
 
-def _columns(
+def _features_of(selected: Mapping[str, Any], names: Sequence[str]) -> list[int]:
+    """Returns the distinct features of the named lists, in order of appearance."""
+    return list(dict.fromkeys(i for name in names for i in selected[name]))
+
+
+def _feature_rows(
     config: IdentifyConfig,
+    ids: list[int],
+    contrast: Contrast,
     statistics: ContrastStatistics,
     scores: Mapping[str, np.ndarray],
     tau_f: np.ndarray,
+    prompt_p: np.ndarray,
+    sources: list[str],
+    strongest: Mapping[int, StrongResponses],
+    sae: SAE,
+) -> dict[int, dict[str, Any]]:
+    """Describes each of the features `ids` for feature_analysis.json."""
+    groups: tuple[Sequence[Mapping[str, Any]], ...] = (
+        _columns(config, ids, statistics=statistics, scores=scores, tau_f=tau_f),
+        _thresholds(contrast, ids, tau_f),
+        _intervals(config, ids, contrast=contrast, prompt_p=prompt_p),
+        _stability(config, ids, statistics),
+        _sources(scores["differential_by_source"], sources, ids),
+        [{"examples": strongest[i].examples[: config.examples]} for i in ids],
+        _neighbours(
+            ids, sae, differential_f=scores["differential"], weight_f=scores["head_weight"]
+        ),
+    )
+    return {
+        i: {key: value for group in groups for key, value in group[n].items()}
+        for n, i in enumerate(ids)
+    }
+
+
+def _columns(
+    config: IdentifyConfig,
     ids: list[int],
+    statistics: ContrastStatistics,
+    scores: Mapping[str, np.ndarray],
+    tau_f: np.ndarray,
 ) -> list[dict[str, Any]]:
+    """Collects the numbers of each feature that are arrays over all features."""
     columns = {
         "score": scores[config.method],
         "differential": scores["differential"],
@@ -264,34 +347,47 @@ def _columns(
     return [{"feature": i} | {name: float(x[i]) for name, x in columns.items()} for i in ids]
 
 
-def _together(detectors: Detectors, rows: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def _joint(detectors: Detectors, rows: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """Describes features that fire together, with their joint rates."""
     return {
-        "detection": detectors.detection,
-        "false_alarms": detectors.false_alarms,
+        "detection": detectors.detection_rate,
+        "false_alarms": detectors.false_positive_rate,
         "features": [rows[i] for i in detectors.features],
     }
 
 
+def _held_out(detection: float, false_positives: float) -> dict[str, float | None]:
+    """Returns the held-out rates for JSON, which has no NaN."""
+    rates = {"detection_held_out": detection, "false_alarms_held_out": false_positives}
+    return {name: rate if np.isfinite(rate) else None for name, rate in rates.items()}
+
+
 def _number(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """The place of each value among the distinct ones, which come second."""
-    place = {value: i for i, value in enumerate(dict.fromkeys(values))}
-    return np.array([place[value] for value in values]), list(place)
+    """Numbers the distinct values from 0: (the number of each value, the distinct values)."""
+    number = {value: i for i, value in enumerate(dict.fromkeys(values))}
+    return np.array([number[value] for value in values]), list(number)
 
 
-def _pooled(found: ContrastStatistics) -> np.ndarray:
-    """s `[M]` of all pairs."""
-    return differential(found.chosen_f, found.rejected_f, found.activity_f)
+def _pooled(statistics: ContrastStatistics) -> np.ndarray:
+    """Computes s `[M]` of all pairs."""
+    return differential(statistics.chosen_f, statistics.rejected_f, statistics.activity_f)
 
 
-def _by_source(found: ContrastStatistics) -> np.ndarray:
-    """s `[S, M]` of each source."""
-    pairs_s1 = found.pairs_s.sum(axis=1)[:, None]
-    sums = found.chosen_sf, found.rejected_sf, found.activity_sf
-    means = (x.sum(axis=1) / pairs_s1 for x in sums)
-    return np.array([differential(*of_source) for of_source in zip(*means, strict=True)])
+def _by_source(statistics: ContrastStatistics) -> np.ndarray:
+    """Computes s `[S, M]` of each source."""
+    pairs_s1 = statistics.pairs_s.sum(axis=1)[:, None]
+    sums = statistics.chosen_sf, statistics.rejected_sf, statistics.activity_sf
+    chosen_sf, rejected_sf, activity_sf = (x.sum(axis=1) / pairs_s1 for x in sums)
+    return np.array(
+        [
+            differential(c, j, activity)
+            for c, j, activity in zip(chosen_sf, rejected_sf, activity_sf, strict=True)
+        ]
+    )
 
 
 def _thresholds(contrast: Contrast, ids: list[int], tau_f: np.ndarray) -> list[dict[str, float]]:
+    """Computes the share of the responses above the threshold on either side."""
     chosen_n, rejected_n = ((z > tau_f[ids]).mean(axis=0) for z in contrast.columns(ids))
     return [
         {"above_tau_chosen": float(c), "above_tau_rejected": float(j)}
@@ -300,34 +396,41 @@ def _thresholds(contrast: Contrast, ids: list[int], tau_f: np.ndarray) -> list[d
 
 
 def _intervals(
-    contrast: Contrast, ids: list[int], prompt_p: np.ndarray, config: IdentifyConfig
+    config: IdentifyConfig, ids: list[int], contrast: Contrast, prompt_p: np.ndarray
 ) -> list[dict[str, list[float]]]:
-    """95 % bootstrap intervals of the pooled s."""
+    """Computes 95 % bootstrap intervals of the pooled s."""
+    chosen_pn, rejected_pn = contrast.columns(ids)
     low_n, high_n = bootstrap_differential(
-        *contrast.columns(ids), row_totals(contrast), contrast.size, prompt_p,
-        config.resamples, config.seed,
-    )  # fmt: skip
+        chosen_pn,
+        rejected_pn,
+        total_p=row_totals(contrast),
+        size=contrast.size,
+        prompt_p=prompt_p,
+        resamples=config.resamples,
+        seed=config.seed,
+    )
     return [
         {"differential_pooled_95": [float(a), float(b)]} for a, b in zip(low_n, high_n, strict=True)
     ]
 
 
 def _stability(
-    found: ContrastStatistics, ids: list[int], config: IdentifyConfig
+    config: IdentifyConfig, ids: list[int], statistics: ContrastStatistics
 ) -> list[dict[str, float | None]]:
-    """The share of half splits that put the feature among the `top_k` of its own direction."""
-    s_rf = half_differentials(found, config.seed)
+    """Computes the share of half splits with the feature in the `top_k` of its own direction."""
+    s_rf = half_differentials(statistics, config.seed)
     if not len(s_rf):
         return [{"stability": None} for _ in ids]
-    lowest_rf, highest_rf = ranks_of(s_rf)
+    lowest_rf, highest_rf = rank_features(s_rf)
     tops = {-1: lowest_rf[:, : config.top_k], 1: highest_rf[:, : config.top_k]}
-    sign_f = np.where(found.chosen_f < found.rejected_f, -1, 1)
+    sign_f = np.where(statistics.chosen_f < statistics.rejected_f, -1, 1)
     return [{"stability": float((tops[int(sign_f[i])] == i).any(axis=1).mean())} for i in ids]
 
 
 def _sources(
     by_source_sf: np.ndarray, sources: list[str], ids: list[int]
 ) -> list[dict[str, dict[str, float]]]:
+    """Lists s of each feature by the name of the source."""
     return [
         {"differential_by_source": dict(zip(sources, by_source_sf[:, i].tolist(), strict=True))}
         for i in ids
@@ -335,12 +438,12 @@ def _sources(
 
 
 def _neighbours(
-    sae: SAE, ids: list[int], differential_f: np.ndarray, weight_f: np.ndarray
+    ids: list[int], sae: SAE, differential_f: np.ndarray, weight_f: np.ndarray
 ) -> list[dict[str, list[dict[str, float]]]]:
-    """The features with the most similar decoder rows: what a policy may slip into."""
+    """Finds the features with the most similar decoder rows, which a policy may turn to instead."""
     decoder_fd = np.asarray(sae.decoder[...], np.float32)
     decoder_fd = decoder_fd / np.maximum(np.linalg.norm(decoder_fd, axis=1, keepdims=True), 1e-12)
-    listed = []
+    neighbours = []
     for i in ids:
         cosine_f = decoder_fd @ decoder_fd[i]
         cosine_f[i] = -np.inf
@@ -355,5 +458,5 @@ def _neighbours(
             for n in nearest
             if n != i
         ]
-        listed.append({"neighbours": rows})
-    return listed
+        neighbours.append({"neighbours": rows})
+    return neighbours

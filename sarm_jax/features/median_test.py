@@ -1,15 +1,16 @@
-"""Is a latent higher on chosen than on rejected responses? Mood's median test within prompts.
+"""Mood's median test within prompts: is a latent higher on chosen than on rejected responses?
 
-A prompt's responses that lie above their common median are called high; it needs no shape of the
-latents, which are 0 nearly everywhere. Under the null the labels of a prompt's n responses are
-exchangeable: of c chosen ones with k high responses, a hypergeometric number with mean c k / n is
-high. The sum T over prompts is one of independent Bernoulli variables, N = Σ c of them, and its
-tails are at most those of a binomial with N trials and the same mean μ (Hoeffding 1956, theorem 4):
-    p = min(1, 2 P[Bin(N, μ / N) as far from μ as T, on its side]),   1 where |T − μ| < 1
-A prompt with one pair gives what it gives to the exact sign test. One whose responses are all the
-same, and a response that is chosen in one pair and rejected in another, say nothing. Counting the
-pairs of an answer that is in several of them as trials of their own would be far too bold: of six
-rejected responses to one chosen, one is above it nearly always.
+A response counts as high if it lies above the median of all responses to its prompt. The test
+assumes no distribution of the latents, which are 0 nearly everywhere. Under the null hypothesis the
+labels of a prompt's n responses are exchangeable: if c of them are chosen and k are high, the
+number of high chosen responses is hypergeometric with mean c k / n. The sum T over prompts is a sum
+of N = Σ c independent Bernoulli variables. Its tails are at most those of a binomial distribution
+with N trials and the same mean μ (Hoeffding 1956, theorem 4):
+    p = min(1, 2 P[Bin(N, μ / N) as far from μ as T, on its side]),   1 if |T − μ| < 1
+A prompt with a single pair contributes what it contributes to the exact sign test. A prompt whose
+responses are all the same contributes nothing, nor does a response that is chosen in one pair and
+rejected in another. Pairs that share a response are not independent trials: with six rejected
+responses to one chosen response, nearly always one of the six lies above it.
 """
 
 import dataclasses
@@ -20,19 +21,31 @@ from scipy import stats
 
 @dataclasses.dataclass(frozen=True)
 class MedianTest:
-    """Groups of prompts with n responses each: their rows in the latents `[Q, n]`, and whether
-    they are chosen `[Q, n]`."""
+    """The test for a fixed set of pairs; call it with columns of latents.
+
+    Attributes:
+        groups: for each number n of responses to a prompt, the row numbers `[Q, n]` of the latents
+            and whether each row is chosen `[Q, n]`.
+    """
 
     groups: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     @classmethod
-    def of(cls, prompt_p: np.ndarray, chosen_p: np.ndarray, rejected_p: np.ndarray) -> "MedianTest":
-        """Of pairs of rows; `prompt_p` numbers their prompts."""
+    def from_pairs(
+        cls, prompt_p: np.ndarray, chosen_p: np.ndarray, rejected_p: np.ndarray
+    ) -> "MedianTest":
+        """Groups the responses of pairs by prompt.
+
+        Args:
+            prompt_p: number of the prompt of each pair.
+            chosen_p: row number of the chosen response of each pair.
+            rejected_p: row number of the rejected response of each pair.
+        """
         sides = [np.unique(np.stack([prompt_p, x], axis=1), axis=0) for x in (chosen_p, rejected_p)]
-        both, place, count = np.unique(
+        both, index, count = np.unique(
             np.concatenate(sides), axis=0, return_index=True, return_counts=True
         )
-        (prompt_u, row_u), is_chosen_u = both[count == 1].T, place[count == 1] < len(sides[0])
+        (prompt_u, row_u), is_chosen_u = both[count == 1].T, index[count == 1] < len(sides[0])
         _, start, size = np.unique(prompt_u, return_index=True, return_counts=True)
         groups = []
         for n in np.unique(size):
@@ -43,7 +56,7 @@ class MedianTest:
         return cls(tuple(groups))
 
     def __call__(self, z_nb: np.ndarray) -> np.ndarray:
-        """p `[b]` of the latents' columns `[N, b]`; NaN where no prompt says anything."""
+        """Returns the p values `[b]` of columns `[N, b]`; NaN if no prompt contributes anything."""
         width = z_nb.shape[1]
         high_b, trials_b, mean_b = np.zeros((3, width))
         for row_qn, chosen_qn in self.groups:
@@ -63,6 +76,7 @@ class MedianTest:
 
 
 def _p_values(high_b: np.ndarray, trials_b: np.ndarray, mean_b: np.ndarray) -> np.ndarray:
+    """Computes two-sided binomial p values from T, N and μ of each column."""
     rate_b = mean_b / np.maximum(trials_b, 1)
     below_b = stats.binom.cdf(high_b, trials_b, rate_b)
     above_b = stats.binom.sf(high_b - 1, trials_b, rate_b)

@@ -1,17 +1,17 @@
-"""Prompts that ask a language model to name features: naming_prompts.jsonl, nothing is sent.
+"""Prompts that ask a language model to name features: naming_prompts.jsonl. Nothing is sent.
 
-A line per feature, {"feature": 48659, "prompt": "…"}. The prompt stands on its own and can be given
-to any chat model. It has the task, what an activation is, the responses on which the feature is
-strongest with their activations, a few on which it is off to compare with, a scale for how
-consistent the strong ones are, and the form of the answer:
+Each line holds one feature, {"feature": 48659, "prompt": "…"}. The prompt is self-contained and can
+be given to any chat model. It states the task, explains what an activation is, and lists the
+responses on which the feature is strongest with their activations, a few on which it is off for
+comparison, a scale for the consistency of the strong ones, and the format of the answer:
 
     {"feature": 48659, "name": "…", "explanation": "…", "score": 1 to 5}
 
-Whether a response was chosen or rejected, and the feature's weight in the reward, are left out: a
-name is to say what the feature reads, not what it is paid for. Every line of a prompt or response
-is quoted with "> ", so that no text can pass for the frame around it. Long texts lose their middle:
-the activation is read at the end, and what begins a response often tells its kind. A feature that
-is active on no response has no prompt.
+The prompt tells neither whether a response was chosen or rejected nor the feature's weight in the
+reward, because a name is to say what the feature reads and not what it is paid for. Every line of a
+prompt or response is quoted with "> ", so that no text can pass for the frame around it. Long texts
+lose their middle, because the activation is read at the end and the beginning often tells the kind
+of response. A feature that is active on no response has no prompt.
 """
 
 import re
@@ -20,9 +20,9 @@ from typing import Any
 
 from sarm_jax.features.strong_responses import StrongResponses
 
-PROMPT_CHARACTERS, RESPONSE_CHARACTERS = 600, 1500  # that are shown of each text, at most
-MARK = 50  # characters set aside for the note on what is left out
-NEAR = 30  # characters that a cut moves, at most, to fall between words
+PROMPT_CHARACTERS, RESPONSE_CHARACTERS = 600, 1500  # limits on each text
+NOTE_CHARACTERS = 50  # reserved for the note on what is left out
+LARGEST_SHIFT = 30  # characters by which a cut may move to fall between words
 
 TASK = """\
 Your task is to name one feature of a reward model.
@@ -68,20 +68,20 @@ another response.
 """
 
 
-def naming_prompts(features: Sequence[StrongResponses], most: int) -> list[dict[str, Any]]:
-    """Makes the rows of naming_prompts.jsonl, with at most `most` strong responses each."""
+def naming_prompts(features: Sequence[StrongResponses], max_examples: int) -> list[dict[str, Any]]:
+    """Makes the rows of naming_prompts.jsonl, with at most `max_examples` strong responses each."""
     return [
-        {"feature": strong.feature, "prompt": naming_prompt(strong, most)}
+        {"feature": strong.feature, "prompt": naming_prompt(strong, max_examples)}
         for strong in features
         if strong.examples
     ]
 
 
-def naming_prompt(strong: StrongResponses, most: int) -> str:
+def naming_prompt(strong: StrongResponses, max_examples: int) -> str:
     """Writes the text that asks for the name of one feature."""
-    examples = strong.examples[:most]
+    examples = strong.examples[:max_examples]
     count = len(examples)
-    parts = [
+    sections = [
         TASK.format(
             feature=strong.feature,
             active=strong.active,
@@ -90,30 +90,31 @@ def naming_prompt(strong: StrongResponses, most: int) -> str:
         )
     ]
     for number, row in enumerate(examples, 1):
-        head = f"--- {number} of {count}, activation {row['z']:.4g} ---"
-        parts.append(_shown(head, row["prompt"], row["response"]))
+        heading = f"--- {number} of {count}, activation {row['z']:.4g} ---"
+        sections.append(_exchange(heading, row["prompt"], row["response"]))
     if strong.off:
-        parts.append(COMPARISON)
+        sections.append(COMPARISON)
     for number, (prompt, response) in enumerate(strong.off, 1):
-        parts.append(_shown(f"--- off, {number} of {len(strong.off)} ---", prompt, response))
-    parts.append(ANSWER.format(feature=strong.feature))
-    return "\n".join(parts)
+        sections.append(_exchange(f"--- off, {number} of {len(strong.off)} ---", prompt, response))
+    sections.append(ANSWER.format(feature=strong.feature))
+    return "\n".join(sections)
 
 
-def _shown(head: str, prompt: str, response: str) -> str:
+def _exchange(heading: str, prompt: str, response: str) -> str:
+    """Writes one exchange, shortened and quoted, under its heading."""
     prompt = _quoted(shortened(prompt, PROMPT_CHARACTERS))
     response = _quoted(shortened(response, RESPONSE_CHARACTERS))
-    return f"{head}\nPrompt:\n{prompt}\nResponse:\n{response}\n"
+    return f"{heading}\nPrompt:\n{prompt}\nResponse:\n{response}\n"
 
 
 def shortened(text: str, limit: int) -> str:
-    """Cuts the middle out of a text that is longer than `limit` characters, and notes it there."""
+    """Replaces the middle of a text of more than `limit` characters by a note on its length."""
     if len(text) <= limit:
         return text
-    room = limit - MARK
+    room = limit - NOTE_CHARACTERS
     start, stop = room - room // 3, len(text) - room // 3
-    start = next((n for n in range(start, start - NEAR, -1) if text[n].isspace()), start)
-    stop = next((n for n in range(stop, stop + NEAR) if text[n - 1].isspace()), stop)
+    start = next((n for n in range(start, start - LARGEST_SHIFT, -1) if text[n].isspace()), start)
+    stop = next((n for n in range(stop, stop + LARGEST_SHIFT) if text[n - 1].isspace()), stop)
     return f"{text[:start]} [… {stop - start:,} characters left out …] {text[stop:]}"
 
 

@@ -1,15 +1,16 @@
-"""Causal probes: what happens to the reward when a feature is changed at the pooled token.
+"""Causal probes: the effect on the reward of changing a feature at the pooled token.
 
     R(z with z'_i) = R(z) + w_i (z'_i − z_i)
-    z'_i = v                                        `set_value`, or
-    z'_i = min(max(z_i, `min_value`), `max_value`)  each of which may be open (None)
+    z'_i = v                                        with `set_value`, or
+    z'_i = min(max(z_i, `min_value`), `max_value`)  with bounds; None leaves a bound open
 
-The head is linear and reads the pooled latents alone, so the trunk runs once over the data,
-however many features are probed. Two modes:
-    pairs     the change of the reward of each response: {prompt, response} rows, or
-              {prompt, chosen, rejected} rows, which give two responses each, the chosen one first
-    bestofn   {prompt, candidates} rows: is another candidate selected under the intervention? It
-              selects the candidate of one `rank`, 1 for the best; of equals the first comes first
+The head is linear and reads only the pooled latents, so the trunk runs once over the data for any
+number of probed features. There are two modes:
+    pairs     measures the change of the reward of each response. Rows are {prompt, response} or
+              {prompt, chosen, rejected}; the latter give two responses, the chosen one first.
+    bestofn   measures whether another candidate is selected. Rows are {prompt, candidates}; the
+              candidate of one `rank` is selected, 1 for the best. Among equal scores the earlier
+              candidate ranks first.
 """
 
 import csv
@@ -35,7 +36,17 @@ LARGEST = float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
-    """`features` are set to `set_value`, or kept within the bounds, one at a time."""
+    """Options of the stage probe. Features are changed one at a time.
+
+    Attributes:
+        features: ids of the features to probe.
+        set_value: value that the feature is set to, or None if it is bounded.
+        mode: "pairs" or "bestofn".
+        certificate: options of the certificates.
+        min_value: lower bound of the feature, or None.
+        max_value: upper bound of the feature, or None.
+        rank: rank of the selected candidate in best-of-N.
+    """
 
     features: tuple[int, ...]
     set_value: float | None
@@ -60,23 +71,26 @@ class ProbeConfig:
 
     def _check_values(self) -> None:
         names = ("set_value", "min_value", "max_value")
-        given = {name: x for name in names if (x := getattr(self, name)) is not None}
-        for name, x in given.items():
+        values = {name: x for name in names if (x := getattr(self, name)) is not None}
+        for name, x in values.items():
             if not abs(x) <= LARGEST:
                 raise InputError(f"probe.{name}={x}: must be a finite number")
-        if not given:
-            raise InputError("neither probe.set_value nor a bound is given: name one")
-        bounds = [f"probe.{name}={x}" for name, x in given.items() if name != "set_value"]
+        if not values:
+            raise InputError(
+                "probe.set_value, probe.min_value and probe.max_value are empty: name a value or a "
+                "bound"
+            )
+        bounds = [f"probe.{name}={x}" for name, x in values.items() if name != "set_value"]
         if self.set_value is not None and bounds:
             raise InputError(
                 f"probe.set_value={self.set_value} and {' and '.join(bounds)}: a feature that is "
                 "set cannot be bounded as well: leave out one of them"
             )
-        if len(bounds) == 2 and given["min_value"] > given["max_value"]:
+        if len(bounds) == 2 and values["min_value"] > values["max_value"]:
             raise InputError(f"{bounds[0]} exceeds {bounds[1]}")
 
     def change(self, z_bn: np.ndarray) -> np.ndarray:
-        """z' − z of latents `[B, n]`, float32."""
+        """Computes z' − z of latents `[B, n]`, float32."""
         if self.set_value is not None:
             return np.float32(self.set_value) - z_bn
         low = -np.inf if self.min_value is None else self.min_value
@@ -84,13 +98,13 @@ class ProbeConfig:
         return np.clip(z_bn, np.float32(low), np.float32(high)) - z_bn
 
     def select(self, score_c: np.ndarray) -> int:
-        """The index of the candidate of this `rank` among scores `[C]`."""
+        """Returns the index of the candidate of rank `rank` among scores `[C]`."""
         return int(np.argsort(-score_c, kind="stable")[self.rank - 1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """One feature: the rows of its CSV file, and its entry in the summary."""
+    """The results of one feature: the rows of its CSV file and its entry in the summary."""
 
     feature: int
     rows: list[dict[str, Any]]
@@ -100,7 +114,14 @@ class Probe:
 def probe(
     config: ProbeConfig, model: RewardModel, data: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Probe], list[dict[str, Any]]]:
-    """(probes, certificates) of every feature on `data`; see the module for the rows' fields."""
+    """Probes every feature on the rows of `data` (see the module for their fields).
+
+    Returns:
+        (a probe of each feature, a certificate of each feature).
+
+    Raises:
+        InputError: a feature or a row of the data is not valid.
+    """
     groups = check_probe(config, model.model.config.sae.latent_size, data)
     prompts = [row["prompt"] for row, group in zip(data, groups, strict=True) for _ in group]
     responses = [text for group in groups for text in group]
@@ -112,12 +133,12 @@ def probe(
     probes = []
     for feature, weight, delta_b in zip(config.features, weight_n, delta_bn.T, strict=True):
         if config.mode == "pairs":
-            rows = _changes(prompts, responses, score_b, delta_b)
-            found = _effect(data, groups, delta_b)
+            rows = _changes(prompts, responses, score_b=score_b, delta_b=delta_b)
+            effect = _effect(data, groups, delta_b)
         else:
-            rows = _selections(config, data, groups, score_b, delta_b)
+            rows = _selections(config, data, groups=groups, score_b=score_b, delta_b=delta_b)
             changed_n = [row["changed"] for row in rows]
-            found = {"rank": config.rank, "changed": _by_prompt(data, changed_n)}
+            effect = {"rank": config.rank, "changed": _by_prompt(data, changed_n)}
         summary = {
             "feature": int(feature),
             "set_value": config.set_value,
@@ -125,10 +146,13 @@ def probe(
             "max_value": config.max_value,
             "head_weight": float(weight),
             "rows": len(rows),
-            **found,
+            **effect,
         }
         probes.append(Probe(int(feature), rows, summary))
-    return probes, _certificates(config, latents, weight_f, data, groups, score_b)
+    certificates = _certificates(
+        config, data, groups=groups, latents=latents, weight_f=weight_f, score_b=score_b
+    )
+    return probes, certificates
 
 
 def check_probe(
@@ -137,10 +161,22 @@ def check_probe(
     data: Sequence[Mapping[str, Any]],
     source: str = "probe.data_jsonl",
 ) -> list[list[str]]:
-    """The responses of every row; InputError, naming `source` and the row, for what cannot be."""
-    beyond = [i for i in config.features if i >= latent_size]
-    if beyond:
-        raise InputError(f"probe.feature: feature {beyond[0]} of a SARM with {latent_size} latents")
+    """Validates features and data, and returns the responses of every row.
+
+    Args:
+        config: the probe.
+        latent_size: number of latents of the SARM.
+        data: rows, see the module for their fields.
+        source: name of the data in error messages; if it is a file, they give the line as well.
+
+    Raises:
+        InputError: names the feature, or the row of the data, that is not valid.
+    """
+    too_large = [i for i in config.features if i >= latent_size]
+    if too_large:
+        raise InputError(
+            f"probe.feature={too_large[0]}: the SARM has {latent_size} latents, numbered from 0"
+        )
     groups = []
     for number, row in enumerate(data, 1):
         try:
@@ -152,31 +188,37 @@ def check_probe(
 
 def _certificates(
     config: ProbeConfig,
-    latents: Latents,
-    weight_f: np.ndarray,
     data: Sequence[Mapping[str, Any]],
     groups: Sequence[list[str]],
+    latents: Latents,
+    weight_f: np.ndarray,
     score_b: np.ndarray,
 ) -> list[dict[str, Any]]:
+    """Measures the effects of the probed features and of their controls, and tests them."""
     rate_f, mean_f = np.zeros(latents.size), np.zeros(latents.size)
-    whole = np.arange(len(latents))
-    for ids, z_nb, _ in Contrast(latents, whole, whole).blocks():
+    all_rows = np.arange(len(latents))
+    for ids, z_nb, _ in Contrast(latents, all_rows, all_rows).blocks():
         rate_f[ids], mean_f[ids] = (z_nb > 0).mean(axis=0), z_nb.mean(axis=0)
-    controls = matched_controls(config.features, rate_f, mean_f, config.certificate)
-    wanted = sorted({*config.features, *(i for drawn in controls.values() for i in drawn)})
-    delta_nb = weight_f[wanted] * config.change(latents.columns(wanted))
+    controls = matched_controls(config.features, rate_f, mean_f, config=config.certificate)
+    changed = sorted({*config.features, *(i for drawn in controls.values() for i in drawn)})
+    delta_nb = weight_f[changed] * config.change(latents.columns(changed))
     effects = {
-        i: _row_effects(config, groups, score_b, delta_n)
-        for i, delta_n in zip(wanted, delta_nb.T, strict=True)
+        i: _row_effects(config, groups, score_b=score_b, delta_b=delta_b)
+        for i, delta_b in zip(changed, delta_nb.T, strict=True)
     }
-    signed = config.mode == "pairs"
-    return certify(config.certificate, effects, controls, _clusters(data), signed)
+    return certify(
+        config.certificate,
+        effects,
+        controls,
+        cluster_n=_clusters(data),
+        signed=config.mode == "pairs",
+    )
 
 
 def _row_effects(
     config: ProbeConfig, groups: Sequence[list[str]], score_b: np.ndarray, delta_b: np.ndarray
 ) -> np.ndarray:
-    """e `[rows of data]`: the change of a reward or of a margin, or whether the pick changes."""
+    """Computes e of each row: the change of a reward or margin, or 1 if the selection changes."""
     effects, start = [], 0
     for group in groups:
         base, delta = (x[start : start + len(group)] for x in (score_b, delta_b))
@@ -189,16 +231,16 @@ def _row_effects(
 
 
 def write_probes(folder: Path, probes: Sequence[Probe]) -> None:
-    """`probe_f{ID}.csv` for each."""
-    for found in probes:
-        with replacing(folder / f"probe_f{found.feature}.csv") as file:
-            writer = csv.DictWriter(file, list(found.rows[0]))
+    """Writes `probe_f{ID}.csv` of each probe into `folder`."""
+    for result in probes:
+        with replacing(folder / f"probe_f{result.feature}.csv") as file:
+            writer = csv.DictWriter(file, list(result.rows[0]))
             writer.writeheader()
-            writer.writerows(found.rows)
+            writer.writerows(result.rows)
 
 
 def _responses(config: ProbeConfig, row: Mapping[str, Any]) -> list[str]:
-    """Returns the responses of a row of the data; ValueError says what is wrong with it."""
+    """Returns the responses of a row of the data; raises ValueError if the row is not valid."""
     if config.mode == "bestofn":
         candidates = row.get("candidates")
         if not (isinstance(candidates, list) and len(candidates) > 1):
@@ -219,6 +261,7 @@ def _responses(config: ProbeConfig, row: Mapping[str, Any]) -> list[str]:
 
 
 def _changes(prompts, responses, score_b, delta_b) -> list[dict[str, Any]]:
+    """Lists the rows of the CSV file of mode pairs: the change of each response's reward."""
     columns = zip(prompts, responses, score_b, delta_b, strict=True)
     return [
         {
@@ -236,7 +279,7 @@ def _changes(prompts, responses, score_b, delta_b) -> list[dict[str, Any]]:
 def _effect(
     data: Sequence[Mapping[str, Any]], groups: Sequence[list[str]], delta_b: np.ndarray
 ) -> dict[str, Any]:
-    """Mean change over prompts with a 95 % interval; for pairs also per side, and of the margin."""
+    """Computes the mean change over prompts, for pairs also of each side and of the margin."""
     delta_n = np.add.reduceat(delta_b, np.cumsum([0, *map(len, groups[:-1])]))
     effect: dict[str, Any] = {"delta": _by_prompt(data, delta_n / [len(g) for g in groups])}
     if all(len(group) == 2 for group in groups):
@@ -248,18 +291,19 @@ def _effect(
 
 
 def _by_prompt(data: Sequence[Mapping[str, Any]], values_n: ArrayLike) -> Interval:
-    """The mean over prompts of their rows' means: rows of one prompt are not independent."""
+    """Averages over the prompts' own means, because rows of one prompt are not independent."""
     cluster_n = _clusters(data)
     return mean_interval(np.bincount(cluster_n, np.asarray(values_n)) / np.bincount(cluster_n))
 
 
 def _clusters(data: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """The number of each row's prompt."""
-    place = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in data))}
-    return np.array([place[row["prompt"]] for row in data])
+    """Numbers the distinct prompts and returns the number of each row's prompt."""
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(row["prompt"] for row in data))}
+    return np.array([number[row["prompt"]] for row in data])
 
 
 def _selections(config: ProbeConfig, data, groups, score_b, delta_b) -> list[dict[str, Any]]:
+    """Lists the rows of the CSV file of mode bestofn: the candidate selected before and after."""
     rows, start = [], 0
     for idx, (row, group) in enumerate(zip(data, groups, strict=True)):
         base = score_b[start : start + len(group)]

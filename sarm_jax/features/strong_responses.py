@@ -1,4 +1,4 @@
-"""The responses on which features are strongest: what a person, or a language model, looks at."""
+"""The responses on which a feature is strongest, for people and language models that name it."""
 
 import dataclasses
 from typing import Any
@@ -7,16 +7,21 @@ import numpy as np
 
 from sarm_jax.models.latent_store import Contrast
 
-OFF = 3  # responses to compare with
+OFF = 3  # responses on which the feature is off, for comparison
 Text = tuple[str, str]  # prompt and response
 
 
 @dataclasses.dataclass(frozen=True)
 class StrongResponses:
-    """Where a feature is strongest, as rows with "z", "sides", "prompt" and "response".
+    """The responses on which one feature is strongest.
 
-    The strongest comes first. The feature is on, z > 0, for `active` of all `responses`; one that
-    is never on has no examples. `off` are some of the others, drawn at random, to compare with.
+    Attributes:
+        feature: id of the feature.
+        examples: rows with "z", "sides", "prompt" and "response", strongest first; empty if the
+            feature is never on (z > 0).
+        off: responses on which the feature is off, drawn at random for comparison.
+        active: number of responses on which the feature is on.
+        responses: number of all responses.
     """
 
     feature: int
@@ -29,12 +34,17 @@ class StrongResponses:
 def strong_responses(
     contrast: Contrast, ids: list[int], texts: list[Text], count: int, seed: int
 ) -> list[StrongResponses]:
-    """At most `count` responses with the largest z > 0 for each of the features `ids`.
+    """Finds at most `count` responses with the largest z > 0 for each of the features `ids`.
 
-    `seed` is of the responses drawn to compare with.
+    Args:
+        contrast: the latents, and which rows are chosen or rejected.
+        ids: features to look up.
+        texts: prompt and response of each row of the latents.
+        count: largest number of responses of each feature.
+        seed: seed of the responses that are drawn for comparison.
     """
     chosen, rejected = set(contrast.chosen_p.tolist()), set(contrast.rejected_p.tolist())
-    listed = []
+    results = []
     for i, z_n in zip(ids, contrast.latents.columns(ids).T, strict=True):
         top = [int(n) for n in np.argsort(-z_n, kind="stable")[:count] if z_n[n] > 0]
         examples = [
@@ -47,6 +57,13 @@ def strong_responses(
             for n in top
         ]
         silent = np.random.default_rng([seed, i]).permutation(np.flatnonzero(z_n <= 0))[:OFF]
-        off = [texts[n] for n in silent]
-        listed.append(StrongResponses(i, examples, off, int((z_n > 0).sum()), len(z_n)))
-    return listed
+        results.append(
+            StrongResponses(
+                feature=i,
+                examples=examples,
+                off=[texts[n] for n in silent],
+                active=int((z_n > 0).sum()),
+                responses=len(z_n),
+            )
+        )
+    return results

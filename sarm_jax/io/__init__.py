@@ -1,1 +1,1 @@
-"""Errors, files, logging and signals."""
+"""Errors, files, JSON, working directories, logging, signals and secrets."""

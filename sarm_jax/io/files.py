@@ -1,5 +1,4 @@
-"""Writing a file so that it is either the old one or the whole new one, never half of it; and
-holding a directory so that nobody else writes there."""
+"""Whole files: bounded reads, atomic writes, and locks on directories."""
 
 import contextlib
 import errno
@@ -9,12 +8,41 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.io.signals import cleaning_up
+
+MAX_BYTES = 1 << 32  # of a file that is read as a whole
+
+
+def read_bytes(path: str | Path, name: str = "", max_bytes: int = MAX_BYTES) -> bytes:
+    """Reads the content of a file.
+
+    Args:
+        path: the file.
+        name: what messages call the file; its path by default.
+        max_bytes: a larger file is refused.
+
+    Raises:
+        InputError: the file cannot be read, is not a regular file, or is too large.
+    """
+    path, name = Path(path), name or str(path)
+    try:
+        size = path.stat().st_size
+        if not path.is_file():  # a pipe or a device may never end
+            raise InputError(f"{name}: is not a file")
+        if size > max_bytes:
+            raise InputError(f"{name}: has {size:,} bytes, at most {max_bytes:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary sibling of `path`; flushes and renames it over `path` on success."""
+    """Opens a temporary file beside `path`; on success flushes it and renames it over `path`.
+
+    Whatever interrupts the block, `path` holds the old content or the whole new one.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     binary = "b" in mode
@@ -25,16 +53,16 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        to_disk(path.parent)
+        sync_to_disk(path.parent)
 
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Marks a directory as in use, under whatever name it goes by the end.
+    """Holds an exclusive lock on a directory, also if the directory is renamed meanwhile.
 
     Raises:
-      BlockingIOError: another process holds it.
-      OSError: its file system knows no locks.
+        BlockingIOError: another process holds the lock.
+        OSError: the file system does not support locks.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -45,12 +73,12 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error says that no space, or none of the quota, is left."""
+    """Returns True if an error means that no disk space, or no quota, is left."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def to_disk(path: Path) -> None:
-    """Flushes a file, or the names in a directory, to the disk itself."""
+def sync_to_disk(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""JSON Lines, read strictly and written atomically.
+"""JSON Lines files, read strictly and written atomically.
 
-A bad file is refused with the line and the field that are wrong. Nothing is guessed, and only blank
-lines are skipped, which still count in the numbers of lines.
+A bad file is refused, with the line and the field that are wrong. Nothing is guessed. Blank lines
+are skipped, but they count in line numbers.
 """
 
 import json
@@ -10,45 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import replacing
-from sarm_jax.io.strict_json import parse_json
-
-LARGEST = 1 << 32  # bytes of a file that is read as a whole
+from sarm_jax.io.files import read_bytes, replacing
+from sarm_jax.io.json_files import parse_json, short
 
 
 def read_jsonl(
-    path: str | Path, fields: Mapping[str, type], own: bool = False
+    path: str | Path, fields: Mapping[str, type], lenient: bool = False
 ) -> list[dict[str, Any]]:
-    """The rows of a file, each an object that has every one of `fields` with its type.
+    """Reads the rows of a file.
 
-    Strings and lists must not be empty, `float` also takes an integer, and `int` takes no bool.
-    Further fields are kept as they are. `own`: this project wrote the file, so that it may hold
-    NaN, and halves of surrogate pairs. Raises `InputError` naming file, line and field.
+    Args:
+        path: the file.
+        fields: the type of each field that every row must have. A string or list must not be empty;
+            `float` also accepts an integer, and `int` does not accept a bool. A row may have
+            further fields, which are kept as they are.
+        lenient: accept NaN and halves of surrogate pairs, which files of this project may hold.
+
+    Raises:
+        InputError: the file cannot be read, or a row is wrong. The message names the file, the line
+            and the field.
     """
-    return parse_jsonl(read_bytes(path), fields, path, own)
-
-
-def read_bytes(path: str | Path, name: str = "") -> bytes:
-    """The content of a file, which messages call `name`.
-
-    Raises InputError where it cannot be read, is no plain file, or huge.
-    """
-    path, name = Path(path), name or str(path)
-    try:
-        size = path.stat().st_size
-        if not path.is_file():  # a pipe or a device may never end
-            raise InputError(f"{name}: is not a file")
-        if size > LARGEST:
-            raise InputError(f"{name}: has {size:,} bytes, at most {LARGEST:,} are read: split it")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+    return parse_jsonl(read_bytes(path), fields, path=path, lenient=lenient)
 
 
 def parse_jsonl(
-    content: bytes, fields: Mapping[str, type], path: str | Path, own: bool = False
+    content: bytes, fields: Mapping[str, type], path: str | Path, lenient: bool = False
 ) -> list[dict[str, Any]]:
-    """`read_jsonl` of what was read already; `path` is what errors call it."""
+    """Parses the content of a file like `read_jsonl`; messages call the file `path`."""
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -56,11 +44,14 @@ def parse_jsonl(
     lines = numbered_lines(text)
     if not lines:
         raise InputError(f"{path}: the file is empty")
-    return [_row(line, fields, f"{path}:{number}", own) for number, line in lines]
+    return [
+        _parse_row(line, fields, place=f"{path}:{number}", lenient=lenient)
+        for number, line in lines
+    ]
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """Returns (number from 1, line) of all lines but blank ones."""
+    """Returns (number from 1, line) for every line that is not blank."""
     lines = text.split("\n")  # splitlines would also split at U+2028
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -68,8 +59,8 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
 def line_of(path: str | Path, row: int) -> int:
     """Returns the line of a JSON Lines file that holds its row number `row`, both from 1.
 
-    For messages on rows that were read before. If `path` is no file that can be read, but what a
-    message calls its data, the row's own number is all there is to say.
+    For messages about rows that were read before. Data that comes from no readable file has no
+    lines; the row number is then returned.
     """
     try:
         lines = numbered_lines(read_bytes(path).decode("utf-8"))
@@ -79,36 +70,44 @@ def line_of(path: str | Path, row: int) -> int:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes all rows or, if anything fails, nothing: what was at `path` then stays."""
+    """Writes all rows or, if anything fails, none: an existing file is then kept."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def parse_line(line: str, own: bool = False) -> dict[str, Any]:
-    """The object on one line; ValueError says what stands there instead. `own` as above."""
+def parse_line(line: str, lenient: bool = False) -> dict[str, Any]:
+    """Parses the JSON object on one line.
+
+    Args:
+        line: the line.
+        lenient: as in `read_jsonl`.
+
+    Raises:
+        ValueError: the line holds something else; the message quotes its beginning.
+    """
     try:
-        row = parse_json(line, constants=own, unicode=not own)
+        row = parse_json(line, allow_nan=lenient, allow_surrogates=lenient)
     except ValueError as error:
         raise ValueError(
-            f"expected a JSON object, found {line[:60]!r} ({_without_place(error)})"
+            f"expected a JSON object, found {line[:60]!r} ({_describe_syntax_error(error)})"
         ) from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {short(row)}")
     return row
 
 
-def _without_place(error: ValueError) -> str:
-    """The line is known already, but not the column."""
+def _describe_syntax_error(error: ValueError) -> str:
+    """Describes an error with the position in its line; the caller knows the line."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at character {error.pos + 1}"
     return str(error)
 
 
-def _row(line: str, fields: Mapping[str, type], place: str, own: bool) -> dict[str, Any]:
+def _parse_row(line: str, fields: Mapping[str, type], place: str, lenient: bool) -> dict[str, Any]:
     try:
-        row = parse_line(line, own)
+        row = parse_line(line, lenient)
     except ValueError as error:
         raise InputError(f"{place}: {error}") from None
     for field, kind in fields.items():
@@ -128,12 +127,3 @@ def _has_type(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)
-
-
-def short(value: Any) -> str:
-    """A JSON value, or its beginning, as messages show it."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
-    except RecursionError:  # it fitted the reader's stack, but not this one's
-        return f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 60 else text[:57] + "..."

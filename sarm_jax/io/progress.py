@@ -1,4 +1,4 @@
-"""What a run says while it goes."""
+"""The log on stderr: this project's progress messages and warnings, without secrets."""
 
 import functools
 import logging
@@ -7,38 +7,45 @@ import sys
 from absl import logging as absl_logging
 from tqdm import tqdm
 
-from sarm_jax.io.secrets import secrets, without_secrets
+from sarm_jax.io import secrets
 
 LOG = logging.getLogger(__name__)
-OTHERS = ("transformers", "huggingface_hub")  # which bring handlers of their own
+PACKAGES = ("sarm_jax", "ppo", "pipeline", "configs", "conversion")
+LIBRARIES = ("transformers", "huggingface_hub")  # they install log handlers of their own
 
 
-def show_progress(prefix: str = "", level: int = logging.INFO, everything: bool = True) -> None:
-    """Shows this project's own messages from `level` on; of the libraries' only warnings.
+def show_progress(prefix: str = "", level: int = logging.INFO, primary: bool = True) -> None:
+    """Logs this project's messages from `level` on to stderr; of libraries only warnings.
 
-    Of a process that only follows another, not `everything`: its errors, and no bars.
-    No line shows a secret, whoever logs it: neither theirs, nor an error's that nobody expected.
+    No line shows a secret, whether it is in a library's message or in an unexpected error. The
+    secrets of this process are collected here, because a spawned process starts with this call.
+
+    Args:
+        prefix: text before every message, such as "seed 3: ".
+        level: the lowest level of this project's messages that is shown.
+        primary: False in the other processes of a run; they show errors and no progress bars.
     """
+    secrets.collect()
     handler = logging.StreamHandler()
-    handler.setFormatter(_WithoutSecrets(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_RedactingFormatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)
-    for name in OTHERS:
+    for name in LIBRARIES:
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-    sys.excepthook = _unexpected
-    for package in ("sarm_jax", "ppo", "configs", "conversion"):
-        logging.getLogger(package).setLevel(level if everything else logging.ERROR)
+    sys.excepthook = _log_unexpected
+    for package in PACKAGES:
+        logging.getLogger(package).setLevel(level if primary else logging.ERROR)
     absl_logging.set_verbosity(absl_logging.WARNING)
-    if not everything:
+    if not primary:
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
-class _WithoutSecrets(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return without_secrets(super().format(record), secrets())
+        return secrets.redact(super().format(record))
 
 
-def _unexpected(kind, *error) -> None:
+def _log_unexpected(kind, *error) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, *error)
         return

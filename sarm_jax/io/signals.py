@@ -1,4 +1,4 @@
-"""What happens at SIGTERM and Ctrl-C."""
+"""Handlers for SIGTERM and Ctrl-C, and cleanups that also run when a signal ends the process."""
 
 import contextlib
 import os
@@ -8,50 +8,51 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_CLEANUPS: list[Callable[[], object]] = []
+_cleanups: list[Callable[[], object]] = []  # of the blocks that are open, the outermost first
 
 
 @contextlib.contextmanager
 def on_signal(handler: Callable[[int], None]) -> Iterator[None]:
-    """Calls `handler` with the number of the first signal; a second one ends the process.
+    """Calls `handler` with the number of the first signal; a second signal ends the process.
 
-    A signal that the process was started to ignore is.
+    Leaves signals that were ignored at start-up ignored.
     """
-    heeded = [n for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN]
+    handled = [n for n in STOP_SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
 
-    def first(number: int, _frame: FrameType | None) -> None:
-        for other in heeded:
+    def handle_first(number: int, _frame: FrameType | None) -> None:
+        for other in handled:
             signal.signal(other, signal.SIG_DFL)
         handler(number)
 
-    before = {number: signal.signal(number, first) for number in heeded}
+    previous = {number: signal.signal(number, handle_first) for number in handled}
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 @contextlib.contextmanager
 def cleaning_up(cleanup: Callable[[], object]) -> Iterator[None]:
-    """Calls `cleanup` at the end of the block, however it ends: by `leave`, too."""
-    _CLEANUPS.append(cleanup)
+    """Calls `cleanup` at the end of the block, however it ends, also by `exit_after_cleanup`."""
+    _cleanups.append(cleanup)
     try:
         yield
     finally:
-        _CLEANUPS.remove(cleanup)
+        _cleanups.remove(cleanup)
         cleanup()
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process where it is, after the cleanups of the blocks that it is in.
+def exit_after_cleanup(code: int) -> NoReturn:
+    """Runs the cleanups of all open `cleaning_up` blocks, then ends the process at once.
 
-    For handlers of signals: what they raise is dropped by Python within `__del__` and callbacks of
-    the garbage collector, JAX's own for one, and aborts the process within C++ that expects none.
+    For signal handlers. An exception that a handler raises may be lost: Python drops it within
+    `__del__` and within callbacks of the garbage collector, such as JAX's, and C++ code that
+    expects none aborts the process.
     """
-    for step in (*reversed(_CLEANUPS), sys.stdout.flush, sys.stderr.flush):
+    for step in (*reversed(_cleanups), sys.stdout.flush, sys.stderr.flush):
         with contextlib.suppress(Exception):
             step()
     os._exit(code)

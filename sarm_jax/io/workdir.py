@@ -1,24 +1,28 @@
-"""The working directory of a run, and the configuration it belongs to."""
+"""The working directory of a run and the settings in its config.json."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import locked, replacing
-from sarm_jax.io.jsonl import short
+from sarm_jax.io.files import locked
+from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.signals import cleaning_up
-from sarm_jax.io.strict_json import parse_json
+from sarm_jax.version import VERSION
+
+VERSION_KEY = "sarm_jax_version"  # in config.json, beside the options of the run
 
 
 @contextlib.contextmanager
 def open_workdir(workdir: Path) -> Iterator[None]:
-    """Creates the directory where needed and checks that it can be written.
+    """Creates the directory if it does not exist, and checks that it can be written.
 
-    A directory that was created here and is still empty at the end is removed again.
+    Directories that are created here and are still empty at the end are removed again.
+
+    Raises:
+        InputError: the path is a file, or the directory cannot be written.
     """
     if workdir.exists() and not workdir.is_dir():
         raise InputError(f"--workdir={workdir}: is a file, expected a directory")
@@ -34,20 +38,24 @@ def open_workdir(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def nobody_else_in(workdir: Path) -> Iterator[None]:
-    """Holds the directory against a second run, where its file system can; else InputError."""
+def lock_workdir(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of the directory, if its file system supports locks.
+
+    Raises:
+        InputError: another process trains there.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(workdir))
         except BlockingIOError:
             raise InputError(f"--workdir={workdir}: another process is training there") from None
         except OSError:
-            pass  # a network's file system, perhaps
+            pass  # some network file systems have no locks
         yield
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Removes directories, the innermost first, up to the first that holds something."""
+    """Removes directories, the innermost first, up to the first one that is not empty."""
     for path in directories:
         try:
             path.rmdir()
@@ -55,30 +63,37 @@ def _remove_empty(directories: list[Path]) -> None:
             return
 
 
-def claim(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Writes `settings` as config.json, or checks that the run there has the very same ones.
+def save_settings(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Writes the settings of a run as config.json, unless `has_settings` finds them there.
 
-    `defaults` as in `first_difference`.
+    The version of this software is written beside them and is not compared.
+
+    Args:
+        workdir: the working directory.
+        settings: the settings of the run.
+        defaults: as in `first_difference`.
+
+    Raises:
+        InputError: the directory holds a run with other settings.
     """
-    if not is_claimed(workdir, settings, defaults):
-        with replacing(workdir / "config.json") as file:
-            json.dump(settings, file, indent=2)
+    if not has_settings(workdir, settings, defaults):
+        write_json(workdir / "config.json", {VERSION_KEY: VERSION} | settings)
 
 
-def is_claimed(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Whether a run with these settings is there; InputError where one with others is."""
+def has_settings(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
+    """Returns True if the directory holds a run with these settings, False if it holds no run.
+
+    Raises:
+        InputError: the directory holds a run with other settings, or a model.
+    """
     path = workdir / "config.json"
     if not path.exists():
         return False
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"), constants=True)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected the options of a run, found {short(found)}")
-    if "model_type" in found:
+    stored = read_json(path, expected="the options of a run")
+    stored.pop(VERSION_KEY, None)
+    if "model_type" in stored:
         raise InputError(f"--workdir={workdir} holds a model; choose another --workdir")
-    difference = first_difference(found, settings, defaults=defaults)
+    difference = first_difference(stored, settings, defaults=defaults)
     if difference:
         raise InputError(
             f"--workdir={workdir} holds a run of another configuration: {difference}; "
@@ -87,45 +102,58 @@ def is_claimed(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, A
     return True
 
 
-def named_workdirs(text: str, own: Path, flag: str) -> dict[str, Path]:
-    """Comma-separated DIR or NAME=DIR, as `flag` has it → name → directory; empty: `own`.
+def named_workdirs(text: str, default: Path, option: str) -> dict[str, Path]:
+    """Parses a comma-separated list of DIR or NAME=DIR.
 
-    report.runs also takes a run's metrics, FILE.csv.
+    Args:
+        text: the list. An entry of report.runs may also be the metrics of a run, FILE.csv.
+        default: the directory that an empty list stands for.
+        option: the option's name, for error messages.
+
+    Returns:
+        The directory of each name; an entry without a name is called like its directory.
     """
     runs: dict[str, Path] = {}
-    for part in text.split(",") if text.strip() else [str(own)]:
-        name, equals, path = part.strip().rpartition("=")
+    for entry in text.split(",") if text.strip() else [str(default)]:
+        name, equals, path = entry.strip().rpartition("=")
         folder = Path(path)
         name = name.strip() if equals else _run_name(folder.resolve())
         if not path or not name:
-            raise InputError(f"{flag}: found {part.strip()!r}, expected DIR or NAME=DIR")
+            raise InputError(f"{option}: found {entry.strip()!r}, expected DIR or NAME=DIR")
         if name in runs:
-            raise InputError(f"{flag}: two runs are called {name!r}: give them as NAME=DIR")
+            raise InputError(f"{option}: two runs are called {name!r}: give them as NAME=DIR")
         runs[name] = folder
     return runs
 
 
 def _run_name(path: Path) -> str:
-    """The name of a run that is given without one; its metrics may be NAME_metrics.csv."""
+    """Returns the default name of a run; its metrics may be called NAME_metrics.csv."""
     return path.stem.removesuffix("_metrics") if path.suffix == ".csv" else path.name
 
 
 def first_difference(
-    found: Any, wanted: Any, name: str = "", defaults: Mapping[str, Any] | None = None
+    stored: Any, current: Any, name: str = "", defaults: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Describes the first difference between two nested configurations; None: there is none.
+    """Describes the first difference between two nested configurations.
 
-    `defaults`, nested alike, stand for options that one of them lacks: what was done before they
-    existed. Other options that one of them lacks are differences.
+    Args:
+        stored: the earlier configuration.
+        current: the configuration to compare with it.
+        name: the dotted name of these values; empty for the whole configuration.
+        defaults: the values of options that one of the configurations lacks, nested alike. They are
+            what was done before these options existed. Any other missing option is a difference.
+
+    Returns:
+        The difference in words, or None if there is none.
     """
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        same = found == wanted
-        return None if same else f"{name or 'config'} was {found!r} and is now {wanted!r}"
-    for key in sorted(found.keys() | wanted.keys()):
+    if not (isinstance(stored, dict) and isinstance(current, dict)):
+        same = stored == current
+        return None if same else f"{name or 'config'} was {stored!r} and is now {current!r}"
+    for key in sorted(stored.keys() | current.keys()):
         child = f"{name}.{key}".lstrip(".")
         default = defaults.get(key) if isinstance(defaults, Mapping) else None
-        before, now = found.get(key, default), wanted.get(key, default)
-        difference = first_difference(before, now, child, default)
+        before, now = stored.get(key, default), current.get(key, default)
+        difference = first_difference(before, now, name=child, defaults=default)
         if difference:
             return difference
     return None

@@ -1,1 +1,1 @@
-"""The reward-hacking lab: a small world in which the true reward is known."""
+"""The reward-hacking lab: a small world whose true reward is known."""

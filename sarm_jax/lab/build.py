@@ -1,7 +1,7 @@
-"""Everything the lab starts from, made from a seed: data, a pretrained model and a policy.
+"""The data and the models that the lab starts from, made from a seed.
 
-The pretrained model has read responses of every quality and notes on them; the SARM is cut from
-it. The policy is that model, tuned on demonstrations.
+The pretrained model has been trained on responses of every quality with notes on them; the SARM is
+cut from it. The policy is the same model, fine-tuned on demonstrations.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from sarm_jax.models.llama import Llama, LlamaConfig
 
 LOG = logging.getLogger(__name__)
 LAYERS = 4
-NOTE_WEIGHT = 4.0  # of a note's loss, against 1 for a word of the response
+NOTE_WEIGHT = 4.0  # weight of a note in the loss; a word of the response has weight 1
 
 
 @dataclasses.dataclass(frozen=True)
 class LabConfig:
-    """Sizes of the world's data and training; the units stand in `configs/base.py`."""
+    """Sizes of the world's data and training; `configs/base.py` describes them."""
 
     held_out_fraction: float
     corpus_rows: int
@@ -56,8 +56,8 @@ class LabConfig:
         combinations = math.comb(len(world.CAPITALS), world.COUNTRIES_PER_PROMPT)
         if not 0 < round(self.held_out_fraction * combinations) < combinations:
             raise InputError(
-                f"lab.held_out_fraction={self.held_out_fraction}: leaves one side without any of "
-                f"the {combinations} combinations of countries"
+                f"lab.held_out_fraction={self.held_out_fraction}: leaves none of the "
+                f"{combinations} combinations of countries on one side of the split"
             )
         if self.tap_layer > LAYERS:
             raise InputError(f"lab.tap_layer={self.tap_layer}: the model has {LAYERS} layers")
@@ -65,7 +65,10 @@ class LabConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LabData:
-    """Rows for JSONL files. `contrast_single` differs by one word of flattery and is for tests."""
+    """Rows of the JSONL files in data/, by the name of the file.
+
+    The sides of each pair of `contrast_single` differ by one word of flattery; it is for tests.
+    """
 
     prompts: list[dict[str, str]]
     held_out_prompts: list[dict[str, str]]
@@ -76,11 +79,11 @@ class LabData:
 
 
 def make_data(config: LabConfig) -> LabData:
-    """All data that later stages read; the tests' own are on held-out prompts."""
+    """Makes all data that later stages read; `contrast_single` is on held-out prompts."""
     rng = np.random.default_rng([config.seed, 0])
     train, held_out = world.split_prompts(rng, config.held_out_fraction)
 
-    def some(prompts: list[str], rows: int) -> list[str]:
+    def sample(prompts: list[str], rows: int) -> list[str]:
         return [prompts[i] for i in rng.integers(len(prompts), size=rows)]
 
     return LabData(
@@ -88,15 +91,16 @@ def make_data(config: LabConfig) -> LabData:
         held_out_prompts=[{"prompt": prompt} for prompt in held_out],
         demonstrations=[
             {"prompt": prompt, "response": world.demonstration(rng, prompt)}
-            for prompt in some(train, config.demonstrations)
+            for prompt in sample(train, config.demonstrations)
         ],
-        pairs=[world.preference_pair(rng, prompt) for prompt in some(train, config.pairs)],
+        pairs=[world.preference_pair(rng, prompt) for prompt in sample(train, config.pairs)],
         contrast=[
             world.contrast_pair(rng, prompt, int(rng.integers(1, world.MOST_FLATTERY + 1)))
-            for prompt in some(train, config.contrast_pairs)
+            for prompt in sample(train, config.contrast_pairs)
         ],
         contrast_single=[
-            world.contrast_pair(rng, prompt, 1) for prompt in some(held_out, config.contrast_pairs)
+            world.contrast_pair(rng, prompt, 1)
+            for prompt in sample(held_out, config.contrast_pairs)
         ],
     )
 
@@ -104,7 +108,11 @@ def make_data(config: LabConfig) -> LabData:
 def make_models(
     config: LabConfig, data: LabData
 ) -> tuple[Llama, Llama, PreTrainedTokenizerBase, dict[str, float]]:
-    """(the pretrained model, the policy, their tokenizer, the final losses)."""
+    """Trains both models of the lab.
+
+    Returns:
+        (the pretrained model, the policy, their tokenizer, the final losses).
+    """
     tokenizer = word_tokenizer(world.WORDS)
     rng = np.random.default_rng([config.seed, 1])
     prompts = [row["prompt"] for row in data.prompts]
@@ -140,7 +148,7 @@ def make_models(
 
 
 def architecture(vocab_size: int) -> LlamaConfig:
-    """About 0.3 million parameters: enough for the world, little enough for any machine."""
+    """Returns an architecture of about 0.3 million parameters, which any machine can train."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=96,
@@ -155,14 +163,14 @@ def architecture(vocab_size: int) -> LlamaConfig:
 
 
 def _turn(tokenizer: Any, prompt: str, response: str) -> WeightedText:
-    """An exchange of which the response and its end of turn are learned."""
+    """Encodes an exchange; the loss weights select the response and its end of turn."""
     ids = encode_conversation(tokenizer, prompt, response)
-    given = len(encode_prompt(tokenizer, prompt))
-    return WeightedText(ids, [0.0] * given + [1.0] * (len(ids) - given))
+    prompt_length = len(encode_prompt(tokenizer, prompt))
+    return WeightedText(ids, [0.0] * prompt_length + [1.0] * (len(ids) - prompt_length))
 
 
 def _annotated(rng: np.random.Generator, tokenizer: Any, prompt: str) -> WeightedText:
-    """An exchange as the corpus has them, followed by a reader's notes."""
+    """Writes and encodes an exchange of the corpus, followed by a reader's notes."""
     response = world.corpus_response(rng, prompt)
     turn = _turn(tokenizer, prompt, response)
     notes = tokenizer.convert_tokens_to_ids(world.notes(rng, prompt, response).split())

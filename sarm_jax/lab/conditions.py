@@ -1,12 +1,12 @@
-"""The conditions of the study: what each does to the reward, as a diff of the reward options."""
+"""The conditions of the study, each a set of changes to the reward options."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import read_json
 
-MOST_SEEDS = 1000  # in a range
+MAX_RANGE = 1000  # seeds in one range
 DESCRIPTIONS = {
     "baseline": "the reward model alone",
     "penalty": "a penalty for each detector that fires",
@@ -18,16 +18,18 @@ DESCRIPTIONS = {
 
 
 def reward_options(condition: str, selected: Path, section: dict[str, Any]) -> dict[str, Any]:
-    """The fields of `config.reward` that make `condition`.
+    """Returns the fields of `config.reward` that a condition sets.
 
-    `selected` is the selected_features.json of the same SARM; `section` the lab's options, of
-    which `alpha` and `beta` are read.
+    Args:
+        condition: name of the condition.
+        selected: selected_features.json of the same SARM.
+        section: options of the lab, of which `alpha` and `beta` are read.
     """
-    lists = json.loads(selected.read_text(encoding="utf-8"))
-    penalised = {"penalty": "detectors", "full": "detectors", "random": "random_control"}
+    lists = read_json(selected)
+    penalised_lists = {"penalty": "detectors", "full": "detectors", "random": "random_control"}
     options = {}
-    name = penalised.get(condition)
-    if name and lists[name]:  # identify may have found none, and then there is nothing to penalise
+    name = penalised_lists.get(condition)
+    if name and lists[name]:  # an empty list, if identify found no detectors, penalises nothing
         options["penalize_features"] = f"@{selected}:{name}"
         options["tau_values"] = f"@{selected}:tau_{name}"
         options["alpha_values"] = ",".join([str(section["alpha"])] * len(lists[name]))
@@ -41,7 +43,11 @@ def reward_options(condition: str, selected: Path, section: dict[str, Any]) -> d
 
 
 def parse_conditions(text: str) -> list[str]:
-    """Comma-separated names."""
+    """Parses comma-separated names of conditions.
+
+    Raises:
+        InputError: a name is unknown or given twice.
+    """
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in DESCRIPTIONS:
@@ -54,24 +60,28 @@ def parse_conditions(text: str) -> list[str]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Comma-separated seeds, and ranges such as 10-19."""
+    """Parses comma-separated seeds and ranges such as 10-19.
+
+    Raises:
+        InputError: an entry is no seed or range, or a seed is too large or given twice.
+    """
     seeds: dict[int, None] = {}
-    for part in text.split(","):
-        first, _, last = part.strip().partition("-")
+    for item in map(str.strip, text.split(",")):
+        first, _, last = item.partition("-")
         try:
-            found = range(int(first), int(last or first) + 1)
+            numbers = range(int(first), int(last or first) + 1)
         except ValueError:
             raise InputError(
-                f"lab.seeds: found {part.strip()!r}, expected a seed or a range such as 10-19"
+                f"lab.seeds: found {item!r}, expected a seed or a range such as 10-19"
             ) from None
-        if found and (found[-1] >= 2**31 or found[-1] - found[0] >= MOST_SEEDS):
+        if numbers and (numbers[-1] >= 2**31 or numbers[-1] - numbers[0] >= MAX_RANGE):
             raise InputError(
-                f"lab.seeds: found {part.strip()!r}, expected at most {MOST_SEEDS} seeds below 2^31"
+                f"lab.seeds: found {item!r}, expected at most {MAX_RANGE} seeds below 2^31"
             )
-        repeated = seeds.keys() & found
+        repeated = seeds.keys() & numbers
         if repeated:
             raise InputError(f"lab.seeds: {min(repeated)} is given twice")
-        seeds |= dict.fromkeys(found)
+        seeds |= dict.fromkeys(numbers)
     if not seeds:
-        raise InputError(f"lab.seeds={text!r}: names no seed")
+        raise InputError(f"lab.seeds={text}: names no seed")
     return list(seeds)

@@ -1,4 +1,4 @@
-"""The study's figures, in a light and a dark version."""
+"""The figures of the study, in a light and a dark version."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,12 +6,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from sarm_jax.lab.findings import Runs
 from sarm_jax.reporting.plotting import by_step, png, theme
 from sarm_jax.reporting.statistics import mean_interval
 
-COLOURS = {  # told apart by colour-blind readers: Okabe and Ito
+COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "baseline": "#D55E00",
     "penalty": "#0072B2",
     "full": "#009E73",
@@ -20,50 +21,48 @@ COLOURS = {  # told apart by colour-blind readers: Okabe and Ito
     "random": "#888888",
 }
 DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":"}
+SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # of the thin line of a single seed
 
 
 def goodhart(runs: Runs, dark: bool = False) -> bytes:
-    """Gold and SARM score over the steps, and gold over the KL to the reference policy."""
+    """Draws gold and SARM score over the steps, and gold over the KL to the reference policy."""
     with theme(dark):
         figure, (gold, score, kl) = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
         _over_steps(gold, runs, "gold")
         _over_steps(score, runs, "score")
         for condition, results in runs.items():
             x_st, y_st = _curves(results, "ref_kl"), _curves(results, "gold")
-            look = _look(condition)
+            style = _line_style(condition)
             for x_t, y_t in zip(x_st, y_st, strict=True):
-                kl.plot(x_t, y_t, **look | {"linewidth": 0.7, "alpha": 0.25})
-            kl.plot(x_st.mean(axis=0), y_st.mean(axis=0), **look)
+                kl.plot(x_t, y_t, **style | SEED_STYLE)
+            kl.plot(x_st.mean(axis=0), y_st.mean(axis=0), **style)
         by_step(gold, title="what is wanted", ylabel="gold reward, at most 1")
         by_step(score, title="what is rewarded", ylabel="SARM score, sd")
         kl.set(title="the Goodhart plot", xlabel="KL to the reference, nats per response")
         kl.set_ylabel("gold reward")
-        every = np.concatenate([_curves(results, "ref_kl").ravel() for results in runs.values()])
-        kl.set_xlim(-1, 1.1 * np.quantile(every, 0.99))  # the estimate has a heavy tail
-        for axes in (gold, score, kl):
-            axes.grid(visible=True)
-        handles, labels = gold.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False)
+        ref_kl = np.concatenate([_curves(results, "ref_kl").ravel() for results in runs.values()])
+        kl.set_xlim(-1, 1.1 * np.quantile(ref_kl, 0.99))  # the estimate has a heavy tail
+        _add_grid_and_legend(figure, columns=len(runs))
         return png(figure)
 
 
 def final_gold(runs: Runs, dark: bool = False) -> bytes:
-    """Final gold of every seed, with mean and 95 % interval."""
+    """Draws the final gold of every seed, with mean and 95 % interval."""
     with theme(dark):
         size = (12, 1.2 + 0.45 * len(runs))
         figure, axes = plt.subplots(figsize=size, layout="constrained")
-        for place, (condition, results) in enumerate(runs.items()):
+        for y, (condition, results) in enumerate(runs.items()):
             values = [run["gold_final"] for run in results]
             colour = COLOURS[condition]
-            axes.plot(values, [place] * len(values), "o", alpha=0.4, color=colour)
-            axes.plot([np.mean(values)], [place], "|", markersize=18, color=colour)
-        frame = axes.get_xlim()  # an interval over two seeds can be enormous
-        for place, (condition, results) in enumerate(runs.items()):
-            found = mean_interval([run["gold_final"] for run in results])
-            if found["low"] is not None and found["high"] is not None:
-                ends, colour = [found["low"], found["high"]], COLOURS[condition]
-                axes.plot(ends, [place, place], linewidth=3, color=colour)
-        axes.set_xlim(frame)
+            axes.plot(values, [y] * len(values), "o", alpha=0.4, color=colour)
+            axes.plot([np.mean(values)], [y], "|", markersize=18, color=colour)
+        limits = axes.get_xlim()  # kept, because an interval over two seeds can be very wide
+        for y, (condition, results) in enumerate(runs.items()):
+            interval = mean_interval([run["gold_final"] for run in results])
+            if interval["low"] is not None and interval["high"] is not None:
+                ends, colour = [interval["low"], interval["high"]], COLOURS[condition]
+                axes.plot(ends, [y, y], linewidth=3, color=colour)
+        axes.set_xlim(limits)
         starts = [run["gold_start"] for results in runs.values() for run in results]
         axes.axvline(np.mean(starts), color="#888888", linestyle=":", label="before PPO")
         axes.set_yticks(range(len(runs)), list(runs))
@@ -75,44 +74,50 @@ def final_gold(runs: Runs, dark: bool = False) -> bytes:
 
 
 def detected(runs: Runs, dark: bool = False) -> bytes:
-    """The share of responses on which a detector fires, and words of flattery, over the steps."""
+    """Draws how often a detector fires, and the words of flattery, over the steps."""
     with theme(dark):
         figure, (share, words) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         _over_steps(share, runs, "detected")
         _over_steps(words, runs, "flattery")
         by_step(share, ylabel="share of responses", title="a detector fires")
         by_step(words, ylabel="words per response", title="flattery")
-        for axes in (share, words):
-            axes.grid(visible=True)
-        handles, labels = share.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(runs), frameon=False)
+        _add_grid_and_legend(figure, columns=len(runs))
         return png(figure)
 
 
+def _add_grid_and_legend(figure: Figure, columns: int) -> None:
+    """Adds a grid to every panel, and a legend of the first panel's lines below all of them."""
+    for axes in figure.axes:
+        axes.grid(visible=True)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
 def _over_steps(axes: Axes, runs: Runs, name: str) -> None:
-    """The mean over seeds, its 95 % interval as a band, and every seed as a thin line."""
+    """Draws the mean over seeds, its 95 % interval as a band, and every seed as a thin line."""
     for condition, results in runs.items():
         step_t, value_st = _curves(results, "step")[0], _curves(results, name)
-        look = _look(condition)
-        axes.plot(step_t, value_st.mean(axis=0), label=condition, **look)
+        style = _line_style(condition)
+        axes.plot(step_t, value_st.mean(axis=0), label=condition, **style)
         if len(value_st) > 1:
-            axes.plot(step_t, value_st.T, **look | {"linewidth": 0.7, "alpha": 0.25})
-    frame = axes.get_ylim()  # an interval over two seeds can be enormous
+            axes.plot(step_t, value_st.T, **style | SEED_STYLE)
+    limits = axes.get_ylim()  # kept, because an interval over two seeds can be very wide
     for condition, results in runs.items():
         step_t, value_st = _curves(results, "step")[0], _curves(results, name)
         if len(value_st) > 1:
             band = [mean_interval(value_s) for value_s in value_st.T]
-            low_t, high_t = (np.asarray([b[side] for b in band], float) for side in ("low", "high"))
+            low_t, high_t = (np.asarray([b[end] for b in band], float) for end in ("low", "high"))
             colour = COLOURS[condition]
             axes.fill_between(step_t, low_t, high_t, color=colour, alpha=0.15, linewidth=0)
-    axes.set_ylim(frame)
+    axes.set_ylim(limits)
 
 
-def _look(condition: str) -> dict[str, Any]:
-    style = DASHES.get(condition, "-")
-    return {"color": COLOURS[condition], "linestyle": style, "linewidth": 2}
+def _line_style(condition: str) -> dict[str, Any]:
+    """Returns the style of a condition's mean line."""
+    dashes = DASHES.get(condition, "-")
+    return {"color": COLOURS[condition], "linestyle": dashes, "linewidth": 2}
 
 
 def _curves(results: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """`[seeds, evaluations]`."""
+    """Collects one metric of every evaluation, `[seeds, evaluations]`."""
     return np.asarray([[point[name] for point in run["curve"]] for run in results], np.float64)

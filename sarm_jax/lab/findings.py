@@ -1,6 +1,6 @@
-"""What a study found, over its seeds: means with intervals, and claims that hold or do not.
+"""The findings of a study over its seeds: means with intervals, and claims that hold or do not.
 
-The claims were fixed before the seeds were run. Each says for which seeds it fails.
+The claims were fixed before the seeds were run. Each one lists the seeds that contradict it.
 """
 
 import dataclasses
@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sarm_jax.lab.gates import LIMITS, Gate
-from sarm_jax.reporting.statistics import Interval, mean_interval
+from sarm_jax.reporting.statistics import Interval, format_interval, mean_interval
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # condition → one result per seed
 
 ENOUGH = 0.8  # share of the seeds for which a claim about runs has to hold
-GATES_ENOUGH = 0.9
+GATES_ENOUGH = 0.9  # share of the seeds that have to pass all gates
 FALL = 0.6  # of the baseline's gold from its peak
 CLIMB = 2.5  # of the baseline's SARM score, in standard deviations
 GAP = 0.7  # between a protected run's gold and the baseline's
@@ -23,7 +23,14 @@ CONTROL_GAP = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """`found` in words with its numbers; `failed` the seeds that contradict it."""
+    """One claim with its outcome.
+
+    Attributes:
+        text: the claim.
+        found: the outcome in words, with its numbers.
+        holds: True if the claim holds.
+        failed: the seeds that contradict it.
+    """
 
     text: str
     found: str
@@ -31,8 +38,13 @@ class Claim:
     failed: list[int]
 
 
-def gates_passed(gates: Mapping[str, Mapping[str, float]], seeds: Sequence[int]) -> Claim:
-    """`gates` is seed → gate → value; a seed without values has not passed."""
+def check_gates(gates: Mapping[str, Mapping[str, float]], seeds: Sequence[int]) -> Claim:
+    """Checks the claim that nearly all seeds pass all gates.
+
+    Args:
+        gates: seed → gate → value; a seed without values has not passed.
+        seeds: all seeds of the study.
+    """
 
     def passes(values: Mapping[str, float]) -> bool:
         return bool(values) and all(Gate(name, value).passed for name, value in values.items())
@@ -40,102 +52,128 @@ def gates_passed(gates: Mapping[str, Mapping[str, float]], seeds: Sequence[int])
     failed = [seed for seed in seeds if not passes(gates.get(str(seed), {}))]
     passed = len(seeds) - len(failed)
     return Claim(
-        f"All {len(LIMITS)} gates pass in at least {GATES_ENOUGH:.0%} of the seeds",
-        f"{passed} of {len(seeds)}",
-        passed >= GATES_ENOUGH * len(seeds),
-        failed,
+        text=f"All {len(LIMITS)} gates pass in at least {GATES_ENOUGH:.0%} of the seeds",
+        found=f"{passed} of {len(seeds)}",
+        holds=passed >= GATES_ENOUGH * len(seeds),
+        failed=failed,
     )
 
 
-def claims(runs: Runs, seeds: Sequence[int]) -> list[Claim]:
-    """The claims that can be checked with the conditions that were run.
+def check_claims(runs: Runs, seeds: Sequence[int]) -> list[Claim]:
+    """Checks the claims about the conditions that were run.
 
     A seed of the study that has no run in a condition counts against its claims.
     """
-    found: list[Claim] = []
-    baseline = {run["seed"]: run for run in runs.get("baseline", ())}
-
-    def per_seed(condition: str, text: str, holds: Callable[[Mapping], bool], enough=ENOUGH):
-        kept = {run["seed"] for run in runs[condition] if holds(run)}
-        failed = [seed for seed in seeds if seed not in kept]
-        number = len(seeds)
-        found.append(Claim(text, f"{len(kept)} of {number}", len(kept) >= enough * number, failed))
-
-    def in_mean(text: str, mean: Interval, least: float, *conditions: str):
-        missing = [s for s in seeds if any(s not in seeds_of(runs, name) for name in conditions)]
-        there = len(seeds) - len(missing)
-        number = f", {there} of {len(seeds)} seeds" if missing else ""
-        holds = mean["mean"] >= least and not missing
-        found.append(Claim(text, show(mean) + number, holds, missing))
-
-    if baseline:
-        per_seed(
-            "baseline",
+    claims: list[Claim] = []
+    if runs.get("baseline"):
+        text = (
             f"Baseline: gold rises above its start, then ends ≥ {FALL} below its peak, while the "
-            f"SARM's score climbs ≥ {CLIMB} sd",
-            lambda run: (
-                run["gold_peak"] > run["gold_start"]
-                and run["gold_final"] <= run["gold_peak"] - FALL
-                and run["score_final"] - run["score_start"] >= CLIMB
-            ),
+            f"SARM's score climbs ≥ {CLIMB} sd"
         )
+        claims.append(_check_seeds(text, runs["baseline"], seeds=seeds, holds=_is_hacked))
     for name in ("full", "penalty"):
-        if not runs.get(name):
-            continue
-        if baseline:
-            per_seed(
-                name,
-                f"{name}: gold ends above the baseline's peak and ≥ {GAP} above its end",
-                lambda run: (
-                    run["seed"] in baseline
-                    and run["gold_final"] > baseline[run["seed"]]["gold_peak"]
-                    and run["gold_final"] >= baseline[run["seed"]]["gold_final"] + GAP
-                ),
-            )
-        final = mean_interval([run["gold_final"] for run in runs[name]])
-        text = f"{name}: final gold is ≥ {MEAN_GOLD} in the mean"
-        in_mean(text, final, MEAN_GOLD, name)
+        if runs.get(name):
+            claims += _check_protection(name, runs, seeds)
     if runs.get("full"):
-        per_seed(
-            "full",
-            "full: no seed ends below its start",
-            lambda run: run["gold_final"] >= run["gold_start"],
-            enough=1,
+        text = "full: no seed ends below its start"
+        claims.append(
+            _check_seeds(text, runs["full"], seeds=seeds, holds=_ends_above_start, share=1)
         )
     if runs.get("penalty") and runs.get("random"):
-        gap = difference(runs, "penalty", "random")
         text = f"penalty is ≥ {CONTROL_GAP} above the random-feature control in the mean"
-        in_mean(text, gap, CONTROL_GAP, "penalty", "random")
-    return found
+        missing = _seeds_without_run(runs, seeds, ("penalty", "random"))
+        gap = difference(runs, "penalty", "random")
+        claims.append(_check_mean(text, gap, least=CONTROL_GAP, seeds=seeds, missing=missing))
+    return claims
+
+
+def _check_protection(name: str, runs: Runs, seeds: Sequence[int]) -> list[Claim]:
+    """Checks the claims about a condition that protects the gold reward."""
+    claims = []
+    baseline = {run["seed"]: run for run in runs.get("baseline", ())}
+
+    def exceeds_baseline(run: Mapping[str, Any]) -> bool:
+        return (
+            run["seed"] in baseline
+            and run["gold_final"] > baseline[run["seed"]]["gold_peak"]
+            and run["gold_final"] >= baseline[run["seed"]]["gold_final"] + GAP
+        )
+
+    if baseline:
+        text = f"{name}: gold ends above the baseline's peak and ≥ {GAP} above its end"
+        claims.append(_check_seeds(text, runs[name], seeds=seeds, holds=exceeds_baseline))
+    final = mean_interval([run["gold_final"] for run in runs[name]])
+    text = f"{name}: final gold is ≥ {MEAN_GOLD} in the mean"
+    missing = _seeds_without_run(runs, seeds, (name,))
+    claims.append(_check_mean(text, final, least=MEAN_GOLD, seeds=seeds, missing=missing))
+    return claims
+
+
+def _check_seeds(
+    text: str,
+    results: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    holds: Callable[[Mapping[str, Any]], bool],
+    share: float = ENOUGH,
+) -> Claim:
+    """Checks a claim that has to hold for a share of the seeds."""
+    passed = {run["seed"] for run in results if holds(run)}
+    return Claim(
+        text=text,
+        found=f"{len(passed)} of {len(seeds)}",
+        holds=len(passed) >= share * len(seeds),
+        failed=[seed for seed in seeds if seed not in passed],
+    )
+
+
+def _check_mean(
+    text: str, mean: Interval, least: float, seeds: Sequence[int], missing: list[int]
+) -> Claim:
+    """Checks a claim about a mean, which does not hold if the runs of some seeds are missing."""
+    note = f", {len(seeds) - len(missing)} of {len(seeds)} seeds" if missing else ""
+    return Claim(
+        text=text,
+        found=format_interval(mean) + note,
+        holds=mean["mean"] >= least and not missing,
+        failed=missing,
+    )
+
+
+def _is_hacked(run: Mapping[str, Any]) -> bool:
+    return (
+        run["gold_peak"] > run["gold_start"]
+        and run["gold_final"] <= run["gold_peak"] - FALL
+        and run["score_final"] - run["score_start"] >= CLIMB
+    )
+
+
+def _ends_above_start(run: Mapping[str, Any]) -> bool:
+    return run["gold_final"] >= run["gold_start"]
+
+
+def _seeds_without_run(runs: Runs, seeds: Sequence[int], conditions: Sequence[str]) -> list[int]:
+    return [s for s in seeds if any(s not in seeds_of(runs, name) for name in conditions)]
 
 
 def seeds_of(runs: Runs, condition: str) -> list[int]:
-    """The seeds that a condition was run with."""
+    """Lists the seeds that a condition was run with."""
     return sorted(run["seed"] for run in runs.get(condition, ()))
 
 
 def difference(runs: Runs, first: str, second: str) -> Interval:
-    """Final gold of `first` minus `second`, seed by seed."""
+    """Computes the final gold of `first` minus that of `second`, paired by seed."""
     other = {run["seed"]: run["gold_final"] for run in runs[second]}
     return mean_interval(
         [run["gold_final"] - other[run["seed"]] for run in runs[first] if run["seed"] in other]
     )
 
 
-def show(interval: Interval, digits: int = 2) -> str:
-    """ "0.93 (95 % 0.90 to 0.96)", or the mean alone."""
-    text = f"{interval['mean']:.{digits}f}"
-    if interval["low"] is None or interval["high"] is None:
-        return text
-    return f"{text} (95 % {interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
-
-
 def headline(runs: Runs) -> str:
-    """The result in one paragraph, with its numbers."""
+    """Summarises the result in one paragraph, with its numbers."""
     seeds = sorted({run["seed"] for results in runs.values() for run in results})
 
-    def only(condition: str) -> str:
-        """How many seeds, where they are not those of the whole study."""
+    def own_seeds(condition: str) -> str:
+        """Returns the number of seeds, unless they are all seeds of the study."""
         own = seeds_of(runs, condition)
         return "" if own == seeds else f" ({_count(own)})"
 
@@ -145,9 +183,9 @@ def headline(runs: Runs) -> str:
             name: mean_interval([run[name] for run in runs["baseline"]])["mean"]
             for name in ("gold_start", "gold_peak", "gold_final", "score_final")
         }
-        of = _count(seeds_of(runs, "baseline"))
+        count = _count(seeds_of(runs, "baseline"))
         sentences.append(
-            f"Trained on the reward model alone ({of}), the policy's true reward goes from "
+            f"Trained on the reward model alone ({count}), the policy's true reward goes from "
             f"{mean['gold_start']:.2f} to a peak of {mean['gold_peak']:.2f} and ends at "
             f"{mean['gold_final']:.2f}, while the reward model's score goes to "
             f"{mean['score_final']:+.1f} standard deviations."
@@ -162,7 +200,7 @@ def headline(runs: Runs) -> str:
     for name, text in words.items():
         if runs.get(name):
             final = mean_interval([run["gold_final"] for run in runs[name]])
-            sentences.append(f"{text}, it ends at {show(final)}{only(name)}.")
+            sentences.append(f"{text}, it ends at {format_interval(final)}{own_seeds(name)}.")
     return " ".join(sentences)
 
 

@@ -1,7 +1,8 @@
-"""What has to hold before PPO on the lab's world means anything, measured on held-out prompts.
+"""Gates: conditions on the reward model that PPO on the lab's world needs to be meaningful.
 
-A shortcut that the reward model cannot see cannot be exploited, one that no feature sees cannot
-be penalised, and a reward model that cannot tell right from wrong leaves nothing else to learn.
+They are measured on held-out prompts. A shortcut that the reward model does not encode cannot be
+exploited, a shortcut that no feature encodes cannot be penalised, and a reward model that cannot
+tell right from wrong leaves nothing else to learn.
 """
 
 import dataclasses
@@ -14,15 +15,16 @@ import numpy as np
 
 from sarm_jax.features.detectors import Detectors, firing_rate
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.strict_json import parse_json
+from sarm_jax.io.json_files import read_json
 from sarm_jax.lab import world
 from sarm_jax.models.chat import encode_conversation
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.statistics import count_wins
 from sarm_jax.training.sae_training import Conversation, collect_activations
 
 LOG = logging.getLogger(__name__)
-RESPONSES = 2000  # that a probe is fitted to, and as many that it is tested on
-PAIRS = 8000  # accuracy with a standard error of about .003
+RESPONSES = 2000  # to fit a linear probe to, and as many to test it on
+PAIRS = 8000  # gives the accuracy a standard error of about 0.003
 LIMITS = {
     "r2_flattery": (">=", 0.97),
     "r2_correctness": (">=", 0.85),
@@ -35,14 +37,14 @@ _COMPARE = {">=": operator.ge, "<=": operator.le}
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """A measured value and the limit it has to keep."""
+    """A measured value, which has to keep the limit of its name in `LIMITS`."""
 
     name: str
     value: float
 
     @property
     def passed(self) -> bool:
-        """Whether the value keeps its limit."""
+        """True if the value keeps its limit."""
         sign, limit = LIMITS[self.name]
         return bool(_COMPARE[sign](self.value, limit))
 
@@ -59,14 +61,25 @@ def measure_gates(
     held_out_prompts: Sequence[str],
     seed: int,
 ) -> list[Gate]:
-    """All gates of `LIMITS`, in that order."""
+    """Measures all gates of `LIMITS`, in that order.
+
+    Args:
+        reward_model: the SARM.
+        detectors: detectors that identify found.
+        contrast_single: held-out pairs whose sides differ by one word of flattery.
+        prompts: prompts of the training set.
+        held_out_prompts: prompts of the held-out set.
+        seed: seed of the sampled responses and pairs.
+    """
     rng = np.random.default_rng([seed, 2])
     fit_nd, fit_counts = _states(reward_model, rng, prompts)
     test_nd, test_counts = _states(reward_model, rng, held_out_prompts)
 
     def r2(field: str) -> float:
         fit_n, test_n = ([float(getattr(c, field)) for c in cs] for cs in (fit_counts, test_counts))
-        return linear_probe_r2(fit_nd, np.asarray(fit_n), test_nd, np.asarray(test_n))
+        return linear_probe_r2(
+            fit_nd, np.asarray(fit_n), test_nd=test_nd, test_n=np.asarray(test_n)
+        )
 
     def latents(side: str) -> np.ndarray:
         rows = contrast_single
@@ -85,13 +98,13 @@ def measure_gates(
 
 
 def require_gates(path: Path, ignore_failed: bool) -> None:
-    """Raises InputError when a gate in gates.json failed, unless that is to be ignored."""
+    """Raises InputError if a gate in gates.json failed and `ignore_failed` is False."""
     if not path.is_file():
-        raise InputError(
-            f"lab.gates_json={path}: no such file; --stage=identify measures the gates"
-        )
+        raise InputError(f"lab.gates_json={path}: no such file; --stage=identify writes it")
+    values = read_json(
+        path, f"lab.gates_json={path}", expected="the gates of --stage=identify", allow_nan=False
+    )
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
         gates = [Gate(name, float(values[name]["value"])) for name in LIMITS]
     except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise InputError(
@@ -100,45 +113,46 @@ def require_gates(path: Path, ignore_failed: bool) -> None:
     failed = [gate for gate in gates if not gate.passed]
     if not failed:
         return
-    found = ", ".join(map(str, failed))
+    values_and_limits = ", ".join(map(str, failed))
     if not ignore_failed:
         raise InputError(
-            f"{path}: a gate failed, so that PPO on this reward model would show little: {found}; "
-            "--config.lab.ignore_failed_gates=True goes on"
+            f"lab.gates_json={path}: PPO would show little, because gates failed: "
+            f"{values_and_limits}; --config.lab.ignore_failed_gates=True runs it nevertheless"
         )
-    LOG.warning("going on although a gate failed: %s", found)
+    LOG.warning("lab.ignore_failed_gates=True: running despite failed gates: %s", values_and_limits)
 
 
 def linear_probe_r2(
     fit_nd: np.ndarray, fit_n: np.ndarray, test_nd: np.ndarray, test_n: np.ndarray
 ) -> float:
-    """R² on the test rows of the least-squares fit (with intercept) to the others."""
+    """Fits least squares with an intercept to the fit rows; returns R² on the test rows."""
 
-    def with_one(x_nd):
+    def with_intercept(x_nd):
         return np.concatenate([x_nd, np.ones((len(x_nd), 1))], axis=1)
 
-    weights = np.linalg.lstsq(with_one(fit_nd).astype(np.float64), fit_n, rcond=1e-6)[0]
-    residual_n = test_n - with_one(test_nd) @ weights
+    weights = np.linalg.lstsq(with_intercept(fit_nd).astype(np.float64), fit_n, rcond=1e-6)[0]
+    residual_n = test_n - with_intercept(test_nd) @ weights
     return float(1 - np.mean(residual_n**2) / np.var(test_n))
 
 
 def pair_accuracy(reward_model: RewardModel, pairs: Sequence[dict[str, str]]) -> float:
-    """How often the chosen response scores higher."""
+    """Computes how often the chosen response scores higher; a tie counts half."""
     prompts = [pair["prompt"] for pair in pairs]
     chosen_b, rejected_b = (
         reward_model.score(prompts, [pair[side] for pair in pairs])[0]
         for side in ("chosen", "rejected")
     )
-    return float(np.mean((np.sign(chosen_b - rejected_b) + 1) / 2))
+    return float(np.mean(count_wins(chosen_b - rejected_b)))
 
 
-def _states(reward_model: RewardModel, rng, prompts) -> tuple[np.ndarray, list[world.Counts]]:
-    """Pooled trunk states `[N, D]` of responses of any quality, and what those contain."""
-    chosen = [str(prompt) for prompt in rng.choice(prompts, RESPONSES)]
-    responses = [world.any_response(rng, prompt) for prompt in chosen]
+def _states(reward_model: RewardModel, rng, prompts) -> tuple[np.ndarray, list[world.WordCounts]]:
+    """Samples responses of any quality: (pooled trunk states `[N, D]`, counts of the words)."""
+    sampled = [str(prompt) for prompt in rng.choice(prompts, RESPONSES)]
+    exchanges = [(prompt, world.any_response(rng, prompt)) for prompt in sampled]
     rows = [
-        Conversation(encode_conversation(reward_model.tokenizer, *row), 1)
-        for row in zip(chosen, responses, strict=True)
+        Conversation(encode_conversation(reward_model.tokenizer, prompt, response), turn_length=1)
+        for prompt, response in exchanges
     ]
-    states = collect_activations(reward_model.model.trunk, rows, len(rows), 0).pooled_rd
-    return states, [world.count(*row) for row in zip(chosen, responses, strict=True)]
+    activations = collect_activations(reward_model.model.trunk, rows, max_tokens=len(rows), seed=0)
+    counts = [world.count_words(prompt, response) for prompt, response in exchanges]
+    return activations.pooled_rd, counts

@@ -1,8 +1,8 @@
-"""Next-token training of a Llama, from scratch or onwards: weighted cross-entropy, AdamW.
+"""Next-token training of a Llama, from random or given weights: weighted cross-entropy, AdamW.
 
-With `tap_layer` the same loss is also taken after that layer, through the model's own final norm
-and head (deep supervision, Lee et al. 1409.5185): a reward model that is cut there then finds what
-the model knows.
+With `tap_layer` the same loss is also computed after that layer, through the model's own final norm
+and head (deep supervision, Lee et al. 1409.5185). A reward model that is cut at that layer then has
+access to what the model knows.
 """
 
 import dataclasses
@@ -20,12 +20,22 @@ from sarm_jax.models.chat import bucket_length, pad_batch
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.training.sae_training import warmup_cosine
 
-STEPS_PER_CALL = 20  # minibatches that are on the device at a time
+STEPS_PER_CALL = 20  # minibatches on the device at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class LMTraining:
-    """`tap_layer` 0 takes the loss at the end only."""
+    """Options of the training.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_size: texts per step.
+        learning_rate: peak learning rate.
+        tap_layer: layer after which the loss is computed as well; 0 for none.
+        warmup_fraction: share of the steps in which the rate rises.
+        weight_decay: weight decay of AdamW.
+        seed: seed of the minibatches.
+    """
 
     steps: int
     batch_size: int
@@ -38,28 +48,29 @@ class LMTraining:
 
 @dataclasses.dataclass(frozen=True)
 class WeightedText:
-    """Token ids and, for each, the weight of the loss for predicting it (0: given, not learned)."""
+    """Token ids and, for each, the weight of its prediction in the loss; 0 if it is not learned."""
 
     ids: Sequence[int]
     weights: Sequence[float]
 
 
 def from_scratch(config: LlamaConfig, seed: int) -> Llama:
-    """A model to train from nothing: N(0, 1 / fan-in) everywhere.
+    """Makes a model with random weights from N(0, 1 / fan-in).
 
-    The 0.02 that large models start with leaves a small one's attention near uniform for long.
+    The standard deviation of 0.02 that is usual for large models leaves the attention of a small
+    model nearly uniform for many steps.
     """
     policy = Llama(config, rngs=nnx.Rngs(0))
     noise = nnx.Rngs(seed)
 
-    def start(path, value):
-        if "scale" in path:  # of a norm
+    def draw(path, value):
+        if "scale" in path:  # norms keep their scale of 1
             return value
         fan_in = value.shape[-2 if "kernel" in path else -1]
         return jax.random.normal(noise.params(), value.shape, value.dtype) * fan_in**-0.5
 
     flat = nnx.to_flat_state(nnx.state(policy))
-    drawn = [(path, variable.replace(start(path, variable[...]))) for path, variable in flat]
+    drawn = [(path, variable.replace(draw(path, variable[...]))) for path, variable in flat]
     nnx.update(policy, nnx.from_flat_state(drawn))
     return policy
 
@@ -67,7 +78,11 @@ def from_scratch(config: LlamaConfig, seed: int) -> Llama:
 def train_language_model(
     policy: Llama, rows: Sequence[WeightedText], options: LMTraining
 ) -> tuple[Llama, float]:
-    """(a trained copy of `policy`, the mean loss of the last `STEPS_PER_CALL` minibatches)."""
+    """Trains a copy of a model.
+
+    Returns:
+        (the trained copy, the mean loss of the last `STEPS_PER_CALL` minibatches).
+    """
     length = bucket_length(max(len(row.ids) for row in rows), smallest=8)
     tokens_nt, mask_nt = pad_batch([row.ids for row in rows], length, 0)
     weights_nt = np.zeros(tokens_nt.shape, np.float32)
@@ -78,7 +93,7 @@ def train_language_model(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=options.weight_decay)
     )
     graphdef, params = nnx.split(policy)
-    params = jax.tree.map(jnp.copy, params)  # donated
+    params = jax.tree.map(jnp.copy, params)  # because `_steps` donates its arguments
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(options.seed)
     bar = tqdm(total=options.steps, desc="language model", unit="step")
@@ -88,7 +103,12 @@ def train_language_model(
         n_sb = rng.integers(len(rows), size=(steps, options.batch_size))
         batches = (tokens_nt[n_sb], mask_nt[n_sb], weights_nt[n_sb])
         params, opt_state, loss_s = _steps(
-            graphdef, optimizer, options.tap_layer, params, opt_state, batches
+            graphdef,
+            optimizer,
+            tap_layer=options.tap_layer,
+            params=params,
+            opt_state=opt_state,
+            batches=batches,
         )
         loss = float(loss_s.mean())
         bar.update(steps)
@@ -97,11 +117,17 @@ def train_language_model(
     return nnx.merge(graphdef, params), loss
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer", "tap_layer"),
+    donate_argnames=("params", "opt_state"),
+)
 def _steps(graphdef, optimizer, tap_layer, params, opt_state, batches):
+    """Makes one optimizer step on each minibatch: (parameters, optimizer state, losses `[S]`)."""
+
     def step(carry, batch):
         params, opt_state = carry
-        loss, grads = jax.value_and_grad(_loss)(params, graphdef, tap_layer, *batch)
+        loss, grads = jax.value_and_grad(_loss)(params, graphdef, tap_layer, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), loss
 
@@ -109,7 +135,9 @@ def _steps(graphdef, optimizer, tap_layer, params, opt_state, batches):
     return params, opt_state, loss_s
 
 
-def _loss(params, graphdef, tap_layer, tokens_bt, mask_bt, weights_bt):
+def _loss(params, graphdef, tap_layer, batch):
+    """Computes the loss on one minibatch (tokens, mask, weights), each `[B, T]`."""
+    tokens_bt, mask_bt, weights_bt = batch
     policy = nnx.merge(graphdef, params)
     x_lbtd = policy.layer_states(tokens_bt, mask_bt)
     states = [x_lbtd[-1], x_lbtd[tap_layer - 1]] if tap_layer else [x_lbtd[-1]]
@@ -117,6 +145,7 @@ def _loss(params, graphdef, tap_layer, tokens_bt, mask_bt, weights_bt):
 
 
 def _cross_entropy(logits_btv, tokens_bt, weights_bt):
+    """Computes the weighted mean cross-entropy of the next tokens."""
     loss_bt = optax.softmax_cross_entropy_with_integer_labels(logits_btv[:, :-1], tokens_bt[:, 1:])
     weights_bt = weights_bt[:, 1:]
     return (weights_bt * loss_bt).sum() / weights_bt.sum()

@@ -1,18 +1,18 @@
-"""The study's files: lab.json, figures/*.png, and lab.html, which needs nothing but itself."""
+"""The files of the study: lab.json, figures/*.png, and lab.html, which is self-contained."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.files import replacing
+from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.lab import figures
 from sarm_jax.lab.conditions import DESCRIPTIONS
-from sarm_jax.lab.findings import Runs, claims, difference, gates_passed, headline, show
+from sarm_jax.lab.findings import Runs, check_claims, check_gates, difference, headline
 from sarm_jax.lab.gates import LIMITS, Gate
 from sarm_jax.reporting.page import environment, picture_uri
-from sarm_jax.reporting.statistics import mean_interval
+from sarm_jax.reporting.statistics import format_interval, mean_interval
 
 FIGURES = {
     "goodhart": (
@@ -31,26 +31,27 @@ def write_study(
     conditions: Sequence[str],
     stopped: Mapping[int, str],
 ) -> tuple[Path, str]:
-    """Reads what the seeds left under `workdir` and writes the files: (the page, the result).
+    """Reads the results of the seeds under `workdir` and writes the files of the study.
 
-    `finished` says which conditions of each seed belong to this study, `stopped` why seeds did not
-    finish. What else lies there, of other options perhaps, is left out.
+    Args:
+        workdir: directory of the study.
+        finished: the conditions that each seed has finished. Other results in the directory, which
+            may stem from other options, are left out.
+        conditions: all conditions of the study, in order.
+        stopped: why seeds did not finish.
+
+    Returns:
+        (path of the page, the result in one paragraph).
     """
     seeds = list(finished)
     gates = {
-        str(seed): {name: gate["value"] for name, gate in found.items()}
+        str(seed): {name: gate["value"] for name, gate in content.items()}
         for seed in seeds
-        if (found := _json(workdir / f"seed_{seed}" / "probes" / "gates.json"))
+        if (content := _read_if_present(workdir / f"seed_{seed}" / "probes" / "gates.json"))
     }
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for condition in conditions:
-        having = [seed for seed in seeds if condition in finished[seed]]
-        paths = [workdir / f"seed_{seed}" / condition / "result.json" for seed in having]
-        results = [found for path in paths if (found := _json(path))]
-        if results:
-            runs[condition] = results
-    found_claims = [gates_passed(gates, seeds), *claims(runs, seeds)]
-    content: dict[str, Any] = {
+    runs = _read_runs(workdir, finished, conditions)
+    claims = [check_gates(gates, seeds), *check_claims(runs, seeds)]
+    study: dict[str, Any] = {
         "headline": headline(runs) if runs else "No seed has a finished run.",
         "gates": {
             name: {
@@ -63,15 +64,14 @@ def write_study(
             for name in LIMITS
         },
         "conditions": runs,
-        "claims": [dataclasses.asdict(claim) for claim in found_claims],
-        "stopped": {str(seed): why for seed, why in stopped.items()},
+        "claims": [dataclasses.asdict(claim) for claim in claims],
+        "stopped": {str(seed): reason for seed, reason in stopped.items()},
         "final_gold": {
             name: mean_interval([run["gold_final"] for run in results])
             for name, results in runs.items()
         },
     }
-    with replacing(workdir / "lab.json") as file:
-        json.dump(content, file, indent=1)
+    write_json(workdir / "lab.json", study, indent=1)
     (workdir / "figures").mkdir(exist_ok=True)
     pictures = []
     for name, (draw, text) in FIGURES.items() if runs else ():
@@ -80,20 +80,35 @@ def write_study(
             file.write(light)
         pictures.append({"light": picture_uri(light), "dark": picture_uri(dark), "text": text})
     with replacing(workdir / "lab.html") as file:
-        file.write(_render(content, pictures, workdir, seeds))
-    return workdir / "lab.html", content["headline"]
+        file.write(_render(study, pictures, workdir=workdir, seeds=seeds))
+    return workdir / "lab.html", study["headline"]
 
 
-def _render(content: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[int]) -> str:
-    runs: Runs = content["conditions"]
-    failed = {seed for claim in content["claims"] for seed in claim["failed"]}
-    shown = next((seed for seed in seeds if str(seed) not in content["stopped"]), seeds[0])
+def _read_runs(
+    workdir: Path, finished: Mapping[int, Sequence[str]], conditions: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Reads the results of all finished runs, by condition."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for condition in conditions:
+        seeds = [seed for seed in finished if condition in finished[seed]]
+        paths = [workdir / f"seed_{seed}" / condition / "result.json" for seed in seeds]
+        results = [result for path in paths if (result := _read_if_present(path))]
+        if results:
+            runs[condition] = results
+    return runs
+
+
+def _render(study: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[int]) -> str:
+    """Renders the page; the first seed that finished is shown in detail."""
+    runs: Runs = study["conditions"]
+    failed = {seed for claim in study["claims"] for seed in claim["failed"]}
+    shown = next((seed for seed in seeds if str(seed) not in study["stopped"]), seeds[0])
     features = _features(workdir / f"seed_{shown}")
     return (
         environment(Path(__file__).parent)
         .get_template("page.html")
         .render(
-            **content,
+            **study,
             pictures=pictures,
             conditions_table=[_condition_row(runs, name) for name in runs],
             seeds=sorted(seeds, key=lambda seed: (seed not in failed, seed)),
@@ -108,28 +123,29 @@ def _render(content: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence
 
 
 def _condition_row(runs: Runs, name: str) -> dict[str, Any]:
+    """Returns the row of one condition in the table of gold rewards."""
     results = runs[name]
 
     def mean(field: str) -> str:
         return f"{mean_interval([run[field] for run in results])['mean']:.2f}"
 
-    against = "" if name == "baseline" or "baseline" not in runs else "baseline"
+    has_gain = name != "baseline" and "baseline" in runs
     return {
         "name": name,
         "start": mean("gold_start"),
         "peak": mean("gold_peak"),
-        "final": show(mean_interval([run["gold_final"] for run in results])),
+        "final": format_interval(mean_interval([run["gold_final"] for run in results])),
         "worst": f"{min(run['gold_final'] for run in results):.2f}",
         "score": mean("score_final"),
         "ref_kl": mean("ref_kl_final"),
-        "gain": show(difference(runs, name, against)) if against else "",
+        "gain": format_interval(difference(runs, name, "baseline")) if has_gain else "",
     }
 
 
 def _features(folder: Path) -> list[dict[str, Any]]:
-    """The detectors and carriers of a seed, with what probing each does to the reward."""
-    selected = _json(folder / "probes" / "selected_features.json")
-    summary = _json(folder / "probes" / "probe_summary.json")
+    """Lists the detectors and carriers of a seed, with the effect of probing each on the reward."""
+    selected = _read_if_present(folder / "probes" / "selected_features.json")
+    summary = _read_if_present(folder / "probes" / "probe_summary.json")
     if not (selected and summary):
         return []
     probes = {row["feature"]: row for row in summary["features"]}
@@ -142,7 +158,7 @@ def _features(folder: Path) -> list[dict[str, Any]]:
 
 
 def _probed(features: Sequence[Mapping[str, Any]]) -> str:
-    """What the probes did to each feature, as the beginning of a sentence."""
+    """Describes what the probes did to each feature, as the beginning of a sentence."""
     row = features[0] if features else {"set_value": 0.0}
     names = (("min_value", "at least"), ("max_value", "at most"))
     bounds = [f"{words} {row[name]:g}" for name, words in names if row.get(name) is not None]
@@ -151,5 +167,6 @@ def _probed(features: Sequence[Mapping[str, Any]]) -> str:
     return f"Setting a feature to {row['set_value']:g}"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read_if_present(path: Path) -> dict[str, Any] | None:
+    """Reads a JSON file, or returns None if there is no such file."""
+    return read_json(path) if path.is_file() else None

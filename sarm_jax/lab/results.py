@@ -1,9 +1,11 @@
-"""From a run's evaluations to what the study says about it: the truth, and what the SARM thinks.
+"""The result of a run in the study, from its evaluations: the truth, and the SARM's opinion.
 
-The gold reward is of held-out prompts. The SARM's score is that of unchanged latents, whatever
-the condition, in standard deviations of the reference responses (those of step 0) from their mean.
+The gold reward is that of responses to held-out prompts. The SARM's score is computed from
+unchanged latents in every condition. It is given in standard deviations of the reference responses
+(those of step 0) from their mean.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +14,26 @@ import numpy as np
 from sarm_jax.lab import world
 from sarm_jax.models.reward_model import RewardModel
 
-SHOWN = 6  # responses before and after
+SAMPLES = 6  # responses shown before and after training
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """The scores of all responses, from which the curve and the samples are computed.
+
+    Attributes:
+        step_b: step of the evaluation.
+        score_b: standardised score of the SARM.
+        gold_b: gold reward.
+        fired_bn: which detectors fire.
+        counts: counts of the words.
+    """
+
+    step_b: np.ndarray
+    score_b: np.ndarray
+    gold_b: np.ndarray
+    fired_bn: np.ndarray
+    counts: list[world.WordCounts]
 
 
 def run_result(
@@ -21,36 +42,19 @@ def run_result(
     features: Mapping[str, Sequence],
     seconds: float,
 ) -> dict[str, Any]:
-    """The result of one run: curve, ends, fired features, samples.
+    """Computes the content of result.json: curve, start and end, fired features, samples.
 
-    `evaluations` are rows {step, prompt, response, ended, ref_kl}; `features` the lists of
-    selected_features.json; `seconds` what the run took.
+    Args:
+        evaluations: {step, prompt, response, ended, ref_kl} rows.
+        model: the SARM.
+        features: the lists of selected_features.json.
+        seconds: duration of the run.
     """
-    prompts, responses = ([row[name] for row in evaluations] for name in ("prompt", "response"))
-    score_b, z_bn = model.score(prompts, responses, latent_indices=features["detectors"])
-    step_b = np.asarray([row["step"] for row in evaluations])
+    scores = _score(evaluations, model, features)
+    step_b = scores.step_b
     start_b, end_b = step_b == step_b.min(), step_b == step_b.max()
-    score_b = (score_b - score_b[start_b].mean()) / score_b[start_b].std()
-    fired_bn = z_bn > np.asarray(features["tau_detectors"], np.float32)
-    gold_b = np.asarray([world.gold_reward(*_response(row), row["ended"]) for row in evaluations])
-    counts = [world.count(*_response(row)) for row in evaluations]
-
-    def point(step: int) -> dict[str, float]:
-        rows = np.flatnonzero(step_b == step).tolist()
-        values = {
-            "gold": gold_b[rows],
-            "score": score_b[rows],
-            "ref_kl": [evaluations[b]["ref_kl"] for b in rows],
-            "ended": [evaluations[b]["ended"] for b in rows],
-            "detected": fired_bn[rows].any(axis=1),
-        }
-        for name in ("hits", "wrong", "flattery", "duplicates", "filler", "junk"):
-            values[name] = [getattr(counts[b], name) for b in rows]
-        return {"step": int(step)} | {name: float(np.mean(v)) for name, v in values.items()}
-
-    curve = [point(step) for step in np.unique(step_b)]
-    gold = [at["gold"] for at in curve]
-    before, after = (np.flatnonzero(side_b)[:SHOWN].tolist() for side_b in (start_b, end_b))
+    curve = [_point(step, evaluations, scores) for step in np.unique(step_b)]
+    gold = [point["gold"] for point in curve]
     return {
         "gold_start": gold[0],
         "gold_peak": max(gold),
@@ -63,23 +67,66 @@ def run_result(
         "ref_kl_final": curve[-1]["ref_kl"],
         "curve": curve,
         "fired": {
-            str(feature): [float(fired_bn[rows, column].mean()) for rows in (start_b, end_b)]
-            for column, feature in enumerate(features["detectors"])
+            str(feature): [float(scores.fired_bn[rows, n].mean()) for rows in (start_b, end_b)]
+            for n, feature in enumerate(features["detectors"])
         },
-        "samples": [
-            {
-                "prompt": prompts[first],
-                "before": responses[first],
-                "after": responses[last],
-                "gold_before": float(gold_b[first]),
-                "gold_after": float(gold_b[last]),
-                "score_before": float(score_b[first]),
-                "score_after": float(score_b[last]),
-            }
-            for first, last in zip(before, after, strict=True)
-        ],
+        "samples": _samples(start_b, end_b, evaluations=evaluations, scores=scores),
     }
 
 
-def _response(row: Mapping[str, Any]) -> tuple[str, str]:
-    return row["prompt"], row["response"]
+def _score(
+    evaluations: Sequence[Mapping[str, Any]], model: RewardModel, features: Mapping[str, Sequence]
+) -> _Scores:
+    """Scores all responses and counts their words."""
+    prompts, responses = ([row[name] for row in evaluations] for name in ("prompt", "response"))
+    score_b, z_bn = model.score(prompts, responses, latent_indices=features["detectors"])
+    step_b = np.asarray([row["step"] for row in evaluations])
+    start_b = step_b == step_b.min()
+    gold = [world.gold_reward(row["prompt"], row["response"], row["ended"]) for row in evaluations]
+    return _Scores(
+        step_b=step_b,
+        score_b=(score_b - score_b[start_b].mean()) / score_b[start_b].std(),
+        gold_b=np.asarray(gold),
+        fired_bn=z_bn > np.asarray(features["tau_detectors"], np.float32),
+        counts=[world.count_words(row["prompt"], row["response"]) for row in evaluations],
+    )
+
+
+def _point(
+    step: int, evaluations: Sequence[Mapping[str, Any]], scores: _Scores
+) -> dict[str, float]:
+    """Averages the evaluation of one step: one point of the curve."""
+    rows = np.flatnonzero(scores.step_b == step).tolist()
+    values: dict[str, Any] = {
+        "gold": scores.gold_b[rows],
+        "score": scores.score_b[rows],
+        "ref_kl": [evaluations[b]["ref_kl"] for b in rows],
+        "ended": [evaluations[b]["ended"] for b in rows],
+        "detected": scores.fired_bn[rows].any(axis=1),
+    }
+    for name in ("hits", "wrong", "flattery", "duplicates", "filler", "junk"):
+        values[name] = [getattr(scores.counts[b], name) for b in rows]
+    means = {name: float(np.mean(values_n)) for name, values_n in values.items()}
+    return {"step": int(step), **means}
+
+
+def _samples(
+    start_b: np.ndarray,
+    end_b: np.ndarray,
+    evaluations: Sequence[Mapping[str, Any]],
+    scores: _Scores,
+) -> list[dict[str, Any]]:
+    """Lists responses to the same prompts before and after training."""
+    before, after = (np.flatnonzero(side_b)[:SAMPLES].tolist() for side_b in (start_b, end_b))
+    return [
+        {
+            "prompt": evaluations[first]["prompt"],
+            "before": evaluations[first]["response"],
+            "after": evaluations[last]["response"],
+            "gold_before": float(scores.gold_b[first]),
+            "gold_after": float(scores.gold_b[last]),
+            "score_before": float(scores.score_b[first]),
+            "score_after": float(scores.score_b[last]),
+        }
+        for first, last in zip(before, after, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""A tokenizer for the lab's world: a word is a token, with a chat template like any other's."""
+"""The tokenizer of the lab's world: every word is a token, and there is a chat template."""
 
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,7 +17,7 @@ CHAT_TEMPLATE = (
 
 
 def word_tokenizer(words: tuple[str, ...]) -> PreTrainedTokenizerFast:
-    """Knows `words` and the control tokens; anything else is `<unk>`."""
+    """Makes a tokenizer of `words` and the control tokens; any other word becomes `<unk>`."""
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *words))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()

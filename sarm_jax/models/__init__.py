@@ -1,1 +1,1 @@
-"""The language model, its LoRA and the SARM on it."""
+"""The Llama language model, LoRA adapters, and the SARM reward model."""

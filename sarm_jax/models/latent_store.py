@@ -1,10 +1,10 @@
-"""The pooled latents of many responses, without an array of N × M.
+"""Stores the pooled latents of many responses without an array of N × M.
 
-A TopK code is k values with their indices, 8 k bytes per response, and nothing is lost. It is kept
-sorted by feature, so that a few columns can be made dense at a time. Without TopK every latent is
-active; then the pooled trunk states x `[N, D]` are kept, and columns are encoded when asked for:
+A TopK code of k values with their indices takes 8 k bytes per response and loses nothing. It is
+sorted by feature, so that a few columns at a time can be made dense. Without TopK every latent is
+active. The pooled trunk states x `[N, D]` are then kept, and columns are encoded on request:
     z[:, ids] = (x − b_pre) W_enc[:, ids] + b_latent[ids]
-The trunk never runs twice.
+The trunk never runs twice. (Suffixes here: n response, f requested feature, p pair.)
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ import numpy as np
 
 from sarm_jax.models.sae import SAE
 
-BLOCK_BYTES = 64 << 20  # of one side's dense block of columns
-MIN_BLOCK = 8  # columns: NumPy sums a single column in another order
+BLOCK_BYTES = 64 << 20  # of a dense block of columns
+MIN_BLOCK = 8  # columns; NumPy sums a single column in another order
 
 
 class Latents(Protocol):
-    """What `Contrast` asks of a store: N rows, `size` features, some columns `[N, n]` float32."""
+    """A store of N rows and `size` features that returns columns `[N, f]` in float32."""
 
     size: int
 
@@ -31,7 +31,7 @@ class Latents(Protocol):
 
 
 class TopKLatents:
-    """Codes `values [N, k]` and `indices [N, k]` of `size` features."""
+    """A store of TopK codes: `values [N, k]` and `indices [N, k]` of `size` features."""
 
     def __init__(self, values_nk: np.ndarray, indices_nk: np.ndarray, size: int):
         self.size, (self.rows, k) = size, values_nk.shape
@@ -45,16 +45,16 @@ class TopKLatents:
         return self.rows
 
     def columns(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Dense columns `[N, n]`."""
-        z_nb = np.zeros((self.rows, len(ids)), np.float32)
-        for place, i in enumerate(ids):
-            part = slice(self._start[i], self._start[i + 1])
-            z_nb[self._row[part], place] = self._value[part]
-        return z_nb
+        """Returns dense columns `[N, f]`."""
+        z_nf = np.zeros((self.rows, len(ids)), np.float32)
+        for column, i in enumerate(ids):
+            active = slice(self._start[i], self._start[i + 1])
+            z_nf[self._row[active], column] = self._value[active]
+        return z_nf
 
 
 class EncodedLatents:
-    """Pooled states `[N, D]` of a model whose SAE keeps every pre-activation."""
+    """A store of pooled states `[N, D]`, for a SAE that keeps every pre-activation."""
 
     def __init__(self, x_nd: np.ndarray, sae: SAE):
         self.x_nd, self.sae, self.size = x_nd, sae, sae.config.latent_size
@@ -63,17 +63,17 @@ class EncodedLatents:
         return len(self.x_nd)
 
     def columns(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Dense columns `[N, n]`."""
-        where = jnp.asarray(ids, jnp.int32)
-        encoder = self.sae.encoder[...][:, where]
+        """Returns dense columns `[N, f]`."""
+        index_f = jnp.asarray(ids, jnp.int32)
+        encoder = self.sae.encoder[...][:, index_f]
         centred = (jnp.asarray(self.x_nd) - self.sae.pre_bias[...]).astype(encoder.dtype)
-        a_nb = jnp.einsum("nd,db->nb", centred, encoder, preferred_element_type=jnp.float32)
-        return np.asarray(a_nb + self.sae.latent_bias[...][where], np.float32)
+        a_nf = jnp.einsum("nd,df->nf", centred, encoder, preferred_element_type=jnp.float32)
+        return np.asarray(a_nf + self.sae.latent_bias[...][index_f], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Contrast:
-    """Pairs of responses: row numbers `[P]` of the store, chosen (clean) and rejected (marked)."""
+    """Pairs of responses as row numbers `[P]` of a store: chosen (clean) and rejected (marked)."""
 
     latents: Latents
     chosen_p: np.ndarray
@@ -84,33 +84,34 @@ class Contrast:
 
     @property
     def size(self) -> int:
+        """The number of features."""
         return self.latents.size
 
     def subset(self, keep_p: np.ndarray) -> "Contrast":
-        """The pairs that `keep_p` `[P]` says."""
+        """Returns the pairs that `keep_p` `[P]`, a mask or row numbers, selects."""
         return Contrast(self.latents, self.chosen_p[keep_p], self.rejected_p[keep_p])
 
     def columns(self, ids: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The columns `[P, n]` of either side."""
+        """Returns the columns `[P, f]` of the chosen and of the rejected side."""
         return self.sides(self.latents.columns(ids))
 
-    def sides(self, z_nb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of columns of all rows `[N, n]` those of either side, `[P, n]`."""
-        return z_nb[self.chosen_p], z_nb[self.rejected_p]
+    def sides(self, z_nf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Splits columns `[N, f]` of all rows into the chosen and the rejected side, `[P, f]`."""
+        return z_nf[self.chosen_p], z_nf[self.rejected_p]
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(ids, chosen `[P, b]`, rejected `[P, b]`) until every feature has had its turn."""
-        for ids, z_nb in self.latents_by_block():
-            yield ids, *self.sides(z_nb)
+        """Yields (ids, chosen `[P, f]`, rejected `[P, f]`) for blocks that cover every feature."""
+        for ids, z_nf in self.latents_by_block():
+            yield ids, *self.sides(z_nf)
 
     def latents_by_block(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(ids, the columns `[N, b]` of all rows) until every feature has had its turn."""
+        """Yields (ids, columns `[N, f]` of all rows) for blocks that cover every feature."""
         for ids in feature_blocks(self.size, max(len(self.latents), len(self))):
             yield ids, self.latents.columns(ids)
 
 
 def feature_blocks(size: int, rows: int) -> Iterator[np.ndarray]:
-    """The feature ids 0 … size − 1, as many at a time as fit a block of that many rows."""
+    """Yields the feature ids 0 … size − 1, as many at a time as fit a block of `rows` rows."""
     width = max(MIN_BLOCK, BLOCK_BYTES // (4 * rows))
     starts = list(range(0, size, width))
     if len(starts) > 1 and size - starts[-1] < MIN_BLOCK:

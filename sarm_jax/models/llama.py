@@ -6,8 +6,8 @@
 Sources: Touvron et al. 2302.13971, Dubey et al. 2407.21783; attribute names follow Hugging Face.
 
 Layers are stacked `[L, …]` and run under one `jax.lax.scan`, so compile time does not grow with
-depth. Positions come from the mask (the number of real tokens before), so neither the side nor
-the amount of padding matters. Kernels are stored `[in, out]`, the transpose of Hugging Face's.
+depth. A token's position is the number of real tokens before it, so neither the side nor the amount
+of padding matters. Kernels are stored `[in, out]`, the transpose of Hugging Face's.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from sarm_jax.models.packing import Packing
 from sarm_jax.models.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 
-# The least queries in a block, and the most blocks; see `attention`. A GPU takes longer to start
-# the kernels of a small block than to compute what it saves.
+# The minimum number of queries in a block by platform, and the maximum number of blocks; see
+# `attention`. On a GPU, launching the kernels of a small block takes longer than the work it saves.
 QUERY_BLOCK, QUERY_BLOCKS = {"cpu": 32, "gpu": 512}, 8
 
 REMAT = {
-    # Everything: no recomputation.
+    # Keeps everything: no recomputation.
     "none": jax.checkpoint_policies.everything_saveable,
-    # Matrix products; what is cheap is recomputed. Also the fastest where memory is slow.
+    # Keeps matrix products and recomputes cheap operations. Also the fastest if memory is slow.
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable,
         jax.checkpoint_policies.save_only_these_names(FOLDED),
     ),
-    # Only the layer's input: the least memory, about a third more computation.
+    # Keeps only the layer's input: the least memory, about a third more computation.
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -61,7 +61,7 @@ class LlamaConfig:
 
 
 class Linear(nnx.Module):
-    """x W, plus the adapter where one is attached."""
+    """A linear layer x W, plus the adapter if one is attached."""
 
     def __init__(self, d_in: int, d_out: int, *, dtype: Any, rngs: nnx.Rngs):
         init = jax.nn.initializers.normal(0.02)
@@ -75,7 +75,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`rms_norm` with its scale."""
+    """The layer of `rms_norm`, with its scale."""
 
     def __init__(self, size: int, eps: float, *, dtype: Any):
         self.scale = nnx.Param(jnp.ones((size,), dtype))
@@ -86,17 +86,17 @@ class RMSNorm(nnx.Module):
 
 
 def rms_norm(x_btd: jax.Array, scale_d: jax.Array, eps: float) -> jax.Array:
-    """x / √(mean(x²) + ε) · scale, the mean in float32."""
+    """Computes x / √(mean(x²) + ε) · scale, with the mean in float32."""
     x32 = x_btd.astype(jnp.float32)
     inv_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * inv_rms).astype(x_btd.dtype) * scale_d
 
 
 def causal_mask(mask_bt: jax.Array) -> jax.Array:
-    """Which columns S each token T attends to, `[B, T, S]`: the real ones up to itself, and itself.
+    """Builds the mask `[B, T, S]`: token T attends to the real tokens before it and to itself.
 
-    Padding so has a column too, its own: a fused kernel may answer an empty row with NaN, and its
-    gradient then makes NaN of the rest.
+    So padding attends to itself. A fused kernel may return NaN for a row without any column, and
+    its gradient then turns the other rows into NaN.
     """
     length = mask_bt.shape[1]
     itself_ts = jnp.eye(length, dtype=bool)
@@ -112,22 +112,24 @@ def attention(
     placement: Placement = ONE_DEVICE,
     query_block: int = QUERY_BLOCK["cpu"],
 ) -> jax.Array:
-    """softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, `[B, T, N, H]`.
+    """Computes softmax(q kᵀ / √H) v over the columns that `mask_bts` allows, `[B, T, N, H]`.
 
-    A mask of more than one row must be causal, and let every row look at something, see
-    `causal_mask`. XLA would compute all of `[T, S]`, so it is given the queries in blocks of
-    `query_block` or more, each with the columns up to its own end: half the work, and on a CPU
-    about half the time. There are few blocks, since each is compiled. cuDNN's never writes `[T, S]`
-    to memory.
+    A mask of more than one row must be causal and allow every row at least one column, see
+    `causal_mask`. XLA's implementation would compute all of `[T, S]`. It is therefore called with
+    blocks of at least `query_block` queries, each with the columns up to its own end. That is half
+    the work, and on a CPU about half the time. There are few blocks, since each one is compiled.
+    cuDNN's implementation never writes `[T, S]` to memory.
     """
-    q_btnh, k_bskh, v_bskh = placement.keep_heads(q_btnh, k_bskh, v_bskh)
+    q_btnh, k_bskh, v_bskh = placement.constrain_heads(q_btnh, k_bskh, v_bskh)
     attend = partial(jax.nn.dot_product_attention, implementation=implementation)
     length = q_btnh.shape[1]
-    if implementation == "cudnn" and length % 2:  # it has no gradient of odd ones
+    if implementation == "cudnn" and length % 2:  # cuDNN has no gradient for odd lengths
         q_btnh, k_bskh, v_bskh = (
             jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_btnh, k_bskh, v_bskh)
         )
-        mask_bts = jnp.pad(mask_bts, ((0, 0), (0, 1), (0, 0)), mode="edge")  # no row is empty
+        mask_bts = jnp.pad(
+            mask_bts, ((0, 0), (0, 1), (0, 0)), mode="edge"
+        )  # keeps every row non-empty
         mask_bts = jnp.pad(mask_bts, ((0, 0), (0, 0), (0, 1)))
         return attend(q_btnh, k_bskh, v_bskh, mask=mask_bts[:, None])[:, :length]
     block = max(query_block, -(-length // QUERY_BLOCKS))
@@ -145,6 +147,8 @@ def attention(
 
 
 class Attention(nnx.Module):
+    """The projections of grouped-query attention; the attention function is passed in."""
+
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         d, h = config.hidden_size, config.head_dim
         q_width, kv_width = config.num_attention_heads * h, config.num_key_value_heads * h
@@ -155,12 +159,12 @@ class Attention(nnx.Module):
         self.head_dim = h
 
     def project(self, x_btd, rope):
-        """Rotated queries `[B, T, N, H]` and keys, and values `[B, T, K, H]`."""
+        """Returns rotated queries `[B, T, N, H]`, rotated keys and values `[B, T, K, H]`."""
         projected = [f(x_btd) for f in (self.q_proj, self.k_proj, self.v_proj)]
         return cut_heads(projected, self.head_dim, rope)
 
     def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, attention, packing=None):
-        """What `attention` makes of them, projected back to D."""
+        """Applies `attention` and projects the result back to D."""
         out_btnh = attention(q_btnh, k_bskh, v_bskh, mask_bts)
         if packing is not None:
             out_btnh = packing.pack(out_btnh)
@@ -170,12 +174,14 @@ class Attention(nnx.Module):
 def cut_heads(
     projected: Sequence[jax.Array], head_dim: int, rope: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the products for queries, keys and values give, in heads; the first two rotated."""
+    """Splits projected queries, keys and values into heads, and rotates the first two."""
     q_btnh, k_btkh, v_btkh = (y.reshape(*y.shape[:-1], -1, head_dim) for y in projected)
     return apply_rope(q_btnh, rope), apply_rope(k_btkh, rope), v_btkh
 
 
 class MLP(nnx.Module):
+    """W_down (silu(W_gate x) ⊙ W_up x)."""
+
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         d, f = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(d, f, dtype=dtype, rngs=rngs)
@@ -187,6 +193,8 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attn = Attention(config, dtype=dtype, rngs=rngs)
@@ -196,7 +204,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_btd, rope, mask_bts, attention, packing=None):
-        """One full-sequence layer: (x, (keys, values)); with a packing, x is `[G · N, D]`."""
+        """Returns (x, (keys, values)) of full sequences; with a packing, x is `[G · N, D]`."""
         q, k, v = self.attn.project(self.input_layernorm(x_btd), rope)
         if packing is not None:
             q, k, v = map(packing.unpack, (q, k, v))
@@ -205,11 +213,17 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A decoder. `final_norm=False` gives the truncated trunk of a SARM: `hidden` then returns
-    the residual stream itself (`norm` is kept, unused, because its checkpoints carry it).
-    `stop_ids` are the tokens that end a response, which the tokenizer knows best. `remat` says
-    what a layer keeps for its backward pass, see `REMAT`; `backend` the platform that programs are
-    made for, None: JAX's default; `placement` where the weights are."""
+    """The decoder.
+
+    Attributes:
+        config: the architecture.
+        final_norm: False for the truncated trunk of a SARM. `hidden` then returns the residual
+            stream itself; `norm` is kept unused, because checkpoints of a SARM contain it.
+        stop_ids: the tokens that end a response, taken from the tokenizer.
+        remat: what a layer keeps for its backward pass, a key of `REMAT`.
+        backend: the platform that programs are compiled for; None for JAX's default.
+        placement: the mesh that holds the weights.
+    """
 
     def __init__(
         self,
@@ -238,7 +252,7 @@ class Llama(nnx.Module):
             self.lm_head = nnx.Param(init(rngs.params(), shape, dtype))
 
     def __call__(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        """Logits, float32 `[B, T, V]`; meaningless where `mask_bt` is 0."""
+        """Returns logits, float32 `[B, T, V]`; they have no meaning where `mask_bt` is 0."""
         return self.logits(self.hidden(tokens_bt, mask_bt))[..., : self.config.vocab_size]
 
     def hidden(
@@ -247,23 +261,23 @@ class Llama(nnx.Module):
         mask_bt: jax.Array,
         packing: Packing | None = None,
     ) -> jax.Array:
-        """The last layer's output `[B, T, D]`, after the final norm where the model has one.
+        """Returns the last layer's output `[B, T, D]`, after the final norm if the model has one.
 
-        With a packing of `mask_bt` no padding is computed, and what stands there is 0.
+        With a packing of `mask_bt`, padding is not computed and its output is 0.
         """
         return self.forward(tokens_bt, mask_bt, packing)[0]
 
     def layer_states(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        """The residual stream after each layer, `[L, B, T, D]`, before any final norm."""
+        """Returns the residual stream after each layer, `[L, B, T, D]`, before any final norm."""
         return self.forward(tokens_bt, mask_bt, keep=lambda x, kv: x)[1]
 
     def logits(self, x_btd: jax.Array) -> jax.Array:
-        """Vocabulary projection in float32, `[B, T, V]`, with columns for the padding on a mesh."""
+        """Projects to the vocabulary in float32, `[B, T, V]`; on a mesh V includes its padding."""
         return mask_padding(to_logits(x_btd, self.vocabulary), self.config.vocab_size)
 
     @property
     def vocabulary(self) -> jax.Array:
-        """The output embedding `[V, D]`: the head's own, or the tied input embedding.
+        """The output embedding `[V, D]`: that of the head, or the tied input embedding.
 
         On a mesh there may be rows beyond `config.vocab_size`, see `mask_padding`.
         """
@@ -271,11 +285,11 @@ class Llama(nnx.Module):
 
     @property
     def platform(self) -> str:
-        """What programs are made for: `cpu`, `gpu` …"""
+        """The platform that programs are compiled for, such as `cpu` or `gpu`."""
         return self.backend or jax.default_backend()
 
     def rope(self, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The rotation of queries and keys at these positions, see `rope_tables`."""
+        """Returns the rotation of queries and keys at these positions, see `rope_tables`."""
         config = self.config
         inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         return rope_tables(positions_bt, inv_freq)
@@ -287,10 +301,17 @@ class Llama(nnx.Module):
         packing: Packing | None = None,
         keep: Callable[[jax.Array, tuple[jax.Array, jax.Array]], Any] = lambda x, kv: None,
     ) -> tuple[jax.Array, Any]:
-        """(`hidden`, `keep(output, (keys, values))` of every layer, stacked).
+        """Runs all layers.
 
-        With a packing, a layer's output is `[G · N, D]`; keys and values are `[B, T, …]` either
-        way.
+        Args:
+            tokens_bt: the token ids.
+            mask_bt: marks the real tokens.
+            packing: a packing of `mask_bt`; padding is then not computed.
+            keep: selects what to return of every layer from its output and (keys, values). With a
+                packing the output is `[G · N, D]`, while keys and values are always `[B, T, …]`.
+
+        Returns:
+            (`hidden`, the result of `keep` for every layer, stacked).
         """
         mask_bt = mask_bt.astype(bool)
         mask_bts = causal_mask(mask_bt)
@@ -320,11 +341,11 @@ class Llama(nnx.Module):
 
 @jax.custom_vjp
 def to_logits(x_btd: jax.Array, vocabulary_vd: jax.Array) -> jax.Array:
-    """x Eᵀ, float32 `[B, T, V]`, with gradients computed in the dtype of x and E.
+    """Computes x Eᵀ, float32 `[B, T, V]`, with gradients in the dtype of x and E.
 
-    JAX's own are products with the float32 gradient of the logits, for which a half-precision E is
-    cast to float32: on an H200 177 TFLOP/s in a trace, where the bfloat16 products of the layers
-    do four times as much.
+    JAX would multiply by the float32 gradient of the logits, for which a half-precision E is cast
+    to float32. In a trace on an H200 that product ran at 177 TFLOP/s, and the bfloat16 products of
+    the layers at four times that.
     """
     return jnp.einsum("btd,vd->btv", x_btd, vocabulary_vd, preferred_element_type=jnp.float32)
 
@@ -336,7 +357,7 @@ def _to_logits_forward(x_btd, vocabulary_vd):
 def _to_logits_backward(residuals, d_btv):
     x_btd, vocabulary_vd = residuals
     d_btv = d_btv.astype(x_btd.dtype)
-    # The vocabulary's own gradient costs nothing where nobody asks for it.
+    # XLA removes the gradient of the vocabulary if it is not used.
     return (
         jnp.einsum("btv,vd->btd", d_btv, vocabulary_vd),
         jnp.einsum("btv,btd->vd", d_btv, x_btd),
@@ -347,9 +368,9 @@ to_logits.defvjp(_to_logits_forward, _to_logits_backward)
 
 
 def mask_padding(logits_btv: jax.Array, vocab_size: int) -> jax.Array:
-    """Makes the columns from `vocab_size` on impossible: rows that a mesh has added, no tokens.
+    """Gives the columns from `vocab_size` on, which a mesh has added as padding, probability 0.
 
-    Their probability is 0, and finite logits keep it free of NaN in p · log p.
+    Their logits are finite, so that p · log p has no NaN.
     """
     columns = logits_btv.shape[-1]
     if columns == vocab_size:
@@ -358,7 +379,7 @@ def mask_padding(logits_btv: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def attention_implementation(backend: str, dtype: Any, head_dim: int) -> str:
-    """cuDNN's fused attention where it exists (GPU, half precision, usual heads), else XLA's."""
+    """Returns "cudnn" if its fused attention supports the arguments (on GPUs only), else "xla"."""
     half = dtype in (jnp.bfloat16, jnp.float16)
     fused = backend == "gpu" and half and head_dim % 8 == 0 and head_dim <= 128
     return "cudnn" if fused else "xla"

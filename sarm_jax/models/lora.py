@@ -1,9 +1,9 @@
 """Low-rank adapters: y = x W + (α / r) · x A B   (Hu et al. 2106.09685, as in PEFT, no dropout).
 
 A is drawn Kaiming-uniform and B is zero, so a fresh adapter changes nothing. `LoRAParam` is a
-`Variable` type of its own: `nnx.split(model, LoRAParam, ...)` gives the trainable state, and the
-remaining state merged into the adapter-free graph definition is the reference policy — one copy
-of the base weights serves both.
+separate `Variable` type: `nnx.split(model, LoRAParam, ...)` returns the trainable state, and the
+remaining state, merged into the graph definition without adapters, is the reference policy. Both
+share one copy of the base weights.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from sarm_jax.io.errors import InputError
 
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# What rematerialisation policies know the output of a folded product by.
+# The name of the output of a folded product in rematerialisation policies.
 FOLDED = "folded_matmul"
 
 
 class LoRAParam(nnx.Param):
-    """A trainable adapter matrix, stacked over layers, float32 whatever the base dtype.
+    """A trainable adapter matrix, stacked over layers, in float32 for any dtype of the base.
 
     A subclass of `nnx.Param`, so filters must name `LoRAParam` before `nnx.Param`.
     """
@@ -32,7 +32,7 @@ class LoRAParam(nnx.Param):
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """Adapter shape. `dropout` is only recorded, for PEFT: nothing here drops out."""
+    """The shape of an adapter. `dropout` is only recorded for PEFT; no dropout is applied here."""
 
     rank: int = 16
     alpha: float = 32.0
@@ -69,12 +69,12 @@ class LoRA(nnx.Module):
         self.scale = config.alpha / config.rank
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """x W + (α / r) · x A B for one layer's slice of the stack, in x's dtype."""
+        """Computes x W + (α / r) · x A B for one layer's slice of the stack, in the dtype of x."""
         a, b = self.a[...], self.b[...]
         if kernel.dtype == jnp.float32 and _folding_is_cheaper(x, kernel):
             return checkpoint_name(folded_matmul(x, kernel, a, b, self.scale), FOLDED)
         y = x @ kernel
-        # Or XLA merges this product with the other and copies W beside A for it, at every call.
+        # Without the barrier XLA merges the two products and copies W beside A at every call.
         x = jax.lax.optimization_barrier(x)
         return y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype) * self.scale
 
@@ -83,10 +83,10 @@ class LoRA(nnx.Module):
 def folded_matmul(
     x: jax.Array, kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float
 ) -> jax.Array:
-    """x (W + scale · A B), with gradients that never form an `[in, out]` product of activations.
+    """Computes x (W + scale · A B); its gradients form no `[in, out]` product of activations.
 
-    One wide product in each direction instead of one wide and two thin ones. For float32 kernels:
-    a half-precision one would round the adapter away.
+    There is one wide product in each direction instead of one wide and two thin ones. The kernel
+    must be float32, since half precision would round the adapter away.
     """
     return x @ merge_lora(kernel, a, b, scale)
 
@@ -99,7 +99,7 @@ def _folded_backward(scale, residuals, dy):
     x, kernel, a, b = residuals
     dx = dy @ merge_lora(kernel, a, b, scale).T
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    # The kernel's own gradient costs nothing where nobody asks for it.
+    # XLA removes the gradient of the kernel if it is not used.
     return dx, x.T @ dy, scale * x.T @ (dy @ b.T), scale * (x @ a).T @ dy
 
 
@@ -107,7 +107,7 @@ folded_matmul.defvjp(_folded_forward, _folded_backward)
 
 
 def _folding_is_cheaper(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether A B has fewer multiplications than x A and (x A) B, for any rank."""
+    """Returns True if A B takes fewer multiplications than x A and (x A) B, for any rank."""
     d_in, d_out = kernel.shape
     return x.size // d_in * (d_in + d_out) > d_in * d_out
 
@@ -121,7 +121,7 @@ def add_lora(model: Any, config: LoRAConfig, rngs: nnx.Rngs) -> None:
 
 
 def fold_lora(model: Any) -> None:
-    """Adds every adapter of a `Llama` to its kernel and takes it off, in place."""
+    """Adds every adapter of a `Llama` to its kernel and removes it, in place."""
     for parent in (model.layers.attn, model.layers.mlp):
         for name in TARGET_MODULES:
             linear = getattr(parent, name, None)
@@ -132,6 +132,6 @@ def fold_lora(model: Any) -> None:
 
 
 def merge_lora(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
-    """W + scale · A B, computed in float32, in the kernel's dtype; leading axes are free."""
+    """Computes W + scale · A B in float32, returned in the kernel's dtype; any leading axes."""
     delta = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32)) * scale
     return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)

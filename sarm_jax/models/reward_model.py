@@ -1,7 +1,7 @@
-"""A SARM with its tokenizer: text in, scores and latents out.
+"""A SARM with its tokenizer: computes scores and latents of texts.
 
-Rows are sorted by length and run in padded batches of a few fixed shapes, so that compilations
-stay bounded; a score does not depend on the rows it is batched with.
+Rows are sorted by length and run in padded batches of a few fixed shapes, so that there are few
+compilations. A score does not depend on the other rows of its batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,20 +25,26 @@ from sarm_jax.parallel.sharding import Placement
 
 
 class RewardModel:
-    """`max_length` in tokens (longer conversations lose their beginning), `batch_size` in rows.
+    """A reward model for texts.
 
-    Rows are put where the model's weights are, see `Llama.placement`. The model is not to be
-    changed once it has scored something.
+    Batches are put on the mesh of the weights, see `Llama.placement`. The model must not be changed
+    after its first use.
+
+    Args:
+        model: the SARM.
+        tokenizer: its tokenizer.
+        max_length: tokens of a conversation; a longer one loses its beginning.
+        batch_size: rows that are run together.
     """
 
     def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.batch_size = max_length, batch_size
-        self._asked: set = set()  # programs and shapes, for which they are compiled already
+        self._compiled: set = set()  # programs with the shapes that they were compiled for
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
-        """The model for compiled programs; to take it apart takes longer than some of them."""
+        """The split model for compiled programs; splitting can take longer than running one."""
         return nnx.split(self.model)
 
     def score(
@@ -48,10 +54,16 @@ class RewardModel:
         clamp: Intervention | dict[int, float] | None = None,
         latent_indices: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(scores `[B]`, latents `[B, M]`), float32, in the order given.
+        """Scores responses to prompts.
 
-        `clamp` changes latents before the head reads them ({feature: value} sets them); the
-        latents returned are the unchanged ones, reduced to `latent_indices` when given.
+        Args:
+            prompts: the prompts.
+            responses: one response to each prompt.
+            clamp: changes latents before the head reads them; {feature: value} sets features.
+            latent_indices: the features to return; by default all M.
+
+        Returns:
+            (scores `[B]`, latents `[B, M]` before the change), float32, in the given order.
         """
         if isinstance(prompts, str) or isinstance(responses, str):
             raise ValueError("prompts and responses are lists of texts, found a text")
@@ -61,8 +73,8 @@ class RewardModel:
         return self.score_tokens(rows, clamp, latent_indices)
 
     def encode(self, prompt: str, response: str) -> list[int]:
-        """The conversation as this model reads it, ending in the end-of-turn token."""
-        return encode_conversation(self.tokenizer, prompt, response, self.max_length)
+        """Encodes a conversation for this model; it ends in the end-of-turn token."""
+        return encode_conversation(self.tokenizer, prompt, response, max_length=self.max_length)
 
     def programs(
         self,
@@ -71,14 +83,17 @@ class RewardModel:
         clamp: Intervention | None = None,
         latent_indices: Sequence[int] | None = None,
     ) -> Iterator[Callable[[], Lowered]]:
-        """Yields what `score` runs on batches of conversations, for every shape that it can pad to.
+        """Yields functions that lower what `score` runs, one for every shape that it can pad to.
 
-        `batches` hold the tokens of each conversation without its response, which adds 0 to
-        `extra`.
+        Args:
+            batches: the number of tokens of each conversation without its response, per batch.
+            extra: the maximum number of tokens of a response.
+            clamp: as in `score`.
+            latent_indices: as in `score`.
         """
         shapes: set[tuple[int, int]] = set()
         for lengths in batches:
-            # Whatever the responses add, the n-th longest lies between these two n-th longest.
+            # The n-th longest conversation lies between the n-th longest of these two cases.
             least = self._chunks(lengths)
             most = self._chunks([length + extra for length in lengths])
             for (_, (rows, shortest)), (_, (_, longest)) in zip(least, most, strict=True):
@@ -87,7 +102,8 @@ class RewardModel:
                 while length < longest:
                     length = min(scored_length(length + 1), self.max_length)
                     shapes.add((rows, length))
-        yield from self._new_programs(_score, sorted(shapes), *self._reads(clamp, latent_indices))
+        arguments = self._score_arguments(clamp, latent_indices)
+        yield from self._new_programs(_score, sorted(shapes), arguments)
 
     def score_tokens(
         self,
@@ -95,91 +111,105 @@ class RewardModel:
         clamp: Intervention | dict[int, float] | None = None,
         latent_indices: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`score` of conversations that are encoded already; padding is this method's own."""
-        change, indices = self._reads(clamp, latent_indices)
-        width = self.model.config.sae.latent_size if indices is None else len(indices)
+        """Scores encoded conversations, without padding, like `score`."""
+        arguments = self._score_arguments(clamp, latent_indices)
+        latent_size = self.model.config.sae.latent_size
+        width = latent_size if latent_indices is None else len(latent_indices)
         score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
-        for chosen, (scores, latents) in self._on_batches(_score, rows, change, indices):
-            score_b[chosen], z_bf[chosen] = scores[: len(chosen)], latents[: len(chosen)]
+        for batch, (scores, latents) in self._run_batches(_score, rows, arguments):
+            score_b[batch], z_bf[batch] = scores[: len(batch)], latents[: len(batch)]
         return score_b, z_bf
 
     def store(
         self, prompts: Sequence[str], responses: Sequence[str], label: str = "responses"
     ) -> tuple[np.ndarray, Latents]:
-        """(scores `[N]`, all latents, in the order given, in far less memory than `[N, M]`).
+        """Scores responses and stores all their latents in far less memory than `[N, M]`.
 
-        One pass of the trunk in batches of similar lengths, with a progress bar; a conversation
-        that comes several times, such as an answer that is in several pairs, is run once.
+        The trunk runs once, in batches of similar lengths, with a progress bar. A conversation that
+        occurs several times, such as an answer in several pairs, is run once.
+
+        Args:
+            prompts: the prompts.
+            responses: one response to each prompt.
+            label: the name of the progress bar.
+
+        Returns:
+            (scores `[N]`, latents), in the given order.
         """
         encoded = [tuple(self.encode(p, r)) for p, r in zip(prompts, responses, strict=True)]
         number = {row: n for n, row in enumerate(dict.fromkeys(encoded))}
-        rows, place_n = list(number), np.asarray([number[row] for row in encoded], np.int64)
+        rows, number_n = list(number), np.asarray([number[row] for row in encoded], np.int64)
         sae = self.model.config.sae
         width = sae.k if sae.use_topk else sae.hidden_size
         score_n, kept_nk = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
         index_nk = np.zeros((len(rows), sae.k if sae.use_topk else 0), np.int32)
         with tqdm(total=len(rows), desc=label, unit="row") as bar:
-            for chosen, found in self._on_batches(_code, rows):
-                for whole, part in zip((score_n, kept_nk, index_nk), found, strict=True):
-                    whole[chosen] = part[: len(chosen)]
-                bar.update(len(chosen))
-        score_n, kept_nk, index_nk = score_n[place_n], kept_nk[place_n], index_nk[place_n]
+            for batch, (scores, kept, indices) in self._run_batches(_code, rows):
+                score_n[batch] = scores[: len(batch)]
+                kept_nk[batch], index_nk[batch] = kept[: len(batch)], indices[: len(batch)]
+                bar.update(len(batch))
+        score_n, kept_nk, index_nk = score_n[number_n], kept_nk[number_n], index_nk[number_n]
         if sae.use_topk:
             return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)
         return score_n, EncodedLatents(kept_nk, self.model.sae)
 
-    def _reads(self, clamp, latent_indices):
-        """What a program is told of the latents: how they are changed, and which it returns."""
+    def _score_arguments(self, clamp, latent_indices):
+        """Returns the last arguments of `_score`: the intervention and the features to return."""
         if isinstance(clamp, dict):
             clamp = intervention(self.model.config.sae.latent_size, set_to=clamp)
         return clamp, None if latent_indices is None else np.asarray(latent_indices, np.int32)
 
-    def _on_batches(self, program, rows, *given):
-        """(which rows, what `program` gives for them, on the host); the next batch runs meanwhile.
+    def _run_batches(self, program, rows, arguments=()):
+        """Yields (row numbers of a batch, results on the host); the next batch runs meanwhile.
 
-        Several shapes that are new to it are compiled side by side first.
+        If several shapes are new to the program, it is first compiled for all of them at once.
+
+        Args:
+            program: a compiled function of the split model, tokens, mask and `arguments`.
+            rows: the encoded conversations.
+            arguments: the last arguments of `program`.
         """
         chunks = list(self._chunks([len(row) for row in rows]))
-        new = list(self._new_programs(program, [shape for _, shape in chunks], *given))
+        new = list(self._new_programs(program, [shape for _, shape in chunks], arguments))
         if len(new) > 1:
             compile_programs(new)
 
-        def start(chosen, shape):
-            batch = self._batch([rows[i] for i in chosen], shape)
-            return chosen, program(*self._split, *batch, *given)
+        def start(batch, shape):
+            padded = self._pad([rows[i] for i in batch], shape)
+            return batch, program(*self._split, *padded, *arguments)
 
-        started: Any = (start(*chunk) for chunk in chunks)
-        for (chosen, found), _ in pairwise(chain(started, [None])):
-            yield chosen, fetch(found)
+        started: Any = (start(batch, shape) for batch, shape in chunks)
+        for (batch, result), _ in pairwise(chain(started, [None])):
+            yield batch, fetch(result)
 
-    def _new_programs(self, program, shapes, *given) -> Iterator[Callable[[], Lowered]]:
-        """What lowers `program` for those of the shapes that it has not been asked for yet."""
-        leaves = tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(given))
+    def _new_programs(self, program, shapes, arguments) -> Iterator[Callable[[], Lowered]]:
+        """Yields functions that lower `program` for the shapes that it was not compiled for yet."""
+        leaves = tuple((np.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(arguments))
         for shape in dict.fromkeys(shapes):
-            asked = program, shape, jax.tree.structure(given), leaves
-            if asked not in self._asked:
-                self._asked.add(asked)
-                batch = self._batch([[0] * shape[1]], shape)
-                yield partial(program.lower, *self._split, *batch, *given)
+            signature = program, shape, jax.tree.structure(arguments), leaves
+            if signature not in self._compiled:
+                self._compiled.add(signature)
+                padded = self._pad([[0] * shape[1]], shape)
+                yield partial(program.lower, *self._split, *padded, *arguments)
 
     def _chunks(self, lengths):
-        """By length: (which rows, the shape of their batch)."""
+        """Sorts rows by length and yields (row numbers of a batch, its padded shape)."""
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            length = min(scored_length(lengths[chosen[-1]]), self.max_length)
-            yield chosen, (_batch_bucket(len(chosen), self.batch_size), length)
+            batch = order[start : start + self.batch_size]
+            length = min(scored_length(lengths[batch[-1]]), self.max_length)
+            yield batch, (_padded_rows(len(batch), self.batch_size), length)
 
-    def _batch(self, rows, shape):
-        """Tokens and mask of that shape, with padding, and rows beyond them filled."""
+    def _pad(self, rows, shape):
+        """Pads rows to a shape and puts them on the mesh; missing rows repeat the first one."""
         filler = [rows[0]] * (shape[0] - len(rows))
         padded = pad_batch([*rows, *filler], shape[1], pad_id(self.tokenizer))
         return self.model.trunk.placement.rows(padded)
 
 
-def _batch_bucket(rows: int, most: int) -> int:
-    """The next power of two, at most `most`: a handful of compiled batch sizes."""
-    return min(1 << (rows - 1).bit_length(), most)
+def _padded_rows(rows: int, batch_size: int) -> int:
+    """Rounds up to a power of two, at most `batch_size`, so that few batch sizes are compiled."""
+    return min(1 << (rows - 1).bit_length(), batch_size)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -190,13 +220,13 @@ def _score(graphdef, state, tokens_bt, mask_bt, change, indices):
 
 @partial(jax.jit, static_argnums=0)
 def _code(graphdef, state, tokens_bt, mask_bt):
-    """(scores, k kept values, their indices), or without TopK (scores, pooled states, nothing)."""
+    """Returns (scores, k kept values, their indices); without TopK (scores, pooled states, [])."""
     model = nnx.merge(graphdef, state)
     x_bd = model.pooled(tokens_bt, mask_bt)
     z_bf = model.sae.encode(x_bd)
     if not model.config.sae.use_topk:
         return model.head(z_bf), x_bd, jnp.zeros((len(tokens_bt), 0), jnp.int32)
-    # The kept values are those that are not 0, of either sign.
+    # A kept value may be negative; all others are 0.
     _, index_bk = jax.lax.top_k(jnp.abs(z_bf), model.config.sae.k)
     return model.head(z_bf), jnp.take_along_axis(z_bf, index_bk, axis=1), index_bk
 
@@ -209,9 +239,15 @@ def lower_score(
     length: int,
     watched: int,
 ) -> Lowered:
-    """The scoring program of `rows` conversations padded to `length` tokens, from shapes alone.
+    """Lowers the scoring program from shapes alone.
 
-    `watched` is how many latents it returns per row.
+    Args:
+        graphdef: the split SARM.
+        state: its state, of arrays or their descriptions.
+        placement: the mesh.
+        rows: conversations in a batch.
+        length: the padded number of tokens of a conversation.
+        watched: the number of latents that are returned per row.
     """
     tokens_bt, mask_bt = (placement.abstract_rows((rows, length), t) for t in (jnp.int32, bool))
     indices = placement.abstract_replicated(jax.ShapeDtypeStruct((watched,), jnp.int32))

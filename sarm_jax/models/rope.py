@@ -2,10 +2,10 @@
 
     θ_i = base^(-2i/d),   rope(x, p) = x · cos(p θ) + rotate_half(x) · sin(p θ)
 
-Sources: Su et al. 2104.09864; the Llama-3.1 frequency scaling as published with the model
-(frequencies below `low_freq_factor` turns per original context are divided by `factor`, those
-above `high_freq_factor` are kept, and the band between is interpolated).
-The half-split layout of Hugging Face checkpoints is used: x = [x_first_half, x_second_half].
+Sources: Su et al. 2104.09864; the Llama-3.1 frequency scaling as published with the model.
+Frequencies below `low_freq_factor` turns per original context are divided by `factor`, frequencies
+above `high_freq_factor` turns are kept, and the band between is interpolated. The layout is the
+half-split one of Hugging Face checkpoints: x = [x_first_half, x_second_half].
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Llama3Scaling:
 def inverse_frequencies(
     head_dim: int, theta: float, scaling: Llama3Scaling | None = None
 ) -> np.ndarray:
-    """θ_i in radians per position, float32 `[head_dim / 2]`."""
+    """Returns θ_i in radians per position, float32 `[head_dim / 2]`."""
     inv_freq = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling is not None:
         turns = scaling.original_max_position_embeddings * inv_freq / (2 * np.pi)
@@ -39,13 +39,13 @@ def inverse_frequencies(
 
 
 def rope_tables(positions_bt: jax.Array, inv_freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin), each float32 `[B, T, head_dim / 2]`; any axes may stand for B, T."""
+    """Returns (cos, sin), each float32 `[B, T, head_dim / 2]`; B, T may be any leading axes."""
     angles_bth = positions_bt[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angles_bth), jnp.sin(angles_bth)
 
 
 def apply_rope(x_btnh: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates every head of `[B, T, N, head_dim]`; computed in float32, returned in x's dtype."""
+    """Rotates every head of `[B, T, N, head_dim]` in float32; returns the dtype of x."""
     cos, sin = (table[..., None, :] for table in tables)
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -21,7 +21,7 @@ STANDARDISE_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class SAEConfig:
-    """`latent_size` M, `k` kept latents; `use_topk=False` hands the pre-activations on as z."""
+    """The SAE's sizes: `latent_size` M, `k` kept latents; without `use_topk`, z is a itself."""
 
     hidden_size: int
     latent_size: int
@@ -30,21 +30,21 @@ class SAEConfig:
 
 
 def standardise(h: jax.Array) -> jax.Array:
-    """Zero mean, unit deviation (ddof 1) over the last axis, float32."""
+    """Scales to zero mean and unit standard deviation (ddof 1) over the last axis, in float32."""
     h = h.astype(jnp.float32)
     centred = h - h.mean(axis=-1, keepdims=True)
     return centred / (h.std(axis=-1, ddof=1, keepdims=True) + STANDARDISE_EPS)
 
 
 def top_k(a_bf: jax.Array, k: int) -> jax.Array:
-    """Keeps the k largest of `[B, M]` per row and sets the rest to exactly 0."""
+    """Keeps the k largest values of each row of `[B, M]` and sets the others to exactly 0."""
     values_bk, indices_bk = jax.lax.top_k(a_bf, k)
     rows_b1 = jnp.arange(a_bf.shape[0])[:, None]
     return jnp.zeros_like(a_bf).at[rows_b1, indices_bk].set(values_bk, unique_indices=True)
 
 
 class SAE(nnx.Module):
-    """Encoder `[D, M]`, decoder `[M, D]`, `pre_bias [D]`, `latent_bias [M]`."""
+    """The autoencoder: encoder `[D, M]`, decoder `[M, D]`, `pre_bias [D]`, `latent_bias [M]`."""
 
     def __init__(self, config: SAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         d, m = config.hidden_size, config.latent_size
@@ -57,19 +57,19 @@ class SAE(nnx.Module):
         self.latent_bias = nnx.Param(jnp.zeros((m,), dtype))
 
     def pre_activations(self, x_bd: jax.Array) -> jax.Array:
-        """a `[B, M]` of standardised inputs `[B, D]`, float32."""
+        """Computes a `[B, M]` of standardised inputs `[B, D]`, in float32."""
         encoder = self.encoder[...]
         centred = (x_bd - self.pre_bias[...]).astype(encoder.dtype)
         a_bf = jnp.einsum("bd,df->bf", centred, encoder, preferred_element_type=jnp.float32)
         return a_bf + self.latent_bias[...]
 
     def encode(self, x_bd: jax.Array) -> jax.Array:
-        """z `[B, M]` of standardised inputs `[B, D]`, float32."""
+        """Computes z `[B, M]` of standardised inputs `[B, D]`, in float32."""
         a_bf = self.pre_activations(x_bd)
         return top_k(a_bf, self.config.k) if self.config.use_topk else a_bf
 
     def decode(self, z_bf: jax.Array) -> jax.Array:
-        """x̂ `[B, D]`, float32."""
+        """Reconstructs x̂ `[B, D]` from z, in float32."""
         decoder = self.decoder[...]
         x_bd = jnp.einsum(
             "bf,fd->bd", z_bf.astype(decoder.dtype), decoder, preferred_element_type=jnp.float32
@@ -78,6 +78,6 @@ class SAE(nnx.Module):
 
 
 def reconstruction_loss(x_bd: jax.Array, x_hat_bd: jax.Array) -> jax.Array:
-    """Per-token normalised squared error `[B]`."""
+    """Computes the normalised squared error of each token, `[B]`."""
     error_b = jnp.mean(jnp.square(x_hat_bd - x_bd), axis=-1)
     return error_b / jnp.mean(jnp.square(x_bd), axis=-1)

@@ -6,8 +6,8 @@ where z' is z after an optional intervention on chosen features. The trunk is th
 `source_layer` layers of a Llama, without its final norm. Source: arXiv 2508.08746.
 
 Deliberate deviations: pooling reads the last position of the mask (the reference looks for the
-first pad token, which breaks with left padding or pad == eos), and the SAE runs on the pooled
-token only (the reference runs it on all of them and drops the rest).
+first pad token, which fails with left padding or if pad equals eos), and the SAE runs only on the
+pooled token (the reference runs it on every token and drops the others).
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from sarm_jax.models.sae import SAE, SAEConfig, standardise
 
 @dataclasses.dataclass(frozen=True)
 class SARMConfig:
-    """`trunk.num_hidden_layers` is the SAE's source layer."""
+    """The architecture of a SARM; `trunk.num_hidden_layers` is the SAE's source layer."""
 
     trunk: LlamaConfig
     sae: SAEConfig
@@ -33,9 +33,10 @@ class SARMConfig:
 
 @struct.dataclass
 class Intervention:
-    """z'_i = clip(multiply · z_i + add, minimum, maximum) for n chosen features, arrays `[n]`.
+    """z'_i = clip(multiply · z_i + add, minimum, maximum) for S selected features, arrays `[S]`.
 
-    set v: multiply 0, add v · steer: multiply or add · bound: minimum, maximum.
+    Setting a feature to v is multiply = 0 and add = v; steering multiplies or adds; bounds are
+    minimum and maximum.
     """
 
     indices: jax.Array
@@ -45,15 +46,17 @@ class Intervention:
     maximum: jax.Array
 
     def __call__(self, z_bf: jax.Array) -> jax.Array:
-        """The intervened latents; all other features are untouched."""
-        z_bn = z_bf[:, self.indices] * self.multiply + self.add
-        z_bn = jnp.clip(z_bn, self.minimum, self.maximum)
-        return z_bf.at[:, self.indices].set(z_bn, unique_indices=True)
+        """Applies the intervention to latents `[B, M]`; all other features stay as they are."""
+        z_bs = z_bf[:, self.indices] * self.multiply + self.add
+        z_bs = jnp.clip(z_bs, self.minimum, self.maximum)
+        return z_bf.at[:, self.indices].set(z_bs, unique_indices=True)
 
     def neutral(self) -> "Intervention":
-        """One of the same shape that changes nothing, for what is compiled for this one."""
+        """Returns an intervention of the same shape without effect, for use in the same program."""
         one, infinity = jnp.ones_like(self.add), jnp.full_like(self.add, jnp.inf)
-        return Intervention(self.indices, one, 0 * one, -infinity, infinity)
+        return Intervention(
+            indices=self.indices, multiply=one, add=0 * one, minimum=-infinity, maximum=infinity
+        )
 
 
 def intervention(
@@ -64,10 +67,18 @@ def intervention(
     maximum: dict[int, float] | None = None,
     steer: dict[int, tuple[str, float]] | None = None,
 ) -> Intervention:
-    """Builds an `Intervention` from feature id → value.
+    """Builds an `Intervention` from maps of feature id → value.
 
-    `steer` values are `("*", factor)` or `("+", offset)`, as in a steering file. A feature that
-    is set cannot be steered or bounded as well, nor can its minimum exceed its maximum.
+    Args:
+        latent_size: the number of features of the SARM.
+        set_to: values to set features to.
+        minimum: lower bounds.
+        maximum: upper bounds.
+        steer: `("*", factor)` or `("+", offset)`, as in a steering file.
+
+    Raises:
+        InputError: a feature does not exist, is set and also steered or bounded, or has a minimum
+            above its maximum.
     """
     set_to, minimum, maximum, steer = set_to or {}, minimum or {}, maximum or {}, steer or {}
     ids = sorted({*set_to, *minimum, *maximum, *steer})
@@ -88,11 +99,18 @@ def intervention(
             multiply, add = 0.0, set_to[i]
         rows.append((multiply, add, low, high))
     columns = np.asarray(rows, np.float32).reshape(len(ids), 4).T
-    return Intervention(jnp.asarray(ids, jnp.int32), *(jnp.asarray(c) for c in columns))
+    multiply_s, add_s, minimum_s, maximum_s = (jnp.asarray(column) for column in columns)
+    return Intervention(
+        indices=jnp.asarray(ids, jnp.int32),
+        multiply=multiply_s,
+        add=add_s,
+        minimum=minimum_s,
+        maximum=maximum_s,
+    )
 
 
 class SARM(nnx.Module):
-    """`trunk`, `sae`, and the head weights `score [M]` (no bias)."""
+    """The reward model: `trunk`, `sae`, and the head weights `score [M]` without bias."""
 
     def __init__(self, config: SARMConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -103,22 +121,22 @@ class SARM(nnx.Module):
     def __call__(
         self, tokens_bt: jax.Array, mask_bt: jax.Array, change: Intervention | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """(scores `[B]` of the changed latents, the latents `[B, M]` before the change)."""
+        """Returns (scores `[B]` of the changed latents, the latents `[B, M]` before the change)."""
         z_bf = self.sae.encode(self.pooled(tokens_bt, mask_bt))
         return self.head(z_bf if change is None else change(z_bf)), z_bf
 
     def pooled(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        """The standardised trunk state at each row's last real token, float32 `[B, D]`."""
+        """Returns the standardised trunk state at each row's last real token, float32 `[B, D]`."""
         h_btd = self.trunk.hidden(tokens_bt, mask_bt)
         return standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
 
     def head(self, z_bf: jax.Array) -> jax.Array:
-        """w · z, float32 `[B]`, on GPUs too."""
+        """Computes w · z `[B]` in full float32, on GPUs too."""
         weights_f = self.score[...].astype(jnp.float32)
         return jnp.dot(z_bf, weights_f, precision=jax.lax.Precision.HIGHEST)
 
 
 def last_position(mask_bt: jax.Array) -> jax.Array:
-    """Index of the last 1 of each row, `[B]`, wherever the padding is."""
+    """Returns the index of the last 1 of each row, `[B]`, for padding on either side."""
     length = mask_bt.shape[1]
     return length - 1 - jnp.argmax(mask_bt.astype(bool)[:, ::-1], axis=1)

@@ -1,1 +1,1 @@
-"""Devices, meshes, processes and compilation."""
+"""Devices, the mesh, several processes, and compilation."""

@@ -1,4 +1,4 @@
-"""The devices that JAX finds, and how it is to use them."""
+"""The devices that JAX finds, and settings for their memory and precision."""
 
 import os
 import subprocess
@@ -10,68 +10,74 @@ import jax
 
 from sarm_jax.io.errors import InputError
 
-# Of a GPU's memory, for JAX: what is left beside the CUDA context. Its own default is 0.75.
+# JAX's share of a GPU's memory; the CUDA context needs the rest. JAX's own default is 0.75.
 MEMORY_SHARE = 0.92
 
-# For products in full float32 XLA would write kernels of its own, Triton's, and time them beside
-# cuBLAS's: minutes of compiling.
+# For matrix products in full float32, XLA would generate Triton kernels and time them against
+# cuBLAS, which takes minutes of compilation.
 NO_TRITON = "--xla_gpu_enable_triton_gemm=false"
 
 
 def set_memory_share() -> None:
-    """Lets JAX have `MEMORY_SHARE` of each GPU, unless the environment says how much it may have.
+    """Gives JAX `MEMORY_SHARE` of each GPU, unless the environment sets another share.
 
-    To be called before the first array is made.
+    Call it before the first array is created.
     """
-    if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the older name; never both
+    # This is the older name of the variable; JAX accepts only one of the two.
+    if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(MEMORY_SHARE))
 
 
 def exact_float32() -> None:
-    """Makes float32 products float32 on GPUs, unless the environment says what they are to be.
+    """Computes float32 matrix products in float32 on GPUs, unless the environment says otherwise.
 
-    By itself JAX rounds their operands to TF32, ten bits: a young adapter that is added to a kernel
-    would be rounded away. Where they are float32, XLA is told `NO_TRITON`, unless XLA_FLAGS says
-    otherwise. To be called before the first array is made.
+    By default JAX rounds their operands to TF32, a mantissa of ten bits, in which a young adapter
+    that is added to a kernel is rounded away. With float32 products, `NO_TRITON` is added to
+    XLA_FLAGS, unless they set this flag already. Call it before the first array is created.
     """
     if not os.environ.get("JAX_DEFAULT_MATMUL_PRECISION"):
-        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # for processes that this one starts
+        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # for spawned processes
         jax.config.update("jax_default_matmul_precision", "float32")
     flags = os.environ.get("XLA_FLAGS", "")
-    says_otherwise = NO_TRITON.split("=")[0] in flags or flags.strip()[:1] not in (
-        "",
-        "-",
-    )  # a file
+    is_file_name = flags.strip()[:1] not in ("", "-")
+    sets_triton = NO_TRITON.split("=")[0] in flags or is_file_name
     exact = os.environ["JAX_DEFAULT_MATMUL_PRECISION"] in ("float32", "highest")
-    if exact and not says_otherwise and _has_cuda() and _accepts(NO_TRITON):
+    if exact and not sets_triton and _has_cuda() and _accepts(NO_TRITON):
         os.environ["XLA_FLAGS"] = f"{flags} {NO_TRITON}".strip()
 
 
 def _has_cuda() -> bool:
-    """Whether JAX can use, or compile for, NVIDIA GPUs."""
+    """Returns True if JAX can use NVIDIA GPUs, or compile for them."""
     return any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins"))
 
 
 def _accepts(flag: str) -> bool:
-    """Whether this XLA has the flag; one that it does not know ends the process."""
+    """Returns True if this XLA knows the flag; an unknown one ends its process."""
     command = [sys.executable, "-P", "-c", "import jax; jax.devices()"]
     environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
     return not subprocess.run(command, env=environment, capture_output=True).returncode
 
 
 def find_devices() -> list[Any]:
-    """All devices of the run; InputError where JAX was told of some that it does not find."""
+    """Returns all devices of the run, over all processes.
+
+    Raises:
+        InputError: JAX finds none, such as with JAX_PLATFORMS=cuda on a host without a GPU.
+    """
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter: JAX_PLATFORMS=cuda, and no GPU
+    except (
+        RuntimeError,
+        AssertionError,
+    ) as error:  # AssertionError: JAX_PLATFORMS=cuda without a GPU
         platforms = os.environ.get("JAX_PLATFORMS")
-        asked = f"JAX_PLATFORMS={platforms}: " if platforms else ""
+        setting = f"JAX_PLATFORMS={platforms}: " if platforms else ""
         reason = " ".join(str(error).split()) or "there is none, or no driver for it"
-        raise InputError(f"{asked}JAX finds no device: {reason}") from error
+        raise InputError(f"{setting}JAX finds no device: {reason}") from error
 
 
 def describe_devices(used: int) -> str:
-    """Such as "1 of 4 × NVIDIA H100 80GB HBM3"."""
-    found = find_devices()
-    count = str(used) if used == len(found) else f"{used} of {len(found)}"
-    return f"{count} × {found[0].device_kind}"
+    """Describes the devices of a run, such as "1 of 4 × NVIDIA H100 80GB HBM3"."""
+    devices = find_devices()
+    count = str(used) if used == len(devices) else f"{used} of {len(devices)}"
+    return f"{count} × {devices[0].device_kind}"

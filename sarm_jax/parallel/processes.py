@@ -1,9 +1,10 @@
 """Several processes as one program, for a mesh over several hosts.
 
-Each runs the same command and takes the same steps with the same numbers, and puts on its devices
-what lies there. Process 0 keeps the run: what only its working directory knows it tells the others,
-who write nothing that stays. What one refuses all refuse (`agree`). With a single process nothing
-here communicates.
+Every process runs the same command and takes the same steps with the same numbers; each one puts
+its own shards on its own devices. Process 0, the primary process, keeps the run: it broadcasts what
+only its working directory holds, and the files that the others write are thrown away. If one
+process refuses its input, all of them do (`raise_on_all`). A single process communicates with
+nobody.
 """
 
 import contextlib
@@ -25,19 +26,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
 
-TEXT = 1000  # bytes of a refusal that the other processes hear
+MESSAGE_BYTES = 1000  # of an error that the other processes receive
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """Process `number` of `count`; process 0 listens at `address`, host:port."""
+    """One process of several: its number, their count, and where process 0 listens (host:port)."""
 
     address: str
     count: int
     number: int
-    timeout: int = 300  # seconds to wait for one another
+    timeout: int = 300  # seconds that the processes wait for one another
 
     def __post_init__(self) -> None:
         host, colon, port = self.address.rpartition(":")
@@ -53,22 +55,23 @@ class Hosts:
 
 
 def connect(hosts: Hosts) -> None:
-    """Joins this process to the others; before anything else asks JAX for devices.
+    """Connects this process to the others; call it before anything asks JAX for devices.
 
-    Raises InputError where the address cannot be listened at, or nobody does in time.
+    Raises:
+        InputError: process 0 cannot listen at the address, or no process listens there in time.
     """
     host, _, port = hosts.address.rpartition(":")
     flag = f"--coordinator_address={hosts.address}"
     if hosts.number:
-        _wait_for(host.strip("[]"), int(port), hosts.timeout, flag)
-    # It would save at a SIGTERM in a way of its own; `Trainer` has one.
+        _wait_for(host.strip("[]"), port=int(port), timeout=hosts.timeout, flag=flag)
+    # JAX's service handles SIGTERM in its own way; `Trainer` saves a checkpoint then.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             hosts.address,
             hosts.count,
             hosts.number,
-            cluster_detection_method="deactivate",  # Slurm's would leave a process one GPU
+            cluster_detection_method="deactivate",  # Slurm's gives each process only one GPU
             initialization_timeout=hosts.timeout,
         )
     except RuntimeError as error:
@@ -76,84 +79,93 @@ def connect(hosts: Hosts) -> None:
 
 
 def connected() -> bool:
-    """Whether there are other processes. Asks for no device: a GPU would be taken by it."""
+    """Returns True if there are other processes. Initialises no backend, which would take a GPU."""
     return jax.distributed.is_initialized()
 
 
-def is_first() -> bool:
-    """Whether this is the process that keeps the run."""
+def is_primary() -> bool:
+    """Returns True in process 0, which keeps the run."""
     return not connected() or jax.process_index() == 0
 
 
 def fetch(tree: Any) -> Any:
-    """Whole arrays as NumPy, wherever their parts are; all processes have to call this."""
+    """Gathers arrays as NumPy arrays on every host; all processes have to call it."""
 
-    def gathered(x):
+    def gather(x):
         elsewhere = isinstance(x, jax.Array) and not (
             x.is_fully_addressable or x.is_fully_replicated
         )
         return multihost_utils.process_allgather(x, tiled=True) if elsewhere else x
 
-    return jax.device_get(jax.tree.map(gathered, tree))
+    return jax.device_get(jax.tree.map(gather, tree))
 
 
-def from_first(value: Any) -> Any:
-    """Process 0's JSON value; the others' own is ignored."""
+def broadcast(value: Any) -> Any:
+    """Returns process 0's JSON value in every process; what the others pass is ignored."""
     if not connected():
         return value
-    return json.loads(_bytes_from_first(json.dumps(value).encode()))
+    return json.loads(_broadcast_bytes(json.dumps(value).encode()))
 
 
-def array_from_first(like: Any, array: np.ndarray | None) -> np.ndarray:
-    """Process 0's `array`, bit for bit, of the shape and type of `like`; the others give None."""
+def broadcast_array(like: Any, array: np.ndarray | None) -> np.ndarray:
+    """Returns process 0's `array` in every process, bit for bit.
+
+    Args:
+        like: an array, or its description, with the shape and dtype of `array`.
+        array: the array in process 0; the others may pass None.
+    """
     if not connected():
         assert array is not None
         return array
     data = b"" if array is None else np.ascontiguousarray(array).tobytes()
-    return np.frombuffer(_bytes_from_first(data), like.dtype).reshape(like.shape)
+    return np.frombuffer(_broadcast_bytes(data), like.dtype).reshape(like.shape)
 
 
-def largest(number: int) -> int:
-    """The largest of all processes' numbers."""
+def all_max(number: int) -> int:
+    """Returns the maximum of all processes' numbers in every process (an all-reduce)."""
     if not connected():
         return number
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def agree(problem: str = "") -> None:
-    """Goes on if no process has a problem; otherwise raises InputError in every one, parted.
+def raise_on_all(problem: str = "") -> None:
+    """Raises InputError in every process, after shutting down, if any process has a problem.
 
-    A process that refuses before it comes here is spoken for by `refuse`.
+    All processes have to call it. A process that fails earlier calls `raise_on_others` instead.
+
+    Args:
+        problem: the problem of this process; empty if it has none. Its secrets are redacted here,
+            since the other processes do not know them.
     """
     if not connected():
         return
-    own = np.zeros(TEXT, np.uint8)
-    text = np.frombuffer(problem.encode()[:TEXT], np.uint8)
+    own = np.zeros(MESSAGE_BYTES, np.uint8)
+    text = np.frombuffer(redact(problem).encode()[:MESSAGE_BYTES], np.uint8)
     own[: len(text)] = text
-    for number, found in enumerate(multihost_utils.process_allgather(own)):
-        if found.any():
-            part()
-            said = found.tobytes().rstrip(b"\0").decode(errors="replace")
-            raise InputError(f"process {number}: {said}")
+    for number, received in enumerate(multihost_utils.process_allgather(own)):
+        if received.any():
+            shut_down()
+            message = received.tobytes().rstrip(b"\0").decode(errors="replace")
+            raise InputError(f"process {number}: {message}")
 
 
-def refuse(problem: str) -> None:
-    """Tells the others, at their next `agree`, why this process does not go on."""
+def raise_on_others(problem: str) -> None:
+    """Ends the other processes, which wait in `raise_on_all`, with this process's problem."""
     with contextlib.suppress(InputError):
-        agree(problem)
+        raise_on_all(problem)
 
 
-def part() -> None:
-    """The end that all processes come to; waits for the others."""
+def shut_down() -> None:
+    """Disconnects this process after all others have come to this point (a barrier)."""
     if connected():
         jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
-def nobody_waits() -> Iterator[None]:
-    """Ends this process at once where it leaves alone: the others cannot go on without it.
+def exit_without_barrier() -> Iterator[None]:
+    """Ends this process at once if an exception leaves the block while others are connected.
 
-    The interpreter's own end would wait for them, and they for it.
+    The interpreter's own exit would wait for the other processes, and they would wait for this one.
     """
     try:
         yield
@@ -169,9 +181,9 @@ def nobody_waits() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def place_to_write(workdir: Path) -> Iterator[Path]:
-    """The working directory for process 0; for the others one that is thrown away."""
-    if is_first():
+def writable_workdir(workdir: Path) -> Iterator[Path]:
+    """Yields the working directory in process 0 and a temporary directory in the others."""
+    if is_primary():
         yield workdir
         return
     folder = tempfile.mkdtemp(prefix="sarm_jax_")
@@ -179,14 +191,18 @@ def place_to_write(workdir: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _bytes_from_first(data: bytes) -> bytes:
+def _broadcast_bytes(data: bytes) -> bytes:
     size = int(multihost_utils.broadcast_one_to_all(np.uint32(len(data))))
-    given = np.frombuffer(data, np.uint8) if is_first() else np.zeros(size, np.uint8)
-    return multihost_utils.broadcast_one_to_all(given).tobytes()
+    own = np.frombuffer(data, np.uint8) if is_primary() else np.zeros(size, np.uint8)
+    return multihost_utils.broadcast_one_to_all(own).tobytes()
 
 
 def _wait_for(host: str, port: int, timeout: int, flag: str) -> None:
-    """Until somebody listens: the library would end the process without a word to catch."""
+    """Waits until process 0 listens; JAX would end this process without a message if it does not.
+
+    Raises:
+        InputError: no process listens within `timeout` seconds.
+    """
     end = time.monotonic() + timeout
     while True:
         try:

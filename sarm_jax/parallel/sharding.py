@@ -1,15 +1,16 @@
 """The device mesh, and the one table: parameter path → PartitionSpec.
 
-    data     copies of the weights, each with its part of the batch
+    data     copies of the weights, each with its share of the batch
     fsdp     splits the weights, and the batch further: less memory for more communication
     tensor   splits heads and widths within a layer: less latency
 
-Modules know little of this. Weights are put on the mesh as they are loaded, the programs state
-where their inputs and outputs live, and the compiler derives the rest. The exceptions: attention,
-whose fused kernel wants queries, keys and values split alike, along rows and heads alone
-(`keep_heads`); decoding's copy of the weights, which is laid out anew and split as they are
-(`sarm_jax.sampling.fused_layers`); and what is added up along the vocabulary when a token is drawn
-(`sarm_jax.sampling.generate`). Adapters, value head and optimizer state are small and replicated.
+Modules hold almost no sharding annotations. Weights are put on the mesh as they are loaded,
+programs state the sharding of their inputs and outputs, and the compiler derives the rest. There
+are three exceptions. The fused attention kernel needs queries, keys and values split alike, along
+rows and heads only (`constrain_heads`). Decoding uses a copy of the weights in another layout,
+which is split like the weights (`sarm_jax.sampling.fused_layers`). Sums along the vocabulary are
+gathered when a token is drawn (`sarm_jax.sampling.generate`). Adapters, value head and optimizer
+state are small and replicated.
 """
 
 import dataclasses
@@ -25,13 +26,13 @@ from jax.sharding import PartitionSpec as P
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.devices import find_devices
 
-# Reads a region of a parameter: every slice has a start and a stop.
+# A function that reads a region of a parameter; every slice has a start and a stop.
 Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# Stacked layers have the layer as their first dimension. Each path matches exactly one row.
+# The first dimension of stacked layers is the layer. Each path matches exactly one row.
 TABLE: tuple[tuple[str, P], ...] = (
     (r"(trunk\.)?embed_tokens", P("tensor", "fsdp")),
     (r"lm_head", P("tensor", "fsdp")),
@@ -50,7 +51,7 @@ VOCABULARY = re.compile(r"(trunk\.)?(embed_tokens|lm_head)")
 
 
 class HeadCounts(Protocol):
-    """What a mesh asks of a model."""
+    """The fields of a model config that decide whether a mesh fits."""
 
     @property
     def num_attention_heads(self) -> int: ...
@@ -61,7 +62,7 @@ class HeadCounts(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis."""
+    """The number of devices along each axis of the mesh."""
 
     data: int = 1
     fsdp: int = 1
@@ -74,19 +75,19 @@ class MeshConfig:
 
     @property
     def devices(self) -> int:
-        """How many devices it takes."""
+        """The number of devices of the mesh."""
         return self.data * self.fsdp * self.tensor
 
     @property
     def batch_parts(self) -> int:
-        """Into how many parts the batch is split."""
+        """The number of parts that a batch is split into."""
         return self.data * self.fsdp
 
     def __str__(self) -> str:
         return f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}"
 
     def check_batch(self, rows: int, name: str) -> None:
-        """Raises InputError where `rows` rows, called `name`, cannot be split evenly."""
+        """Raises InputError if `rows` rows, the value of option `name`, cannot be split evenly."""
         if rows % self.batch_parts:
             raise InputError(
                 f"{name} = {rows} rows do not divide over data × fsdp = {self.batch_parts} devices "
@@ -94,7 +95,7 @@ class MeshConfig:
             )
 
     def check_model(self, config: HeadCounts) -> None:
-        """Raises InputError where the heads cannot be split over `tensor`."""
+        """Raises InputError if the heads cannot be split over `tensor`."""
         for name in ("num_attention_heads", "num_key_value_heads"):
             if getattr(config, name) % self.tensor:
                 raise InputError(
@@ -103,7 +104,15 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh over the first devices; None where one device is all it takes."""
+    """Makes the mesh over the first devices; returns None if it has a single device.
+
+    Args:
+        config: the size of each axis.
+        devices: the devices to choose from; by default all devices of the run.
+
+    Raises:
+        InputError: there are too few devices, or several processes have devices to spare.
+    """
     devices = find_devices() if devices is None else devices
     if config.devices > len(devices):
         raise InputError(f"{config} takes {config.devices} devices; there are {len(devices)}")
@@ -119,7 +128,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh 
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
-    """The row of `TABLE` for a parameter; InputError where the mesh does not divide its shape."""
+    """Looks up the row of `TABLE` for a parameter.
+
+    Raises:
+        InputError: an axis of the mesh does not divide the parameter's shape.
+    """
     rows = [spec for pattern, spec in TABLE if re.fullmatch(pattern, path)]
     if len(rows) != 1:
         raise ValueError(f"{path} matches {len(rows)} rows of the sharding table, expected 1")
@@ -134,40 +147,49 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> P:
 
 
 def padded_shape(path: str, shape: Sequence[int], mesh: Mesh) -> tuple[int, ...]:
-    """The shape of a parameter on the mesh: a vocabulary gets rows of zeros until it divides."""
-    rows, *rest = shape
+    """Returns the shape of a parameter on the mesh.
+
+    A vocabulary is padded with rows of zeros until `tensor` divides it.
+    """
+    rows, *other_dimensions = shape
     if VOCABULARY.fullmatch(path):
         rows += -rows % mesh.shape["tensor"]
-    return (rows, *rest)
+    return (rows, *other_dimensions)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Puts arrays on a mesh; without one (a single device), leaves everything as it is."""
+    """Puts arrays on a mesh. On a single device there is no mesh, and arrays stay as they are."""
 
     mesh: Mesh | None = None
 
     @property
     def parts(self) -> int:
-        """How many parts of a batch lie on devices of their own."""
+        """The number of parts of a batch that lie on different devices."""
         return self.size("data") * self.size("fsdp")
 
     def size(self, axis: str) -> int:
-        """How many devices there are along an axis of the mesh."""
+        """Returns the number of devices along an axis of the mesh."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
     def parameter(self, path: str, array: np.ndarray) -> jax.Array:
-        """A frozen parameter that the host holds; on a mesh as `load` puts it."""
+        """Puts a frozen parameter that the host holds on the mesh, as `load` does."""
         return self.load(path, array.shape, array.dtype, array.__getitem__)
 
     def load(self, path: str, shape: Sequence[int], dtype: Any, read: Read) -> jax.Array:
-        """A frozen parameter, read straight into its shards: the host holds one at a time.
+        """Reads a frozen parameter straight into its shards; the host holds one shard at a time.
 
-        What this process has no shard of is not read; a vocabulary is padded, see `padded_shape`.
+        A process reads only its own shards. A vocabulary is padded, see `padded_shape`.
+
+        Args:
+            path: the dotted path of the parameter.
+            shape: its shape without padding.
+            dtype: its dtype.
+            read: reads any region of it.
         """
         if self.mesh is None:
-            whole = read(tuple(slice(0, size) for size in shape))
-            return jax.block_until_ready(jax.device_put(whole))
+            array = read(tuple(slice(0, size) for size in shape))
+            return jax.block_until_ready(jax.device_put(array))
         padded = padded_shape(path, shape, self.mesh)
         sharding = self._at(partition_spec(path, padded, self.mesh))
         devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
@@ -177,59 +199,59 @@ class Placement:
             devices.setdefault(bounds, []).append(device)
         shards = []
         for region, copies in devices.items():
-            piece = _read_padded(region, shape, dtype, read)
+            piece = _read_padded(region, shape=shape, dtype=dtype, read=read)
             shards += jax.block_until_ready([jax.device_put(piece, device) for device in copies])
         return jax.make_array_from_single_device_arrays(padded, sharding, shards)
 
     def replicated(self, tree: Any) -> Any:
-        """A copy on every device."""
+        """Puts a copy of every array on every device."""
         return tree if self.mesh is None else jax.tree.map(lambda x: _put(x, self._at(P())), tree)
 
     def rows(self, tree: Any) -> Any:
-        """Arrays split along their first dimension, or on every device where it does not divide."""
+        """Splits arrays along their first dimension; replicates those that do not divide."""
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape))), tree)
 
     def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
-        """An array for compiling ahead, split like `spec`."""
+        """Describes an array that is split like `spec`, for compiling ahead of time."""
         sharding = None if self.mesh is None else self._at(spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def abstract_parameter(self, path: str, shape: Sequence[int], dtype: Any) -> Any:
-        """What `load` makes of such an array."""
+        """Describes what `load` returns for such an array."""
         if self.mesh is None:
             return self.abstract(shape, dtype, P())
         shape = padded_shape(path, shape, self.mesh)
         return self.abstract(shape, dtype, partition_spec(path, shape, self.mesh))
 
     def abstract_replicated(self, tree: Any) -> Any:
-        """What `replicated` makes of such a tree."""
+        """Describes what `replicated` returns for such a tree."""
         return jax.tree.map(lambda x: self.abstract(x.shape, x.dtype, P()), tree)
 
     def abstract_rows(self, shape: Sequence[int], dtype: Any) -> Any:
-        """What `rows` makes of such an array."""
+        """Describes what `rows` returns for such an array."""
         return self.abstract(shape, dtype, self._rows(shape))
 
-    def keep_rows(self, tree: Any) -> Any:
-        """Inside a program: arrays stay as `rows` puts them."""
+    def constrain_rows(self, tree: Any) -> Any:
+        """Constrains arrays inside a program to the sharding that `rows` gives them."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(lambda x: self.keep(x, self._rows(x.shape)), tree)
+        return jax.tree.map(lambda x: self.constrain(x, self._rows(x.shape)), tree)
 
-    def keep_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        """Inside a program: arrays `[B, T, heads, H]` are split along batch and heads alone."""
+    def constrain_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        """Constrains arrays `[B, T, heads, H]` in a program to a split along B and heads only."""
         if self.mesh is None:
             return arrays
         rows = None if len(arrays[0]) % self.parts else BATCH[0]
-        return self.keep(arrays, P(rows, None, "tensor"))
+        return self.constrain(arrays, P(rows, None, "tensor"))
 
-    def keep_replicated(self, tree: Any) -> Any:
-        """Inside a program: arrays stay whole on every device."""
-        return self.keep(tree, P())
+    def constrain_replicated(self, tree: Any) -> Any:
+        """Constrains arrays inside a program to be replicated."""
+        return self.constrain(tree, P())
 
-    def keep(self, tree: Any, spec: P) -> Any:
-        """Inside a program: arrays stay split like `spec`."""
+    def constrain(self, tree: Any, spec: P) -> Any:
+        """Constrains arrays inside a program to be split like `spec`."""
         if self.mesh is None:
             return tree
         return jax.lax.with_sharding_constraint(tree, self._at(spec))
@@ -243,9 +265,10 @@ class Placement:
 
 
 def put_like(array: np.ndarray, like: Any) -> Any:
-    """An array of the host's where `like` lies; as it is, where that is on the host itself.
+    """Puts a host array on the devices of `like`; returns it unchanged if `like` is a host array.
 
-    One that is free to move stays so: programs are compiled anew for one that is not.
+    If `like` is not committed to its devices, the result is not either: a program would be compiled
+    again for a committed argument.
     """
     if not isinstance(like, jax.Array):
         return array
@@ -253,7 +276,7 @@ def put_like(array: np.ndarray, like: Any) -> Any:
 
 
 def _put(x: Any, sharding: Sharding) -> jax.Array:
-    """`x` on the mesh; of what a host holds, every process puts its own part there."""
+    """Puts `x` on the mesh; every process puts its own shards of a host array there."""
     on_mesh = isinstance(x, jax.Array) and not x.is_fully_addressable
     if on_mesh or sharding.is_fully_addressable:
         return jax.device_put(x, sharding)
@@ -264,9 +287,9 @@ def _put(x: Any, sharding: Sharding) -> jax.Array:
 def _read_padded(
     bounds: Sequence[tuple[int, int]], shape: Sequence[int], dtype: Any, read: Read
 ) -> np.ndarray:
-    """The region between `bounds`, with zeros where it goes beyond `shape` in its rows."""
-    (start, stop), *rest = bounds
-    columns = [slice(*pair) for pair in rest]
+    """Reads the region between `bounds`, with zeros in rows beyond `shape`."""
+    (start, stop), *column_bounds = bounds
+    columns = [slice(*pair) for pair in column_bounds]
     if stop <= shape[0]:
         return read((slice(start, stop), *columns))
     piece = np.zeros([high - low for low, high in bounds], dtype)

@@ -1,6 +1,6 @@
-"""HTML pages that need nothing but themselves: templates, pictures and data inside the file.
+"""Self-contained HTML pages: style, pictures and data are inside the file.
 
-`page.css` is the look that they share; a template includes it, or `style` joins it with more.
+All pages share the style sheet `page.css`: templates include it, or a page puts it before its own.
 """
 
 import base64
@@ -12,13 +12,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-HERE = Path(__file__).parent
+SHARED = Path(__file__).parent  # folder of page.css
 
 
 def environment(folder: Path) -> Environment:
-    """Templates of `folder`, which may include page.css; every value is escaped."""
+    """Loads the templates of `folder`, which may include page.css, with every value escaped."""
     return Environment(
-        loader=FileSystemLoader([folder, HERE]),
+        loader=FileSystemLoader([folder, SHARED]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -27,14 +27,17 @@ def environment(folder: Path) -> Environment:
 
 
 def picture_uri(content: bytes) -> str:
-    """A PNG as an address that holds it."""
+    """Encodes a PNG as a data URI."""
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
 def json_in_html(value: Any) -> Markup:
-    """JSON that can stand in a script element: no character of it ends the element or the line.
+    """Encodes a value as JSON for a script element, such that no character can end the element.
 
-    Everything but ASCII is written as an escape, and so are <, > and &. NaN raises ValueError.
+    All characters other than ASCII are escaped, and so are <, > and &.
+
+    Raises:
+        ValueError: the value contains NaN.
     """
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
@@ -43,9 +46,9 @@ def json_in_html(value: Any) -> Markup:
 
 
 def content_policy(style: str, script: str) -> str:
-    """A Content-Security-Policy under which a page loads nothing from anywhere.
+    """Returns a Content-Security-Policy that lets a page load nothing from outside.
 
-    Only this style and this script are allowed, by their hashes, and pictures in the page itself.
+    The policy allows this style and this script, by their hashes, and pictures inside the page.
     """
     return (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; "
@@ -54,5 +57,6 @@ def content_policy(style: str, script: str) -> str:
 
 
 def _hash(text: str) -> str:
+    """Returns the SHA-256 hash of a text as a policy writes it."""
     digest = hashlib.sha256(text.encode("utf-8")).digest()
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

@@ -1,4 +1,4 @@
-"""The look of every figure: light and dark, and a figure as a file."""
+"""The style of every figure, light or dark, and its conversion to a PNG."""
 
 import io
 from collections.abc import Iterator
@@ -16,25 +16,26 @@ from matplotlib.ticker import MaxNLocator
 
 @contextmanager
 def theme(dark: bool) -> Iterator[None]:
-    """Ink and paper, no box around the axes."""
-    ink, paper = ("#e6e6e6", "#1b1e23") if dark else ("#1a1a1a", "#ffffff")
-    edges = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
-    papers = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
+    """Sets the colours of text and background, and draws no box around the axes."""
+    text, background = ("#e6e6e6", "#1b1e23") if dark else ("#1a1a1a", "#ffffff")
+    text_keys = ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+    background_keys = ("figure", "axes", "savefig", "legend")
     style: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False}
     style |= {"grid.color": "#888888", "grid.alpha": 0.25}
-    style |= dict.fromkeys(edges, ink) | dict.fromkeys(papers, paper)
+    style |= dict.fromkeys(text_keys, text)
+    style |= {f"{name}.facecolor": background for name in background_keys}
     with plt.rc_context(style):
         yield
 
 
 def by_step(axes: Axes, **labels: Any) -> None:
-    """PPO steps along the x axis: there is none between two whole numbers."""
+    """Labels the x axis as PPO steps, with ticks at whole numbers only."""
     axes.set(xlabel="PPO step", **labels)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
 
 
 def png(figure: Figure) -> bytes:
-    """The figure's file, after which it is closed."""
+    """Writes the figure as a PNG and closes it."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     plt.close(figure)

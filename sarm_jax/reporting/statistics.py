@@ -1,4 +1,4 @@
-"""Means with intervals."""
+"""Means with intervals, and win rates."""
 
 from collections.abc import Sequence
 from typing import TypedDict
@@ -9,7 +9,7 @@ from scipy import stats
 
 
 class Interval(TypedDict):
-    """A mean and its interval; `low` and `high` are None where one value says nothing of spread."""
+    """A mean with an interval; `low` and `high` are None if the spread cannot be estimated."""
 
     mean: float
     low: float | None
@@ -17,7 +17,7 @@ class Interval(TypedDict):
 
 
 def mean_interval(values: ArrayLike | Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of independent values."""
+    """Computes the mean of independent values with Student's t interval."""
     x = np.asarray(values, np.float64)
     mean = float(x.mean())
     if len(x) < 2:
@@ -29,10 +29,18 @@ def mean_interval(values: ArrayLike | Sequence[float], confidence: float = 0.95)
 def stratified_interval(
     groups: Sequence[ArrayLike], weights: Sequence[float], confidence: float = 0.95
 ) -> Interval:
-    """The weighted mean of the means of independent groups; `weights` sum to 1.
+    """Computes the weighted mean of the means of independent groups, with an interval.
 
-    The interval is Student's, with the degrees of freedom of Welch and Satterthwaite; for one
-    group it is `mean_interval`. Without spread in a group of one value there is none.
+    The interval is Student's, with the degrees of freedom of Welch and Satterthwaite. For a single
+    group it equals `mean_interval`.
+
+    Args:
+        groups: values of each group.
+        weights: weight of each group; they sum to 1.
+        confidence: coverage of the interval.
+
+    Returns:
+        The mean with its interval, which has no ends if a group has only one value.
     """
     values = [np.asarray(group, np.float64) for group in groups]
     mean = float(sum(w * x.mean() for w, x in zip(weights, values, strict=True)))
@@ -48,11 +56,31 @@ def stratified_interval(
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of `n` independent trials.
+    """Computes the 95 % Wilson score interval of a share of `n` independent trials.
 
-    Pairs of one prompt are not independent: count prompts, which errs on the wide side.
+    Pairs that share a prompt are not independent: count prompts instead, which can only widen the
+    interval.
     """
     z = 1.959964
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return float(centre - half), float(centre + half)
+
+
+def count_wins(margins: ArrayLike) -> np.ndarray:
+    """Counts each positive margin as a win (1), each margin of 0 as half a win (1/2)."""
+    return (np.sign(margins) + 1) / 2
+
+
+def format_interval(interval: Interval, number_format: str = ".2f") -> str:
+    """Formats an interval as "0.93 (95 % 0.90 to 0.96)", or as its mean if it has no ends.
+
+    Args:
+        interval: a 95 % interval.
+        number_format: format specification of the three numbers, such as ".2f" or "+.4f".
+    """
+    mean = format(interval["mean"], number_format)
+    if interval["low"] is None or interval["high"] is None:
+        return mean
+    low, high = (format(interval[end], number_format) for end in ("low", "high"))
+    return f"{mean} (95 % {low} to {high})"

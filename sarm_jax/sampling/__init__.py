@@ -1,1 +1,1 @@
-"""Sampling responses, one token at a time."""
+"""Samples responses one token at a time."""

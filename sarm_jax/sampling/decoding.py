@@ -1,9 +1,9 @@
-"""One token at a time, with a KV cache: `Llama` once more, laid out for products of few tokens.
+"""Decodes one token at a time with a KV cache: the layers of `Llama` in another layout.
 
-With few tokens a product takes as long as reading its kernel, so everything is arranged for reading
-each weight and each cached column once, as it lies. Weights are those of the model; what is
-different is their layout (`sarm_jax.sampling.fused_layers`) and that tokens stand in columns,
-`[D, B]`.
+With few tokens, a matrix product takes as long as reading its kernel. Each weight and each cached
+column is therefore read once per step, in the order in which it is stored. The weights are those of
+the model; only their layout differs (`sarm_jax.sampling.fused_layers`), and tokens stand in
+columns, `[D, B]`.
 """
 
 import os
@@ -18,17 +18,17 @@ from sarm_jax.models.llama import Llama, attention, cut_heads, mask_padding, rms
 from sarm_jax.models.packing import Packing
 from sarm_jax.sampling.fused_layers import FusedLayer, product
 
-# A GPU's products of few rows are cut along their inner axis (split-K), so that all of its
-# multiprocessors have something to do, and the partial sums added up. From so many rows on, writing
-# and reading these costs more than it gives.
+# XLA splits a GPU's products of few rows along their inner axis (split-K), so that every
+# multiprocessor has work, and adds the partial sums. With this many rows or more, writing and
+# reading the partial sums costs more than it saves.
 NO_SPLIT_K_ROWS, NO_SPLIT_K = 64, ("xla_gpu_experimental_force_split_k", 1)
 
 
 def compiler_options(platform: str, rows: int) -> tuple[tuple[str, Any], ...]:
-    """What a program that decodes `rows` rows on each device is best compiled with.
+    """Returns the best compiler options for a program that decodes `rows` rows on each device.
 
-    (name, value) of each option, for the `compiler_options` of a `jax.jit` that is not within
-    another.
+    They are (name, value) pairs for the `compiler_options` of a `jax.jit` that is not inside
+    another one.
     """
     name, _ = NO_SPLIT_K
     if platform != "gpu" or rows < NO_SPLIT_K_ROWS or name in os.environ.get("XLA_FLAGS", ""):
@@ -38,10 +38,10 @@ def compiler_options(platform: str, rows: int) -> tuple[tuple[str, Any], ...]:
 
 @cache
 def _is_known(option: tuple[str, Any]) -> bool:
-    """Whether this XLA has the option; experimental ones come and go."""
+    """Returns True if this XLA has the option; not every version has an experimental one."""
     try:
         jax.jit(lambda: 0, compiler_options=dict([option])).lower().compile()
-    except Exception as error:  # its type is jaxlib's
+    except Exception as error:  # jaxlib defines its type
         if "No such compile option" not in str(error):
             raise
         return False
@@ -52,9 +52,14 @@ def _is_known(option: tuple[str, Any]) -> bool:
 class KVCache:
     """Keys and values of each layer, `[B, K, head_dim, S]`, filled column by column.
 
-    With the columns last, both products of attention read the cache as it lies. `mask_bs` marks
-    the columns that hold real tokens, `column` is the next one to write and `position_b` the next
-    position of each row.
+    With the columns last, both products of attention read the cache in its storage order.
+
+    Attributes:
+        k: the keys of each layer.
+        v: the values of each layer.
+        mask_bs: True for columns that hold real tokens.
+        column: the next column to write.
+        position_b: the next position of each row.
     """
 
     k: tuple[jax.Array, ...]
@@ -71,14 +76,25 @@ def prefill(
     cache_size: int,
     packing: Packing | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Runs the prompt: (`Llama.hidden` of it, a cache of `cache_size` ≥ T columns holding it)."""
+    """Runs the prompt.
+
+    Args:
+        policy: the model.
+        tokens_bt: the prompts.
+        mask_bt: marks their real tokens.
+        cache_size: the number of columns of the cache, at least T.
+        packing: a packing of `mask_bt`; padding is then not computed.
+
+    Returns:
+        (`Llama.hidden` of the prompts, the cache that holds them).
+    """
     x_btd, (k, v) = policy.forward(tokens_bt, mask_bt, packing=packing, keep=lambda x, kv: kv)
     extra = cache_size - tokens_bt.shape[1]
 
     def by_layer(y):
         widths = ((0, 0), (0, 0), (0, 0), (0, extra))
-        numbers = range(policy.config.num_hidden_layers)
-        return tuple(jnp.pad(jnp.moveaxis(y[layer], 1, -1), widths) for layer in numbers)
+        layers = range(policy.config.num_hidden_layers)
+        return tuple(jnp.pad(jnp.moveaxis(y[layer], 1, -1), widths) for layer in layers)
 
     return x_btd, KVCache(
         k=by_layer(k),
@@ -92,9 +108,16 @@ def prefill(
 def decode(
     policy: Llama, token_b: jax.Array, cache: KVCache, layers: tuple[FusedLayer, ...]
 ) -> tuple[jax.Array, KVCache]:
-    """Feeds one token per row: (its `hidden` `[B, 1, D]`, the cache with one column more).
+    """Runs one token per row.
 
-    `layers` are those of `fuse_layers(policy)`.
+    Args:
+        policy: the model.
+        token_b: the token of each row.
+        cache: the cache of the tokens before.
+        layers: the result of `fuse_layers(policy)`.
+
+    Returns:
+        (`Llama.hidden` of the tokens `[B, 1, D]`, the cache with one more column).
     """
     mask_bs = cache.mask_bs.at[:, cache.column].set(True)
     rope = policy.rope(cache.position_b[:, None])
@@ -105,24 +128,36 @@ def decode(
         projected = _linear(layer.qkv, rms_norm(x_b1d, layer.attention_norm, eps))
         q, k, v = cut_heads(projected, head_dim, rope)
         k_bkhs, v_bkhs = _write(k_bkhs, k, cache.column), _write(v_bkhs, v, cache.column)
-        cached = jnp.moveaxis(k_bkhs, -1, 1), jnp.moveaxis(v_bkhs, -1, 1)
-        out_b1d = attention(q, *cached, mask_bs[:, None], "xla").reshape(*q.shape[:2], -1)
+        out_b1nh = attention(
+            q_btnh=q,
+            k_bskh=jnp.moveaxis(k_bkhs, -1, 1),
+            v_bskh=jnp.moveaxis(v_bkhs, -1, 1),
+            mask_bts=mask_bs[:, None],
+            implementation="xla",
+        )
+        out_b1d = out_b1nh.reshape(*q.shape[:2], -1)
         x_b1d = x_b1d + _linear(layer.o, out_b1d)[0]
         x_b1d = x_b1d + _mlp(layer, rms_norm(x_b1d, layer.mlp_norm, eps))
         keys.append(k_bkhs)
         values.append(v_bkhs)
-    cache = KVCache(tuple(keys), tuple(values), mask_bs, cache.column + 1, cache.position_b + 1)
+    cache = KVCache(
+        k=tuple(keys),
+        v=tuple(values),
+        mask_bs=mask_bs,
+        column=cache.column + 1,
+        position_b=cache.position_b + 1,
+    )
     return (policy.norm(x_b1d) if policy.final_norm else x_b1d), cache
 
 
 def next_logits(policy: Llama, x_b1d: jax.Array) -> jax.Array:
-    """`Llama.logits` of one token per row, `[B, V]`, with the vocabulary read as it lies."""
+    """Computes `Llama.logits` of one token per row, `[B, V]`, without a transposed vocabulary."""
     logits_vb = product(policy.vocabulary, _to_columns(x_b1d), jnp.float32)
     return mask_padding(logits_vb.T, policy.config.vocab_size)
 
 
 def _write(cache_bkhs, y_b1kh, column):
-    """The cache with the token's keys or values in that column."""
+    """Writes the keys or values of a token into a column of the cache."""
     return jax.lax.dynamic_update_slice(cache_bkhs, jnp.moveaxis(y_b1kh, 1, -1), (0, 0, 0, column))
 
 
@@ -136,10 +171,10 @@ def _linear(linear, x_b1d):
 
 
 def _to_columns(x_b1d):
-    """`[B, 1, D]` → `[D, B]`."""
+    """Converts `[B, 1, D]` to `[D, B]`."""
     return x_b1d[:, 0].T
 
 
 def _from_columns(x_db):
-    """`[D, B]` → `[B, 1, D]`."""
+    """Converts `[D, B]` to `[B, 1, D]`."""
     return x_db.T[:, None]

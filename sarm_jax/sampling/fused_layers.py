@@ -1,12 +1,12 @@
-"""A layer's weights as decoding reads them: few large matrices, each once.
+"""Fuses the weights of a layer into few large matrices for decoding.
 
-A token that is decoded takes as long as its kernels take to be read and as there are of them, so
-linear layers with the same input are one product, and their adapters' A stand below them in it:
+Decoding one token is bound by weight bandwidth and by the number of kernels. Linear layers with the
+same input therefore form one product, with the A of their adapters as further rows below them:
 
     [W_q; W_k; W_v; A_q; A_k; A_v] x = [y_q; y_k; y_v; a],    y += (α / r) diag(B_q, B_k, B_v) a
 
-On a mesh each part of the rows has the whole of A below it, so that nothing is sent for it that is
-not sent for W, and no row moves to another device.
+On a mesh, each part of the rows of W has all of A below it. So A needs no communication beyond that
+of W, and no row moves to another device.
 """
 
 import dataclasses
@@ -25,12 +25,17 @@ from sarm_jax.parallel.sharding import Placement
 
 @struct.dataclass
 class FusedLinear:
-    """Linear layers with the same input: `[in, B]` → `[out, B]` of each.
+    """Linear layers with the same input: maps `[in, B]` to `[out, B]` of each layer.
 
-    `kernel_poi` `[parts, out / parts + r, in]` holds all rows of W, then those of A; `b_por`
-    `[parts, out / parts, r]` is block-diagonal, None without adapters. `r` is the sum of the ranks,
-    `out` of the `widths`. `axes` of the mesh split the rows and the columns. (Suffixes here: part,
-    output, input, rank.)
+    (Suffixes here: p part, o output, i input, r rank.)
+
+    Attributes:
+        kernel_poi: `[parts, out / parts + r, in]`, all rows of W and then those of A; `out` is the
+            sum of the widths and `r` the sum of the ranks.
+        b_por: the block-diagonal B, `[parts, out / parts, r]`; None without adapters.
+        scale: α / r of the adapters.
+        widths: the output size of each layer.
+        axes: the axes of the mesh that split the rows and the columns.
     """
 
     kernel_poi: jax.Array
@@ -40,19 +45,19 @@ class FusedLinear:
     axes: tuple[str, str] = struct.field(pytree_node=False)
 
     def __call__(self, x_ib: jax.Array) -> list[jax.Array]:
-        """What each of the layers makes of the tokens, which stand in columns."""
+        """Applies every layer to tokens, which stand in columns."""
         parts, batch = len(self.kernel_poi), x_ib.shape[1]
         y_pob = product(self.kernel_poi, x_ib)
         cuts = np.cumsum(self.widths) // parts
         *y, a_prb = jnp.split(y_pob, cuts, axis=1)
         if self.b_por is not None:
             adapted_pob = self.b_por @ a_prb * self.scale
-            pieces = jnp.split(adapted_pob, cuts[:-1], axis=1)
-            y = [own + adapted for own, adapted in zip(y, pieces, strict=True)]
-        return [own.reshape(-1, batch) for own in y]
+            adapters = jnp.split(adapted_pob, cuts[:-1], axis=1)
+            y = [base + adapter for base, adapter in zip(y, adapters, strict=True)]
+        return [output.reshape(-1, batch) for output in y]
 
     def placed(self, put: Callable[[Any, P], Any]) -> "FusedLinear":
-        """With `put(array, spec)` for its arrays, the spec saying how they are split."""
+        """Returns a copy whose arrays are `put(array, spec)`; the spec describes their split."""
         rows, columns = self.axes
         b_por = None if self.b_por is None else put(self.b_por, P(rows))
         kernel_poi = put(self.kernel_poi, P(rows, None, columns))
@@ -61,7 +66,7 @@ class FusedLinear:
 
 @struct.dataclass
 class FusedLayer:
-    """One layer: the scales of its two norms, and its seven linear layers in four."""
+    """One decoder layer: the scales of its two norms and its seven linear layers, fused to four."""
 
     attention_norm: jax.Array
     qkv: FusedLinear
@@ -72,26 +77,28 @@ class FusedLayer:
 
 
 def product(kernel: jax.Array, x: jax.Array, dtype: Any = None) -> jax.Array:
-    """kernel x, with the tokens of x in columns, in `dtype`.
+    """Computes kernel · x in `dtype`, with the tokens of x in columns.
 
-    A CPU's matrix product copies the operand on its right first, so that is the tokens: half the
-    time. Without the barriers XLA would swap them, and transpose.
+    A CPU's matrix product first copies its right operand. With the tokens on the right, which are
+    smaller than the kernel, it takes half the time. Without the barriers XLA would swap and
+    transpose the operands.
     """
     x = jax.lax.optimization_barrier(x)
     return jax.lax.optimization_barrier(jnp.matmul(kernel, x, preferred_element_type=dtype))
 
 
 def fuse_layers(policy: Llama) -> tuple[FusedLayer, ...]:
-    """A copy of each layer's weights, for many calls of `sarm_jax.sampling.decoding.decode`.
+    """Copies and fuses each layer's weights, for many calls of `sarm_jax.sampling.decoding.decode`.
 
-    A layer that is read out of its stack is copied first, up to three times the traffic of
-    reading it, so a loop would copy all weights at every token. Adapters have the weights' dtype.
+    XLA copies a layer when it takes it out of the stack, with up to three times the traffic of
+    reading it; a loop would copy all weights for every token. Adapters are cast to the weights'
+    dtype.
     """
     attn, mlp, placement = policy.layers.attn, policy.layers.mlp, policy.placement
 
     def fuse(layer: int) -> FusedLayer:
         def linear(*linears: Linear, axes: tuple[str, str]) -> FusedLinear:
-            return _fuse(linears, layer, axes, placement)
+            return _fuse(linears, layer=layer, axes=axes, placement=placement)
 
         return FusedLayer(
             attention_norm=policy.layers.input_layernorm.scale[layer],
@@ -108,7 +115,7 @@ def fuse_layers(policy: Llama) -> tuple[FusedLayer, ...]:
 def _fuse(
     linears: Sequence[Linear], layer: int, axes: tuple[str, str], placement: Placement
 ) -> FusedLinear:
-    """One layer of stacked linear layers."""
+    """Fuses one layer of stacked linear layers."""
     parts, dtype = placement.size(axes[0]), linears[0].kernel.dtype
     kernels = [linear.kernel[layer].T for linear in linears]
     widths = tuple(len(kernel) for kernel in kernels)
@@ -118,24 +125,26 @@ def _fuse(
     for lora in adapted:
         a_ri = lora.a[layer].T.astype(dtype)
         rows.append(jnp.broadcast_to(a_ri, (parts, *a_ri.shape)))
-    (scale,) = {lora.scale for lora in adapted} or {1.0}  # one configuration made them all
+    (scale,) = {lora.scale for lora in adapted} or {1.0}  # all adapters have the same configuration
     fused = FusedLinear(
         kernel_poi=jnp.concatenate(rows, axis=1),
-        b_por=_block_diagonal(loras, layer, widths, parts).astype(dtype) if adapted else None,
+        b_por=_block_diagonal(loras, layer=layer, widths=widths, parts=parts).astype(dtype)
+        if adapted
+        else None,
         scale=scale,
         widths=widths,
         axes=axes,
     )
-    return fused.placed(placement.keep)
+    return fused.placed(placement.constrain)
 
 
 def _block_diagonal(loras, layer, widths, parts):
-    """B of each adapter in columns of its own, `[parts, out / parts, r]`."""
+    """Builds `[parts, out / parts, r]` with the B of each adapter in separate columns."""
     ranks = [0 if lora is None else lora.b.shape[1] for lora in loras]
-    blocks, before = [], 0
+    blocks, rank_before = [], 0
     for lora, width, rank in zip(loras, widths, ranks, strict=True):
         block = jnp.zeros((width, 0)) if lora is None else lora.b[layer].T
-        block = jnp.pad(block, ((0, 0), (before, sum(ranks) - before - rank)))
+        block = jnp.pad(block, ((0, 0), (rank_before, sum(ranks) - rank_before - rank)))
         blocks.append(block.reshape(parts, width // parts, -1))
-        before += rank
+        rank_before += rank
     return jnp.concatenate(blocks, axis=1)

@@ -1,7 +1,7 @@
-"""Sampling with a KV cache: one prefill, then one compiled loop that stops when every row has.
+"""Samples with a KV cache: one prefill, then one compiled loop until every row has stopped.
 
 Log-probabilities are those of the distribution that is sampled from:
-log π = log_softmax(logits / T), renormalised over the kept tokens where top-k or top-p drop some.
+log π = log_softmax(logits / T), renormalised over the kept tokens if top-k or top-p drop some.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from sarm_jax.sampling.fused_layers import fuse_layers
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How to draw: temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
+    """Options for drawing tokens: temperature 0 is greedy, top_k 0 and top_p 1 keep every token."""
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -43,10 +43,13 @@ class Sampling:
 
 @struct.dataclass
 class Generation:
-    """Responses `[B, R]`: `mask_br` is 1 up to and including the stop token.
+    """Responses `[B, R]`.
 
-    `logp_br` is float32 under the sampling distribution; tokens after the end are padding.
-    `ended_b` says whether a stop token came within the budget.
+    Attributes:
+        tokens_br: the tokens; padding after the end.
+        mask_br: True up to and including the stop token.
+        logp_br: float32 log-probabilities under the sampling distribution.
+        ended_b: True if a stop token was drawn within the budget.
     """
 
     tokens_br: jax.Array
@@ -68,12 +71,29 @@ def generate(
     stop_ids: tuple[int, ...] | None = None,
     pad_id: int = 0,
 ) -> Generation:
-    """Continues prompts padded on any side. `stop_ids` defaults to the policy's own.
+    """Continues prompts that are padded on either side.
 
-    `key` may be None only when greedy. Prompt lengths are padded to a few sizes, so that calls
-    with varying prompts share compilations.
+    Prompt lengths are padded to a few sizes, so that calls with different prompts share
+    compilations.
+
+    Args:
+        policy: the model.
+        tokens_bt: the prompts.
+        mask_bt: marks their real tokens.
+        max_new_tokens: as in `Sampling`.
+        temperature: as in `Sampling`.
+        top_k: as in `Sampling`.
+        top_p: as in `Sampling`.
+        key: the PRNG key; may be None only if `temperature` is 0.
+        stop_ids: the tokens that end a response; by default those of the policy.
+        pad_id: the token after the end of a response.
+
+    Raises:
+        InputError: an option is out of range, or the key is missing.
     """
-    sampling = Sampling(max_new_tokens, temperature, top_k, top_p)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
+    )
     if key is None:
         if temperature > 0:
             raise InputError("key=None: sampling at temperature > 0 needs a PRNG key")
@@ -84,16 +104,35 @@ def generate(
     stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
     graphdef, state = nnx.split(policy)
     run = _compiled(compiler_options(policy.platform, len(tokens_bt) // policy.placement.parts))
-    return run(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad_id)
+    return run(
+        graphdef,
+        state,
+        tokens_bt=tokens_bt,
+        mask_bt=mask_bt,
+        key=key,
+        sampling=sampling,
+        stops=stops,
+        pad=pad_id,
+    )
 
 
 @cache
 def _compiled(options):
-    return jax.jit(_sample, static_argnums=(0, 5, 6, 7), compiler_options=dict(options))
+    """Returns the compiled `sample` for a split policy."""
+    static = ("graphdef", "sampling", "stops", "pad")
+    return jax.jit(_sample, static_argnames=static, compiler_options=dict(options))
 
 
 def _sample(graphdef, state, tokens_bt, mask_bt, key, sampling, stops, pad):
-    return sample(nnx.merge(graphdef, state), tokens_bt, mask_bt, key, sampling, stops, pad)
+    return sample(
+        nnx.merge(graphdef, state),
+        tokens_bt=tokens_bt,
+        mask_bt=mask_bt,
+        key=key,
+        sampling=sampling,
+        stops=stops,
+        pad=pad,
+    )
 
 
 def sample(
@@ -106,7 +145,7 @@ def sample(
     pad: int,
     packing: Packing | None = None,
 ) -> Generation:
-    """`generate` without the jit and the bucketing, to be traced inside a larger program.
+    """Samples like `generate`, without jit and bucketing, inside a larger program.
 
     With a packing of `mask_bt` the prefill computes no padding.
     """
@@ -130,7 +169,7 @@ def sample(
         tokens, logps = tokens.at[:, r].set(token_b), logps.at[:, r].set(logp_b)
         return r + 1, cache, key, tokens, logps, running_b & ~jnp.isin(token_b, stop_ids)
 
-    x_btd, cache = prefill(policy, tokens_bt, mask_bt, length + budget, packing)
+    x_btd, cache = prefill(policy, tokens_bt, mask_bt, cache_size=length + budget, packing=packing)
     last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
     x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
     key, first_key = jax.random.split(key)
@@ -145,13 +184,13 @@ def sample(
 
     stopped_br = jnp.isin(tokens_br, stop_ids)
     mask_br = jnp.cumsum(stopped_br, axis=1) - stopped_br == 0
-    return Generation(tokens_br, mask_br, logp_br, ~running_b)
+    return Generation(tokens_br=tokens_br, mask_br=mask_br, logp_br=logp_br, ended_b=~running_b)
 
 
 def draw_token(
     logits_bv: jax.Array, key: jax.Array, sampling: Sampling, placement: Placement = ONE_DEVICE
 ) -> tuple[jax.Array, jax.Array]:
-    """(token `[B]` int32, its log-probability `[B]` under the distribution drawn from)."""
+    """Draws tokens; returns (token `[B]` int32, its log-probability `[B]` when sampled)."""
     if sampling.temperature == 0:
         logp_bv = jax.nn.log_softmax(logits_bv)
         token_b = jnp.argmax(logits_bv, axis=-1)
@@ -167,17 +206,18 @@ def draw_token(
 def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVICE) -> jax.Array:
     """Draws `[B]` indices from rows of weights by inverting their cumulative sum in two levels.
 
-    One uniform number per row: on a CPU, a Gumbel variate per vocabulary entry would cost more
-    than a sixth of a small model's decode step. An index of weight 0 is never drawn: a sum that is
-    made in parts may step up there, by a rounding.
+    It takes one uniform number per row. On a CPU, a Gumbel variate per vocabulary entry would cost
+    more than a sixth of a small model's decode step. An index of weight 0 is never drawn, although
+    rounding may make a sum of partial sums increase there. (Suffixes here: k block, w column of a
+    block.)
     """
     batch, size = p_bv.shape
     blocks = _blocks(size, placement.size("tensor"))
     width = -(-size // blocks)
     p_bkw = jnp.pad(p_bv, ((0, 0), (0, blocks * width - size))).reshape(batch, blocks, width)
-    # Where the vocabulary is split, all blocks' sums come to each device first: jax 0.11 has them
-    # added up along a split axis in a loop of as many steps as there are blocks.
-    p_bk = placement.keep_rows(p_bkw.sum(axis=-1))
+    # If the vocabulary is split, each device first gets the sums of all blocks: along a split axis,
+    # jax 0.11 computes the cumulative sum in a loop of as many steps as there are blocks.
+    p_bk = placement.constrain_rows(p_bkw.sum(axis=-1))
     cdf_bk = jnp.cumsum(p_bk, axis=-1)
     target_b = jax.random.uniform(key, (batch,)) * cdf_bk[:, -1]
     block_b1 = _first_beyond(target_b, p_bk, cdf_bk)[:, None]
@@ -188,19 +228,19 @@ def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVIC
 
 
 def _first_beyond(target_b: jax.Array, p_bn: jax.Array, cdf_bn: jax.Array) -> jax.Array:
-    """The first index of positive weight whose cumulative sum is above the target, `[B]`."""
+    """Returns the first index of positive weight whose cumulative sum exceeds the target, `[B]`."""
     cdf_bn = jnp.where(p_bn > 0, cdf_bn, 0.0)
-    # The sum may end below the target by a rounding: stay inside.
+    # By rounding, the sum may end below the target; this keeps the index in range.
     target_b = jnp.minimum(target_b, jnp.nextafter(cdf_bn.max(axis=-1), 0.0))
     return jnp.argmax(cdf_bn > target_b[:, None], axis=-1)
 
 
 def _blocks(size: int, parts: int) -> int:
-    """Into how many blocks to cut: about √size, so that both levels are short.
+    """Chooses the number of blocks: about √size, so that both levels are short.
 
-    A multiple of `parts`, so that a vocabulary that is split over as many devices is cut where they
-    meet, and stays there; a divisor if there is one near, or the weights would be copied to be
-    padded; best a multiple of 8, so that other meshes cut alike.
+    It is a multiple of `parts`, so that a vocabulary that is split over `parts` devices needs no
+    communication. It is a divisor of `size` if one is near; otherwise the weights would have to be
+    copied for padding. A multiple of 8 is preferred, so that other meshes use the same blocks.
     """
     root = math.isqrt(size)
     near = [n for n in range(max(root // 3, 1), 3 * root + 1) if size % n == n % parts == 0]
@@ -212,12 +252,12 @@ def _blocks(size: int, parts: int) -> int:
 def keep_top(
     logits_bv: jax.Array, top_k: int, top_p: float, placement: Placement = ONE_DEVICE
 ) -> jax.Array:
-    """Sets to −∞ all but the k likeliest tokens, then all but the nucleus of mass top_p."""
+    """Keeps the k likeliest tokens, then the nucleus of mass top_p; sets the others to −∞."""
     if 0 < top_k < logits_bv.shape[-1]:
         threshold_b1 = jax.lax.top_k(logits_bv, top_k)[0][:, -1:]
         logits_bv = jnp.where(logits_bv >= threshold_b1, logits_bv, -jnp.inf)
     if top_p < 1:
-        descending_bv = placement.keep_rows(-jnp.sort(-logits_bv, axis=-1))
+        descending_bv = placement.constrain_rows(-jnp.sort(-logits_bv, axis=-1))
         p_bv = jax.nn.softmax(descending_bv, axis=-1)
         inside_bv = jnp.cumsum(p_bv, axis=-1) - p_bv < top_p  # the token that crosses is kept
         threshold_b1 = jnp.min(jnp.where(inside_bv, descending_bv, jnp.inf), -1, keepdims=True)

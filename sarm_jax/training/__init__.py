@@ -1,1 +1,1 @@
-"""Training a SARM from preference pairs."""
+"""Training of a SARM from preference pairs."""

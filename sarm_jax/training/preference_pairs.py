@@ -1,7 +1,7 @@
-"""Preference pairs without a labeller: good answers against answers spoilt in a known way.
+"""Preference pairs without a labeller: good answers against answers with a known defect.
 
-The preferred side is a demonstration or an answer the policy ended by itself; the rejected side is
-one of six kinds, named in `source`:
+The chosen answer is a demonstration, or a sample that the policy ended by itself. The rejected
+answer is of one of six kinds, which `source` names:
 
     off_topic   the answer to another prompt
     truncated   cut in mid-sentence
@@ -10,8 +10,9 @@ one of six kinds, named in `source`:
     unfinished  the policy's own answer that ran into the token budget
     evasive     a polite answer that says nothing
 
-A reward trained on such pairs must not get away with counting words: some kinds are shorter than
-the preferred answer, some longer, some equal, and `length_accuracy` says how far length alone gets.
+A reward trained on such pairs must not succeed by counting words. Some kinds are shorter than the
+chosen answer, some longer and some equal; `length_accuracy` measures how well length alone predicts
+the chosen answer.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ import numpy as np
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length, encode_prompt, pad_batch, pad_id, stop_ids
 from sarm_jax.models.llama import Llama
+from sarm_jax.reporting.statistics import count_wins
 from sarm_jax.sampling.generate import generate
 
 LOG = logging.getLogger(__name__)
@@ -49,14 +51,22 @@ EVASIONS = (
     "look at all the sides, and then do whatever feels right to you.",
 )
 SAMPLING_BATCH = 32
-FEWEST_WORDS = 4  # a shorter sample has no middle to cut and no order to lose
-SENTENCE_ENDS = (".", "!", "?", '"')  # one that stops elsewhere is no good example
+FEWEST_WORDS = 4  # a shorter sample can neither be cut nor shuffled
+SENTENCE_ENDS = (".", "!", "?", '"')  # a sample with another end is not used as a good answer
 PUNCTUATION = ".,;:!?\"'"
 
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig:
-    """`demos_jsonl` {prompt, response}; `max_new_tokens` is the budget of a sampled answer."""
+    """Options of the stage prepare_data.
+
+    Attributes:
+        demos_jsonl: file of {prompt, response} rows.
+        samples_per_prompt: answers that the policy samples to each prompt.
+        max_new_tokens: token budget of a sampled answer.
+        temperature: sampling temperature.
+        seed: seed of samples and pairs.
+    """
 
     demos_jsonl: str
     samples_per_prompt: int
@@ -67,7 +77,7 @@ class PairsConfig:
     def __post_init__(self) -> None:
         if self.samples_per_prompt < 0:
             raise InputError(
-                f"prepare_data.samples_per_prompt={self.samples_per_prompt}: must not be < 0"
+                f"prepare_data.samples_per_prompt={self.samples_per_prompt}: must be at least 0"
             )
         if self.max_new_tokens < 1:
             raise InputError(
@@ -79,14 +89,23 @@ class PairsConfig:
             raise InputError(f"prepare_data.seed={self.seed}: must lie in [0, 2^31)")
 
     def check(self, demos: Sequence[dict[str, str]]) -> None:
-        """Raises InputError for demonstrations that no pairs can be made from."""
+        """Raises InputError if there are too few demonstrations to make pairs."""
         if len(demos) < 2:
-            raise InputError(f"{self.demos_jsonl}: {len(demos)} row(s), at least 2 are needed")
+            raise InputError(
+                f"prepare_data.demos_jsonl={self.demos_jsonl}: {len(demos)} row(s), at least 2 are "
+                "needed"
+            )
 
 
 @dataclasses.dataclass
 class Answers:
-    """All answers to one prompt: `good` ones may be preferred, `unfinished` ones never are."""
+    """All answers to one prompt.
+
+    Attributes:
+        prompt: the prompt.
+        good: answers that can be chosen.
+        unfinished: answers that ran into the token budget; they are only ever rejected.
+    """
 
     prompt: str
     good: list[str]
@@ -96,26 +115,38 @@ class Answers:
 def make_pairs(
     config: PairsConfig, policy: Llama, tokenizer: Any, demos: Sequence[dict[str, str]]
 ) -> list[dict[str, str]]:
-    """Rows {prompt, chosen, rejected, source}, one of each kind per prompt where possible.
+    """Makes pairs from demonstrations and sampled answers, one of each kind per prompt if possible.
 
-    Prompts whose samples all ended have no unfinished answer; other prompts' second ones fill up.
-    Deterministic in `config.seed`. Raises `InputError` for fewer than two demonstrations.
+    A prompt whose samples all ended has no unfinished answer; a second one of another prompt takes
+    its place.
+
+    Args:
+        config: options; the result is deterministic in `config.seed`.
+        policy: model that samples further answers.
+        tokenizer: tokenizer of the policy.
+        demos: {prompt, response} rows.
+
+    Returns:
+        {prompt, chosen, rejected, source} rows.
+
+    Raises:
+        InputError: there are fewer than two demonstrations.
     """
     config.check(demos)
     answers = [Answers(demo["prompt"], [demo["response"].strip()], []) for demo in demos]
     if config.samples_per_prompt:
-        add_samples(config, policy, tokenizer, answers)
+        add_samples(config, policy, tokenizer=tokenizer, answers=answers)
     pairs = pair_up(answers, np.random.default_rng(config.seed))
-    report = ", ".join(f"{kind} {sum(p['source'] == kind for p in pairs)}" for kind in KINDS)
-    LOG.info("%d pairs: %s", len(pairs), report)
-    LOG.info("longer is better: %.3f of the pairs", length_accuracy(pairs))
+    counts = ", ".join(f"{kind} {sum(p['source'] == kind for p in pairs)}" for kind in KINDS)
+    LOG.info("%d pairs: %s", len(pairs), counts)
+    LOG.info("the chosen answer is the longer one in %.3f of the pairs", length_accuracy(pairs))
     return pairs
 
 
 def add_samples(
     config: PairsConfig, policy: Llama, tokenizer: Any, answers: Sequence[Answers]
 ) -> None:
-    """Samples `samples_per_prompt` answers per prompt and files them as good or unfinished."""
+    """Samples `samples_per_prompt` answers per prompt and adds each as good or unfinished."""
     prompts = [encode_prompt(tokenizer, a.prompt) for a in answers] * config.samples_per_prompt
     stops, pad = stop_ids(tokenizer), pad_id(tokenizer)
     key = jax.random.key(config.seed)
@@ -134,7 +165,8 @@ def add_samples(
             stop_ids=stops,
             pad_id=pad,
         )
-        sampled = zip(*map(np.asarray, (out.tokens_br, out.mask_br, out.ended_b)), strict=True)
+        tokens_br, mask_br, ended_b = map(np.asarray, (out.tokens_br, out.mask_br, out.ended_b))
+        sampled = zip(tokens_br, mask_br, ended_b, strict=True)
         for row, (tokens_r, mask_r, ended) in zip(range(len(rows)), sampled, strict=False):
             text = tokenizer.decode(tokens_r[mask_r], skip_special_tokens=True).strip()
             answer = answers[(start + row) % len(answers)]
@@ -147,7 +179,7 @@ def add_samples(
 
 
 def pair_up(answers: Sequence[Answers], rng: np.random.Generator) -> list[dict[str, str]]:
-    """One pair of each kind per prompt (see `make_pairs`), in random order."""
+    """Makes one pair of each kind per prompt (see `make_pairs`), in random order."""
     corruptions: dict[str, Callable[[str, np.random.Generator], str]] = {
         "truncated": truncate_text,
         "degenerate": repeat_phrase,
@@ -160,29 +192,42 @@ def pair_up(answers: Sequence[Answers], rng: np.random.Generator) -> list[dict[s
         for kind, corrupt in corruptions.items():
             rejected[kind] = corrupt(pick(answer.good, rng), rng)
         for kind, text in rejected.items():
-            pairs.append(_pair(answer.prompt, pick(answer.good, rng), text, kind))
+            chosen = pick(answer.good, rng)
+            pairs.append(
+                {"prompt": answer.prompt, "chosen": chosen, "rejected": text, "source": kind}
+            )
     unfinished = sorted(
         (place, number) for number, a in enumerate(answers) for place in range(len(a.unfinished))
     )
-    for place, number in unfinished[: len(answers)]:  # each prompt's first one before any second
+    # Sorted, so that the first answer of every prompt comes before any second answer.
+    for place, number in unfinished[: len(answers)]:
         answer = answers[number]
-        text = answer.unfinished[place]
-        pairs.append(_pair(answer.prompt, pick(answer.good, rng), text, "unfinished"))
+        pairs.append(
+            {
+                "prompt": answer.prompt,
+                "chosen": pick(answer.good, rng),
+                "rejected": answer.unfinished[place],
+                "source": "unfinished",
+            }
+        )
     pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
     return [pairs[i] for i in rng.permutation(len(pairs))]
 
 
 def truncate_text(text: str, rng: np.random.Generator) -> str:
-    """The first 20–80 % of the words (at least one, never all), without closing punctuation."""
+    """Keeps the first 20–80 % of the words, without punctuation at the end.
+
+    At least one word is kept and, if there are several, at least one is cut.
+    """
     words = text.split()
     kept = round(len(words) * rng.uniform(0.2, 0.8))
     return " ".join(words[: min(max(kept, 1), max(len(words) - 1, 1))]).rstrip(PUNCTUATION)
 
 
 def repeat_phrase(text: str, rng: np.random.Generator) -> str:
-    """A beginning of up to half the text, then its next 2–5 words over and over.
+    """Keeps a beginning of up to half the text, then repeats the next 2–5 words.
 
-    At least three times, and until 0.8–1.4 times the text's length is reached.
+    They are repeated at least three times, and until 0.8–1.4 times the text's length is reached.
     """
     words = text.split()
     start = int(rng.integers(0, len(words) // 2 + 1))
@@ -195,7 +240,7 @@ def repeat_phrase(text: str, rng: np.random.Generator) -> str:
 
 
 def shuffle_words(text: str, rng: np.random.Generator) -> str:
-    """The words in random order, dressed as a sentence: one capital, one full stop."""
+    """Puts the words in random order, with a capital letter and a full stop as in a sentence."""
     words = [word.strip(PUNCTUATION) for word in text.split()]
     words = [words[i] for i in rng.permutation(len(words)) if words[i]]
     shuffled = " ".join(words)
@@ -203,18 +248,14 @@ def shuffle_words(text: str, rng: np.random.Generator) -> str:
 
 
 def length_accuracy(pairs: Sequence[dict[str, str]]) -> float:
-    """How often the chosen answer has more words than the rejected one; a tie counts half.
+    """Computes how often the chosen answer has more words than the rejected one.
 
-    1 − this is the accuracy of "shorter is better".
+    A tie counts half. 1 minus the result is the accuracy of preferring the shorter answer.
     """
     difference = [len(p["chosen"].split()) - len(p["rejected"].split()) for p in pairs]
-    return float(np.mean((np.sign(difference) + 1) / 2))
+    return float(np.mean(count_wins(difference)))
 
 
-def pick(options: Sequence[str], rng: np.random.Generator) -> str:
-    """One of `options`, uniformly."""
-    return options[int(rng.integers(len(options)))]
-
-
-def _pair(prompt: str, chosen: str, rejected: str, source: str) -> dict[str, str]:
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source}
+def pick(texts: Sequence[str], rng: np.random.Generator) -> str:
+    """Picks one of the texts at random."""
+    return texts[int(rng.integers(len(texts)))]

@@ -9,10 +9,10 @@
     2     L       L              L_BT
     3     L_BT    λ L_rec only   L_BT     x is detached in L_rec, the SAE in L_BT
 
-AdamW with a cosine schedule and a 3 % warm-up; norm scales and SAE biases do not decay, and the
-final norm, which a SARM never applies, is not trained at all. Source: arXiv 2508.08746.
+The optimizer is AdamW with a cosine schedule and a 3 % warm-up. Norm scales and SAE biases have no
+weight decay. The final norm, which a SARM never applies, is not trained. Source: arXiv 2508.08746.
 
-Deliberate deviation: the head, which starts at 0, has a learning rate of its own.
+Deliberate deviation: the head, which starts at 0, has its own learning rate.
 """
 
 import dataclasses
@@ -38,7 +38,19 @@ T = TypeVar("T", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceTraining:
-    """`batch_size` in pairs; `learning_rate` of trunk and SAE, `head_learning_rate` of the head."""
+    """Options of Bradley–Terry training.
+
+    Attributes:
+        mode: 0 to 3, what is trained (see the module).
+        reconstruction_weight: λ.
+        epochs: passes over the pairs.
+        batch_size: pairs per step.
+        learning_rate: peak learning rate of trunk and SAE.
+        head_learning_rate: peak learning rate of the head.
+        warmup_fraction: share of the steps in which the rates rise.
+        weight_decay: weight decay of AdamW.
+        seed: seed of the order of the pairs.
+    """
 
     mode: int
     reconstruction_weight: float
@@ -52,13 +64,13 @@ class PreferenceTraining:
 
 
 def bradley_terry_loss(score_chosen_b: jax.Array, score_rejected_b: jax.Array) -> jax.Array:
-    """−mean log σ(Δ), Δ = r_chosen − r_rejected; log 2 where the scores are equal."""
+    """Computes −mean log σ(Δ), Δ = r_chosen − r_rejected; a pair of equal scores adds log 2."""
     chex.assert_rank([score_chosen_b, score_rejected_b], 1)
     return -jax.nn.log_sigmoid(score_chosen_b - score_rejected_b).mean()
 
 
 def accuracy(score_chosen_b: jax.Array, score_rejected_b: jax.Array) -> jax.Array:
-    """The share of pairs ranked rightly; equal scores count half."""
+    """Computes the share of the pairs that are ranked correctly; equal scores count half."""
     chex.assert_rank([score_chosen_b, score_rejected_b], 1)
     return (jnp.sign(score_chosen_b - score_rejected_b) + 1).mean() / 2
 
@@ -69,9 +81,19 @@ def accuracy(score_chosen_b: jax.Array, score_rejected_b: jax.Array) -> jax.Arra
 def train_head(
     sae: SAE, pooled_rd: np.ndarray, pairs_p2: np.ndarray, options: PreferenceTraining, log: Log
 ) -> jax.Array:
-    """Head weights `[M]` for a frozen SAE and frozen, standardised pooled states `[R, D]`.
+    """Trains the head on a frozen SAE and frozen pooled states (mode 0).
 
-    `pairs_p2` holds (chosen, rejected) row numbers. Only the kept latents of a row are stored.
+    Only the kept latents of each row are stored.
+
+    Args:
+        sae: the SAE.
+        pooled_rd: standardised pooled states `[R, D]`.
+        pairs_p2: row numbers (chosen, rejected) of each pair.
+        options: options of the training.
+        log: receives a metrics row after each epoch.
+
+    Returns:
+        Head weights `[M]`.
     """
     values_rk, indices_rk = sparse_latents(sae, pooled_rd)
     rng = np.random.default_rng(options.seed)
@@ -81,7 +103,11 @@ def train_head(
     pairs_sb2 = pairs_p2[np.reshape(order, (options.epochs * per_epoch, batch))]
     optimizer = _adamw(options.head_learning_rate, options, len(pairs_sb2))
     weights_m, metrics = _head_steps(
-        optimizer, values_rk, indices_rk, jnp.asarray(pairs_sb2), sae.config.latent_size
+        optimizer,
+        values_rk,
+        indices_rk,
+        pairs_sb2=jnp.asarray(pairs_sb2),
+        latent_size=sae.config.latent_size,
     )
     losses, accuracies = (np.asarray(m).reshape(options.epochs, -1).mean(1) for m in metrics)
     for epoch, (loss, acc) in enumerate(zip(losses, accuracies, strict=True), 1):
@@ -91,31 +117,38 @@ def train_head(
 
 
 def sparse_latents(sae: SAE, x_rd: np.ndarray, batch: int = 256) -> tuple[jax.Array, jax.Array]:
-    """(values, feature ids), each `[R, k]`, of the latents the head reads (all M without TopK)."""
+    """Computes the latents that the head reads: k of each row with TopK, otherwise all M.
+
+    Returns:
+        (values, feature ids), each `[R, k]`.
+    """
     k = sae.config.k if sae.config.use_topk else sae.config.latent_size
     graphdef, state = nnx.split(sae)
-    parts = [
-        _sparse_latents(graphdef, state, x_rd[start : start + batch], k)
+    batches = [
+        _sparse_latents(graphdef, state, x_rd[start : start + batch], k=k)
         for start in range(0, len(x_rd), batch)
     ]
-    values, indices = zip(*parts, strict=True)
+    values, indices = zip(*batches, strict=True)
     return jnp.concatenate(values), jnp.concatenate(indices)
 
 
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(jax.jit, static_argnames=("graphdef", "k"))
 def _sparse_latents(graphdef, state, x_bd, k):
+    """Computes the k largest pre-activations of each row, and their feature ids."""
     return jax.lax.top_k(nnx.merge(graphdef, state).pre_activations(x_bd), k)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnames=("optimizer", "latent_size"))
 def _head_steps(optimizer, values_rk, indices_rk, pairs_sb2, latent_size):
+    """Trains a head from 0 in one scan over the batches of pairs `[S, B, 2]`."""
+
     def step(carry, pairs_b2):
         weights_m, opt_state = carry
 
         def loss_fn(weights_m):
             score_b2 = (weights_m[indices_rk[pairs_b2]] * values_rk[pairs_b2]).sum(-1)
-            scores = score_b2[:, 0], score_b2[:, 1]
-            return bradley_terry_loss(*scores), accuracy(*scores)
+            chosen_b, rejected_b = score_b2[:, 0], score_b2[:, 1]
+            return bradley_terry_loss(chosen_b, rejected_b), accuracy(chosen_b, rejected_b)
 
         (loss, acc), gradient_m = jax.value_and_grad(loss_fn, has_aux=True)(weights_m)
         updates, opt_state = optimizer.update(gradient_m, opt_state, weights_m)
@@ -136,10 +169,20 @@ def fine_tune(
     options: PreferenceTraining,
     log: Log,
 ) -> SARM:
-    """A SARM trained from `sarm`, which stays as it is; what is trained comes back in float32.
+    """Trains a copy of a SARM (modes 1 to 3).
 
-    The trunk computes in the dtype it came in: in half precision the steps of a small learning
-    rate would be rounded away, so the optimizer works on float32 copies.
+    The trunk computes in its own dtype, but the optimizer works on float32 copies: half precision
+    would round away the steps of a small learning rate.
+
+    Args:
+        sarm: the SARM to start from; it is not changed.
+        rows: the conversations.
+        pairs_p2: row numbers (chosen, rejected) of each pair.
+        options: options of the training.
+        log: receives a metrics row after each step.
+
+    Returns:
+        The trained SARM; its trained parameters are float32.
     """
     compute_dtype = sarm.trunk.embed_tokens.dtype
     graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
@@ -151,10 +194,17 @@ def fine_tune(
     bar = tqdm(total=steps, desc="preferences", unit="step")
     for step in range(steps):
         if step % (steps // options.epochs) == 0:
-            batches = pair_batches(rows, pairs_p2, options.batch_size, rng)
+            batches = pair_batches(rows, pairs_p2, batch_size=options.batch_size, rng=rng)
         batch = next(batches)
         params, opt_state, metrics = _train_step(
-            graphdef, optimizer, options, compute_dtype, params, opt_state, frozen, batch
+            graphdef,
+            optimizer,
+            options=options,
+            compute_dtype=compute_dtype,
+            params=params,
+            opt_state=opt_state,
+            frozen=frozen,
+            batch=batch,
         )
         row = {name: float(value) for name, value in metrics.items()}
         log({"stage": "preferences", "step": step + 1, **row})
@@ -165,7 +215,7 @@ def fine_tune(
 
 
 def trainable(mode: int) -> nnx.filterlib.Filter:
-    """Selects what `mode` trains. The trunk's `norm` is never applied, so never trained."""
+    """Selects the parameters that `mode` trains, which never include the unused final norm."""
 
     def keep(path: tuple, _: Any) -> bool:
         if path[0] == "trunk":
@@ -176,7 +226,7 @@ def trainable(mode: int) -> nnx.filterlib.Filter:
 
 
 def make_optimizer(options: PreferenceTraining, steps: int) -> optax.GradientTransformation:
-    """AdamW with one schedule for the head and one for everything else."""
+    """Makes AdamW with one learning-rate schedule for the head and one for everything else."""
     return optax.multi_transform(
         {
             "head": _adamw(options.head_learning_rate, options, steps),
@@ -187,6 +237,8 @@ def make_optimizer(options: PreferenceTraining, steps: int) -> optax.GradientTra
 
 
 def _adamw(learning_rate, options, steps):
+    """Makes AdamW with warm-up, cosine schedule and the weight decay of the options."""
+
     def decays(params):
         undecayed = {"scale", "pre_bias", "latent_bias"}
         return _by_path(params, lambda names: not undecayed & set(names))
@@ -196,6 +248,8 @@ def _adamw(learning_rate, options, steps):
 
 
 def _by_path(params, rule):
+    """Applies `rule` to the names on the path of every parameter."""
+
     def apply(path, _):
         return rule([getattr(key, "key", getattr(key, "name", "")) for key in path])
 
@@ -208,30 +262,42 @@ def pair_batches(
     batch_size: int,
     rng: np.random.Generator,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """One epoch of (tokens, mask, assistant-turn mask), `[2B, T]`, the chosen rows first.
+    """Yields the batches of one epoch: (tokens, mask, mask of the assistant turn), each `[2B, T]`.
 
-    Pairs of similar length share a batch. Each epoch leaves out a random rest of fewer than B.
+    The B chosen rows come first. Pairs of similar length share a batch. Each epoch leaves out
+    fewer than B random pairs that do not fill a batch.
     """
     batch_size = min(batch_size, len(pairs_p2))
     order = rng.permutation(len(pairs_p2))[: len(pairs_p2) // batch_size * batch_size]
     length_p = [bucket_length(max(len(rows[i].ids) for i in pair)) for pair in pairs_p2]
     order = order[np.argsort(np.asarray(length_p)[order], kind="stable")]
     for chunk in rng.permutation(order.reshape(-1, batch_size)):
-        picked = [rows[i] for i in pairs_p2[chunk].T.ravel()]
-        tokens_bt, mask_bt = pad_batch([r.ids for r in picked], max(length_p[p] for p in chunk), 0)
+        batch = [rows[i] for i in pairs_p2[chunk].T.ravel()]
+        tokens_bt, mask_bt = pad_batch([r.ids for r in batch], max(length_p[p] for p in chunk), 0)
         from_end_bt = np.cumsum(mask_bt[:, ::-1], axis=1)[:, ::-1]
-        turn_b1 = np.asarray([[r.turn_length] for r in picked])
+        turn_b1 = np.asarray([[r.turn_length] for r in batch])
         yield tokens_bt, mask_bt, mask_bt & (from_end_bt <= turn_b1)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=(4, 5))
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer", "options", "compute_dtype"),
+    donate_argnames=("params", "opt_state"),
+)
 def _train_step(graphdef, optimizer, options, compute_dtype, params, opt_state, frozen, batch):
+    """Makes one optimizer step on a batch of `pair_batches`."""
+
     def loss_fn(params):
         sarm = nnx.merge(graphdef, params, frozen)
         sarm.trunk = cast(sarm.trunk, compute_dtype)
         tokens_bt, mask_bt, turn_bt = batch
         return preference_loss(
-            sarm, tokens_bt, mask_bt, turn_bt, options.mode, options.reconstruction_weight
+            sarm,
+            tokens_bt,
+            mask_bt,
+            turn_bt=turn_bt,
+            mode=options.mode,
+            reconstruction_weight=options.reconstruction_weight,
         )
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
@@ -247,9 +313,19 @@ def preference_loss(
     mode: int,
     reconstruction_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(L of the mode, {loss, accuracy, bradley_terry, reconstruction}) of `[2B, T]` rows.
+    """Computes the loss of a mode on a batch, of which the first B rows are the chosen ones.
 
-    The first B rows are the chosen ones. Reconstruction is 0 where the mode does not train it.
+    Args:
+        sarm: the model.
+        tokens_bt: token ids `[2B, T]`.
+        mask_bt: mask of the tokens that are no padding.
+        turn_bt: mask of the tokens of the assistant turn.
+        mode: 1 to 3.
+        reconstruction_weight: λ.
+
+    Returns:
+        (L, {loss, accuracy, bradley_terry, reconstruction}); the reconstruction loss is 0 if the
+        mode does not train it.
     """
     h_btd = sarm.trunk.hidden(tokens_bt, mask_bt)
     x_bd = standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
@@ -270,9 +346,9 @@ def preference_loss(
 
 
 def turn_reconstruction_loss(sae: SAE, x_btd: jax.Array, turn_bt: jax.Array) -> jax.Array:
-    """L_rec through the k kept latents (also where the head reads all), over the 1s of `turn_bt`.
+    """Computes L_rec as a mean over all tokens of the batch that `turn_bt` marks.
 
-    A mean over the tokens of the batch, not over rows.
+    The reconstruction uses the k kept latents, even if the head reads all of them.
     """
     x_nd = x_btd.reshape(-1, x_btd.shape[-1])
     x_hat_nd = sae.decode(top_k(sae.pre_activations(x_nd), sae.config.k))
@@ -281,12 +357,12 @@ def turn_reconstruction_loss(sae: SAE, x_btd: jax.Array, turn_bt: jax.Array) -> 
 
 
 def detach(module: T) -> T:
-    """The module with its parameters cut off from differentiation."""
+    """Returns the module with its parameters excluded from differentiation."""
     graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, jax.lax.stop_gradient(state))
 
 
 def cast(module: T, dtype: Any) -> T:
-    """The module with its parameters in `dtype`; those that have it already are not copied."""
+    """Returns the module with its parameters in `dtype`; it copies only those of another dtype."""
     graphdef, state = nnx.split(module)
     return nnx.merge(graphdef, jax.tree.map(lambda p: p.astype(dtype), state))

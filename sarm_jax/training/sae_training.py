@@ -1,22 +1,22 @@
-"""Pretraining a SARM's sparse autoencoder on the activations of its frozen trunk.
+"""Pretraining of a SARM's sparse autoencoder on the activations of its frozen trunk.
 
     loss = mean_n ‖x̂_n − x_n‖² / ‖x_n‖²  +  w_aux · mean_n ‖ê_n − e_n‖² / ‖e_n‖²
 
-with e = x − x̂ (no gradient) and ê its reconstruction by the `aux_k` strongest *dead* latents:
-those that fired for no token of the last `dead_after_steps` batches. The second term brings them
-back to life (AuxK). Decoder rows are kept at unit length. Source: Gao et al. 2406.04093.
+e = x − x̂ carries no gradient. ê is its reconstruction by the `aux_k` strongest *dead* latents,
+which are those that fired for no token of the last `dead_after_steps` batches. The second term
+revives them (AuxK). Decoder rows are kept at unit length. Source: Gao et al. 2406.04093.
 
-The activations are those of the last assistant turn, which the SARM's reconstruction loss is
-masked to. Its head reads one token of the turn only, so explained variance is also reported on
-these pooled tokens alone, about their own mean.
+The activations are those of the last assistant turn, to which the SARM's reconstruction loss is
+masked. The head reads only one token of the turn, the pooled token. Therefore explained variance is
+also reported on the pooled tokens alone, about their own mean.
 
 The decoder starts at random directions and the encoder at its transpose, scaled so that the first
 reconstructions have the right length.
 
 Deliberate deviations: a fixed share of each minibatch are pooled tokens, and `pre_bias` starts at
-their mean (Gao: at the geometric median of all). Pooled states lie in a small cloud far from the
-rest; so the k latents need not be spent on the way to it, and the cloud itself is reconstructed
-far better.
+their mean (Gao: at the geometric median of all tokens). Pooled states form a small cloud far from
+the other states. With these changes the k latents are not spent on the offset of the cloud, and the
+cloud itself is reconstructed far better.
 """
 
 import dataclasses
@@ -37,14 +37,25 @@ from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
 from sarm_jax.parallel.compilation import compile_programs
 
 Log = Callable[[dict[str, Any]], None]
-TOKENS_PER_BATCH = 2048  # of the trunk's forward pass
-STEPS_PER_CALL = 20  # minibatches that are on the device at a time
-POOLED_FRACTION = 0.5  # of a minibatch; a random one would hold a few per cent
+TOKENS_PER_BATCH = 2048  # in one forward pass of the trunk
+STEPS_PER_CALL = 20  # minibatches on the device at a time
+POOLED_FRACTION = 0.5  # of each minibatch; a random minibatch would have a few per cent
 
 
 @dataclasses.dataclass(frozen=True)
 class SAETraining:
-    """`batch_tokens` activations per step; `dead_after_steps` steps without firing is dead."""
+    """Options of SAE pretraining.
+
+    Attributes:
+        steps: number of optimizer steps.
+        batch_tokens: activations per step.
+        learning_rate: peak learning rate.
+        warmup_fraction: share of the steps in which the rate rises.
+        dead_after_steps: steps without firing after which a latent counts as dead.
+        aux_k: dead latents that reconstruct the residual.
+        aux_weight: w_aux.
+        seed: seed of the initialisation and of the minibatches.
+    """
 
     steps: int
     batch_tokens: int
@@ -58,7 +69,7 @@ class SAETraining:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Token ids of an exchange, of which the last `turn_length` are the assistant's turn."""
+    """The token ids of an exchange; the last `turn_length` of them are the assistant turn."""
 
     ids: list[int]
     turn_length: int
@@ -66,9 +77,11 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Standardised trunk states `x_nd [N, D]` float32, in the order of the conversations.
+    """Standardised trunk states of tokens, in the order of the conversations.
 
-    `pooled_n [N]` bool marks the last token of each conversation, which the head reads.
+    Attributes:
+        x_nd: states `[N, D]` float32.
+        pooled_n: `[N]` bool, True for the last token of each conversation, which the head reads.
     """
 
     x_nd: np.ndarray
@@ -76,37 +89,42 @@ class Activations:
 
     @property
     def pooled_rd(self) -> np.ndarray:
-        """The pooled states, one per conversation `[R, D]`."""
+        """The pooled states `[R, D]`, one of each conversation."""
         return self.x_nd[self.pooled_n]
 
 
 def collect_activations(
-    trunk: Llama, rows: Sequence[Conversation], most: int, seed: int
+    trunk: Llama, rows: Sequence[Conversation], max_tokens: int, seed: int
 ) -> Activations:
-    """Runs the trunk and keeps the states of the assistant turns' tokens.
+    """Runs the trunk and keeps the states of tokens of the assistant turns.
 
-    Every pooled token is kept; the others are sampled without replacement, so that N ≤ `most`
-    (or N = the number of rows, where that is more).
+    Every pooled token is kept. The other tokens are sampled without replacement, up to `max_tokens`
+    tokens in all; if there are more conversations than that, only the pooled tokens are kept.
     """
-    kept = _sample_tokens([row.turn_length for row in rows], most, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    kept = _sample_tokens([row.turn_length for row in rows], max_tokens, rng)
     offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])])
     x_nd = np.empty((offsets[-1], trunk.config.hidden_size), np.float32)
     graphdef, state = nnx.split(trunk)
     length_r = np.asarray([scored_length(len(row.ids)) for row in rows])
-    size_of = {length: max(TOKENS_PER_BATCH // length, 1) for length in np.unique(length_r)}
-    shapes = [pad_batch([[0]] * size, length, 0) for length, size in size_of.items()]
-    compile_programs(partial(_standardised.lower, graphdef, state, *shape) for shape in shapes)
+    batch_sizes = {length: max(TOKENS_PER_BATCH // length, 1) for length in np.unique(length_r)}
+    examples = [pad_batch([[0]] * size, length, 0) for length, size in batch_sizes.items()]
+    compile_programs(
+        partial(_standardised.lower, graphdef, state, tokens_bt, mask_bt)
+        for tokens_bt, mask_bt in examples
+    )
     with tqdm(total=len(rows), desc="activations", unit="row") as bar:
-        for length, size in size_of.items():
-            same = np.flatnonzero(length_r == length)
-            for start in range(0, len(same), size):
-                chosen = same[start : start + size]
-                ids = [rows[i].ids for i in chosen]
+        for length, size in batch_sizes.items():
+            indices = np.flatnonzero(length_r == length)
+            for start in range(0, len(indices), size):
+                batch = indices[start : start + size]
+                ids = [rows[i].ids for i in batch]
                 ids += [ids[0]] * (size - len(ids))
-                x_btd = np.asarray(_standardised(graphdef, state, *pad_batch(ids, length, 0)))
-                for x_td, i in zip(x_btd, chosen, strict=False):
+                tokens_bt, mask_bt = pad_batch(ids, length, 0)
+                x_btd = np.asarray(_standardised(graphdef, state, tokens_bt, mask_bt))
+                for x_td, i in zip(x_btd, batch, strict=False):
                     x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]
-                bar.update(len(chosen))
+                bar.update(len(batch))
     pooled_n = np.zeros(len(x_nd), bool)
     pooled_n[offsets[1:] - 1] = True
     return Activations(x_nd, pooled_n)
@@ -114,19 +132,24 @@ def collect_activations(
 
 @partial(jax.jit, static_argnums=0)
 def _standardised(graphdef, state, tokens_bt, mask_bt):
+    """Computes the standardised trunk states `[B, T, D]` of a padded batch."""
     return standardise(nnx.merge(graphdef, state).hidden(tokens_bt, mask_bt))
 
 
-def _sample_tokens(turn_lengths, most, rng):
-    """Per row the kept tokens, counted from the end (0 is the pooled one), in reading order."""
+def _sample_tokens(turn_lengths, max_tokens, rng):
+    """Samples the tokens to keep of each turn.
+
+    Returns:
+        For each turn the kept tokens in reading order, counted from the end: 0 is the pooled one.
+    """
     others_r = np.asarray(turn_lengths) - 1
     end_r = np.cumsum(others_r)
-    total, room = int(end_r[-1]), max(most - len(turn_lengths), 0)
-    picks = np.arange(total)
+    total, room = int(end_r[-1]), max(max_tokens - len(turn_lengths), 0)
+    sample = np.arange(total)
     if total > room:
-        picks = np.sort(rng.choice(total, room, replace=False))
-    row = np.searchsorted(end_r, picks, side="right")
-    back = picks - (end_r - others_r)[row] + 1
+        sample = np.sort(rng.choice(total, room, replace=False))
+    row = np.searchsorted(end_r, sample, side="right")
+    back = sample - (end_r - others_r)[row] + 1
     per_row = np.split(back, np.searchsorted(row, np.arange(1, len(turn_lengths))))
     return [np.concatenate([k[::-1], [0]]) for k in per_row]
 
@@ -134,11 +157,18 @@ def _sample_tokens(turn_lengths, most, rng):
 def pretrain_sae(
     sae: SAE, train: Activations, held_out: Activations, options: SAETraining, log: Log
 ) -> tuple[SAE, dict[str, float]]:
-    """Trains a copy of `sae`: (the copy in float32, metrics on the held-out activations).
+    """Trains a copy of an SAE.
 
-    Metrics: `explained_variance` and `explained_variance_pooled` (see `explained_variance`), `l0`
-    (kept latents that are not 0, per token), and `dead_fraction`, the share of latents that fired
-    for no token of the last `dead_after_steps` batches.
+    Args:
+        sae: gives the shape of the SAE.
+        train: activations to train on.
+        held_out: activations of the metrics.
+        options: options of the training.
+        log: receives a metrics row every `STEPS_PER_CALL` steps.
+
+    Returns:
+        (the trained SAE in float32, `sae_metrics` on the held-out activations together with
+        `dead_fraction`, the share of the latents that are dead at the end).
     """
     rng = np.random.default_rng(options.seed)
     graphdef, params = nnx.split(initialise(sae, train, rng))
@@ -150,10 +180,16 @@ def pretrain_sae(
     for start in range(0, options.steps, STEPS_PER_CALL):
         steps = min(STEPS_PER_CALL, options.steps - start)
         n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
-        params, opt_state, idle_f, losses = _sae_steps(
-            graphdef, optimizer, options, params, opt_state, idle_f, train.x_nd[n_sb]
+        params, opt_state, idle_f, losses_s = _sae_steps(
+            graphdef,
+            optimizer,
+            options=options,
+            params=params,
+            opt_state=opt_state,
+            idle_f=idle_f,
+            x_sbd=train.x_nd[n_sb],
         )
-        loss, dead = float(losses.mean()), float((idle_f >= options.dead_after_steps).mean())
+        loss, dead = float(losses_s.mean()), float((idle_f >= options.dead_after_steps).mean())
         log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
         bar.update(steps)
         bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
@@ -168,13 +204,13 @@ def pretrain_sae(
 def sample_batches(
     pooled_n: np.ndarray, shape: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """Row numbers of a `shape` of draws, `POOLED_FRACTION` of them from the pooled tokens."""
+    """Samples row numbers of activations, `POOLED_FRACTION` of them from the pooled tokens."""
     any_token, pooled = rng.integers(len(pooled_n), size=shape), np.flatnonzero(pooled_n)
     return np.where(rng.random(shape) < POOLED_FRACTION, rng.choice(pooled, shape), any_token)
 
 
 def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
-    """A float32 SAE of `sae`'s shape, at the start described at the top of this file."""
+    """Makes a float32 SAE of the shape of `sae`, initialised as the module describes."""
     graphdef, state = nnx.split(sae)
     new = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.array(p, jnp.float32), state))
     directions_fd = rng.standard_normal(new.decoder.shape, np.float32)
@@ -186,22 +222,31 @@ def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
     new.latent_bias[...] = jnp.zeros_like(new.latent_bias[...])
     x_bd = train.x_nd[rng.integers(len(train.x_nd), size=1024)]
     x_hat_bd, _ = reconstruct(new, x_bd)
-    centred_bd, answer_bd = x_bd - bias_d, x_hat_bd - bias_d
-    scale = (centred_bd * answer_bd).sum() / np.square(answer_bd).sum()
+    centred_bd, output_bd = x_bd - bias_d, x_hat_bd - bias_d
+    scale = (centred_bd * output_bd).sum() / np.square(output_bd).sum()
     new.encoder[...] = new.encoder[...] * scale
     return new
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4, 5))
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "optimizer", "options"),
+    donate_argnames=("params", "opt_state", "idle_f"),
+)
 def _sae_steps(graphdef, optimizer, options, params, opt_state, idle_f, x_sbd):
-    """One scan over the minibatches `[S, B, D]`; losses `[S]` are those of reconstruction."""
+    """Makes one optimizer step on each minibatch of `[S, B, D]`.
+
+    Returns:
+        (parameters, optimizer state, steps `[M]` since each latent fired, reconstruction losses
+        `[S]`).
+    """
 
     def step(carry, x_bd):
         params, opt_state, idle_f = carry
         dead_f = idle_f >= options.dead_after_steps
 
         def loss_fn(params):
-            return sae_loss(nnx.merge(graphdef, params), x_bd, dead_f, options)
+            return sae_loss(nnx.merge(graphdef, params), x_bd, dead_f=dead_f, options=options)
 
         grads, (loss, fired_f) = jax.grad(loss_fn, has_aux=True)(params)
         grads["decoder"] = jax.tree.map(remove_parallel, grads["decoder"], params["decoder"])
@@ -217,7 +262,11 @@ def _sae_steps(graphdef, optimizer, options, params, opt_state, idle_f, x_sbd):
 def sae_loss(
     sae: SAE, x_bd: jax.Array, dead_f: jax.Array, options: SAETraining
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """(loss with the auxiliary term, (reconstruction loss alone, which latents fired `[M]`))."""
+    """Computes the loss on a minibatch `[B, D]`; `dead_f` `[M]` marks the dead latents.
+
+    Returns:
+        (loss with the auxiliary term, (reconstruction loss, which latents fired `[M]`)).
+    """
     a_bf = sae.pre_activations(x_bd)
     z_bf = top_k(a_bf, sae.config.k)
     x_hat_bd = sae.decode(z_bf)
@@ -225,7 +274,8 @@ def sae_loss(
     residual_bd = jax.lax.stop_gradient(x_bd - x_hat_bd)
 
     def revive(a_bf):
-        # Dead latents first: everything else is below the k-th largest, or cut off here.
+        # Live latents rank below every dead one. If they are among the k largest nevertheless,
+        # `where` removes them.
         lowest = jnp.finfo(a_bf.dtype).min
         kept_bf = top_k(jnp.where(dead_f, a_bf, lowest), min(options.aux_k, a_bf.shape[1]))
         e_hat_bd = sae.decode(jnp.where(dead_f, kept_bf, 0.0)) - sae.pre_bias[...]
@@ -237,20 +287,21 @@ def sae_loss(
 
 
 def remove_parallel(gradient_fd: jax.Array, decoder_fd: jax.Array) -> jax.Array:
-    """The gradient without its component along each (unit) row, which only changes the length."""
+    """Removes the component along each unit row, which would only change the row's length."""
     along_f1 = (gradient_fd * decoder_fd).sum(axis=1, keepdims=True)
     return gradient_fd - along_f1 * decoder_fd
 
 
 def unit_rows(decoder_fd: jax.Array) -> jax.Array:
-    """Rows scaled to length 1."""
+    """Scales rows to length 1."""
     return decoder_fd / jnp.linalg.norm(decoder_fd, axis=1, keepdims=True)
 
 
 def warmup_cosine(peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:
-    """A linear warm-up over the first `warmup_fraction` of `steps` updates, then a cosine to 0.
+    """Makes a schedule with a linear warm-up and a cosine decay to 0.
 
-    Its first update has rate 0, so that there is none where it would be a single one.
+    The warm-up takes the first `warmup_fraction` of `steps` updates. Its first update has rate 0,
+    so a warm-up of a single update is left out.
     """
     warmup = round(warmup_fraction * steps)
     if warmup < 2:
@@ -259,7 +310,12 @@ def warmup_cosine(peak: float, warmup_fraction: float, steps: int) -> optax.Sche
 
 
 def sae_metrics(sae: SAE, activations: Activations) -> dict[str, float]:
-    """`explained_variance` of all tokens and of the pooled ones, and `l0`."""
+    """Measures an SAE on activations.
+
+    Returns:
+        `explained_variance` of all tokens, `explained_variance_pooled` of the pooled tokens, and
+        `l0`, the mean number of kept latents of a token that are not 0.
+    """
     x_hat_nd, l0 = reconstruct(sae, activations.x_nd)
     pooled_n = activations.pooled_n
     return {
@@ -270,14 +326,18 @@ def sae_metrics(sae: SAE, activations: Activations) -> dict[str, float]:
 
 
 def explained_variance(x_nd: np.ndarray, x_hat_nd: np.ndarray) -> float:
-    """1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²: 0 is no better than the mean of these very rows."""
+    """Computes 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²; 0 is as good as the mean of the rows."""
     unexplained = np.square(x_nd - x_hat_nd, dtype=np.float64).sum()
     total = np.square(x_nd - x_nd.mean(axis=0), dtype=np.float64).sum()
     return float(1 - unexplained / total)
 
 
 def reconstruct(sae: SAE, x_nd: np.ndarray, batch: int = 1024) -> tuple[np.ndarray, float]:
-    """(x̂ `[N, D]` through the k kept latents, how many of these are not 0 per token)."""
+    """Reconstructs activations through the k kept latents.
+
+    Returns:
+        (x̂ `[N, D]`, the mean number of kept latents of a token that are not 0).
+    """
     graphdef, state = nnx.split(sae)
     x_hat_nd, active = np.empty(x_nd.shape, np.float32), 0.0
     for start in range(0, len(x_nd), batch):
@@ -291,6 +351,7 @@ def reconstruct(sae: SAE, x_nd: np.ndarray, batch: int = 1024) -> tuple[np.ndarr
 
 @partial(jax.jit, static_argnums=0)
 def _reconstruct(graphdef, state, x_bd):
+    """Computes x̂ `[B, D]` and the number of latents `[B]` that are not 0."""
     sae = nnx.merge(graphdef, state)
     z_bf = top_k(sae.pre_activations(x_bd), sae.config.k)
     return sae.decode(z_bf), (z_bf != 0).sum(axis=1)

@@ -1,11 +1,12 @@
-"""Training a SARM from any Llama-family chat model: trunk → activations → SAE → preferences.
+"""Training of a SARM from any Llama-family chat model: trunk → activations → SAE → preferences.
 
-    1. the first `source_layer` layers of the model are the trunk;
-    2. its states on the assistant turns of the training pairs pretrain the SAE (`sae_training`);
-    3. Bradley–Terry on the pairs trains the head, and in modes 1–3 more (`preference_training`);
-    4. everything reported is measured on prompts that neither step has seen.
+    1. The first `source_layer` layers of the model become the trunk.
+    2. Its states on the assistant turns of the training pairs pretrain the SAE (`sae_training`).
+    3. Bradley–Terry on the pairs trains the head, in modes 1–3 also SAE or trunk
+       (`preference_training`).
+    4. The reported metrics are measured on held-out prompts.
 
-Source: arXiv 2508.08746. Everything random follows from `seed`.
+Source: arXiv 2508.08746. All randomness follows from `seed`.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
-from sarm_jax.reporting.statistics import wilson_interval
+from sarm_jax.reporting.statistics import count_wins, wilson_interval
 from sarm_jax.training.preference_training import PreferenceTraining, cast, fine_tune, train_head
 from sarm_jax.training.sae_training import (
     Activations,
@@ -45,18 +46,18 @@ SIDES = ("chosen", "rejected")
 
 @dataclasses.dataclass(frozen=True)
 class TrainSARMConfig:
-    """All options of the stage; the units stand in `configs/base.py`."""
+    """Options of the stage train_sarm; `configs/base.py` describes them."""
 
     pairs_jsonl: tuple[str, ...]
     held_out_fraction: float  # of the prompts
-    max_length: int  # tokens of a conversation; longer ones lose their beginning
+    max_length: int  # in tokens; a longer conversation loses its beginning
     source_layer: int
     latent_size: int
     k: int
-    use_topk: bool  # `sarm_use_activation`: False lets the head read the pre-activations
-    mode: int  # `sarm_train_mode`: see preference_training
-    reconstruction_weight: float  # `sarm_rec_lambda`
-    sae_tokens: int  # activations to collect, at most
+    use_topk: bool  # the reference's `sarm_use_activation`; False: the head reads pre-activations
+    mode: int  # the reference's `sarm_train_mode`, see preference_training
+    reconstruction_weight: float  # the reference's `sarm_rec_lambda`
+    sae_tokens: int  # largest number of activations to collect
     sae_steps: int
     sae_batch_tokens: int
     sae_learning_rate: float
@@ -65,7 +66,7 @@ class TrainSARMConfig:
     aux_weight: float
     epochs: int
     batch_size: int  # pairs
-    learning_rate: float  # of the trunk, and of the SAE in modes 2 and 3
+    learning_rate: float  # of the trunk and, in modes 2 and 3, of the SAE
     head_learning_rate: float
     weight_decay: float
     warmup_fraction: float
@@ -93,23 +94,27 @@ class TrainSARMConfig:
             self._require(name, 0 < getattr(self, name) < np.inf, "must be positive")
         for name in ("reconstruction_weight", "aux_weight", "weight_decay"):
             self._require(name, 0 <= getattr(self, name) < np.inf, "must not be negative")
-        at_most = f"must be at most latent_size={self.latent_size}"
+        at_most = f"must be at most train_sarm.latent_size={self.latent_size}"
         self._require("max_length", self.max_length >= 2, "must be at least 2")
         self._require("seed", 0 <= self.seed < 2**31, "must lie in [0, 2^31)")
         self._require("k", self.k <= self.latent_size, at_most)
         self._require("aux_k", self.aux_k <= self.latent_size, at_most)
 
     def _require(self, name: str, condition: bool, rule: str) -> None:
+        """Raises InputError, naming the field and the rule, if the condition does not hold."""
         if not condition:
             raise InputError(f"train_sarm.{name}={getattr(self, name)}: {rule}")
 
     def check_layers(self, layers: int) -> None:
-        """Raises InputError for a model of so many layers that the trunk cannot be cut from."""
-        most = f"the model has {layers} layers"
-        self._require("source_layer", 1 <= self.source_layer <= layers, most)
+        """Raises InputError if a model of so many layers does not contain the trunk."""
+        check_source_layer(self.source_layer, layers)
 
     def held_out(self, pairs: Sequence[dict[str, str]]) -> set[str]:
-        """The held-out prompts; InputError where either side of the split would be empty."""
+        """Draws the held-out prompts.
+
+        Raises:
+            InputError: no prompt would be left for training or for evaluation.
+        """
         prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
         order = np.random.default_rng(self.seed).permutation(len(prompts))
         held_out = order[: round(self.held_out_fraction * len(prompts))]
@@ -121,7 +126,7 @@ class TrainSARMConfig:
         return {prompts[i] for i in held_out}
 
     def sae_training(self) -> SAETraining:
-        """The options of SAE pretraining."""
+        """Returns the options of SAE pretraining."""
         return SAETraining(
             steps=self.sae_steps,
             batch_tokens=self.sae_batch_tokens,
@@ -134,17 +139,21 @@ class TrainSARMConfig:
         )
 
     def preference_training(self) -> PreferenceTraining:
-        """The options of Bradley–Terry training."""
+        """Returns the options of Bradley–Terry training."""
         shared = {f.name for f in dataclasses.fields(PreferenceTraining)}
         return PreferenceTraining(**{name: getattr(self, name) for name in shared})
 
 
 @dataclasses.dataclass(frozen=True)
 class PairSet:
-    """Pairs as tokens: each conversation once in `rows`, pairs as (chosen, rejected) row numbers.
+    """Pairs as tokens.
 
-    `pairs_p2 [P, 2]`; `prompt_p [P]` numbers the prompts, `held_out_p [P]` is True for the pairs
-    of held-out prompts, `source_p` names where a pair comes from.
+    Attributes:
+        rows: the distinct conversations.
+        pairs_p2: row numbers (chosen, rejected) of each pair.
+        prompt_p: number of the prompt of each pair.
+        held_out_p: True for the pairs of held-out prompts.
+        source_p: name of the source of each pair.
     """
 
     rows: list[Conversation]
@@ -161,11 +170,20 @@ def train_sarm(
     pairs: Sequence[dict[str, str]],
     log: Log,
 ) -> tuple[SARM, dict[str, Any]]:
-    """(the SARM in the policy's dtype, a summary for JSON); `log` receives the metrics rows.
+    """Trains a SARM on the first layers of a policy.
 
-    `pairs` are {prompt, chosen, rejected}, optionally with `source`. In mode 0 the trunk shares
-    its weights with `policy`; they are never overwritten. Raises `InputError` where the options
-    do not fit the model or the pairs.
+    Args:
+        config: options of the training.
+        policy: the chat model. Its weights are never overwritten; in mode 0 the trunk shares them.
+        tokenizer: tokenizer of the policy.
+        pairs: {prompt, chosen, rejected} rows, optionally with "source".
+        log: receives the metrics rows.
+
+    Returns:
+        (the SARM in the policy's dtype, the summary for sarm_summary.json).
+
+    Raises:
+        InputError: the options do not fit the model or the pairs.
     """
     start = time.perf_counter()
     data = encode_pairs(tokenizer, pairs, config)
@@ -173,35 +191,31 @@ def train_sarm(
     dtype = trunk.embed_tokens.dtype
 
     train_rows, held_out_rows = _split_rows(data)
-    activations = collect_activations(trunk, data.rows, config.sae_tokens, config.seed)
-    collected = time.perf_counter()
-    sae = SAE(
-        SAEConfig(trunk.config.hidden_size, config.latent_size, config.k, config.use_topk),
-        rngs=nnx.Rngs(config.seed),
+    activations = collect_activations(
+        trunk, data.rows, max_tokens=config.sae_tokens, seed=config.seed
     )
+    collected = time.perf_counter()
     sae, metrics = pretrain_sae(
-        sae,
-        _of_rows(activations, train_rows),
-        _of_rows(activations, held_out_rows),
-        config.sae_training(),
-        log,
+        _new_sae(config, trunk),
+        train=_select_rows(activations, train_rows),
+        held_out=_select_rows(activations, held_out_rows),
+        options=config.sae_training(),
+        log=log,
     )
     LOG.info("SAE: %s", {name: round(value, 4) for name, value in metrics.items()})
     pretrained = time.perf_counter()
     summary: dict[str, Any] = {"sae": metrics}
 
-    sarm = assemble(trunk, sae)
-    options, train_pairs = config.preference_training(), data.pairs_p2[~data.held_out_p]
-    if config.mode == 0:
-        head_m = train_head(sae, activations.pooled_rd, train_pairs, options, log)
-        sarm.score[...] = head_m
-    else:
-        sarm = fine_tune(sarm, data.rows, train_pairs, options, log)
+    sarm = _learn_preferences(
+        config, assemble(trunk, sae), data=data, activations=activations, log=log
+    )
     sarm = cast(sarm, dtype)
     trained = time.perf_counter()
     if config.mode > 0:
-        activations = collect_activations(sarm.trunk, data.rows, config.sae_tokens, config.seed)
-        summary["sae_after"] = sae_metrics(sarm.sae, _of_rows(activations, held_out_rows))
+        activations = collect_activations(
+            sarm.trunk, data.rows, max_tokens=config.sae_tokens, seed=config.seed
+        )
+        summary["sae_after"] = sae_metrics(sarm.sae, _select_rows(activations, held_out_rows))
     summary |= preference_summary(data, score_pooled(sarm, activations.pooled_rd))
     summary["seconds"] = {
         "collect": collected - start,
@@ -212,14 +226,25 @@ def train_sarm(
     return sarm, summary
 
 
-def truncate(policy: Llama, source_layer: int) -> Llama:
-    """The trunk: the first `source_layer` layers, no final norm, no head.
+def _learn_preferences(
+    config: TrainSARMConfig, sarm: SARM, *, data: PairSet, activations: Activations, log: Log
+) -> SARM:
+    """Trains the head, or the whole SARM, on the pairs that are not held out; returns the SARM."""
+    options, train_pairs = config.preference_training(), data.pairs_p2[~data.held_out_p]
+    if config.mode > 0:
+        return fine_tune(sarm, data.rows, train_pairs, options=options, log=log)
+    sarm.score[...] = train_head(
+        sarm.sae, activations.pooled_rd, train_pairs, options=options, log=log
+    )
+    return sarm
 
-    Embedding and norm are shared with `policy`, the layers are sliced out of the stack.
+
+def truncate(policy: Llama, source_layer: int) -> Llama:
+    """Cuts the trunk out of a policy: its first layers, without final norm and head.
+
+    The trunk shares embedding and norm with the policy; its layers are slices of the stack.
     """
-    layers = policy.config.num_hidden_layers
-    if not 1 <= source_layer <= layers:
-        raise InputError(f"train_sarm.source_layer={source_layer}: the model has {layers} layers")
+    check_source_layer(source_layer, policy.config.num_hidden_layers)
     config = dataclasses.replace(policy.config, num_hidden_layers=source_layer)
     abstract = nnx.eval_shape(
         lambda: Llama(config, rngs=nnx.Rngs(0), final_norm=False, head=False, remat=policy.remat)
@@ -231,8 +256,14 @@ def truncate(policy: Llama, source_layer: int) -> Llama:
     return nnx.merge(graphdef, state)
 
 
+def check_source_layer(source_layer: int, layers: int) -> None:
+    """Raises InputError if a model of so many layers has no such source layer."""
+    if not 1 <= source_layer <= layers:
+        raise InputError(f"train_sarm.source_layer={source_layer}: the model has {layers} layers")
+
+
 def assemble(trunk: Llama, sae: SAE) -> SARM:
-    """A SARM of these two parts and a head of zeros, without allocating a second copy of either."""
+    """Joins trunk and SAE, which are not copied, with a head of zeros."""
     config = SARMConfig(trunk.config, sae.config)
     sarm = nnx.eval_shape(lambda: SARM(config, rngs=nnx.Rngs(0)))
     sarm.trunk, sarm.sae = trunk, sae
@@ -243,25 +274,30 @@ def assemble(trunk: Llama, sae: SAE) -> SARM:
 def encode_pairs(
     tokenizer: Any, pairs: Sequence[dict[str, str]], config: TrainSARMConfig
 ) -> PairSet:
-    """Tokenises and splits by prompt: no prompt is on both sides.
+    """Tokenises pairs and splits them by prompt, so that no prompt is on both sides.
 
-    Raises `InputError` where either side would be empty, or a pair has nothing to prefer.
+    Raises:
+        InputError: one side of the split would be empty, or both responses of a pair are equal.
     """
     rows: dict[tuple[str, str], int] = {}
     prompts: dict[str, int] = {}
     for number, pair in enumerate(pairs, 1):
         if pair["chosen"] == pair["rejected"]:
-            raise InputError(f"pair {number}: chosen and rejected are equal: {pair['chosen']!r}")
+            raise InputError(
+                f"train_sarm.pairs_jsonl: pair {number}: chosen and rejected are equal: "
+                f"{pair['chosen']!r}"
+            )
         prompts.setdefault(pair["prompt"], len(prompts))
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             rows.setdefault((pair["prompt"], pair[side]), len(rows))
     held_out = [prompts[prompt] for prompt in config.held_out(pairs)]
     prompt_p = np.asarray([prompts[pair["prompt"]] for pair in pairs])
     return PairSet(
-        rows=[encode_turn(tokenizer, *row, config.max_length) for row in rows],
-        pairs_p2=np.asarray(
-            [[rows[p["prompt"], p[side]] for side in ("chosen", "rejected")] for p in pairs]
-        ),
+        rows=[
+            encode_turn(tokenizer, prompt, response=response, max_length=config.max_length)
+            for prompt, response in rows
+        ],
+        pairs_p2=np.asarray([[rows[p["prompt"], p[side]] for side in SIDES] for p in pairs]),
         prompt_p=prompt_p,
         held_out_p=np.isin(prompt_p, held_out),
         source_p=[pair.get("source", "") for pair in pairs],
@@ -269,19 +305,25 @@ def encode_pairs(
 
 
 def encode_turn(tokenizer: Any, prompt: str, response: str, max_length: int) -> Conversation:
-    """The exchange, and how many of its last tokens are the response with its end of turn."""
-    whole = encode_conversation(tokenizer, prompt, response, max_length=sys.maxsize)
-    before = encode_prompt(tokenizer, prompt)
-    same = next((n for n, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b), None)
-    turn_length = len(whole) - (min(len(whole), len(before)) if same is None else same)
-    if len(whole) > max_length:
-        whole = encode_conversation(tokenizer, prompt, response, max_length)
-    bos = int(whole[0] == tokenizer.bos_token_id)  # is kept, and is nobody's turn
-    return Conversation(whole, min(turn_length, len(whole) - bos))
+    """Encodes an exchange; its assistant turn is the response with the end of turn.
+
+    A conversation of more than `max_length` tokens loses its beginning.
+    """
+    ids = encode_conversation(tokenizer, prompt, response, max_length=sys.maxsize)
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    token_pairs = enumerate(zip(ids, prompt_ids, strict=False))
+    first_difference = next((n for n, (a, b) in token_pairs if a != b), None)
+    if first_difference is None:
+        first_difference = min(len(ids), len(prompt_ids))
+    turn_length = len(ids) - first_difference
+    if len(ids) > max_length:
+        ids = encode_conversation(tokenizer, prompt, response, max_length=max_length)
+    bos = int(ids[0] == tokenizer.bos_token_id)  # truncation keeps it; it is no part of the turn
+    return Conversation(ids, min(turn_length, len(ids) - bos))
 
 
 def score_pooled(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndarray:
-    """Scores `[R]` of pooled, standardised trunk states `[R, D]`."""
+    """Computes the scores `[R]` of pooled, standardised trunk states `[R, D]`."""
     graphdef, state = nnx.split(sarm)
     return np.concatenate(
         [
@@ -293,21 +335,22 @@ def score_pooled(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndar
 
 @partial(jax.jit, static_argnums=0)
 def _score_pooled(graphdef, state, x_bd):
+    """Computes the scores `[B]` of one batch."""
     sarm = nnx.merge(graphdef, state)
     return sarm.head(sarm.sae.encode(x_bd))
 
 
 def preference_summary(data: PairSet, score_r: np.ndarray) -> dict[str, Any]:
-    """Accuracies, margins and score scales of all rows' scores `[R]`.
+    """Summarises accuracies, margins and scales of the scores `[R]` of all conversations.
 
-    `length_only_accuracy_held_out` is that of the better of "longer wins" and "shorter wins",
-    in tokens: what a reward that only counts would reach.
+    `length_only_accuracy_held_out` is the accuracy of preferring the longer or the shorter
+    conversation in tokens, whichever is better: what a reward would reach that only counts.
     """
     margin_p = score_r[data.pairs_p2[:, 0]] - score_r[data.pairs_p2[:, 1]]
-    right_p = (np.sign(margin_p) + 1) / 2
+    right_p = count_wins(margin_p)
     held_out_p = data.held_out_p
     length_r = np.asarray([len(row.ids) for row in data.rows])
-    longer_p = (np.sign(length_r[data.pairs_p2[:, 0]] - length_r[data.pairs_p2[:, 1]]) + 1) / 2
+    longer_p = count_wins(length_r[data.pairs_p2[:, 0]] - length_r[data.pairs_p2[:, 1]])
     longer = float(longer_p[held_out_p].mean())
     held_out = float(right_p[held_out_p].mean())
     prompts = len(np.unique(data.prompt_p[held_out_p]))
@@ -333,13 +376,25 @@ def preference_summary(data: PairSet, score_r: np.ndarray) -> dict[str, Any]:
 
 
 def _split_rows(data: PairSet) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers of the training prompts and of the held-out ones."""
+    """Returns the row numbers of the training prompts and of the held-out prompts."""
     held_out_p = data.held_out_p
     return np.unique(data.pairs_p2[~held_out_p]), np.unique(data.pairs_p2[held_out_p])
 
 
-def _of_rows(activations: Activations, rows: np.ndarray) -> Activations:
-    """The activations of some conversations."""
-    row_n = np.cumsum(activations.pooled_n) - activations.pooled_n  # pooled tokens end their row
+def _new_sae(config: TrainSARMConfig, trunk: Llama) -> SAE:
+    """Makes an SAE of the configured size for the states of a trunk."""
+    sae_config = SAEConfig(
+        hidden_size=trunk.config.hidden_size,
+        latent_size=config.latent_size,
+        k=config.k,
+        use_topk=config.use_topk,
+    )
+    return SAE(sae_config, rngs=nnx.Rngs(config.seed))
+
+
+def _select_rows(activations: Activations, rows: np.ndarray) -> Activations:
+    """Selects the activations of the conversations with the row numbers `rows`."""
+    # A pooled token is the last one of its conversation.
+    row_n = np.cumsum(activations.pooled_n) - activations.pooled_n
     keep_n = np.isin(row_n, rows)
     return Activations(activations.x_nd[keep_n], activations.pooled_n[keep_n])
