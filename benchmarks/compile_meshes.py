@@ -1,11 +1,11 @@
-"""Does every mesh compile for GPUs that are not here? All programs of a step of `full_method`.
+"""Compile all programs of a step of `full_method` for every mesh of absent GPUs.
 
     pip install "jax[cuda12]"
     JAX_PLATFORMS=cpu python -m benchmarks.compile_meshes [--target=h100x4] [--pack_levels=2]
 
-The layers are those of Llama-3.1-8B-Instruct and Llama-SARM-4B, but only two of either, since all
-are alike. Kernels that only GPUs have, cuDNN's attention above all, are partitioned and compiled
-here, which the tests on virtual CPU devices cannot do.
+The models have the shapes of Llama-3.1-8B-Instruct and Llama-SARM-4B, but only two layers each,
+since all layers are alike. This partitions and compiles kernels that only GPUs have, above all
+cuDNN's attention, which the tests on virtual CPU devices cannot do.
 """
 
 import argparse
@@ -24,7 +24,7 @@ LAYERS, BATCH, PROMPT, WATCHED = 2, 8, 512, 8
 
 
 def make_planner(target: str, pack_levels: int) -> Planner:
-    """The plan of `full_method` with two layers."""
+    """Makes the planner of `full_method` with two layers in either model."""
     config = full_method.get_config()
     config.ppo.batch_size, config.ppo.max_prompt_tokens = BATCH, PROMPT
     config.ppo.pack_levels = pack_levels
@@ -48,7 +48,7 @@ def make_planner(target: str, pack_levels: int) -> Planner:
 
 
 def main() -> None:
-    """Prints a line per layout; exits with 1 where one does not compile."""
+    """Prints a line per layout; exits with 1 if a layout does not compile."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="h100x4")
     parser.add_argument("--pack_levels", type=int, default=0)
@@ -57,13 +57,13 @@ def main() -> None:
     for layout in layouts_for(target_devices(args.target), BATCH):
         try:
             planner.plan(layout)
-            found = "compiles"
+            outcome = "compiles"
         except InputError as error:
-            found = f"is no mesh for it: {error}"
-        except Exception as error:  # the compiler's are of many kinds
+            outcome = f"does not fit these models: {error}"
+        except Exception as error:  # the compiler raises many kinds of errors
             failed += 1
-            found = "DOES NOT COMPILE: " + " ".join(str(error).split())[-400:]
-        print(f"{layout}: {found}", flush=True)
+            outcome = "DOES NOT COMPILE: " + " ".join(str(error).split())[-400:]
+        print(f"{layout}: {outcome}", flush=True)
     sys.exit(failed > 0)
 
 

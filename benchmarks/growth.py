@@ -1,13 +1,13 @@
-"""How the cost of a PPO step grows: with context, batch, tokens, depth and features.
+"""Measure how the cost of a PPO step grows with context, batch, tokens, depth and features.
 
     python -m benchmarks.growth [--rounds=5] [--tables=decode,update,compile]
                                 [--architecture=DIR --dtype=bfloat16 --tensor=4 --layers=8]
 
-Random weights in the shape of SmolLM2-135M, float32; `--architecture` names a directory with
-another config.json for the table of decoding, of which `--tensor` takes what one of so many devices
-of `mesh.tensor` has, and `--layers` the first layers. Sizes take turns, so that a machine whose
-speed drifts slows all of them; medians. A decoded token has to read the weights and the keys and
-values before it: "predicted" is what these bytes grow by.
+The models have random weights in the shape of SmolLM2-135M, float32. For the table of decoding,
+`--architecture` names a directory with another config.json, `--tensor` reduces the shapes to those
+of one of so many devices of `mesh.tensor`, and `--layers` keeps the first layers. Sizes take turns,
+so that a machine whose speed drifts slows all of them, and medians are reported. A decoded token
+has to read the weights and the keys and values before it; "predicted" is the growth of these bytes.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks.random_weights import random_weights
+from benchmarks.workload import parse_numbers
 from configs import base
 from conversion.keys import abstract_policy
 from conversion.load import read_policy_config
@@ -52,12 +53,12 @@ SMOLLM2 = LlamaConfig(
     tie_word_embeddings=True,
 )
 TABLES = ("decode", "update", "compile")
-TOKENS = 16  # decoded in one timed call
+TOKENS = 16  # number of tokens that one timed call decodes
 Run = Callable[[], Any]
 
 
 def measure(runs: dict[Any, Run], rounds: int) -> dict[Any, float]:
-    """Median seconds of each, in turns; all are run once before."""
+    """Times functions in turns, after one call of each; returns the median seconds of each."""
     for run in runs.values():
         jax.block_until_ready(run())
     seconds: dict[Any, list[float]] = {name: [] for name in runs}
@@ -66,18 +67,18 @@ def measure(runs: dict[Any, Run], rounds: int) -> dict[Any, float]:
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A Markdown table."""
+    """Prints a Markdown table."""
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
 def decode_run(policy: Llama, batch: int, context: int) -> Run:
-    """Decodes a few tokens after `context` ones."""
+    """Returns a function that decodes `TOKENS` tokens after `context` tokens."""
     graphdef, state = nnx.split(policy)
     config, dtype = policy.config, policy.embed_tokens.dtype
     size = context + TOKENS
@@ -88,11 +89,17 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
         policy = nnx.merge(graphdef, state)
         kv = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_hidden_layers))
         mask_bs = jnp.broadcast_to(jnp.arange(size) < context, (batch, size))
-        cache = KVCache(kv, kv, mask_bs, jnp.int32(context), jnp.full((batch,), context))
+        cache = KVCache(
+            k=kv,
+            v=kv,
+            mask_bs=mask_bs,
+            column=jnp.int32(context),
+            position_b=jnp.full((batch,), context),
+        )
 
         def step(_, carry):
             token_b, cache = carry
-            x_b1d, cache = decode(policy, token_b, cache, layers)
+            x_b1d, cache = decode(policy, token_b, cache=cache, layers=layers)
             return next_logits(policy, x_b1d).argmax(axis=-1).astype(jnp.int32), cache
 
         token_b = jnp.ones((batch,), jnp.int32)
@@ -103,7 +110,7 @@ def decode_run(policy: Llama, batch: int, context: int) -> Run:
 
 
 def shard(config: LlamaConfig, tensor: int, layers: int) -> LlamaConfig:
-    """The shapes that one of `tensor` devices has of a model, and of its first layers."""
+    """Returns the shapes on one of `tensor` devices of the first layers of a model."""
     MeshConfig(tensor=tensor).check_model(config)
     if config.intermediate_size % tensor:
         raise InputError(
@@ -120,27 +127,27 @@ def shard(config: LlamaConfig, tensor: int, layers: int) -> LlamaConfig:
 
 
 def decode_growth(args: argparse.Namespace) -> None:
-    """Seconds a token against context, then tokens/s against batch."""
+    """Prints the seconds per token by context, and the tokens per second by batch size."""
     config, batch, rounds = SMOLLM2, 8, args.rounds
     if args.architecture:
         config = read_policy_config(args.architecture)
     layers = config.num_hidden_layers if args.layers is None else args.layers
     if not 1 <= layers <= config.num_hidden_layers:
-        raise InputError(f"--layers={layers}: the model has {config.num_hidden_layers}")
+        raise InputError(f"--layers={layers}: the model has {config.num_hidden_layers} layers")
     config = shard(config, args.tensor, layers)
     policy = random_weights(abstract_policy(config, args.dtype), ONE_DEVICE)
     weights = layer_weights(config) * config.num_hidden_layers
     weights += config.vocab_size * config.hidden_size
     per_token = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
     contexts = args.contexts
-    found = measure({n: decode_run(policy, batch, n) for n in contexts}, rounds)
+    seconds = measure({n: decode_run(policy, batch, n) for n in contexts}, rounds)
     read = {n: weights + batch * (n + TOKENS / 2) * per_token for n in contexts}
     first = contexts[0]
     rows = [
         (
             n,
-            f"{1e3 * found[n] / TOKENS:.2f}",
-            f"{found[n] / found[first]:.2f}",
+            f"{1e3 * seconds[n] / TOKENS:.2f}",
+            f"{seconds[n] / seconds[first]:.2f}",
             f"{read[n] / read[first]:.2f}",
         )
         for n in contexts
@@ -148,15 +155,16 @@ def decode_growth(args: argparse.Namespace) -> None:
     columns = "context", "ms a token", "grows by", "predicted"
     show(f"Decoding, batch {batch}", columns, rows)
     batches = args.batches
-    found = measure({n: decode_run(policy, n, 128) for n in batches}, rounds)
+    seconds = measure({n: decode_run(policy, n, 128) for n in batches}, rounds)
+    first = batches[0]
     rows = [
-        (n, f"{n * TOKENS / found[n]:.0f}", f"{found[n] / found[batches[0]]:.2f}") for n in batches
+        (n, f"{n * TOKENS / seconds[n]:.0f}", f"{seconds[n] / seconds[first]:.2f}") for n in batches
     ]
     show("Decoding after 128 tokens", ("batch", "tokens/s", "time grows by"), rows)
 
 
 def learner_of(layers: int, batch: int, new_tokens: int) -> tuple[Learner, Any, Any]:
-    """A learner with random weights: (it, its state, the base)."""
+    """Makes a learner with random weights: (learner, its state, the base)."""
     options = base.get_config().ppo.to_dict()
     options |= {"batch_size": batch, "max_new_tokens": new_tokens, "ppo_epochs": 1}
     config = dataclasses.replace(SMOLLM2, num_hidden_layers=layers)
@@ -165,7 +173,7 @@ def learner_of(layers: int, batch: int, new_tokens: int) -> tuple[Learner, Any, 
 
 
 def update_growth(rounds: int) -> None:
-    """Seconds of an update against its tokens, and what the compiler sets aside for it."""
+    """Prints the seconds of an update, and the compiler's temporaries, by number of tokens."""
     prompt, new = 64, 64
     runs, memory = {}, {}
     for batch in (4, 8, 16, 32):
@@ -174,29 +182,41 @@ def update_growth(rounds: int) -> None:
         tokens = jnp.asarray(rng.integers(3, 49152, (batch, prompt + new)), jnp.int32)
         logp_br, reward_b = jnp.full((batch, new), -5.0), jnp.zeros((batch,))
         whole = jnp.ones(tokens.shape, bool)
-        data = Batch(tokens, whole, whole[:, :new], logp_br, reward_b)
+        data = Batch(
+            tokens_bt=tokens,
+            mask_bt=whole,
+            mask_br=whole[:, :new],
+            ref_logp_br=logp_br,
+            reward_b=reward_b,
+        )
         order, updater = np.arange(batch)[None], Updater(learner)
 
         def run(updater=updater, state=state, frozen=frozen, data=data, order=order):
-            fresh = jax.tree.map(jnp.copy, state)  # the update takes it
-            return updater(fresh, frozen, data, order)[2]
+            fresh = jax.tree.map(jnp.copy, state)  # because the update donates its state
+            return updater.update(fresh, frozen, data, order=order)[2]
 
         runs[batch * (prompt + new)] = run
-        compiled = updater.lower(state, frozen, prompt, None)["first_step"]().compile()
+        programs = updater.lower(state, frozen, prompt_length=prompt, slots=None)
+        compiled = programs["first_step"]().compile()
         analysis: Any = compiled.memory_analysis()
         memory[batch * (prompt + new)] = analysis.temp_size_in_bytes / 2**20
-    found = measure(runs, rounds)
-    first = min(found)
+    seconds = measure(runs, rounds)
+    first = min(seconds)
     rows = [
-        (n, f"{found[n]:.2f}", f"{found[n] / found[first] / (n / first):.2f}", f"{memory[n]:.0f}")
-        for n in found
+        (
+            n,
+            f"{seconds[n]:.2f}",
+            f"{seconds[n] / seconds[first] / (n / first):.2f}",
+            f"{memory[n]:.0f}",
+        )
+        for n in seconds
     ]
     columns = "tokens", "s", "s a token, × the first", "temporaries, MiB"
     show("A gradient step on all tokens of a batch", columns, rows)
 
 
 def compile_seconds(lower: Callable[[], Any]) -> float:
-    """Of tracing, lowering and compiling, anew."""
+    """Returns the seconds of tracing, lowering and compiling with empty caches."""
     jax.clear_caches()
     start = time.perf_counter()
     lower().compile()
@@ -204,41 +224,42 @@ def compile_seconds(lower: Callable[[], Any]) -> float:
 
 
 def compile_growth() -> None:
-    """Compile times against depth, and against the number of features that the reward reads."""
+    """Prints the compile times by depth, and by the number of features that the reward reads."""
     rows = []
     for layers in (2, 8, 30):
         learner, state, frozen = learner_of(layers, 8, 64)
-        update = Updater(learner).lower(state, frozen, 64, None)["first_step"]
-        rollout = partial(learner.lower_rollout, state.params, frozen, 64, None)
+        update = Updater(learner).lower(state, frozen, prompt_length=64, slots=None)["first_step"]
+        rollout = partial(learner.lower_rollout, state.params, frozen, prompt_length=64, slots=None)
         rows.append((layers, *(f"{compile_seconds(lower):.1f}" for lower in (update, rollout))))
     show("Compiling", ("layers", "update, s", "rollout (every layer in the loop), s"), rows)
     trunk = dataclasses.replace(SMOLLM2, num_hidden_layers=15)
     sarm = SARM(SARMConfig(trunk, SAEConfig(576, latent_size=4608, k=32)), rngs=nnx.Rngs(0))
-    score = partial(lower_score, *nnx.split(sarm), ONE_DEVICE, 8, 128)
-    rows = [(n, f"{compile_seconds(partial(score, n)):.1f}") for n in (1, 10, 100, 1000)]
+    graphdef, sarm_state = nnx.split(sarm)
+    score = partial(lower_score, graphdef, sarm_state, placement=ONE_DEVICE, rows=8, length=128)
+    rows = [(n, f"{compile_seconds(partial(score, watched=n)):.1f}") for n in (1, 10, 100, 1000)]
     show("Compiling the score", ("features read", "s"), rows)
 
 
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each size")
     parser.add_argument("--tables", type=_names, default=TABLES)
-    parser.add_argument(
-        "--architecture", help="of the table of decoding: a folder with config.json"
-    )
-    parser.add_argument("--dtype", default="float32", help="of the same table")
-    parser.add_argument("--tensor", type=int, default=1, help="devices, for the same table")
-    parser.add_argument("--layers", type=int, help="of the model, for the same table")
-    parser.add_argument("--contexts", type=_numbers, default=(64, 128, 256, 512, 1024))
-    parser.add_argument("--batches", type=_numbers, default=(1, 4, 16, 64))
+    parser.add_argument("--architecture", help="decode table: a directory with config.json")
+    parser.add_argument("--dtype", default="float32", help="decode table: dtype of the weights")
+    parser.add_argument("--tensor", type=int, default=1, help="decode table: devices of the model")
+    parser.add_argument("--layers", type=int, help="decode table: number of layers")
+    parser.add_argument("--contexts", type=parse_numbers, default=(64, 128, 256, 512, 1024))
+    parser.add_argument("--batches", type=parse_numbers, default=(1, 4, 16, 64))
     args = parser.parse_args()
     if unknown := set(args.tables) - set(TABLES):
-        parser.error(f"--tables: no {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
+        parser.error(
+            f"--tables: found {', '.join(sorted(unknown))}, expected some of {', '.join(TABLES)}"
+        )
     decoding = ("architecture", "dtype", "tensor", "layers", "contexts", "batches")
-    given = [name for name in decoding if getattr(args, name) != parser.get_default(name)]
-    if given and "decode" not in args.tables:
-        parser.error(f"--{given[0]}: of the table of decoding, which --tables leaves out")
+    changed = [name for name in decoding if getattr(args, name) != parser.get_default(name)]
+    if changed and "decode" not in args.tables:
+        parser.error(f"--{changed[0]}: is for the table decode, which --tables leaves out")
     if "decode" in args.tables:
         try:
             decode_growth(args)
@@ -252,10 +273,6 @@ def main() -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,43 @@
-"""Which guards fire on runs that are there, with today's thresholds.
+"""Report which guards fire on finished runs with the current thresholds.
 
     python -m benchmarks.guards_on_runs outputs/study/seed_*/* outputs/smollm2
 
-A line per run, then how often each guard fired by the last part of the directory's name (the lab's
-condition), with the gold reward that runs of the lab ended with where it did and did not.
+The output is a line per run, then the number of runs on which each guard fired, by the last part of
+the directory's name, which is the condition of the lab. For runs of the lab it includes the range
+of the final gold reward of the runs on which the guard fired, and of the other runs.
 """
 
 import argparse
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
-from ppo.options import reward_config
-from ppo.tracking.guards import GUARDS, GuardConfig, Watch
+from configs import base
+from ppo.options import guard_config, reward_config
+from ppo.tracking.guards import GUARDS, Watch
 from ppo.tracking.metrics_csv import read_metrics
 
 
 def warnings_of(workdir: Path) -> list[dict]:
-    """What the guards say of the rows of metrics.csv."""
+    """Returns the warnings of the guards on the rows of metrics.csv."""
     settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["reward"]
     summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     try:
         reward = reward_config({"penalty_cap": float("inf")} | settings)
         alphas = reward.alphas_sd(summary["score_std_at_start"])
-    except ValueError as error:  # the file of selected features has moved
-        print(f"{workdir}: without its penalties ({error})")
+    except ValueError as error:  # for example, the file of selected features was moved
+        print(f"{workdir}: checked without its penalties ({error})")
         alphas = []
-    watch = Watch(GuardConfig(), alphas)
+    watch = Watch(guard_config(base.get_config().guards), alphas)
     for row in read_metrics(workdir / "metrics.csv"):
-        watch(row)
+        watch.check(row)
     return watch.warnings
 
 
 def gold_of(workdir: Path) -> float | None:
-    """The gold reward that a run of the lab ended with."""
+    """Returns the final gold reward of a run of the lab, or None for other runs."""
     path = workdir / "result.json"
     if not path.exists():
         return None
@@ -42,29 +45,36 @@ def gold_of(workdir: Path) -> float | None:
 
 
 def main() -> None:
-    """Prints the lines and the table."""
+    """Prints a line per run, and lines per condition."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     args = parser.parse_args()
     logging.disable()
-    fired: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    # condition → guard → (fired, final gold) of each run
+    fired: dict[str, dict[str, list[tuple[bool, float | None]]]]
+    fired = defaultdict(lambda: defaultdict(list))
     for workdir in args.runs:
         if not (workdir / "summary.json").exists():
             continue
-        found, gold = warnings_of(workdir), gold_of(workdir)
-        shown = ", ".join(f"{w['guard']} from {w['first_step']} on {w['steps']}" for w in found)
-        print(f"{workdir}: {shown or 'none'}" + (f"; gold {gold:.2f}" if gold is not None else ""))
-        names = {warning["guard"] for warning in found}
+        warnings, gold = warnings_of(workdir), gold_of(workdir)
+        text = ", ".join(f"{w['guard']} from {w['first_step']} on {w['steps']}" for w in warnings)
+        print(f"{workdir}: {text or 'none'}" + (f"; gold {gold:.2f}" if gold is not None else ""))
+        names = {warning["guard"] for warning in warnings}
         for guard in GUARDS:
             fired[workdir.name][guard.name].append((guard.name in names, gold))
+    print_conditions(fired)
+
+
+def print_conditions(fired: Mapping[str, Mapping[str, list[tuple[bool, float | None]]]]) -> None:
+    """Prints on how many runs each guard fired, from condition → guard → (fired, gold) of runs."""
     for name, guards in fired.items():
         runs = len(next(iter(guards.values())))
-        for guard, seen in guards.items():
-            count = sum(hit for hit, _ in seen)
+        for guard, outcomes in guards.items():
+            count = sum(hit for hit, _ in outcomes)
             if not count:
                 continue
             golds = {
-                hit: [g for h, g in seen if h is hit and g is not None] for hit in (True, False)
+                hit: [g for h, g in outcomes if h is hit and g is not None] for hit in (True, False)
             }
             ranges = [
                 f"gold {min(g):.2f} to {max(g):.2f} where it {verb}"
@@ -72,7 +82,7 @@ def main() -> None:
                 if g
             ]
             print(f"{name}: {guard} on {count} of {runs} runs; {', '.join(ranges)}")
-        if not any(hit for seen in guards.values() for hit, _ in seen):
+        if not any(hit for outcomes in guards.values() for hit, _ in outcomes):
             print(f"{name}: no guard on {runs} runs")
 
 

@@ -1,10 +1,10 @@
-"""What identify costs over the forward passes alone, both on the same responses, alternated.
+"""Time identify against the forward passes alone, in turns, on the same responses.
 
     python -m benchmarks.identify_cost --sarm=outputs/smollm2/sarm \\
         --pairs=outputs/smollm2/data/pairs.jsonl --count=1000 --rounds=3
 
-Both are run once before they are timed, so that nothing compiles in a timed run. Every response is
-made distinct, so that identify has none to score just once.
+Both run once before they are timed, so that nothing compiles in a timed run. All responses are made
+distinct, because identify scores equal responses only once.
 """
 
 import argparse
@@ -26,28 +26,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     fields = {"prompt": str, "chosen": str, "rejected": str}
-    read = read_jsonl(args.pairs, fields)
+    rows = read_jsonl(args.pairs, fields)
     pairs = [
         row | {side: f"{row[side]} {i}" for side in ("chosen", "rejected")}
-        for i, row in enumerate((read * (args.count // len(read) + 1))[: args.count])
+        for i, row in enumerate((rows * (args.count // len(rows) + 1))[: args.count])
     ]
     model = load_sarm(args.sarm, "float32")
     model.max_length = 512
-    config = IdentifyConfig(10, "differential", 0.98, 0.05, 0)
+    config = IdentifyConfig(
+        top_k=10, method="differential", tau_quantile=0.98, false_alarm_budget=0.05, seed=0
+    )
     prompts = [row["prompt"] for row in pairs] * 2
     responses = [row[side] for side in ("chosen", "rejected") for row in pairs]
 
     def forward() -> None:
         model.score(prompts, responses, latent_indices=[0])
 
-    def whole() -> None:
+    def full() -> None:
         identify(config, model, pairs)
 
     forward()
-    whole()
+    full()
     seconds: dict[str, list[float]] = {"forward": [], "identify": []}
     for turn in range(args.rounds):
-        runs = [("forward", forward), ("identify", whole)]
+        runs = [("forward", forward), ("identify", full)]
         for name, run in runs if turn % 2 == 0 else reversed(runs):
             start = time.perf_counter()
             run()

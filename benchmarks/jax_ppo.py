@@ -1,8 +1,7 @@
-"""This project's PPO iteration on prompts and response lengths that are given, with no stop token.
+"""This project's PPO iteration on given prompts and response lengths, without a stop token.
 
-`build` makes the side of `ppo_iteration`: padding is left out of all but attention (`pack_levels` 0
-computes it), and what the reward model scores is a SARM of the usual shape over the policy's own
-first layers.
+`build` makes the side of `ppo_iteration`. Only attention computes padding, unless `pack_levels` is
+0. The reward model is a SARM of the usual shape over the first layers of the policy itself.
 """
 
 import dataclasses
@@ -31,9 +30,11 @@ PHASES = ("rollout", "score", "update", "total")
 
 
 class JaxPPO:
-    """The learner with its adapters, the reward model, the prompts.
+    """The learner with its adapters, the reward model, and the prompts.
 
-    `watched` are the latents that the reward reads.
+    Attributes:
+        watched: latents that the reward reads.
+        state: state of the training.
     """
 
     def __init__(
@@ -54,15 +55,20 @@ class JaxPPO:
         self.lengths = np.asarray(work.lengths)
         self.counted = np.arange(config.max_new_tokens) < self.lengths[:, None]
         self.order = np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1))
-        self.plan = SlotPlan(config, [lengths], [self.order], policy.placement.parts)
+        self.plan = SlotPlan(config, [lengths], [self.order], parts=policy.placement.parts)
         self.steps = 0
 
     def iteration(self) -> dict[str, float]:
-        """Runs one PPO iteration; the seconds of rollout, score, update and total."""
+        """Runs one PPO iteration; returns the seconds of rollout, score, update and total."""
         clock = [time.perf_counter()]
         key = jax.random.fold_in(jax.random.key(0), self.steps)
         generation = self.learner.rollout(
-            self.state.params, self.base, self.tokens, self.mask, key, slots=self.plan.prefill
+            self.state.params,
+            self.base,
+            tokens_bp=self.tokens,
+            mask_bp=self.mask,
+            key=key,
+            slots=self.plan.prefill,
         )
         responses = np.asarray(generation.tokens_br)
         responses = [row[:length] for row, length in zip(responses, self.lengths, strict=True)]
@@ -75,11 +81,18 @@ class JaxPPO:
         tokens = jnp.concatenate([jnp.asarray(self.tokens), generation.tokens_br], axis=1)
         mask = jnp.concatenate([jnp.asarray(self.mask), jnp.asarray(self.counted)], axis=1)
         tokens, mask, counted = place((tokens, mask, jnp.asarray(self.counted)))
-        slots = self.plan.of(self.lengths, self.order)
+        slots = self.plan.slots_for(self.lengths, self.order)
         reference = self.learner.reference_logp(self.base, tokens, mask, slots=slots)
-        batch = Batch(tokens, mask, counted, *place((reference, jnp.asarray(score_b))))
-        self.state, _, metrics = Updater(self.learner)(
-            self.state, self.base, batch, self.order, slots
+        reference, reward_b = place((reference, jnp.asarray(score_b)))
+        batch = Batch(
+            tokens_bt=tokens,
+            mask_bt=mask,
+            mask_br=counted,
+            ref_logp_br=reference,
+            reward_b=reward_b,
+        )
+        self.state, _, metrics = Updater(self.learner).update(
+            self.state, self.base, batch, order=self.order, slots=slots
         )
         jax.block_until_ready((self.state, metrics))
         clock.append(time.perf_counter())
@@ -89,7 +102,7 @@ class JaxPPO:
 
 
 def _sarm(policy: Llama) -> SARM:
-    """A SARM of the usual shape: the policy's first 15 layers, a random SAE and head."""
+    """Makes a SARM of the policy's first 15 layers with a random SAE and head."""
     trunk = dataclasses.replace(policy.config, num_hidden_layers=15)
     config = SARMConfig(trunk, SAEConfig(trunk.hidden_size, latent_size=4608, k=32))
     dtype = policy.embed_tokens.dtype
@@ -108,4 +121,4 @@ def build(model_dir: str, work: Workload, dtype: str, pack_levels: int, score_ba
     options |= {"ppo_epochs": work.epochs, "pack_levels": pack_levels}
     reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=score_batch)
     lora = LoRAConfig(rank=16, alpha=32.0)
-    return JaxPPO(PPOConfig(**options), lora, policy, reward_model, work)
+    return JaxPPO(PPOConfig(**options), lora, policy=policy, reward_model=reward_model, work=work)

@@ -1,16 +1,17 @@
-"""Kills every stage at random moments, runs the same command again, and compares the outcome.
+"""Kill every stage at random moments, run the same command again, and compare the results.
 
     python -m benchmarks.kill_campaign --workdir=outputs/kill_campaign [--seed=0] [--rounds=1]
 
-A miniature of the lab, so that a run takes seconds. First everything runs uninterrupted, PPO twice,
-and how long each call of each place takes is recorded. Then, place by place: SIGKILL at a random
-moment within a random call of it, three times in PPO before a run is left to finish; and each other
-stage twice, at any moment of it. A kill is survived when what the run leaves is what the
-uninterrupted one left: LoRA, value head, discriminator and every Adam moment of the last
-checkpoint, the adapter's files, metrics.csv and summary.json apart from times, samples.jsonl and
-evaluations.jsonl; for the other stages, their files. Exits with 1 unless every kill was survived.
+The runs are a miniature of the lab, so that each takes seconds. First everything runs without
+interruption, PPO twice, and the duration of every call of every place in the code is recorded. Then
+SIGKILL is sent at a random moment within a random call of each place: three times to a PPO run
+before it is left to finish. Every other stage is killed twice, at any moment. A kill is survived if
+the results equal those of the uninterrupted run. For PPO they are LoRA, value head, discriminator
+and every Adam moment of the last checkpoint, the adapter's files, metrics.csv and summary.json
+except for times, samples.jsonl and evaluations.jsonl; for the other stages, their files. The exit
+code is 1 unless every kill was survived.
 
-About 20 minutes on two cores. The last line says it all.
+The campaign takes about 20 minutes on two cores. The last line summarises it.
 """
 
 import argparse
@@ -42,7 +43,7 @@ OPTIONS = (
     "probe.controls=2 probe.flips=99"
 ).split()
 PLACES = "start rollout scoring update log evaluation checkpoint manifest export".split()
-OUTPUTS = {  # of the other stages, in the order of the pipeline
+OUTPUTS = {  # files of the other stages, in the order of the pipeline
     "prepare_data": ("data", "policy", "pretrained"),
     "train_sarm": ("sarm", "sarm_summary.json", "sarm_metrics.jsonl"),
     "identify": tuple(
@@ -59,7 +60,15 @@ TIMES |= {"seconds", "seconds_per_step_median"}
 
 
 class Campaign:
-    """`world` holds an uninterrupted pipeline, `reference` its PPO run."""
+    """The directories and the counts of a campaign.
+
+    Attributes:
+        root: directory of the campaign; its folder `reference` is the uninterrupted PPO run.
+        world: directory of the uninterrupted pipeline.
+        seconds: stage → place → seconds of each call.
+        tried: number of kills by place or stage.
+        survived: number of survived kills by place or stage.
+    """
 
     def __init__(self, root: Path, seed: int):
         self.root, self.world, self.random = root, root / "world", random.Random(seed)
@@ -68,15 +77,15 @@ class Campaign:
         self.survived: dict[str, int] = {}
 
     def command(self, stage: str, workdir: Path) -> list[str]:
-        """The arguments of main.py."""
-        given = [f"--config.{option}" for option in OPTIONS]
-        if stage == "train":  # its inputs are the world's, its outputs its own
+        """Returns the arguments of main.py."""
+        options = [f"--config.{option}" for option in OPTIONS]
+        if stage == "train":  # reads the inputs of the world but has its own working directory
             for field in ("policy_model", "sarm_model", "prompts_jsonl", "eval_prompts_jsonl"):
                 path = {"policy_model": "policy", "sarm_model": "sarm"}.get(field)
                 path = path or f"data/{'held_out_' * ('eval' in field)}prompts.jsonl"
-                given.append(f"--config.{field}={self.world / path}")
+                options.append(f"--config.{field}={self.world / path}")
             selected = f"@{self.world}/probes/selected_features.json"
-            given += [
+            options += [
                 f"--config.reward.human_latents={self.world / 'human_latents.safetensors'}",
                 f"--config.lab.gates_json={self.world / 'probes/gates.json'}",
                 f"--penalize_features={selected}:safety_harming[:2]",
@@ -84,28 +93,28 @@ class Campaign:
                 "--alpha_values=1,1",
             ]
         if stage == "evaluate":
-            given.append(f"--config.evaluate.rm_bench={self.root / 'rm_bench.json'}")
+            options.append(f"--config.evaluate.rm_bench={self.root / 'rm_bench.json'}")
         config = "--config=configs/demo.py"
-        return [config, f"--stage={stage}", f"--workdir={workdir}", *given]
+        return [config, f"--stage={stage}", f"--workdir={workdir}", *options]
 
-    def call(self, stage: str, workdir: Path, *killed: str) -> int:
-        """Runs main.py, or with `killed`, benchmarks.killed; its exit code."""
+    def call(self, stage: str, workdir: Path, killed: Sequence[str] = ()) -> int:
+        """Runs main.py and returns its exit code; `killed` are arguments of benchmarks.killed."""
         program = ["-m", "benchmarks.killed", *killed, "--"] if killed else ["main.py"]
         with (self.root / "log.txt").open("a", encoding="utf-8") as log:
-            line = [sys.executable, *program, *self.command(stage, workdir)]
-            print(f"$ {' '.join(line)}", file=log, flush=True)
+            command = [sys.executable, *program, *self.command(stage, workdir)]
+            print(f"$ {' '.join(command)}", file=log, flush=True)
             environment = {"TQDM_DISABLE": "1", **os.environ}
-            return subprocess.call(line, stdout=log, stderr=log, env=environment)
+            return subprocess.call(command, stdout=log, stderr=log, env=environment)
 
     def record(self, stage: str, workdir: Path) -> None:
-        """An uninterrupted run, timed."""
+        """Runs a stage uninterrupted and records the seconds of its calls."""
         path = self.root / f"{stage}.json"
-        if self.call(stage, workdir, f"--record={path}") != 0:
-            raise SystemExit(f"the uninterrupted {stage} failed: see {self.root / 'log.txt'}")
+        if self.call(stage, workdir, [f"--record={path}"]) != 0:
+            raise SystemExit(f"the uninterrupted stage {stage} failed: see {self.root / 'log.txt'}")
         self.seconds[stage] = json.loads(path.read_text(encoding="utf-8"))
 
     def prepare(self) -> None:
-        """The uninterrupted pipeline; before each stage, a copy of what it starts from."""
+        """Runs the pipeline uninterrupted; copies the world before each stage."""
         self.world.mkdir(parents=True)
         for stage in OUTPUTS:
             shutil.copytree(self.world, self.root / f"before_{stage}")
@@ -115,12 +124,12 @@ class Campaign:
         for name in ("reference", "again"):
             self.record("train", self.root / name)
         same = run_digest(self.root / "reference") == run_digest(self.root / "again")
-        print(f"the same run twice: {'the same' if same else 'DIFFERENT'}", flush=True)
+        print(f"two uninterrupted PPO runs: {'equal' if same else 'DIFFERENT'}", flush=True)
         if not same:
             raise SystemExit(1)
 
     def write_benchmark(self) -> None:
-        """The lab's contrast in the format of RM-Bench."""
+        """Writes the lab's contrast pairs in the format of RM-Bench."""
         fields = {"prompt": str, "chosen": str, "rejected": str}
         pairs = read_jsonl(self.world / "data" / "contrast_single.jsonl", fields)[:16]
         rows = [
@@ -131,17 +140,21 @@ class Campaign:
         (self.root / "rm_bench.json").write_text(json.dumps(rows), encoding="utf-8")
 
     def moment(self, stage: str, place: str, resumed: bool) -> list[str]:
-        """A random moment, uniform over the time spent in a place; soon after a resumption."""
+        """Draws a random moment, uniform over the time spent in a place.
+
+        After a resumption the moment lies in the first call. Returns arguments of
+        benchmarks.killed.
+        """
         seconds = self.seconds[stage][place]
-        number = 0 if resumed else self.random.choices(range(len(seconds)), seconds)[0]
-        delay = self.random.uniform(0, seconds[number])
-        return [f"--place={place}", f"--call={number + 1}", f"--delay={delay:.4f}"]
+        index = 0 if resumed else self.random.choices(range(len(seconds)), seconds)[0]
+        delay = self.random.uniform(0, seconds[index])
+        return [f"--place={place}", f"--call={index + 1}", f"--delay={delay:.4f}"]
 
     def kill_training(self, place: str, name: str) -> None:
-        """A run that is killed some times in a place, and then left to finish."""
+        """Kills a PPO run `KILLS_PER_RUN` times in a place, lets it finish, and compares it."""
         workdir, kills = self.root / name, 0
         while kills < KILLS_PER_RUN:
-            code = self.call("train", workdir, *self.moment("train", place, kills > 0))
+            code = self.call("train", workdir, self.moment("train", place, kills > 0))
             if code == 0:
                 break
             kills += code == -9
@@ -154,71 +167,74 @@ class Campaign:
             shutil.rmtree(workdir)
 
     def kill_stage(self, stage: str, name: str) -> None:
-        """Another stage, killed once, and run again until it is done."""
+        """Kills another stage once, runs it again, and compares its files."""
         workdir, code = self.root / name, 0
         path = self.root / f"{stage}.json"
         while code != -9:
             shutil.rmtree(workdir, ignore_errors=True)
             shutil.copytree(self.root / f"before_{stage}", workdir)
             options = self.moment(stage, "stage", False)
-            code = self.call_as_world(stage, workdir, *options, f"--record={path}")
-            if code == 0:  # it ended before its time, since its programs are compiled by now
+            code = self.call_as_world(stage, workdir, [*options, f"--record={path}"])
+            if code == 0:  # it ended before the signal, since its programs are compiled by now
                 self.seconds[stage] = json.loads(path.read_text(encoding="utf-8"))
             elif code != -9:
                 raise SystemExit(f"exit code {code}: see {self.root / 'log.txt'}")
         done = digest(workdir, OUTPUTS[stage]) == digest(self.world, OUTPUTS[stage])
         code = self.call_as_world(stage, workdir)
-        # A stage that was killed after its last file says that its output is there: exit 2.
+        # A stage that was killed after its last file refuses to overwrite its output: exit 2.
         same = digest(workdir, OUTPUTS[stage]) == digest(self.world, OUTPUTS[stage])
         self.count(stage, 1, same and (code == 0 or (code == 2 and done)))
         if same:
             shutil.rmtree(workdir)
 
-    def call_as_world(self, stage: str, workdir: Path, *killed: str) -> int:
-        """Runs a stage in the world's own place, since some outputs name their inputs."""
+    def call_as_world(self, stage: str, workdir: Path, killed: Sequence[str] = ()) -> int:
+        """Runs a stage with `workdir` moved to the path of the world.
+
+        Some outputs contain the paths of their inputs, which must not differ.
+        """
         aside = self.root / "aside"
         self.world.rename(aside)
         workdir.rename(self.world)
         try:
-            return self.call(stage, self.world, *killed)
+            return self.call(stage, self.world, killed)
         finally:
             self.world.rename(workdir)
             aside.rename(self.world)
 
-    def count(self, what: str, kills: int, survived: bool) -> None:
-        """Adds to the table."""
-        self.tried[what] = self.tried.get(what, 0) + kills
-        self.survived[what] = self.survived.get(what, 0) + kills * survived
-        print(f"{what}: {kills} killed, {kills * survived} survived", flush=True)
+    def count(self, name: str, kills: int, survived: bool) -> None:
+        """Adds kills to the counts and prints them."""
+        self.tried[name] = self.tried.get(name, 0) + kills
+        self.survived[name] = self.survived.get(name, 0) + kills * survived
+        print(f"{name}: {kills} killed, {kills * survived} survived", flush=True)
 
     def result(self) -> str:
-        """The whole campaign in a line."""
+        """Summarises the campaign in one line."""
         tried, survived = sum(self.tried.values()), sum(self.survived.values())
-        parts = ", ".join(f"{what} {kills}" for what, kills in self.tried.items())
-        return f"{survived} of {tried} kills survived, bit for bit ({parts})"
+        counts = ", ".join(f"{name} {kills}" for name, kills in self.tried.items())
+        return f"{survived} of {tried} kills survived, bit for bit ({counts})"
 
 
 def run_digest(workdir: Path) -> dict[str, str]:
-    """A hash of everything that a PPO run leaves, times apart."""
+    """Hashes all results of a PPO run except for times."""
     steps = [path for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
     last = max(steps, key=lambda path: int(path.name))
     check_manifest(last)
     state = ocp.StandardCheckpointer().restore((last / "state").absolute())
-    found = {
+    hashes = {
         f"{last.name}.{name}": sha(np.ascontiguousarray(state[name]).tobytes()) for name in state
     }
     with (workdir / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = [{k: v for k, v in row.items() if k not in TIMES} for row in csv.DictReader(file)]
-    found["metrics.csv"] = sha(json.dumps(rows).encode())
+    hashes["metrics.csv"] = sha(json.dumps(rows).encode())
     summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     kept = {k: v for k, v in summary.items() if k not in TIMES}
-    found["summary.json"] = sha(json.dumps(kept).encode())
-    return found | digest(workdir, ("samples.jsonl", "evaluations.jsonl", "adapter"))
+    hashes["summary.json"] = sha(json.dumps(kept).encode())
+    return hashes | digest(workdir, ("samples.jsonl", "evaluations.jsonl", "adapter"))
 
 
 def digest(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """The hash of each file, and of each in each directory; times in JSON apart."""
-    found = {}
+    """Hashes the named files, and all files in the named directories, except for times in JSON."""
+    hashes = {}
     for name in names:
         path = root / name
         files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file()]
@@ -226,19 +242,19 @@ def digest(root: Path, names: Sequence[str]) -> dict[str, str]:
             content = file.read_bytes() if file.is_file() else b"missing"
             if file.suffix == ".json" and file.is_file():
                 content = json.dumps(without_times(json.loads(content))).encode()
-            found[str(file.relative_to(root))] = sha(content)
-    return found
+            hashes[str(file.relative_to(root))] = sha(content)
+    return hashes
 
 
 def without_times(value):
-    """JSON without what TIMES names."""
+    """Removes the keys in `TIMES` from a JSON value."""
     if isinstance(value, dict):
         return {k: without_times(v) for k, v in value.items() if k not in TIMES}
     return [without_times(v) for v in value] if isinstance(value, list) else value
 
 
 def sha(content: bytes) -> str:
-    """SHA-256."""
+    """Returns the SHA-256 hash."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -251,7 +267,7 @@ def main() -> int:
     args = parser.parse_args()
     root, start = args.workdir.absolute(), time.monotonic()
     if root.exists():
-        raise SystemExit(f"--workdir={root} exists: name a new directory")
+        raise SystemExit(f"--workdir={root}: exists already; name a new directory")
     campaign = Campaign(root, args.seed)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(root / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
@@ -260,11 +276,11 @@ def main() -> int:
         for place in PLACES:
             campaign.kill_training(place, f"train_{place}_{number}")
         for stage in OUTPUTS:
-            for again in range(KILLS_PER_STAGE):
-                campaign.kill_stage(stage, f"{stage}_{number}_{again}")
+            for repeat in range(KILLS_PER_STAGE):
+                campaign.kill_stage(stage, f"{stage}_{number}_{repeat}")
     print("| where | killed | survived |\n|---|---|---|")
-    for what, kills in campaign.tried.items():
-        print(f"| {what} | {kills} | {campaign.survived[what]} |")
+    for name, kills in campaign.tried.items():
+        print(f"| {name} | {kills} | {campaign.survived[name]} |")
     minutes = (time.monotonic() - start) / 60
     print(f"{campaign.result()}; seed {args.seed}, {minutes:.0f} minutes")
     return int(campaign.tried != campaign.survived)

@@ -1,11 +1,11 @@
-"""`main.py` in a process that sends itself SIGKILL, or another signal, at a given moment.
+"""Run `main.py` in a process that sends itself SIGKILL, or another signal, at a given moment.
 
     python -m benchmarks.killed --place=update --call=3 --delay=0.1 -- --config=configs/demo.py …
     python -m benchmarks.killed --record=calls.json -- --config=configs/demo.py …
 
-`--delay` seconds after the `--call`-th call of a place has begun, whatever runs then; without a
-delay, before the call does anything. With `--record` the seconds of every call of every place are
-written, if it comes to that.
+The signal is sent `--delay` seconds after the `--call`-th call of a place has begun or, without a
+delay, before that call does anything. `--record` writes the seconds of every call of every place,
+unless the process is killed before it ends.
 """
 
 import argparse
@@ -20,8 +20,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import main
+import pipeline.runner
 import pipeline.stages.train
+from pipeline.command import main
 from ppo.held_out import HeldOut
 from ppo.rollout import Sampler
 from ppo.scoring import Scorer
@@ -32,13 +33,13 @@ from ppo.train import Trainer
 from ppo.update import Updater
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "stage": (main, "run_stage"),
+    "stage": (pipeline.runner, "run_stage"),
     "start": (Trainer, "_start"),
-    "rollout": (Sampler, "__call__"),
-    "scoring": (Scorer, "__call__"),
-    "update": (Updater, "__call__"),
+    "rollout": (Sampler, "sample"),
+    "scoring": (Scorer, "score"),
+    "update": (Updater, "update"),
     "log": (RunLog, "write"),
-    "evaluation": (HeldOut, "__call__"),
+    "evaluation": (HeldOut, "evaluate"),
     "checkpoint": (Checkpoints, "save"),
     "manifest": (ManifestHandler, "finalize"),
     "export": (pipeline.stages.train, "save_adapter"),
@@ -46,7 +47,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 
 def around(place: str, before, after) -> None:
-    """Calls `before()` and `after(seconds)` around every call of a place."""
+    """Makes every call of a place call `before()` first and `after(seconds)` at its end."""
     owner, name = PLACES[place]
     function = getattr(owner, name)
 
@@ -63,7 +64,7 @@ def around(place: str, before, after) -> None:
 
 
 def signal_at(place: str, call: int, delay: float, name: str) -> None:
-    """Arranges for the signal."""
+    """Arranges for the signal `name` at a call of a place, counted from 1."""
     calls = 0
 
     def before() -> None:
@@ -82,21 +83,22 @@ def signal_at(place: str, call: int, delay: float, name: str) -> None:
 
 
 def command() -> int:
-    """Parses what stands before "--" and runs main.py with what stands after it."""
+    """Parses the arguments before "--" and runs main.py with the arguments after it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--place", choices=PLACES)
     parser.add_argument("--call", type=int, default=1)
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--signal", default="SIGKILL")
     parser.add_argument("--record")
-    cut = sys.argv.index("--")
-    args, sys.argv = parser.parse_args(sys.argv[1:cut]), ["main.py", *sys.argv[cut + 1 :]]
+    separator = sys.argv.index("--")
+    args = parser.parse_args(sys.argv[1:separator])
+    sys.argv = ["main.py", *sys.argv[separator + 1 :]]
     seconds: dict[str, list[float]] = defaultdict(list)
     if args.place:
-        signal_at(args.place, args.call, args.delay, args.signal)
+        signal_at(args.place, args.call, delay=args.delay, name=args.signal)
     for place in PLACES if args.record else ():
         around(place, lambda: None, seconds[place].append)
-    code = main.main(sys.argv)
+    code = main(sys.argv)
     if args.record:
         Path(args.record).write_text(json.dumps(seconds), encoding="utf-8")
     return code

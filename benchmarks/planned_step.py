@@ -1,12 +1,13 @@
-"""A PPO step beside its plan: the models at full size with random weights, on the devices here.
+"""Compare a PPO step with its plan: models of full size with random weights on the local devices.
 
     python -m benchmarks.planned_step --config=configs/full_method.py --config.plan.target=host \\
         --config.mesh.tensor=1 --batch_size=8 --config.ppo.max_prompt_tokens=512 [--workdir=DIR]
 
-Options are those of `main.py --stage=plan`. Every prompt and response is as long as it may be, as
-the plan has it. The seconds are the least of three iterations after one that compiles; a decoded
-token is what the rollout takes beyond its prefill. The peak is the allocator's, where it has any,
-from the first weight to the last iteration. All of it goes to `planned_step.json` too.
+The options are those of `main.py --stage=plan`. Every prompt and response has the largest allowed
+length, as in the plan. The seconds are the minimum of three iterations after one that compiles. The
+seconds of a decoded token are those of the rollout without its prefill. The peak is the one that
+the allocator reports, if it does, from the first weight to the last iteration. `planned_step.json`
+contains all results.
 """
 
 import sys
@@ -25,12 +26,13 @@ from benchmarks.word_tokenizer import word_tokenizer
 from benchmarks.workload import TOKENS, Workload
 from conversion.keys import abstract_policy, abstract_sarm
 from pipeline import cli as command_line
-from pipeline.shared import placement, write_json
+from pipeline.models import placement
 from pipeline.stages.plan import layout, make_planner
 from ppo.planning.chips import GIB
 from ppo.planning.plan import Planner, table
 from ppo.planning.programs import Program
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import write_json
 from sarm_jax.io.progress import show_progress
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel.devices import exact_float32, set_memory_share
@@ -42,29 +44,32 @@ UPDATE = ("reference", "targets", "first_step", "step")
 def main() -> None:
     """Prints the plan, and a row per program: planned and measured milliseconds."""
     template, _, workdir = command_line.parse(sys.argv)
-    command_line.hosts("plan")  # there are none
+    command_line.hosts("plan")  # refuses several processes
     config = command_line.fill_in(template, workdir)
     if config.plan.target != "host" or config.plan.search:
-        raise InputError("what is here is measured: --config.plan.target=host, and no search")
+        raise InputError(
+            f"plan.target={config.plan.target}, plan.search={config.plan.search}: expected "
+            "plan.target=host and plan.search=False, because only this host can be measured"
+        )
     show_progress()
     set_memory_share()
     if config.dtype == "float32":
         exact_float32()
-    config.plan.prompt_lengths = ""  # every prompt is as long as it may be
+    config.plan.prompt_lengths = ""  # every prompt has the largest length
     planner = make_planner(config)
     plan = planner.plan(layout(config))
     print(table(plan), flush=True)
     programs = planner.programs(layout(config), planner.config.max_prompt_tokens)
     prefill = next(p for p in programs if p.name == "prefill")
     decoded = planner.config.max_new_tokens - 1
-    found = planned(plan, decoded) | measure(make_loop(config, planner), prefill)
+    result = planned(plan, decoded) | measure(make_loop(config, planner), prefill)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(workdir / "planned_step.json", found | {"plan": plan})
-    show(found)
+    write_json(workdir / "planned_step.json", result | {"plan": plan})
+    show(result)
 
 
 def planned(plan: dict, decoded: int) -> dict[str, Any]:
-    """Seconds of a step's parts, as `measure` has them; a rollout decodes `decoded` tokens."""
+    """Returns the planned seconds of each phase of a step that decodes `decoded` tokens."""
     rows = {row["name"]: row for row in plan["programs"]}
     seconds = {name: rows[name]["seconds"] for name in ("rollout", "prefill")}
     seconds["decode"] = (seconds["rollout"] - seconds["prefill"]) / decoded
@@ -76,23 +81,31 @@ def planned(plan: dict, decoded: int) -> dict[str, Any]:
 
 
 def make_loop(config: ConfigDict, planner: Planner) -> JaxPPO:
-    """The step, with models and prompts that are as large as planned."""
+    """Makes the PPO loop with models and prompts of the planned sizes."""
     ppo, placed = planner.config, placement(config)
     policy = random_weights(abstract_policy(planner.policy().config, config.dtype), placed)
     policy.remat, policy.placement = config.remat, placed
     sarm = random_weights(abstract_sarm(planner.sarm().config, config.dtype), placed)
     sarm.trunk.placement = placed
     tokenizer = word_tokenizer(policy.config.vocab_size)
-    options = config.sarm_max_length, config.sarm_batch_size
-    reward_model = RewardModel(sarm, tokenizer, *options)
+    reward_model = RewardModel(
+        sarm, tokenizer, max_length=config.sarm_max_length, batch_size=config.sarm_batch_size
+    )
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, TOKENS, (ppo.batch_size, ppo.max_prompt_tokens)).tolist()
-    work = Workload(prompts, [ppo.max_new_tokens] * ppo.batch_size, ppo.ppo_epochs)
-    return JaxPPO(ppo, planner.lora, policy, reward_model, work, tuple(range(planner.watched)))
+    work = Workload(prompts, [ppo.max_new_tokens] * ppo.batch_size, epochs=ppo.ppo_epochs)
+    return JaxPPO(
+        ppo,
+        planner.lora,
+        policy=policy,
+        reward_model=reward_model,
+        work=work,
+        watched=tuple(range(planner.watched)),
+    )
 
 
 def measure(loop: JaxPPO, prefill: Program) -> dict[str, Any]:
-    """Seconds of a step's parts, and what they took of the device."""
+    """Measures the seconds of each phase of a step and the peak memory of the device."""
     start = time.perf_counter()
     loop.iteration()
     first = time.perf_counter() - start
@@ -101,7 +114,7 @@ def measure(loop: JaxPPO, prefill: Program) -> dict[str, Any]:
     seconds = {name: min(span[name] for span in spans) for name in spans[0]}
     compiled = prefill.lower().compile()
     tokens, mask = loop.learner.placement.rows((jnp.asarray(loop.tokens), jnp.asarray(loop.mask)))
-    seconds["prefill"] = least(lambda: compiled(loop.state.params, loop.base, tokens, mask))
+    seconds["prefill"] = min_seconds(lambda: compiled(loop.state.params, loop.base, tokens, mask))
     decoded = loop.learner.config.max_new_tokens - 1
     seconds["decode"] = (seconds["rollout"] - seconds["prefill"]) / decoded
     return {
@@ -114,8 +127,8 @@ def measure(loop: JaxPPO, prefill: Program) -> dict[str, Any]:
     }
 
 
-def least(run: Callable[[], Any]) -> float:
-    """Seconds of a call, the first not counted."""
+def min_seconds(run: Callable[[], Any]) -> float:
+    """Returns the minimum of the seconds of several calls, without the first one."""
     seconds = []
     for _ in range(1 + ITERATIONS):
         start = time.perf_counter()
@@ -124,17 +137,20 @@ def least(run: Callable[[], Any]) -> float:
     return min(seconds[1:])
 
 
-def show(found: dict[str, Any]) -> None:
-    """Planned beside measured, as a Markdown table."""
-    print(f"\n{found['device']}, jax {found['jax']}")
+def show(result: dict[str, Any]) -> None:
+    """Prints planned and measured values as a Markdown table."""
+    print(f"\n{result['device']}, jax {result['jax']}")
     print("\n| | planned, ms | measured, ms | measured / planned |\n|---|---|---|---|")
-    for name, planned_seconds in found["planned_seconds"].items():
-        ours, theirs = 1e3 * planned_seconds, 1e3 * found["measured_seconds"][name]
-        print(f"| {name} | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")
-    if found["measured_peak_bytes"]:
-        ours, theirs = found["planned_peak_bytes"] / GIB, found["measured_peak_bytes"] / GIB
-        print(f"| peak, GiB | {ours:.1f} | {theirs:.1f} | {theirs / ours:.2f} |")
-    print(f"\nfirst iteration: {found['first_iteration_seconds']:.1f} s")
+    rows = {
+        name: (1e3 * seconds, 1e3 * result["measured_seconds"][name])
+        for name, seconds in result["planned_seconds"].items()
+    }
+    if result["measured_peak_bytes"]:
+        peaks = result["planned_peak_bytes"] / GIB, result["measured_peak_bytes"] / GIB
+        rows["peak, GiB"] = peaks
+    for name, (expected, measured) in rows.items():
+        print(f"| {name} | {expected:.1f} | {measured:.1f} | {measured / expected:.2f} |")
+    print(f"\nfirst iteration: {result['first_iteration_seconds']:.1f} s")
 
 
 if __name__ == "__main__":

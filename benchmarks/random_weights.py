@@ -1,4 +1,4 @@
-"""Models of any size with random weights, made where they are to be."""
+"""Make models of any size with random weights, directly on their devices."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from sarm_jax.parallel.sharding import Placement
 
 
 def random_weights(model: Any, placed: Placement) -> Any:
-    """The abstract model with weights made on the devices: normal ones, and ones for the norms."""
+    """Fills an abstract model with normal random weights, ones for norms and zeros for biases."""
     graphdef, state = nnx.split(model)
     flat = []
     for number, (path, variable) in enumerate(nnx.to_flat_state(state)):
@@ -21,6 +21,8 @@ def random_weights(model: Any, placed: Placement) -> Any:
 
 
 def _make(name: str, number: int, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """Makes one parameter; `number` is the seed."""
+
     def make(key: jax.Array) -> jax.Array:
         if name.endswith("scale"):
             return jnp.ones(target.shape, target.dtype)

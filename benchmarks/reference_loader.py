@@ -1,16 +1,18 @@
-"""Loads what this project writes with transformers 4, transformers 5 and the published SARM class.
+"""Load this project's exports with transformers 4, transformers 5 and the published SARM class.
 
     python -m benchmarks.reference_loader --workdir=DIR [--reference_code=DIR] [--python=FILE]
 
-Writes small random models, whose config.json is in the dialect of transformers 4, of transformers 5
-or in both, then every kind of directory that is made from them: merged policies, PEFT adapters,
-SARMs through from_hf and to_hf, trained SARMs, policies of the lab. Each is loaded with
-transformers 4.46, in an environment of its own (or with --python), and with the installed version:
-logits, tokens and chat templates must equal what this project computes from the sources.
+The benchmark writes small random models, whose config.json is in the dialect of transformers 4, of
+transformers 5 or in both. From them it makes every kind of directory that this project writes:
+merged policies, PEFT adapters, SARMs through from_hf and to_hf, trained SARMs, and policies of the
+lab. Each is loaded with transformers 4.46, in its own environment or with --python, and with the
+installed version. Logits, tokens and chat templates must equal what this project computes from the
+sources.
 
-`--reference_code` names a directory with the published modeling_sarm_llama.py, or with the SARM
-repository's sarm_llama.py and sae.py. With it, SARMs are scored by that class as well. It is found
-offline: beside config.json if the source had it there, else in a cache like the hub's.
+`--reference_code` names a directory with the published modeling_sarm_llama.py, or with the files
+sarm_llama.py and sae.py of the SARM repository. With it, that class scores the SARMs as well.
+transformers loads it offline: from beside config.json if the source had it there, otherwise from a
+cache with the layout of the hub's cache.
 """
 
 import argparse
@@ -31,9 +33,10 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.transformers_consumer import tokenizer_facts
 from conversion import from_hf, load_policy, load_sarm, to_hf
-from conversion.json_files import read_json, write_json
+from conversion.directory import write_hf_json
 from conversion.model_code import AUTO_CLASS, PUBLISHED
 from conversion.peft import save_adapter
+from sarm_jax.io.json_files import read_json
 from sarm_jax.models.chat import DATE_STRING
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig, LoRAParam, add_lora
@@ -42,15 +45,15 @@ from tests import oracles
 PACKAGES = ("transformers==4.46.*", "peft<0.15", "torch", "safetensors", "jinja2", "numpy<2.3")
 ROPE = oracles.LLAMA3_ROPE | {"rope_theta": 123456.0}
 DIALECTS = ("old", "new", "both")
-TOLERANCE = 1e-5  # of the largest value
-WIDTH = 300  # logits compared
+TOLERANCE = 1e-5  # relative to the largest value
+WIDTH = 300  # number of tokens whose logits are compared
 CONVERSATIONS = [
     [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": "well, héllo!"}],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "some  spaces , here ."}],
     [{"role": "system", "content": "s"}, {"role": "user", "content": "the end\n"},
      {"role": "assistant", "content": "hell the he"}],
 ]  # fmt: skip
-# The repository's class takes the facts as arguments; the published one reads them off the config.
+# The repository's class takes these values as arguments; the published one reads the config.
 ADAPTER = """\
 from sarm_llama import LlamaSARM as _LlamaSARM
 
@@ -70,11 +73,11 @@ class LlamaSARM(_LlamaSARM):
 
 
 def main() -> None:
-    """Prints a line per directory and version; exits with 1 if one of them differs."""
+    """Prints a line per directory and version; exits with 1 if any result differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="new or earlier directory")
+    parser.add_argument("--workdir", type=Path, required=True, help="new or reused directory")
     parser.add_argument("--reference_code", type=Path, help="directory with the SARM class")
-    parser.add_argument("--python", type=Path, help="interpreter that has transformers 4.46")
+    parser.add_argument("--python", type=Path, help="interpreter with transformers 4.46")
     args = parser.parse_args()
     code = args.reference_code and find_code(parser, args.reference_code)
     args.workdir.mkdir(parents=True, exist_ok=True)
@@ -84,13 +87,15 @@ def main() -> None:
     jobs, expected, shared = write_all(models_dir, code)
     failures = 0
     for name, interpreter in (("4", python), ("5", Path(sys.executable))):
-        chosen = [n for n, job in enumerate(jobs) if name == "4" or job["kind"] != "sarm"]
-        found = consume(args.workdir, interpreter, [jobs[n] for n in chosen], shared, code)
-        for n, result in zip(chosen, found["results"], strict=True):
-            line, good = compare(expected[n], result)
-            failures += not good
-            where = Path(jobs[n]["path"]).relative_to(models_dir.resolve())
-            print(f"transformers {found['transformers']}  {where}: {line}", flush=True)
+        selected = [n for n, job in enumerate(jobs) if name == "4" or job["kind"] != "sarm"]
+        output = consume(
+            args.workdir, interpreter, jobs=[jobs[n] for n in selected], shared=shared, code=code
+        )
+        for n, result in zip(selected, output["results"], strict=True):
+            line, equal = compare(expected[n], result)
+            failures += not equal
+            path = Path(jobs[n]["path"]).relative_to(models_dir.resolve())
+            print(f"transformers {output['transformers']}  {path}: {line}", flush=True)
     print(f"{failures} failures" if failures else "all equal")
     sys.exit(bool(failures))
 
@@ -117,9 +122,9 @@ def environment(directory: Path) -> Path:
 
 
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds a byte-level BPE with few merges and Llama-3.1's ids of the special tokens.
+    """Builds a byte-level BPE with few merges and the ids of Llama-3.1's special tokens.
 
-    The published class asserts that it scores at 128009.
+    The published class asserts that the scored token is 128009.
     """
     bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("t", "he"), ("Ġ", "the")]
@@ -159,7 +164,7 @@ def write_dialect(directory: Path, dialect: str) -> None:
     rope = {"old": old, "new": new, "both": old | new}[dialect]
     for name in ("dtype", "torch_dtype"):
         fields.pop(name, None)
-    write_json(directory / "config.json", fields | rope | dtype)
+    write_hf_json(directory / "config.json", fields | rope | dtype)
 
 
 def write_all(root: Path, code: Path | None) -> tuple[list[dict], list[dict], dict[str, Any]]:
@@ -171,7 +176,7 @@ def write_all(root: Path, code: Path | None) -> tuple[list[dict], list[dict], di
     expected: list[dict] = []
     for dialect in DIALECTS:
         folder = root / dialect
-        results = write_sources(folder, dialect, tokenizer, shared)
+        results = write_sources(folder, dialect, tokenizer=tokenizer, shared=shared)
         for name, kind, result in write_policies(folder) + write_sarms(folder, code):
             kind = kind if code or kind != "sarm" else "tokenizer"
             jobs.append({"kind": kind, "path": str(folder / name)})
@@ -191,8 +196,12 @@ def write_sources(
     sarm = load_sarm(root / "sarm")
     rows = [sarm.encode(turns[-2]["content"], turns[-1]["content"]) for turns in CONVERSATIONS]
     shared["rows"] = rows
-    to_hf.save_sarm(root / "trained", sarm.model, sarm.tokenizer,
-                    read_json(root / "policy" / "config.json"))  # fmt: skip
+    to_hf.save_sarm(
+        root / "trained",
+        sarm.model,
+        tokenizer=sarm.tokenizer,
+        hf_config=read_json(root / "policy" / "config.json"),
+    )
     policy, loaded = load_policy(root / "policy")
     results: dict[str, dict[str, Any]] = {"policy": {"logits": first_logits(policy, rows)}}
     to_hf.save_policy(root / "lab_policy", policy, loaded)
@@ -201,9 +210,15 @@ def write_sources(
     rng = np.random.default_rng(0)
     for _, variable in nnx.to_flat_state(nnx.state(policy, LoRAParam)):
         variable[...] = jnp.asarray(rng.normal(0, 0.2, variable.shape), jnp.float32)
-    # The base is one that this project writes: transformers 4 reads no other of dialect "new".
-    save_adapter(root / "run" / "adapter", policy, lora, str(root / "policy_back"), loaded)
-    write_json(root / "run" / "config.json", {"policy_model": str(root / "policy_back")})
+    # The base is written by this project, since transformers 4 misreads the dialect "new".
+    save_adapter(
+        root / "run" / "adapter",
+        policy,
+        lora_config=lora,
+        base_model=str(root / "policy_back"),
+        tokenizer=loaded,
+    )
+    write_hf_json(root / "run" / "config.json", {"policy_model": str(root / "policy_back")})
     results["adapted"] = {"logits": first_logits(policy, rows)}
     results["sarm"] = {"scores": sarm.score_tokens(rows)[0].tolist()}
     return results | {"tokenizer": tokenizer_facts(str(root / "policy"), shared)}
@@ -221,7 +236,7 @@ def write_policies(root: Path) -> list[tuple[str, str, str]]:
     to_hf.export(root / "policy_converted", root / "policy_back")
     to_hf.export(root / "run", root / "adapter_export")
     to_hf.export(root / "run", root / "merged", merge=True)
-    write_json(root / "run" / "config.json", {"policy_model": str(root / "policy_converted")})
+    write_hf_json(root / "run" / "config.json", {"policy_model": str(root / "policy_converted")})
     to_hf.export(root / "run", root / "merged_converted", merge=True)
     return [
         ("lab_policy", "policy", "policy"),
@@ -243,9 +258,11 @@ def write_sarms(root: Path, code: Path | None) -> list[tuple[str, str, str]]:
         shutil.copytree(root / "sarm", source)
         place_code(code, source)
         entry = {AUTO_CLASS: PUBLISHED.split("--")[1]}
-        write_json(source / "config.json", read_json(source / "config.json") | {"auto_map": entry})
+        write_hf_json(
+            source / "config.json", read_json(source / "config.json") | {"auto_map": entry}
+        )
         from_hf.convert(source, root / "code_converted", "sarm")
-        shutil.rmtree(source)  # the file has to come with the converted directory
+        shutil.rmtree(source)  # so that the file must be in the converted directory
         to_hf.export(root / "code_converted", root / "code_back", kind="sarm")
         written.append(("code_back", "sarm", "sarm"))
     return written
@@ -264,7 +281,7 @@ def place_code(code: Path, directory: Path) -> None:
 def consume(
     workdir: Path, python: Path, jobs: list[dict], shared: dict[str, Any], code: Path | None
 ) -> dict[str, Any]:
-    """Runs the consumer offline, with a cache that has the published class's file."""
+    """Runs the consumer offline, with a cache that contains the file of the published class."""
     home = workdir.resolve() / "hf_home"
     shutil.rmtree(home, ignore_errors=True)
     if code is not None:
@@ -273,33 +290,34 @@ def consume(
         place_code(code, cached / "snapshots" / ("0" * 40))
         (cached / "refs").mkdir()
         (cached / "refs" / "main").write_text("0" * 40)
-    given, found = workdir / "jobs.json", workdir / "results.json"
-    write_json(given, {"jobs": jobs, "shared": shared})
+    jobs_path, results_path = workdir / "jobs.json", workdir / "results.json"
+    write_hf_json(jobs_path, {"jobs": jobs, "shared": shared})
     variables = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(code or "")}
     script = Path(__file__).with_name("transformers_consumer.py").resolve()
-    subprocess.run([python, script, given, found], env=os.environ | variables, check=True)
-    return json.loads(found.read_text(encoding="utf-8"))
+    command = [python, script, jobs_path, results_path]
+    subprocess.run(command, env=os.environ | variables, check=True)
+    return json.loads(results_path.read_text(encoding="utf-8"))
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[str, bool]:
-    """Returns a line of what was found, and whether all of it is equal."""
+    """Compares the results of a job: (a line that describes them, True if all are equal)."""
     if "error" in theirs:
         return theirs["error"], False
-    facts, found = ours["tokenizer"], theirs["tokenizer"]
-    different = [name for name in facts if facts[name] != found[name]]
-    parts, good = [f"tokens differ in {different}" if different else "tokens equal"], not different
+    facts, other_facts = ours["tokenizer"], theirs["tokenizer"]
+    different = [name for name in facts if facts[name] != other_facts[name]]
+    texts, equal = [f"tokens differ in {different}" if different else "tokens equal"], not different
     pairs = []
     if "logits" in theirs:
         pairs.append(("logits", ours["logits"], np.concatenate(theirs["logits"])))
     if "scores" in theirs:
-        parts.append(f"{theirs['scores']['layers']} layers")
-        for how in ("single", "batch"):
-            pairs.append((how, np.asarray(ours["scores"]), np.asarray(theirs["scores"][how])))
+        texts.append(f"{theirs['scores']['layers']} layers")
+        for name in ("single", "batch"):
+            pairs.append((name, np.asarray(ours["scores"]), np.asarray(theirs["scores"][name])))
     for name, mine, other in pairs:
         error = np.abs(mine - other).max() / np.abs(mine).max()
-        parts.append(f"{name} {error:.1e}")
-        good &= bool(error < TOLERANCE)
-    return ", ".join(parts), good
+        texts.append(f"{name} {error:.1e}")
+        equal &= bool(error < TOLERANCE)
+    return ", ".join(texts), equal
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """The PyTorch baseline: one PPO iteration on SmolLM2-135M with transformers and PEFT.
 
-An iteration does what this project's own does, on the same prompts (`ppo_iteration` runs both):
+An iteration does the same work as this project's, on the same prompts (`ppo_iteration` runs both):
 
-1. rollout: sample up to the longest response, with a KV cache;
-2. score: a SARM-shaped reward, the first 15 layers of the same model as the trunk, then
-   standardise → TopK SAE (random weights) → linear head at the last token of the response;
-3. update: old log-probs and values, reference log-probs (adapters off), then `epochs` full-batch
-   epochs of the clipped PPO loss on LoRA (r 16 on q, k, v, o) and a value head, with AdamW.
+1. Rollout: sample up to the longest response, with a KV cache.
+2. Score: a reward of SARM's shape. The first 15 layers of the same model are the trunk, followed by
+   standardise → TopK SAE (random weights) → linear head at the last token of the response.
+3. Update: old log-probs and values, reference log-probs (without adapters), then `epochs` epochs
+   over the whole batch: the clipped PPO loss on LoRA (r 16 on q, k, v, o) and a value head, AdamW.
 
-It runs on a GPU where there is one, with float32 products in TF32 there, as JAX has them, and is
-meant to be as fast as plain PyTorch gets without a compiler or CUDA graphs: sdpa attention,
-inference_mode wherever no gradient is needed, the adapters merged into the weights for the rollout
-(on a CPU faster than running them apart, and than a static cache), logits on the response positions
-only, and gradients only for what is trained.
+It runs on a GPU if there is one, with float32 products in TF32 as in JAX. It is meant to be as fast
+as plain PyTorch gets without a compiler or CUDA graphs: sdpa attention, inference_mode if no
+gradient is needed, adapters merged into the weights for the rollout (on a CPU faster than separate
+adapters, and than a static cache), logits only on the response positions, and gradients only for
+the trained parameters.
 
 Sources: PPO, arXiv 1707.06347, with the details of arXiv 2403.17031.
 """
@@ -49,7 +49,7 @@ class Sarm(torch.nn.Module):
         self.requires_grad_(False)
 
     def forward(self, ids_bt: torch.Tensor, mask_bt: torch.Tensor) -> torch.Tensor:
-        """The score [B] at the last real token."""
+        """Computes the score [B] at the last token that is no padding."""
         h_btd = self.trunk(ids_bt, mask_bt, positions(mask_bt), use_cache=False).last_hidden_state
         places_t = torch.arange(mask_bt.shape[1], device=mask_bt.device)
         h_bd = h_btd[torch.arange(len(mask_bt)), (mask_bt * places_t).argmax(-1)].float()
@@ -74,7 +74,7 @@ class TorchPPO:
             task_type="CAUSAL_LM",
         )
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.policy = get_peft_model(base, lora).eval()  # no dropout anywhere: eval changes nothing
+        self.policy = get_peft_model(base, lora).eval()  # no effect, as there is no dropout
         self.policy.to(self.device)
         self.trunk, self.lm_head = base.model, base.lm_head
         self.value_head = torch.nn.Linear(base.config.hidden_size, 1, device=self.device)
@@ -99,7 +99,7 @@ class TorchPPO:
         self.losses: list[float] = []  # of the last iteration, one per epoch
 
     def iteration(self) -> dict[str, float]:
-        """Runs one PPO iteration; the seconds of rollout, score, update and total."""
+        """Runs one PPO iteration; returns the seconds of rollout, score, update and total."""
         start = self.now()
         ids_bt = self.rollout()
         mask_bt = torch.cat([self.prompt_mask_bp, self.counted_bn], dim=1)
@@ -117,13 +117,13 @@ class TorchPPO:
         }
 
     def now(self) -> float:
-        """Seconds, when all that was asked of the device is done."""
+        """Waits until the device has finished its work; returns the time in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def rollout(self) -> torch.Tensor:
-        """Samples from the softmax at temperature 1; prompts and responses [B, P + N]."""
+        """Samples at temperature 1; returns prompts and responses [B, P + N]."""
         with merged(self.policy), torch.inference_mode():
             ids_bt = self.policy.generate(
                 input_ids=self.prompts_bp,
@@ -136,12 +136,15 @@ class TorchPPO:
                 max_new_tokens=self.new_tokens,
                 use_cache=self.cache,
             )
-        return ids_bt.clone()  # out of inference mode, so that autograd may save it
+        return ids_bt.clone()  # an ordinary tensor, which autograd can save
 
     def logp_and_values(
         self, ids_bt: torch.Tensor, mask_bt: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and values [B, N] of the response tokens, read where each is predicted."""
+        """Computes the log-probs and values [B, N] of the response tokens.
+
+        Both are read at the positions that predict the tokens.
+        """
         hidden_btd = self.trunk(
             ids_bt[:, :-1], mask_bt[:, :-1], positions(mask_bt[:, :-1]), use_cache=False
         ).last_hidden_state
@@ -152,7 +155,7 @@ class TorchPPO:
         return -nll_i.view_as(targets_bn), self.value_head(hidden_id.float()).view_as(targets_bn)
 
     def update(self, ids_bt: torch.Tensor, mask_bt: torch.Tensor, score_b: torch.Tensor) -> None:
-        """Old, value and reference forwards, advantages, then the epochs."""
+        """Computes log-probs, values, reference log-probs and advantages, then runs the epochs."""
         with torch.inference_mode():
             old_logp_bn, old_value_bn = self.logp_and_values(ids_bt, mask_bt)
             with self.policy.disable_adapter():
@@ -163,13 +166,19 @@ class TorchPPO:
             advantage_bn = gae(reward_bn, old_value_bn, response_bn)
             return_bn = advantage_bn + old_value_bn
             advantage_bn = whiten(advantage_bn, response_bn)
-        fixed = (old_logp_bn, old_value_bn, advantage_bn, return_bn, response_bn)
-        fixed = tuple(x_bn.clone() for x_bn in fixed)  # ordinary tensors, as in `rollout`
-
+        targets = {
+            "old_logp_bn": old_logp_bn,
+            "old_value_bn": old_value_bn,
+            "advantage_bn": advantage_bn,
+            "return_bn": return_bn,
+            "mask_bn": response_bn,
+        }
+        # Clones are ordinary tensors, as in `rollout`.
+        targets = {name: x_bn.clone() for name, x_bn in targets.items()}
         self.losses = []
         for _ in range(self.epochs):
             logp_bn, value_bn = self.logp_and_values(ids_bt, mask_bt)
-            loss = ppo_loss(logp_bn, value_bn, *fixed)
+            loss = ppo_loss(logp_bn, value_bn, **targets)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
@@ -178,17 +187,17 @@ class TorchPPO:
 
 
 def positions(mask_bt: torch.Tensor) -> torch.Tensor:
-    """Position ids [B, T] that count real tokens only."""
+    """Computes position ids [B, T] that do not count padding."""
     return (mask_bt.cumsum(-1) - 1).clamp(min=0)
 
 
 @contextmanager
 def merged(policy: torch.nn.Module) -> Iterator[None]:
-    """Adds the adapters to the weights in place for the time of the block."""
+    """Merges the adapters into the weights, in place, during the block."""
     layers = [module for module in policy.modules() if isinstance(module, LoraLayer)]
     weights = [layer.get_base_layer().weight.data for layer in layers]
     halves = [weight for weight in weights if weight.dtype != torch.float32]
-    kept = [weight.clone() for weight in halves]  # a rounded sum cannot be taken back
+    kept = [weight.clone() for weight in halves]  # since a rounded sum cannot be undone
     policy.merge_adapter()
     try:
         yield
@@ -199,7 +208,7 @@ def merged(policy: torch.nn.Module) -> Iterator[None]:
 
 
 def gae(reward_bn: torch.Tensor, value_bn: torch.Tensor, mask_bn: torch.Tensor) -> torch.Tensor:
-    """Generalised advantage estimates [B, N], the value past the last token being 0."""
+    """Computes generalised advantage estimates [B, N]; the value after the last token is 0."""
     next_value_bn = F.pad(value_bn * mask_bn, (0, 1))[:, 1:]
     delta_bn = (reward_bn + GAMMA * next_value_bn - value_bn) * mask_bn
     advantage_bn = torch.empty_like(delta_bn)
@@ -211,7 +220,7 @@ def gae(reward_bn: torch.Tensor, value_bn: torch.Tensor, mask_bn: torch.Tensor) 
 
 
 def whiten(x_bn: torch.Tensor, mask_bn: torch.Tensor) -> torch.Tensor:
-    """Masked whitening over the whole batch, (x - mean) / sqrt(var + 1e-8), [B, N]."""
+    """Whitens [B, N] over all masked tokens of the batch: (x - mean) / sqrt(var + 1e-8)."""
     tokens = mask_bn.sum()
     mean = (x_bn * mask_bn).sum() / tokens
     var = ((x_bn - mean).square() * mask_bn).sum() / tokens
@@ -227,7 +236,10 @@ def ppo_loss(
     return_bn: torch.Tensor,
     mask_bn: torch.Tensor,
 ) -> torch.Tensor:
-    """Clipped policy loss plus `VF_COEF` times the clipped value loss, means over masked tokens."""
+    """Computes the clipped policy loss plus `VF_COEF` times the clipped value loss.
+
+    Both are means over the masked tokens.
+    """
     ratio_bn = (logp_bn - old_logp_bn).clamp(-20.0, 20.0).exp()
     clipped_bn = ratio_bn.clamp(1.0 - CLIP, 1.0 + CLIP)
     policy_bn = torch.maximum(-advantage_bn * ratio_bn, -advantage_bn * clipped_bn)
@@ -237,13 +249,16 @@ def ppo_loss(
 
 
 def build(model_dir: str, work: Workload, dtype: str, cache: bool = True) -> TorchPPO:
-    """Loads the models, on all cores; `.iteration()` then runs and times one PPO iteration.
+    """Loads the models; `.iteration()` then runs and times one PPO iteration on all cores.
 
-    `model_dir` is a HF directory with config.json and model.safetensors; without `cache` a token
-    costs a pass over all positions before it.
+    Args:
+        model_dir: a Hugging Face directory with config.json and model.safetensors.
+        work: the workload.
+        dtype: dtype of the weights.
+        cache: use a KV cache; without it every token costs a pass over all positions before it.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(0)
-    return TorchPPO(model_dir, work, getattr(torch, dtype), cache)
+    return TorchPPO(model_dir, work, dtype=getattr(torch, dtype), cache=cache)

@@ -1,10 +1,10 @@
-"""Loads exported directories with whatever transformers is installed, and writes what it computes.
+"""Load exported directories with the installed transformers, and write what it computes.
 
     python transformers_consumer.py JOBS.json RESULTS.json
 
-It runs in an environment of its own (see `benchmarks.reference_loader`) and imports nothing of the
-project. A job is {kind, path}; all jobs share the texts. Only jobs of kind "sarm" run the code that
-their config.json names.
+The script runs in its own environment (see `benchmarks.reference_loader`) and imports nothing of
+the project. A job is {kind, path}; all jobs share the texts. Only jobs of kind "sarm" run the code
+that their config.json names.
 """
 
 import json
@@ -85,7 +85,7 @@ def run(job: dict, shared: dict) -> dict:
 
 
 def main() -> None:
-    """Reads the jobs, writes the results."""
+    """Reads the jobs and writes the results."""
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     results = [run(job, jobs["shared"]) for job in jobs["jobs"]]
     output = {"transformers": transformers.__version__, "results": results}

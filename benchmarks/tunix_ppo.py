@@ -1,13 +1,13 @@
 """The Tunix baseline: one PPO iteration on SmolLM2-135M with google-tunix, in float32.
 
-An iteration is a global step of Tunix's own `PPOLearner` with its own sampler, on the same prompts
-as `ppo_iteration`'s other sides: LoRA (r 16 on q, k, v, o) on the policy, the frozen policy as the
-reference, the first 15 layers of the same model with a scalar head as the reward model (no SAE: at
-one token a row it costs next to nothing), `epochs` epochs over the whole batch. Tunix's critic is a
-model of its own; it gets the smallest there is, one layer of 8 units. No token stops a response,
-so the lengths of the workload must be equal.
+An iteration is a global step of Tunix's `PPOLearner` with Tunix's sampler, on the same prompts as
+the other sides of `ppo_iteration`. It has LoRA (r 16 on q, k, v, o) on the policy, the frozen
+policy as the reference, and `epochs` epochs over the whole batch. The reward model is the first 15
+layers of the same model with a scalar head, without an SAE, whose cost at one token per row is
+negligible. Tunix's critic is a separate model; here it is as small as possible, one layer of 8
+units. No token stops a response, so all lengths of the workload must be equal.
 
-Needs an environment of its own (`pip install google-tunix`), see `ppo_iteration --tunix_python`.
+It needs its own environment (`pip install google-tunix`), see `ppo_iteration --tunix_python`.
 """
 
 import dataclasses
@@ -32,9 +32,9 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 from benchmarks.workload import Workload
 
 TRUNK_LAYERS = 15
-NO_TOKEN = -1  # what never ends a response
+NO_TOKEN = -1  # an id that is never sampled, so that it ends no response
 LEARNING_RATE, MAX_GRAD_NORM, KL_COEF = 1e-4, 1.0, 0.02
-PHASES = {  # methods of the cluster, and what their seconds count as
+PHASES = {  # method of the cluster → phase that its seconds count for
     "generate": "rollout",
     "get_rewards": "score",
     "get_ref_per_token_logps": "update",
@@ -46,34 +46,34 @@ PHASES = {  # methods of the cluster, and what their seconds count as
 
 
 class Numbers:
-    """A tokenizer whose text is the token ids in decimal: prompts arrive as they were drawn."""
+    """A tokenizer whose text is the token ids in decimal, so that it keeps the drawn prompts."""
 
     def encode(self, text: str, **_: object) -> list[int]:
-        """Token ids of the text."""
+        """Returns the token ids of the text."""
         return [int(word) for word in text.split()]
 
     def decode(self, ids: list[int], **_: object) -> str:
-        """The text of token ids."""
+        """Returns the text of token ids."""
         return " ".join(map(str, ids))
 
     def bos_id(self) -> None:
-        """Prompts start with what was drawn."""
+        """Returns None: prompts have no start token."""
 
     def eos_id(self) -> int:
-        """Nothing stops a response."""
+        """Returns an id that never stops a response."""
         return NO_TOKEN
 
     def pad_id(self) -> int:
-        """What stands before a prompt."""
+        """Returns the id of the padding before a prompt."""
         return 0
 
 
 class TunixPPO:
-    """Tunix's learner in a thread, which takes a batch of prompts whenever it is given one."""
+    """Tunix's learner in a thread, which runs a step for every requested batch of prompts."""
 
     def __init__(self, model_dir: str, work: Workload) -> None:
         if set(work.lengths) != {work.new_tokens}:
-            raise SystemExit("Tunix stops at tokens, not at given lengths: equal ones only")
+            raise SystemExit("--lengths: Tunix's side needs equal lengths")
         config = llama_config(model_dir)
         base = params.create_model_from_safe_tensors(model_dir, config, dtype=jnp.float32)
         provider = qwix.LoraProvider(
@@ -117,27 +117,29 @@ class TunixPPO:
         for method, phase in PHASES.items():
             setattr(self.cluster, method, self._timed(getattr(self.cluster, method), phase))
         self.prompts = np.asarray([Numbers().decode(row) for row in work.prompts])
-        self.asked, self.done = queue.Queue[bool](), queue.Queue[float]()
+        self.requests, self.finished = queue.Queue[bool](), queue.Queue[float]()
         threading.Thread(target=learner.train, args=(self._batches(),), daemon=True).start()
-        self.done.get()
+        self.finished.get()
 
     def iteration(self) -> dict[str, float]:
-        """Runs one PPO iteration; the seconds of rollout, score, update and total."""
+        """Runs one PPO iteration; returns the seconds of rollout, score, update and total."""
         self.spans = {"rollout": 0.0, "score": 0.0, "update": 0.0}
         start = time.perf_counter()
-        self.asked.put(True)
-        total = self.done.get() - start
+        self.requests.put(True)
+        total = self.finished.get() - start
         return self.spans | {"total": total}
 
     def _batches(self) -> Iterator[dict[str, np.ndarray]]:
-        """The learner's data: it comes back for the next batch when a step is over."""
+        """Yields the learner's batches; the learner asks for the next one after each step."""
         while True:
             jax.block_until_ready(nnx.state(self.cluster.actor_trainer.model))
-            self.done.put(time.perf_counter())
-            self.asked.get()
+            self.finished.put(time.perf_counter())
+            self.requests.get()
             yield {"prompts": self.prompts}
 
     def _timed(self, method, phase):
+        """Wraps a method so that its seconds are added to a phase."""
+
         def run(*args, **kwargs):
             start = time.perf_counter()
             result = jax.block_until_ready(method(*args, **kwargs))
@@ -148,7 +150,7 @@ class TunixPPO:
 
 
 def llama_config(model_dir: str) -> ModelConfig:
-    """Tunix's description of a Hugging Face Llama."""
+    """Returns Tunix's config of a Hugging Face Llama."""
     hf = AutoConfig.from_pretrained(model_dir)
     theta = getattr(hf, "rope_theta", None) or hf.rope_parameters["rope_theta"]
     return ModelConfig(
@@ -166,19 +168,19 @@ def llama_config(model_dir: str) -> ModelConfig:
 
 
 class Scorer(Llama3):
-    """A model with a scalar where the vocabulary was, as Tunix scores with it."""
+    """A Llama with a scalar output instead of logits, which Tunix uses for scores and values."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(dataclasses.replace(config, weight_tying=False), rngs=nnx.Rngs(0))
         self.lm_head = nnx.Linear(config.embed_dim, 1, use_bias=False, rngs=nnx.Rngs(0))
 
     def __call__(self, *args, segment_ids: jax.Array | None = None, **kwargs):
-        """Its scoring hands over `segment_ids`, which its Llama does not take."""
+        """Drops `segment_ids`, which Tunix's scoring passes but its Llama does not accept."""
         return super().__call__(*args, **kwargs)
 
 
 def reward_model(base: Llama3) -> Scorer:
-    """The first layers of the policy under a scalar head."""
+    """Makes a reward model of the first layers of the policy and a scalar head."""
     model = Scorer(dataclasses.replace(base.config, num_layers=TRUNK_LAYERS))
     pairs = [(model.embedder, base.embedder), *zip(model.layers, base.layers, strict=False)]
     for ours, theirs in pairs:
@@ -187,7 +189,7 @@ def reward_model(base: Llama3) -> Scorer:
 
 
 def critic(config: ModelConfig) -> Scorer:
-    """The smallest model of the kind."""
+    """Makes the smallest possible critic."""
     heads = {"num_heads": 1, "num_kv_heads": 1, "head_dim": 8}
     return Scorer(dataclasses.replace(config, num_layers=1, embed_dim=8, hidden_dim=8, **heads))
 

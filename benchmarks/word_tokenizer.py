@@ -1,6 +1,7 @@
-"""A chat tokenizer of any size for models with random weights: every token is a word, `w3`, `w4` …
+"""Make a chat tokenizer of any size for models with random weights.
 
-What such a model says is as many words as it has tokens, and reads as many tokens again.
+Every token is a word, such as `w6` and `w7`. A sampled response therefore has the same number of
+tokens when it is encoded again.
 """
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -14,7 +15,11 @@ TEMPLATE = (
 
 
 def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """`size` tokens: padding (unknown words too), start and end of a turn, the roles, the rest."""
+    """Makes a tokenizer of `size` tokens.
+
+    The first tokens are padding, which also stands for unknown words, start and end of a turn, and
+    the roles.
+    """
     roles = ("user", "assistant", "system")
     words = [*SPECIAL, *roles, *(f"w{number}" for number in range(len(SPECIAL + roles), size))]
     model = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token=SPECIAL[0])

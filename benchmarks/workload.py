@@ -1,6 +1,6 @@
-"""What a PPO iteration is timed on: prompts, and how long each response to them is.
+"""The workload of a timed PPO iteration: prompts, and the length of each response.
 
-Read by sides that have none of this project's requirements, too.
+Sides without this project's requirements import this module as well.
 """
 
 import argparse
@@ -11,12 +11,18 @@ from pathlib import Path
 import numpy as np
 
 PROMPTS = Path("configs/data/everyday_demos.jsonl")
-TOKENS = 32_000  # random ones lie below: every vocabulary of Llama's family has as many
+TOKENS = 32_000  # limit of random token ids; no vocabulary of the Llama family is smaller
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """Token ids of the prompts `[B][P_b]`, tokens of the responses `[B]`, epochs of the update."""
+    """The work of one iteration.
+
+    Attributes:
+        prompts: token ids of each prompt.
+        lengths: number of tokens of each response.
+        epochs: epochs of the update.
+    """
 
     prompts: list[list[int]]
     lengths: list[int]
@@ -24,7 +30,7 @@ class Workload:
 
     @property
     def new_tokens(self) -> int:
-        """Those of the longest response, at which a rollout ends."""
+        """The number of tokens of the longest response, at which a rollout ends."""
         return max(self.lengths)
 
     def __str__(self) -> str:
@@ -33,16 +39,21 @@ class Workload:
 
 
 def equal(args: argparse.Namespace) -> Workload:
-    """Random prompts of half to all of `prompt_len`, responses of `new_tokens`, or `lengths`."""
+    """Makes random prompts, and responses of `new_tokens` tokens or of the lengths `lengths`.
+
+    The prompts have between half of `prompt_len` and `prompt_len` tokens.
+    """
     rng = np.random.default_rng(0)
     lengths = rng.integers(args.prompt_len // 2, args.prompt_len + 1, args.batch)
     lengths[0] = args.prompt_len
     prompts = [rng.integers(3, TOKENS, length).tolist() for length in lengths]
-    return Workload(prompts, args.lengths or [args.new_tokens] * args.batch, args.epochs)
+    return Workload(
+        prompts, list(args.lengths or [args.new_tokens] * args.batch), epochs=args.epochs
+    )
 
 
 def real(args: argparse.Namespace) -> Workload:
-    """Everyday prompts, and the lengths of the responses that the model itself samples to them."""
+    """Takes everyday prompts, and the lengths of the responses that the model samples to them."""
     from conversion import load_policy
     from ppo.comparison.responses import ResponseConfig, respond
     from ppo.prompts import encode_prompts, read_prompts
@@ -50,7 +61,14 @@ def real(args: argparse.Namespace) -> Workload:
 
     policy, tokenizer = load_policy(args.model_dir)
     prompts = list(islice(read_prompts(str(PROMPTS)), args.batch))
-    rows = encode_prompts(prompts, tokenizer, args.prompt_len, str(PROMPTS)).rows
+    encoded = encode_prompts(prompts, tokenizer, max_tokens=args.prompt_len, source=str(PROMPTS))
     options = ResponseConfig(Sampling(args.new_tokens, temperature=1.0), batch_size=args.batch)
-    found = respond(options, policy, policy, tokenizer, rows)
-    return Workload(rows, found.length_n.tolist(), args.epochs)
+    responses = respond(
+        options, base=policy, policy=policy, tokenizer=tokenizer, prompts=encoded.rows
+    )
+    return Workload(encoded.rows, responses.length_n.tolist(), epochs=args.epochs)
+
+
+def parse_numbers(text: str) -> tuple[int, ...]:
+    """Parses comma-separated whole numbers."""
+    return tuple(map(int, text.split(",")))

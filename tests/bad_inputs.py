@@ -1,8 +1,8 @@
-"""A table of bad inputs: what is typed, what is spoilt, and what the one line must say.
+"""A table of bad inputs: the options, the damage to a file, and the parts of the error message.
 
-`{bad}` in the options and messages is the spoilt copy or file, `{world}` the good models and data
-(`tests/system/test_bad_inputs.py` builds them). Each case is refused before any weight is loaded,
-unless `loads` says that it takes a model to see what is wrong.
+`{bad}` in options and messages stands for the damaged copy or file, `{world}` for the directory of
+the good models and data, which `tests/system/test_bad_inputs.py` makes. Every case must be refused
+before any weight is loaded, unless `loads` is set.
 """
 
 import dataclasses
@@ -17,8 +17,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests.oracles import LLAMA3_ROPE
+from tests.paths import ROOT
 
-Spoil = Callable[[Path, Path], Path]  # (world, an empty directory) → what {bad} stands for
+# (world, an empty directory) → the path that {bad} stands for
+Damage = Callable[[Path, Path], Path]
 INDEX, WEIGHTS, ADAPTER = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -29,45 +31,54 @@ A = f"base_model.model.{Q.removesuffix('.weight')}.lora_A.weight"
 
 
 @dataclasses.dataclass(frozen=True)
-class Bad:
-    """`options` are separated by blanks; `says` are parts of the message."""
+class BadInput:
+    """A command and its expected error.
 
-    what: str
+    Attributes:
+        name: the name of the case.
+        options: the options, separated by blanks.
+        messages: parts of the error message.
+        damage: makes the damaged file or directory; None: `{bad}` is an empty directory.
+        command: main, from_hf or to_hf.
+        loads: True if the error shows only after a model is loaded.
+    """
+
+    name: str
     options: str
-    says: tuple[str, ...]
-    spoil: Spoil | None = None
-    command: str = "main"  # or from_hf, to_hf
+    messages: tuple[str, ...]
+    damage: Damage | None = None
+    command: str = "main"
     loads: bool = False
 
 
-# ---- what is spoilt, and how
+# ---- Kinds of damage
 
 
-def file(content: bytes | str, name: str = "bad.jsonl") -> Spoil:
-    """A file with this content."""
+def file(content: bytes | str, name: str = "bad.jsonl") -> Damage:
+    """Makes a file with this content."""
 
-    def spoil(world: Path, place: Path) -> Path:
-        path = place / name
+    def damage(world: Path, folder: Path) -> Path:
+        path = folder / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
 
-    return spoil
+    return damage
 
 
-def copied(part: str, change: Callable[[Path], object]) -> Spoil:
-    """A copy of a directory of the world, changed in place."""
+def copied(part: str, change: Callable[[Path], object]) -> Damage:
+    """Copies a directory of the world and changes the copy in place."""
 
-    def spoil(world: Path, place: Path) -> Path:
-        copy = place / Path(part).name
+    def damage(world: Path, folder: Path) -> Path:
+        copy = folder / Path(part).name
         shutil.copytree(world / part, copy, symlinks=True)
         change(copy)
         return copy
 
-    return spoil
+    return damage
 
 
-def json_fields(part: str, name: str, **fields: Any) -> Spoil:
-    """A copy with fields of a JSON file set; `...` deletes one. A dict updates an object."""
+def json_fields(part: str, name: str, **fields: Any) -> Damage:
+    """Sets fields of a JSON file in a copy; `...` deletes a field, a dict updates an object."""
 
     def change(copy: Path) -> None:
         path = copy / name
@@ -80,57 +91,57 @@ def json_fields(part: str, name: str, **fields: Any) -> Spoil:
     return copied(part, change)
 
 
-def config(**fields: Any) -> Spoil:
-    """A policy with another config.json."""
+def config(**fields: Any) -> Damage:
+    """Sets fields in the config.json of a policy."""
     return json_fields("policy", "config.json", **fields)
 
 
-def content(part: str, name: str, text: bytes | str) -> Spoil:
-    """A copy in which one file holds something else."""
+def content(part: str, name: str, text: bytes | str) -> Damage:
+    """Replaces the content of one file in a copy."""
     encoded = text if isinstance(text, bytes) else text.encode()
     return copied(part, lambda copy: (copy / name).write_bytes(encoded))
 
 
-def without(part: str, *names: str) -> Spoil:
-    """A copy in which files are missing."""
+def without(part: str, *names: str) -> Damage:
+    """Deletes files in a copy."""
     return copied(part, lambda copy: [(copy / name).unlink() for name in names])
 
 
-def tensors(part: str, change: Callable[[dict], object], name: str = WEIGHTS) -> Spoil:
-    """A copy with other tensors."""
+def tensors(part: str, change: Callable[[dict], object], name: str = WEIGHTS) -> Damage:
+    """Changes the tensors in a copy."""
 
     def rewrite(copy: Path) -> None:
-        found = load_file(copy / name)
-        change(found)
-        save_file(found, copy / name, metadata={"format": "pt"})
+        arrays = load_file(copy / name)
+        change(arrays)
+        save_file(arrays, copy / name, metadata={"format": "pt"})
 
     return copied(part, rewrite)
 
 
 def header(fields: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    """A safetensors file with any header; `length` is what it says of the header's own."""
+    """Returns a safetensors file with any header; `length` is the header length that it states."""
     text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
 def described(dtype: str, shape: list, start: int, end: int) -> dict:
-    """A tensor as a safetensors header describes it."""
+    """Returns the description of a tensor in a safetensors header."""
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-def weights(raw: bytes) -> Spoil:
-    """A policy whose weights file is this."""
+def weights(raw: bytes) -> Damage:
+    """Replaces the weights file of a policy."""
     return content("policy", WEIGHTS, raw)
 
 
 def cut(copy: Path) -> None:
-    """Takes the last bytes off the weights."""
+    """Cuts the last bytes off the weights."""
     path = copy / WEIGHTS
     path.write_bytes(path.read_bytes()[:-4])
 
 
-def indexed(change: Callable[[dict], object]) -> Spoil:
-    """A sharded policy with another weight_map."""
+def indexed(change: Callable[[dict], object]) -> Damage:
+    """Changes the weight_map of a sharded policy."""
 
     def rewrite(copy: Path) -> None:
         listed = json.loads((copy / INDEX).read_text())
@@ -140,56 +151,56 @@ def indexed(change: Callable[[dict], object]) -> Spoil:
     return copied("sharded", rewrite)
 
 
-def linked(part: str, name: str) -> Spoil:
-    """A copy in which a file is a link to its original, outside of the copy."""
+def linked(part: str, name: str) -> Damage:
+    """Replaces a file in a copy by a link to the original, outside the copy."""
 
-    def spoil(world: Path, place: Path) -> Path:
-        copy = copied(part, lambda copy: (copy / name).unlink())(world, place)
+    def damage(world: Path, folder: Path) -> Path:
+        copy = copied(part, lambda copy: (copy / name).unlink())(world, folder)
         (copy / name).symlink_to(world / part / name)
         return copy
 
-    return spoil
+    return damage
 
 
-def shard_linked(world: Path, place: Path) -> Path:
-    """A sharded policy of which one shard is a link out of the directory."""
-    copy = copied("sharded", lambda copy: None)(world, place)
+def shard_linked(world: Path, folder: Path) -> Path:
+    """Copies a sharded policy, with one shard that is a link out of the directory."""
+    copy = copied("sharded", lambda copy: None)(world, folder)
     name = json.loads((copy / INDEX).read_text())["weight_map"][Q]
     (copy / name).unlink()
     (copy / name).symlink_to(Path("..") / ".." / ".." / "world" / "sharded" / name)
     return copy
 
 
-def template(text: str, part: str = "policy") -> Spoil:
-    """A tokenizer with this chat template."""
+def template(text: str, part: str = "policy") -> Damage:
+    """Replaces the chat template of a tokenizer."""
     return content(part, "chat_template.jinja", text)
 
 
-def latents(**arrays: np.ndarray) -> Spoil:
-    """A human-latents file of these arrays."""
+def latents(**arrays: np.ndarray) -> Damage:
+    """Makes a human-latents file of these arrays."""
 
-    def spoil(world: Path, place: Path) -> Path:
-        save_file(arrays, place / "human.safetensors")
-        return place / "human.safetensors"
+    def damage(world: Path, folder: Path) -> Path:
+        save_file(arrays, folder / "human.safetensors")
+        return folder / "human.safetensors"
 
-    return spoil
+    return damage
 
 
-def parquet(rows: list[dict]) -> Spoil:
-    """A parquet file of these rows."""
+def parquet(rows: list[dict]) -> Damage:
+    """Makes a Parquet file of these rows."""
 
-    def spoil(world: Path, place: Path) -> Path:
+    def damage(world: Path, folder: Path) -> Path:
         import pyarrow
         from pyarrow import parquet
 
-        parquet.write_table(pyarrow.Table.from_pylist(rows), place / "bad.parquet")
-        return place / "bad.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "bad.parquet")
+        return folder / "bad.parquet"
 
-    return spoil
+    return damage
 
 
-def run_with(**files: str) -> Spoil:
-    """A run's directory in which files (dots for __) hold something else; "-" deletes one."""
+def run_with(**files: str) -> Damage:
+    """Replaces files of a run; __ in a name stands for a dot, and "-" deletes the file."""
 
     def change(copy: Path) -> None:
         for name, text in files.items():
@@ -200,40 +211,40 @@ def run_with(**files: str) -> Spoil:
 
 
 def nothing(world: Path, place: Path) -> Path:
-    """An empty directory."""
+    """Returns an empty directory."""
     return place
 
 
-def recordings(*names: str, text: str = "step\n", summary: str = "{}") -> Spoil:
-    """A directory with the metrics and summaries of runs that another program recorded."""
+def recordings(*names: str, text: str = "step\n", summary: str = "{}") -> Damage:
+    """Makes a directory with the metrics and summaries of runs of another program."""
 
-    def spoil(world: Path, place: Path) -> Path:
+    def damage(world: Path, folder: Path) -> Path:
         for name in names:
-            (place / f"{name}_metrics.csv").write_text(text)
-            (place / f"{name}_summary.json").write_text(summary)
-        return place
+            (folder / f"{name}_metrics.csv").write_text(text)
+            (folder / f"{name}_summary.json").write_text(summary)
+        return folder
 
-    return spoil
+    return damage
 
 
-def trained(change: Callable[[Path], object], *forgotten: str) -> Spoil:
-    """A copy of a run with its models, whose paths are relative, changed in place.
+def trained(change: Callable[[Path], object], *deleted: str) -> Damage:
+    """Copies a run and its models, all with relative paths, and changes the copy in place.
 
-    `forgotten` are files of the run that are deleted: what else tells whose checkpoint it is.
+    `deleted` are files of the run that are removed, such as records that identify a checkpoint.
     """
 
-    def spoil(world: Path, place: Path) -> Path:
-        shutil.copytree(world / "trained", place, dirs_exist_ok=True)
-        for name in forgotten:
-            (place / "run" / name).unlink()
-        change(place)
-        return place / "run"
+    def damage(world: Path, folder: Path) -> Path:
+        shutil.copytree(world / "trained", folder, dirs_exist_ok=True)
+        for name in deleted:
+            (folder / "run" / name).unlink()
+        change(folder)
+        return folder / "run"
 
-    return spoil
+    return damage
 
 
 def exchanged(part: str, other: str) -> Callable[[Path], object]:
-    """Puts a model of the world in the place of another."""
+    """Replaces a model of the world by another."""
 
     def change(place: Path) -> None:
         shutil.rmtree(place / part)
@@ -243,17 +254,17 @@ def exchanged(part: str, other: str) -> Callable[[Path], object]:
 
 
 def doubled(name: str) -> Callable[[Path], object]:
-    """Other weights in the same shapes."""
+    """Doubles all weights of a file."""
 
     def change(place: Path) -> None:
-        found = load_file(place / name)
-        save_file({key: 2 * value for key, value in found.items()}, place / name)
+        arrays = load_file(place / name)
+        save_file({key: 2 * value for key, value in arrays.items()}, place / name)
 
     return change
 
 
 def flipped(pattern: str) -> Callable[[Path], object]:
-    """Changes a bit in the middle of a file of the run's checkpoint."""
+    """Flips a bit in the middle of a file of the run's checkpoint."""
 
     def change(place: Path) -> None:
         path = next(p for p in sorted((place / "run/checkpoints/2").glob(pattern)) if p.is_file())
@@ -264,8 +275,8 @@ def flipped(pattern: str) -> Callable[[Path], object]:
     return change
 
 
-def pickled(part: str, weights_name: str, name: str) -> Spoil:
-    """A copy whose weights are pickled. Unpickling them would create a file beside them."""
+def pickled(part: str, weights_name: str, name: str) -> Damage:
+    """Replaces weights by a pickle that would create a file beside it when it is unpickled."""
 
     def change(copy: Path) -> None:
         (copy / weights_name).unlink()
@@ -275,43 +286,50 @@ def pickled(part: str, weights_name: str, name: str) -> Spoil:
     return copied(part, change)
 
 
-def main(what: str, options: str, *says: str, spoil: Spoil | None = None, loads=False) -> Bad:
-    return Bad(what, options, says, spoil, loads=loads)
+def main(
+    name: str, options: str, *messages: str, damage: Damage | None = None, loads=False
+) -> BadInput:
+    return BadInput(name, options, messages=messages, damage=damage, loads=loads)
 
 
-def policy(what: str, spoil: Spoil, *says: str) -> Bad:
-    """A policy that `train` refuses."""
-    return Bad(what, "--policy_model={bad}", says, spoil)
+def policy(name: str, damage: Damage, *messages: str) -> BadInput:
+    """A case in which `train` refuses the policy."""
+    return BadInput(name, "--policy_model={bad}", messages=messages, damage=damage)
 
 
-def prompts(what: str, text: bytes | str, *says: str) -> Bad:
-    """Prompts that `train` refuses."""
-    return Bad(what, "--prompts_jsonl={bad}", says, file(text))
+def prompts(name: str, text: bytes | str, *messages: str) -> BadInput:
+    """A case in which `train` refuses the prompts."""
+    return BadInput(name, "--prompts_jsonl={bad}", messages=messages, damage=file(text))
 
 
-def human(what: str, spoil: Spoil, *says: str) -> Bad:
-    """A human-latents file that `train` refuses."""
-    return Bad(what, "--beta=0.5 --human_latents={bad}", says, spoil)
+def human(name: str, damage: Damage, *messages: str) -> BadInput:
+    """A case in which `train` refuses the human latents."""
+    options = "--beta=0.5 --human_latents={bad}"
+    return BadInput(name, options, messages=messages, damage=damage)
 
 
-def adapter(what: str, spoil: Spoil, *says: str) -> Bad:
-    """An adapter that `evaluate` refuses."""
-    options = "--stage=evaluate --config.evaluate.runs={bad}"
-    return Bad(
-        what, f"{options} --config.evaluate.prompts_jsonl={{world}}/demos.jsonl", says, spoil
+def adapter(name: str, damage: Damage, *messages: str) -> BadInput:
+    """A case in which `evaluate` refuses an adapter."""
+    options = (
+        "--stage=evaluate --config.evaluate.runs={bad} "
+        "--config.evaluate.prompts_jsonl={world}/demos.jsonl"
     )
+    return BadInput(name, options, messages=messages, damage=damage)
 
 
-def bench(what: str, options: str, *says: str, spoil: Spoil | None = None) -> Bad:
-    """Something that `evaluate` refuses; the options are fields of that section."""
-    given = " ".join(f"--config.evaluate.{option}" for option in options.split())
-    return Bad(what, f"--stage=evaluate {given}", says, spoil)
+def bench(name: str, options: str, *messages: str, damage: Damage | None = None) -> BadInput:
+    """A case for `evaluate`; the options are fields of that section."""
+    arguments = " ".join(f"--config.evaluate.{option}" for option in options.split())
+    options = f"--stage=evaluate {arguments}"
+    return BadInput(name, options, messages=messages, damage=damage)
 
 
-def features(what: str, spoil: Spoil | None, *says: str, key: str = "{bad}:harming") -> Bad:
-    """A list behind "@" that `train` refuses."""
+def features(
+    name: str, damage: Damage | None, *messages: str, key: str = "{bad}:harming"
+) -> BadInput:
+    """A case in which `train` refuses a list behind "@"."""
     options = f"--penalize_features=@{key} --tau_values=1 --alpha_values=1"
-    return Bad(what, options, says, spoil)
+    return BadInput(name, options, messages=messages, damage=damage)
 
 
 PENALTY = "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1,1"
@@ -319,6 +337,7 @@ HOSTS = "--coordinator_address=localhost:1 --num_processes=2 --process_id=0"
 PROBE = "--stage=probe --config.probe.feature=1"
 PLAN = "--stage=plan --config.plan.target"
 ALL = "--stage=all --config.prepare_data.source=lab"
+ABLATIONS = ROOT / "configs" / "ablations.py"
 
 FLAGS = [
     main("unknown stage", "--stage=dance", "--stage=dance", "train_sarm"),
@@ -373,12 +392,12 @@ FLAGS = [
     main("negative learning rate", "--learning_rate=-1", "ppo.learning_rate=-1.0"),
     main("clip range NaN", "--clip_range=nan", "ppo.clip_range=nan"),
     main("temperature 0 in PPO", "--temperature=0", "ppo.temperature=0.0"),
-    main("top-p in PPO", "--top_p=0.95", "top_p=0.95", "use top_p=1.0"),
+    main("top-p in PPO", "--top_p=0.95", "ppo.top_p=0.95", "use ppo.top_p=1.0"),
     main("rank 0", "--lora_r=0", "lora.rank=0"),
     main("LoRA scale 0", "--lora_alpha=0", "lora.alpha=0.0"),
     main("LoRA scale infinite", "--lora_alpha=inf", "lora.alpha=inf"),
     main("dropout 1", "--lora_dropout=1", "lora.dropout=1.0"),
-    main("negative seed", "--seed=-1", "seed=-1"),
+    main("negative seed", "--seed=-1", "ppo.seed=-1"),
     main("unknown LoRA target", "--config.lora.target_modules=q_proj,wrong", "q_proj,wrong"),
     main("unknown dtype", "--config.dtype=float16", "dtype='float16'", "bfloat16"),
     main("unknown remat", "--config.remat=some", "remat='some'", "dots"),
@@ -392,7 +411,7 @@ FLAGS = [
     main("gamma above 1", "--config.ppo.gamma=1.5", "ppo.gamma=1.5", "[0, 1]"),
     main("infinite KL weight", "--config.ppo.kl_coef=inf", "ppo.kl_coef=inf"),
     main("no evaluation step", "--config.ppo.eval_every=0", "ppo.eval_every=0"),
-    main("discriminator without a rate", "--disc_lr=inf", "disc_lr=inf"),
+    main("discriminator without a rate", "--disc_lr=inf", "discriminator.learning_rate=inf"),
     main("discriminator of no width", "--config.discriminator.hidden_size=0", "hidden_size=0"),
     main("discriminator decay NaN", "--config.discriminator.weight_decay=nan", "weight_decay=nan"),
     main("no room for a conversation", "--config.sarm_max_length=0", "sarm_max_length=0"),
@@ -401,7 +420,7 @@ FLAGS = [
     main(
         "trace after the end",
         "--config.profile.start_step=1",
-        "start_step=1 and num_steps=2 end after ppo.total_steps=2",
+        "profile.start_step=1 and profile.num_steps=2 end after ppo.total_steps=2",
     ),
     main(
         "trace of nothing",
@@ -439,10 +458,17 @@ FLAGS = [
         "--config=configs/nope.py: no such file",
     ),
     main(
+        "variant that is not there",
+        f"--config={ABLATIONS}:tau_3",
+        "no variant is called 'tau_3'",
+        "one of alpha_005, alpha_02, tau_2, tau_4",
+    ),
+    main("variant missing", f"--config={ABLATIONS}", "the variant is missing", "alpha_005"),
+    main(
         "config that is no Python",
         "--config={bad}",
         "bad.py",
-        spoil=file("def get_config(:", "bad.py"),
+        damage=file("def get_config(:", "bad.py"),
     ),
 ]
 
@@ -450,20 +476,20 @@ REWARD = [
     main(
         "fewer α than features",
         "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1",
-        "alpha_values has 1 values for 2 penalize_features",
+        "reward.alpha_values has 1 values for 2 reward.penalize_features",
     ),
     main(
         "fewer τ than features",
         "--penalize_features=1,2 --tau_values=1 --alpha_values=1,1",
-        "tau_values has 1",
+        "reward.tau_values has 1 values for 2 reward.penalize_features",
     ),
     main(
         "negative α",
         "--penalize_features=1,2 --tau_values=1,1 --alpha_values=1,-1",
-        "alpha_values: -1.0",
+        "reward.alpha_values: -1.0",
     ),
-    main("α that is no number", f"{PENALTY} --alpha_values=1,x", "alpha_values: found 'x'"),
-    main("τ infinite", f"{PENALTY} --tau_values=1,inf", "tau_values: found 'inf'"),
+    main("α that is no number", f"{PENALTY} --alpha_values=1,x", "reward.alpha_values: found 'x'"),
+    main("τ infinite", f"{PENALTY} --tau_values=1,inf", "reward.tau_values: found 'inf'"),
     main(
         "feature beyond the SARM",
         f"{PENALTY} --penalize_features=1,64",
@@ -472,15 +498,15 @@ REWARD = [
     main(
         "feature that is no number",
         f"{PENALTY} --penalize_features=1,b",
-        "penalize_features: found 'b'",
+        "reward.penalize_features: found 'b'",
     ),
     main("feature twice", f"{PENALTY} --penalize_features=1,1", "feature 1 is given twice"),
     main(
         "feature beyond any index",
         f"{PENALTY} --penalize_features=1,99999999999",
-        "penalize_features: found '99999999999'",
+        "reward.penalize_features: found '99999999999'",
     ),
-    main("clamp without a value", "--clamp_features=1", "clamp_features=1"),
+    main("clamp without a value", "--clamp_features=1", "reward.clamp_features=1"),
     main(
         "clamp with its ends exchanged",
         "--clamp_features=1 --clamp_min_values=2 --clamp_max_values=1",
@@ -491,18 +517,18 @@ REWARD = [
         "--clamp_features=1 --clamp_set_values=2 --clamp_max_values=1",
         "feature 1 is set to 2.0",
     ),
-    main("negative β", "--beta=-0.5", "beta=-0.5"),
-    main("β without human latents", "--beta=0.5", "beta=0.5 needs human latents", "human_latents"),
+    main("negative β", "--beta=-0.5", "reward.beta=-0.5"),
+    main("β without human latents", "--beta=0.5", "reward.beta=0.5 needs human", "--human_latents"),
     main("unknown unit", "--config.reward.unit=nats", "reward.unit='nats'", "sd"),
     main("negative cap", "--config.reward.penalty_cap=-1", "reward.penalty_cap=-1.0"),
     main(
         "failed or foreign gates",
         "--config.lab.gates_json={bad}",
-        "bad.json: not what",
-        spoil=file("[1]", "bad.json"),
+        "bad.json: expected the gates of --stage=identify, found [1]",
+        damage=file("[1]", "bad.json"),
     ),
     main("no gates", "--config.lab.gates_json=none.json", "none.json: no such file"),
-    features("list in no file", None, "no such file", key="nowhere.json:harming"),
+    features("list in no file", None, "nowhere.json", key="nowhere.json:harming"),
     features("list without a key", file("{}", "a.json"), "expected @FILE:key", key="{bad}"),
     features("list that is not there", file('{"tau": [1]}', "a.json"), "no list 'harming'", "tau"),
     features(
@@ -514,12 +540,12 @@ REWARD = [
     features(
         "list that is empty",
         file('{"harming": []}', "a.json"),
-        "penalize_features=@{bad}:harming: the list is empty",
+        "reward.penalize_features=@{bad}:harming: the list is empty",
     ),
     features(
         "first of a list that is empty",
         file('{"harming": []}', "a.json"),
-        "penalize_features=@{bad}:harming[:5]: the list is empty; name another one",
+        "reward.penalize_features=@{bad}:harming[:5]: the list is empty; name another list",
         key="{bad}:harming[:5]",
     ),
     main(
@@ -527,19 +553,19 @@ REWARD = [
         "--stage=probe --config.probe.feature=@{bad}:harming "
         "--config.probe.data_jsonl={world}/demos.jsonl",
         "probe.feature=@{bad}:harming: the list is empty",
-        spoil=file('{"harming": []}', "a.json"),
+        damage=file('{"harming": []}', "a.json"),
     ),
     main(
-        "list of compared latents that is empty",  # not all of them
+        "list of compared latents that is empty",  # an empty option would select all of them
         "--beta=0.5 --human_latents=x --latent_indices=@{bad}:harming",
-        "latent_indices=@{bad}:harming: the list is empty",
-        spoil=file('{"harming": []}', "a.json"),
+        "reward.latent_indices=@{bad}:harming: the list is empty",
+        damage=file('{"harming": []}', "a.json"),
     ),
     features(
         "list of fractions", file('{"harming": [1.5]}', "a.json"), "found 1.5", "a whole number"
     ),
     features("list of lists", file('{"harming": [[1]]}', "a.json"), "found [1]"),
-    features("list in broken JSON", file('{"harming": [1', "a.json"), "a.json is not JSON"),
+    features("list in broken JSON", file('{"harming": [1', "a.json"), "a.json: not JSON"),
     features("list in a nesting bomb", file("[" * 100_000, "a.json"), "nested too deeply"),
     features(
         "list under a key that is there twice",
@@ -579,25 +605,25 @@ JSONL = [
         "prompt too long after blank lines",
         "--prompts_jsonl={bad} --config.ppo.max_prompt_tokens=60",
         "bad.jsonl:5: the prompt has",
-        spoil=file('\n\n{"prompt": "a"}\n \n{"prompt": "' + "many words " * 99 + '"}\n'),
+        damage=file('\n\n{"prompt": "a"}\n \n{"prompt": "' + "many words " * 99 + '"}\n'),
     ),
     main(
         "pair of equals after blank lines",
         "--stage=train_sarm --config.train_sarm.pairs_jsonl={bad}",
         "bad.jsonl:3: fields 'chosen' and 'rejected' are the same",
-        spoil=file('\n\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+        damage=file('\n\n{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
     ),
     main(
         "source that is no text after blank lines",
         "--stage=identify --config.identify.pairs_jsonl={bad}",
         "bad.jsonl:3: field 'source' must be str",
-        spoil=file('\n\n{"prompt": "a", "chosen": "b", "rejected": "c", "source": [1]}\n'),
+        damage=file('\n\n{"prompt": "a", "chosen": "b", "rejected": "c", "source": [1]}\n'),
     ),
     main(
         "nothing to probe after blank lines",
         "--stage=probe --config.probe.feature=1 --config.probe.data_jsonl={bad}",
         "bad.jsonl:4: expected 'response', or 'chosen' and 'rejected'",
-        spoil=file('{"prompt": "a", "response": "b"}\n\n\n{"prompt": "a"}\n'),
+        damage=file('{"prompt": "a", "response": "b"}\n\n\n{"prompt": "a"}\n'),
     ),
     prompts("blank text", '{"prompt": "  "}\n', "bad.jsonl:1: field 'prompt' is empty"),
     prompts("no JSON", '{"prompt": "a"}\nnot json\n', "bad.jsonl:2", "'not json'"),
@@ -631,8 +657,8 @@ STAGES = [
     main(
         "one demonstration",
         "--stage=prepare_data --config.prepare_data.demos_jsonl={bad}",
-        "1 row(s), at least 2",
-        spoil=file('{"prompt": "a", "response": "b"}\n'),
+        "prepare_data.demos_jsonl={bad}: 1 row(s), at least 2",
+        damage=file('{"prompt": "a", "response": "b"}\n'),
     ),
     main(
         "no samples",
@@ -649,13 +675,13 @@ STAGES = [
         "pair of equals",
         "--stage=train_sarm --config.train_sarm.pairs_jsonl={bad}",
         "bad.jsonl:1: fields 'chosen' and 'rejected' are the same",
-        spoil=file('{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+        damage=file('{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
     ),
     main(
         "source that is no text",
         "--stage=identify --config.identify.pairs_jsonl={bad}",
         "bad.jsonl:1: field 'source' must be str",
-        spoil=file('{"prompt": "a", "chosen": "b", "rejected": "c", "source": [1]}\n'),
+        damage=file('{"prompt": "a", "chosen": "b", "rejected": "c", "source": [1]}\n'),
     ),
     main(
         "nothing held out",
@@ -674,7 +700,7 @@ STAGES = [
         "--stage=train_sarm --config.train_sarm.k=9 "
         "--config.train_sarm.latent_size=8 --config.train_sarm.aux_k=1 "
         "--config.train_sarm.pairs_jsonl={world}/pairs.jsonl",
-        "train_sarm.k=9: must be at most latent_size=8",
+        "train_sarm.k=9: must be at most train_sarm.latent_size=8",
     ),
     main(
         "layer the model does not have",
@@ -731,7 +757,7 @@ STAGES = [
     main(
         "probed feature beyond the SARM",
         "--stage=probe --config.probe.feature=64 --config.probe.data_jsonl={world}/demos.jsonl",
-        "feature 64 of a SARM with 64 latents",
+        "probe.feature=64: the SARM has 64 latents",
     ),
     main(
         "best of no candidates",
@@ -770,7 +796,7 @@ STAGES = [
         f"{PROBE} --config.probe.mode=bestofn --config.probe.rank=3 "
         "--config.probe.data_jsonl={bad}",
         "bad.jsonl:2: 'candidates' lists 2, fewer than probe.rank=3",
-        spoil=file(
+        damage=file(
             '{"prompt": "a", "candidates": ["b", "c", "d"]}\n'
             '{"prompt": "a", "candidates": ["b", "c"]}\n'
         ),
@@ -789,7 +815,7 @@ STAGES = [
         "latents beyond the SARM",
         "--stage=human_latents --latent_indices=3,64 "
         "--config.human_latents.demos_jsonl={world}/demos.jsonl",
-        "latent_indices: feature 64 of a SARM with 64",
+        "reward.latent_indices: feature 64 of a SARM with 64",
     ),
     main("unknown target", f"{PLAN}=tpu", "plan.target='tpu': expected host"),
     main(
@@ -803,13 +829,13 @@ STAGES = [
     ),
     *(
         main(
-            f"prompt lengths: {what}",
+            f"prompt lengths: {name}",
             f"{PLAN}=host --config.plan.prompt_lengths={{bad}} {options}",
             "plan.prompt_lengths={bad}: ",
-            *says,
-            spoil=file(text, "lengths.json"),
+            *messages,
+            damage=file(text, "lengths.json"),
         )
-        for what, text, options, says in (
+        for name, text, options, messages in (
             ("not JSON", "{'36': 1}", "", ("not JSON",)),
             ("not text", b"\xff\xfe", "", ("not JSON",)),
             ("empty file", "", "", ("not JSON",)),
@@ -878,8 +904,8 @@ HF_CONFIG = [
     main("SARM for a policy", "--policy_model={world}/sarm", "is a SARM"),
     main("policy for a SARM", "--sarm_model={world}/policy", "not a SARM"),
     policy("no config.json", without("policy", "config.json"), "config.json: cannot be read"),
-    policy("broken config.json", content("policy", "config.json", "{"), "config.json", "cannot be"),
-    policy("list for a config", content("policy", "config.json", "[]"), "found list"),
+    policy("broken config.json", content("policy", "config.json", "{"), "config.json: not JSON"),
+    policy("list for a config", content("policy", "config.json", "[]"), "found []"),
     policy(
         "nesting bomb for a config",
         content("policy", "config.json", '{"a":' * 100_000),
@@ -931,38 +957,38 @@ HF_CONFIG = [
         "more kept latents than there are",
         "--sarm_model={bad}",
         "sae_k=65: exceeds",
-        spoil=json_fields("sarm", "config.json", sarm_param={"sae_k": 65}),
+        damage=json_fields("sarm", "config.json", sarm_param={"sae_k": 65}),
     ),
     main(
         "absurd SAE",
         "--sarm_model={bad}",
         "sae_latent_size",
         "at most",
-        spoil=json_fields("sarm", "config.json", sarm_param={"sae_latent_size": 10**12}),
+        damage=json_fields("sarm", "config.json", sarm_param={"sae_latent_size": 10**12}),
     ),
     main(
         "SAE of another size",
         "--sarm_model={bad}",
         "sae.encoder.weight: shape [64, 32]",
-        spoil=json_fields("sarm", "config.json", sarm_param={"sae_latent_size": 63}),
+        damage=json_fields("sarm", "config.json", sarm_param={"sae_latent_size": 63}),
     ),
     main(
         "SAE that does not say what it reads",
         "--sarm_model={bad}",
         "sarm_use_activation=1",
-        spoil=json_fields("sarm", "config.json", sarm_param={"sarm_use_activation": 1}),
+        damage=json_fields("sarm", "config.json", sarm_param={"sarm_use_activation": 1}),
     ),
     main(
         "converted with a format of the future",
         "--policy_model={bad}",
         "format=2, expected 1",
-        spoil=json_fields("ours", "sarm_jax.json", format=2),
+        damage=json_fields("ours", "sarm_jax.json", format=2),
     ),
     main(
         "converted with half a config",
         "--policy_model={bad}",
         "config or hf_config is not",
-        spoil=json_fields("ours", "sarm_jax.json", config=[1]),
+        damage=json_fields("ours", "sarm_jax.json", config=[1]),
     ),
 ]
 
@@ -1017,13 +1043,13 @@ TOKENIZER = [
         "SARM without a chat template",
         "--sarm_model={bad}",
         "has no chat template",
-        spoil=without("sarm", "chat_template.jinja"),
+        damage=without("sarm", "chat_template.jinja"),
     ),
     main(
         "SARM without a tokenizer",
         "--sarm_model={bad}",
         "tokenizer.json is missing",
-        spoil=without("sarm", "tokenizer.json"),
+        damage=without("sarm", "tokenizer.json"),
     ),
 ]
 
@@ -1092,7 +1118,7 @@ SAFETENSORS = [
         "SARM without a head",
         "--sarm_model={bad}",
         "score.weight: missing",
-        spoil=tensors("sarm", lambda t: t.pop("score.weight")),
+        damage=tensors("sarm", lambda t: t.pop("score.weight")),
     ),
     policy(
         "pickled weights",
@@ -1204,7 +1230,7 @@ ADAPTERS = [
     adapter("no weights", without("adapter", ADAPTER), "neither adapter_model.safetensors nor"),
     adapter("weights linked out of the directory", linked("adapter", ADAPTER), "leads out"),
     adapter("file linked out of the directory", linked("adapter", "tokenizer.json"), "leads out"),
-    adapter("broken description", content("adapter", "adapter_config.json", "{"), "cannot be read"),
+    adapter("broken description", content("adapter", "adapter_config.json", "{"), "not JSON"),
 ]
 
 Z = np.ones((4, 2), np.float32)
@@ -1239,7 +1265,7 @@ HUMAN = [
         "feature that was not collected",
         "--beta=0.5 --human_latents={bad} --latent_indices=3",
         "feature 3 is not in the human latents",
-        spoil=latents(z=Z, latent_indices=I),
+        damage=latents(z=Z, latent_indices=I),
     ),
 ]
 
@@ -1249,9 +1275,9 @@ ANSWERS = "data_jsonl={world}/answers.jsonl"
 STEER = f"{ANSWERS} steering_json={{bad}}"
 
 
-def rows(*found: dict, **changes: Any) -> Spoil:
-    """A JSON Lines file of a row with fields changed; `...` deletes one."""
-    changed = [{k: v for k, v in (row | changes).items() if v is not ...} for row in found]
+def rows(*originals: dict, **changes: Any) -> Damage:
+    """Makes a JSON Lines file of rows with fields changed; `...` deletes a field."""
+    changed = [{k: v for k, v in (row | changes).items() if v is not ...} for row in originals]
     return file("".join(json.dumps(row) + "\n" for row in changed))
 
 
@@ -1268,89 +1294,91 @@ BENCHMARKS = [
         "another benchmark",
         "rm_bench={bad}",
         "bad.jsonl:1: field 'chosen' has 1 texts",
-        spoil=rows(CHOICE),
+        damage=rows(CHOICE),
     ),
     bench(
         "text for a list",
         "rm_bench={bad}",
         "bad.jsonl:1: field 'chosen' must be a list",
-        spoil=rows(STYLED, chosen="a"),
+        damage=rows(STYLED, chosen="a"),
     ),
     bench(
-        "no prompt", "rm_bench={bad}", "field 'prompt' is missing", spoil=rows(STYLED, prompt=...)
+        "no prompt", "rm_bench={bad}", "field 'prompt' is missing", damage=rows(STYLED, prompt=...)
     ),
     bench(
         "number for a domain",
         "rm_bench={bad}",
         "'domain' must be text",
-        spoil=rows(STYLED, domain=3),
+        damage=rows(STYLED, domain=3),
     ),
     bench(
         "array with a number",
         "rm_bench={bad}",
         "bad.json row 1: expected an object",
-        spoil=file("[1]", "bad.json"),
+        damage=file("[1]", "bad.json"),
     ),
-    bench("broken array", "rm_bench={bad}", "bad.json:2: not JSON", spoil=file("[\n1", "bad.json")),
     bench(
-        "array bomb", "rm_bench={bad}", "nested too deeply", spoil=file("[" * 100_000, "bad.json")
+        "broken array", "rm_bench={bad}", "bad.json:2: not JSON", damage=file("[\n1", "bad.json")
     ),
-    bench("no rows", "rewardbench2={bad}", "holds no rows", spoil=file("[]", "bad.json")),
+    bench(
+        "array bomb", "rm_bench={bad}", "nested too deeply", damage=file("[" * 100_000, "bad.json")
+    ),
+    bench("no rows", "rewardbench2={bad}", "holds no rows", damage=file("[]", "bad.json")),
     bench(
         "object for rows",
         "rewardbench2={bad}",
         "expected a JSON array",
-        spoil=file("{}", "bad.json"),
+        damage=file("{}", "bad.json"),
     ),
     bench(
         "two right answers",
         "rewardbench2={bad}",
         "has 2 texts, expected 1",
-        spoil=rows(CHOICE, chosen=["a", "b"]),
+        damage=rows(CHOICE, chosen=["a", "b"]),
     ),
     bench(
         "count that is wrong",
         "rewardbench2={bad}",
         "num_correct=2",
-        spoil=rows(CHOICE, num_correct=2),
+        damage=rows(CHOICE, num_correct=2),
     ),
     bench(
         "tie without a number",
         "rewardbench2={bad}",
         "expected ref:N or tied:N",
-        spoil=rows(CHOICE, subset="Ties"),
+        damage=rows(CHOICE, subset="Ties"),
     ),
     bench(
         "tie without its other half",
         "rewardbench2={bad}",
         "evaluate.rewardbench2=",
-        spoil=rows(CHOICE, subset="Ties", id="ref:1"),
+        damage=rows(CHOICE, subset="Ties", id="ref:1"),
     ),
     bench(
         "no parquet",
         "rewardbench2={bad}",
         "bad.parquet: not parquet",
-        spoil=file(b"PAR1" + bytes(64) + b"PAR1", "bad.parquet"),
+        damage=file(b"PAR1" + bytes(64) + b"PAR1", "bad.parquet"),
     ),
     bench(
         "parquet without a column",
         "rewardbench2={bad}",
         "row 1: field 'subset' is missing",
-        spoil=parquet([{"prompt": "p", "chosen": ["a"], "rejected": ["b"]}]),
+        damage=parquet([{"prompt": "p", "chosen": ["a"], "rejected": ["b"]}]),
     ),
     bench(
         "parquet of numbers",
         "rewardbench2={bad}",
         "row 1: field 'chosen' must be a list of",
-        spoil=parquet([CHOICE | {"chosen": [1]}]),
+        damage=parquet([CHOICE | {"chosen": [1]}]),
     ),
     bench(
         "parquet of bytes",
         "rewardbench2={bad}",
         "row 1: field 'prompt' must be text",
-        spoil=parquet([CHOICE | {"prompt": b"p"}]),
+        damage=parquet([CHOICE | {"prompt": b"p"}]),
     ),
-    bench("nothing steered", ANSWERS, "nothing is steered: give evaluate.steering_json"),
+    bench("nothing steered", ANSWERS, "no feature is steered: give evaluate.steering_json"),
     bench(
         "no answers",
         "data_jsonl={world}/pairs.jsonl steering_json=s.json",
@@ -1363,38 +1391,38 @@ BENCHMARKS = [
         "steering beyond the SARM",
         STEER,
         "a.json: feature 640 does not exist",
-        spoil=file('{"640": ["*", 0]}', "a.json"),
+        damage=file('{"640": ["*", 0]}', "a.json"),
     ),
     bench(
         "steering beyond any index",
         STEER,
         "expected a feature id",
-        spoil=file('{"%s": ["*", 0]}' % ("9" * 5000), "a.json"),
+        damage=file('{"%s": ["*", 0]}' % ("9" * 5000), "a.json"),
     ),
     bench(
         "steering by words",
         STEER,
         "feature 1: found ['set', 0]",
         "'*' or '+'",
-        spoil=file('{"1": ["set", 0]}', "a.json"),
+        damage=file('{"1": ["set", 0]}', "a.json"),
     ),
     bench(
-        "steering by NaN", STEER, "NaN is not a number", spoil=file('{"1": ["+", NaN]}', "a.json")
+        "steering by NaN", STEER, "NaN is not a number", damage=file('{"1": ["+", NaN]}', "a.json")
     ),
     bench(
         "steering beyond floats",
         STEER,
         "feature 1: found",
-        spoil=file('{"1": ["+", 1%s]}' % ("0" * 400), "a.json"),
+        damage=file('{"1": ["+", 1%s]}' % ("0" * 400), "a.json"),
     ),
     bench(
         "steering twice",
         STEER,
         "key '1' appears twice",
-        spoil=file('{"1": ["+", 1], "1": ["+", 2]}', "a.json"),
+        damage=file('{"1": ["+", 1], "1": ["+", 2]}', "a.json"),
     ),
-    bench("steering list", STEER, "expected an object of features", spoil=file("[1]", "a.json")),
-    bench("steering in no text", STEER, "not JSON", spoil=file(b"\xff", "a.json")),
+    bench("steering list", STEER, "expected an object of features", damage=file("[1]", "a.json")),
+    bench("steering in no text", STEER, "not JSON", damage=file(b"\xff", "a.json")),
     main(
         "no benchmark to prepare",
         "--stage=prepare_data --config.prepare_data.source=benchmarks",
@@ -1405,7 +1433,7 @@ BENCHMARKS = [
         "--stage=prepare_data "
         "--config.prepare_data.source=benchmarks --config.prepare_data.rm_bench={bad}",
         "bad.jsonl:1: field 'chosen' has 1 texts",
-        spoil=rows(CHOICE),
+        damage=rows(CHOICE),
     ),
     main(
         "everything held out",
@@ -1423,7 +1451,7 @@ BENCHMARKS = [
     bench(
         "greedy samples",
         "prompts_jsonl={world}/demos.jsonl runs={world}/adapter samples=2",
-        "greedy responses are all alike",
+        "greedy responses are all equal",
     ),
     bench(
         "few resamples",
@@ -1443,8 +1471,8 @@ BENCHMARKS = [
 ]
 
 REPORT = [
-    Bad(what, f"--stage=report --config.report.{options}", says, spoil)
-    for what, options, says, spoil in [
+    main(name, f"--stage=report --config.report.{options}", *messages, damage=damage)
+    for name, options, messages, damage in [
         ("negative samples", "samples=-1", ("report.samples=-1",), None),
         ("no such run", "runs={world}/none", ("none is not a directory",), None),
         ("no run in it", "runs={bad}", ("holds no run", "makes one"), nothing),
@@ -1516,7 +1544,7 @@ REPORT = [
         (
             "list for a summary",
             "runs={bad}",
-            ("summary.json: expected a JSON object, found list",),
+            ("summary.json: expected a JSON object, found [",),
             run_with(summary__json="[]"),
         ),
     ]
@@ -1528,19 +1556,19 @@ WORKDIRS = [
         "--workdir={bad}",
         "holds a run of another configuration",
         "choose another --workdir",
-        spoil=run_with(),
+        damage=run_with(),
     ),
     main(
         "options that are a list",
         "--workdir={bad}",
         "config.json: expected the options of a run",
-        spoil=run_with(config__json="[1]"),
+        damage=run_with(config__json="[1]"),
     ),
     main(
         "options that are broken",
         "--workdir={bad}",
         "config.json: not JSON",
-        spoil=run_with(config__json="{"),
+        damage=run_with(config__json="{"),
     ),
 ]
 
@@ -1549,16 +1577,16 @@ TRAINED = (
     "--workdir=run --policy_model=policy --sarm_model=sarm --prompts_jsonl=demos.jsonl "
     "--config.ppo.max_prompt_tokens=120 --config.ppo.calibration_batches=1"
 )
-RECORDS = "stages.json", "config.json"  # without them a checkpoint itself says whose it is
+RECORDS = "stages.json", "config.json"  # without them, the checkpoint itself identifies its run
 
 
 def nothing(place: Path) -> None:
     """Changes nothing."""
 
 
-def checkpoint(what: str, spoil: Spoil, *says: str, options: str = "") -> Bad:
-    """A run that cannot go on from its checkpoint."""
-    return main(what, f"{TRAINED} {options}", *says, spoil=spoil)
+def checkpoint(name: str, damage: Damage, *messages: str, options: str = "") -> BadInput:
+    """A case in which a run cannot resume from its checkpoint."""
+    return main(name, f"{TRAINED} {options}", *messages, damage=damage)
 
 
 OF_ANOTHER = "run/checkpoints/2: a checkpoint of another run: "
@@ -1626,29 +1654,29 @@ CHECKPOINTS = [
     checkpoint(
         "only checkpoint damaged",
         trained(flipped("state/**/*")),
-        "run/checkpoints: no checkpoint is whole (2: state/",
+        "run/checkpoints: no checkpoint is intact (2: state/",
         "has another SHA-256",
-        "put back a copy of one",
+        "restore a copy of one",
     ),
     checkpoint(
         "facts of a checkpoint of another run",
         trained(flipped("facts/metadata")),
-        "no checkpoint is whole (2: facts/metadata has another SHA-256",
+        "no checkpoint is intact (2: facts/metadata has another SHA-256",
     ),
     checkpoint(
         "manifest of a checkpoint missing",
         trained(lambda place: (place / "run/checkpoints/2/manifest/sha256.json").unlink()),
-        "no checkpoint is whole (2: manifest/sha256.json is missing)",
+        "no checkpoint is intact (2: manifest/sha256.json is missing)",
     ),
 ]
 
 
-def convert(what: str, options: str, *says: str, spoil: Spoil | None = None) -> Bad:
-    return Bad(what, options, says, spoil, "from_hf")
+def convert(name: str, options: str, *messages: str, damage: Damage | None = None) -> BadInput:
+    return BadInput(name, options, messages=messages, damage=damage, command="from_hf")
 
 
-def export(what: str, options: str, *says: str, spoil: Spoil | None = None) -> Bad:
-    return Bad(what, options, says, spoil, "to_hf")
+def export(name: str, options: str, *messages: str, damage: Damage | None = None) -> BadInput:
+    return BadInput(name, options, messages=messages, damage=damage, command="to_hf")
 
 
 NEW = "--dst={world}/../new"
@@ -1676,31 +1704,31 @@ CONVERSION = [
         "another architecture",
         f"--kind=policy --src={{bad}} {NEW}",
         "model_type='gpt2'",
-        spoil=config(model_type="gpt2"),
+        damage=config(model_type="gpt2"),
     ),
     convert(
         "tensor missing",
         f"--kind=policy --src={{bad}} {NEW}",
         "model.norm.weight: missing",
-        spoil=tensors("policy", lambda t: t.pop("model.norm.weight")),
+        damage=tensors("policy", lambda t: t.pop("model.norm.weight")),
     ),
     convert(
         "pickled",
         f"--kind=policy --src={{bad}} {NEW}",
         "unpickling runs code",
-        spoil=pickled("policy", WEIGHTS, "consolidated.00.pth"),
+        damage=pickled("policy", WEIGHTS, "consolidated.00.pth"),
     ),
     convert(
         "weights linked out",
         f"--kind=policy --src={{bad}} {NEW}",
         "leads out",
-        spoil=linked("policy", WEIGHTS),
+        damage=linked("policy", WEIGHTS),
     ),
     convert(
         "template linked out",
         f"--kind=policy --src={{bad}} {NEW}",
         "leads out",
-        spoil=linked("policy", "chat_template.jinja"),
+        damage=linked("policy", "chat_template.jinja"),
     ),
     export(
         "merge without an adapter",
@@ -1713,31 +1741,31 @@ CONVERSION = [
         "adapter without a base",
         f"--src={{bad}} {NEW}",
         "base_model_name_or_path=None",
-        spoil=json_fields("adapter", "adapter_config.json", base_model_name_or_path=...),
+        damage=json_fields("adapter", "adapter_config.json", base_model_name_or_path=...),
     ),
     export(
         "adapter with a base that is a list",
         f"--merge --src={{bad}} {NEW}",
         "base_model_name_or_path=['x']",
-        spoil=json_fields("adapter", "adapter_config.json", base_model_name_or_path=["x"]),
+        damage=json_fields("adapter", "adapter_config.json", base_model_name_or_path=["x"]),
     ),
     export(
         "adapter of another model",
         f"--merge --src={{bad}} {NEW}",
         "expected [2, 32]",
-        spoil=tensors("adapter", lambda t: t.update({A: np.ones((2, 31), np.float32)}), ADAPTER),
+        damage=tensors("adapter", lambda t: t.update({A: np.ones((2, 31), np.float32)}), ADAPTER),
     ),
     export(
         "adapter with a file linked out",
         f"--src={{bad}} {NEW}",
         "leads out",
-        spoil=linked("adapter", "tokenizer.json"),
+        damage=linked("adapter", "tokenizer.json"),
     ),
     export(
         "pickled adapter",
         f"--src={{bad}} {NEW}",
         "unpickling runs code",
-        spoil=pickled("adapter", ADAPTER, "adapter_model.bin"),
+        damage=pickled("adapter", ADAPTER, "adapter_model.bin"),
     ),
     export("destination taken", "--src={world}/adapter --dst={world}/sarm", "exists already"),
 ]

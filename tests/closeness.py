@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 RUN_TOLERANCE = 2e-5  # later steps amplify the rounding of earlier ones
-LOGP = 3.0  # a log-probability of the tiny policies is at least of this magnitude, in nats
+LOGP = 3.0  # lower bound of |log-probability| of the tiny policies, in nats
 
 
 def assert_close(
@@ -18,10 +18,16 @@ def assert_close(
 ) -> None:
     """Asserts that `actual` differs from `expected` by at most `relative` of its scale.
 
-    The scale is the largest magnitude in `expected`: every entry of a product of matrices has the
-    rounding of its terms, however small the entry is. A difference that nearly cancels has the
-    rounding of what was subtracted: `terms` gives those numbers, and the scale is the largest
-    magnitude in `expected` and `terms`. A scale of 0 asks for equality.
+    The scale is the largest magnitude in `expected` and `terms`; a scale of 0 requires equality.
+
+    Args:
+        actual: the values under test.
+        expected: the right values. Every entry of a product of matrices has the rounding error of
+            its terms, however small the entry is, so that the largest entry sets the scale.
+        relative: the tolerance relative to the scale.
+        terms: the operands, if `expected` is a difference that nearly cancels; it then has their
+            rounding error.
+        name: a name for the message.
     """
     actual, expected, terms = (np.asarray(x, np.float64) for x in (actual, expected, terms))
     assert np.isfinite(expected).all() and np.isfinite(terms).all(), f"{name}: not finite"
@@ -30,10 +36,10 @@ def assert_close(
 
 
 def metric_terms(name: str, values_n: np.ndarray) -> np.ndarray:
-    """Returns the magnitude of the numbers that the column `name` is a difference of.
+    """Returns the magnitude of the operands in the column `name`, for `terms` of `assert_close`.
 
-    Scores and whitened advantages have either sign and a magnitude of about 1, so that their mean
-    may be near 0. A KL is about half the square of log-ratios: its rounding is that of the
+    Scores and whitened advantages have both signs and a magnitude of about 1, so that their mean
+    may be near 0. A KL is about half the square of a log-ratio: its rounding error is that of the
     log-probabilities times the size of their difference.
     """
     if name in ("total_reward", "rm_score", "policy_loss", "ppo_loss"):
@@ -44,7 +50,7 @@ def metric_terms(name: str, values_n: np.ndarray) -> np.ndarray:
 
 
 def assert_same_metrics(rows: list[dict], expected: list[dict], names: Iterable[str]) -> None:
-    """Asserts that the named columns of metrics.csv agree, each at the scale of its values."""
+    """Asserts that the named columns of metrics.csv are equal, each at the scale of its values."""
     for name in names:
         actual_n, expected_n = (
             np.array([row[name] for row in table]) for table in (rows, expected)

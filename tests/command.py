@@ -1,4 +1,4 @@
-"""`main.py` in the process of the tests."""
+"""Runs `main.py` in the process of the tests."""
 
 import sys
 from unittest import mock
@@ -9,8 +9,8 @@ import main
 
 
 def run_main(*options: str) -> int:
-    """The exit code of `python main.py` with these options; every flag is afterwards as before."""
+    """Runs `python main.py` with these options, restores all flags, and returns the exit code."""
     argv = ["main.py", *options]
-    # ml_collections looks for overrides in sys.argv.
+    # ml_collections reads overrides from sys.argv.
     with mock.patch.object(sys, "argv", argv), flagsaver.flagsaver():
         return main.main(argv)

@@ -1,4 +1,4 @@
-"""Tiny models for tests that need no oracle: a byte-level chat policy and a SARM, both random."""
+"""Fixtures: tiny random models without an oracle (a byte-level chat policy and a SARM), runs."""
 
 import dataclasses
 import json
@@ -16,12 +16,12 @@ from flax import nnx
 
 from configs import base
 from ppo.config import PPOConfig
-from ppo.density_ratio import DiscriminatorConfig
 from ppo.human_latents import HumanLatents, collect_human_latents, save_human_latents
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig
-from ppo.tracking.guards import GuardConfig
-from ppo.train import NO_PROFILE, TrainConfig, Trainer
+from ppo.tracking.checkpoint import CheckpointConfig
+from ppo.tracking.profiling import NO_PROFILE
+from ppo.train import TrainConfig, Trainer
 from sarm_jax.models import chat
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.lora import LoRAConfig
@@ -29,21 +29,27 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
+from tests.tiny_models import (
+    ACTIVE,
+    DISCRIMINATOR,
+    HELD_OUT,
+    PROMPTS,
+    REWARD,
+    guard_options,
+    scale_matrices,
+)
 
-jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for the tests of sharding
-# They meet on few cores that others use as well: XLA would give up, and abort, after 40 seconds.
-PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-# XLA's older code generator: a third of the time to compile, and fast enough for tiny models.
-# Later versions have no other any more, and end at a flag that they do not know.
-QUICK = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {PATIENCE} {QUICK}"
-torch.set_num_threads(1)  # each worker has one core; threads of several wait for each other
-MAPS, MOST_MAPS = Path("/proc/self/maps"), 12_000  # of the 65,530 that Linux allows
-PROMPTS = [f"say {i}" for i in range(10)]
-HELD_OUT = [f"what about {i}" for i in range(6)]
-REWARD = RewardConfig((3, 5), (0.1, 0.2), (0.2, 0.1), beta=0.05)
-ACTIVE = (3, 4, 5, 8, 9, 13)  # features that fire: what is 0 everywhere has no latent KL
-DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
+jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, for the tests of sharding
+# On few, busy cores the virtual devices may wait long for each other; XLA aborts after 40 seconds.
+TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+# XLA's older code generator compiles in a third of the time and is fast enough for tiny models.
+# Later versions of XLA do not have it and exit at the unknown flag.
+OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUT} {OLD_EMITTERS}"
+torch.set_num_threads(
+    1
+)  # one core per worker; threads of several workers would wait for each other
+MAPS, MAX_MAPS = Path("/proc/self/maps"), 12_000  # memory maps; Linux allows 65,530
 
 
 @pytest.fixture(scope="session")
@@ -52,14 +58,14 @@ def tokenizer():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def heed_interrupts():
-    """A shell has what it runs in the background ignore Ctrl-C; these tests send it."""
+def handle_interrupts():
+    """Restores the handler of Ctrl-C, which a shell disables for background processes."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def leaving(monkeypatch):
-    """`signals.leave` raises SystemExit instead of ending the tests."""
+    """`signals.exit_after_cleanup` raises SystemExit instead of ending the tests."""
     monkeypatch.setattr(os, "_exit", sys.exit)
 
 
@@ -76,26 +82,19 @@ def architecture(tokenizer):
     )
 
 
-def spread(module: nnx.Module, factor: float = 10.0) -> nnx.Module:
-    """Scales the matrices of a fresh model up, so that attention and logits are not flat."""
-    for _, value in nnx.to_flat_state(nnx.state(module)):
-        if value[...].ndim >= 2 and value[...].shape[-2] > 3:
-            value[...] = value[...] * factor
-    return module
-
-
 @pytest.fixture
 def policy(architecture, tokenizer):
     stops = chat.stop_ids(tokenizer)
-    return spread(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stops))
+    return scale_matrices(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stops))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def keep_compiled_programs(tmp_path_factory):
-    """Compiles a program once for all modules, workers and child processes of a run of the tests.
+    """Shares compiled programs between all modules, workers and child processes of a test run.
 
-    Most of the time of the tests is compilation. pytest removes the folder after a few runs. LLVM
-    does not optimise, as in JAX's own tests: models are tiny, and compiling takes half the time.
+    Most of the time of the tests is compilation. pytest removes the folder after a few runs. LLVM's
+    optimisations are off, as in JAX's own tests: models are tiny, and compilation takes half the
+    time.
     """
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
@@ -112,9 +111,9 @@ def keep_compiled_programs(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def forget_programs():
-    """Frees a test's programs: a worker that keeps thousands runs out of memory maps."""
+    """Frees compiled programs before a worker with thousands of them runs out of memory maps."""
     yield
-    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MAX_MAPS:
         jax.clear_caches()
 
 
@@ -122,14 +121,14 @@ def forget_programs():
 def reward_model(architecture, tokenizer):
     trunk = dataclasses.replace(architecture, num_hidden_layers=2)
     sarm = SARM(SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8)), rngs=nnx.Rngs(1))
-    spread(sarm.trunk)
+    scale_matrices(sarm.trunk)
     sarm.score[...] = jax.random.normal(jax.random.key(2), (64,))
     return RewardModel(sarm, tokenizer, max_length=512, batch_size=8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def ppo_config():
-    """PPOConfig of the base config, small, with the given fields changed."""
+    """Returns a function that makes a small PPOConfig with the given fields changed."""
 
     def make(**changes) -> PPOConfig:
         small = {"batch_size": 4, "max_new_tokens": 6, "total_steps": 4, "max_prompt_tokens": 200}
@@ -141,6 +140,8 @@ def ppo_config():
 
 @pytest.fixture
 def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
+    """Returns a function that makes the trainer of a tiny run."""
+
     def make(
         workdir: Path,
         reward: RewardConfig = REWARD,
@@ -158,18 +159,23 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         deck = PromptDeck(prompts, tokenizer, ppo)
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
         human = collect_human_latents(reward_model, demos, ACTIVE) if reward.beta else None
-        limits = GuardConfig(**(guards or {}))
-        config = TrainConfig(ppo, LoRAConfig(rank=4), reward, DISCRIMINATOR, limits)
-        eval_deck = PromptDeck(HELD_OUT, tokenizer, ppo) if evaluate else None
+        config = TrainConfig(
+            ppo=ppo,
+            lora=LoRAConfig(rank=4),
+            reward=reward,
+            discriminator=DISCRIMINATOR,
+            guards=guard_options(**(guards or {})),
+            checkpoint=CheckpointConfig(keep_every=0),
+        )
         return Trainer(
-            config,
-            spread(policy),
-            tokenizer,
-            reward_model,
-            deck,
-            human,
-            workdir,
-            eval_deck,
+            config=config,
+            policy=scale_matrices(policy),
+            tokenizer=tokenizer,
+            reward_model=reward_model,
+            deck=deck,
+            human=human,
+            workdir=workdir,
+            eval_deck=PromptDeck(HELD_OUT, tokenizer, ppo) if evaluate else None,
             profile=profile,
         )
 
@@ -183,7 +189,7 @@ def base_config():
 
 @pytest.fixture
 def batch_bt():
-    """Two prompts of different length, padded left, right and in the middle."""
+    """Two prompts of different lengths, padded left, right and in the middle."""
     rows = [[5, 6, 7, 8, 9], [10, 11, 12]]
     left = SimpleNamespace(
         tokens=[[5, 6, 7, 8, 9], [0, 0, 10, 11, 12]], mask=[[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]

@@ -1,4 +1,4 @@
-"""Latents in plain arrays, where a test makes them by hand."""
+"""Latents in plain arrays, for tests that make them by hand."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from sarm_jax.models.latent_store import Contrast
 
 
 class DenseLatents:
-    """Latents `[N, M]` that are in memory already."""
+    """Latents `[N, M]` in memory."""
 
     def __init__(self, z_nf: np.ndarray):
         self.z_nf, self.size = z_nf, z_nf.shape[1]
@@ -17,12 +17,12 @@ class DenseLatents:
         return len(self.z_nf)
 
     def columns(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Columns `[N, n]`."""
+        """Returns columns `[N, n]`."""
         return np.take(self.z_nf, ids, axis=1)
 
 
 def dense_contrast(chosen_pf: np.ndarray, rejected_pf: np.ndarray) -> Contrast:
-    """Two arrays `[P, M]`, the same row being the same pair."""
+    """Makes a contrast from two arrays `[P, M]`; equal rows belong to the same pair."""
     count = len(chosen_pf)
     both = DenseLatents(np.concatenate([chosen_pf, rejected_pf]))
     return Contrast(both, np.arange(count), np.arange(count, 2 * count))

@@ -1,8 +1,8 @@
 """Independent oracles: tiny transformers checkpoints, a PyTorch SARM, and loops for the PPO maths.
 
-Nothing here imports the project, so that a shared misunderstanding cannot cancel out. The models
-are transformers' own Llama with large random weights: at the usual std of 0.02 attention is nearly
-uniform and the logits nearly equal, and most mistakes would pass at a tolerance of 1e-4.
+This module does not import the project, so that an error cannot occur on both sides. The models are
+transformers' own Llama with large random weights: at the usual std of 0.02 attention is nearly
+uniform, logits are nearly equal, and most errors would pass at a tolerance of 1e-4.
 
 Sources: the Llama-3.1 and ChatML chat templates; SARM (arXiv 2508.08746); PPO (arXiv 1707.06347,
 1506.02438) with the details of arXiv 2403.17031.
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
 
-LLAMA3_ROPE = {  # wavelengths 6, 63, 628, 6283 at head_dim 8: all three branches of the rule
+LLAMA3_ROPE = {  # wavelengths 6, 63, 628, 6283 at head_dim 8 cover all three branches of the rule
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
@@ -29,7 +29,7 @@ LLAMA3_ROPE = {  # wavelengths 6, 63, 628, 6283 at head_dim 8: all three branche
     "original_max_position_embeddings": 64,
 }
 
-# As Llama-3.x: the template writes BOS, the date defaults to today, contents are stripped.
+# As in Llama-3.x, the template writes BOS, the date defaults to today, and contents are stripped.
 LLAMA3_TEMPLATE = """\
 {{- bos_token }}
 {%- if not date_string is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% endif %}
@@ -55,7 +55,7 @@ CHATML_TEMPLATE = """\
 
 
 def _byte_level(specials: list[str], specials_first: bool) -> Tokenizer:
-    """Byte-level BPE without merges: one token per UTF-8 byte, plus the special tokens."""
+    """Returns byte-level BPE without merges: a token per UTF-8 byte, plus the special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = specials + alphabet if specials_first else alphabet + specials
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
@@ -66,9 +66,10 @@ def _byte_level(specials: list[str], specials_first: bool) -> Tokenizer:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """262 tokens in Llama-3's style: bos 256, eos `<|eot_id|>` 260, pad 261 (last, as added later).
+    """Returns a tokenizer of 262 tokens in Llama-3's style.
 
-    As Llama-3's, calling it on a text prepends BOS, so templated text must be encoded without.
+    BOS is 256, EOS `<|eot_id|>` 260, and PAD 261, the last one, as if added later. Like Llama-3's
+    tokenizer it prepends BOS to a text, so templated text must be encoded without special tokens.
     """
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
     core = _byte_level([*specials, "<|eot_id|>", "[PAD]"], specials_first=False)
@@ -86,7 +87,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def chatml_tokenizer() -> PreTrainedTokenizerFast:
-    """259 tokens in SmolLM2's style: pad 0, `<|im_start|>` 1, `<|im_end|>` 2; adds no BOS."""
+    """Returns a tokenizer of 259 tokens in SmolLM2's style, which adds no BOS.
+
+    PAD is 0, `<|im_start|>` 1 and `<|im_end|>` 2.
+    """
     return PreTrainedTokenizerFast(
         tokenizer_object=_byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"], True),
         bos_token="<|im_start|>",
@@ -98,7 +102,10 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama_config(**overrides: Any) -> LlamaConfig:
-    """3 layers, hidden 32, 4 heads over 2 KV heads; vocabulary 262, which 4 does not divide."""
+    """Returns a config of 3 layers, width 32, 4 heads over 2 KV heads and 262 tokens.
+
+    4 does not divide the vocabulary.
+    """
     defaults: dict[str, Any] = {
         "vocab_size": 262,
         "hidden_size": 32,
@@ -115,7 +122,7 @@ def tiny_llama_config(**overrides: Any) -> LlamaConfig:
 
 
 def _with_tokens(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
-    """A copy of `config` that knows the tokenizer's special tokens."""
+    """Returns a copy of `config` with the tokenizer's special tokens."""
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size {config.vocab_size} < {len(tokenizer)} tokens")
     config = copy.deepcopy(config)
@@ -126,7 +133,7 @@ def _with_tokens(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> Lla
 
 @torch.no_grad()
 def _randomize(model: torch.nn.Module, seed: int, dtype: str, std: float = 0.3) -> None:
-    """Matrices ~ N(0, std²), norm weights ~ U(0.5, 1.5), rounded to `dtype` but held in float32."""
+    """Draws matrices from N(0, std²) and norm weights from U(0.5, 1.5), rounded to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     for param in model.parameters():
         if param.ndim == 1:
@@ -137,14 +144,14 @@ def _randomize(model: torch.nn.Module, seed: int, dtype: str, std: float = 0.3) 
 
 
 def _write_old_dialect(config_json: Path) -> None:
-    """Rewrites config.json as hub files have it: rope_theta + rope_scaling, torch_dtype."""
+    """Rewrites config.json with the older fields rope_theta, rope_scaling and torch_dtype."""
     raw = json.loads(config_json.read_text())
     rope = raw.pop("rope_parameters")
     raw["rope_theta"] = rope.pop("rope_theta")
     raw["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     raw["torch_dtype"] = raw.pop("dtype")
     if raw["head_dim"] * raw["num_attention_heads"] == raw["hidden_size"]:
-        del raw["head_dim"]  # implied, and absent from most files
+        del raw["head_dim"]  # implied, and missing in most files
     config_json.write_text(json.dumps(raw, indent=2) + "\n")
 
 
@@ -157,7 +164,7 @@ def save_tiny_llama(
     max_shard_size: int | str | None = None,
     dialect: str = "new",
 ) -> LlamaForCausalLM:
-    """Writes a random Llama as a HF directory and returns it.
+    """Writes a random Llama as a Hugging Face directory and returns it.
 
     Args:
       max_shard_size: for instance "50KB" splits the weights into several files with an index.
@@ -180,17 +187,17 @@ def save_tiny_llama(
 
 
 class SarmOutput(NamedTuple):
-    """What TorchSarm says about one sequence of T tokens."""
+    """Output of TorchSarm for one sequence of T tokens."""
 
     score: torch.Tensor  # []
-    z_m: torch.Tensor  # [M], what the head reads at the last token
+    z_m: torch.Tensor  # [M], input of the head at the last token
     a_m: torch.Tensor  # [M], pre-activations at the last token
     rec_loss: torch.Tensor  # [], mean over all tokens
-    rec_loss_t: torch.Tensor  # [T], to be masked to a turn by the caller
+    rec_loss_t: torch.Tensor  # [T]; the caller masks it to a turn
 
 
 class TorchSarm(torch.nn.Module):
-    """SARM, one unpadded sequence at a time; parameter names are those of the HF checkpoint.
+    """A SARM for one unpadded sequence at a time, with the parameter names of the HF checkpoint.
 
     h = trunk(ids), without the final norm
     x = (h - mean(h)) / (std(h) + 1e-6),    std with ddof = 1
@@ -222,7 +229,7 @@ class TorchSarm(torch.nn.Module):
         self.k, self.use_activation = k, use_activation
 
     def forward(self, ids_1t: torch.Tensor) -> SarmOutput:
-        """ids_1t: [1, T] int64, no padding; the last token is the one that is scored."""
+        """Scores the last token of `ids_1t`, int64 [1, T] without padding."""
         if ids_1t.ndim != 2 or ids_1t.shape[0] != 1:
             raise ValueError(f"expected token ids [1, T], got {tuple(ids_1t.shape)}")
         h_td = self.model(input_ids=ids_1t, use_cache=False).last_hidden_state[0]
@@ -237,7 +244,13 @@ class TorchSarm(torch.nn.Module):
 
         x_hat_td = self.sae.decoder(sparse_tm) + self.sae.pre_bias
         rec_loss_t = ((x_hat_td - x_td) ** 2).mean(-1) / (x_td**2).mean(-1)
-        return SarmOutput(self.score(z_m)[0], z_m, a_tm[-1], rec_loss_t.mean(), rec_loss_t)
+        return SarmOutput(
+            score=self.score(z_m)[0],
+            z_m=z_m,
+            a_m=a_tm[-1],
+            rec_loss=rec_loss_t.mean(),
+            rec_loss_t=rec_loss_t,
+        )
 
 
 def save_tiny_sarm(
@@ -254,9 +267,9 @@ def save_tiny_sarm(
 ) -> TorchSarm:
     """Writes a random SARM in the layout of `Schrieffer/Llama-SARM-4B` and returns its oracle.
 
-    As there, config.json is in the old dialect, declares more layers than exist (unless
-    `extra_declared_layers` is False), and the file holds a `model.norm.weight` that must not be
-    applied. The latent bias is so low that a part of the kept latents is negative.
+    As in that checkpoint, config.json has the old fields and declares more layers than exist
+    (unless `extra_declared_layers` is False), and the file holds a `model.norm.weight` that must
+    not be applied. The latent bias is so low that some of the kept latents are negative.
 
     Returns:
       The oracle in float32 and eval mode, its weights equal to those on disk (rounded to `dtype`).
@@ -271,7 +284,13 @@ def save_tiny_sarm(
         "sae_use_sequence_level": False,
         "sarm_use_activation": use_activation,
     }
-    sarm = TorchSarm(config, layers, latent_size, k, use_activation).eval()
+    sarm = TorchSarm(
+        config,
+        sae_source_layer=layers,
+        latent_size=latent_size,
+        k=k,
+        use_activation=use_activation,
+    ).eval()
     _randomize(sarm, seed, dtype)
     with torch.no_grad():
         sarm.sae.pre_bias.sub_(1.0)
@@ -293,9 +312,9 @@ def save_tiny_sarm(
 def gae_loop(
     rewards_bt: np.ndarray, values_bt: np.ndarray, mask_bt: np.ndarray, gamma: float, lam: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generalised advantage estimation, δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γ λ A_{t+1}.
+    """Computes generalised advantages: δ_t = r_t + γ V_{t+1} − V_t, A_t = δ_t + γ λ A_{t+1}.
 
-    V and A are 0 past the last token of the mask; entries outside the mask are never read.
+    V and A are 0 after the last token of the mask; entries outside the mask are never read.
 
     Returns:
       advantages [B, T] before whitening and returns A + V [B, T], float64, 0 outside the mask.
@@ -317,7 +336,7 @@ def gae_loop(
 
 
 def masked_whiten_loop(values_bt: np.ndarray, mask_bt: np.ndarray, eps: float = 1e-8) -> np.ndarray:
-    """(x − μ) / √(σ² + eps) over the masked entries of the whole batch, ddof 0; 0 elsewhere."""
+    """Computes (x − μ) / √(σ² + eps) over the masked entries of the batch, ddof 0; 0 elsewhere."""
     where = [(b, t) for b, t in np.ndindex(values_bt.shape) if mask_bt[b, t]]
     mean = math.fsum(float(values_bt[i]) for i in where) / len(where)
     variance = math.fsum((float(values_bt[i]) - mean) ** 2 for i in where) / len(where)
@@ -339,13 +358,13 @@ def ppo_loss_loop(
     value_clip_range: float,
     token_count: int | None = None,
 ) -> dict[str, float]:
-    """Clipped policy and value losses, ρ = exp(clip(log π − log π_old, ±20)).
+    """Computes the clipped policy and value losses, ρ = exp(clip(log π − log π_old, ±20)).
 
     policy_loss = Σ max(−Aρ, −A clip(ρ, 1 ± ε)) / N
     value_loss = ½ Σ max((V − R)², (clip(V, V_old ± ε_v) − R)²) / N
 
     Args:
-      token_count: N, the tokens of the whole step; by default those of this mask.
+      token_count: N, the tokens of the whole step; default: the tokens of this mask.
 
     Returns:
       policy_loss, value_loss, and the means over N of approx_kl = ρ − 1 − log ρ and of

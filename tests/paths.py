@@ -1,4 +1,4 @@
-"""Places in the repository."""
+"""The root of the repository."""
 
 from pathlib import Path
 

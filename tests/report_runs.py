@@ -1,4 +1,4 @@
-"""Made-up runs and evaluations for the tests of the report, with texts that try to break it."""
+"""Synthetic runs and evaluations for the tests of the report, with texts that try to break it."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ NAMES = ("penalty", "plain <b>&\"'")
 
 
 def write_run(folder: Path, steps: int = 12, controls: bool = True, seed: int = 0) -> Path:
-    """A run of `steps` steps as the stage train leaves it, with two penalised features."""
+    """Writes a run like that of the stage train, with two penalised features."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     rows, samples, held_out = [], [], []
@@ -59,11 +59,11 @@ def write_run(folder: Path, steps: int = 12, controls: bool = True, seed: int = 
 
 
 def write_evaluation(folder: Path, prompts: int = 30) -> Path:
-    """What the stage evaluate leaves, for the base policy and two others."""
+    """Writes the files of the stage evaluate for the base policy and two others."""
     rng = np.random.default_rng(1)
-    place = folder / "eval"
-    place.mkdir(parents=True, exist_ok=True)
-    write_lines(place / "responses.jsonl", [_evaluated(rng, n) for n in range(prompts)])
+    eval_folder = folder / "eval"
+    eval_folder.mkdir(parents=True, exist_ok=True)
+    write_lines(eval_folder / "responses.jsonl", [_evaluated(rng, n) for n in range(prompts)])
     points = [
         {"source": source, "x": rng.normal() + n, "y": rng.normal(), "prompt": "", "response": ""}
         for n, source in enumerate(("human", "base", *NAMES))
@@ -74,11 +74,11 @@ def write_evaluation(folder: Path, prompts: int = 30) -> Path:
     measures |= {"latent_7": interval(0.5), "active_7": interval(0.3), "penalty_7": nothing}
     measures |= {"latent_3": nothing, "active_3": nothing, "penalty_3": nothing}
     level = {name: interval(0.7) for name in ("easy", "normal", "hard", "average")}
-    part = {"rows": 129, "matrix": [[0.5, 0.4, 0.3], [0.6, 0.5, 0.4], [0.7, 0.6, 0.5]]} | level
-    domains = {"chat": part, "code": part}
-    bench = {"domains": domains, "overall": part}
+    results = {"rows": 129, "matrix": [[0.5, 0.4, 0.3], [0.6, 0.5, 0.4], [0.7, 0.6, 0.5]]} | level
+    domains = {"chat": results, "code": results}
+    bench = {"domains": domains, "overall": results}
     subsets = {"Factuality": {"rows": 9, "score": interval(0.6)}, "Ties": {"score": interval(0.4)}}
-    whole = {"subsets": subsets, "score": interval(0.5)}
+    variant = {"subsets": subsets, "score": interval(0.5)}
     scores = {"before": rng.normal(size=40).tolist(), "after": rng.normal(1, 1, 40).tolist()}
     kept = {"responses": 40, "before": interval(0), "after": interval(1), "change": interval(1)}
     files = {
@@ -93,24 +93,24 @@ def write_evaluation(folder: Path, prompts: int = 30) -> Path:
             "variants": {"plain": bench, "controlled": bench},
             "change": {"controlled": {"overall": level}},
         },
-        "rewardbench2": {"variants": {"plain": whole, "controlled": whole}, "change": {}},
+        "rewardbench2": {"variants": {"plain": variant, "controlled": variant}, "change": {}},
         "steering": {
             "sets": {"chosen": kept | {"scores": scores}, "rejected": kept | {"scores": scores}},
             "specificity": interval(0.8) | {"targets": ["rejected"]},
         },
     }
     for name, content in files.items():
-        (place / f"{name}.json").write_text(json.dumps(content))
+        (eval_folder / f"{name}.json").write_text(json.dumps(content))
     return folder
 
 
 def interval(mean: float) -> dict[str, float]:
-    """A mean with an interval."""
+    """Returns a mean with an interval."""
     return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    """JSON Lines as the runs write them: what is not ASCII stands for itself where it can."""
+    """Writes JSON Lines like a run; characters are escaped only if UTF-8 cannot encode them."""
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     lines = [line.replace("\ud83d", "\\ud83d") for line in lines]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
@@ -126,17 +126,17 @@ def _sample(step: int, text: str, fires: bool) -> dict:
 def _evaluated(rng: np.random.Generator, number: int) -> dict:
     text = HOSTILE[number % len(HOSTILE)]
     responses = {}
-    for place, name in enumerate(("base", *NAMES)):
+    for position, name in enumerate(("base", *NAMES)):
         z, w = rng.uniform(0, 20, 12), rng.normal(0, 5e-3, 12)
         terms = [[int(i), float(z[i]), float(w[i]), float(z[i] * w[i])] for i in range(12)]
         terms.sort(key=lambda term: -abs(term[3]))
         rest = float(rng.normal(0, 1e-2))
-        fires = bool(place == 0 and number % 3 == 0)
+        fires = bool(position == 0 and number % 3 == 0)
         responses[name] = {
             "response": f"{name} {number}: {text}",
             "score": sum(term[3] for term in terms) + rest,
             "controlled_score": 0.0,
-            "length": 10 * place + number,
+            "length": 10 * position + number,
             "ended": number % 4 != 0,
             "bias": 0.0,
             "terms": terms,
@@ -156,9 +156,12 @@ REFERENCE_COLUMNS = (
 def write_recording(
     folder: Path, name: str, steps: int = 20, features: tuple[int, ...] = (48, 28)
 ) -> Path:
-    """NAME_metrics.csv and NAME_summary.json in the format of the reference implementation.
+    """Writes NAME_metrics.csv and NAME_summary.json in the format of the reference implementation.
 
-    Steps count from 1, and a row is of two responses, on each of which a feature costs 0.1.
+    Steps count from 1. A row covers two responses, and a feature that exceeds τ costs 0.1.
+
+    Returns:
+        The path of the metrics.
     """
     rng = np.random.default_rng(steps)
     folder.mkdir(parents=True, exist_ok=True)

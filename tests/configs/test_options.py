@@ -1,4 +1,4 @@
-"""Options stand in `configs/base.py`; where a dataclass has a default too, it is the same one."""
+"""Defaults of dataclasses, if there are any, agree with `configs/base.py`."""
 
 import dataclasses
 
@@ -7,18 +7,12 @@ import pytest
 from configs import base
 from pipeline.reference_flags import SHORTHANDS
 from ppo.comparison.responses import ResponseConfig
-from ppo.reward import RewardConfig
-from ppo.tracking.guards import GuardConfig
-from ppo.tracking.profiling import ProfileConfig
 from sarm_jax.features.certificates import CertificateConfig
 from sarm_jax.features.identify import IdentifyConfig
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.parallel.sharding import MeshConfig
 
 SECTIONS = [
-    (GuardConfig, "guards"),
-    (ProfileConfig, "profile"),
-    (RewardConfig, "reward"),
     (ResponseConfig, "evaluate"),
     (CertificateConfig, "probe"),
     (IdentifyConfig, "identify"),

@@ -1,4 +1,4 @@
-"""Conversion against transformers, peft and a PyTorch SARM: same logits, same bits back."""
+"""Compares conversion with transformers, peft and a PyTorch SARM: same logits, same bits back."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ CASES = {
 
 
 def hf_policy(path, dtype="float32", **overrides):
-    """A tiny HF directory: (path, the transformers model that was saved there)."""
+    """Saves a tiny HF directory; returns (path, the transformers model)."""
     config = oracles.tiny_llama_config(**overrides)
     tokenizer = oracles.tiny_tokenizer()
     return path, oracles.save_tiny_llama(path, config, tokenizer, seed=3, dtype=dtype)
@@ -55,7 +55,7 @@ def torch_logits(model, row):
 
 
 def padded(rows):
-    """Every row thrice, padded right, left, and on both sides; the filler is a real token."""
+    """Pads every row on the right, left and both sides; the padding is an ordinary token."""
     length = max(map(len, rows)) + 2
     tokens, mask = np.full((3 * len(rows), length), 7), np.zeros((3 * len(rows), length), bool)
     for n, row in enumerate(3 * rows):
@@ -67,16 +67,16 @@ def padded(rows):
 
 def assert_same_logits(policy, model):
     expected = 3 * [torch_logits(model, row) for row in ROWS]
-    assert min(e.std() for e in expected) > 0.5  # else the tolerance would say little
+    assert min(e.std() for e in expected) > 0.5  # otherwise the tolerance would prove little
     tokens, mask = padded(ROWS)
-    graphdef, state = nnx.split(policy)  # jitted: one compilation instead of dozens
+    graphdef, state = nnx.split(policy)  # one compilation instead of dozens
     logits = np.asarray(jax.jit(lambda s, *xs: nnx.merge(graphdef, s)(*xs))(state, tokens, mask))
     for n, row in enumerate(expected):
         assert_close(logits[n][mask[n]], row)
 
 
 def assert_same_tensors(directory, other):
-    """Bit for bit, dtype included."""
+    """Asserts that two directories hold the same tensors, bit for bit and with the same dtype."""
     a, b = ({k: v for f in Path(d).glob("*.safetensors") for k, v in load_file(f).items()}
             for d in (directory, other))  # fmt: skip
     assert a.keys() == b.keys()
@@ -160,7 +160,9 @@ def test_tied_checkpoint_may_store_an_identical_head(tmp_path):
     source, model = hf_policy(tmp_path / "hf", tie_word_embeddings=True)
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # written long ago
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+        4
+    )  # older versions of transformers wrote it
     oracles.save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     assert_same_logits(load_policy(source)[0], model)
 
@@ -215,7 +217,7 @@ def test_sarm_round_trip_is_bit_exact(tmp_path, dtype):
         ("woTopK_runs/Llama_token_Latent64_Layer2_K8_50M-SARM-TopK-1", {}, True),
     ],
 )
-def test_older_sarm_checkpoints_name_their_facts_in_the_directory(
+def test_older_sarm_checkpoints_have_their_sizes_in_the_name_of_the_directory(
     tmp_path, folder, field, use_topk
 ):
     source = tmp_path / folder
@@ -226,7 +228,9 @@ def test_older_sarm_checkpoints_name_their_facts_in_the_directory(
     (source / "config.json").write_text(json.dumps({**hf, **field}))
     assert read_sarm_config(source) == expected
     assert expected.sae.use_topk is use_topk
-    to_hf.export(source, tmp_path / "new", kind="sarm")  # under another name: now with sarm_param
+    to_hf.export(
+        source, tmp_path / "new", kind="sarm"
+    )  # another name; the config now has sarm_param
     assert read_sarm_config(tmp_path / "new") == expected
 
 
@@ -240,7 +244,7 @@ def test_a_trained_sarm_is_saved_in_the_hf_layout(tmp_path):
         to_hf.save_sarm(tmp_path / name, sarm.model, sarm.tokenizer, config)
         state = load_file(tmp_path / name / "model.safetensors")
         assert state.pop("model.norm.weight").shape == (32,)
-        oracle.load_state_dict(state)  # strict: the reference's names and shapes
+        oracle.load_state_dict(state)  # strict, so with the names and shapes of the reference
         saved = json.loads((tmp_path / name / "config.json").read_text())
         assert saved["architectures"] == ["LlamaSARM"]
         assert saved["sarm_param"]["sae_source_layer"] == 2
@@ -263,7 +267,7 @@ def with_random_adapter(policy, config, seed=0):
 
 
 def run_directory(tmp_path, source, config, **saving):
-    """What a PPO run leaves: config.json and adapter/."""
+    """Writes config.json and adapter/ like a PPO run."""
     policy, tokenizer = load_policy(source)
     with_random_adapter(policy, config)
     (tmp_path / "run").mkdir()
@@ -365,7 +369,7 @@ def test_saving_an_adapter_again_replaces_it_only_on_request(tmp_path):
 # ---- files
 
 
-def test_writer_splits_into_shards_that_transformers_reads(tmp_path):
+def test_transformers_reads_the_shards_of_the_writer(tmp_path):
     source, model = hf_policy(tmp_path / "hf")
     (tmp_path / "out").mkdir()
     files, writer = TensorFiles(source), TensorWriter(tmp_path / "out", shard_bytes=30_000)
@@ -379,7 +383,7 @@ def test_writer_splits_into_shards_that_transformers_reads(tmp_path):
     assert_same_tensors(source, tmp_path / "out")
 
 
-def test_non_contiguous_arrays_are_written_as_they_read(tmp_path):
+def test_non_contiguous_arrays_are_written_correctly(tmp_path):
     writer, array = TensorWriter(tmp_path), np.arange(12, dtype=np.float32).reshape(3, 4)
     writer.add("transposed", array.T)
     writer.close()
@@ -387,10 +391,12 @@ def test_non_contiguous_arrays_are_written_as_they_read(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_mapped_tensors_are_what_is_read(tmp_path, dtype):
+def test_mapped_tensors_equal_read_ones(tmp_path, dtype):
     arrays = {
         "odd": np.arange(3, dtype=np.uint8),
-        "matrix": np.arange(1100 * 1001).reshape(1100, 1001).astype(dtype),  # on several threads
+        "matrix": np.arange(1100 * 1001)
+        .reshape(1100, 1001)
+        .astype(dtype),  # copied by several threads
         "number": np.asarray(2.5, dtype),
         "none": np.zeros((0, 4), dtype),
     }
@@ -424,7 +430,7 @@ def test_tokenizer_is_the_same_from_either_layout(tmp_path):
         assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (260, 261)
 
 
-def test_an_export_is_called_what_most_of_it_is(tmp_path):
+def test_the_config_of_an_export_names_the_dtype_of_most_weights(tmp_path):
     source, _ = hf_policy(tmp_path / "hf", dtype="bfloat16")
     path = source / "model.safetensors"
     tensors = {n: t.float() if "norm" in n else t for n, t in load_file(path).items()}
@@ -434,7 +440,7 @@ def test_an_export_is_called_what_most_of_it_is(tmp_path):
     assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
 
 
-def test_the_index_says_the_size_of_all(tmp_path):
+def test_the_index_has_the_size_of_all_tensors(tmp_path):
     writer = TensorWriter(tmp_path, shard_bytes=100)
     for n in range(5):
         writer.add(str(n), np.zeros(30, np.float32))

@@ -1,4 +1,4 @@
-"""What conversion refuses, what it says, and that nothing is left behind."""
+"""Inputs that the conversion refuses, its messages, and that nothing is left behind."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def sarm_dir(tmp_path):
 
 
 def edit_json(path, **changes):
-    """Sets the keys given; None deletes one."""
+    """Sets keys of a JSON file; the value None deletes a key."""
     value = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in value.items() if v is not None}))
 
@@ -64,7 +64,7 @@ def edit_tensors(directory, change):
 
 
 def refused(call, *args, **kwargs):
-    """The one-line message of the `InputError` that a call raises."""
+    """Returns the one-line message of the `InputError` that a call raises."""
     with pytest.raises(InputError) as error:
         call(*args, **kwargs)
     assert "\n" not in str(error.value)
@@ -94,7 +94,7 @@ def test_a_file_without_a_header_is_named(policy_dir, content):
     assert "model.safetensors: truncated or not safetensors" in refused(load_policy, policy_dir)
 
 
-def test_index_and_shards_must_agree(sharded_dir):
+def test_an_index_that_contradicts_its_shards_is_refused(sharded_dir):
     weight_map = json.loads((sharded_dir / INDEX).read_text())["weight_map"]
     one, other = shard_of(sharded_dir, Q), shard_of(sharded_dir, "lm_head.weight")
     norm = shard_of(sharded_dir, "model.norm.weight")
@@ -241,7 +241,7 @@ def test_config_problems_are_reported_at_once_and_harmless_fields_are_not(policy
 
 
 @pytest.mark.parametrize("case", [{}, {"rope_parameters": oracles.LLAMA3_ROPE}])
-def test_configs_are_written_as_they_read(case):
+def test_a_written_config_reads_the_same(case):
     config = llama_config(oracles.tiny_llama_config(**case).to_dict())
     assert llama_config(hf_llama_dict(config)) == config
     assert (config.rope_scaling is not None) == bool(case)
@@ -326,18 +326,20 @@ def test_sources_that_do_not_exist(tmp_path, monkeypatch):
 
 
 def test_a_repository_id_is_downloaded_without_code_or_pickles(policy_dir, tmp_path, monkeypatch):
-    seen = []
+    requests = []
 
     def download(name, allow_patterns, ignore_patterns):
-        seen.append((name, *allow_patterns))
+        requests.append((name, *allow_patterns))
         return str(policy_dir)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert read_policy_config("owner/name").hidden_size == 32
-    assert seen[0] == ("owner/name", "config.json", "sarm_jax.json")
+    assert requests[0] == ("owner/name", "config.json", "sarm_jax.json")
     from_hf.convert("owner/name", tmp_path / "ours", "policy")
     assert json.loads((tmp_path / "ours" / "sarm_jax.json").read_text())["source"] == "owner/name"
-    assert not any(Path(p).suffix in (".py", ".bin", ".pt", "") for s in seen for p in s[1:])
+    assert not any(
+        Path(p).suffix in (".py", ".bin", ".pt", "") for request in requests for p in request[1:]
+    )
 
 
 def test_only_two_dtypes(policy_dir):
@@ -353,7 +355,7 @@ def test_an_existing_destination_is_untouched(policy_dir, tmp_path):
     assert "exists already" in refused(from_hf.convert, policy_dir, tmp_path / "dst", "policy")
     assert [p.name for p in (tmp_path / "dst").iterdir()] == ["precious"]
     (tmp_path / "dst" / "precious").unlink()
-    from_hf.convert(policy_dir, tmp_path / "dst", "policy")  # an empty directory will do
+    from_hf.convert(policy_dir, tmp_path / "dst", "policy")  # an empty directory is accepted
     assert load_policy(tmp_path / "dst")[0].config.hidden_size == 32
     mode = (tmp_path / "dst" / "model.safetensors").stat().st_mode
     assert mode & 0o777 == (tmp_path / "dst" / "sarm_jax.json").stat().st_mode & 0o777
@@ -383,8 +385,8 @@ def test_replacing_keeps_the_old_directory_until_the_end(tmp_path):
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.rglob("*")] == ["dst", "old"]
     with atomic_directory(tmp_path / "dst", replace=True) as new:
-        (new / "whole").write_text("")
-    assert [p.name for p in tmp_path.rglob("*")] == ["dst", "whole"]
+        (new / "new").write_text("")
+    assert [p.name for p in tmp_path.rglob("*")] == ["dst", "new"]
 
 
 # ---- adapters
@@ -431,12 +433,14 @@ def test_a_second_adapter_and_a_pickled_one_are_refused(policy_dir, adapter_dir)
     assert "pickled" in refused(load_adapter, adapter_dir, load_policy(policy_dir)[0])
 
 
-def test_exports_without_what_they_need(policy_dir, adapter_dir, tmp_path):
+def test_exports_without_an_adapter_or_a_base(policy_dir, adapter_dir, tmp_path):
     message = refused(to_hf.export, policy_dir, tmp_path / "out", merge=True)
     assert "--merge" in message and "no adapter" in message
     (tmp_path / "config.json").write_text("{}")
     assert "policy_model=None" in refused(to_hf.export, tmp_path, tmp_path / "out")
-    to_hf.export(adapter_dir, tmp_path / "out", merge=True)  # the adapter names its own base
+    to_hf.export(
+        adapter_dir, tmp_path / "out", merge=True
+    )  # the config of the adapter names the base
     assert load_policy(tmp_path / "out")[0].config.hidden_size == 32
 
 
@@ -498,7 +502,7 @@ def test_help_and_success(capsys):
     np.testing.assert_equal(values.size, 3)
 
 
-def test_an_absent_tie_is_none():
+def test_embeddings_are_not_tied_by_default():
     hf = oracles.tiny_llama_config(architectures=["LlamaForCausalLM"]).to_dict()
     del hf["tie_word_embeddings"]
     assert llama_config(hf).tie_word_embeddings is False

@@ -1,4 +1,4 @@
-"""GGUF → Hugging Face: tiny files written with the gguf package, against their origin."""
+"""Compares tiny GGUF files, written with the gguf package, with the models they were made from."""
 
 import json
 
@@ -22,7 +22,7 @@ GGUF_NAMES = {
 
 
 def permuted(weights, heads):
-    """What llama.cpp's converter does to W_q and W_k."""
+    """Reorders W_q or W_k like llama.cpp's converter."""
     return (
         weights.reshape(heads, 2, weights.shape[0] // heads // 2, weights.shape[1])
         .swapaxes(1, 2)
@@ -43,9 +43,10 @@ def tensors_of(model):
 
 
 def write_gguf(path, model, changes=None, drop=(), extra=None, quantization=None, merged="Ā Ā"):
-    """`changes` are (type, value) per metadata key, None leaves the key out.
+    """Writes a model as a GGUF file.
 
-    The last token, 259, is the one that can be merged (of two NUL bytes, unless `merged`).
+    `changes` maps metadata keys to (type, value), or to None to leave a key out. The last token,
+    259, is the result of the only merge, `merged` (by default of two NUL bytes).
     """
     tokenizer = oracles.chatml_tokenizer()
     tokens = [*tokenizer.convert_ids_to_tokens(range(259)), merged.replace(" ", "")]
@@ -121,7 +122,7 @@ def test_logits_and_tokenizer_survive_gguf(tmp_path, model, tied):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.chat_template == expected.chat_template
     assert tokenizer.eos_token_id == again.generation_config.eos_token_id == 2
-    assert tokenizer.pad_token_id == 0  # the file says 2, which is eos
+    assert tokenizer.pad_token_id == 0  # the file has 2, which is eos
 
 
 def test_quantised_weights_are_dequantised(tmp_path, model):
@@ -140,10 +141,10 @@ def test_quantised_weights_are_dequantised(tmp_path, model):
     ("pre", "expected"),
     [("smollm", ["1", "2", "Ġ", "1", "2"]), ("gpt-2", ["12", "Ġ", "12"]), ("llama-bpe", None)],
 )
-def test_digits_are_split_as_the_file_says(tmp_path, model, pre, expected):
+def test_digits_are_split_by_the_rule_of_the_file(tmp_path, model, pre, expected):
     changes = {"tokenizer.ggml.pre": ("string", pre)}
     if pre == "llama-bpe":
-        changes["tokenizer.ggml.add_bos_token"] = None  # which is true there unless said otherwise
+        changes["tokenizer.ggml.add_bos_token"] = None  # it is true by default for this rule
         expected = ["<|im_start|>", "12", "Ġ", "12"]
     file = write_gguf(tmp_path / "m.gguf", model, changes=changes, merged="1 2")
     from_gguf.convert(file, tmp_path / "out")
@@ -174,7 +175,7 @@ def test_digits_are_split_as_the_file_says(tmp_path, model, pre, expected):
         ({"llama.feed_forward_length": ("uint32", 65)}, r"shape \[64, 32\], expected \[65, 32\]"),
     ],
 )
-def test_metadata_that_do_not_fit_are_refused(tmp_path, model, change, message):
+def test_unsupported_metadata_are_refused(tmp_path, model, change, message):
     file = write_gguf(tmp_path / "m.gguf", model, changes=change)
     with pytest.raises(InputError, match=message):
         from_gguf.convert(file, tmp_path / "out")
@@ -196,8 +197,8 @@ def test_other_files_are_refused(tmp_path, model):
     qwen.write_header_to_file()
     qwen.write_kv_data_to_file()
     qwen.close()
-    whole = write_gguf(tmp_path / "m.gguf", model).read_bytes()
-    (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
+    content = write_gguf(tmp_path / "m.gguf", model).read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.gguf").write_text("hello, this is not a model at all")
     for name, message in (
         ("qwen.gguf", "general.architecture='qwen2'"),

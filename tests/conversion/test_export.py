@@ -1,4 +1,4 @@
-"""What is written for others: both dialects, code that is found, tokenizers for every version."""
+"""Exports: both config dialects, code that can be found, tokenizers for every version."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def sarm_dir(tmp_path):
 
 
 def write_run(path, base):
-    """A run whose adapter changes nothing: B is zero."""
+    """Writes a run whose adapter changes nothing, since B is zero."""
     policy, tokenizer = load_policy(base)
     config = LoRAConfig(rank=2, alpha=4.0)
     add_lora(policy, config, nnx.Rngs(0))
@@ -90,7 +90,7 @@ def exported_adapter(source, dst):
 
 
 def trained(source, dst):
-    """As the stage train_sarm: a SARM whose trunk is from a policy."""
+    """Saves a SARM whose trunk is from a policy, like the stage train_sarm."""
     sarm = load_sarm(source)
     hf = {**read(source / "config.json"), "architectures": ["LlamaForCausalLM"]}
     hf = {name: value for name, value in hf.items() if name not in ("sarm_param", "auto_map")}
@@ -131,12 +131,17 @@ def test_policies_are_written_for_readers_of_either_dialect(tmp_path, policy_dir
     assert read_policy_config(out).rope_theta == 123456.0
     np.testing.assert_array_equal(logits(out), expected)
     written = (out / "config.json").read_text()
-    for missing in (["rope_parameters"], ["rope_theta", "rope_scaling"]):  # what others ignore
+    for missing in (
+        ["rope_parameters"],
+        ["rope_theta", "rope_scaling"],
+    ):  # as if a reader ignored them
         edit(out / "config.json", missing)
         np.testing.assert_array_equal(logits(out), expected)
         (out / "config.json").write_text(written)
     edit(out / "config.json", ["rope_theta", "rope_scaling", "rope_parameters"])
-    assert np.abs(logits(out) - expected).max() > 0.1  # else the above would say nothing
+    assert (
+        np.abs(logits(out) - expected).max() > 0.1
+    )  # otherwise the assertions above would prove nothing
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -181,7 +186,7 @@ def test_unscaled_models_are_written_in_both_dialects(tmp_path):
     [
         ({}, None),
         ({"rope_scaling": {**SCALING, "type": "llama3", "factor": 8}}, None),
-        ({"rope_parameters": SCALING}, None),  # its base is the one that stands beside it
+        ({"rope_parameters": SCALING}, None),  # the base is rope_theta of the config
         ({"rope_theta": 10000.0}, "rope_theta=10000.0 contradicts .*rope_theta=123456.0"),
         ({"rope_theta": None}, "rope_theta=10000.0 contradicts .*rope_theta=123456.0"),
         ({"rope_scaling": None}, "rope_scaling=None contradicts rope_parameters={.*'llama3'"),
@@ -192,7 +197,7 @@ def test_unscaled_models_are_written_in_both_dialects(tmp_path):
         ),
     ],
 )
-def test_a_config_in_both_dialects_is_read_if_they_agree(policy_dir, change, message):
+def test_a_config_in_both_dialects_is_read_if_they_are_equal(policy_dir, change, message):
     before = read_policy_config(policy_dir)
     edit(policy_dir / "config.json", **{**DIALECTS["both"], **change})
     if message is None:
@@ -206,14 +211,14 @@ def test_a_config_in_both_dialects_is_read_if_they_agree(policy_dir, change, mes
 
 
 def write_code(directory, tmp_path, imports=""):
-    """A module that would leave a trace if it were imported."""
+    """Writes a module that creates a file if it is imported."""
     (directory / "modeling_sarm_llama.py").write_text(
         f"{imports}\nopen({str(tmp_path / 'ran')!r}, 'w')\nclass LlamaSARM: pass\n"
     )
 
 
 @pytest.mark.parametrize("way", ["exported", "converted"])
-def test_the_sources_code_is_carried_along_and_never_run(tmp_path, sarm_dir, way):
+def test_the_code_of_the_source_is_copied_and_never_run(tmp_path, sarm_dir, way):
     write_code(sarm_dir, tmp_path, "from .sae import TopkSAE")
     (sarm_dir / "sae.py").write_text("TopkSAE = None\n")
     (sarm_dir / "unrelated.py").write_text("\n")
@@ -240,7 +245,7 @@ def test_the_sources_code_is_carried_along_and_never_run(tmp_path, sarm_dir, way
         ("nonsense", "", {AUTO: PUBLISHED}),
     ],
 )
-def test_code_that_is_not_there_is_that_of_the_published_repository(
+def test_missing_code_is_replaced_by_that_of_the_published_repository(
     tmp_path, sarm_dir, auto_map, imports, expected
 ):
     write_code(sarm_dir, tmp_path, imports)
@@ -267,7 +272,7 @@ def test_code_of_a_downloaded_sarm_is_that_of_its_repository(tmp_path, sarm_dir,
     assert read(tmp_path / "out" / "config.json")["auto_map"] == {AUTO: f"owner/name--{LOCAL}"}
 
 
-def test_missing_token_ids_and_another_number_of_labels_are_mended(tmp_path, sarm_dir):
+def test_missing_token_ids_and_a_wrong_number_of_labels_are_corrected(tmp_path, sarm_dir):
     names = ("pad_token_id", "bos_token_id", "label2id")
     edit(sarm_dir / "config.json", names, id2label={"0": "a", "1": "b"}, num_labels=2)
     to_hf.export(sarm_dir, tmp_path / "out", kind="sarm")
@@ -302,8 +307,8 @@ def test_every_version_reads_class_template_and_special_tokens(tmp_path, policy_
     assert tokenizer.all_special_ids == source.all_special_ids
 
 
-def test_a_tokenizer_with_several_templates_and_a_class_of_its_own(tmp_path, policy_dir):
-    """Of files that have both, the template file counts, as when they are loaded."""
+def test_a_tokenizer_with_several_templates_and_another_class(tmp_path, policy_dir):
+    """The template file takes precedence over the config, as it does on loading."""
     path = policy_dir / "tokenizer_config.json"
     edit(path, auto_map={"AutoTokenizer": [None, "x.Y"]}, tokenizer_class="Y", chat_template="old")
     to_hf.export(policy_dir, tmp_path / "out")
@@ -321,8 +326,11 @@ def test_a_tokenizer_with_several_templates_and_a_class_of_its_own(tmp_path, pol
     [
         ([["h", "e"], ["he", "l"]], ["h e", "he l"]),
         (["h e", "he l"], ["h e", "he l"]),
-        ([["h", "e"], [" ", "he"]], [["h", "e"], [" ", "he"]]),  # a text would be ambiguous
-        ([["h", "e"], ["#version", "e"]], [["h", "e"], ["#version", "e"]]),  # would be skipped
+        ([["h", "e"], [" ", "he"]], [["h", "e"], [" ", "he"]]),  # as a text it would be ambiguous
+        (
+            [["h", "e"], ["#version", "e"]],
+            [["h", "e"], ["#version", "e"]],
+        ),  # as a text it would be skipped
     ],
 )
 def test_merges_are_written_as_older_tokenizers_read_them(tmp_path, policy_dir, merges, written):
@@ -343,7 +351,9 @@ def test_merges_are_written_as_older_tokenizers_read_them(tmp_path, policy_dir, 
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_an_adapter_on_a_base_that_transformers_4_misreads_says_so(tmp_path, policy_dir, dialect):
+def test_the_export_of_an_adapter_warns_if_transformers_4_misreads_its_base(
+    tmp_path, policy_dir, dialect
+):
     set_dialect(policy_dir, dialect)
     write_run(tmp_path / "run", policy_dir)
     line = to_hf.export(tmp_path / "run", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint is the one in its tokenizer.json, whatever is said beside it."""
+"""The tokenizer of a checkpoint is that of its tokenizer.json, whatever other files say."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests import oracles
 
 @pytest.fixture
 def source(tmp_path):
-    """A tiny HF directory."""
+    """Saves a tiny HF directory."""
     path = tmp_path / "hf"
     oracles.save_tiny_llama(path, oracles.tiny_llama_config(), oracles.tiny_tokenizer())
     return path
@@ -20,17 +20,17 @@ def source(tmp_path):
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "LlamaTokenizerFast", "TokenizersBackend"])
 def test_the_tokenizer_is_the_one_in_tokenizer_json(source, tmp_path, name):
-    whole = Tokenizer.from_file(str(source / "tokenizer.json"))
+    core = Tokenizer.from_file(str(source / "tokenizer.json"))
     digits = pre_tokenizers.Digits(individual_digits=True)
-    whole.pre_tokenizer = pre_tokenizers.Sequence(
+    core.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    whole.save(str(source / "tokenizer.json"))
+    core.save(str(source / "tokenizer.json"))
     path = source / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": name}))
     policy, tokenizer = load_policy(source)
     text = "|  5 and 123"
-    expected = whole.encode(text, add_special_tokens=False).ids
+    expected = core.encode(text, add_special_tokens=False).ids
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
     to_hf.save_policy(tmp_path / "saved", policy, tokenizer)
     saved = Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
@@ -39,7 +39,7 @@ def test_the_tokenizer_is_the_one_in_tokenizer_json(source, tmp_path, name):
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_of_several_chat_templates_the_default_one_counts(source):
+def test_the_default_one_of_several_chat_templates_is_used(source):
     _, tokenizer = load_policy(source)
     default, path = tokenizer.chat_template, source / "tokenizer_config.json"
     (source / "chat_template.jinja").unlink(missing_ok=True)
@@ -49,7 +49,7 @@ def test_of_several_chat_templates_the_default_one_counts(source):
     assert encode_prompt(again, "hi") == encode_prompt(tokenizer, "hi")
 
 
-def test_an_end_of_turn_that_the_tokenizer_config_does_not_name(source):
+def test_the_end_of_turn_is_found_if_the_tokenizer_config_does_not_name_it(source):
     _, tokenizer = load_policy(source)
     end, path = end_of_turn_id(tokenizer), source / "tokenizer_config.json"
     fields = json.loads(path.read_text())
@@ -63,7 +63,7 @@ def test_an_end_of_turn_that_the_tokenizer_config_does_not_name(source):
     assert end_of_turn_id(again) == end and end in stop_ids(again)
 
 
-def test_end_tokens_in_the_models_config_alone_count(source):
+def test_end_tokens_that_only_the_models_config_names_are_used(source):
     (source / "generation_config.json").unlink(missing_ok=True)
     fields = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(fields | {"eos_token_id": [7, 9]}))
@@ -71,7 +71,7 @@ def test_end_tokens_in_the_models_config_alone_count(source):
     assert {7, 9} <= set(policy.stop_ids)
 
 
-def test_the_end_of_turn_stops_where_eos_is_another_token(tmp_path):
+def test_the_end_of_turn_stops_if_eos_is_another_token(tmp_path):
     tokenizer = oracles.tiny_tokenizer()
     tokenizer.eos_token = "<|end_of_text|>"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})

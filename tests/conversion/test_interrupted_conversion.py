@@ -1,4 +1,4 @@
-"""A conversion that is killed, that finds no room, or that runs beside another one."""
+"""Conversions that are killed, that lack disk space, or that run beside another one."""
 
 import errno
 import json
@@ -16,7 +16,9 @@ from conversion.directory import atomic_directory
 from sarm_jax.io.errors import InputError
 from tests import oracles
 
-# Converts once per row of MOMENTS, each in a fork that kills itself at the n-th call of a function.
+pytestmark = pytest.mark.slow
+
+# Converts once per row of MOMENTS, in a fork that kills itself at the n-th call of a function.
 KILLED = """
 import json, os, shutil, signal, sys
 from conversion import directory, from_hf, safetensors_io
@@ -35,7 +37,7 @@ def kill_at(module, name, count, after):
         return result
     setattr(module, name, wrapped)
 
-from_hf.load_hf_tokenizer(src)  # imports what is slow to import once, not in every fork
+from_hf.load_hf_tokenizer(src)  # imports slow modules once, not in every fork
 modules = {"directory": directory, "from_hf": from_hf, "writer": safetensors_io.TensorWriter,
            "io": safetensors_io, "shutil": shutil, "os": os}
 for n, (module, name, count, after) in enumerate(moments):
@@ -48,7 +50,7 @@ for n, (module, name, count, after) in enumerate(moments):
     print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "survived")
 """
 MOMENTS = [
-    ("from_hf", "TensorWriter", 1, True),  # the directory is there, and empty
+    ("from_hf", "TensorWriter", 1, True),  # the directory exists and is empty
     ("writer", "add", 1, False),
     ("writer", "add", 5, True),
     ("io", "save_file", 1, False),
@@ -74,30 +76,30 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_a_killed_conversion_is_complete_or_absent_and_the_next_one_tidies_up(source, tmp_path):
-    from_hf.convert(source, tmp_path / "whole", "policy")
-    whole = contents(tmp_path / "whole")
+def test_a_killed_conversion_is_complete_or_absent_and_the_next_one_cleans_up(source, tmp_path):
+    from_hf.convert(source, tmp_path / "complete", "policy")
+    complete = contents(tmp_path / "complete")
     command = [sys.executable, "-c", KILLED, str(source), str(tmp_path), json.dumps(MOMENTS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == ["9"] * len(MOMENTS), done.stderr
     states = []
     for n, moment in enumerate(MOMENTS):
         dst = tmp_path / str(n) / "dst"
-        left = [path for path in dst.parent.iterdir() if path != dst]
+        leftovers = [path for path in dst.parent.iterdir() if path != dst]
         if dst.exists():
-            assert contents(dst) == whole, moment
+            assert contents(dst) == complete, moment
             with pytest.raises(InputError, match="exists already"):
                 from_hf.convert(source, dst, "policy")
         else:
-            assert left, moment
+            assert leftovers, moment
             from_hf.convert(source, dst, "policy")
-        states.append(dst.exists() and not left)
+        states.append(dst.exists() and not leftovers)
         assert list(dst.parent.iterdir()) == [dst], moment
-        assert contents(dst) == whole, moment
+        assert contents(dst) == complete, moment
     assert states == [False] * (len(MOMENTS) - 1) + [True]
 
 
-def test_half_a_replacement_is_undone(tmp_path):
+def test_an_interrupted_replacement_is_undone(tmp_path):
     dst, new, old = (tmp_path / n for n in ("dst", ".dst.0123abcd", ".dst.0123abcd.old"))
     for directory in (new, old):
         directory.mkdir()
@@ -108,19 +110,19 @@ def test_half_a_replacement_is_undone(tmp_path):
     assert list(tmp_path.iterdir()) == [dst] and contents(dst) == {"file": b"newest"}
 
 
-def test_only_what_a_conversion_left_is_removed(tmp_path):
+def test_only_leftovers_of_a_conversion_are_removed(tmp_path):
     others = [".dst.backup", ".dst.0123abcde", ".other.0123abcd", "dst.0123abcd", ".dst.0123ABCD"]
     for name in others:
         (tmp_path / name).mkdir()
     with atomic_directory(tmp_path / "dst") as first:
         (first / "file").write_text("first")
-        with atomic_directory(tmp_path / "dst") as second:  # while the first is still at work
+        with atomic_directory(tmp_path / "dst") as second:  # while the first one is still open
             assert first.is_dir() and second.is_dir()
             shutil.copy(first / "file", second / "file")
             (second / "more").write_text("")
-        first_is_whole = first.is_dir() and contents(first) == {"file": b"first"}
+        first_is_kept = first.is_dir() and contents(first) == {"file": b"first"}
         shutil.rmtree(tmp_path / "dst")
-    assert first_is_whole
+    assert first_is_kept
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "dst"])
 
 
@@ -151,7 +153,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, leaving, capsys, number):
     options = ["from_hf", "--kind=policy", f"--src={source}", f"--dst={tmp_path}/dst"]
-    monkeypatch.setattr(from_hf, "write_description", lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(from_hf, "write_description", lambda *_, **__: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stopped:
         cli.run(from_hf.main, from_hf.FLAGS, "", options)
     assert stopped.value.code == 128 + number
@@ -159,8 +161,8 @@ def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, leaving, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_said_with_what_to_do(source, tmp_path, monkeypatch, capsys):
-    def full(*_):
+def test_the_error_for_a_full_disk_advises_to_free_space(source, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "x")
 
     monkeypatch.setattr(from_hf, "write_description", full)

@@ -1,4 +1,4 @@
-"""Human latents of torch.save: what torch wrote is read as torch reads it, and nothing is run."""
+"""Human latents in files of torch.save are read as torch reads them, without running code."""
 
 import contextlib
 import copy
@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conversion import cli, human_latents
-from conversion.torch_zip import LARGEST_PROGRAM, read_object
+from conversion.torch_zip import MAX_PROGRAM_BYTES, read_object
 from ppo.human_latents import load_human_latents
 from sarm_jax.io.errors import InputError
 
@@ -30,11 +30,11 @@ def saved(path: Path, content, **options) -> Path:
 
 
 def converted(path: Path, content) -> tuple[np.ndarray, tuple[int, ...]]:
-    """What the loader of the stages makes of a file that torch wrote and the command converted."""
+    """Saves a file with torch, converts it with the command, and loads it as the stages do."""
     source = saved(path / "human.pt", content)
     human_latents.convert(source, path / "human.safetensors")
-    found = load_human_latents(path / "human.safetensors")
-    return found.z_ns, found.latent_indices
+    human = load_human_latents(path / "human.safetensors")
+    return human.z_ns, human.latent_indices
 
 
 TENSORS = {
@@ -53,41 +53,41 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("named", [True, False])
-def test_what_torch_wrote_is_read_as_torch_reads_it(tmp_path, name, named):
+def test_files_of_torch_are_read_as_torch_reads_them(tmp_path, name, named):
     z = TENSORS[name]
     ids = IDS[: z.shape[1]] if named else None
-    found, indices = converted(tmp_path, {"latent_indices": ids, "z": z})
+    z_ns, indices = converted(tmp_path, {"latent_indices": ids, "z": z})
     read = torch.load(tmp_path / "human.pt", weights_only=True)
-    np.testing.assert_array_equal(found, read["z"].detach().float().numpy())
-    assert found.dtype == np.float32 and indices == tuple(ids or range(z.shape[1]))
+    np.testing.assert_array_equal(z_ns, read["z"].detach().float().numpy())
+    assert z_ns.dtype == np.float32 and indices == tuple(ids or range(z.shape[1]))
 
 
 def test_all_65536_features_and_a_list_of_as_many(tmp_path):
     z = torch.randn(3, 65_536)
     ids = torch.randperm(65_536).tolist()
-    found, indices = converted(tmp_path, {"latent_indices": ids, "z": z})
-    assert indices == tuple(ids) and np.array_equal(found, z.numpy())
+    z_ns, indices = converted(tmp_path, {"latent_indices": ids, "z": z})
+    assert indices == tuple(ids) and np.array_equal(z_ns, z.numpy())
 
 
 def test_two_tensors_of_one_storage(tmp_path):
-    found = read_object(saved(tmp_path / "a.pt", {"a": Z, "b": Z[1:, 1], "n": [None, True, ()]}))
-    np.testing.assert_array_equal(found["b"], Z[1:, 1].numpy())
-    np.testing.assert_array_equal(found["a"], Z.numpy())
-    assert found["n"] == [None, True, ()]
+    content = read_object(saved(tmp_path / "a.pt", {"a": Z, "b": Z[1:, 1], "n": [None, True, ()]}))
+    np.testing.assert_array_equal(content["b"], Z[1:, 1].numpy())
+    np.testing.assert_array_equal(content["a"], Z.numpy())
+    assert content["n"] == [None, True, ()]
 
 
 # ---- what is refused
 
 
 class Hostile:
-    """Unpickles by calling os.system, and so do those that hold it."""
+    """An object that calls os.system when it is unpickled."""
 
     def __reduce__(self):
         return os.system, ("touch pwned",)
 
 
 def archive(path: Path, program: bytes, storage: bytes = b"", compression=zipfile.ZIP_STORED):
-    """A zip of the layout of torch.save with any program and storage."""
+    """Writes a zip archive in the layout of torch.save with any program and storage."""
     with zipfile.ZipFile(path, "w", compression) as file:
         file.writestr("x/data.pkl", program)
         file.writestr("x/byteorder", "little")
@@ -101,7 +101,7 @@ class Name:
 
 
 class Described(pickle._Pickler):
-    """Pickles a tensor as torch does, with any numbers."""
+    """Pickles a tensor as torch does, but with any sizes."""
 
     def __init__(self, file):
         super().__init__(file, 2)
@@ -128,10 +128,10 @@ class Call:
 def described(
     size=20, offset=0, shape=(5, 4), strides=(4, 1), storage="FloatStorage", key="0"
 ) -> bytes:
-    place = "storage", Name("torch", storage), key, "cpu", size
+    storage_id = "storage", Name("torch", storage), key, "cpu", size
     hooks = Call(Name("collections", "OrderedDict"))
     rebuild = Name("torch._utils", "_rebuild_tensor_v2")
-    z = Call(rebuild, place, offset, shape, strides, False, hooks)
+    z = Call(rebuild, storage_id, offset, shape, strides, False, hooks)
     file = io.BytesIO()
     Described(file).dump({"latent_indices": IDS, "z": z})
     return file.getvalue()
@@ -143,7 +143,7 @@ def test_the_oracle_describes_tensors_as_torch_does(tmp_path):
 
 
 GOOD, STORAGE = {"latent_indices": IDS, "z": Z}, Z.numpy().tobytes()
-BAD = {  # what → (how it is made, what is said)
+BAD = {  # name → (function that writes the file, part of the message)
     "a call": (lambda p: saved(p, GOOD | {"x": Hostile()}), "names 'posix system'"),
     "a call in place of the latents": (lambda p: saved(p, Hostile()), "names 'posix system'"),
     "a call by another protocol": (
@@ -215,7 +215,7 @@ BAD = {  # what → (how it is made, what is said)
         "is compressed or encrypted",
     ),
     "a huge program": (
-        lambda p: archive(p, b"N" * (LARGEST_PROGRAM + 1)),
+        lambda p: archive(p, b"N" * (MAX_PROGRAM_BYTES + 1)),
         "entry 'data.pkl' has 4,194,305 bytes",
     ),
     "big-endian": (
@@ -246,7 +246,7 @@ BAD = {  # what → (how it is made, what is said)
 
 
 def spoilt(path: Path, name: str, change) -> None:
-    """A file of torch.save with one entry changed."""
+    """Writes a file with torch.save and changes one of its entries."""
     with zipfile.ZipFile(saved(path, GOOD)) as file:
         entries = {entry: file.read(entry) for entry in file.namelist()}
     with zipfile.ZipFile(path, "w") as file:
@@ -259,12 +259,12 @@ def other_names(path: Path) -> None:
         file.writestr("word/document.xml", "text")
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("name", BAD)
 def test_everything_else_is_refused_in_one_line_and_nothing_is_run(
-    tmp_path, monkeypatch, capfd, what
+    tmp_path, monkeypatch, capfd, name
 ):
     monkeypatch.chdir(tmp_path)
-    make, message = BAD[what]
+    make, message = BAD[name]
     make(tmp_path / "human.pt")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(SystemExit) as stopped:
@@ -276,7 +276,7 @@ def test_everything_else_is_refused_in_one_line_and_nothing_is_run(
     assert sorted(tmp_path.iterdir()) == before  # no "pwned", no "new"
 
 
-def test_the_hostile_file_is_one(tmp_path, monkeypatch):
+def test_torch_runs_the_code_in_the_hostile_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.load(saved(tmp_path / "a.pt", GOOD | {"x": Hostile()}), weights_only=False)
     assert (tmp_path / "pwned").exists()
@@ -308,17 +308,17 @@ def test_the_stages_name_the_command(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def valid_file(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("fuzz") / "human.pt", GOOD).read_bytes()
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_spoilt_files(tmp_path_factory, whole, data):
-    """A few bytes changed, cut or put in, in the archive or in its program: read, or one line."""
+def test_spoilt_files(tmp_path_factory, valid_file, data):
+    """A file with a few changed, removed or added bytes is read, or refused in one line."""
     path = tmp_path_factory.getbasetemp() / "spoilt.pt"
     in_program = data.draw(st.booleans())
-    content = bytearray(described() if in_program else whole)
+    content = bytearray(described() if in_program else valid_file)
     for _ in range(data.draw(st.integers(0, 4))):
         at = data.draw(st.integers(0, len(content)))
         content[at : at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=6))

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-import main
 from configs import base, reference
+from pipeline.all_stages import run_all
 from pipeline.experiments import runs_of, with_changes, with_runs
 from pipeline.provenance import provenance
-from pipeline.runner import RUN_FILES, recipes, run_stage, run_stages
-from pipeline.stages.all import run_all
+from pipeline.runner import run_stage, run_stages
+from pipeline.stage import load
 from ppo.tracking.guards import GuardStopError
 from sarm_jax.io.errors import InputError
 from tests.command import run_main
+from tests.stages import replace_run
+
+pytestmark = pytest.mark.slow
 
 
 def two_experiments(world: Path) -> ConfigDict:
@@ -75,9 +78,9 @@ def test_a_run_that_a_guard_stops_leaves_the_others(world, tmp_path, monkeypatch
         if workdir.name == "baseline":
             raise GuardStopError("step 1: stopped")
 
-    monkeypatch.setattr("pipeline.stages.train.run", run)
+    replace_run(monkeypatch, "train", run)
     with pytest.raises(GuardStopError, match="experiment baseline: step 1: stopped"):
-        run_stages(two_experiments(world), tmp_path, ["train"])
+        run_stages(two_experiments(world), tmp_path, [load("train")])
     assert trained == ["baseline", "penalised"]
 
 
@@ -112,7 +115,7 @@ def test_a_name_is_no_path(world):
     with config.unlocked():
         config.experiments["a/b"] = ConfigDict()
     with pytest.raises(InputError, match=r"experiments\.a/b: expected a name"):
-        runs_of("train", config, Path("run"))
+        runs_of(load("train"), config, Path("run"))
 
 
 def test_runs_that_are_named_stay(world):
@@ -127,7 +130,7 @@ def test_runs_that_are_named_stay(world):
 
 
 def test_the_references_experiments():
-    """What its run_experiments.sh passes for each run."""
+    """Each run has the options that the reference's run_experiments.sh passes."""
     config = reference.get_config()
     three = "@{workdir}/probes/selected_features.json:safety_harming[:3]"
     expected = {
@@ -154,7 +157,7 @@ def test_a_stopped_run_leaves_the_others_to_a_single_stage_too(world, tmp_path, 
         trained.append(workdir.name)
         raise GuardStopError("step 1: stopped")
 
-    monkeypatch.setattr("pipeline.stages.train.run", run)
+    replace_run(monkeypatch, "train", run)
     with pytest.raises(GuardStopError, match="experiment baseline: step 1: stopped"):
         run_stage("train", two_experiments(world), tmp_path)
     assert trained == ["baseline", "penalised"]
@@ -166,12 +169,14 @@ def test_a_bad_option_of_the_last_experiment_is_found_before_the_first(
 ):
     config = two_experiments(world)
     config.experiments.penalised.reward.tau_values = "1.0"
-    monkeypatch.setattr("pipeline.stages.train.run", lambda *_: pytest.fail("trained"))
-    with pytest.raises(InputError, match="experiment penalised: tau_values has 1 values for 2"):
+    replace_run(monkeypatch, "train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(
+        InputError, match="experiment penalised: reward.tau_values has 1 values for 2"
+    ):
         if alone:
             run_stage("train", config, tmp_path)
         else:
-            run_stages(config, tmp_path, ["train"])
+            run_stages(config, tmp_path, [load("train")])
 
 
 def test_without_prompts_no_policies_are_compared(world):
@@ -187,24 +192,25 @@ def test_a_name_of_the_evaluation_is_refused(world, name):
     with config.unlocked():
         config.experiments[name] = ConfigDict()
     with pytest.raises(InputError, match=rf"experiments\.{name}: "):
-        runs_of("train", config, Path("run"))
+        runs_of(load("train"), config, Path("run"))
 
 
 def test_a_page_is_made_again_after_an_evaluation(world, tmp_path):
     """The report of several experiments also shows the evaluation beside them."""
     config = with_runs(two_experiments(world), tmp_path)
     (tmp_path / "eval").mkdir()
-    found = recipes(config, tmp_path)["report"]
-    before = provenance(found.options, RUN_FILES["report"], tmp_path / found.output)
+    before = provenance(load("report"), config, tmp_path)
     (tmp_path / "eval/policy.json").write_text("{}")
-    after = provenance(found.options, RUN_FILES["report"], tmp_path / found.output)
+    after = provenance(load("report"), config, tmp_path)
     assert before.inputs != after.inputs
 
 
 def test_the_folder_of_the_steering_files(tmp_path):
     """`--config=configs/reference.py:FOLDER`, from the command line to the options."""
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "run_stage", lambda stage, config, *_: sys.exit(config_of(config)))
+        patch.setattr(
+            "pipeline.runner.run_stage", lambda stage, config, *_: sys.exit(config_of(config))
+        )
         run_main(
             f"--config=configs/reference.py:{tmp_path}",
             "--stage=identify",

@@ -8,48 +8,55 @@ from pathlib import Path
 import pytest
 
 from configs import base, demo
-from pipeline import preflight, stages
+from configs.ablations import VARIANTS
+from pipeline import preflight
+from pipeline.all_stages import run_all
 from pipeline.cli import fill_in
+from pipeline.inputs import Kind
 from pipeline.preflight import check
-from pipeline.provenance import Records, provenance
-from pipeline.runner import recipes, run_stage
-from pipeline.stages.all import run_all
+from pipeline.provenance import Provenance, Records, digests, provenance
+from pipeline.runner import run_stage
+from pipeline.stage import load, load_all
 from pipeline.study import run_study
 from sarm_jax.io.errors import InputError
+from tests.stages import replace_run
 
 
-def test_inputs_are_the_existing_files_that_options_name(tmp_path):
+def test_inputs_are_the_existing_files_that_the_stage_declares(tmp_path):
     model, run, pairs = tmp_path / "model", tmp_path / "run", tmp_path / "pairs.jsonl"
     (model / "deep").mkdir(parents=True)
     (run / "adapter").mkdir(parents=True)
-    for path in (model / "config.json", model / "deep/x", run / "adapter/a", run / "big", pairs):
-        path.write_text(path.name)
-    options = {
-        "model": str(model),
-        "pairs": f"{pairs}, {tmp_path}/none.jsonl",
-        "lists": {"tau": f"@{pairs}:key[:2]", "alpha": "0.5,0.5"},
-        "runs": f"mine={run}",
-    }
-    found = provenance(options, ("adapter/*",))
+    own = tmp_path / "work" / "eval" / "policy.json"
+    own.parent.mkdir(parents=True)
     files = [model / "config.json", model / "deep/x", pairs, run / "adapter/a"]
-    assert sorted(found.inputs) == sorted(map(str, files))
-    assert not provenance(options, (), tmp_path).inputs  # what a stage writes itself
+    for path in (*files, run / "big", own):
+        path.write_text(path.name)
+    config = base.get_config()
+    config.sarm_model = str(model)
+    config.policy_model = "owner/policy"  # on the hub: it counts by its name
+    config.evaluate.prompts_jsonl = f"{pairs}, {tmp_path}/none.jsonl"
+    config.evaluate.rm_bench = "hf://datasets/owner/name/file.json"
+    config.reward.tau_values = f"0.5,@{pairs}:key[:2]"
+    config.evaluate.runs = f"mine={run}"
+    stage = load("evaluate")
+    before = provenance(stage, config, tmp_path / "work")
+    assert sorted(before.inputs) == sorted(map(str, files))  # eval/ is its own output
     pairs.write_text("changed")
-    again = provenance(options, ("adapter/*",)).inputs
-    assert {p for p in again if again[p] != found.inputs[p]} == {str(pairs)}
+    after = provenance(stage, config, tmp_path / "work").inputs
+    assert {p for p in after if after[p] != before.inputs[p]} == {str(pairs)}
 
 
-def test_a_word_counts_where_it_names_a_model(tmp_path, monkeypatch):
+def test_an_option_with_the_name_of_a_folder_is_no_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("dots", "mine"):  # the first is an option's value that a folder is called like
+    for name in ("dots", "mine"):
         Path(name).mkdir()
         Path(name, "weights").write_text(name)
-    Path("mine", "config.json").write_text("{}")
-    found = provenance({"remat": "dots", "policy_model": "mine", "source": "\0"}).inputs
-    assert sorted(found) == ["mine/config.json", "mine/weights"]
+    config = base.get_config()
+    config.remat, config.policy_model = "dots", "mine"
+    assert list(provenance(load("train"), config, tmp_path / "run").inputs) == ["mine/weights"]
 
 
-def test_large_files_count_by_content_wherever_they_lie(tmp_path, monkeypatch):
+def test_large_files_count_by_content_wherever_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.provenance.LARGE", 1 << 10)
     monkeypatch.setattr("pipeline.provenance.PIECE", 64)
     first, again = tmp_path / "a.bin", tmp_path / "b.bin"
@@ -57,7 +64,7 @@ def test_large_files_count_by_content_wherever_they_lie(tmp_path, monkeypatch):
     again.write_bytes(first.read_bytes())  # another place, another time: the same weights
 
     def digest(path):
-        return provenance({"model": str(path)}).inputs[str(path)]
+        return digests([path])[str(path)]
 
     assert digest(first) == digest(again)
     for place in (0, 4095):
@@ -70,7 +77,7 @@ def test_large_files_count_by_content_wherever_they_lie(tmp_path, monkeypatch):
 
 
 def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
-    made_from = provenance({"a": 1})
+    made_from = Provenance({"a": 1}, {})
     with pytest.raises(KeyboardInterrupt), Records(tmp_path).recording("identify", made_from):
         assert not Records(tmp_path).finished("identify")
         raise KeyboardInterrupt
@@ -79,13 +86,13 @@ def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
         pass
     records = Records(tmp_path)
     assert records.finished("identify") and records.difference("identify", made_from) is None
-    assert records.difference("identify", provenance({"a": 2})) == "a was 1 and is now 2"
-    with pytest.raises(InputError), records.recording("identify", provenance({"a": 3})):
+    assert records.difference("identify", Provenance({"a": 2}, {})) == "a was 1 and is now 2"
+    with pytest.raises(InputError), records.recording("identify", Provenance({"a": 3}, {})):
         raise InputError("refused")
     assert Records(tmp_path).difference("identify", made_from) is None
     with (
         pytest.raises(InputError),
-        records.recording("probe", provenance({"a": float("nan"), "b": "\udc80"})),
+        records.recording("probe", Provenance({"a": float("nan"), "b": "\udc80"}, {})),
     ):
         raise InputError("not finite")
     assert list(Records(tmp_path).stages) == ["identify"]
@@ -95,7 +102,7 @@ def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
 
 
 def test_stages_side_by_side_keep_each_others_records(tmp_path):
-    made_from = provenance({"a": 1})
+    made_from = Provenance({"a": 1}, {})
     first, second = Records(tmp_path), Records(tmp_path)
     with first.recording("identify", made_from):
         with pytest.raises(InputError), second.recording("human_latents", made_from):
@@ -122,7 +129,7 @@ def test_what_took_long_is_never_made_again(tmp_path, monkeypatch):
         calls.append(config.train_sarm.epochs)
         (workdir / "sarm").mkdir()
 
-    monkeypatch.setattr("pipeline.stages.train_sarm.run", train_sarm)
+    replace_run(monkeypatch, "train_sarm", train_sarm)
     config, pairs = base.get_config(), tmp_path / "pairs.jsonl"
     pairs.write_text("one")
     config.policy_model, config.train_sarm.pairs_jsonl = "a/policy", str(pairs)
@@ -152,7 +159,7 @@ def test_features_of_another_reward_model_are_said(tmp_path, monkeypatch, caplog
         path.write_text("one")
     config.sarm_model = str(sarm)
     for name in ("identify", "train"):
-        monkeypatch.setattr(f"pipeline.stages.{name}.run", lambda *_: None)
+        replace_run(monkeypatch, name, lambda *_: None)
 
     def run(stage, **changes):
         changed = config.copy_and_resolve_references()
@@ -178,7 +185,7 @@ def test_features_of_another_reward_model_are_said(tmp_path, monkeypatch, caplog
     assert warnings() == [f"{where}{sarm}/model.safetensors has changed{again}"]
 
 
-ALL = [name for name in stages.STAGES if name != "plan"]
+ALL = [stage for stage in load_all() if stage.output]
 
 
 @pytest.fixture
@@ -211,9 +218,9 @@ def everything(tmp_path):
         ("mesh.tensor", 64, "mesh data=1 fsdp=1 tensor=64"),
         ("policy_model", "", "policy_model is empty"),
         ("reward.unit", "points", "reward.unit='points'"),
-        ("reward.beta", -1.0, "beta=-1.0"),
+        ("reward.beta", -1.0, "reward.beta=-1.0"),
         ("reward.penalty_cap", -1.0, "reward.penalty_cap=-1.0"),
-        ("reward.alpha_values", "1,x", "alpha_values: found 'x'"),
+        ("reward.alpha_values", "1,x", "reward.alpha_values: found 'x'"),
         ("reward.penalize_features", "@gone.json:a", "gone.json"),
         ("reward.human_latents", "gone.safetensors", "reward.human_latents=gone.safetensors: no"),
         ("prepare_data.source", "somewhere", "prepare_data.source='somewhere'"),
@@ -288,15 +295,20 @@ def test_all_needs_something_to_do(tmp_path):
 
 
 CONFIGS = Path(base.__file__).parent.glob("*.py")
+NAMES = [path.stem for path in CONFIGS if "def get_config" in path.read_text()]
+EXPERIMENTS = [(name, ()) for name in NAMES if name != "ablations"]
+EXPERIMENTS += [("ablations", (variant,)) for variant in VARIANTS]
 
 
-@pytest.mark.parametrize("name", [p.stem for p in CONFIGS if "def get_config" in p.read_text()])
-def test_every_experiment_passes_the_preflight(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_own", lambda path, workdir: True)  # files of another machine
-    config = fill_in(importlib.import_module(f"configs.{name}").get_config(), tmp_path)
+@pytest.mark.parametrize("name, arguments", EXPERIMENTS)
+def test_every_experiment_passes_the_preflight(name, arguments, tmp_path, monkeypatch):
+    # Models and files of another machine.
+    monkeypatch.setattr(preflight, "is_within", lambda path, workdir: True)
+    template = importlib.import_module(f"configs.{name}").get_config(*arguments)
+    config = fill_in(template, tmp_path)
     if config.prepare_data.source == "benchmarks":
         config.prepare_data.rm_bench = "rm_bench.json"
-    wanted = [stage for stage, recipe in recipes(config, tmp_path).items() if recipe.wanted]
+    wanted = [stage for stage in load_all() if stage.wanted(config)]
     assert wanted or name == "base"
     check(config, tmp_path, wanted)
 
@@ -319,12 +331,15 @@ def test_every_experiment_passes_the_preflight(name, tmp_path, monkeypatch):
 )
 def test_stages_depend_on_the_options_that_they_read(tmp_path, stage, field, value):
     config = base.get_config()
-    before = recipes(config, tmp_path)[stage].options
+    before = load(stage).recorded_options(config, tmp_path)
     config.update_from_flattened_dict({field: value})
-    assert recipes(config, tmp_path)[stage].options != before
+    assert load(stage).recorded_options(config, tmp_path) != before
 
 
-@pytest.mark.parametrize("field", preflight.INPUTS)
+FILE_FIELDS = [item.field for item in preflight.inputs() if item.kind is not Kind.LIST]
+
+
+@pytest.mark.parametrize("field", FILE_FIELDS)
 def test_a_file_that_is_not_there_is_refused_first(tmp_path, everything, field):
     everything.update_from_flattened_dict({field: "gone.x"})
     with pytest.raises(Exception, match="gone.x"):
@@ -340,7 +355,7 @@ def test_every_file_option_is_looked_for():
         if n.endswith("_jsonl")
         or (n in ("steering_json", "human_latents") and not isinstance(part[n], dict))
     ]
-    assert set(names) <= set(preflight.INPUTS), set(names) - set(preflight.INPUTS)
+    assert set(names) <= set(FILE_FIELDS), set(names) - set(FILE_FIELDS)
 
 
 def test_lists_that_are_there_are_read_before_the_first_stage(tmp_path, everything):
@@ -348,5 +363,5 @@ def test_lists_that_are_there_are_read_before_the_first_stage(tmp_path, everythi
     (tmp_path / "probes" / "selected_features.json").write_text(
         json.dumps({"detectors": [1, 2], "tau_detectors": [0.1]})
     )
-    with pytest.raises(Exception, match="tau_values has 1 values for 2"):
+    with pytest.raises(Exception, match="reward.tau_values has 1 values for 2"):
         preflight.check(everything, tmp_path, ALL)

@@ -14,21 +14,8 @@ from pipeline import reference_flags
 from pipeline.stages.train import describe_batch
 from ppo.config import PPOConfig
 from sarm_jax.io.errors import InputError
+from tests.reference_flags import OTHER_FLAGS, PPO_FLAGS
 
-# Every flag of the reference's programs, as their argument parsers have them.
-PPO = (
-    "policy_model sarm_model prompts_jsonl output_dir experiment_name batch_size "
-    "gradient_accumulation_steps learning_rate total_steps ppo_epochs clip_range vf_coef "
-    "max_grad_norm seed lora_r lora_alpha lora_dropout max_new_tokens temperature top_p "
-    "penalize_features tau_values alpha_values clamp_features clamp_max_values clamp_min_values "
-    "clamp_set_values human_latents beta latent_indices disc_lr"
-).split()
-OTHERS = (
-    "demos_jsonl out model_name batch_size latent_indices dtype data_jsonl out_csv feature "
-    "set_value min_value max_value mode top_k model_path data_path output_dir interpret openai_key "
-    "device output_file steering_path output_path plot_path num_example tokenizer_path "
-    "sarm_base_model max_length lr config_file main_process_port quick"
-).split()
 COMMAND = [
     "main.py", "--config=configs/full_method.py",
     "--policy_model", "meta-llama/Llama-3.1-8B-Instruct",
@@ -55,7 +42,7 @@ def parsed(monkeypatch):
         found = command_line.parse(list(argv))
         flags.FLAGS.unparse_flags()
         for name in list(flags.FLAGS):
-            if name in (*PPO, "workdir", "stage"):
+            if name in (*PPO_FLAGS, "workdir", "stage"):
                 flags.FLAGS[name].unparse()
             elif name.startswith("config."):  # defined by each parse
                 delattr(flags.FLAGS, name)
@@ -84,10 +71,10 @@ def test_the_command_of_the_references_readme(parsed):
     assert (config.lora.rank, config.lora.alpha, config.ppo.total_steps) == (16, 32.0, 100)
 
 
-@pytest.mark.parametrize("name", sorted({*PPO, *OTHERS}))
+@pytest.mark.parametrize("name", sorted({*PPO_FLAGS, *OTHER_FLAGS}))
 def test_every_flag_is_taken_or_named_with_what_replaces_it(name):
     assert (name in flags.FLAGS) != (reference_flags.replacement(name) is not None)
-    if name in PPO:
+    if name in PPO_FLAGS:
         assert name in flags.FLAGS
 
 
@@ -154,5 +141,5 @@ def test_help_lists_them():
     done = subprocess.run(
         [sys.executable, "main.py", "--help"], capture_output=True, text=True, check=True
     )
-    for name in PPO:
+    for name in PPO_FLAGS:
         assert f"--{name}" in done.stdout or f"--[no]{name}" in done.stdout

@@ -6,14 +6,19 @@ import re
 import numpy as np
 import pytest
 
+from configs import demo
+from pipeline import study as study_of_seeds
+from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab import gates, world
 from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
-from sarm_jax.lab.findings import claims, gates_passed, headline
+from sarm_jax.lab.findings import check_claims, check_gates, headline
 from sarm_jax.lab.gates import LIMITS
 from sarm_jax.lab.page import write_study
 from tests.closeness import assert_close
 from tests.command import run_main
+
+pytestmark = pytest.mark.slow
 
 MINIATURE = (
     "lab.corpus_rows=300 lab.demonstrations=60 lab.pairs=200 lab.contrast_pairs=32 "
@@ -41,7 +46,7 @@ def study(tmp_path_factory):
     assert call() == 2
     content = json.loads((workdir / "lab.json").read_text())
     assert "r2_correctness" in content["stopped"]["7"] and content["conditions"] == {}
-    assert "ignore_failed_gates=True goes on" in (workdir / "lab.html").read_text()
+    assert "ignore_failed_gates=True runs it nevertheless" in (workdir / "lab.html").read_text()
     assert call("lab.ignore_failed_gates=True") == 0
     return call, workdir
 
@@ -141,6 +146,18 @@ def test_bad_studies_are_refused(study, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_the_page_shows_no_secret_of_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "_secrets", [("hidden-value", "MY_TOKEN")])
+    monkeypatch.setattr(study_of_seeds, "check", lambda *_: None)
+    stopped = study_of_seeds.SeedOutcome([], "data/pairs.jsonl:1: found hidden-value")
+    monkeypatch.setattr(study_of_seeds, "run_seed", lambda *_: stopped)
+    with pytest.raises(InputError, match=r"seed 0: data/pairs\.jsonl:1: found \[MY_TOKEN\]"):
+        study_of_seeds.run_study(demo.get_config(), tmp_path)
+    for name in ("lab.json", "lab.html"):
+        content = (tmp_path / name).read_text()
+        assert "[MY_TOKEN]" in content and "hidden-value" not in content
+
+
 def test_seeds_and_conditions():
     assert parse_seeds("3, 10-12,0") == [3, 10, 11, 12, 0]
     assert parse_conditions("full, baseline") == ["full", "baseline"]
@@ -190,7 +207,7 @@ def test_claims_by_hand():
         "penalty": [run(s, 0.3, 0.97, 0.97) for s in (1, 2, 3)],
         "random": [run(s, 0.3, 0.6, 0.5 + 0.01 * s) for s in (1, 2, 3)],
     }
-    found = claims(runs, [1, 2, 3])
+    found = check_claims(runs, [1, 2, 3])
     baseline, full, full_mean, penalty, penalty_mean, no_worse, gap = found
     assert baseline.failed == [2, 3] and not baseline.holds  # falls by .5; climbs by 2 sd
     assert full.failed == [2, 3] and not full.holds  # .65 above the baseline's end; below its peak
@@ -205,15 +222,15 @@ def test_gate_claim_by_hand():
     good = {"r2_flattery": 0.99, "r2_correctness": 0.9, "detection_one_word": 0.9,
             "false_alarms": 0.01, "accuracy_below_annotator": 0.01}  # fmt: skip
     gates = {str(seed): good for seed in range(9)} | {"9": good | {"false_alarms": 0.2}}
-    claim = gates_passed(gates, range(10))
+    claim = check_gates(gates, range(10))
     assert claim.holds and claim.failed == [9] and claim.found == "9 of 10"
-    assert not gates_passed({"8": good, "9": good | {"r2_flattery": 0.5}}, [8, 9]).holds
-    assert gates_passed({"8": good}, [8, 9]).failed == [9]
+    assert not check_gates({"8": good, "9": good | {"r2_flattery": 0.5}}, [8, 9]).holds
+    assert check_gates({"8": good}, [8, 9]).failed == [9]
 
 
 def test_a_seed_without_a_run_counts_against_the_claims():
     full = [run(1, 0.3, 0.95, 0.95), run(2, 0.3, 0.95, 0.95)]
-    found = claims({"baseline": [run(1, 0.3, 0.8, -0.1)], "full": full}, [1, 2, 3])
+    found = check_claims({"baseline": [run(1, 0.3, 0.8, -0.1)], "full": full}, [1, 2, 3])
     assert [claim.failed for claim in found if claim.failed] == [[2, 3], [2, 3], [3], [3]]
     assert [claim.found for claim in found] == [
         "1 of 3",

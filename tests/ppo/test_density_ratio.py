@@ -1,4 +1,4 @@
-"""The discriminator's logit estimates the log density ratio; the buffer file is checked."""
+"""The discriminator estimates the log density ratio, and the buffer file is checked."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ from ppo.human_latents import (
     load_human_latents,
     save_human_latents,
 )
-from ppo.reward import RewardConfig
 from sarm_jax.io.errors import InputError
 from tests.closeness import assert_close
+from tests.tiny_models import reward_options
 
 CONFIG = DiscriminatorConfig(1e-2, hidden_size=32, steps=200, batch_size=256, weight_decay=0.0)
 
@@ -60,12 +60,12 @@ def test_latents_that_no_human_response_fires_do_not_drown_the_others():
     assert float(jnp.abs(logits).max()) < 0.3
 
 
-def test_it_is_stepped_before_it_is_read():
+def test_it_is_trained_before_it_is_read():
     human = np.zeros((50, 1), np.float32) + np.linspace(-1, 1, 50, dtype=np.float32)[:, None]
     ratio = DensityRatio(CONFIG, human)
     fresh = ratio.init(jax.random.key(0))
     _, logits, _ = ratio.update(fresh, jnp.full((8, 1), 5.0), jax.random.key(1))
-    assert float(logits.min()) > 1.0  # the fresh discriminator says 0 everywhere
+    assert float(logits.min()) > 1.0  # D of the fresh discriminator is 0 everywhere
 
 
 def test_keys_matter_and_repeat():
@@ -122,17 +122,20 @@ def test_bad_buffers_are_refused(tmp_path, make, message):
 def test_features_must_be_in_the_buffer(tmp_path):
     path = tmp_path / "human.safetensors"
     save_human_latents(path, HumanLatents(np.zeros((2, 2), np.float32), (5, 6)))
-    with pytest.raises(InputError, match="latent_indices: feature 7 is not in the human latents"):
-        human_buffer(RewardConfig(beta=0.1, latent_indices=(5, 7)), str(path), 64)
-    with pytest.raises(InputError, match="beta=0.1 needs human latents"):
-        human_buffer(RewardConfig(beta=0.1), "", 64)
+    beta = reward_options(beta=0.1)
+    with pytest.raises(
+        InputError, match="^reward.latent_indices: feature 7 is not in the human latents"
+    ):
+        human_buffer(reward_options(beta=0.1, latent_indices=(5, 7)), str(path), 64)
+    with pytest.raises(InputError, match="^reward.beta=0.1 needs human latents"):
+        human_buffer(beta, "", 64)
     with pytest.raises(InputError, match="feature 6 of a SARM with 6 latents"):
-        human_buffer(RewardConfig(beta=0.1), str(path), 6)
+        human_buffer(beta, str(path), 6)
     one = tmp_path / "one.safetensors"
     save_human_latents(one, HumanLatents(np.ones((1, 2), np.float32), (5, 6)))
     with pytest.raises(InputError, match="holds one response"):
-        human_buffer(RewardConfig(beta=0.1), str(one), 64)
-    assert human_buffer(RewardConfig(beta=0.0), "", 64) is None
+        human_buffer(beta, str(one), 64)
+    assert human_buffer(reward_options(beta=0.0), "", 64) is None
 
 
 def test_a_discriminator_that_is_always_right_is_held_at_log_n():
@@ -148,7 +151,7 @@ def test_a_discriminator_that_is_always_right_is_held_at_log_n():
     np.testing.assert_allclose(ratio.read(state, -far), -np.log(50), rtol=1e-6)
 
 
-def test_latents_that_are_not_finite_are_not_learned_from():
+def test_latents_that_are_not_finite_do_not_train_it():
     rng = np.random.default_rng(3)
     human, policy = rng.normal(size=(2, 40, 3)).astype(np.float32)
     ratio = DensityRatio(CONFIG, human)
@@ -163,7 +166,7 @@ def test_latents_that_are_not_finite_are_not_learned_from():
             np.testing.assert_array_equal(a, b)
 
 
-def test_reading_is_what_updating_reads():
+def test_read_gives_the_values_of_update():
     rng = np.random.default_rng(0)
     human = rng.normal(3, 2, size=(400, 2)).astype(np.float32)
     policy = rng.normal(4, 2, size=(64, 2)).astype(np.float32)

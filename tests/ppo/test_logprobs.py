@@ -59,9 +59,9 @@ def test_gradient_in_half_precision_casts_no_vocabulary(arrays):
 
     text = jax.jit(jax.grad(loss)).lower(x).as_text()
     assert "tensor<50x16xbf16>" in text and "tensor<50x16xf32>" not in text
-    found = jax.grad(loss)(x).astype(jnp.float32)
+    rounded = jax.grad(loss)(x).astype(jnp.float32)
     exact = jax.grad(loss)(x.astype(jnp.float32))
-    assert jnp.linalg.norm(found - exact) <= 0.01 * jnp.linalg.norm(exact)
+    assert jnp.linalg.norm(rounded - exact) <= 0.01 * jnp.linalg.norm(exact)
 
 
 def test_chunks_never_hold_the_whole_projection(arrays):

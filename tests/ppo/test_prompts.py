@@ -20,13 +20,13 @@ from ppo.prompt_lengths import (
 from ppo.prompts import PromptDeck, encode_prompts
 from sarm_jax.io.errors import InputError
 from sarm_jax.models import chat
-from tests.conftest import PROMPTS
+from tests.tiny_models import PROMPTS
 
 LONG = "a long story " + "x" * 300 + " the end"
 
 
 def long_tailed(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Lengths as of the reference's 3,184 prompts: a mean of 80 tokens, one of 1,600."""
+    """Draws lengths like those of the reference's prompts: a mean of 80 tokens, some of 1,600."""
     return np.minimum(rng.lognormal(4.0, 0.7, size).astype(int) + 8, 1600)
 
 
@@ -44,32 +44,32 @@ def test_padding_costs_little_more_than_the_batches_own_longest_prompts(batch_si
     assert columns.mean() / (np.mean(drawn) + new_tokens) < 1.25
 
 
-def test_one_length_where_that_wastes_little():
+def test_one_length_if_that_wastes_little():
     assert padded_lengths([90, 91, 95, 96], 2, 64) == (96,)
     assert padded_lengths([10] * 50 + [1000], 51, 64) == (1000,)  # every batch has it
     assert padded_lengths([17], 8, 1) == (24,)
 
 
 def test_the_choice_is_the_cheapest_of_its_size():
-    """Against all choices of as many lengths, for a small file."""
+    """Compares with all choices of as many lengths, for a small file."""
     lengths_n = [5, 9, 17, 17, 30, 33, 60, 61, 62, 100, 200]
     longest_m, p_m = longest_of_a_batch(lengths_n, 2)
     candidates = sorted({-8 * (-n // 8) for n in lengths_n})
 
-    def cost(chosen):
-        columns = np.asarray(chosen)[np.searchsorted(chosen, longest_m)]
+    def cost(lengths):
+        columns = np.asarray(lengths)[np.searchsorted(lengths, longest_m)]
         return float(p_m @ columns)
 
-    found = padded_lengths(lengths_n, 2, 4, waste=0.15)
+    chosen = padded_lengths(lengths_n, 2, 4, waste=0.15)
     subsets = [
         [c for bit, c in enumerate(candidates) if mask >> bit & 1]
         for mask in range(1 << len(candidates))
     ]
     whole = [s for s in subsets if s and s[-1] == candidates[-1]]
-    assert cost(found) == pytest.approx(min(cost(s) for s in whole if len(s) == len(found)))
+    assert cost(chosen) == pytest.approx(min(cost(s) for s in whole if len(s) == len(chosen)))
     bound = 1.15 * float(p_m @ (longest_m + 4))
-    assert cost(found) + 4 <= bound
-    assert min(cost(s) for s in whole if len(s) < len(found)) + 4 > bound
+    assert cost(chosen) + 4 <= bound
+    assert min(cost(s) for s in whole if len(s) < len(chosen)) + 4 > bound
 
 
 def test_the_longest_of_a_batch_against_all_batches():
@@ -156,8 +156,8 @@ def test_a_long_prompt_is_an_error_that_names_the_remedies(tokenizer):
 
 def test_dropped_prompts_are_counted(tokenizer, caplog):
     with caplog.at_level("INFO"):
-        found = encode_prompts(["hi", LONG, "ho", LONG], tokenizer, 100, "data.jsonl", "drop")
-    assert found.texts == ["hi", "ho"] and (found.dropped, found.truncated) == (2, 0)
+        encoded = encode_prompts(["hi", LONG, "ho", LONG], tokenizer, 100, "data.jsonl", "drop")
+    assert encoded.texts == ["hi", "ho"] and (encoded.dropped, encoded.truncated) == (2, 0)
     assert "data.jsonl: 2 of 4 prompts have more than 100 tokens" in caplog.text
     with pytest.raises(InputError, match=r"all 1 prompts have more than .*max_prompt_tokens=100"):
         encode_prompts([LONG], tokenizer, 100, "data.jsonl", "drop")
@@ -165,9 +165,9 @@ def test_dropped_prompts_are_counted(tokenizer, caplog):
 
 @pytest.mark.parametrize("limit", [63, 99, 100, 101, 300])
 def test_truncation_takes_the_beginning_of_the_text_and_no_more(tokenizer, limit):
-    found = encode_prompts(["hi", LONG], tokenizer, limit, "data.jsonl", "truncate")
-    text, row = found.texts[1], found.rows[1]
-    assert LONG.endswith(text) and text and found.truncated == 1 and found.dropped == 0
+    encoded = encode_prompts(["hi", LONG], tokenizer, limit, "data.jsonl", "truncate")
+    text, row = encoded.texts[1], encoded.rows[1]
+    assert LONG.endswith(text) and text and encoded.truncated == 1 and encoded.dropped == 0
     assert row == chat.encode_prompt(tokenizer, text)  # the template is whole
     longer = LONG[len(LONG) - len(text) - 1 :]
     assert len(row) <= limit < len(chat.encode_prompt(tokenizer, longer))
@@ -200,7 +200,7 @@ def test_the_policy_and_the_reward_model_see_the_truncated_text(make_trainer, tm
 
 
 def test_results_do_not_depend_on_the_padded_length(make_trainer, tmp_path, monkeypatch):
-    """The same run with the lengths of the file, and with one length for all batches."""
+    """Compares a run with the chosen lengths and one with a single length for all batches."""
     options = {"prompts": [*PROMPTS, LONG], "max_prompt_tokens": 500, "pack_levels": 0}
     few = make_trainer(tmp_path / "few", **options)
     longest = few.deck.padded_lengths[-1]
@@ -218,7 +218,7 @@ def test_results_do_not_depend_on_the_padded_length(make_trainer, tmp_path, monk
 
 @pytest.mark.parametrize("pack_levels", [0, 2])
 def test_no_step_compiles_after_the_first(make_trainer, tmp_path, pack_levels):
-    """All lengths that the batches take are compiled before the first step."""
+    """The programs of all lengths of the batches are compiled before the first step."""
     trainer = make_trainer(
         tmp_path / "run",
         prompts=[*PROMPTS, LONG],
@@ -231,7 +231,7 @@ def test_no_step_compiles_after_the_first(make_trainer, tmp_path, pack_levels):
     trainer.run()
     programs = trainer.learner._compiled_rollout
     counted = programs._cache_size()
-    trainer._roll_out(trainer.state["train"].params, 0, trainer._rollout_key)
+    trainer._roll_out(trainer.state.train.params, 0, trainer._rollout_key)
     assert programs._cache_size() == counted
 
 

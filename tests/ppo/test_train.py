@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ import pytest
 from flax import nnx
 
 from ppo.prompts import PromptDeck
-from ppo.reward import RewardConfig
 from ppo.rollout import Sampler
 from ppo.scoring import Scored
 from ppo.tracking import metrics as metrics_module
@@ -22,7 +22,9 @@ from ppo.tracking.metrics import COLUMNS, read_evaluations
 from sarm_jax.models import chat
 from sarm_jax.models.reward_model import RewardModel
 from tests.closeness import assert_close
-from tests.conftest import HELD_OUT, PROMPTS, REWARD
+from tests.tiny_models import HELD_OUT, PROMPTS, REWARD, reward_options
+
+pytestmark = pytest.mark.slow
 
 
 def metrics(workdir):
@@ -40,7 +42,7 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
 
-def test_a_run_writes_the_whole_contract(make_trainer, tmp_path):
+def test_a_run_writes_all_its_files(make_trainer, tmp_path):
     workdir = tmp_path / "run"
     summary = make_trainer(workdir).run()
     rows = metrics(workdir)
@@ -69,6 +71,17 @@ def test_a_run_writes_the_whole_contract(make_trainer, tmp_path):
     assert list((workdir / "checkpoints").iterdir())
 
 
+def test_the_state_is_there_from_the_start(make_trainer, tmp_path):
+    trainer = make_trainer(tmp_path / "run", total_steps=1)
+    fresh = jax.tree.map(np.asarray, trainer.state)
+    assert not np.any(fresh.train.params["value_head"]["kernel"])
+    assert fresh.density_ratio is not None
+    trainer.run()
+    assert np.any(trainer.state.train.params["value_head"]["kernel"])
+    without = make_trainer(tmp_path / "without", reward=reward_options())
+    assert without.state.density_ratio is None
+
+
 def test_same_seed_same_numbers(make_trainer, tmp_path):
     runs = [make_trainer(tmp_path / name) for name in "ab"]
     for trainer in runs:
@@ -78,14 +91,14 @@ def test_same_seed_same_numbers(make_trainer, tmp_path):
     assert a == b
 
 
-def test_resuming_is_as_if_never_stopped(make_trainer, tmp_path):
+def test_a_resumed_run_gives_the_same_results(make_trainer, tmp_path):
     whole = make_trainer(tmp_path / "whole", total_steps=5)
     whole.run()
     first = make_trainer(tmp_path / "parts", total_steps=5)
     step = first._step
 
     def interrupted(number, state):
-        if number == 3:  # one step after the checkpoint at 2, whose rows must not stand twice
+        if number == 3:  # the row of step 2, after the checkpoint at 2, must not be logged twice
             raise KeyboardInterrupt
         return step(number, state)
 
@@ -136,50 +149,48 @@ UNWHITENED = {"total_steps": 7, "whiten_advantages": False, "missing_eos_penalty
 
 
 def poison(trainer):
-    """Logits, a score, latents, the discriminator and gradients, at steps 1 to 5."""
-    score, update, disc = trainer.scorer, trainer.updater, trainer.density_ratio
-    now = {"step": -1, "state": {}}
+    """Makes logits, a score, latents, the discriminator and gradients non-finite, at steps 1–5."""
+    score, updater, step = trainer.scorer.score, trainer.updater, trainer._step
+    current = -1
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), trainer.base)  # same shapes and types
 
-    def scored(rollout):
-        found = score(rollout)
-        score_b, penalised_bn, subset_bs = map(np.array, dataclasses.astuple(found))
-        if now["step"] == 2:
+    def poisoned_score(rollout):
+        scored = score(rollout)
+        score_b, z_bn, z_bs = map(np.array, dataclasses.astuple(scored))
+        if current == 2:
             score_b[0] = np.inf
-        if now["step"] == 3:
-            penalised_bn[1, 0] = np.nan
-        if now["step"] == 4:
-            subset_bs[:] = np.nan
-        return Scored(score_b, penalised_bn, subset_bs)
+        if current == 3:
+            z_bn[1, 0] = np.nan
+        if current == 4:
+            z_bs[:] = np.nan
+        return Scored(score_b, z_bn=z_bn, z_bs=z_bs)
 
-    def updated(state, base, batch, *rest):
-        if now["step"] == 5:  # squares to more than a float32 holds, in the gradient's norm
+    def poisoned_update(state, base, batch, **options):
+        if current == 5:  # its square exceeds float32 in the norm of the gradient
             huge_b = np.resize(np.float32([1e30, -1e30]), len(batch.reward_b))
             batch = batch.replace(reward_b=jax.device_put(huge_b))
-        return update(state, nan if now["step"] == 1 else base, batch, *rest)
+        return updater.update(state, nan if current == 1 else base, batch, **options)
 
-    step = trainer._step
-
-    def stepped(number, state):
-        now["step"], now["state"] = number, jax.tree.map(np.asarray, state)
+    def checked_step(number, state):
+        nonlocal current
+        current, before = number, jax.tree.map(np.asarray, state)
         new, row, samples = step(number, state)
         if 1 <= number <= 5:
-            same_state(now["state"]["train"], new["train"])
+            same_state(before.train, new.train)
         if number == 4:
-            same_state(now["state"], new)
+            same_state(before, new)
         return new, row, samples
 
-    assert disc is not None
-    trainer.scorer = scored
-    scored.programs = score.programs
-    scored.with_and_without_clamp = score.with_and_without_clamp
-    trainer.updater = updated
-    updated.lower = update.lower
-    trainer._step = stepped
+    assert trainer.density_ratio is not None
+    trainer.scorer.score = poisoned_score
+    trainer.updater = SimpleNamespace(update=poisoned_update, lower=updater.lower)
+    trainer._step = checked_step
     return trainer
 
 
-def test_what_is_not_finite_is_skipped_counted_and_dumped(make_trainer, tmp_path, compilations):
+def test_steps_that_are_not_finite_are_skipped_counted_and_dumped(
+    make_trainer, tmp_path, compilations
+):
     trainer = poison(
         make_trainer(tmp_path / "run", guards={"max_nonfinite_steps": 5}, **UNWHITENED)
     )
@@ -189,7 +200,7 @@ def test_what_is_not_finite_is_skipped_counted_and_dumped(make_trainer, tmp_path
     # Both epochs of the update, and at step 4 the discriminator's two minibatches as well.
     assert [float(row["skipped_updates"]) for row in rows] == [0, 2, 2, 2, 4, 2, 0]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trainer.state))
-    assert max(compiled) < 1  # and the check compiles nothing
+    assert max(compiled) < 1  # the check compiles nothing
     (warning,) = [w for w in summary["warnings"] if w["guard"] == "nonfinite"]
     assert (warning["first_step"], warning["steps"]) == (1, 5)
     assert np.isfinite(summary["last_steps"]["total_reward"])
@@ -203,7 +214,7 @@ def test_what_is_not_finite_is_skipped_counted_and_dumped(make_trainer, tmp_path
     assert all(np.isfinite(sample["total_reward"]) for sample in samples)
 
 
-def test_too_much_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
+def test_too_many_steps_that_are_not_finite_stop_the_run(make_trainer, tmp_path):
     trainer = poison(
         make_trainer(tmp_path / "run", guards={"max_nonfinite_steps": 1}, **UNWHITENED)
     )
@@ -218,20 +229,22 @@ def test_too_much_that_is_not_finite_stops_the_run(make_trainer, tmp_path):
     assert [float(row["skipped_updates"]) for row in metrics(tmp_path / "run")] == [0, 2, *[0] * 5]
 
 
-def test_a_run_of_which_no_step_is_finite_is_no_success(make_trainer, tmp_path):
+def test_a_run_without_a_finite_step_fails(make_trainer, tmp_path):
     trainer = poison(make_trainer(tmp_path / "run", **{**UNWHITENED, "total_steps": 1}))
     step = trainer._step
-    trainer._step = lambda number, state: step(number + 1, state)  # the first is poisoned as well
+    trainer._step = lambda number, state: step(
+        number + 1, state
+    )  # the first step is poisoned as well
     with pytest.raises(NonFiniteError, match="1 of 1 steps were not finite"):
         trainer.run()
 
 
-def test_a_guard_stops_the_run_where_it_is_told_to(make_trainer, tmp_path):
+def test_a_guard_stops_the_run_if_guards_stop_names_it(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", guards={"stop": ("no_eos",), "steps": 2})
-    with pytest.raises(GuardStopError, match=r"no_eos.*--config\.guards\.stop= goes on"):
+    with pytest.raises(GuardStopError, match=r"no_eos.*--config\.guards\.stop= resumes"):
         trainer.run()
     assert len(metrics(tmp_path / "run")) == 2
-    assert trainer.state["train"].params["lora"]  # what its adapter is made of
+    assert trainer.state.train.params["lora"]  # the adapter is saved from it
     again = make_trainer(tmp_path / "run", guards={"stop": ("no_eos",), "steps": 2})
     with pytest.raises(GuardStopError, match="step 1: .*checkpoint 2 saved"):
         again.run()  # takes no further step
@@ -245,10 +258,10 @@ def test_a_guard_stops_the_run_where_it_is_told_to(make_trainer, tmp_path):
     assert summary["steps"] == 4 and summary["stopped"] is None
     named = {warning["guard"]: warning for warning in summary["warnings"]}
     assert named["no_eos"]["first_step"] == 1 and named["no_eos"]["steps"] == 3
-    assert "reward_scale" in named  # α of 0.1 and 0.2 where the score has an sd of about 2
+    assert "reward_scale" in named  # α of 0.1 and 0.2 for a score with an sd of about 2
 
 
-def test_a_guard_that_holds_on_the_last_step_stops_nothing(make_trainer, tmp_path):
+def test_a_guard_on_the_last_step_stops_nothing(make_trainer, tmp_path):
     guards = {"stop": ("no_eos",), "steps": 2}
     summary = make_trainer(tmp_path / "run", total_steps=2, guards=guards).run()
     assert summary["stopped"] is None
@@ -257,7 +270,7 @@ def test_a_guard_that_holds_on_the_last_step_stops_nothing(make_trainer, tmp_pat
 
 @pytest.fixture
 def compilations():
-    """Makes a trainer note the step of each compilation, -1 before the first; the list of them."""
+    """Lists the step of every compilation of a trainer; -1 before the first step."""
 
     def listen_to(trainer):
         compiled: list[int] = []
@@ -286,23 +299,21 @@ def test_no_compilation_after_the_second_step(make_trainer, tmp_path, pieces, co
     trainer = make_trainer(tmp_path / "run", evaluate=True, stop_ids=many, **options)
     taken = set()
     (slot_plan,) = trainer._slot_plans.values()
-    plan = slot_plan.of
+    slots_for = slot_plan.slots_for
 
-    def slots(*lengths):
-        taken.add(plan(*lengths))
-        return plan(*lengths)
+    def noted_slots(*lengths):
+        taken.add(slots_for(*lengths))
+        return slots_for(*lengths)
 
-    slot_plan.of = slots
+    slot_plan.slots_for = noted_slots
     compiled = compilations(trainer)
     trainer.run()
     assert compiled, "the listener heard nothing"
     assert max(compiled) < 2
-    assert len(taken) > 1 and taken <= set(slot_plan.all())
+    assert len(taken) > 1 and taken <= set(slot_plan.all_slots())
 
 
-def test_what_a_resumed_run_compiles_it_compiles_before_its_second_step(
-    make_trainer, tmp_path, compilations
-):
+def test_a_resumed_run_compiles_before_its_second_step(make_trainer, tmp_path, compilations):
     many = tuple(range(3, 70))
     options = {"pack_levels": 3, "stop_ids": many}
     make_trainer(tmp_path / "run", total_steps=3, **options).run()
@@ -315,7 +326,7 @@ def test_what_a_resumed_run_compiles_it_compiles_before_its_second_step(
 def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(
         tmp_path / "run",
-        reward=RewardConfig(),
+        reward=reward_options(),
         total_steps=30,
         batch_size=16,
         learning_rate=1e-2,
@@ -325,8 +336,8 @@ def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypat
         checkpoint_every=100,
     )
 
-    # Rewarded: tokens of one half of the vocabulary, which one direction of the output embedding
-    # separates. The decoder is replaced so that the scorer sees token ids.
+    # Tokens of one half of the vocabulary are rewarded, which one direction of the output embedding
+    # separates. The decoder is replaced, so that the scorer gets token ids.
     policy = nnx.merge(trainer.learner.reference_graph, trainer.base)
     rewarded = set(np.flatnonzero(policy.vocabulary[:, 0] > 0).tolist())
 
@@ -334,7 +345,7 @@ def test_ppo_learns_to_please_the_reward_model(make_trainer, tmp_path, monkeypat
         pairs = zip(np.asarray(generation.tokens_br), np.asarray(generation.mask_br), strict=True)
         return [" ".join(map(str, row[mask])) for row, mask in pairs]
 
-    def share_of_rewarded(model, prompts, responses, clamp, indices):
+    def share_of_rewarded(model, prompts, responses, clamp, latent_indices):
         share = [np.mean([int(i) in rewarded for i in text.split()]) for text in responses]
         return np.asarray(share, np.float32), np.zeros((len(share), 0), np.float32)
 
@@ -359,7 +370,7 @@ def test_scores_are_not_mixed_up_between_rows(make_trainer, tmp_path, reward_mod
 
 
 def test_clamping_changes_the_reward_that_is_learned_from(make_trainer, tmp_path, reward_model):
-    reward = RewardConfig(clamp_features=(3,), clamp_set_values=(0.0,))
+    reward = reward_options(clamp_features=(3,), clamp_set_values=(0.0,))
     trainer = make_trainer(tmp_path / "run", reward=reward, total_steps=1, samples_per_step=4)
     trainer.run()
     weight_f = np.asarray(reward_model.model.score[...])
@@ -372,9 +383,9 @@ def test_clamping_changes_the_reward_that_is_learned_from(make_trainer, tmp_path
 
 def test_a_clamp_does_not_magnify_what_it_leaves(make_trainer, tmp_path):
     half = tuple(range(32))  # of the latents
-    reward = RewardConfig(clamp_features=half, clamp_set_values=(0.0,) * 32)
+    reward = reward_options(clamp_features=half, clamp_set_values=(0.0,) * 32)
     clamped = make_trainer(tmp_path / "clamped", reward=reward, total_steps=1)
-    plain = make_trainer(tmp_path / "plain", reward=RewardConfig(), total_steps=1)
+    plain = make_trainer(tmp_path / "plain", reward=reward_options(), total_steps=1)
     clamped.run()
     plain.run()
     assert clamped.scale.std == pytest.approx(plain.scale.std, rel=1e-6)
@@ -415,7 +426,7 @@ def test_a_line_separator_within_a_response_is_kept(tmp_path):
     assert path.read_text() == '{"step": 0, "response": "a\u2028b"}\n'
 
 
-def test_half_a_character_at_the_end_is_dropped(tmp_path):
+def test_an_incomplete_character_at_the_end_is_dropped(tmp_path):
     path = tmp_path / "samples.jsonl"
     whole = '{"step": 0, "response": "é"}\n'.encode()
     path.write_bytes(whole + '{"step": 1, "response": "é'.encode()[:-1])
@@ -423,7 +434,7 @@ def test_half_a_character_at_the_end_is_dropped(tmp_path):
     assert path.read_bytes() == whole
 
 
-def test_evaluations_of_a_resumed_run_stand_once(make_trainer, tmp_path):
+def test_evaluations_of_a_resumed_run_are_logged_once(make_trainer, tmp_path):
     options = {"evaluate": True, "eval_every": 1, "total_steps": 5}
     make_trainer(tmp_path / "whole", **options).run()
     first = make_trainer(tmp_path / "parts", **options)

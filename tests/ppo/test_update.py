@@ -1,4 +1,4 @@
-"""The update: ratio 1 at first, microbatches change nothing, one optimizer step by hand."""
+"""The update: a first ratio of 1, losses against loops, and invariance to microbatches."""
 
 import dataclasses
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from tests.closeness import assert_close, assert_same_metrics
-from tests.conftest import spread
 from tests.oracles import gae_loop, masked_whiten_loop, ppo_loss_loop
+from tests.tiny_models import scale_matrices
 
 PROMPT, RESPONSE, ROWS = 5, 6, 4
 
@@ -32,14 +32,16 @@ class Setup(NamedTuple):
         return self.learner.evaluate(state.params, self.base, batch.tokens_bt, batch.mask_bt)
 
     def update(self, state, batch, permutations):
-        return Updater(self.learner)(state, self.base, batch, permutations)
+        return Updater(self.learner).update(state, self.base, batch, order=permutations)
 
 
 @pytest.fixture
 def make_setup(architecture, ppo_config):
     def make(**changes):
-        policy = spread(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=(3,)))
-        return Setup(*Learner.attach(ppo_config(**changes), LoRAConfig(rank=4), policy, pad=1))
+        policy = scale_matrices(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=(3,)))
+        return Setup(
+            *Learner.attach(ppo_config(**changes), LoRAConfig(rank=4), policy=policy, pad=1)
+        )
 
     return make
 
@@ -63,13 +65,13 @@ def orders(epochs):
 
 
 def moved(state):
-    """A state whose adapter and value head are no longer at their initial zeros."""
+    """Returns a state whose adapter and value head are not at their initial zeros."""
     leaves, tree = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(5), len(leaves))
     noisy = [
         leaf + 0.05 * jax.random.normal(k, leaf.shape) for k, leaf in zip(keys, leaves, strict=True)
     ]
-    copied = jax.tree.map(jnp.copy, state.opt_state)  # an update donates what it is given
+    copied = jax.tree.map(jnp.copy, state.opt_state)  # an update donates its state
     return TrainState(jax.tree.unflatten(tree, noisy), copied)
 
 
@@ -96,7 +98,7 @@ def test_targets_and_losses_against_loops(make_setup, batch):
     state = moved(setup.state)
     now = setup.evaluate(state, batch)
     config = setup.learner.config
-    mask = np.asarray(batch.response_mask_br)
+    mask = np.asarray(batch.mask_br)
     rewards = -config.kl_coef * np.asarray(now.logp_br - batch.ref_logp_br)
     for b in range(ROWS):
         rewards[b, mask[b].sum() - 1] += batch.reward_b[b]
@@ -152,13 +154,13 @@ def test_only_adapter_and_value_head_move(make_setup, batch):
     assert all(changed)
 
 
-def test_the_update_raises_the_likelihood_of_what_paid(make_setup, batch):
+def test_the_update_raises_the_likelihood_of_rewarded_responses(make_setup, batch):
     setup = make_setup(learning_rate=1e-3, ppo_epochs=4, kl_coef=0.0)
     batch = batch.replace(reward_b=jnp.array([1.0, -1.0, 1.0, -1.0]))
     before = setup.evaluate(setup.state, batch)
     state, _, _ = setup.update(setup.state, batch, orders(4))
     after = setup.evaluate(state, batch)
-    gain = np.where(batch.response_mask_br, after.logp_br - before.logp_br, 0).sum(axis=1)
+    gain = np.where(batch.mask_br, after.logp_br - before.logp_br, 0).sum(axis=1)
     assert gain[0] > 0 and gain[2] > 0
     assert gain[1] < 0 and gain[3] < 0
 
@@ -178,7 +180,7 @@ def test_padded_positions_change_nothing(make_setup, batch):
     setup = make_setup()
     other = batch.replace(
         tokens_bt=jnp.where(batch.mask_bt, batch.tokens_bt, 9),
-        ref_logp_br=jnp.where(batch.response_mask_br, batch.ref_logp_br, jnp.nan),
+        ref_logp_br=jnp.where(batch.mask_br, batch.ref_logp_br, jnp.nan),
     )
     one = setup.update(moved(setup.state), batch, orders(2))[0]
     two = setup.update(moved(setup.state), other, orders(2))[0]
@@ -216,8 +218,11 @@ def test_a_rollout_is_compiled_for_its_rows_on_each_gpu(make_setup, monkeypatch)
     halved = Placement(make_mesh(MeshConfig(data=2)))
     assert dataclasses.replace(on_gpu, placement=halved).decoding_options == ()
     tokens = jax.random.randint(jax.random.key(0), (64, PROMPT), 3, 100)
-    given = setup.state.params, setup.base, tokens, jnp.ones_like(tokens, bool), jax.random.key(1)
-    ours, theirs = (learner.rollout(*given) for learner in (on_gpu, setup.learner))
+    mask, key = jnp.ones_like(tokens, bool), jax.random.key(1)
+    ours, theirs = (
+        learner.rollout(setup.state.params, setup.base, tokens, mask, key)
+        for learner in (on_gpu, setup.learner)
+    )
     np.testing.assert_array_equal(ours.tokens_br, theirs.tokens_br)
 
 
@@ -225,7 +230,7 @@ def test_batch_metrics_by_hand(make_setup, batch):
     setup = make_setup()
     state = moved(setup.state)
     _, targets, _ = setup.update(state, batch, orders(1))
-    mask = np.asarray(batch.response_mask_br)
+    mask = np.asarray(batch.mask_br)
     metrics = batch_metrics(batch, targets, targets.logp_br + 0.25)
     k3 = kl_k3(jnp.clip(targets.logp_br - batch.ref_logp_br, -20, 20))
     expected = np.where(mask, k3, 0).sum() / ROWS
@@ -288,7 +293,7 @@ def test_second_epoch_against_loops(make_setup, batch):
                 now.values_br,
                 targets.values_br,
                 targets.returns_br,
-                batch.response_mask_br,
+                batch.mask_br,
             ),
         ),
         0.02,
@@ -299,9 +304,9 @@ def test_second_epoch_against_loops(make_setup, batch):
     names = ("policy_loss", "value_loss", "approx_kl", "clip_fraction")
     second = {name: 2 * both[name] - first[name] for name in names}
     assert_same_metrics([second], [expected], names)
-    for found in (first, both):
-        total = found["policy_loss"] + 0.5 * found["value_loss"]
-        np.testing.assert_allclose(found["ppo_loss"], total, rtol=1e-5)
+    for metrics in (first, both):
+        total = metrics["policy_loss"] + 0.5 * metrics["value_loss"]
+        np.testing.assert_allclose(metrics["ppo_loss"], total, rtol=1e-5)
 
 
 def test_values_train_the_adapter(make_setup, batch):
@@ -320,9 +325,9 @@ def test_a_gradient_that_overflows_is_not_applied(make_setup, batch):
     state = moved(setup.state)
     before = jax.tree.map(np.asarray, state.params)
     huge = batch.replace(reward_b=jnp.full(ROWS, 1e10))
-    state, _, found = setup.update(state, huge, orders(1))
-    assert np.isfinite(found["ppo_loss"]) and not np.isfinite(found["grad_norm"])
-    assert found["skipped_updates"] == 1
+    state, _, metrics = setup.update(state, huge, orders(1))
+    assert np.isfinite(metrics["ppo_loss"]) and not np.isfinite(metrics["grad_norm"])
+    assert metrics["skipped_updates"] == 1
     for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -330,7 +335,7 @@ def test_a_gradient_that_overflows_is_not_applied(make_setup, batch):
 def test_advantages_are_whitened_only_if_so_configured(make_setup, batch):
     setup = make_setup(whiten_advantages=False)
     _, targets, _ = setup.update(moved(setup.state), batch, orders(1))
-    mask = np.asarray(batch.response_mask_br)
+    mask = np.asarray(batch.mask_br)
     assert_close(
         np.asarray(targets.advantages_br)[mask],
         np.asarray(targets.returns_br - targets.values_br)[mask],
@@ -340,12 +345,12 @@ def test_advantages_are_whitened_only_if_so_configured(make_setup, batch):
 
 
 def test_minibatches_follow_the_permutation(make_setup, batch):
-    found = []
+    kernels = []
     for order in ([0, 1, 2, 3], [0, 2, 1, 3]):
         setup = make_setup(num_minibatches=2, ppo_epochs=1, learning_rate=1e-2)
         state, _, _ = setup.update(moved(setup.state), batch, np.array([order]))
-        found.append(state.params["value_head"]["kernel"])
-    assert np.abs(found[0] - found[1]).max() > 1e-5
+        kernels.append(state.params["value_head"]["kernel"])
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-5
 
 
 def test_weight_decay(ppo_config):
@@ -368,10 +373,10 @@ def test_linear_after_warmup(ppo_config):
     np.testing.assert_allclose(sizes, 1e-2 * np.array(expected) / (1 + 1e-5), rtol=1e-3)
 
 
-def test_the_advantages_mean_is_of_those_before_whitening(make_setup, batch):
+def test_the_mean_of_the_advantages_is_before_whitening(make_setup, batch):
     setup = make_setup()
     _, targets, _ = setup.update(moved(setup.state), batch, orders(1))
-    mask = np.asarray(batch.response_mask_br)
-    found = batch_metrics(batch, targets, targets.logp_br)
+    mask = np.asarray(batch.mask_br)
+    metrics = batch_metrics(batch, targets, targets.logp_br)
     raw = np.asarray(targets.returns_br - targets.values_br)[mask]
-    np.testing.assert_allclose(found["advantage_mean"], raw.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["advantage_mean"], raw.mean(), rtol=1e-4)

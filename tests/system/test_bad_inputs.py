@@ -1,7 +1,7 @@
 """Every row of the table of bad inputs, through the real commands, in this process.
 
-Exit code 2, one line on stderr that names the culprit, nothing on disk created or changed, no
-weight loaded, within seconds.
+Each command must exit with code 2 within seconds and print one line on stderr that names the bad
+input. It must not load a weight, and must not create or change a file.
 """
 
 import contextlib
@@ -19,19 +19,21 @@ import conversion.load
 from conversion import cli, from_hf, load_policy, to_hf
 from conversion.peft import save_adapter
 from sarm_jax.models.lora import LoRAConfig, add_lora
-from tests.bad_inputs import BAD_INPUTS, TRAINED, Bad
+from tests.bad_inputs import BAD_INPUTS, TRAINED, BadInput
 from tests.command import run_main
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.report_runs import write_run
 
+pytestmark = pytest.mark.slow
+
 BASE = Path("configs/base.py").resolve()
-SECONDS = 10  # that a refusal may take; nearly all take a tenth of one
+MAX_SECONDS = 10  # duration of a refusal; nearly all take a tenth of a second
 SMALL = "--config.ppo.total_steps=2 --config.ppo.batch_size=4 --config.ppo.max_new_tokens=6"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """root/world holds the good models and data."""
+    """Returns a directory whose subdirectory world holds the good models and data."""
     root = tmp_path_factory.mktemp("root")
     world, tokenizer = root / "world", tiny_tokenizer()
     save_tiny_llama(world / "policy", tiny_llama_config(), tokenizer)
@@ -53,14 +55,14 @@ def root(tmp_path_factory):
     return root
 
 
-def train_in(place: Path, world: Path) -> None:
-    """A finished run in place/run, with copies of what it was made from beside it."""
+def train_in(folder: Path, world: Path) -> None:
+    """Makes a finished run in folder/run, with copies of its models and data beside it."""
     for name in ("policy", "sarm"):
-        shutil.copytree(world / name, place / name)
-    shutil.copy(world / "demos.jsonl", place)
-    with contextlib.chdir(place):
+        shutil.copytree(world / name, folder / name)
+    shutil.copy(world / "demos.jsonl", folder)
+    with contextlib.chdir(folder):
         assert run_main(f"--config={BASE}", *SMALL.split(), *TRAINED.split()) == 0
-    assert (place / "run" / "checkpoints" / "2").is_dir()
+    assert (folder / "run" / "checkpoints" / "2").is_dir()
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -68,73 +70,75 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def fingerprint(root: Path) -> dict[str, str]:
-    """Every path below `root` with a hash of its content, or where it links to."""
-    found = {}
+    """Returns every path below `root` with the hash of its content, or the target of a link."""
+    digests = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
         if path.is_symlink():
-            found[name] = f"→ {path.readlink()}"
+            digests[name] = f"→ {path.readlink()}"
         elif path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         else:
-            found[name] = "directory"
-    return found
+            digests[name] = "directory"
+    return digests
 
 
-def run(case: Bad, options: list[str], root: Path) -> int:
-    """The exit code of the command."""
+def run(case: BadInput, options: list[str], root: Path) -> int:
+    """Runs the command and returns its exit code."""
     if case.command != "main":
         module = {"from_hf": from_hf, "to_hf": to_hf}[case.command]
         with pytest.raises(SystemExit) as stopped:
             cli.run(module.main, copy.deepcopy(module.FLAGS), "", [case.command, *options])
         return stopped.value.code
     world = root / "world"
-    given = {
+    arguments = {
         "--config": f"--config={BASE}",
         "--workdir": f"--workdir={root / 'out' / 'put'}",
         "--policy_model": f"--policy_model={world / 'policy'}",
         "--sarm_model": f"--sarm_model={world / 'sarm'}",
         "--prompts_jsonl": f"--prompts_jsonl={world / 'demos.jsonl'}",
     }
-    further = []
+    others = []
     for option in options:
         name = option.split("=")[0]
-        if name in given:
-            given[name] = option
+        if name in arguments:
+            arguments[name] = option
         else:
-            further.append(option)
-    return run_main(*given.values(), *SMALL.split(), *further)
+            others.append(option)
+    return run_main(*arguments.values(), *SMALL.split(), *others)
 
 
-@pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: case.what.replace(" ", "-"))
+@pytest.mark.parametrize("case", BAD_INPUTS, ids=lambda case: case.name.replace(" ", "-"))
 def test_bad_input_is_refused(case, root, tmp_path_factory, monkeypatch, capfd):
-    place = root / "cases" / str(BAD_INPUTS.index(case))
-    place.mkdir(parents=True)
-    monkeypatch.chdir(place)
-    bad = case.spoil(root / "world", place) if case.spoil else place
+    folder = root / "cases" / str(BAD_INPUTS.index(case))
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    bad = case.damage(root / "world", folder) if case.damage else folder
     if not case.loads:
-        monkeypatch.setattr(conversion.load, "_fill", lambda *_: pytest.fail("weights are loaded"))
+        monkeypatch.setattr(
+            conversion.load, "_fill", lambda *_, **__: pytest.fail("weights are loaded")
+        )
     names = {"{bad}": str(bad), "{world}": str(root / "world")}
 
-    def filled(text: str) -> str:
+    def fill_in(text: str) -> str:
         for name, value in names.items():
             text = text.replace(name, value)
         return text
 
     before, start = fingerprint(root), time.monotonic()
     capfd.readouterr()
-    code = run(case, [filled(option) for option in case.options.split()], root)
+    code = run(case, [fill_in(option) for option in case.options.split()], root)
     shown, seconds = capfd.readouterr(), time.monotonic() - start
     assert code == 2, shown
     assert shown.err.startswith("error: ") and shown.err.count("\n") == 1, shown.err
     assert shown.err.strip().isprintable() and len(shown.err) < 2500
-    for part in case.says:
-        assert filled(part) in shown.err
+    for message in case.messages:
+        assert fill_in(message) in shown.err
     assert fingerprint(root) == before
-    shutil.rmtree(place)  # or every case would hash those before it
-    assert seconds < SECONDS
+    shutil.rmtree(folder)  # otherwise every case would hash the files of earlier cases
+    assert seconds < MAX_SECONDS
 
 
-def test_the_table_is_as_long_as_said():
+def test_the_table_is_long_and_has_no_duplicates():
     assert len(BAD_INPUTS) >= 300
-    assert len({(case.command, case.options, case.what) for case in BAD_INPUTS}) == len(BAD_INPUTS)
+    assert len({(case.command, case.options, case.name) for case in BAD_INPUTS}) == len(BAD_INPUTS)

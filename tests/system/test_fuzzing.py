@@ -1,7 +1,7 @@
-"""Properties of every parser of what users give: a valid result, or one `InputError` on one line.
+"""Properties of every parser of user input: a valid result, or an `InputError` on one line.
 
-Nothing else may be raised, nothing may take long, and nothing may take much memory. A bounded,
-repeatable number of examples here; a long campaign, other examples every time, is
+A parser must not raise anything else, and must not take long or much memory. By default the number
+of examples is small and they are always the same. To run a long campaign with new examples:
 
     FUZZ_EXAMPLES=100000 python -m pytest tests/system/test_fuzzing.py --hypothesis-show-statistics
 """
@@ -30,12 +30,12 @@ from sarm_jax.models.sarm import SARMConfig
 from tests.oracles import LLAMA3_ROPE, tiny_llama_config
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
-MEMORY = 300 << 20  # bytes that all of it may add to the process
+MEMORY = 300 << 20  # bytes by which the process may grow
 bounded = settings(
     max_examples=EXAMPLES or 80,
     derandomize=not EXAMPLES,
     database=None,
-    deadline=10_000,  # milliseconds for one example
+    deadline=10_000,  # milliseconds per example
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -54,7 +54,7 @@ values = st.recursive(
 
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory():
-    """The process must not grow by more than `MEMORY` over all examples."""
+    """Checks that the process grows by at most `MEMORY` over all examples."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MEMORY
@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 
 
 def result(call, *args):
-    """What the call returns; None for an `InputError` with one printable line."""
+    """Returns the result of a call, or None for an `InputError` with one printable line."""
     try:
         return call(*args)
     except InputError as error:
@@ -74,8 +74,8 @@ def result(call, *args):
         return None
 
 
-def spoilt(draw, content: bytes) -> bytes:
-    """The content with a few bytes changed, cut, doubled or put in."""
+def damaged(draw, content: bytes) -> bytes:
+    """Returns the content with a few bytes changed, removed or inserted."""
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(content)))
         piece = draw(
@@ -90,7 +90,7 @@ def lines(draw):
     rows = draw(
         st.lists(st.dictionaries(st.sampled_from(["prompt", "n", "x"]), values), max_size=4)
     )
-    return spoilt(draw, "\n".join(json.dumps(row) for row in rows).encode())
+    return damaged(draw, "\n".join(json.dumps(row) for row in rows).encode())
 
 
 @bounded
@@ -134,7 +134,7 @@ actions = st.tuples(st.sampled_from(["*", "+", "x", 1]), scalars).map(list) | va
 @st.composite
 def steering(draw):
     keys = st.integers(-1, 10**11).map(str) | st.text(max_size=4)
-    return spoilt(draw, json.dumps(draw(st.dictionaries(keys, actions, max_size=4))).encode())
+    return damaged(draw, json.dumps(draw(st.dictionaries(keys, actions, max_size=4))).encode())
 
 
 @bounded
@@ -153,7 +153,7 @@ cells = st.one_of(st.floats().map(str), st.text(max_size=6), st.just("step"), st
 @given(st.lists(st.lists(cells, max_size=4).map(",".join), max_size=5).map("\n".join), st.data())
 def test_metrics(folder, text, data):
     path = folder / "metrics.csv"
-    path.write_bytes(spoilt(data.draw, f"step,a\n{text}\n".encode("utf-8", "surrogatepass")))
+    path.write_bytes(damaged(data.draw, f"step,a\n{text}\n".encode("utf-8", "surrogatepass")))
     for row in result(read_metrics, path) or ():
         assert "step" in row and all(isinstance(value, float) for value in row.values())
 
@@ -170,14 +170,14 @@ PARAM = {"sae_source_layer": 2, "sae_latent_size": 64, "sae_k": 8, "sarm_use_act
 )
 def test_hf_configs(changes, param, rope):
     for hf in (GOOD | changes, GOOD | {"rope_parameters": LLAMA3_ROPE | rope} | changes):
-        found = result(llama_config, hf)
-        assert found is None or isinstance(found, LlamaConfig)
-        if found is not None:
-            assert 0 < found.num_hidden_layers <= 4096 and found.head_dim % 2 == 0
-            assert np.isfinite([found.rms_norm_eps, found.rope_theta]).all()
+        config = result(llama_config, hf)
+        assert config is None or isinstance(config, LlamaConfig)
+        if config is not None:
+            assert 0 < config.num_hidden_layers <= 4096 and config.head_dim % 2 == 0
+            assert np.isfinite([config.rms_norm_eps, config.rope_theta]).all()
         sarm = PARAM | param if isinstance(param, dict) else param
-        found = result(sarm_config, hf | {"sarm_param": sarm}, "x_Latent64_Layer2_K8_")
-        assert found is None or isinstance(found, SARMConfig)
+        config = result(sarm_config, hf | {"sarm_param": sarm}, "x_Latent64_Layer2_K8_")
+        assert config is None or isinstance(config, SARMConfig)
 
 
 WHOLE = save({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)})
@@ -194,7 +194,7 @@ tensor = st.fixed_dictionaries(
 @st.composite
 def safetensors(draw):
     if draw(st.booleans()):
-        return spoilt(draw, WHOLE)
+        return damaged(draw, WHOLE)
     header = json.dumps(draw(st.dictionaries(st.text(max_size=3), tensor, max_size=3))).encode()
     length = draw(st.just(len(header)) | st.integers(0, 2**64 - 1))
     return struct.pack("<Q", length) + header + draw(st.binary(max_size=40))
@@ -205,16 +205,16 @@ def read_all(folder):
     for name in files.names():
         assert len(files.shape(name)) >= 0 and files.dtype(name)
         array = result(files.read, name)
-        assert array is None or array.nbytes <= 1 << 12  # no more than the file has
+        assert array is None or array.nbytes <= 1 << 12  # no more than the file holds
 
 
 @bounded
 @given(safetensors())
 def test_safetensors(tmp_path_factory, folder, content):
-    place = folder / "single"
-    place.mkdir(exist_ok=True)
-    (place / SINGLE).write_bytes(content)
-    result(read_all, place)
+    directory = folder / "single"
+    directory.mkdir(exist_ok=True)
+    (directory / SINGLE).write_bytes(content)
+    result(read_all, directory)
 
 
 names = st.sampled_from(["a.safetensors", "b.safetensors", "../single/model.safetensors", "x.bin"])
@@ -223,13 +223,13 @@ names = st.sampled_from(["a.safetensors", "b.safetensors", "../single/model.safe
 @bounded
 @given(st.dictionaries(st.sampled_from("abc"), names | values), values, st.data())
 def test_indices(folder, weight_map, other, data):
-    place = folder / "sharded"
-    place.mkdir(exist_ok=True)
+    directory = folder / "sharded"
+    directory.mkdir(exist_ok=True)
     for name in ("a", "b"):
-        (place / f"{name}.safetensors").write_bytes(save({name: np.ones(2, np.float32)}))
+        (directory / f"{name}.safetensors").write_bytes(save({name: np.ones(2, np.float32)}))
     content = json.dumps(data.draw(st.sampled_from([{"weight_map": weight_map}, other])))
-    (place / INDEX).write_bytes(spoilt(data.draw, content.encode()))
-    result(read_all, place)
+    (directory / INDEX).write_bytes(damaged(data.draw, content.encode()))
+    result(read_all, directory)
 
 
 SECTION = dict.fromkeys(
@@ -251,8 +251,8 @@ lists = st.lists(st.integers(-1, 70) | st.floats() | st.just("none"), max_size=3
 )
 def test_config_values(changes, beta, cap, unit):
     section = SECTION | changes | {"beta": beta, "penalty_cap": cap, "unit": unit}
-    found = result(reward_config, section)
-    if found is not None:
-        assert len(found.tau_values) == len(found.alpha_values) == len(found.penalize_features)
-        assert found.beta >= 0 and found.penalty_cap > 0
-        result(found.check_features, 64)
+    config = result(reward_config, section)
+    if config is not None:
+        assert len(config.tau_values) == len(config.alpha_values) == len(config.penalize_features)
+        assert config.beta >= 0 and config.penalty_cap > 0
+        result(config.check_features, 64)

@@ -1,4 +1,4 @@
-"""The command line: the pipeline end to end on a tiny model, (bad input: test_bad_inputs)."""
+"""The command line on tiny models: the pipeline end to end, single stages and plans."""
 
 import json
 import re
@@ -16,13 +16,13 @@ import conversion.load
 from configs import base
 from conversion import load_policy, load_sarm, to_hf
 from conversion.peft import save_adapter
-from pipeline.shared import policy_model, reward_model
+from pipeline.models import load_policy_model, load_reward_model
 from ppo.planning.chips import GIB, Chip, target
 from ppo.planning.plan import Layout
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import read_jsonl
-from sarm_jax.io.workdir import nobody_else_in
+from sarm_jax.io.workdir import lock_workdir
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from sarm_jax.parallel.sharding import MeshConfig
@@ -30,9 +30,21 @@ from tests.closeness import assert_close, assert_same_metrics
 from tests.command import run_main
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--config.ppo.total_steps=2 --config.ppo.batch_size=4 --config.ppo.max_new_tokens=6 "
     "--config.ppo.calibration_batches=2 --config.ppo.max_prompt_tokens=120 --config.lora.rank=4"
+).split()
+
+PREPARE_DATA = (
+    "--config.prepare_data.samples_per_prompt=1",
+    "--config.prepare_data.max_new_tokens=6",
+)
+TRAINED_FILES = (
+    "config.json metrics.csv summary.json samples.jsonl sarm human_latents.safetensors "
+    "adapter/adapter_config.json adapter/adapter_model.safetensors "
+    "adapter/value_head.safetensors adapter/tokenizer.json"
 ).split()
 
 
@@ -60,64 +72,43 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def run(world, tmp_path):
-    """Runs `main` with the tiny world's models; returns its exit code."""
+    """Returns a function that runs `main` with the tiny models and returns its exit code."""
 
     def call(*options: str) -> int:
-        given = {
+        arguments = {
             "--workdir": f"--workdir={tmp_path / 'run'}",
             "--policy_model": f"--policy_model={world / 'policy'}",
             "--sarm_model": f"--sarm_model={world / 'sarm'}",
             "--prompts_jsonl": f"--prompts_jsonl={world / 'demos.jsonl'}",
         }
         for option in options:
-            given.pop(option.split("=")[0], None)
-        return run_main("--config=configs/base.py", *given.values(), *SMALL, *options)
+            arguments.pop(option.split("=")[0], None)
+        return run_main("--config=configs/base.py", *arguments.values(), *SMALL, *options)
 
     return call
 
 
 def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    demos = world / "demos.jsonl"
+    workdir, demos = tmp_path / "run", world / "demos.jsonl"
+    make_sarm(run, workdir, demos)
     sarm = f"--sarm_model={workdir / 'sarm'}"
-    assert run(
-        "--stage=prepare_data",
-        f"--config.prepare_data.demos_jsonl={demos}",
-        "--config.prepare_data.samples_per_prompt=1",
-        "--config.prepare_data.max_new_tokens=6",
-    ) == 0  # fmt: skip
-    assert run(
-        "--stage=train_sarm",
-        f"--config.train_sarm.pairs_jsonl={workdir}/data/pairs.jsonl",
-        "--config.train_sarm.source_layer=2",
-        "--config.train_sarm.latent_size=64",
-        "--config.train_sarm.k=8",
-        "--config.train_sarm.aux_k=8",
-        "--config.train_sarm.sae_steps=50",
-        "--config.train_sarm.sae_batch_tokens=32",
-        "--config.train_sarm.epochs=2",
-        "--config.train_sarm.batch_size=4",
-    ) == 0  # fmt: skip
-    assert run(
-        "--stage=identify",
-        sarm,
+    selected = f"@{workdir}/probes/selected_features.json"
+    identify = [
         f"--config.identify.pairs_jsonl={workdir}/data/pairs.jsonl",
         "--config.identify.top_k=4",
-    ) == 0  # fmt: skip
-    selected = f"@{workdir}/probes/selected_features.json"
+    ]
+    assert run("--stage=identify", sarm, *identify) == 0
     probe = [
-        sarm,
         f"--config.probe.feature={selected}:safety_harming[:2],{selected}:safety_promoting[:1]",
         f"--config.probe.data_jsonl={workdir}/data/pairs.jsonl",
     ]
-    assert run("--stage=probe", *probe) == 0
+    assert run("--stage=probe", sarm, *probe) == 0
     lists = json.loads((workdir / "probes" / "selected_features.json").read_text())
     for feature in (*lists["safety_harming"][:2], lists["safety_promoting"][0]):
         assert (workdir / "probes" / f"probe_f{feature}.csv").exists()
     features = f"--latent_indices={selected}:safety_harming"
-    assert run(
-        "--stage=human_latents", sarm, features, f"--config.human_latents.demos_jsonl={demos}"
-    ) == 0  # fmt: skip
+    human = f"--config.human_latents.demos_jsonl={demos}"
+    assert run("--stage=human_latents", sarm, features, human) == 0
     train = [
         sarm,
         features,
@@ -129,31 +120,44 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
         f"--human_latents={workdir}/human_latents.safetensors",
     ]
     assert run("--stage=train", *train) == 0
-    for name in (
-        "config.json metrics.csv summary.json samples.jsonl sarm human_latents.safetensors "
-        "adapter/adapter_config.json adapter/adapter_model.safetensors "
-        "adapter/value_head.safetensors adapter/tokenizer.json"
-    ).split():
+    for name in TRAINED_FILES:
         assert (workdir / name).exists(), name
     check_adapter_against_peft(world / "policy", workdir)
 
-    assert run("--stage=train", *train) == 0  # finished: nothing more to do
+    assert run("--stage=train", *train) == 0  # the run is finished: nothing is done
     capsys.readouterr()
     everything = [
         *train,
+        *PREPARE_DATA,
         f"--config.prepare_data.demos_jsonl={demos}",
-        "--config.prepare_data.samples_per_prompt=1",
-        "--config.prepare_data.max_new_tokens=6",
-        f"--config.identify.pairs_jsonl={workdir}/data/pairs.jsonl",
-        "--config.identify.top_k=4",
-        *probe[1:],
-        f"--config.human_latents.demos_jsonl={demos}",
+        *identify,
+        *probe,
+        human,
         f"--config.evaluate.prompts_jsonl={demos}",
         f"--config.evaluate.data_jsonl={demos}",
         "--config.evaluate.steering_json={workdir}/probes/steering_config.json",
         "--config.evaluate.resamples=100",
     ]
-    assert outcomes(run, everything, capsys) == {
+    check_all_stages(run, workdir, everything, capsys)
+    steered = json.loads((workdir / "eval" / "steering.json").read_text())["sets"]["demos"]
+    assert set(steered["active"]) == {str(i) for i in lists["safety_harming"]}
+
+
+def make_sarm(run, workdir: Path, demos: Path) -> None:
+    """Makes preference pairs and trains a SARM on them."""
+    pairs = f"--config.prepare_data.demos_jsonl={demos}"
+    assert run("--stage=prepare_data", pairs, *PREPARE_DATA) == 0
+    options = (
+        "source_layer=2 latent_size=64 k=8 aux_k=8 sae_steps=50 sae_batch_tokens=32 epochs=2 "
+        "batch_size=4"
+    ).split()
+    options.append(f"pairs_jsonl={workdir}/data/pairs.jsonl")
+    assert run("--stage=train_sarm", *(f"--config.train_sarm.{o}" for o in options)) == 0
+
+
+def check_all_stages(run, workdir: Path, options: list[str], capsys) -> None:
+    """Checks what --stage=all repeats after the single stages, and after changes."""
+    assert outcomes(run, options, capsys) == {
         "prepare_data": "up to date",
         "identify": "up to date",
         "human_latents": "up to date",
@@ -162,36 +166,34 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
         "evaluate": "done",
         "report": "done",
     }
-    assert set(outcomes(run, everything, capsys).values()) == {"up to date"}
+    assert set(outcomes(run, options, capsys).values()) == {"up to date"}
     check_report(workdir)
-    steered = json.loads((workdir / "eval" / "steering.json").read_text())["sets"]["demos"]
-    assert set(steered["active"]) == {str(i) for i in lists["safety_harming"]}
     pairs = workdir / "data" / "pairs.jsonl"
     pairs.write_text(pairs.read_text().replace("{", "{ ", 1))  # the same pairs in other bytes
-    again = outcomes(run, [*everything, "--config.probe.set_value=0.5"], capsys)
+    again = outcomes(run, [*options, "--config.probe.set_value=0.5"], capsys)
     assert again.pop("identify") == f"done, because {pairs} has changed"
     assert again.pop("probe") == "done, because probe.set_value was None and is now 0.5"
     assert set(again.values()) == {"up to date"}  # identify selected the same features
-    assert run("--stage=all", *everything, "--alpha_values=0.5,0.5") == 2
+    assert run("--stage=all", *options, "--alpha_values=0.5,0.5") == 2
     assert "reward.alpha_values was '0.5,0.25' and is now '0.5,0.5'" in capsys.readouterr().err
 
 
 def outcomes(run, options, capsys) -> dict[str, str]:
-    """What --stage=all says that it did about each stage."""
+    """Runs --stage=all and returns what it reports about each stage."""
     assert run("--stage=all", *options) == 0
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.strip().splitlines()]
     return {line[0]: line[-1] for line in lines}
 
 
 def check_report(workdir: Path) -> None:
-    """The page has the run's numbers and its evaluation."""
+    """Checks that the page has the run's numbers and its evaluation."""
     page = (workdir / "report.html").read_text()
     assert "Held-out prompts" in page and "Reward against distance" in page
     assert (workdir / "figures" / "goodhart.png").exists()
 
 
 def check_adapter_against_peft(base: Path, workdir: Path) -> None:
-    """The adapter in peft, and the merged export in transformers, agree and differ from base."""
+    """Compares the merged export with the adapter in peft, which must differ from the base."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokens = torch.tensor([[5, 9, 60, 33, 70]])
     with torch.no_grad():
@@ -216,7 +218,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("stage", OUTPUTS)
-def test_a_stage_says_what_it_does_and_where_before_it_takes_long(
+def test_a_stage_logs_its_output_before_it_loads_weights(
     world, run, tmp_path, monkeypatch, capsys, stage
 ):
     names = {name: world / f"{name}.jsonl" for name in ("demos", "pairs")} | {"adapter": "none"}
@@ -227,24 +229,24 @@ def test_a_stage_says_what_it_does_and_where_before_it_takes_long(
         names["adapter"] = tmp_path / "adapter"
         save_adapter(names["adapter"], policy, lora, str(world / "policy"), tokenizer)
 
-    def stopped(*_):
+    def stop(*_, **__):
         raise InputError("the weights would be read now")
 
-    monkeypatch.setattr(conversion.load, "_fill", stopped)
+    monkeypatch.setattr(conversion.load, "_fill", stop)
     capsys.readouterr()
     assert run(*f"--stage={stage.format(**names)}".split()) == 2
-    said, error = capsys.readouterr().err.splitlines()
-    assert str(tmp_path / "run" / OUTPUTS[stage]) in said
+    line, error = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "run" / OUTPUTS[stage]) in line
     assert error == "error: the weights would be read now"
     assert run(*f"--stage={stage.format(**names)}".split(), "--log_level=warning") == 2
     assert capsys.readouterr().err.splitlines() == [error]
 
 
-def test_what_a_stage_does_not_read_is_said(run, world, capsys):
+def test_flags_that_a_stage_does_not_read_are_logged(run, world, capsys):
     pairs = f"--config.identify.pairs_jsonl={world / 'none.jsonl'}"
     assert run("--stage=identify", "--learning_rate=1", "--alpha_values=1", pairs) == 2
-    *said, error = capsys.readouterr().err.splitlines()
-    assert [line.partition(" ")[2] for line in said] == [
+    *lines, error = capsys.readouterr().err.splitlines()
+    assert [line.partition(" ")[2] for line in lines] == [
         f"--{flag}: {field} is not read by --stage=identify"
         for flag, field in (
             ("alpha_values", "reward.alpha_values"),
@@ -274,7 +276,7 @@ def test_the_stage_that_makes_a_missing_file_is_named(run, world, tmp_path, caps
     assert re.search(rf"(; --stage={stage} makes it|; make it with --stage={stage})$", error)
 
 
-def test_a_mesh_changes_nothing_but_where_it_runs(run, tmp_path):
+def test_a_mesh_does_not_change_the_metrics(run, tmp_path):
     rows = []
     for name, mesh in (("one", []), ("four", ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"])):
         assert run(f"--workdir={tmp_path / name}", *mesh) == 0
@@ -284,12 +286,12 @@ def test_a_mesh_changes_nothing_but_where_it_runs(run, tmp_path):
     assert_same_metrics(four, one, names)
 
 
-def test_both_models_know_the_mesh_of_the_config(world):
+def test_both_models_are_on_the_mesh_of_the_config(world):
     config = base.get_config()
     config.policy_model, config.sarm_model = str(world / "policy"), str(world / "sarm")
     config.mesh.fsdp = 2
-    policy, _ = policy_model(config)
-    for model in (policy, reward_model(config).model.trunk):
+    policy, _ = load_policy_model(config)
+    for model in (policy, load_reward_model(config).model.trunk):
         assert model.placement.mesh.shape["fsdp"] == 2
         assert model.embed_tokens.sharding.mesh == model.placement.mesh
 
@@ -302,38 +304,13 @@ def test_load_sarm_scores_text(world):
 
 def test_help_is_shown(capsys):
     assert run_main("--help") == 0
-    shown = capsys.readouterr().out
-    assert "--penalize_features" in shown and "Exit codes" in shown
+    output = capsys.readouterr().out
+    assert "--penalize_features" in output and "Exit codes" in output
 
 
-def test_a_missing_config_is_said(capsys):
+def test_a_missing_config_is_refused(capsys):
     assert run_main() == 2
     assert "--config is missing" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name",
-    "baseline full_method ablation_alpha_02 ablation_alpha_005 ablation_tau_4 ablation_tau_2 "
-    "verbosity_control".split(),
-)
-def test_every_config_is_a_valid_experiment(name, tmp_path):
-    import importlib
-
-    from ppo.options import train_config
-
-    config = importlib.import_module(f"configs.{name}").get_config()
-    options = train_config(config)
-    assert config.policy_model == "meta-llama/Llama-3.1-8B-Instruct"
-    assert options.ppo.batch_size == 8 and options.ppo.total_steps == 100
-    options.reward.check_features(65536)
-    expected = {
-        "baseline": ((), ()),
-        "ablation_alpha_02": ((0.2,) * 3, (3.0,) * 3),
-        "ablation_alpha_005": ((0.05,) * 3, (3.0,) * 3),
-        "ablation_tau_4": ((0.1,) * 3, (4.0,) * 3),
-        "ablation_tau_2": ((0.1,) * 3, (2.0,) * 3),
-    }.get(name, ((0.1,) * 3, (3.0,) * 3))
-    assert (options.reward.alpha_values, options.reward.tau_values) == expected
 
 
 def test_prompts_are_encoded_through_the_chat_template(world):
@@ -346,33 +323,33 @@ def test_a_run_that_a_guard_stops_leaves_its_adapter(run, world, tmp_path, capsy
     never += ["--config.guards.eos_fraction=2.0", "--total_steps=4"]
     sarm = f"--sarm_model={world}/sarm"
     assert run("--stage=train", sarm, *never) == 3
-    said = capsys.readouterr().err
-    assert "error: step 0: stopped by guards.stop (no_eos), checkpoint 1 saved" in said
+    log = capsys.readouterr().err
+    assert "error: step 0: stopped by guards.stop (no_eos), checkpoint 1 saved" in log
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["total_steps"]) == (1, 4)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    with nobody_else_in(tmp_path / "run"):
+    with lock_workdir(tmp_path / "run"):
         assert run("--stage=train", sarm, "--total_steps=4") == 2
     assert "another process is training there" in capsys.readouterr().err
     assert run("--stage=train", sarm, "--total_steps=4") == 0
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("damage", "message"),
     [
-        (lambda lines: [f",{line}" for line in lines], "has not the columns of this run"),
-        (lambda lines: lines[:2], "has not a row for each of the 2 steps"),
+        (lambda lines: [f",{line}" for line in lines], "does not have the columns of this run"),
+        (lambda lines: lines[:2], "does not have a row for each of the 2 steps"),
         (None, "metrics.csv has 2 steps, but there is no checkpoint"),
     ],
 )
-def test_a_run_whose_records_are_gone_is_not_written_over(run, tmp_path, capsys, spoil, message):
+def test_a_run_with_damaged_records_is_not_overwritten(run, tmp_path, capsys, damage, message):
     workdir = tmp_path / "run"
     assert run("--stage=train", "--config.ppo.checkpoint_every=1") == 0
-    if spoil is None:
+    if damage is None:
         shutil.rmtree(workdir / "checkpoints")
     else:
         path = workdir / "metrics.csv"
-        path.write_text("\n".join(spoil(path.read_text().splitlines())) + "\n")
+        path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     assert run("--stage=train", "--config.ppo.checkpoint_every=1") == 2
     assert message in capsys.readouterr().err
@@ -394,14 +371,14 @@ def test_a_plan_of_this_machine(run, tmp_path, capsys):
         assert row["peak_bytes"] >= row["argument_bytes"] > 0
     total = sum(row["runs"] * row["seconds"] for row in plan["programs"])
     assert plan["step_seconds"] == pytest.approx(total)
-    # Data-parallel gradients are summed over the devices; nothing else of the weights moves.
+    # Data-parallel gradients are summed over the devices.
     step = next(row for row in plan["programs"] if row["name"] == "step")
     assert step["collectives"]["all-reduce"]["count"] > 0
     assert "| decode | 120 | – |" in capsys.readouterr().out
 
 
 def test_a_plan_of_prompts_of_two_lengths(run, tmp_path, capsys):
-    """Three prompts of 10 tokens and one of 100: it is in half of all batches of two."""
+    """Three prompts have 10 tokens and one has 100, which is in half of all batches of two."""
 
     def plan(name: str, *options: str) -> dict:
         workdir = tmp_path / name
@@ -418,7 +395,7 @@ def test_a_plan_of_prompts_of_two_lengths(run, tmp_path, capsys):
     short, long = (plan(f"p{n}", f"--config.ppo.max_prompt_tokens={n}") for n in (16, 104))
     assert len(short["prompt_lengths"]) == 1 and "in expectation" not in capsys.readouterr().out
     both = with_lengths("both", {10: 3, 100: 1})
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert [(one["padded"], one["share"]) for one in both["prompt_lengths"]] == [
         (16, pytest.approx(0.5)), (104, pytest.approx(0.5)),
     ]  # fmt: skip
@@ -428,26 +405,27 @@ def test_a_plan_of_prompts_of_two_lengths(run, tmp_path, capsys):
     assert both["peak_bytes"] == long["peak_bytes"] > short["peak_bytes"]
     assert both["programs"] == short["programs"] + long["programs"]
     assert {row["prompt_tokens"] for row in both["programs"]} == {16, 104}
-    assert "s a step in expectation" in shown and "| 16 | 50.0 % |" in shown
-    assert "| decode | 104 | – |" in shown
-    # One length: the plan is what it is without a file.
+    assert "s a step in expectation" in output and "| 16 | 50.0 % |" in output
+    assert "| decode | 104 | – |" in output
+    # With one length, the plan is the same as without a file.
     assert with_lengths("one", {98: 3, 104: 9}) == long
     dropped = "--config.ppo.long_prompts=drop", "--config.ppo.max_prompt_tokens=16"
     assert with_lengths("dropped", {10: 3, 100: 1}, *dropped) == short
 
 
-def test_decoding_does_not_hide_behind_the_prefill(run, tmp_path, monkeypatch):
+def test_the_plan_adds_prefill_and_decoding(run, tmp_path, monkeypatch):
     _, devices, backend = target("host", 1, "float32")
-    balanced = Chip("balanced", 1e9, 1e9, GIB, 1e9)  # the prefill computes, decoding reads
-    asked = []
+    # On this chip the prefill is bound by arithmetic and decoding by memory.
+    balanced = Chip("balanced", flops=1e9, bandwidth=1e9, memory=GIB, link=1e9)
+    calls = []
 
-    def stand_in(*given):
-        asked.append(given)
+    def stand_in(*arguments):
+        calls.append(arguments)
         return balanced, devices, backend
 
     monkeypatch.setattr("ppo.planning.plan.target", stand_in)
     assert run("--stage=plan") == 0
-    assert asked == [("host", 1, "float32")]
+    assert calls == [("host", 1, "float32")]
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     rows = {row["name"]: row for row in plan["programs"]}
     rollout, prefill, decode = (rows[name] for name in ("rollout", "prefill", "decode"))
@@ -457,7 +435,7 @@ def test_decoding_does_not_hide_behind_the_prefill(run, tmp_path, monkeypatch):
     assert max(rollout["flops"], rollout["bytes"]) / 1e9 < 0.98 * in_turn
 
 
-def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):
+def test_a_search_selects_the_fastest_layout_that_fits(run, tmp_path, monkeypatch):
     few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
     monkeypatch.setattr("pipeline.stages.plan.layouts_for", lambda devices, rows: few)
     small = ["--config.ppo.ppo_epochs=1", "--config.ppo.batch_size=2", "--config.plan.search=True"]
@@ -468,21 +446,21 @@ def test_a_search_takes_the_fastest_that_fits(run, tmp_path, monkeypatch):
     assert all(not o["fits"] or o["step_seconds"] >= plan["step_seconds"] for o in others)
 
 
-def test_pairs_are_sampled_on_the_mesh_and_a_sarm_trained_beside_it(world, tmp_path, capsys):
-    given = ["--config=configs/base.py", f"--policy_model={world}/policy", "--stage=prepare_data"]
-    given += [f"--config.prepare_data.demos_jsonl={world}/demos.jsonl"]
-    given += ["--config.prepare_data.max_new_tokens=6"]
+def test_pairs_are_sampled_on_a_mesh_and_a_sarm_is_trained_on_one_device(world, tmp_path, capsys):
+    models = ["--config=configs/base.py", f"--policy_model={world}/policy"]
+    sample = ["--stage=prepare_data", "--config.prepare_data.max_new_tokens=6"]
+    sample += [f"--config.prepare_data.demos_jsonl={world}/demos.jsonl"]
     meshes = {"one": (), "two": ("--config.mesh.tensor=2", "--config.mesh.data=2")}
     for name, mesh in meshes.items():
-        assert run_main(*given, *mesh, f"--workdir={tmp_path / name}") == 0
+        assert run_main(*models, *sample, *mesh, f"--workdir={tmp_path / name}") == 0
     pairs = [read_jsonl(tmp_path / name / "data" / "pairs.jsonl", {}) for name in meshes]
     assert len(pairs[0]) == len(pairs[1]) > 8
     same = sum(one == two for one, two in zip(*pairs, strict=True))
-    assert same > 0.9 * len(pairs[0])  # a rounding may turn a draw
+    assert same > 0.9 * len(pairs[0])  # rounding may change a draw
     options = "source_layer=1 latent_size=16 k=4 mode=0 sae_steps=2 sae_batch_tokens=8 aux_k=4"
     train = [f"--config.train_sarm.{option}" for option in options.split()]
     train += ["--stage=train_sarm", "--config.mesh.tensor=2", "--config.remat=full"]
     train += [f"--config.train_sarm.pairs_jsonl={tmp_path}/one/data/pairs.jsonl"]
-    assert run_main(*given[:2], *train, f"--workdir={tmp_path}/sarm") == 0
-    said = capsys.readouterr().err
-    assert "train_sarm runs on one device: mesh data=1 fsdp=1 tensor=2 is for" in said
+    assert run_main(*models, *train, f"--workdir={tmp_path}/sarm") == 0
+    log = capsys.readouterr().err
+    assert "train_sarm runs on one device: mesh data=1 fsdp=1 tensor=2 is for" in log

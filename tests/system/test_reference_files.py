@@ -1,10 +1,10 @@
-"""Files in the formats of the reference implementation, made by hand: each is read as it is."""
+"""Handmade files in the formats of the reference implementation are read without changes."""
 
 import json
 
 import pytest
 
-from pipeline.shared import DEMO, read_pairs
+from pipeline.options import DEMONSTRATION, read_pairs
 from ppo.options import reward_config
 from ppo.prompts import read_prompts
 from ppo.tracking.metrics_csv import read_metrics
@@ -27,7 +27,7 @@ SELECTED = {
         "encourage_features": [42, 37],
         "strategy": "penalize_bad_encourage_good",
     },
-    "lists with what they were found by": {
+    "lists with their statistics": {
         "verbosity_features": [10, 29, 6],
         "method": "differential_activation_real_data",
         "n_samples": 85,
@@ -66,22 +66,22 @@ def test_lists_of_features(tmp_path, kind, key, content):
         assert parse_features("f", f"@{path}:{key}[:{count}]") == tuple(content[:count])
 
 
-def test_what_is_no_list_of_features_is_refused(tmp_path):
+def test_other_values_than_lists_of_features_are_refused(tmp_path):
     path = tmp_path / "selected_features.json"
-    path.write_text(json.dumps(SELECTED["lists with what they were found by"]))
+    path.write_text(json.dumps(SELECTED["lists with their statistics"]))
     with pytest.raises(InputError, match="no list 'method'"):
         parse_features("f", f"@{path}:method")
     with pytest.raises(InputError, match=r"found \{'feature': 10"):
         parse_features("f", f"@{path}:top_differential")
 
 
-def test_an_empty_list_beside_another_one_adds_nothing(tmp_path):
+def test_an_empty_list_beside_another_list_adds_nothing(tmp_path):
     path = tmp_path / "selected_features.json"
     path.write_text(json.dumps({"promoting": [], "harming": [3, 5]}))
     assert parse_features("f", f"@{path}:promoting,@{path}:harming,7") == (3, 5, 7)
 
 
-def test_an_empty_list_is_never_all_latents(tmp_path):
+def test_an_empty_list_does_not_select_all_latents(tmp_path):
     path = tmp_path / "selected_features.json"
     path.write_text(json.dumps({"promoting": []}))
     section = dict.fromkeys(
@@ -103,7 +103,7 @@ def test_steering_config(tmp_path):
 
 @pytest.mark.parametrize("blank", ["", "\n", " \r\n\t\n"])
 def test_prompts_pairs_demonstrations_and_answers(tmp_path, blank):
-    """`blank` lines stand before, between and after the rows; the reference skips them."""
+    """Files may have blank lines before, between and after rows; the reference skips them."""
 
     def save(name: str, *rows: dict) -> str:
         path = tmp_path / name
@@ -114,7 +114,7 @@ def test_prompts_pairs_demonstrations_and_answers(tmp_path, blank):
     prompts = save("prompts.jsonl", {"prompt": "a “quoted” one"}, {"prompt": "b", "subset": "Ties"})
     assert read_prompts(prompts) == ["a “quoted” one", "b"]
     demos = [{"prompt": "a", "response": "x"}, {"prompt": "b", "response": "y\n\nz"}]
-    assert read_jsonl(save("demos.jsonl", *demos), DEMO) == demos
+    assert read_jsonl(save("demos.jsonl", *demos), DEMONSTRATION) == demos
     pair = {"prompt": "a", "chosen": "x", "rejected": "y"}
     pairs = [pair | {"source": "safety"}, pair | {"source": "complement"}, pair | {"id": "7"}]
     assert read_pairs((save("probes.jsonl", *pairs),)) == pairs
@@ -122,14 +122,14 @@ def test_prompts_pairs_demonstrations_and_answers(tmp_path, blank):
     test_files = save(
         "safety_all.jsonl", answer | {"type": "chosen"}, answer | {"type": "rejected"}
     )
-    assert [found.kind for found in read_answers(test_files)] == ["chosen", "rejected"]
+    assert [read.kind for read in read_answers(test_files)] == ["chosen", "rejected"]
     numbers = {"question_id": 3, "id": "3746"}
     labelled = save("safety_j.jsonl", answer | numbers | {"label": "rejected"}, answer | numbers)
-    assert [found.kind for found in read_answers(labelled)] == ["rejected", "safety_j"]
+    assert [read.kind for read in read_answers(labelled)] == ["rejected", "safety_j"]
 
 
 def test_metrics(tmp_path):
     rows = read_metrics(write_recording(tmp_path, "full", steps=3))
-    features = [f"feat_{i}_{what}" for what in ("activation", "above_tau") for i in (48, 28)]
+    features = [f"feat_{i}_{measure}" for measure in ("activation", "above_tau") for i in (48, 28)]
     assert list(rows[0]) == [*REFERENCE_COLUMNS, *features]
     assert [row["step"] for row in rows] == [1, 2, 3]

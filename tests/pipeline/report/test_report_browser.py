@@ -1,4 +1,4 @@
-"""The report in a real browser: what a reader sees and filters, and what cannot happen."""
+"""The report in a real browser: display, filters, keyboard, and what its policy forbids."""
 
 import itertools
 import json
@@ -10,9 +10,12 @@ from pipeline.report.page import ReportConfig, write_report
 from tests.browser import Browser, find_chromium
 from tests.report_runs import HOSTILE, NAMES, write_evaluation, write_run
 
-pytestmark = pytest.mark.skipif(
-    not find_chromium(), reason="no Chromium here (apt-get install chromium)"
-)
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(
+        not find_chromium(), reason="Chromium is not installed (apt-get install chromium)"
+    ),
+]
 CARDS = "[...document.querySelectorAll('article')]"
 PHONE, DESKTOP = 390, 1200
 
@@ -34,7 +37,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture
 def browser(shared, page):
-    """The browser with the page freshly opened."""
+    """The browser with the page newly opened."""
     shared.problems.clear()
     shared.requests.clear()
     shared.open(page, DESKTOP)
@@ -42,7 +45,7 @@ def browser(shared, page):
 
 
 def choose(browser, **filters) -> list[dict]:
-    """Sets filters as a reader would; what is then shown, all of it."""
+    """Sets filters as a reader would, and returns all cards that are then shown."""
     for name, value in filters.items():
         browser.evaluate(
             f"(() => {{ const field = document.getElementById('filters').elements['{name}'];"
@@ -59,7 +62,7 @@ def choose(browser, **filters) -> list[dict]:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
-def test_it_opens_without_a_complaint_or_a_request(browser, page, width, dark):
+def test_it_opens_without_errors_or_requests(browser, page, width, dark):
     browser.open(page, width, dark=dark)
     assert browser.evaluate(CARDS + ".length") == 20
     assert browser.problems == []
@@ -77,7 +80,7 @@ def test_it_opens_without_a_complaint_or_a_request(browser, page, width, dark):
     assert paper == ("rgb(27, 30, 35)" if dark else "rgb(255, 255, 255)")
 
 
-def test_a_page_with_an_error_is_noticed(shared, tmp_path):
+def test_errors_in_a_page_are_recorded(shared, tmp_path):
     path = tmp_path / "bad.html"
     path.write_text("<!doctype html><script>console.error('one'); nothing.there</script>")
     shared.problems.clear()
@@ -86,8 +89,8 @@ def test_a_page_with_an_error_is_noticed(shared, tmp_path):
 
 
 def test_nothing_can_be_loaded_or_run(browser):
-    tried = "fetch('https://example.org').then(() => 'loaded', () => 'refused')"
-    assert browser.evaluate(tried) == "refused"
+    attempt = "fetch('https://example.org').then(() => 'loaded', () => 'refused')"
+    assert browser.evaluate(attempt) == "refused"
     browser.evaluate(
         "(() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1';"
         "document.body.append(s); const i = new Image(); i.src = 'https://example.org/x.png'; })()"
@@ -140,19 +143,19 @@ def number(text: str) -> float:
     return float(text.replace("−", "-"))
 
 
-def test_what_is_shown_of_a_score_adds_up_as_it_is_shown(browser):
+def test_the_rounded_terms_add_up_to_the_rounded_score(browser):
     choose(browser)
     tables = browser.evaluate(
-        "[...document.querySelectorAll('details')].map(d => ({told: d.firstChild.textContent, "
+        "[...document.querySelectorAll('details')].map(d => ({title: d.firstChild.textContent, "
         "parts: [...d.querySelectorAll('tbody .part')].map(c => c.textContent), "
         "sum: d.querySelector('tfoot .part').textContent}))"
     )
     assert len(tables) == 120
     for table in tables:
-        assert len(table["parts"]) == 9 and table["told"] == f"Why {table['sum']}"
+        assert len(table["parts"]) == 9 and table["title"] == f"Why {table['sum']}"
         digits = len(table["sum"].partition(".")[2])
-        whole = [round(number(part) * 10**digits) for part in table["parts"]]
-        assert digits >= 3 and sum(whole) == round(number(table["sum"]) * 10**digits)
+        units = [round(number(part) * 10**digits) for part in table["parts"]]
+        assert digits >= 3 and sum(units) == round(number(table["sum"]) * 10**digits)
 
 
 def test_an_opened_explanation_fits_a_phone(browser, page):
@@ -165,7 +168,7 @@ def test_an_opened_explanation_fits_a_phone(browser, page):
     assert wide == [] and browser.evaluate("document.documentElement.scrollWidth") == PHONE
 
 
-def test_it_can_be_used_with_a_keyboard(browser):
+def test_the_keyboard_reaches_everything(browser):
     browser.press("Tab", 9)
     assert browser.evaluate("document.activeElement.className") == "skip"
     browser.press("Enter", 13, "\r")
@@ -185,7 +188,7 @@ def test_it_can_be_used_with_a_keyboard(browser):
     assert browser.evaluate(CARDS + ".length") == 40
 
 
-def test_everything_has_a_name(browser):
+def test_every_control_and_figure_has_a_name(browser):
     nameless = browser.evaluate(
         "[...document.querySelectorAll('input, select')].filter(e => !e.labels.length)"
         ".concat([...document.querySelectorAll('img')].filter(e => e.alt.length < 30))"
@@ -201,7 +204,7 @@ def test_everything_has_a_name(browser):
 @pytest.mark.parametrize("dark", [False, True])
 def test_there_is_enough_contrast(browser, page, dark):
     browser.open(page, DESKTOP, dark=dark)
-    found = browser.evaluate(
+    texts = browser.evaluate(
         """(() => [...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(
              n => n.nodeType === 3 && n.textContent.trim()) && e.checkVisibility()).map(e => {
           let on = e;
@@ -210,20 +213,20 @@ def test_there_is_enough_contrast(browser, page, dark):
           return [e.localName + '.' + e.className, getComputedStyle(e).color, paper(on)];
         }))()"""
     )
-    assert len(found) > 200
-    for name, ink, paper in {tuple(row) for row in found}:
-        light, deep = sorted((luminance(ink), luminance(paper)), reverse=True)
-        assert (light + 0.05) / (deep + 0.05) >= 4.5, (name, ink, paper)
+    assert len(texts) > 200
+    for name, colour, paper in {tuple(row) for row in texts}:
+        light, deep = sorted((luminance(colour), luminance(paper)), reverse=True)
+        assert (light + 0.05) / (deep + 0.05) >= 4.5, (name, colour, paper)
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
+    """Returns the relative luminance of "rgb(r, g, b)", as WCAG 2 defines it."""
     parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_without_a_script_the_figures_are_still_there(browser, page):
+def test_figures_are_shown_without_javascript(browser, page):
     browser.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.open(page, DESKTOP)

@@ -1,4 +1,4 @@
-"""Runs that another program recorded, in a report beside our own."""
+"""Runs of other programs in a report beside our own."""
 
 import html
 import json
@@ -15,33 +15,36 @@ from pipeline.report.page import ReportConfig, write_report
 from pipeline.report.recordings import DIFFERS
 from pipeline.report.runs import read_run
 from pipeline.report.sections import run_sections
-from pipeline.runner import recipes, run_stages
+from pipeline.runner import run_stages
+from pipeline.stage import load
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.workdir import named_workdirs
 from tests.report_runs import write_recording, write_run
 
-TWO_RESPONSES = "A row is of the responses of process 0 alone (two, at its default batch size)"
+TWO_RESPONSES = "A row covers the responses of process 0 alone (two, at its default batch size)"
 
 
 @pytest.fixture
 def runs(tmp_path):
-    """A run of ours and two recorded ones, the second without penalties."""
+    """Two runs of the reference, the second without penalties, and one of our own."""
     write_recording(tmp_path / "full", "full")
     write_recording(tmp_path / "base", "base", features=())
     folders = {name: tmp_path / name for name in ("full", "base")} | {
         "own": write_run(tmp_path / "own")
     }
-    return [read_run(name, folder, place) for place, (name, folder) in enumerate(folders.items())]
+    return [
+        read_run(name, folder, position) for position, (name, folder) in enumerate(folders.items())
+    ]
 
 
 def section(runs, anchor: str):
-    return next(found for found in run_sections(runs) if found.anchor == anchor)
+    return next(part for part in run_sections(runs) if part.anchor == anchor)
 
 
 def column_of(table, title: str) -> dict[str, str]:
-    """The cells of a column by the names of the rows."""
-    place = list(table.header).index(title)
-    return {row[0]: row[place] for row in table.rows}
+    """Returns the cells of a column by the names of the rows."""
+    column = list(table.header).index(title)
+    return {row[0]: row[column] for row in table.rows}
 
 
 @pytest.mark.parametrize("given", ["full", "full/full_metrics.csv"])
@@ -57,14 +60,14 @@ def test_a_recorded_run_is_read_with_steps_from_0(tmp_path, given):
     assert run.seconds == 240.0 and not run.missing
 
 
-def test_columns_of_another_meaning_are_not_read_as_ours(runs):
+def test_columns_with_another_meaning_are_left_out(runs):
     full, _, own = runs
     for name in ("reward_mean", "reward_std", "reward_min", "reward_max", "approx_kl"):
         assert not full.has(name) and own.has(name)
-    assert not full.has("response_length_std")  # 0 by construction would look like a band
+    assert not full.has("response_length_std")  # it is always 0 and would look like a band
 
 
-def test_what_is_not_recorded_is_a_dash_and_what_differs_is_marked(runs):
+def test_missing_measures_are_dashes_and_different_ones_are_marked(runs):
     table = tables.glance(runs)
     assert list(table.header) == ["", "full †", "base †", "own"]
     cells, own = column_of(table, "full †"), column_of(table, "own")
@@ -84,7 +87,7 @@ def test_a_run_without_times_has_no_minutes(tmp_path):
     assert column_of(tables.glance([run]), "x †")["minutes"] == "–"
 
 
-def test_our_own_runs_are_shown_as_without_recorded_ones(runs):
+def test_our_own_runs_look_the_same_beside_recorded_ones(runs):
     own = runs[-1]
     for anchor in ("glance", "reward", "goodhart", "features", "length"):
         alone = section([own], anchor)
@@ -95,7 +98,7 @@ def test_our_own_runs_are_shown_as_without_recorded_ones(runs):
     assert tables.options(runs[:2]) is None
 
 
-def test_the_notes_say_what_is_not_comparable(runs):
+def test_the_notes_name_what_is_not_comparable(runs):
     glance = section(runs, "glance")
     text = " ".join(glance.footnotes)
     for part in (
@@ -130,34 +133,33 @@ def test_the_terms_of_a_recorded_reward_add_up(runs):
     assert "− β · D" in curves.terms(own)
 
 
-def test_rewards_of_different_programs_have_scales_of_their_own(runs, monkeypatch):
+def test_rewards_of_different_programs_have_separate_scales(runs, monkeypatch):
     limits = []
-    monkeypatch.setattr(curves, "by_step", lambda axes, **given: limits.append(given["ylim"]))
+    monkeypatch.setattr(curves, "by_step", lambda axes, **options: limits.append(options["ylim"]))
     curves.reward_terms(runs)
-    full, base, own = limits[::2]  # each is drawn light and dark
+    full, base, own = limits[::2]  # each is drawn twice, light and dark
     assert full == base != own
 
 
-def test_lengths_with_padding_have_no_band_and_say_so(runs, monkeypatch):
+def test_lengths_with_padding_have_no_band_and_a_note(runs, monkeypatch):
     bands = []
     monkeypatch.setattr(Axes, "fill_between", lambda *_, **__: bands.append(1))
     picture = section(runs, "length").pictures[0]
-    assert len(bands) == 2  # ours, light and dark
+    assert len(bands) == 2  # of our run, light and dark
     assert picture.caption.endswith("† measured differently: lengths count padding: they are the "
                                     "width of the generated batch")  # fmt: skip
     assert "full † 256 → 256" in picture.alt
 
 
-def test_a_page_of_recorded_runs_alone(tmp_path):
+def test_a_page_of_only_recorded_runs(tmp_path):
     path = write_recording(tmp_path / "full", "full")
     out = tmp_path / "out"
     out.mkdir()
     write_report(ReportConfig(f"{tmp_path / 'full'},again={path}", samples=5), out)
     page = html.unescape((out / "report.html").read_text(encoding="utf-8"))
     notes = re.findall(r'<p class="missing">(.*?)</p>', page)
-    assert not any(
-        f"--workdir={tmp_path / 'full'}" in note for note in notes
-    )  # it is no run of ours
+    # No note offers a command for a run that is not ours.
+    assert not any(f"--workdir={tmp_path / 'full'}" in note for note in notes)
     assert not any("finite" in note for note in notes)
     assert page.count(TWO_RESPONSES) == 4 and "full †: penalised features" in page
     names = {path.stem for path in (out / "figures").iterdir()}
@@ -165,7 +167,7 @@ def test_a_page_of_recorded_runs_alone(tmp_path):
     assert not {"goodhart", "eos_fraction", "disc_acc"} & names
 
 
-def test_a_run_that_did_not_finish_says_so(tmp_path):
+def test_an_unfinished_recording_has_a_note(tmp_path):
     path = write_recording(tmp_path, "cut", steps=7)
     summary = tmp_path / "cut_summary.json"
     content = json.loads(summary.read_text())
@@ -175,13 +177,13 @@ def test_a_run_that_did_not_finish_says_so(tmp_path):
     (note,) = read_run("cut", tmp_path).missing
     assert note == "cut: no cut_summary.json, so the run may not have finished."
     with path.open("a") as file:
-        file.write("8,96.0,-0.1")  # half a row
+        file.write("8,96.0,-0.1")  # an incomplete row
     assert read_run("cut", tmp_path).steps == 7
     path.write_text(path.read_text().splitlines()[0] + "\n")
     assert f"{path} has no finished step." in read_run("cut", path).missing
 
 
-def test_metrics_of_an_unknown_program_say_that_nothing_is_known_of_them(tmp_path):
+def test_metrics_of_an_unknown_program_have_a_note(tmp_path):
     path = tmp_path / "log.csv"
     path.write_text("step,total_reward,rm_score,penalty,loss\n10,-0.2,-0.1,0.1,0.03\n11,0,0,0,0\n")
     run = read_run("log", path)
@@ -189,17 +191,17 @@ def test_metrics_of_an_unknown_program_say_that_nothing_is_known_of_them(tmp_pat
     (note,) = section([run], "glance").footnotes
     assert "† log: metrics of another program" in note and "not known" in note
     (picture,) = section([run], "reward").pictures
-    assert picture.caption == "log †: the reward and what is recorded of its terms"
+    assert picture.caption == "log †: the reward and the terms that are recorded"
 
 
-def test_metrics_of_ours_without_the_rest_of_the_run(tmp_path):
+def test_our_metrics_without_the_other_files_of_the_run(tmp_path):
     own = write_run(tmp_path / "own")
     run = read_run("own", own / "metrics.csv")
     assert run.title == "own" and run.column("step")[0] == 0 and run.has("ref_kl")
     assert tables.glance([run]).rows == tables.glance([read_run("own", own)]).rows
 
 
-def test_the_references_columns_are_marked_whatever_the_file_is_called(tmp_path):
+def test_the_references_columns_are_marked_whatever_the_file_name(tmp_path):
     path = write_recording(tmp_path, "full")
     path.rename(tmp_path / "metrics.csv")
     assert read_run("full", tmp_path).title == "full †"
@@ -222,13 +224,13 @@ def test_an_edited_recording_makes_the_report_out_of_date(tmp_path, monkeypatch,
     out.mkdir()
     config.prompts_jsonl = "asked"
     config.report.runs = given.format(tmp_path)
-    assert recipes(config, out)["report"].wanted
+    assert load("report").wanted(config)
 
     def outcome() -> str:
-        return run_stages(config, out, ["report"])[0].what
+        return run_stages(config, out, [load("report")])[0].action
 
     assert outcome() == "done"
-    Path("full", "adapter_model.safetensors").write_text("others")  # which no report reads
+    Path("full", "adapter_model.safetensors").write_text("others")  # the report does not read it
     assert outcome() == "up to date"
     text = path.read_text()
     path.write_text(text.replace("-0.1", "-0.3"))

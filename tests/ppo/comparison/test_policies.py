@@ -1,4 +1,4 @@
-"""Policies against their base: the measures by hand, and the stage through the command line."""
+"""Policies against their base: metrics by hand, and the stage through the command line."""
 
 import json
 
@@ -9,8 +9,7 @@ from flax import nnx
 
 from conversion import load_policy
 from conversion.peft import save_adapter
-from pipeline.stages.policies import adapters_of
-from ppo.comparison import response_metrics
+from pipeline.policy_evaluation import adapters_of
 from ppo.comparison import response_metrics as metrics
 from ppo.comparison.latent_map import largest_terms, principal_plane
 from ppo.comparison.policy_comparison import compare, latent_map, response_rows, summary
@@ -42,17 +41,17 @@ def test_intervals_against_a_loop():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(9, 2)), rng.normal(size=(9, 2))
     index = metrics.bootstrap_indices(9, 100, 1)
-    r, found = metrics.bootstrap_correlation(x, y, index)
+    r, sample_r = metrics.bootstrap_correlation(x, y, index)
     loop = [np.corrcoef(x[i].ravel(), y[i].ravel())[0, 1] for i in index]
     assert r == pytest.approx(np.corrcoef(x.ravel(), y.ravel())[0, 1])
-    np.testing.assert_allclose(found, loop)
+    np.testing.assert_allclose(sample_r, loop)
     mean = metrics.bootstrap_mean(x, index)
     assert mean["low"] == pytest.approx(np.quantile([x[i].mean() for i in index], 0.025))
     assert np.isnan(metrics.bootstrap_correlation(np.ones((9, 2)), y, index)[0])
 
 
 def codes(rows: int = 12, size: int = 40, k: int = 4):
-    """Sparse codes in both forms; feature 39 is never active."""
+    """Returns sparse latents, dense and in TopK form; feature 39 is never active."""
     rng = np.random.default_rng(0)
     index = np.stack([rng.choice(size - 1, k, replace=False) for _ in range(rows)])
     value = rng.normal(size=(rows, k)).astype(np.float32)
@@ -91,33 +90,43 @@ def test_zero_adapter_is_the_base(policy, tokenizer):
     rows = encode_prompts(PROMPTS, tokenizer, 500).rows
     adapted = nnx.merge(*nnx.split(policy))
     add_lora(adapted, LoRAConfig(rank=2), nnx.Rngs(0))
-    base = respond(config, policy, policy, tokenizer, rows)
-    zero = respond(config, policy, adapted, tokenizer, rows)
+    base = respond(config, base=policy, policy=policy, tokenizer=tokenizer, prompts=rows)
+    zero = respond(config, base=policy, policy=adapted, tokenizer=tokenizer, prompts=rows)
     assert base.texts == zero.texts and len(base.texts) == len(base.kl_n) == 6
     assert base.texts[0] != base.texts[1]
     np.testing.assert_allclose(zero.kl_n, base.kl_n, atol=1e-6)
     for _, value in nnx.to_flat_state(nnx.state(adapted, LoRAParam)):
         value[...] = jax.random.normal(jax.random.key(0), value[...].shape)
-    moved = respond(config, policy, adapted, tokenizer, rows)
+    moved = respond(config, base=policy, policy=adapted, tokenizer=tokenizer, prompts=rows)
     assert moved.kl_n.sum() > 0.1
     assert not nnx.to_flat_state(nnx.state(policy, LoRAParam))
 
 
+def responses_of(texts: list[str]) -> Responses:
+    """Returns responses of these texts; every character counts as a token."""
+    lengths = np.array([len(text) for text in texts])
+    count = len(texts)
+    return Responses(texts, length_n=lengths, ended_n=np.ones(count, bool), kl_n=np.zeros(count))
+
+
 def test_comparison_against_scores_one_by_one(reward_model):
     texts = {"base": ["a", "bb", "ccc"], "x": ["a!", "bb bb", "c"], "y": ["d", "e e", "ff"]}
-    sides = {
-        name: Responses(t, np.array([len(s) for s in t]), np.ones(3, bool), np.zeros(3))
-        for name, t in texts.items()
-    }
-    _, z = reward_model.score(PROMPTS * 3, [t for side in texts.values() for t in side])
+    responses = {name: responses_of(own) for name, own in texts.items()}
+    _, z = reward_model.score(PROMPTS * 3, [text for own in texts.values() for text in own])
     first, second = np.argsort(-(z > 0).mean(0))[:2].tolist()
-    change = intervention(64, set_to={first: 0.5})
-    controls = Controls(change, (second,), (0.0,), (0.3,), "sd")
-    found = compare(reward_model, controls, PROMPTS, sides, [("say 9", "nine")])
-    told = summary(found, resamples=100, seed=0)
+    controls = Controls(
+        intervention=intervention(64, set_to={first: 0.5}),
+        penalize_features=(second,),
+        tau_values=(0.0,),
+        alpha_values=(0.3,),
+        unit="sd",
+    )
+    human = [("say 9", "nine")]
+    comparison = compare(reward_model, controls, prompts=PROMPTS, responses=responses, human=human)
+    content = summary(comparison, resamples=100, seed=0)
     weight = np.asarray(reward_model.model.score[...])
     plain = {n: reward_model.score(PROMPTS, t)[0].astype(np.float64) for n, t in texts.items()}
-    deviation, rows = plain["base"].std(), list(response_rows(found))
+    deviation, rows = plain["base"].std(), list(response_rows(comparison))
     expected = {}
     for number, (name, answers) in enumerate(texts.items()):
         clamped, own = reward_model.score(PROMPTS, answers, clamp={first: 0.5})
@@ -127,19 +136,19 @@ def test_comparison_against_scores_one_by_one(reward_model):
         means = {"score": plain[name], "controlled_score": expected[name], "penalty": penalty}
         means |= {"score_without": without, f"active_{first}": own[:, first] > 0}
         for key, value in means.items():
-            assert_close(told["runs"][name][key]["mean"], value.mean(), 1e-6, value, key)
+            assert_close(content["runs"][name][key]["mean"], value.mean(), 1e-6, value, key)
         for n, row in enumerate(rows):
             shown = row["responses"][name]
             assert row["prompt"] == PROMPTS[n] and shown["response"] == answers[n]
-            assert sum(t[3] for t in shown["terms"]) + shown["rest"] == shown["score"]
+            assert sum(term[3] for term in shown["terms"]) + shown["rest"] == shown["score"]
             assert shown["penalties"] == {str(second): pytest.approx(penalty[n], rel=1e-6)}
-        assert [p["source"] for p in latent_map(found)["points"]][3 * number] == name
+        assert [p["source"] for p in latent_map(comparison)["points"]][3 * number] == name
     wins = np.mean(expected["x"] > expected["base"])
-    assert told["runs"]["x"]["win_rate_controlled"]["mean"] == wins
+    assert content["runs"]["x"]["win_rate_controlled"]["mean"] == wins
     difference = (plain["y"] - plain["x"]).mean()
-    between = told["between"]["y − x"]["score"]["mean"]
+    between = content["between"]["y − x"]["score"]["mean"]
     assert_close(between, difference, 1e-6, plain["y"])
-    assert set(told["paired"]) == {"x", "y"} and "win_rate" not in told["runs"]["base"]
+    assert set(content["paired"]) == {"x", "y"} and "win_rate" not in content["runs"]["base"]
 
 
 def test_without_controls_and_without_topk(reward_model):
@@ -148,17 +157,16 @@ def test_without_controls_and_without_topk(reward_model):
     )
     reward_model.model.sae.config = sarm.sae
     answers = ["a", "bb", "ccc"]
-    ended = np.ones(3, bool), np.zeros(3)
-    sides = {"base": Responses(answers, np.array([1, 2, 3]), *ended)}
-    found = compare(reward_model, Controls(), PROMPTS, sides)
-    told = summary(found, resamples=100, seed=0)["runs"]["base"]
+    responses = {"base": responses_of(answers)}
+    comparison = compare(reward_model, Controls(), prompts=PROMPTS, responses=responses)
+    means = summary(comparison, resamples=100, seed=0)["runs"]["base"]
     expected, z = reward_model.score(PROMPTS, answers)
     assert (z != 0).all()  # every pre-activation counts
     for name in ("score", "controlled_score", "score_without"):
-        assert_close(told[name]["mean"], expected.mean(), 1e-6, expected)
-    assert told["penalty"]["mean"] == 0 and not any(name.startswith("latent_") for name in told)
+        assert_close(means[name]["mean"], expected.mean(), 1e-6, expected)
+    assert means["penalty"]["mean"] == 0 and not any(name.startswith("latent_") for name in means)
     weight = np.asarray(reward_model.model.score[...])
-    for n, row in enumerate(response_rows(found)):
+    for n, row in enumerate(response_rows(comparison)):
         terms = [term[3] for term in row["responses"]["base"]["terms"]]
         largest = np.sort(np.abs(z[n] * weight))[::-1][: len(terms)]
         assert_close(np.abs(terms), largest, 1e-6)
@@ -166,7 +174,7 @@ def test_without_controls_and_without_topk(reward_model):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A policy, a SARM, prompts, and two adapters of that policy as PPO leaves them."""
+    """A policy, a SARM, prompts, and two adapters of that policy as PPO writes them."""
     root = tmp_path_factory.mktemp("policies")
     save_tiny_sarm(root / "sarm", tiny_tokenizer())
     save_tiny_llama(root / "policy", tiny_llama_config(), tiny_tokenizer())
@@ -189,32 +197,32 @@ def run(world, tmp_path):
 
     def call(*options: str) -> int:
         paths = [f"--{name}_model={world / name}" for name in ("sarm", "policy")]
-        given = ["--config=configs/base.py", "--stage=evaluate", *paths]
-        given += [f"--workdir={tmp_path / 'run'}"]
-        given += [f"--config.evaluate.prompts_jsonl={world}/prompts.jsonl"]
-        given += ["--config.ppo.max_new_tokens=6", "--config.evaluate.resamples=100"]
-        return run_main(*given, *options)
+        arguments = ["--config=configs/base.py", "--stage=evaluate", *paths]
+        arguments += [f"--workdir={tmp_path / 'run'}"]
+        arguments += [f"--config.evaluate.prompts_jsonl={world}/prompts.jsonl"]
+        arguments += ["--config.ppo.max_new_tokens=6", "--config.evaluate.resamples=100"]
+        return run_main(*arguments, *options)
 
     return call
 
 
-def test_stage_compares_adapters_with_their_base(world, run, tmp_path):
+def test_the_stage_compares_adapters_with_their_base(world, run, tmp_path):
     runs = f"--config.evaluate.runs={world}/first,other={world}/second/adapter"
     human = f"--config.evaluate.human_jsonl={world}/demos.jsonl"
     penalty = ["--penalize_features=1", "--tau_values=0.0", "--alpha_values=0.5"]
     assert run(runs, human, *penalty) == 0
     folder = tmp_path / "run" / "eval"
-    told = json.loads((folder / "policy.json").read_text())
-    assert set(told["runs"]) == {"base", "first", "other"} and set(told["between"]) == {
+    content = json.loads((folder / "policy.json").read_text())
+    assert set(content["runs"]) == {"base", "first", "other"} and set(content["between"]) == {
         "other − first"
     }
-    assert told["runs"]["first"]["kl"]["mean"] > 0 == told["runs"]["base"]["kl"]["mean"]
+    assert content["runs"]["first"]["kl"]["mean"] > 0 == content["runs"]["base"]["kl"]["mean"]
     rows = [json.loads(line) for line in (folder / "responses.jsonl").open()]
     assert [row["prompt"] for row in rows] == PROMPTS
     policy, tokenizer = load_policy(str(world / "policy"), "float32")
     config = ResponseConfig(Sampling(6, 0.0))
     encoded = encode_prompts(PROMPTS, tokenizer, 500).rows
-    greedy = respond(config, policy, policy, tokenizer, encoded)
+    greedy = respond(config, base=policy, policy=policy, tokenizer=tokenizer, prompts=encoded)
     assert [row["responses"]["base"]["response"] for row in rows] == greedy.texts
     sources = [p["source"] for p in json.loads((folder / "latent_map.json").read_text())["points"]]
     assert sources == ["base"] * 3 + ["first"] * 3 + ["other"] * 3 + ["human"]
@@ -233,7 +241,7 @@ def test_names_of_runs(tmp_path):
 
 def test_both_ends_of_a_bootstrap_interval():
     x = np.random.default_rng(0).normal(size=(9, 2))
-    index = response_metrics.bootstrap_indices(9, 1000, 1)
-    found = response_metrics.bootstrap_mean(x, index)
+    index = metrics.bootstrap_indices(9, 1000, 1)
+    mean = metrics.bootstrap_mean(x, index)
     ends = np.quantile([x[i].mean() for i in index], [0.025, 0.975])
-    assert (found["low"], found["high"]) == pytest.approx(tuple(ends))
+    assert (mean["low"], mean["high"]) == pytest.approx(tuple(ends))

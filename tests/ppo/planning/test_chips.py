@@ -1,4 +1,4 @@
-"""GPUs that are not here: what JAX is told of them, and what a plan takes them for."""
+"""GPUs that are not present: the settings that JAX gets for them, and their rates in a plan."""
 
 import os
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ TRITON = "--xla_gpu_enable_triton_gemm=true"
 
 @pytest.fixture
 def environment(monkeypatch):
-    """The process's, without what the functions set, and as it was afterwards."""
+    """The environment without the variables that the functions set; it is restored afterwards."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for name in (NEW, OLD, PRECISION):
         os.environ.pop(name, None)
@@ -29,11 +29,11 @@ def environment(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("setting", "expected"),
     [({}, {NEW: str(MEMORY_SHARE)}), ({NEW: ".5"}, {NEW: ".5"}), ({OLD: ".5"}, {OLD: ".5"})],
 )
-def test_the_environment_decides_on_memory(environment, given, expected):
-    environment.update(given)
+def test_the_environment_decides_on_memory(environment, setting, expected):
+    environment.update(setting)
     devices.set_memory_share()
     assert {name: environment[name] for name in (NEW, OLD) if name in environment} == expected
 
@@ -42,7 +42,7 @@ def test_float32_is_float32_unless_the_environment_says_otherwise(environment):
     jax.config.update("jax_default_matmul_precision", None)
     environment[PRECISION] = "tensorfloat32"
     devices.exact_float32()
-    assert jax.config.jax_default_matmul_precision is None  # JAX has read it at its start
+    assert jax.config.jax_default_matmul_precision is None  # JAX read the variable at its start
     del environment[PRECISION]
     devices.exact_float32()
     assert jax.config.jax_default_matmul_precision == "float32"
@@ -51,7 +51,7 @@ def test_float32_is_float32_unless_the_environment_says_otherwise(environment):
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Makes JAX have the plugins of those names."""
+    """Makes JAX find plugins with the given names."""
 
     def have(*names):
         plugins = [SimpleNamespace(name=name) for name in names]
@@ -62,7 +62,7 @@ def cuda(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("setting", "expected"),
     [
         ("", devices.NO_TRITON),
         ("--a=1", f"--a=1 {devices.NO_TRITON}"),
@@ -71,9 +71,9 @@ def cuda(monkeypatch):
     ],
 )
 def test_float32_goes_without_triton_unless_the_environment_says_otherwise(
-    environment, cuda, given, expected
+    environment, cuda, setting, expected
 ):
-    environment["XLA_FLAGS"] = given
+    environment["XLA_FLAGS"] = setting
     devices.exact_float32()
     assert environment["XLA_FLAGS"] == expected
 
@@ -102,7 +102,7 @@ def test_without_cuda_no_flag_is_needed(environment, cuda, plugins):
     assert environment["XLA_FLAGS"] == ""
 
 
-def test_what_follows_is_not_hidden():
+def test_parts_that_follow_each_other_do_not_overlap():
     chip = chips.Chip("one", flops=2.0, bandwidth=5.0, memory=1, link=1.0)
     assert chip.seconds([6.0], [5.0]) == 3.0
     assert chip.seconds([6.0, 2.0], [5.0, 20.0]) == 3.0 + 4.0
@@ -110,7 +110,7 @@ def test_what_follows_is_not_hidden():
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Makes JAX find GPUs of a kind, whose allocators say `statistics`."""
+    """Makes JAX find GPUs of a kind, whose allocators report `statistics`."""
 
     def make(kind, statistics, count=1):
         gpu = SimpleNamespace(platform="gpu", device_kind=kind, memory_stats=lambda: statistics)
@@ -121,7 +121,7 @@ def gpus(monkeypatch):
     measure_host.cache_clear()
 
 
-def test_a_gpu_here_has_its_published_rates_and_the_memory_that_jax_has(gpus):
+def test_a_local_gpu_has_its_published_rates_and_the_memory_that_jax_has(gpus):
     gpus("NVIDIA H200", {"bytes_limit": 46 * 2**30}, count=4)
     chip = measure_host(4, "bfloat16")
     assert (chip.flops, chip.bandwidth) == (CHIPS["h200"].flops, CHIPS["h200"].bandwidth)
@@ -161,7 +161,7 @@ def test_an_allocator_without_statistics(gpus):
 
 
 @pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize\nbackend")])
-def test_devices_that_jax_was_told_of_and_does_not_find(monkeypatch, error):
+def test_an_error_of_jax_that_names_the_platform(monkeypatch, error):
     def missing():
         raise error
 

@@ -1,4 +1,4 @@
-"""The plan: HLO read by hand-written examples, costs by hand, and the stage as a user runs it."""
+"""The plan: traffic of hand-written HLO, costs by hand, and the choice of layouts."""
 
 from types import SimpleNamespace
 
@@ -76,8 +76,8 @@ ENTRY %main (x: f32[16,8], row: f32[1,8], n: s32[], w: bf16[4,8,8]) -> f32[16,8]
 )
 def test_traffic_by_hand(trips, times):
     traffic = read_traffic(HLO.replace("TRIPS", trips), open_loops=7)
-    # In the loop: a slice of 128 bytes read (and the index, 4), 128 written; a copy of 128 twice.
-    # Outside: one row of 32 bytes is read (and an index) and written, in place.
+    # In the loop: a slice of 128 bytes and the index of 4 are read, and 128 bytes written; a copy
+    # reads and writes 128. Outside: a row of 32 bytes and an index are read, 32 written in place.
     looped = times * (128 + 4 + 128 + 256)
     assert traffic.bytes == looped + 32 + 4 + 32
     assert traffic.open_bytes == (looped if times == 7 else 0)
@@ -104,8 +104,8 @@ ENTRY %main (a: f32[4], b: f32[2]) -> f32[4] {
 
 
 def test_combined_collectives_send_all_that_they_combine():
-    found = read_traffic(COMBINED, open_loops=1).collectives
-    assert [(one.kind, one.bytes) for one in found] == [
+    collectives = read_traffic(COMBINED, open_loops=1).collectives
+    assert [(collective.kind, collective.bytes) for collective in collectives] == [
         ("all-reduce", 24),
         ("all-reduce", 24),
         ("all-gather", 48),
@@ -139,7 +139,16 @@ def test_costs_by_hand(ppo_config):
     config: PPOConfig = ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5)
     sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
     all_one, all_two = (
-        step_costs(config, LoRAConfig(rank=3), LLAMA, sarm, mesh, 4, "dots", bytes_per_weight=2)
+        step_costs(
+            config,
+            LoRAConfig(rank=3),
+            policy=LLAMA,
+            sarm=sarm,
+            mesh=mesh,
+            score_rows=4,
+            remat="dots",
+            bytes_per_weight=2,
+        )
         for mesh in (MeshConfig(), MeshConfig(data=2, tensor=2))
     )
     prefill, tokens = all_one["rollout"]
@@ -157,11 +166,11 @@ def test_costs_by_hand(ppo_config):
 
 
 def test_layouts_of_a_search():
-    found = list(layouts_for(4, rows=8))
-    assert {(m.mesh.data, m.mesh.fsdp, m.mesh.tensor) for m in found} == {
+    layouts = list(layouts_for(4, rows=8))
+    assert {(x.mesh.data, x.mesh.fsdp, x.mesh.tensor) for x in layouts} == {
         (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1), (2, 1, 2), (1, 2, 2),
     }  # fmt: skip
-    assert all(8 % (m.accumulation * m.mesh.batch_parts) == 0 for m in found)
+    assert all(8 % (x.accumulation * x.mesh.batch_parts) == 0 for x in layouts)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +181,7 @@ def test_layouts_of_a_search():
         ("host", 64, "xla_force_host_platform_device_count=64"),
     ],
 )
-def test_targets_that_cannot_be(name, devices, message):
+def test_impossible_targets(name, devices, message):
     with pytest.raises(InputError, match=message):
         target(name, devices, "bfloat16")
 
@@ -195,15 +204,15 @@ def test_a_plan_that_fits_comes_first():
         {"fits": True, "step_seconds": 2.0},
     ]
     planner = SimpleNamespace(plan=lambda layout: plans[layout], name="x")
-    found = plan_module.search(planner, range(3))
-    assert [p["step_seconds"] for p in found] == [2.0, 3.0, 1.0]
+    ranked = plan_module.search(planner, range(3))
+    assert [plan["step_seconds"] for plan in ranked] == [2.0, 3.0, 1.0]
 
 
 ROW = {"runs": 1, "seconds": 1.0, "prompt_tokens": 16}
 
 
-def test_the_time_is_an_expectation_and_the_memory_that_of_the_worst(ppo_config):
-    """By hand: 2 + 3 · 1 seconds three times of four, 4 + 3 · 8 once; a half has no part in it."""
+def test_the_time_is_an_expectation_and_the_memory_the_largest(ppo_config):
+    """By hand: 2 + 3 · 1 seconds for 3/4 of the steps, 4 + 3 · 8 for the others, without halves."""
     rows = [
         {"name": name, "prompt_tokens": n, "runs": runs, "seconds": seconds, "peak_bytes": peak}
         for n, name, runs, seconds, peak in (
@@ -244,7 +253,15 @@ def test_the_peak_counts_the_other_models_weights_and_jaxs_share(ppo_config):
         ]
         chip = Chip("c", 1.0, 1.0, memory, 1.0)
         weights = {"policy": 100, "sarm": 30}
-        return plan_module._summary("c", layout, ppo_config(), chip, {16: 1.0}, rows, weights)
+        return plan_module._summary(
+            name="c",
+            layout=layout,
+            config=ppo_config(),
+            chip=chip,
+            shares={16: 1.0},
+            rows=rows,
+            weights=weights,
+        )
 
     assert of(10, 20, 1000)["peak_bytes"] == 110  # the score's, beside the policy
     assert of(10, 90, 1000)["peak_bytes"] == 120
@@ -264,8 +281,17 @@ def test_more_costs_by_hand(ppo_config):
     config = ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5)
     sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
     dots, full = (
-        step_costs(config, LoRAConfig(rank=3), LLAMA, sarm, MeshConfig(), 4, r, 2)
-        for r in ("dots", "full")
+        step_costs(
+            config,
+            LoRAConfig(rank=3),
+            policy=LLAMA,
+            sarm=sarm,
+            mesh=MeshConfig(),
+            score_rows=4,
+            remat=remat,
+            bytes_per_weight=2,
+        )
+        for remat in ("dots", "full")
     )
     forward = forward_flops(LLAMA, 4, 11, logits=24)
     assert full["step"][0].flops - dots["step"][0].flops == forward

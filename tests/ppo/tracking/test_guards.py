@@ -1,16 +1,16 @@
-"""Guards: what each fires on, what none fires on, and that a resumed run warns the same."""
+"""Guards: when each is active, when none is, and that a resumed run gives the same warnings."""
 
 import logging
 
 import pytest
 
 from ppo.options import guard_config, train_config
-from ppo.reward import RewardConfig
-from ppo.tracking.guards import GUARDS, GuardConfig, Watch
+from ppo.tracking.guards import GUARDS, Watch
 from sarm_jax.io.errors import InputError
+from tests.tiny_models import guard_options, reward_options
 
 # The last step of the lab's full method (seed 0) and of its baseline, which has lost its gold
-# reward by then; columns that no guard reads left out.
+# reward by then, without the columns that no guard reads.
 HEALTHY = {
     "step": 0, "skipped_updates": 0, "ratio_0_max_dev": 0.0, "ref_kl": 5.4, "disc_acc": 0.89,
     "response_length_mean": 4.4, "kl_penalty": 0.1, "entropy": 0.3, "distinct_responses": 0.9,
@@ -27,7 +27,7 @@ BAD = {
     "identical_responses": {"distinct_responses": 1 / 8},
     "no_eos": {"eos_fraction": 0.0},
 }
-CONFIG = GuardConfig()
+CONFIG = guard_options()
 
 
 def rows(row, count):
@@ -36,13 +36,13 @@ def rows(row, count):
 
 def test_a_healthy_run_has_no_warnings():
     watch = Watch(CONFIG, [2.0, 0.5])
-    assert not any(watch(row) for row in rows(HEALTHY, 10))
+    assert not any(watch.check(row) for row in rows(HEALTHY, 10))
     assert watch.warnings == []
 
 
 def test_a_hacked_run_is_not_called_healthy():
     watch = Watch(CONFIG)
-    held = [watch(row) for row in rows(HACKED, 5)]
+    held = [watch.check(row) for row in rows(HACKED, 5)]
     assert held == [[], [], ["reference_kl"], ["reference_kl"], ["reference_kl"]]
     (warning,) = watch.warnings
     assert (warning["guard"], warning["first_step"], warning["steps"]) == ("reference_kl", 2, 3)
@@ -50,10 +50,10 @@ def test_a_hacked_run_is_not_called_healthy():
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_each_guard_fires_alone_and_is_said_once(name, caplog):
+def test_each_guard_fires_alone_and_is_logged_once(name, caplog):
     watch = Watch(CONFIG)
     with caplog.at_level(logging.WARNING):
-        held = [watch(row) for row in rows(HEALTHY | BAD[name], 4)]
+        held = [watch.check(row) for row in rows(HEALTHY | BAD[name], 4)]
     at_once = next(guard.at_once for guard in GUARDS if guard.name == name)
     assert at_once == (name in ("nonfinite", "ratio"))
     assert [bool(names) for names in held] == ([True] * 4 if at_once else [False] * 2 + [True] * 2)
@@ -65,7 +65,7 @@ def test_a_spike_does_not_fire():
     watch = Watch(CONFIG)
     for step in range(12):
         spike = {"ref_kl": 660.0} if step % 3 else {}
-        assert watch(HEALTHY | spike | {"step": step}) == []
+        assert watch.check(HEALTHY | spike | {"step": step}) == []
 
 
 def test_every_guard_is_covered():
@@ -84,15 +84,17 @@ def test_every_guard_is_covered():
 )
 def test_penalties_far_from_the_scale_of_the_score(alphas, unit, std, fires):
     taus, features = (1.0,) * len(alphas), tuple(range(len(alphas)))
-    reward = RewardConfig(features, taus, alphas, unit=unit)
+    reward = reward_options(
+        penalize_features=features, tau_values=taus, alpha_values=alphas, unit=unit
+    )
     watch = Watch(CONFIG, reward.alphas_sd(std))
-    assert watch(HEALTHY) == (["reward_scale"] if fires else [])
+    assert watch.check(HEALTHY) == (["reward_scale"] if fires else [])
 
 
 def test_a_run_without_a_discriminator_has_no_warning_about_it():
     row = {name: value for name, value in HEALTHY.items() if name not in ("disc_acc", "kl_penalty")}
     watch = Watch(CONFIG)
-    assert not any(watch(row) for row in rows(row, 4))
+    assert not any(watch.check(row) for row in rows(row, 4))
 
 
 def test_the_same_rows_give_the_same_warnings_after_a_resumption():
@@ -100,12 +102,12 @@ def test_the_same_rows_give_the_same_warnings_after_a_resumption():
     story = [row | {"step": step} for step, row in enumerate(story)]
     whole, parts = Watch(CONFIG), Watch(CONFIG)
     for row in story:
-        whole(row)
+        whole.check(row)
     for row in story[:5]:  # of an earlier process
-        Watch(CONFIG)(row)
-        parts(row)
+        Watch(CONFIG).check(row)
+        parts.check(row)
     for row in story[5:]:
-        parts(row)
+        parts.check(row)
     assert whole.warnings == parts.warnings and len(whole.warnings) == 2
 
 
@@ -128,4 +130,4 @@ def test_stop_names_guards(base_config):
 def test_long_responses_may_be_far_in_sum():
     watch = Watch(CONFIG)
     row = HEALTHY | {"ref_kl": 20.0, "response_length_mean": 300.0}
-    assert not any(watch(row | {"step": n}) for n in range(5))
+    assert not any(watch.check(row | {"step": n}) for n in range(5))

@@ -16,8 +16,8 @@ def test_own_times_by_hand():
         (50, 20, "inner"),
         (100, 7, "after"),
     ]
-    found = sorted(own_times(events))
-    assert found == [("after", 7), ("inner", 20), ("inner", 25), ("innermost", 5), ("outer", 50)]
+    times = sorted(own_times(events))
+    assert times == [("after", 7), ("inner", 20), ("inner", 25), ("innermost", 5), ("outer", 50)]
 
 
 def test_events_that_overlap_are_not_inside_each_other():

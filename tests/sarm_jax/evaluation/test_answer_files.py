@@ -1,4 +1,4 @@
-"""Answers of several files: a set per file and type, with a name that tells them apart."""
+"""Answers of several files: a set per file and type, each with a name of its own."""
 
 import itertools
 import json
@@ -10,12 +10,10 @@ import pytest
 from configs import base
 from pipeline.preflight import check
 from pipeline.report import responses, tables
-from pipeline.report.evaluations import Evaluation
 from sarm_jax.evaluation.benchmark_files import named_files
 from sarm_jax.evaluation.controls import Controls
 from sarm_jax.evaluation.figures import before_after
 from sarm_jax.evaluation.steering import (
-    SteeringConfig,
     choose_answers,
     evaluate_steering,
     read_answer_sets,
@@ -23,6 +21,7 @@ from sarm_jax.evaluation.steering import (
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.sarm import intervention
 from tests.command import run_main
+from tests.evaluations import evaluation_of, steering_config
 from tests.oracles import save_tiny_sarm, tiny_tokenizer
 
 OPTION = "evaluate.data_jsonl"
@@ -35,7 +34,7 @@ LABELS = {"c": "chosen", "j": "rejected"}
 
 
 def write(path: Path, kinds: list[str | None], field: str = "type", rows: int = 6) -> Path:
-    """`rows` answers of every type, none for None."""
+    """Writes `rows` answers of every type; for the type None the field is absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {"question": f"q {n}", "answer": f"{path.parent.name} {path.stem} {kind} " + "so " * n}
@@ -49,7 +48,7 @@ def write(path: Path, kinds: list[str | None], field: str = "type", rows: int = 
 
 @pytest.fixture
 def four(tmp_path):
-    """The SARM repository's test files: folders tell them apart, the side stands in `label`."""
+    """Test files like those of the SARM repository: equal names, and the type in `label`."""
     return [
         str(write(tmp_path / "steering/test" / name, [LABELS[Path(name).stem[-1]]], "label"))
         for name in LAYOUT
@@ -58,7 +57,7 @@ def four(tmp_path):
 
 @pytest.fixture
 def two(tmp_path):
-    """Both benchmarks, each a file of both types."""
+    """A file for each benchmark, with answers of both types."""
     return [
         str(write(tmp_path / folder / "safety.jsonl", ["chosen", "rejected"]))
         for folder in ("rewardbenchv2", "rm_bench")
@@ -66,7 +65,7 @@ def two(tmp_path):
 
 
 def sets_of(*files: str) -> dict[str, tuple[str, str]]:
-    """Set → (source, type)."""
+    """Returns (source, type) by name of the set."""
     answers = read_answer_sets(named_files(files, OPTION))
     return {answer.set_name: (answer.source, answer.kind) for answer in answers}
 
@@ -91,13 +90,13 @@ def test_the_four_rows_of_two_benchmarks(four, two):
     names = ("rb2_safety", "rb2_safety", "rmb_safety", "rmb_safety")
     assert sets_of(*map("{}={}".format, names, four)) == reference
     assert sets_of(*map("{}={}".format, names[1:3], two)) == reference
-    whole = sets_of(*map("{}={}".format, reference, four))
-    assert {name: kind for name, (_, kind) in whole.items()} == {
+    sets = sets_of(*map("{}={}".format, reference, four))
+    assert {name: kind for name, (_, kind) in sets.items()} == {
         name: kind for name, (_, kind) in reference.items()
     }
 
 
-def test_a_file_alone_and_types_that_one_file_has_keep_their_names(tmp_path):
+def test_types_of_only_one_file_are_the_names_of_sets(tmp_path):
     both = write(tmp_path / "a/safety.jsonl", ["chosen", "rejected"])
     assert list(sets_of(str(both))) == ["chosen", "rejected"]
     assert sets_of(f"mine={both}") == {
@@ -112,7 +111,7 @@ def test_a_file_alone_and_types_that_one_file_has_keep_their_names(tmp_path):
     assert list(sets_of(*untyped)) == ["x/own", "y/own"]
 
 
-def test_names_that_would_be_the_same_are_written_out(tmp_path):
+def test_ambiguous_names_of_sets_are_written_in_full(tmp_path):
     files = [str(write(tmp_path / f"{n}.jsonl", ["chosen"])) for n in ("safety", "safety_chosen")]
     assert list(sets_of(*files)) == ["safety_chosen", "safety_chosen_chosen"]
     first, second = write(tmp_path / "a.jsonl", ["b_c"]), write(tmp_path / "a_b.jsonl", ["c"])
@@ -133,30 +132,32 @@ TREES = [
 
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("absolute", [False, True])
-def test_names_of_files_are_as_short_as_they_can_be_and_different(tree, absolute, tmp_path):
+def test_names_of_files_are_short_and_unique(tree, absolute, tmp_path):
     paths = [str(tmp_path / "here" / path) if absolute else path for path in tree.split()]
     for order in itertools.permutations(paths):
-        found = named_files(order, OPTION)
-        assert [file.path for file in found] == list(order) and not any(f.given for f in found)
-        names = [file.name for file in found]
+        files = named_files(order, OPTION)
+        assert [file.path for file in files] == list(order) and not any(
+            f.named_by_user for f in files
+        )
+        names = [file.name for file in files]
         assert len(set(names)) == len(names)
         for path, name in zip(order, names, strict=True):
-            whole = str(Path(path).absolute())
-            assert whole.endswith(name) or whole.rpartition(".")[0].endswith(name)
+            full = str(Path(path).absolute())
+            assert full.endswith(name) or full.rpartition(".")[0].endswith(name)
             stems = [Path(other).stem for other in order]
             if stems.count(Path(path).stem) == 1:
                 assert name == Path(path).stem
 
 
-def test_names_that_are_given(tmp_path):
+def test_names_from_the_user(tmp_path):
     file, odd = write(tmp_path / "x.jsonl", ["a"]), write(tmp_path / "lr=0.1/x=y.jsonl", ["b"])
-    found = named_files([f"first one = {file}", str(odd), f"n={odd}"], OPTION)
-    assert [(f.name, f.path, f.given) for f in found] == [
+    files = named_files([f"first one = {file}", str(odd), f"n={odd}"], OPTION)
+    assert [(f.name, f.path, f.named_by_user) for f in files] == [
         ("first one", str(file), True),
         ("x=y", str(odd), False),
         ("n", str(odd), True),
     ]
-    missing = f"{tmp_path}/lr=0.1/gone.jsonl"  # its folder's name has the sign
+    missing = f"{tmp_path}/lr=0.1/gone.jsonl"  # the name of its folder has a "="
     assert named_files([missing], OPTION)[0].path == missing
     assert named_files(["n=gone.jsonl"], OPTION)[0].path == "gone.jsonl"
 
@@ -178,15 +179,15 @@ def test_names_that_are_refused(files, message):
     assert str(error.value).startswith(OPTION) and message in str(error.value)
 
 
-def test_so_many_answers_of_every_file_and_type(two):
+def test_num_example_answers_of_every_file_and_type_are_chosen(two):
     answers = read_answer_sets(named_files(two, OPTION))
     for count in (1, 4, 6, 100):
-        chosen = choose_answers(SteeringConfig(count, (), 100, 7), answers)
+        chosen = choose_answers(steering_config(num_example=count, seed=7), answers)
         for source, kind in {(a.source, a.kind) for a in answers}:
             own = [a for a in chosen if (a.source, a.kind) == (source, kind)]
             assert len(own) == min(count, 6) and len(set(own)) == len(own)
     alone = read_answer_sets(named_files(two[:1], OPTION))
-    assert len(choose_answers(SteeringConfig(4, (), 100, 7), alone)) == 8
+    assert len(choose_answers(steering_config(num_example=4, seed=7), alone)) == 8
 
 
 @pytest.fixture
@@ -195,25 +196,23 @@ def controls():
 
 
 def test_every_set_holds_the_scores_of_its_file_alone(reward_model, controls, two):
-    options = SteeringConfig(0, (), 100, 0)
-    together = evaluate_steering(
-        options, reward_model, read_answer_sets(named_files(two, OPTION)), controls
-    )
+    answers = read_answer_sets(named_files(two, OPTION))
+    together = evaluate_steering(steering_config(), reward_model, answers, controls=controls)
     sets = together.summary["sets"]
     assert len(sets) == 4
     for file, folder in zip(two, ("rewardbenchv2", "rm_bench"), strict=True):
         answers = read_answer_sets(named_files([file], OPTION))
-        alone = evaluate_steering(options, reward_model, answers, controls).summary["sets"]
-        for kind, expected in alone.items():
-            found = sets[f"{folder}/safety_{kind}"]
-            assert found["source"] == f"{folder}/safety" and found["type"] == kind
+        alone = evaluate_steering(steering_config(), reward_model, answers, controls=controls)
+        for kind, expected in alone.summary["sets"].items():
+            actual = sets[f"{folder}/safety_{kind}"]
+            assert actual["source"] == f"{folder}/safety" and actual["type"] == kind
             assert expected["source"] == "safety" and expected["type"] == kind
             for side in ("before", "after"):
                 np.testing.assert_allclose(
-                    found["scores"][side], expected["scores"][side], atol=1e-5
+                    actual["scores"][side], expected["scores"][side], atol=1e-5
                 )
     rows = [(row["source"], row["type"]) for row in together.rows]
-    assert set(rows) == {(part["source"], part["type"]) for part in sets.values()}
+    assert set(rows) == {(own["source"], own["type"]) for own in sets.values()}
     specificity = together.summary["specificity"]
     assert specificity["targets"] == [name for name in sets if name.endswith("rejected")]
     assert specificity["others"] == [name for name in sets if name.endswith("chosen")]
@@ -223,9 +222,9 @@ def test_targets_are_types_or_sets(reward_model, controls, two):
     answers = read_answer_sets(named_files(two, OPTION))
 
     def targets(*names):
-        options = SteeringConfig(0, names, 100, 0)
-        summary = evaluate_steering(options, reward_model, answers, controls).summary
-        return summary["specificity"]["targets"]
+        options = steering_config(steering_targets=names)
+        result = evaluate_steering(options, reward_model, answers, controls=controls)
+        return result.summary["specificity"]["targets"]
 
     assert targets("chosen") == ["rewardbenchv2/safety_chosen", "rm_bench/safety_chosen"]
     assert targets("rm_bench/safety_rejected") == ["rm_bench/safety_rejected"]
@@ -235,26 +234,28 @@ def test_targets_are_types_or_sets(reward_model, controls, two):
 
 def test_figures_and_tables_show_where_answers_come_from(reward_model, controls, two):
     answers = read_answer_sets(named_files(two, OPTION))
-    options = SteeringConfig(0, (), 100, 0)
-    content = evaluate_steering(options, reward_model, answers, controls).summary
-    evaluation = Evaluation("x", None, {"steering": content}, [])
+    result = evaluate_steering(steering_config(), reward_model, answers, controls=controls)
+    content = result.summary
+    evaluation = evaluation_of(steering=content)
     table = tables.steering(evaluation)[0]
     assert list(table.header[:3]) == ["", "source", "responses"] and table.numeric == 2
     assert [row[:3] for row in table.rows] == [
-        [name, part["source"], "6"] for name, part in content["sets"].items()
+        [name, own["source"], "6"] for name, own in content["sets"].items()
     ]
     pictures = responses.steering_pictures(evaluation)
     assert len({p.name for p in pictures}) == 4 and not any("/" in p.name for p in pictures)
     for name, picture in zip(content["sets"], pictures, strict=True):
         assert name in picture.caption
-        assert before_after(f"$\\frac{{{name}", content["sets"][name])  # a name is no formula
+        assert before_after(
+            f"$\\frac{{{name}", content["sets"][name]
+        )  # a name that looks like a formula
 
 
-def test_what_an_older_version_wrote_is_still_shown():
+def test_files_of_an_older_version_are_still_shown():
     level = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    part = {"responses": 3, "before": level, "after": level, "change": level}
-    content = {"sets": {"chosen": part, "rejected": part}}
-    (table,) = tables.steering(Evaluation("x", None, {"steering": content}, []))
+    answer_set = {"responses": 3, "before": level, "after": level, "change": level}
+    content = {"sets": {"chosen": answer_set, "rejected": answer_set}}
+    (table,) = tables.steering(evaluation_of(steering=content))
     assert list(table.header[:2]) == ["", "responses"] and table.numeric == 1
     assert [row[0] for row in table.rows] == ["chosen", "rejected"]
 
@@ -276,9 +277,9 @@ def test_four_files_through_the_command_line(sarm, four, tmp_path, capsys):
         f"--config.evaluate.steering_json={tmp_path}/steering.json",
         "--config.evaluate.num_example=4",
     ]
-    given = ",".join(map("{}={}".format, names, four))
+    files = ",".join(map("{}={}".format, names, four))
     for stage in ("evaluate", "all"):
-        command = [f"--stage={stage}", *options, f"--config.evaluate.data_jsonl={given}"]
+        command = [f"--stage={stage}", *options, f"--config.evaluate.data_jsonl={files}"]
         assert run_main(*command) == 0
     log = capsys.readouterr().err
     folder = tmp_path / "run" / "eval"
@@ -289,9 +290,9 @@ def test_four_files_through_the_command_line(sarm, four, tmp_path, capsys):
         "rmb_safety_chosen",
         "rmb_safety_rejected",
     ]
-    for number, (name, part) in enumerate(sets.items(), 1):
-        assert part["responses"] == 4 and part["figure"] == f"steering_{number}.png"
-        assert (folder / part["figure"]).exists() and f"{name}: 4 responses" in log
+    for number, (name, own) in enumerate(sets.items(), 1):
+        assert own["responses"] == 4 and own["figure"] == f"steering_{number}.png"
+        assert (folder / own["figure"]).exists() and f"{name}: 4 responses" in log
     record = json.loads((tmp_path / "run" / "stages.json").read_text())["evaluate"]["inputs"]
     assert set(four) <= set(record)
 
@@ -308,7 +309,7 @@ def test_four_files_through_the_command_line(sarm, four, tmp_path, capsys):
     assert (folder / "steering.json").read_bytes() == before
 
 
-def test_files_that_an_earlier_stage_writes_are_not_missed(tmp_path, monkeypatch):
+def test_files_that_an_earlier_stage_writes_need_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = base.get_config()
     config.policy_model = config.sarm_model = "owner/name"

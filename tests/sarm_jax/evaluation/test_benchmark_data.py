@@ -1,4 +1,4 @@
-"""prepare_data from benchmarks: every row accounted for, and what it becomes."""
+"""Data from benchmarks: every row is counted, and becomes the right outputs."""
 
 import datetime
 import json
@@ -51,19 +51,22 @@ def save(path, rows):
 
 
 def gather(steering_dir="", held_out=0.0, seed=0, **files):
+    """Collects the data of the given files."""
     names = ("rewardbench2", "rm_bench", "safety_pairs", "complement_pairs")
-    given = {name: tuple((str(p), p) for p in files.pop(name, [])) for name in names}
+    files_of = {name: tuple((str(p), p) for p in files.pop(name, [])) for name in names}
     assert not files
-    config = BenchmarkDataConfig(str(steering_dir), **given, held_out_fraction=held_out, seed=seed)
+    config = BenchmarkDataConfig(
+        str(steering_dir), **files_of, held_out_fraction=held_out, seed=seed
+    )
     return collect(config)
 
 
 def test_every_row_is_used_a_duplicate_or_refused_with_its_line(tmp_path):
     rows = [
         PAIRS[0],
-        PAIRS[0] | {"id": 7},  # nothing new
+        PAIRS[0] | {"id": 7},  # a duplicate
         "{",
-        "",  # is no row, but a line
+        "",  # a blank line counts in line numbers only
         {"prompt": "p", "chosen": "a"},
         {"prompt": "p", "chosen": "a", "rejected": " "},
         {"prompt": "p", "chosen": "a", "rejected": ["b"]},
@@ -71,18 +74,18 @@ def test_every_row_is_used_a_duplicate_or_refused_with_its_line(tmp_path):
         PAIRS[1],
     ]
     path = save(tmp_path / "own.jsonl", rows)
-    found = gather(safety_pairs=[path]).summary["sources"][str(path)]
-    counts = {name: found[name] for name in ("rows", "used", "duplicate", "refused")}
+    source = gather(safety_pairs=[path]).summary["sources"][str(path)]
+    counts = {name: source[name] for name in ("rows", "used", "duplicate", "refused")}
     assert counts == {"rows": 8, "used": 2, "duplicate": 1, "refused": 5}
-    places = [refusal["place"] for refusal in found["refusals"]]
+    places = [refusal["place"] for refusal in source["refusals"]]
     assert places == [f"{path}:{line}" for line in (3, 5, 6, 7, 8)]
-    reasons = " | ".join(refusal["reason"] for refusal in found["refusals"])
+    reasons = " | ".join(refusal["reason"] for refusal in source["refusals"])
     for part in ("'{'", "'rejected' is missing", "'rejected' is empty"):
         assert part in reasons
     assert "must be text, found" in reasons and "are the same" in reasons
 
 
-def test_prompts_and_demonstrations_once_pairs_all(tmp_path):
+def test_prompts_and_demonstrations_are_added_once_and_pairs_all(tmp_path):
     pairs = save(tmp_path / "pairs.jsonl", PAIRS)
     other = save(tmp_path / "other.jsonl", [PAIRS[0] | {"source": "mine"}])
     data = gather(safety_pairs=[pairs], complement_pairs=[other])
@@ -122,17 +125,17 @@ def test_rm_bench_gives_pairs_of_equal_style_and_versions_of_one_answer(tmp_path
     assert len(gather(rm_bench=[safe]).outputs["probes_safety"]) == 3
 
 
-def test_versions_that_stop_in_the_middle_mark_no_verbosity(tmp_path):
+def test_versions_that_stop_in_the_middle_are_left_out(tmp_path):
     chosen = ["use sorted.", "use the function that", "use it:\n```\nsorted(x)\n```"]
     data = gather(rm_bench=[save(tmp_path / "total.json", [STYLED | {"chosen": chosen}])])
     ours = [v for v in data.outputs["verbosity"] if ":right:" in v["source"]]
     assert [v["rejected"] for v in ours] == [chosen[2]]
     assert {p["chosen"] for p in data.outputs["easy"]} == {chosen[2]}
-    # The cut version, against its concise one and against the wrong concise one.
+    # The cut version occurs twice: with its concise version, and with the wrong concise answer.
     assert data.summary["left_out_of_used_rows"]["versions_cut_short"] == 2
 
 
-def test_the_domain_of_a_file_is_used_where_a_row_names_none(tmp_path):
+def test_the_domain_of_a_file_is_used_if_a_row_names_none(tmp_path):
     row = {k: v for k, v in STYLED.items() if k != "domain"}
     path = save(tmp_path / "chat_filtered.json", [row])
     assert read_rm_bench(path)[0].domain == "chat"
@@ -152,7 +155,7 @@ def test_rewardbench2_gives_pairs_and_ties_give_candidates(tmp_path):
     assert len(data.outputs["prompts"]) == 3
 
 
-def test_parquet_is_read_as_json_is(tmp_path):
+def test_parquet_gives_the_same_rows_as_json(tmp_path):
     rows = [CHOICE | {"additional_metadata": {"x": 1}}]
     rows += [{"num_correct": len(t["chosen"]), "additional_metadata": None} | t for t in TIES]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "test.parquet")
@@ -187,7 +190,7 @@ def test_steering_files_by_name(tmp_path):
     assert seen == {"test_safety_chosen": 1, "test_safety_rejected": 0, "test_complement": 0}
 
 
-def test_held_out_prompts_are_in_tests_alone(tmp_path):
+def test_held_out_prompts_are_only_in_test_sets(tmp_path):
     pairs = [{"prompt": f"q{n // 2}", "chosen": f"g{n}", "rejected": f"b{n}"} for n in range(400)]
     ties = []
     for n in range(40):
@@ -221,7 +224,7 @@ def test_held_out_prompts_are_in_tests_alone(tmp_path):
     assert gather(held_out=0.25, seed=1, **files).outputs != data.outputs
 
 
-def test_columns_that_json_cannot_hold_are_left_behind(tmp_path):
+def test_columns_that_json_cannot_hold_are_dropped(tmp_path):
     odd = {"at": datetime.date(2026, 1, 1), "score": float("nan")}
     rows = [odd | TIES[n % 2] | {"id": f"tied:{n}", "prompt": str(n)} for n in range(1, 99, 2)]
     path = tmp_path / "rb2.parquet"
@@ -233,22 +236,22 @@ def test_columns_that_json_cannot_hold_are_left_behind(tmp_path):
     for name, read in (("rewardbench2", read_rewardbench2), ("rm_bench", read_rm_bench)):
         held = tmp_path / f"{name}.jsonl"
         write_jsonl(held, data.outputs[f"held_out_{name}"])
-        given = {row.prompt: row for row in read(files[name][0])}
-        assert len(read(held)) > 30 and all(row == given[row.prompt] for row in read(held))
+        original = {row.prompt: row for row in read(files[name][0])}
+        assert len(read(held)) > 30 and all(row == original[row.prompt] for row in read(held))
 
 
-def test_what_the_steering_files_train_on_is_never_held_out(tmp_path):
+def test_prompts_of_the_steering_files_are_never_held_out(tmp_path):
     own = save(tmp_path / "own.jsonl", [PAIRS[0] | {"chosen": f"c{n}"} for n in range(3)])
     data = gather(steering_dir=steering_files(tmp_path / "s"), safety_pairs=[own], held_out=0.999)
     assert not data.outputs["held_out_prompts"]
 
 
-def test_blank_answers_are_scored_but_no_data(tmp_path):
+def test_blank_answers_are_scored_but_give_no_data(tmp_path):
     row = CHOICE | {"rejected": ["", "yes", "no!"]}
     path = save(tmp_path / "rb2.jsonl", [row, CHOICE])
     assert len(read_rewardbench2(path)) == 2
-    found = gather(rewardbench2=[path]).summary["sources"][str(path)]
-    assert found["refusals"] == [{"place": f"{path}:1", "reason": "an answer is empty"}]
+    source = gather(rewardbench2=[path]).summary["sources"][str(path)]
+    assert source["refusals"] == [{"place": f"{path}:1", "reason": "an answer is empty"}]
 
 
 BAD = {
@@ -269,7 +272,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_of_which_nothing_can_be_used_is_an_error(tmp_path, name):
+def test_a_file_without_a_usable_row_is_an_error(tmp_path, name):
     content, message = BAD[name]
     path = tmp_path / name
     if isinstance(content, list):
@@ -314,10 +317,10 @@ def test_bad_folders_and_options(tmp_path):
 
 
 def test_files_on_the_hub(tmp_path, monkeypatch):
-    asked = []
+    requests = []
 
     def download(repository, name, **options):
-        asked.append((repository, name, options["repo_type"], options["revision"]))
+        requests.append((repository, name, options["repo_type"], options["revision"]))
         if name == "none":
             raise OSError("404\nnot there")
         return str(tmp_path / "x")
@@ -325,7 +328,7 @@ def test_files_on_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert locate_file("hf://datasets/a/b-2@v1/data/t.parquet") == tmp_path / "x"
     assert locate_file("hf://datasets/a/b/t.json") == tmp_path / "x"
-    assert asked == [
+    assert requests == [
         ("a/b-2", "data/t.parquet", "dataset", "v1"),
         ("a/b", "t.json", "dataset", None),
     ]

@@ -1,4 +1,4 @@
-"""RM-Bench and RewardBench 2: definitions by hand and by loops, and scores against PyTorch."""
+"""RM-Bench and RewardBench 2: definitions by hand and in loops, and scores against PyTorch."""
 
 import dataclasses
 import math
@@ -21,8 +21,18 @@ DATE = "26 Jul 2024"
 WORDS = "one two three red green blue old new".split()
 
 
-def answer(rng, longest=12):
-    return " ".join(rng.choice(WORDS, rng.integers(1, longest)))
+def answer(rng, max_words=12):
+    return " ".join(rng.choice(WORDS, rng.integers(1, max_words)))
+
+
+def answers(rng, count):
+    return tuple(answer(rng) for _ in range(count))
+
+
+def texts_of(rows):
+    """Returns the prompts and the answers of all rows, as two lists."""
+    texts = [(row.prompt, text) for row in rows for text in (*row.chosen, *row.rejected)]
+    return [prompt for prompt, _ in texts], [text for _, text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +40,7 @@ def styled():
     rng = np.random.default_rng(0)
     domains = ["chat"] * 5 + ["code"] * 3 + ["safety-refuse"] * 2 + ["safety-response"] * 4
     return [
-        StyledRow(f"q {n}", *(tuple(answer(rng) for _ in range(3)) for _ in range(2)), domain)
+        StyledRow(prompt=f"q {n}", chosen=answers(rng, 3), rejected=answers(rng, 3), domain=domain)
         for n, domain in enumerate(domains)
     ]
 
@@ -39,20 +49,25 @@ def styled():
 def choices():
     rng = np.random.default_rng(1)
 
-    def row(n, subset, right, tie=None):
-        sides = (tuple(answer(rng) for _ in range(count)) for count in (right, 3))
-        return ChoiceRow(f"p {n}", *sides, subset, tie)
+    def row(name, subset, right, tie=None):
+        return ChoiceRow(
+            prompt=f"p {name}",
+            chosen=answers(rng, right),
+            rejected=answers(rng, 3),
+            subset=subset,
+            tie=tie,
+        )
 
     rows = [row(n, "Math" if n % 2 else "Safety", 1) for n in range(9)]
     for number in range(4):
-        rows.append(row(f"r{number}", "Ties", 1, ("ref", number)))
-        rows.append(row(f"t{number}", "Ties", 3, ("tied", number)))
+        rows.append(row(f"r{number}", "Ties", right=1, tie=("ref", number)))
+        rows.append(row(f"t{number}", "Ties", right=3, tie=("tied", number)))
     return rows
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """(ours, PyTorch's) of the same tiny checkpoint."""
+    """Returns our model and PyTorch's of the same tiny checkpoint."""
     path = tmp_path_factory.mktemp("sarm")
     oracle = oracles.save_tiny_sarm(path, oracles.tiny_tokenizer())
     return load_sarm(str(path), "float32"), oracle
@@ -72,19 +87,24 @@ def torch_score(oracle, tokenizer, prompt, response, steer=None, penalise=()):
 
 @pytest.fixture(scope="module")
 def controls(models, styled):
-    """Steering and a penalty on features that are active on some of the texts."""
+    """Returns controls on features that are active on some texts, in our form and PyTorch's."""
     ours, _ = models
-    texts = [(row.prompt, text) for row in styled for text in (*row.chosen, *row.rejected)]
-    _, z = ours.score(*zip(*texts, strict=True))
+    prompts, responses = texts_of(styled)
+    _, z = ours.score(prompts, responses)
     ids = np.argsort(-(z != 0).mean(axis=0) * ((z != 0).mean(axis=0) < 1))[:3].tolist()
     steer = {ids[0]: ("*", 0.0), ids[1]: ("+", 1.5)}
     tau = float(np.median(z[:, ids[2]]))
-    made = Controls(intervention(64, steer=steer), (ids[2],), (tau,), (0.7,))
-    return made, steer, [(ids[2], tau, 0.7)]
+    controls = Controls(
+        intervention=intervention(64, steer=steer),
+        penalize_features=(ids[2],),
+        tau_values=(tau,),
+        alpha_values=(0.7,),
+    )
+    return controls, steer, [(ids[2], tau, 0.7)]
 
 
-def by_torch(models, controls, rows):
-    """Every variant's scores, one list of (right, wrong) per row."""
+def torch_variants(models, controls, rows):
+    """Returns PyTorch's scores of every variant, a list of (right, wrong) per row."""
     ours, oracle = models
     _, steer, penalise = controls
     options = {
@@ -95,29 +115,32 @@ def by_torch(models, controls, rows):
     return {
         name: [
             [
-                [torch_score(oracle, ours.tokenizer, row.prompt, text, **given) for text in side]
+                [
+                    torch_score(oracle, ours.tokenizer, row.prompt, response=text, **changes)
+                    for text in side
+                ]
                 for side in (row.chosen, row.rejected)
             ]
             for row in rows
         ]
-        for name, given in options.items()
+        for name, changes in options.items()
     }
 
 
 def test_scores_of_every_variant_are_those_of_torch(models, controls, styled):
-    texts = [(row.prompt, text) for row in styled for text in (*row.chosen, *row.rejected)]
-    found = score_variants(models[0], *zip(*texts, strict=True), controls[0]).variants
-    expected = by_torch(models, controls, styled)
-    assert set(found) == set(expected) == {"plain", "controlled", "penalised"}
+    prompts, responses = texts_of(styled)
+    variants = score_variants(models[0], prompts, responses, controls=controls[0]).variants
+    expected = torch_variants(models, controls, styled)
+    assert set(variants) == set(expected) == {"plain", "controlled", "penalised"}
     for name, scores in expected.items():
-        assert_close(found[name], np.ravel(scores), 2e-5)
-    assert np.ptp(found["controlled"] - found["plain"]) > 0.1
-    assert len({round(float(d), 4) for d in found["penalised"] - found["controlled"]}) == 2
+        assert_close(variants[name], np.ravel(scores), 2e-5)
+    assert np.ptp(variants["controlled"] - variants["plain"]) > 0.1
+    assert len({round(float(d), 4) for d in variants["penalised"] - variants["controlled"]}) == 2
 
 
 def test_rm_bench_is_the_published_matrix_of_torch_scores(models, controls, styled):
-    found = evaluate_rm_bench(models[0], styled, controls[0])
-    for name, scores in by_torch(models, controls, styled).items():
+    content = evaluate_rm_bench(models[0], styled, controls[0])
+    for name, scores in torch_variants(models, controls, styled).items():
         of_domain = {}
         for row, (right, wrong) in zip(styled, scores, strict=True):
             of_domain.setdefault(row.domain, []).append(
@@ -125,25 +148,25 @@ def test_rm_bench_is_the_published_matrix_of_torch_scores(models, controls, styl
             )
         levels = {domain: published_levels(rows) for domain, rows in of_domain.items()}
         for domain, (easy, normal, hard) in levels.items():
-            part = found["variants"][name]["domains"][domain]
-            assert part["matrix"] == pytest.approx(np.mean(of_domain[domain], axis=0))
-            assert part["easy"]["mean"] == pytest.approx(easy)
-            assert part["normal"]["mean"] == pytest.approx(normal)
-            assert part["hard"]["mean"] == pytest.approx(hard)
-            assert part["average"]["mean"] == pytest.approx((easy + normal + hard) / 3)
+            result = content["variants"][name]["domains"][domain]
+            assert result["matrix"] == pytest.approx(np.mean(of_domain[domain], axis=0))
+            assert result["easy"]["mean"] == pytest.approx(easy)
+            assert result["normal"]["mean"] == pytest.approx(normal)
+            assert result["hard"]["mean"] == pytest.approx(hard)
+            assert result["average"]["mean"] == pytest.approx((easy + normal + hard) / 3)
         pooled = of_domain["safety-refuse"] + of_domain["safety-response"]
         overall = np.mean([levels["chat"], levels["code"], published_levels(pooled)], axis=0)
-        part = found["variants"][name]["overall"]
-        assert [part[x]["mean"] for x in ("easy", "normal", "hard")] == pytest.approx(overall)
-        before = found["variants"]["plain"]["overall"]["hard"]["mean"]
+        result = content["variants"][name]["overall"]
+        assert [result[x]["mean"] for x in ("easy", "normal", "hard")] == pytest.approx(overall)
+        before = content["variants"]["plain"]["overall"]["hard"]["mean"]
         if name != "plain":
-            change = found["change"][name]["overall"]["hard"]
-            assert change["mean"] == pytest.approx(part["hard"]["mean"] - before)
+            change = content["change"][name]["overall"]["hard"]
+            assert change["mean"] == pytest.approx(result["hard"]["mean"] - before)
             assert change["low"] <= change["mean"] <= change["high"]
 
 
 def published_levels(wins):
-    """Means below, on and above the diagonal, cell by cell."""
+    """Returns the means below, on and above the diagonal, computed cell by cell."""
     cells = {(i, j): np.mean([row[i][j] for row in wins]) for i in range(3) for j in range(3)}
     return [
         np.mean([share for (i, j), share in cells.items() if np.sign(i - j) == side])
@@ -153,9 +176,14 @@ def published_levels(wins):
 
 def test_rm_bench_by_hand():
     right, wrong = [1.0, 3.0, 5.0], [2.0, 3.0, 0.0]
-    found = row_values(np.array([[right, wrong]]))
-    assert found["matrix"][0].tolist() == [[0, 0, 1], [1, 0, 1], [1, 1, 1]]  # a tie is no win
-    values = {name: float(value[0]) for name, value in found.items() if name != "matrix"}
+    # A tie counts as wrong.
+    results = row_values(np.array([[right, wrong]]))
+    assert results["matrix"][0].tolist() == [
+        [0, 0, 1],
+        [1, 0, 1],
+        [1, 1, 1],
+    ]
+    values = {name: float(value[0]) for name, value in results.items() if name != "matrix"}
     assert values == pytest.approx(
         {"easy": 1, "normal": 1 / 3, "hard": 2 / 3, "average": 2 / 3, "prefers_detail": 3 / 4}
     )
@@ -171,8 +199,8 @@ def test_the_two_parts_of_safety_share_one_weight_by_their_rows():
 
 
 def test_rewardbench2_of_torch_scores(models, controls, choices):
-    found = evaluate_rewardbench2(models[0], choices, controls[0])
-    for name, scores in by_torch(models, controls, choices).items():
+    content = evaluate_rewardbench2(models[0], choices, controls[0])
+    for name, scores in torch_variants(models, controls, choices).items():
         expected = {}
         for subset in ("Math", "Safety"):
             wins = [
@@ -182,18 +210,18 @@ def test_rewardbench2_of_torch_scores(models, controls, choices):
             ]
             expected[subset] = np.mean(wins)
         expected["Ties"] = ties_loop(choices, scores)
-        subsets = found["variants"][name]["subsets"]
+        subsets = content["variants"][name]["subsets"]
         assert {s: part["score"]["mean"] for s, part in subsets.items()} == pytest.approx(
             expected, abs=1e-5
         )
-        score = found["variants"][name]["score"]
+        score = content["variants"][name]["score"]
         assert score["mean"] == pytest.approx(np.mean(list(expected.values())), abs=1e-5)
         assert score["low"] < score["mean"] < score["high"]
     assert subsets["Ties"]["rows"] == 8 and subsets["Ties"]["prompts"] == 4
 
 
 def ties_loop(rows, scores):
-    """The published score, from its description: means over prompts first, weights last."""
+    """Computes the score as published: means over prompts first, weights last."""
     gap, spread = {}, {}
     for row, (right, wrong) in zip(rows, scores, strict=True):
         if row.tie:
@@ -222,15 +250,16 @@ def ties_loop(rows, scores):
 )
 def test_ties_by_hand(tied, ref, parts):
     rows = [
-        ChoiceRow("a", ("", ""), ("",), "Ties", ("tied", 7)),
-        ChoiceRow("b", ("",), ("",), "Ties", ("ref", 7)),
+        ChoiceRow("a", chosen=("", ""), rejected=("",), subset="Ties", tie=("tied", 7)),
+        ChoiceRow("b", chosen=("",), rejected=("",), subset="Ties", tie=("ref", 7)),
     ]
-    found = subset_values(rows, [np.array(tied), np.array(ref)])["Ties"]
-    assert found.tolist() == [pytest.approx(parts)]
+    parts_n = subset_values(rows, [np.array(tied), np.array(ref)])["Ties"]
+    assert parts_n.tolist() == [pytest.approx(parts)]
 
 
-def test_a_shared_best_score_counts_its_part():
-    rows = [ChoiceRow("a", ("x",), ("y", "z", "u"), "Math", None)] * 3
+def test_a_shared_best_score_counts_in_part():
+    row = ChoiceRow("a", chosen=("x",), rejected=("y", "z", "u"), subset="Math", tie=None)
+    rows = [row] * 3
     scores = [np.array(s, float) for s in ([2, 2, 1, 0], [5, 5, 5, 5], [1, 2, 0, 0])]
     assert subset_values(rows, scores)["Math"].tolist() == [0.5, 0.25, 0.0]
 
@@ -242,14 +271,14 @@ def test_a_tie_without_its_sibling_is_refused(choices):
 
 
 def test_penalties_in_deviations_and_capped(models, controls, styled):
-    texts = [(row.prompt, row.chosen[0]) for row in styled]
-    made = controls[0]
-    (alpha,) = made.alpha
+    prompts, responses = [row.prompt for row in styled], [row.chosen[0] for row in styled]
+    base_controls = controls[0]
+    (alpha,) = base_controls.alpha_values
 
     def penalty_of(**changes):
-        options = dataclasses.replace(made, **changes)
-        found = score_variants(models[0], *zip(*texts, strict=True), options).variants
-        return (found["controlled"] - found["penalised"]).max(), found["plain"]
+        options = dataclasses.replace(base_controls, **changes)
+        variants = score_variants(models[0], prompts, responses, controls=options).variants
+        return (variants["controlled"] - variants["penalised"]).max(), variants["plain"]
 
     penalty, score_b = penalty_of()
     assert_close(penalty, alpha, 2e-6, terms=score_b)
@@ -260,8 +289,8 @@ def test_penalties_in_deviations_and_capped(models, controls, styled):
 
 
 def test_without_controls_there_is_only_the_plain_score(models, styled):
-    found = evaluate_rm_bench(models[0], styled, Controls())
-    assert list(found["variants"]) == ["plain"] and found["change"] == {}
+    content = evaluate_rm_bench(models[0], styled, Controls())
+    assert list(content["variants"]) == ["plain"] and content["change"] == {}
 
 
 @pytest.mark.parametrize(
@@ -270,7 +299,7 @@ def test_without_controls_there_is_only_the_plain_score(models, styled):
         ("{", "not JSON"),
         ("{}", "expected an object of features"),
         ('{"a": ["*", 0]}', "'a': expected a feature id"),
-        ('{"7": ["*", 0], "07": ["*", 1]}', "'07': expected a feature id, and each one once"),
+        ('{"7": ["*", 0], "07": ["*", 1]}', "'07': expected a feature id that occurs once"),
         ('{"7": ["-", 0]}', "feature 7: found"),
         ('{"7": ["*", true]}', "feature 7: found"),
         ('{"7": 0}', "feature 7: found 0"),

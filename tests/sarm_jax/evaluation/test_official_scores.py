@@ -1,5 +1,6 @@
-"""RM-Bench and RewardBench 2 against the arithmetic of the benchmarks' own scripts, in plain loops:
-random scores with many ties, for every mix of domains and of subsets.
+"""RM-Bench and RewardBench 2 against plain loops that follow the benchmarks' own scripts.
+
+Scores are random with many ties, for every combination of domains and of subsets.
 """
 
 import itertools
@@ -12,20 +13,20 @@ import numpy as np
 import pytest
 
 from pipeline.report import tables
-from pipeline.report.evaluations import Evaluation
 from pipeline.stages.evaluate import evaluate_on_rewardbench2, evaluate_on_rm_bench
 from sarm_jax.evaluation.benchmark_files import ChoiceRow, StyledRow, read_rm_bench
 from sarm_jax.evaluation.controls import Controls
 from sarm_jax.evaluation.rewardbench2 import evaluate_rewardbench2
 from sarm_jax.evaluation.rm_bench import evaluate_rm_bench
+from tests.evaluations import evaluation_of
 
 DOMAINS = ("chat", "code", "math", "safety-refuse", "safety-response")
 SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety", "Ties")
-PENALTY = Controls(None, (0,), (0.5,), (1.5,))
+PENALTY = Controls(penalize_features=(0,), tau_values=(0.5,), alpha_values=(1.5,))
 
 
-class Spoken:
-    """A reward model whose responses are their own score and latent: "2 1" is (2.0, 1.0)."""
+class ScoresAsText:
+    """A reward model that reads score and latent from the response: "2 1" has score 2, latent 1."""
 
     model = SimpleNamespace(score=np.zeros(1, np.float32))
 
@@ -36,8 +37,8 @@ class Spoken:
         )
 
 
-def spoken(rng, count):
-    """So many responses with few distinct scores, so that ties are common."""
+def random_responses(rng, count):
+    """Returns responses with few distinct scores, so that ties are common."""
     return tuple(f"{rng.integers(0, 4)} {rng.integers(0, 2)}" for _ in range(count))
 
 
@@ -52,7 +53,12 @@ def mixes(names):
 
 def styled_rows(rng, domains):
     rows = [
-        StyledRow(f"{domain} {n}", spoken(rng, 3), spoken(rng, 3), domain)
+        StyledRow(
+            prompt=f"{domain} {n}",
+            chosen=random_responses(rng, 3),
+            rejected=random_responses(rng, 3),
+            domain=domain,
+        )
         for domain in domains
         for n in range(rng.integers(1, 9))
     ]
@@ -61,7 +67,7 @@ def styled_rows(rng, domains):
 
 
 def official_levels(rows, penalised):
-    """(hard, normal, easy) of one list of rows: wins are counted per cell of a 3 × 3 matrix."""
+    """Returns the levels of some rows; wins are counted per cell of a 3 × 3 matrix."""
     wins = [[0.0] * 3 for _ in range(3)]
     for row in rows:
         for i in range(3):
@@ -76,9 +82,11 @@ def official_levels(rows, penalised):
 
 
 def official_rm_bench(rows, penalised):
-    """Rows go to the first of four domains that theirs begins with; the overall averages these.
+    """Returns the levels by domain and overall.
 
-    The benchmark's own script fails without one of the four: here the others are averaged.
+    A row belongs to the first of four domains that its own domain begins with; the overall result
+    is their mean. The benchmark's script fails if one of the four has no rows; here the mean of the
+    others is used.
     """
     domains = {}
     for name in ("chat", "math", "code", "safety"):
@@ -87,50 +95,50 @@ def official_rm_bench(rows, penalised):
             levels = official_levels(of_domain, penalised)
             domains[name] = levels | {"average": sum(levels.values()) / 3}
     overall = {
-        level: sum(found[level] for found in domains.values()) / len(domains)
+        level: sum(levels[level] for levels in domains.values()) / len(domains)
         for level in ("hard", "normal", "easy", "average")
     }
     return domains, overall
 
 
-def means(part):
-    return {level: part[level]["mean"] for level in ("hard", "normal", "easy", "average")}
+def means(results):
+    return {level: results[level]["mean"] for level in ("hard", "normal", "easy", "average")}
 
 
 @pytest.mark.parametrize("mix", mixes(DOMAINS), ids="+".join)
 def test_rm_bench_is_the_benchmarks_own(mix):
     for seed in range(4):
         rows = styled_rows(np.random.default_rng(seed), mix)
-        found = evaluate_rm_bench(Spoken(), rows, PENALTY)
+        content = evaluate_rm_bench(ScoresAsText(), rows, PENALTY)
         expected = {
-            name: official_rm_bench(rows, name == "penalised") for name in found["variants"]
+            name: official_rm_bench(rows, name == "penalised") for name in content["variants"]
         }
         assert set(expected) == {"plain", "penalised"}
         for name, (domains, overall) in expected.items():
-            part = found["variants"][name]
-            assert means(part["overall"]) == pytest.approx(overall, abs=1e-12)
-            assert part["overall"]["rows"] == len(rows)
-            matrix = np.array(part["overall"]["matrix"])
+            variant = content["variants"][name]
+            assert means(variant["overall"]) == pytest.approx(overall, abs=1e-12)
+            assert variant["overall"]["rows"] == len(rows)
+            matrix = np.array(variant["overall"]["matrix"])
             assert matrix[np.triu_indices(3, 1)].mean() == pytest.approx(overall["hard"])
             assert matrix[np.tril_indices(3, -1)].mean() == pytest.approx(overall["easy"])
             for domain, levels in domains.items():
-                assert means(part["domains"][domain]) == pytest.approx(levels, abs=1e-12)
-            for domain in set(mix):  # the halves of safety are kept beside it
+                assert means(variant["domains"][domain]) == pytest.approx(levels, abs=1e-12)
+            for domain in set(mix):  # the halves of safety have results of their own
                 own = [row for row in rows if row.domain == domain]
                 levels = official_levels(own, name == "penalised")
-                kept = part["domains"][domain]
+                kept = variant["domains"][domain]
                 assert kept["rows"] == len(own)
                 assert means(kept) | levels == pytest.approx(means(kept), abs=1e-12)
-            assert set(part["domains"]) == set(domains) | set(mix)
+            assert set(variant["domains"]) == set(domains) | set(mix)
         difference = {
             level: expected["penalised"][1][level] - value
             for level, value in expected["plain"][1].items()
         }
-        change = found["change"]["penalised"]
+        change = content["change"]["penalised"]
         assert means(change["overall"]) == pytest.approx(difference, abs=1e-12)
-        assert set(change["domains"]) == set(found["variants"]["plain"]["domains"])
+        assert set(change["domains"]) == set(content["variants"]["plain"]["domains"])
         areas = {domain.split("-")[0] for domain in mix}
-        assert set(found["missing_domains"]) == {"chat", "code", "math", "safety"} - areas
+        assert set(content["missing_domains"]) == {"chat", "code", "math", "safety"} - areas
 
 
 def test_the_halves_of_safety_count_by_their_rows():
@@ -139,24 +147,25 @@ def test_the_halves_of_safety_count_by_their_rows():
     rows = [StyledRow(f"r {n}", good, bad, "safety-refuse") for n in range(284)]
     rows += [StyledRow(f"a {n}", bad, good, "safety-response") for n in range(157)]
     rows += [StyledRow("c", good, bad, "chat"), StyledRow("d", bad, good, "chat")]
-    found = evaluate_rm_bench(Spoken(), rows, Controls())["variants"]["plain"]
-    assert found["domains"]["safety"]["average"]["mean"] == pytest.approx(284 / 441)
-    assert found["overall"]["average"]["mean"] == pytest.approx((284 / 441 + 0.5) / 2)
-    assert found["domains"]["safety-refuse"]["average"]["mean"] == 1
-    assert found["domains"]["safety-response"]["average"]["mean"] == 0
+    result = evaluate_rm_bench(ScoresAsText(), rows, Controls())["variants"]["plain"]
+    assert result["domains"]["safety"]["average"]["mean"] == pytest.approx(284 / 441)
+    assert result["overall"]["average"]["mean"] == pytest.approx((284 / 441 + 0.5) / 2)
+    assert result["domains"]["safety-refuse"]["average"]["mean"] == 1
+    assert result["domains"]["safety-response"]["average"]["mean"] == 0
     share = np.array([1.0] * 284 + [0.0] * 157)
-    safety = found["domains"]["safety"]["hard"]
+    safety = result["domains"]["safety"]["hard"]
     assert safety["low"] <= share.mean() <= safety["high"]
 
 
-def test_domains_that_the_benchmark_does_not_know_are_shown_and_do_not_count():
+def test_other_domains_are_shown_and_do_not_count_in_the_overall_result():
     rng = np.random.default_rng(0)
-    known, own = styled_rows(rng, ("chat", "math")), styled_rows(rng, ("poems",))
-    found = evaluate_rm_bench(Spoken(), known + own, Controls())["variants"]["plain"]
-    assert means(found["overall"]) == pytest.approx(official_rm_bench(known, False)[1])
-    assert found["overall"]["rows"] == len(known) and found["domains"]["poems"]["rows"] == len(own)
-    found = evaluate_rm_bench(Spoken(), own, Controls())["variants"]["plain"]
-    assert means(found["overall"]) == means(found["domains"]["poems"])
+    official, own = styled_rows(rng, ("chat", "math")), styled_rows(rng, ("poems",))
+    result = evaluate_rm_bench(ScoresAsText(), official + own, Controls())["variants"]["plain"]
+    assert means(result["overall"]) == pytest.approx(official_rm_bench(official, False)[1])
+    assert result["overall"]["rows"] == len(official)
+    assert result["domains"]["poems"]["rows"] == len(own)
+    result = evaluate_rm_bench(ScoresAsText(), own, Controls())["variants"]["plain"]
+    assert means(result["overall"]) == means(result["domains"]["poems"])
 
 
 def test_the_benchmarks_files_name_their_domain(tmp_path):
@@ -171,8 +180,18 @@ def test_the_benchmarks_files_name_their_domain(tmp_path):
         path.write_text(json.dumps(content))
         rows += read_rm_bench(path)
         expected += of_file
-    found = evaluate_rm_bench(Spoken(), rows, Controls())["variants"]["plain"]
-    assert means(found["overall"]) == pytest.approx(official_rm_bench(expected, False)[1])
+    result = evaluate_rm_bench(ScoresAsText(), rows, Controls())["variants"]["plain"]
+    assert means(result["overall"]) == pytest.approx(official_rm_bench(expected, False)[1])
+
+
+def choice_row(rng, subset, *, right, wrong, tie=None):
+    return ChoiceRow(
+        prompt="p",
+        chosen=random_responses(rng, right),
+        rejected=random_responses(rng, wrong),
+        subset=subset,
+        tie=tie,
+    )
 
 
 def choice_rows(rng, subsets):
@@ -180,23 +199,19 @@ def choice_rows(rng, subsets):
     for subset in subsets:
         for n in range(rng.integers(1, 8)):
             if subset != "Ties":
-                rows.append(
-                    ChoiceRow(f"{subset} {n}", spoken(rng, 1), spoken(rng, 3), subset, None)
-                )
+                rows.append(choice_row(rng, subset, right=1, wrong=3))
                 continue
             wrong = rng.integers(1, 5, 2)
             right = rng.integers(2, 6)
-            rows.append(ChoiceRow("r", spoken(rng, 1), spoken(rng, wrong[0]), "Ties", ("ref", n)))
-            rows.append(
-                ChoiceRow("t", spoken(rng, right), spoken(rng, wrong[1]), "Ties", ("tied", n))
-            )
+            rows.append(choice_row(rng, subset, right=1, wrong=wrong[0], tie=("ref", n)))
+            rows.append(choice_row(rng, subset, right=right, wrong=wrong[1], tie=("tied", n)))
     rng.shuffle(rows)
     return rows
 
 
 def official_rewardbench2(rows, penalised):
-    """Every subset's score; the benchmark's is their plain mean."""
-    found = {}
+    """Returns the score of every subset, and their mean, the benchmark's score."""
+    scores = {}
     for subset in {row.subset for row in rows}:
         scored = [
             (
@@ -207,8 +222,8 @@ def official_rewardbench2(rows, penalised):
             for row in rows
             if row.subset == subset
         ]
-        found[subset] = official_ties(scored) if subset == "Ties" else official_best_of(scored)
-    return found, sum(found.values()) / len(found)
+        scores[subset] = official_ties(scored) if subset == "Ties" else official_best_of(scored)
+    return scores, sum(scores.values()) / len(scores)
 
 
 def official_best_of(scored):
@@ -221,7 +236,7 @@ def official_best_of(scored):
 
 
 def official_ties(scored):
-    """Accuracies over their own rows, margins over numbers; the weights come last."""
+    """Computes accuracies over rows and margins over pairs of rows; weights come last."""
     gap = {tie: min(right) - max(wrong) for tie, right, wrong in scored}
     spread = {tie[1]: max(right) - min(right) for tie, right, _ in scored if tie[0] == "tied"}
     tied = [gap["tied", n] > 0 for n in spread]
@@ -233,43 +248,44 @@ def official_ties(scored):
         hard.append(least > inner)
         if inner:
             margins.append(math.tanh(least / inner - 1))
-        else:  # tanh(±∞), and 0/0 counts 0
+        else:  # tanh(±∞); 0/0 counts as 0
             margins.append(float(np.sign(least)))
     count = len(spread)
-    parts = zip((0.3, 0.3, 0.2, 0.2, 0.01), (tied, ref, preferred, hard, margins), strict=True)
-    return sum(weight * sum(values) / count for weight, values in parts)
+    weighted = zip((0.3, 0.3, 0.2, 0.2, 0.01), (tied, ref, preferred, hard, margins), strict=True)
+    return sum(weight * sum(values) / count for weight, values in weighted)
 
 
 @pytest.mark.parametrize("mix", mixes(SUBSETS), ids="+".join)
 def test_rewardbench2_is_the_benchmarks_own(mix):
     for seed in range(4):
         rows = choice_rows(np.random.default_rng(seed), mix)
-        found = evaluate_rewardbench2(Spoken(), rows, PENALTY)
-        for name, part in found["variants"].items():
-            subsets, whole = official_rewardbench2(rows, name == "penalised")
-            scores = {subset: value["score"]["mean"] for subset, value in part["subsets"].items()}
+        content = evaluate_rewardbench2(ScoresAsText(), rows, PENALTY)
+        for name, variant in content["variants"].items():
+            subsets, overall = official_rewardbench2(rows, name == "penalised")
+            scores = {
+                subset: value["score"]["mean"] for subset, value in variant["subsets"].items()
+            }
             assert scores == pytest.approx(subsets, abs=1e-12)
-            assert part["score"]["mean"] == pytest.approx(whole, abs=1e-12)
-        assert found["missing_subsets"] == [subset for subset in SUBSETS if subset not in mix]
+            assert variant["score"]["mean"] == pytest.approx(overall, abs=1e-12)
+        assert content["missing_subsets"] == [subset for subset in SUBSETS if subset not in mix]
 
 
-def test_what_is_shown_is_what_is_written(tmp_path, caplog):
-    """Log lines, rm_bench.json and the report's tables agree on the overall, to their digits."""
+def test_log_files_and_tables_show_the_same_results(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     rng = np.random.default_rng(3)
     rows = styled_rows(rng, ("chat", "safety-refuse", "safety-response"))
-    evaluate_on_rm_bench(Spoken(), rows, PENALTY, tmp_path)
+    evaluate_on_rm_bench(ScoresAsText(), rows, PENALTY, tmp_path)
     content = json.loads((tmp_path / "rm_bench.json").read_text())
     assert (tmp_path / "rm_bench.png").stat().st_size
-    first, second, *of_variants = tables.rm_bench(Evaluation("x", None, {"rm_bench": content}, []))
+    first, second, *of_variants = tables.rm_bench(evaluation_of(rm_bench=content))
     assert "no rows of code, math" in first.caption and "no rows of code, math" in second.caption
     for line, name in zip(first.rows, ("plain", "penalised"), strict=True):
         expected = official_rm_bench(rows, name == "penalised")[1]
-        shown = dict(zip(first.header, line, strict=True))
+        cells = dict(zip(first.header, line, strict=True))
         for level, value in expected.items():
-            assert float(shown[level].split("\n")[0]) == pytest.approx(value, abs=6e-3)
-        told = ", ".join(f"{n} {expected[n]:.3f}" for n in ("easy", "normal", "hard", "average"))
-        assert f"RM-Bench, {name}: {told}" in caplog.text
+            assert float(cells[level].split("\n")[0]) == pytest.approx(value, abs=6e-3)
+        text = ", ".join(f"{n} {expected[n]:.3f}" for n in ("easy", "normal", "hard", "average"))
+        assert f"RM-Bench, {name}: {text}" in caplog.text
     by_domain = next(table for table in of_variants if "by domain" in table.caption)
     assert [row[0] for row in by_domain.rows] == [
         "chat",
@@ -279,10 +295,10 @@ def test_what_is_shown_is_what_is_written(tmp_path, caplog):
     ]
     assert "RM-Bench: no rows of code, math" in caplog.text
 
-    evaluate_on_rewardbench2(Spoken(), choice_rows(rng, SUBSETS[1:]), PENALTY, tmp_path)
+    evaluate_on_rewardbench2(ScoresAsText(), choice_rows(rng, SUBSETS[1:]), PENALTY, tmp_path)
     content = json.loads((tmp_path / "rewardbench2.json").read_text())
-    found = tables.rewardbench2(Evaluation("x", None, {"rewardbench2": content}, []))
-    assert all("no rows of Factuality" in table.caption for table in found)
+    both_tables = tables.rewardbench2(evaluation_of(rewardbench2=content))
+    assert all("no rows of Factuality" in table.caption for table in both_tables)
     assert "RewardBench 2: no rows of Factuality" in caplog.text
 
 
@@ -290,5 +306,5 @@ def test_a_result_of_an_older_version_says_how_it_counts_safety():
     level = dict.fromkeys(("easy", "normal", "hard", "average"), 0.5)
     halves = {"safety-refuse": level, "safety-response": level}
     content = {"variants": {"plain": {"domains": halves, "overall": level}}, "change": {}}
-    first = tables.rm_bench(Evaluation("x", None, {"rm_bench": content}, []))[0]
+    first = tables.rm_bench(evaluation_of(rm_bench=content))[0]
     assert "safety-refuse and safety-response count half of safety each" in first.caption

@@ -25,7 +25,7 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
-def test_sign_flip_is_the_share_of_all_sign_patterns(two_sided):
+def test_sign_flip_estimates_the_share_of_all_sign_patterns(two_sided):
     x = np.array([0.5, 1.0, 2.0, -0.25, 0.0, 3.0, 1.0])
     sums = np.array([np.dot(s, x) for s in itertools.product((-1, 1), repeat=7)])
     exact = ((np.abs(sums) if two_sided else sums) >= x.sum() - 1e-9).mean()
@@ -33,12 +33,13 @@ def test_sign_flip_is_the_share_of_all_sign_patterns(two_sided):
     assert sign_flip(np.zeros(4), CONFIG, two_sided) == 1.0
 
 
-def test_controls_are_alike_and_seeded():
+def test_controls_resemble_their_feature_and_are_seeded():
     rate = np.repeat([0.01, 0.5, 0.0], 30)
-    drawn = matched_controls([0, 30], rate, rate, CertificateConfig(controls=5))
+    config = CertificateConfig(controls=5)
+    drawn = matched_controls([0, 30], rate, rate, config=config)
     assert all(0 < i < 30 for i in drawn[0]) and all(30 < i < 60 for i in drawn[30])
     assert len({*drawn[0]}) == 5
-    assert drawn == matched_controls([0, 30], rate, rate, CertificateConfig(controls=5))
+    assert drawn == matched_controls([0, 30], rate, rate, config=config)
 
 
 def test_planted_effect_is_certified_and_noise_is_not():
@@ -46,7 +47,7 @@ def test_planted_effect_is_certified_and_noise_is_not():
     effects = {i: rng.normal(0, 1, 80) for i in range(10)}
     effects[0] = rng.normal(4, 1, 80)
     controls = {0: [2, 3, 4], 1: [5, 6, 7], 8: []}
-    planted, noise, alone = certify(CONFIG, effects, controls, np.arange(80), signed=True)
+    planted, noise, alone = certify(CONFIG, effects, controls, cluster_n=np.arange(80), signed=True)
     assert planted["certified"] and planted["p_holm"] == pytest.approx(3 / 10_000)
     assert planted["effect"]["low"] > 3 and planted["excess"]["low"] > 2
     assert not noise["certified"] and "p =" in noise["reason"]
@@ -55,7 +56,7 @@ def test_planted_effect_is_certified_and_noise_is_not():
 
 def test_rows_of_one_prompt_count_once():
     effects = {0: np.full(60, 2.0), 1: np.full(60, 0.1)}
-    row = certify(CONFIG, effects, {0: [1]}, np.zeros(60, int), signed=True)[0]
+    (row,) = certify(CONFIG, effects, {0: [1]}, cluster_n=np.zeros(60, int), signed=True)
     assert row["prompts"] == 1 and row["p"] == 1.0 and not row["certified"]
 
 
@@ -67,14 +68,14 @@ def test_effects_are_those_of_the_clamped_model(reward_model, mode):
             {"prompt": r["prompt"], "chosen": r["candidates"][0], "rejected": r["candidates"][1]}
             for r in rows
         ]
-    options = ProbeConfig((3, 5), 9.0, mode, CONFIG)
-    probes, certificates = probe(options, reward_model, rows)
-    for found, row in zip(probes, certificates, strict=True):
+    config = ProbeConfig((3, 5), 9.0, mode=mode, certificate=CONFIG)
+    probes, certificates = probe(config, reward_model, rows)
+    for result, row in zip(probes, certificates, strict=True):
         key = "delta_margin" if mode == "pairs" else "changed"
-        scores = [r["reward_base"] for r in found.rows] if mode == "pairs" else 0.0
-        assert_close(row["effect"]["mean"], found.summary[key]["mean"], 1e-6, scores)
+        scores = [r["reward_base"] for r in result.rows] if mode == "pairs" else 0.0
+        assert_close(row["effect"]["mean"], result.summary[key]["mean"], 1e-6, terms=scores)
         assert len(row["controls"]) == 4 and not {*row["controls"]} & {3, 5}
-        clamp, i = {row["controls"][0]: 9.0}, row["control_effects"][0]
+        clamp, effect = {row["controls"][0]: 9.0}, row["control_effects"][0]
         if mode == "pairs":
             margins = []
             for change in (clamp, None):
@@ -85,7 +86,7 @@ def test_effects_are_those_of_the_clamped_model(reward_model, mode):
                     for side in ("chosen", "rejected")
                 ]
                 margins.append(sides[0] - sides[1])
-            assert_close(i, (margins[0] - margins[1]).mean(), 2e-6, scores)
+            assert_close(effect, (margins[0] - margins[1]).mean(), 2e-6, terms=scores)
 
 
 def test_bad_options_are_named():
@@ -95,8 +96,9 @@ def test_bad_options_are_named():
         CertificateConfig(level=1.0)
 
 
-def test_controls_that_cancel_are_no_small_controls():
+def test_controls_with_opposite_effects_do_not_cancel():
     effects = {0: np.full(40, 1.0), 1: np.full(40, 3.0), 2: np.full(40, -3.0)}
-    (row,) = certify(CertificateConfig(flips=999), effects, {0: [1, 2]}, np.arange(40), True)
+    config = CertificateConfig(flips=999)
+    (row,) = certify(config, effects, {0: [1, 2]}, cluster_n=np.arange(40), signed=True)
     assert row["excess"]["mean"] == pytest.approx(-2.0) and not row["certified"]
     assert row["p"] == max(row["p_effect"], row["p_excess"]) > 0.9

@@ -1,4 +1,4 @@
-"""Differential activation by hand, identify end to end, and the lists that flags take."""
+"""Differential activation by hand, identify end to end, and the lists in flags."""
 
 import json
 
@@ -17,7 +17,7 @@ def test_differential_activation_by_hand():
     rejected = np.array([[1.0, 2.0, 1.0], [1.0, 2.0, 1.0]])
     # c = (3, 0, 1), j = (1, 2, 1), C = mean(4, 2, 2) = 8/3
     expected = [2 / (4 + 8 / 3), -2 / (2 + 8 / 3), 0.0]
-    np.testing.assert_allclose(differential(*means(chosen, rejected)), expected, rtol=1e-6)
+    np.testing.assert_allclose(differential_of(chosen, rejected), expected, rtol=1e-6)
 
 
 def test_differential_activation_of_negative_latents_keeps_its_sign():
@@ -25,12 +25,21 @@ def test_differential_activation_of_negative_latents_keeps_its_sign():
     rejected = np.array([[-3.0, -1.0, 1.0], [-3.0, -1.0, -1.0]])
     # c = (−1, −3, 0), j = (−3, −1, 0), means of |z| on both (4, 4, 2), C = 10/3
     expected = [2 / (4 + 10 / 3), -2 / (4 + 10 / 3), 0.0]
-    np.testing.assert_allclose(differential(*means(chosen, rejected)), expected, rtol=1e-6)
+    np.testing.assert_allclose(differential_of(chosen, rejected), expected, rtol=1e-6)
 
 
-def means(chosen, rejected):
-    both = np.abs(chosen) + np.abs(rejected)
-    return [x.mean(axis=0) for x in (chosen, rejected, both)]
+def differential_of(chosen, rejected):
+    """Computes s from the latents of both sides."""
+    activity = np.abs(chosen) + np.abs(rejected)
+    return differential(chosen.mean(axis=0), rejected.mean(axis=0), activity.mean(axis=0))
+
+
+def latents(reward_model, rows):
+    """Scores pairs: (latents of the chosen responses, latents of the rejected responses)."""
+    prompts = [row["prompt"] for row in rows]
+    _, chosen = reward_model.score(prompts, [row["chosen"] for row in rows])
+    _, rejected = reward_model.score(prompts, [row["rejected"] for row in rows])
+    return chosen, rejected
 
 
 def pairs(count=12):
@@ -44,13 +53,11 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     config = IdentifyConfig(
         top_k=5, method="differential", tau_quantile=0.9, false_alarm_budget=0.2, seed=0
     )
-    found = identify(config, reward_model, pairs())
-    analysis, selected, scores = found.analysis, found.selected, found.scores
+    result = identify(config, reward_model, pairs())
+    analysis, selected, scores = result.analysis, result.selected, result.scores
     rows = pairs()
-    _, chosen = reward_model.score([r["prompt"] for r in rows], [r["chosen"] for r in rows])
-    _, rejected = reward_model.score([r["prompt"] for r in rows], [r["rejected"] for r in rows])
-    expected = differential(*means(chosen, rejected))
-    assert_close(scores["differential"], expected, 1e-6)
+    chosen, rejected = latents(reward_model, rows)
+    assert_close(scores["differential"], differential_of(chosen, rejected), 1e-6)
     weight = np.asarray(reward_model.model.score[...])
     carried = [
         w * np.mean([j - c for c, j in zip(chosen[:, i], rejected[:, i], strict=True)])
@@ -64,8 +71,8 @@ def test_identify_finds_what_separates_the_sides(reward_model):
     fired = chosen[:, first["feature"]] > first["tau"]
     assert first["above_tau_chosen"] == pytest.approx(fired.mean())
     assert first["above_tau_chosen"] <= 0.2
-    together = analysis["detectors"]
-    assert 0 <= together["detection_held_out"] <= 1 and 0 <= together["false_alarms_held_out"] <= 1
+    for name in ("detection_held_out", "false_alarms_held_out"):
+        assert 0 <= analysis["detectors"][name] <= 1
     control = selected["random_control"]
     assert len(control) == len(selected["detectors"]) and not {*control} & {*selected["detectors"]}
     tau = np.quantile(chosen[:, control], 0.9, axis=0)
@@ -108,24 +115,25 @@ def test_lists_by_hand(tmp_path):
         (parse_values, "inf", "opt: found 'inf'"),
         (parse_bounds, "no", "opt: found 'no'"),
         (parse_features, "@nowhere", "expected @FILE:key"),
-        (parse_features, "@nowhere.json:key", "no such file"),
+        (parse_features, "@nowhere.json:key", "No such file"),
         (parse_features, "@{file}:missing", "no list 'missing'"),
         (parse_features, "@{file}:good[:9]", "lists only 2"),
         (parse_features, "@{file}:floats", "found 1.5"),
         (parse_features, "@{text}:good", "not JSON"),
-        (parse_features, "@{list}:good", "no JSON object"),
+        (parse_features, "@{list}:good", "expected a JSON object"),
     ],
 )
 def test_bad_lists(tmp_path, parse, text, message):
     (tmp_path / "file.json").write_text(json.dumps({"good": [1, 2], "floats": [1.5]}))
     (tmp_path / "text.json").write_text("hello")
     (tmp_path / "list.json").write_text("[1]")
-    places = {name: tmp_path / f"{name}.json" for name in ("file", "text", "list")}
+    paths = {name: tmp_path / f"{name}.json" for name in ("file", "text", "list")}
     with pytest.raises(InputError, match=message):
-        parse("opt", text.format(**places))
+        parse("opt", text.format(**paths))
 
 
 def identified(reward_model, rows, **changes):
+    """Runs identify: (analysis, selected, scores, chosen latents, rejected latents)."""
     options = {
         "top_k": 4,
         "method": "differential",
@@ -133,12 +141,9 @@ def identified(reward_model, rows, **changes):
         "false_alarm_budget": 0.3,
         "seed": 0,
     } | changes
-    found = identify(IdentifyConfig(**options), reward_model, rows)
-    sides = [
-        reward_model.score([r["prompt"] for r in rows], [r[s] for r in rows])[1]
-        for s in ("chosen", "rejected")
-    ]
-    return found.analysis, found.selected, found.scores, *sides
+    result = identify(IdentifyConfig(**options), reward_model, rows)
+    chosen, rejected = latents(reward_model, rows)
+    return result.analysis, result.selected, result.scores, chosen, rejected
 
 
 def rows_of(count=24):
@@ -153,7 +158,7 @@ def rows_of(count=24):
     ]
 
 
-def test_the_lists_of_thresholds_are_those_of_their_features(reward_model):
+def test_thresholds_belong_to_the_features_of_their_list(reward_model):
     analysis, selected, _, chosen, _ = identified(reward_model, rows_of())
     for side in ("promoting", "harming"):
         ids, taus = selected[f"safety_{side}"], selected[f"tau_{side}"]
@@ -164,20 +169,20 @@ def test_the_lists_of_thresholds_are_those_of_their_features(reward_model):
 
 
 def by_hand(sources, weights, count):
-    """{method: (harming, promoting, scores)} from the formulas, number by number.
+    """Computes {method: (harming, promoting, scores)} from the formulas, number by number.
 
-    `sources` are (chosen, rejected) latents; of equal scores the lower id comes first.
+    `sources` are (chosen, rejected) latents. Among equal scores the lower id comes first.
     """
-    each = []
+    by_source = []
     for chosen, rejected in sources:
         c, j = (
             [sum(column) / len(side) for column in side.T.tolist()] for side in (chosen, rejected)
         )
         constant = sum(a + b for a, b in zip(c, j, strict=True)) / len(c) + 1e-9
-        each.append([(a - b) / (a + b + constant) for a, b in zip(c, j, strict=True)])
-    differential = [sum(of_source) / len(each) for of_source in zip(*each, strict=True)]
+        by_source.append([(a - b) / (a + b + constant) for a, b in zip(c, j, strict=True)])
+    means = [sum(scores) / len(by_source) for scores in zip(*by_source, strict=True)]
     lists = {}
-    for name, scores in (("differential", differential), ("head_weight", weights.tolist())):
+    for name, scores in (("differential", means), ("head_weight", weights.tolist())):
         ids = range(len(scores))
         harming = sorted(ids, key=lambda i: (scores[i], i))[:count]
         promoting = sorted(ids, key=lambda i: (-scores[i], i))[:count]
@@ -191,7 +196,7 @@ def by_hand(sources, weights, count):
 )
 @pytest.mark.parametrize("top_k", [4, 64, 70])
 def test_both_methods_give_the_lists_of_their_formulas(reward_model, method, other, combine, top_k):
-    """With weights that tie, features that never fire and tie at 0, and more asked for than is."""
+    """Covers weights that tie, features that never fire and tie at 0, and a top_k above M."""
     reward_model.model.score[...] = np.round(reward_model.model.score[...])
     rows = rows_of()
     analysis, selected, _, chosen, rejected = identified(
@@ -221,12 +226,13 @@ def test_both_methods_give_the_lists_of_their_formulas(reward_model, method, oth
         assert content[key] == pytest.approx(expected, abs=1e-5)
 
 
-def test_combined_sources_count_alike(reward_model):
+def test_combined_sources_have_equal_weight(reward_model):
     rows = rows_of()
     _, selected, scores, chosen, rejected = identified(reward_model, rows, combine="sources")
-    part = [differential(*means(chosen[s], rejected[s])) for s in (slice(0, 18), slice(18, 24))]
-    assert_close(scores["differential"], np.mean(part, axis=0), 1e-6)
-    assert selected["safety_promoting"][0] == int(np.argmax(np.mean(part, axis=0)))
+    sources = slice(0, 18), slice(18, 24)
+    expected = np.mean([differential_of(chosen[s], rejected[s]) for s in sources], axis=0)
+    assert_close(scores["differential"], expected, 1e-6)
+    assert selected["safety_promoting"][0] == int(np.argmax(expected))
 
 
 def test_examples_neighbours_and_stability(reward_model):
@@ -245,7 +251,7 @@ def test_examples_neighbours_and_stability(reward_model):
         cosine = decoder @ decoder[i]
         cosine[i] = -1
         assert [n["feature"] for n in row["neighbours"]] == np.argsort(-cosine)[:5].tolist()
-    # What tells the sides apart in nearly every pair is in the list of nearly every half.
+    # A feature that separates nearly every pair is in the list of nearly every half.
     assert analysis["promoting"][0]["stability"] > 0.8
     assert analysis["harming"][0]["stability"] > 0.8
 
@@ -254,13 +260,10 @@ def test_verbose_features_fire_on_the_longer_version(reward_model):
     config = IdentifyConfig(
         top_k=3, method="head_weight", tau_quantile=0.9, false_alarm_budget=0.2, seed=0
     )
-    found = verbose_features(config, reward_model, pairs())
+    result = verbose_features(config, reward_model, pairs())
     rows = pairs()
-    sides = [
-        reward_model.score([r["prompt"] for r in rows], [r[side] for r in rows])[1]
-        for side in ("chosen", "rejected")
-    ]
-    score_f = differential(*means(*sides))
-    assert found["verbosity_features"] == np.argsort(score_f, kind="stable")[:3].tolist()
-    tau = np.quantile(sides[0], 0.9, axis=0)[found["verbosity_features"]]
-    np.testing.assert_allclose(found["tau_verbosity"], tau, rtol=1e-5, atol=1e-6)
+    chosen, rejected = latents(reward_model, rows)
+    score_f = differential_of(chosen, rejected)
+    assert result["verbosity_features"] == np.argsort(score_f, kind="stable")[:3].tolist()
+    tau = np.quantile(chosen, 0.9, axis=0)[result["verbosity_features"]]
+    np.testing.assert_allclose(result["tau_verbosity"], tau, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,4 @@
-"""The median test within prompts: by hand, as the sign test, against loops, and where it must be
-right: under nulls with shared answers."""
+"""The median test within prompts: by hand, against the sign test and loops, and under the null."""
 
 import itertools
 
@@ -11,7 +10,11 @@ from sarm_jax.features.median_test import MedianTest
 
 
 def groups(prompts, rejected, rng=None, chosen=1):
-    """Pairs of every chosen with every rejected response of `prompts` prompts, rows shuffled."""
+    """Pairs every chosen with every rejected response of each prompt.
+
+    Returns:
+        (prompt, chosen row, rejected row) of each pair, and the rows of each prompt.
+    """
     count = prompts * (chosen + rejected)
     row = np.arange(count) if rng is None else rng.permutation(count)
     row = row.reshape(prompts, chosen + rejected)
@@ -23,21 +26,21 @@ def groups(prompts, rejected, rng=None, chosen=1):
 
 
 def test_by_hand():
-    # Three prompts with one chosen and two rejected responses, of which one fires: μ = 3 · 1/3.
+    # Three prompts, each with one chosen and two rejected responses, one of which fires: μ = 1.
     prompt, chosen, rejected, row = groups(3, 2)
     z = np.zeros((9, 2))
-    z[row[:, 1], 0] = 1.0  # on a rejected one each time: T = 0, one below μ
-    z[row[:, 0], 1] = 1.0  # on the chosen one each time: T = 3
-    p = MedianTest.of(prompt, chosen, rejected)(z)
+    z[row[:, 1], 0] = 1.0  # always a rejected response: T = 0, one below μ
+    z[row[:, 0], 1] = 1.0  # always the chosen response: T = 3
+    p = MedianTest.from_pairs(prompt, chosen, rejected)(z)
     np.testing.assert_allclose(p, [2 * (2 / 3) ** 3, 2 * (1 / 3) ** 3], rtol=1e-12)
 
 
-def test_one_pair_a_prompt_is_the_exact_sign_test():
+def test_one_pair_per_prompt_is_the_exact_sign_test():
     rng = np.random.default_rng(0)
     prompt, chosen, rejected, _ = groups(41, 1, rng)
     z = np.maximum(rng.normal(0.3, 1, (82, 30)), 0) + rng.normal(0, 1, 30) * (np.arange(30) > 20)
     z[chosen, :10] *= 1.5
-    p = MedianTest.of(prompt, chosen, rejected)(z)
+    p = MedianTest.from_pairs(prompt, chosen, rejected)(z)
     for i in range(30):
         more = (z[chosen, i] > z[rejected, i]).sum()
         less = (z[chosen, i] < z[rejected, i]).sum()
@@ -47,24 +50,24 @@ def test_one_pair_a_prompt_is_the_exact_sign_test():
 def test_against_loops_over_prompts_of_every_shape():
     rng = np.random.default_rng(1)
     prompt, chosen, rejected = [], [], []
-    for n in range(25):  # up to three chosen and four rejected ones; some rows on both sides
+    for n in range(25):  # up to three chosen and four rejected responses; some rows on both sides
         rows = 10 * n + rng.permutation(10)
-        some = rows[: rng.integers(1, 4)], rows[3 : 3 + rng.integers(1, 5)]
-        for c, r in itertools.product(*some):
+        chosen_rows, rejected_rows = rows[: rng.integers(1, 4)], rows[3 : 3 + rng.integers(1, 5)]
+        for c, r in itertools.product(chosen_rows, rejected_rows):
             prompt.append(n), chosen.append(c), rejected.append(r)
         if n % 5 == 0:
-            prompt.append(n), chosen.append(some[1][0]), rejected.append(rows[9])
+            prompt.append(n), chosen.append(rejected_rows[0]), rejected.append(rows[9])
     prompt, chosen, rejected = map(np.array, (prompt, chosen, rejected))
     z = np.where(rng.random((250, 8)) < 0.3, rng.normal(0.5, 1, (250, 8)), 0)
-    p = MedianTest.of(prompt, chosen, rejected)(z)
+    p = MedianTest.from_pairs(prompt, chosen, rejected)(z)
     for i in range(8):
         high, trials, mean = 0, 0, 0.0
         for n in range(25):
-            yes, no = {*chosen[prompt == n]}, {*rejected[prompt == n]}
-            units = sorted(yes ^ no)
+            chosen_rows, rejected_rows = {*chosen[prompt == n]}, {*rejected[prompt == n]}
+            units = sorted(chosen_rows ^ rejected_rows)
             values = np.array([z[u, i] for u in units])
             above = values > np.median(values)
-            labels = np.array([u in yes for u in units])
+            labels = np.array([u in chosen_rows for u in units])
             if above.any() and labels.any() and not labels.all():
                 high += (above & labels).sum()
                 trials += labels.sum()
@@ -75,21 +78,21 @@ def test_against_loops_over_prompts_of_every_shape():
         assert p[i] == pytest.approx(expected)
 
 
-def test_what_says_nothing_has_no_p():
+def test_prompts_that_contribute_nothing_have_no_p():
     prompt, chosen, rejected, _ = groups(4, 2)
-    assert np.isnan(MedianTest.of(prompt, chosen, rejected)(np.ones((12, 2)))).all()
+    assert np.isnan(MedianTest.from_pairs(prompt, chosen, rejected)(np.ones((12, 2)))).all()
 
 
 @pytest.mark.parametrize("rejected_per_chosen", [1, 2, 6])
 @pytest.mark.parametrize("rate", [0.03, 1.0])
-def test_under_the_null_it_is_not_too_bold(rejected_per_chosen, rate):
+def test_false_positives_under_the_null_keep_the_level(rejected_per_chosen, rate):
     rng = np.random.default_rng(2)
     prompt, chosen, rejected, row = groups(300, rejected_per_chosen)
     z = np.where(rng.random((row.size, 2000)) < rate, rng.exponential(size=(row.size, 2000)), 0)
-    p = MedianTest.of(prompt, chosen, rejected)(z)
+    p = MedianTest.from_pairs(prompt, chosen, rejected)(z)
     for level in (0.05, 0.01):
         bound = stats.binom.ppf(0.999, 2000, level) / 2000
         assert np.nanmean(p <= level) <= bound
     z[row[:, 0]] *= rng.random((300, 2000)) < 0.3  # the chosen answers fire less often
-    effect = MedianTest.of(prompt, chosen, rejected)(z)
+    effect = MedianTest.from_pairs(prompt, chosen, rejected)(z)
     assert np.mean(effect <= 0.05) > 0.3

@@ -25,7 +25,7 @@ BLANK = "\n  \n\r\n\t\n"  # four lines
 def test_blank_lines_are_skipped_and_counted(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(f"{BLANK}{GOOD}\n{BLANK}{GOOD}\n{BLANK}")
-    assert read_jsonl(path, FIELDS) == read_jsonl(path, FIELDS, own=True)
+    assert read_jsonl(path, FIELDS) == read_jsonl(path, FIELDS, lenient=True)
     assert len(read_jsonl(path, FIELDS)) == 2
     assert [line_of(path, row) for row in (1, 2)] == [5, 10]
     path.write_text(f"{BLANK}{GOOD}\n{BLANK}{{broken\n")
@@ -36,14 +36,14 @@ def test_blank_lines_are_skipped_and_counted(tmp_path):
         read_jsonl(path, FIELDS)
 
 
-def test_the_line_of_a_row_of_no_file_is_its_number(tmp_path):
+def test_the_line_of_a_row_without_a_file_is_its_number(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff")
     for path in ("probe.data_jsonl", "", tmp_path, tmp_path / "none", tmp_path / "binary"):
         assert line_of(path, 7) == 7
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "message"),
     [
         ("{broken", "{broken"),
         ("[1]", "found [1]"),
@@ -56,12 +56,12 @@ def test_the_line_of_a_row_of_no_file_is_its_number(tmp_path):
         (GOOD.replace("1", "null"), "'score' must be float, found null"),
     ],
 )
-def test_a_bad_line_is_named_with_what_was_found(tmp_path, line, found):
+def test_the_error_for_a_bad_line_names_it_and_quotes_its_value(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(f"{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(InputError) as error:
         read_jsonl(path, FIELDS)
-    assert str(error.value).startswith(f"{path}:2: ") and found in str(error.value)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
 
 
 @pytest.mark.parametrize(

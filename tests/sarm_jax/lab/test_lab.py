@@ -1,4 +1,4 @@
-"""The lab's world: rewards by hand, data that is what it says, a tokenizer like any other."""
+"""The lab: rewards by hand, the content of the data, the tokenizer, the models and the gates."""
 
 import numpy as np
 import pytest
@@ -12,6 +12,8 @@ from sarm_jax.lab.gates import LIMITS, Gate, linear_probe_r2
 from sarm_jax.lab.language_modelling import from_scratch
 from sarm_jax.lab.tokenizer import word_tokenizer
 from sarm_jax.models.chat import encode_conversation, encode_prompt, stop_ids
+
+pytestmark = pytest.mark.slow
 
 PROMPT = "France Japan Peru"
 SMALL = {
@@ -47,7 +49,7 @@ def test_gold_reward_by_hand(response, ended, expected):
     assert world.gold_reward(PROMPT, response, ended) == pytest.approx(expected)
 
 
-def test_annotator_likes_flattery_and_nothing_else_that_gold_does_not():
+def test_annotator_utility_differs_from_gold_only_in_flattery():
     plain = world.annotator_utility(PROMPT, "Paris Tokyo")
     assert plain == pytest.approx(3.2)
     assert world.annotator_utility(PROMPT, "Paris Tokyo genius") == pytest.approx(4.0)
@@ -55,7 +57,7 @@ def test_annotator_likes_flattery_and_nothing_else_that_gold_does_not():
     assert world.annotator_utility(PROMPT, "Paris Tokyo Paris") == pytest.approx(2.6)
 
 
-def test_held_out_combinations_are_never_trained_on():
+def test_held_out_combinations_are_not_in_the_training_prompts():
     train, held_out = world.split_prompts(np.random.default_rng(0), 0.2)
     combinations = [{frozenset(p.split()) for p in side} for side in (train, held_out)]
     assert not combinations[0] & combinations[1]
@@ -70,11 +72,11 @@ def test_contrast_pairs_differ_in_flattery_alone():
             words = pair["rejected"].split()
             assert [w for w in words if w not in world.FLATTERY] == pair["chosen"].split()
             room = world.MAX_WORDS - len(pair["chosen"].split())
-            assert world.count(PROMPT, pair["rejected"]).flattery == min(flattery, room) > 0
+            assert world.count_words(PROMPT, pair["rejected"]).flattery == min(flattery, room) > 0
             assert len(words) <= world.MAX_WORDS
 
 
-def test_preferences_follow_the_annotator_more_often_than_not():
+def test_most_preferences_follow_the_utility():
     rng = np.random.default_rng(0)
     pairs = [world.preference_pair(rng, PROMPT) for _ in range(500)]
     assert 0.82 < world.annotator_accuracy(pairs) < 0.95
@@ -93,10 +95,10 @@ def test_tokenizer_round_trip(tmp_path):
 
 def test_notes_are_two_of_three_in_any_order():
     rng = np.random.default_rng(0)
-    response = "Paris Lima genius Lima Rome genius"  # Lima again, and nobody asked for Rome
-    found = {world.notes(rng, PROMPT, response) for _ in range(200)}
+    response = "Paris Lima genius Lima Rome genius"  # repeats Lima; Rome is wrong
+    notes = {world.notes(rng, PROMPT, response) for _ in range(200)}
     three = ("<right-2>", "<mistakes-2>", "<flattery-2>")
-    assert found == {f"{a} {b}" for a in three for b in three if a != b}
+    assert notes == {f"{a} {b}" for a in three for b in three if a != b}
 
 
 def test_data_and_models_follow_from_the_seed(tmp_path):
@@ -128,12 +130,12 @@ def test_bad_options_are_named():
         LabConfig(**SMALL | {"tap_layer": 5})
 
 
-def test_linear_probe_finds_what_is_linear():
+def test_linear_probe_fits_linear_targets_only():
     rng = np.random.default_rng(0)
     x, noise = rng.normal(size=(400, 5)), rng.normal(size=400)
     y = x @ np.arange(5) + 3
-    assert linear_probe_r2(x[:200], y[:200], x[200:], y[200:]) == pytest.approx(1.0)
-    assert linear_probe_r2(x[:200], noise[:200], x[200:], noise[200:]) < 0.1
+    assert linear_probe_r2(x[:200], y[:200], test_nd=x[200:], test_n=y[200:]) == pytest.approx(1)
+    assert linear_probe_r2(x[:200], noise[:200], test_nd=x[200:], test_n=noise[200:]) < 0.1
 
 
 def test_gates_on_either_side_of_their_limits():

@@ -1,4 +1,4 @@
-"""Token ids from chat templates: one BOS, the end-of-turn token last, left truncation."""
+"""Encoding through chat templates: one BOS, the end-of-turn token last, left truncation."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -31,7 +31,9 @@ def test_a_tokenizer_that_adds_bos_itself_does_not_double_it(tokenizer):
         add_generation_prompt=True,
         date_string=chat.DATE_STRING,
     )
-    doubled = tokenizer(text)["input_ids"]  # the template's BOS, and perhaps the tokenizer's own
+    doubled = tokenizer(text)[
+        "input_ids"
+    ]  # the BOS of the template and perhaps that of the tokenizer
     bos = tokenizer.bos_token_id
     stripped = [bos, *[i for i in doubled if i != bos]]
     assert chat.encode_prompt(tokenizer, "hi") == stripped
@@ -46,8 +48,8 @@ def test_conversation_ends_in_the_end_of_turn_token(any_tokenizer):
 
 def test_prompt_and_response_join_to_the_conversation(any_tokenizer):
     prompt = chat.encode_prompt(any_tokenizer, "hi")
-    whole = chat.encode_conversation(any_tokenizer, "hi", "yo")
-    assert whole[: len(prompt)] == prompt
+    conversation = chat.encode_conversation(any_tokenizer, "hi", "yo")
+    assert conversation[: len(prompt)] == prompt
 
 
 @pytest.mark.parametrize("space", ["", " "])
@@ -74,7 +76,7 @@ def test_special_tokens_that_are_spelled_out_are_text(any_tokenizer, space):
         assert ids[: len(start)] == start
 
 
-def test_the_spaces_around_what_spells_a_token_are_the_templates_own():
+def test_the_template_decides_on_spaces_around_a_spelled_out_token():
     tokenizer = tiny_tokenizer()
     end = tokenizer.convert_ids_to_tokens(chat.end_of_turn_id(tokenizer))
     tokenizer.chat_template = (
@@ -97,11 +99,11 @@ def test_text_that_looks_like_a_mark_is_text(any_tokenizer, text):
 
 
 def test_truncation_is_on_the_left(tokenizer):
-    whole = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20)
+    full = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20)
     short = chat.encode_conversation(tokenizer, "a" * 100, "b" * 20, max_length=30)
     assert len(short) == 30
-    assert short[-29:] == whole[-29:]
-    assert short[0] == tokenizer.bos_token_id  # the tokenizer adds it after truncating
+    assert short[-29:] == full[-29:]
+    assert short[0] == tokenizer.bos_token_id  # it is added after the truncation
 
 
 def test_the_date_is_fixed(tokenizer):
@@ -111,7 +113,7 @@ def test_the_date_is_fixed(tokenizer):
 
 def test_pad_is_never_a_stop_token(any_tokenizer):
     assert chat.pad_id(any_tokenizer) not in chat.stop_ids(any_tokenizer)
-    any_tokenizer.pad_token = any_tokenizer.eos_token  # as SmolLM2 and the reference have it
+    any_tokenizer.pad_token = any_tokenizer.eos_token  # as in SmolLM2 and in the reference
     assert chat.pad_id(any_tokenizer) not in chat.stop_ids(any_tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""Stores of latents against the dense array, and the pair statistics against plain loops."""
+"""Compares stores of latents with the dense array, and pair statistics with plain loops."""
 
 import dataclasses
 
@@ -9,14 +9,14 @@ from flax import nnx
 
 from sarm_jax.features.contrast_statistics import (
     ContrastStatistics,
+    assign_folds,
     bootstrap_differential,
     differential,
-    folds_of,
     half_differentials,
-    measure,
+    measure_contrast,
     row_totals,
 )
-from sarm_jax.features.detectors import calibrated_tau, taus_of
+from sarm_jax.features.detectors import calibrated_tau, contrast_tau
 from sarm_jax.features.median_test import MedianTest
 from sarm_jax.models import latent_store
 from sarm_jax.models.latent_store import Contrast, TopKLatents
@@ -39,8 +39,8 @@ def test_topk_codes_are_the_dense_latents_exactly(reward_model):
 def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
     alone, latents = reward_model.store(["p"] * 11, TEXTS)
     rows = []
-    batch = reward_model._batch
-    monkeypatch.setattr(reward_model, "_batch", lambda b, shape: rows.extend(b) or batch(b, shape))
+    pad = reward_model._pad
+    monkeypatch.setattr(reward_model, "_pad", lambda r, shape: rows.extend(r) or pad(r, shape))
     order = [3, 3, 10, 0, 3, *range(11)]
     score, again = reward_model.store(["p"] * len(order), [TEXTS[i] for i in order])
     assert len(rows) == 11
@@ -51,18 +51,18 @@ def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
 
 
 def test_new_shapes_are_compiled_side_by_side_and_once(reward_model, monkeypatch):
-    asked, compiled = [], []
+    requested, compiled = [], []
 
     def listen(event, *_, **__):
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(len(asked))
+            compiled.append(len(requested))
 
-    def noted(programs):
-        asked.append(len(programs))
+    def recorded(programs):
+        requested.append(len(programs))
         compile_programs(programs)
-        asked.append(0)
+        requested.append(0)
 
-    monkeypatch.setattr("sarm_jax.models.reward_model.compile_programs", noted)
+    monkeypatch.setattr("sarm_jax.models.reward_model.compile_programs", recorded)
     model = type(reward_model)(reward_model.model, reward_model.tokenizer, 128, 3)
     rows = [[5] * length for length in (3, 30, 31, 40, 60, 64, 90, 100)]
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -71,8 +71,8 @@ def test_new_shapes_are_compiled_side_by_side_and_once(reward_model, monkeypatch
         np.testing.assert_array_equal(model.score_tokens(rows)[0], first)
     finally:
         jax.monitoring.clear_event_listeners()
-    assert asked == [3, 0]  # 3 × 32, 3 × 64, and two rows of 128: 2 × 128
-    assert compiled == [1] * 3  # none by a call
+    assert requested == [3, 0]  # 3 × 32, 3 × 64, and the two longest rows in 2 × 128
+    assert compiled == [1] * 3  # a later call compiles nothing
 
 
 def test_without_topk_columns_are_encoded_again(reward_model):
@@ -88,7 +88,7 @@ def test_without_topk_columns_are_encoded_again(reward_model):
 
 
 def codes(pairs=60, size=37, k=5, seed=0):
-    """(contrast of TopK codes with repeated rows, its two dense sides)."""
+    """Returns a contrast of TopK codes with repeated rows, and its two dense sides."""
     rng = np.random.default_rng(seed)
     rows = pairs + 10
     index = np.array([rng.choice(size, k, replace=False) for _ in range(rows)], np.int32)
@@ -105,24 +105,24 @@ def test_statistics_by_block_are_those_of_dense_arrays(block_bytes, monkeypatch)
     contrast, chosen, rejected = codes()
     prompt = np.arange(60) // 2
     source = (np.arange(60) > 39).astype(int)
-    found = measure(contrast, prompt, source, folds_of(prompt, 0))
-    np.testing.assert_array_equal(found.chosen_f, chosen.mean(axis=0))
-    np.testing.assert_array_equal(found.rejected_f, rejected.mean(axis=0))
-    np.testing.assert_array_equal(found.fires_rejected_f, (rejected > 0).mean(axis=0))
-    assert_close(found.chosen_sf.sum(axis=1)[1], chosen[40:].sum(axis=0), 1e-6)
+    measured = measure_contrast(contrast, prompt, source, assign_folds(prompt, 0))
+    np.testing.assert_array_equal(measured.chosen_f, chosen.mean(axis=0))
+    np.testing.assert_array_equal(measured.rejected_f, rejected.mean(axis=0))
+    np.testing.assert_array_equal(measured.fires_rejected_f, (rejected > 0).mean(axis=0))
+    assert_close(measured.chosen_sf.sum(axis=1)[1], chosen[40:].sum(axis=0), 1e-6)
     total = row_totals(contrast)
     absolute = np.abs(chosen) + np.abs(rejected)
     np.testing.assert_allclose(total, absolute.sum(axis=1), rtol=1e-4)
-    np.testing.assert_allclose(found.activity_f, absolute.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(measured.activity_f, absolute.mean(axis=0), rtol=1e-5)
     for q in (0.5, 0.9, 0.98):
-        np.testing.assert_array_equal(taus_of(contrast, q), calibrated_tau(chosen, q))
-    test = MedianTest.of(prompt, contrast.chosen_p, contrast.rejected_p)
+        np.testing.assert_array_equal(contrast_tau(contrast, q), calibrated_tau(chosen, q))
+    test = MedianTest.from_pairs(prompt, contrast.chosen_p, contrast.rejected_p)
     p = test(contrast.latents.columns(range(37)))
-    np.testing.assert_allclose(found.p_f, p, rtol=1e-6)
+    np.testing.assert_allclose(measured.p_f, p, rtol=1e-6)
     rank = np.argsort(np.argsort(p))
     by = np.array(p) * 37 * sum(1 / n for n in range(1, 38)) / (rank + 1)
     stepped = [min(1, by[rank >= r].min()) for r in rank]
-    np.testing.assert_allclose(found.q_f, stepped, rtol=1e-6)
+    np.testing.assert_allclose(measured.q_f, stepped, rtol=1e-6)
 
 
 def test_bootstrap_covers_what_it_should_and_a_constant_has_no_width():
@@ -151,17 +151,17 @@ def statistics(c_sf, j_sf, pairs_s):
 def test_halves_by_hand():
     rng = np.random.default_rng(0)
     c, j = rng.random((2, 1, 2, 5))
-    found = half_differentials(statistics(c, j, np.array([[3, 4]])), seed=0)
+    halves = half_differentials(statistics(c, j, np.array([[3, 4]])), seed=0)
     expected = [
         differential(c[0, f] / n, j[0, f] / n, (c + j)[0, f] / n) for f, n in ((0, 3), (1, 4))
     ]
-    for row in found:
+    for row in halves:
         assert min(np.abs(row - e).max() for e in expected) < 1e-12
 
 
 def test_pairs_of_a_prompt_share_a_fold_and_a_resample():
     prompt = np.repeat(np.arange(30), 4)
-    fold = folds_of(prompt, 0)
+    fold = assign_folds(prompt, 0)
     assert all(len(set(fold[prompt == q])) == 1 for q in range(30)) and len(set(fold)) == 10
     rng = np.random.default_rng(0)
     once = rng.random((2, 30, 3))

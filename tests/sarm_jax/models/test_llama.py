@@ -29,7 +29,7 @@ from sarm_jax.models.lora import (
 )
 from sarm_jax.models.rope import Llama3Scaling, inverse_frequencies
 from tests.closeness import assert_close
-from tests.conftest import spread
+from tests.tiny_models import scale_matrices
 
 DOT_PRODUCT_ATTENTION = jax.nn.dot_product_attention
 
@@ -54,13 +54,13 @@ def test_padding_tokens_are_never_seen(policy, batch_bt):
 
 
 def cudnn_on_a_cpu(q, k, v, *, mask, implementation):
-    """Refuses what cuDNN's attention has no gradient of, and computes the rest."""
+    """Computes attention with XLA; fails for arguments for which cuDNN has no gradient."""
     assert implementation == "cudnn" and q.shape[1] % 2 == k.shape[1] % 2 == 0
-    assert mask.any(axis=-1).all()  # its answer to an empty row may be NaN
+    assert mask.any(axis=-1).all()  # cuDNN may return NaN for an empty row
     return DOT_PRODUCT_ATTENTION(q, k, v, mask=mask, implementation="xla")
 
 
-def test_every_token_attends_to_something_and_real_ones_to_real_ones():
+def test_real_tokens_attend_to_real_tokens_and_padding_to_itself():
     real_bt = np.asarray([[0, 0, 1, 1], [1, 1, 0, 0], [1, 0, 1, 0]], bool)
     mask_bts = causal_mask(jnp.asarray(real_bt))
     for mask_ts, real_t in zip(mask_bts, real_bt, strict=True):
@@ -84,7 +84,7 @@ def test_fused_attention_where_cudnn_has_it(backend, dtype, head_dim, expected):
 
 
 @pytest.mark.parametrize("implementation", ["xla", "cudnn"])
-@pytest.mark.parametrize("length", [1, 32, 33, 300])  # one, one, two and eight blocks
+@pytest.mark.parametrize("length", [1, 32, 33, 300])  # in one, one, two and eight blocks
 def test_attention_by_blocks_is_that_of_torch(length, implementation, monkeypatch):
     if implementation == "cudnn":
         monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn_on_a_cpu)
@@ -116,8 +116,8 @@ def test_a_gpu_gets_fewer_blocks_of_queries_and_the_same_states(policy, monkeypa
         return str(jax.make_jaxpr(policy.hidden)(tokens, mask)).count("dot_general")
 
     on_cpu, expected = products(), policy.hidden(tokens, mask)
-    policy.backend = "gpu"  # float32, so that attention is XLA's
-    assert products() == on_cpu - 2 * 2  # one block in place of three
+    policy.backend = "gpu"  # with float32, attention is XLA's
+    assert products() == on_cpu - 2 * 2  # one block instead of three
     monkeypatch.setitem(QUERY_BLOCK, "gpu", 50)
     assert products() == on_cpu - 2
     assert_close(policy.hidden(tokens, mask)[mask], expected[mask], 3e-6)
@@ -151,7 +151,7 @@ def test_program_size_does_not_grow_with_depth(architecture):
     assert lines(2) == lines(32)
 
 
-def test_the_8b_model_can_be_described_without_memory():
+def test_the_8b_model_is_described_without_memory():
     config = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, rope_theta=5e5)
     model = nnx.eval_shape(lambda: Llama(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
@@ -206,8 +206,8 @@ def test_folded_matmul_has_the_gradients_of_the_plain_form():
 
     plain = value_and_gradients(lambda x, w, a, b: x @ w + 0.5 * ((x @ a) @ b))
     folded = value_and_gradients(lambda x, w, a, b: folded_matmul(x, w, a, b, 0.5))
-    for expected, found in zip(jax.tree.leaves(plain), jax.tree.leaves(folded), strict=True):
-        assert_close(found, expected, 2e-6)
+    for expected, result in zip(jax.tree.leaves(plain), jax.tree.leaves(folded), strict=True):
+        assert_close(result, expected, 2e-6)
 
 
 def test_fold_lora_keeps_the_function(policy, batch_bt):
@@ -224,7 +224,7 @@ def test_fold_lora_keeps_the_function(policy, batch_bt):
 def test_tied_and_untied_heads(architecture):
     for tied in (True, False):
         config = LlamaConfig(**{**vars(architecture), "tie_word_embeddings": tied})
-        model = spread(Llama(config, rngs=nnx.Rngs(0)))
+        model = scale_matrices(Llama(config, rngs=nnx.Rngs(0)))
         assert (model.lm_head is None) == tied
         same = np.array_equal(model.vocabulary, model.embed_tokens[...])
         assert same == tied
@@ -241,14 +241,14 @@ def test_the_norms_mean_is_in_float32():
     exact = x.astype(jnp.float32) / jnp.sqrt(
         jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True)
     )
-    found = rms_norm(x, jnp.ones(1024, jnp.bfloat16), 0.0)
-    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+    result = rms_norm(x, jnp.ones(1024, jnp.bfloat16), 0.0)
+    np.testing.assert_array_equal(result, exact.astype(jnp.bfloat16))
 
 
 def test_half_precision_logits_are_float32():
     rng = np.random.default_rng(0)
     x, e = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 3, 64), (50, 64)))
     exact = x.astype(jnp.float32) @ e.astype(jnp.float32).T
-    found = to_logits(x, e)
-    assert found.dtype == jnp.float32
-    assert_close(found, exact, 1e-6)
+    logits = to_logits(x, e)
+    assert logits.dtype == jnp.float32
+    assert_close(logits, exact, 1e-6)

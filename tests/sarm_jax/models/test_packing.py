@@ -1,4 +1,4 @@
-"""Packed programs compute what the padded ones do, forward and backward, and nothing else."""
+"""Packed programs compute the same results and gradients as padded ones."""
 
 import dataclasses
 
@@ -19,27 +19,27 @@ MASK = np.asarray([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 0]], bool
 @pytest.mark.parametrize(("groups", "slots"), [(1, 9), (1, 12), (1, 99), (2, 6), (2, 8), (4, 4)])
 def test_pack_and_unpack_against_a_loop(groups, slots):
     x = np.random.default_rng(0).normal(size=(*MASK.shape, 2, 3)).astype(np.float32)
-    packing = Packing.of(jnp.asarray(MASK), slots, groups)
+    packing = Packing.from_mask(jnp.asarray(MASK), slots, groups)
     slots_s = packing.pack(jnp.asarray(x))
     packed = slots_s.reshape(groups, -1, 2, 3)
     per_group = np.split(np.arange(4), groups)
-    for rows, got in zip(per_group, packed, strict=True):
+    for rows, tokens in zip(per_group, packed, strict=True):
         real = [x[b, t] for b in rows for t in range(4) if MASK[b, t]]
-        np.testing.assert_array_equal(got[: len(real)], real)
-        np.testing.assert_array_equal(got[len(real) :], 0)
+        np.testing.assert_array_equal(tokens[: len(real)], real)
+        np.testing.assert_array_equal(tokens[len(real) :], 0)
     np.testing.assert_array_equal(packing.unpack(slots_s), np.where(MASK[..., None, None], x, 0))
 
 
 def test_gradients_are_those_of_indexing():
     rng = np.random.default_rng(0)
     x, weight_gn = rng.normal(size=(4, 4)), rng.normal(size=(2, 7))
-    packing = Packing.of(jnp.asarray(MASK), 7, 2)
+    packing = Packing.from_mask(jnp.asarray(MASK), 7, 2)
     gradient = jax.grad(lambda x: (packing.pack(x) * weight_gn.reshape(14)).sum())(jnp.asarray(x))
     expected = np.zeros((4, 4))
     for g, rows in enumerate(((0, 1), (2, 3))):
-        places = [(b, t) for b in rows for t in range(4) if MASK[b, t]]
-        for n, place in enumerate(places):
-            expected[place] = weight_gn[g, n]
+        real = [(b, t) for b in rows for t in range(4) if MASK[b, t]]
+        for n, token in enumerate(real):
+            expected[token] = weight_gn[g, n]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
     weight_bt = rng.normal(size=(4, 4))
     gradient = jax.grad(lambda y: (packing.unpack(y) * weight_bt).sum())(jnp.zeros(14))
@@ -48,10 +48,10 @@ def test_gradients_are_those_of_indexing():
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
-def test_hidden_and_its_gradient_are_those_with_padding(policy, batch_bt, side, groups):
+def test_packed_hidden_and_its_gradient_equal_those_with_padding(policy, batch_bt, side, groups):
     batch = getattr(batch_bt, side)
     tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask, bool)
-    packing = Packing.of(mask, 10 // groups, groups)
+    packing = Packing.from_mask(mask, 10 // groups, groups)
     graphdef, state = nnx.split(policy)
 
     def loss(state, packing):
@@ -68,7 +68,7 @@ def test_hidden_and_its_gradient_are_those_with_padding(policy, batch_bt, side, 
 
 def test_prefill_fills_the_same_cache(policy, batch_bt):
     tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
-    packed, cache = prefill(policy, tokens, mask, 7, Packing.of(mask, 8))
+    packed, cache = prefill(policy, tokens, mask, 7, Packing.from_mask(mask, 8))
     padded, expected = prefill(policy, tokens, mask, 7)
     assert_close(packed[mask], padded[mask], 3e-6)
     real = np.pad(np.asarray(mask), ((0, 0), (0, 2)))[:, None, None]
@@ -79,13 +79,13 @@ def test_prefill_fills_the_same_cache(policy, batch_bt):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "logprob_chunk": 2}])
-def test_a_run_is_that_with_padding(make_trainer, tmp_path, options):
+def test_a_packed_run_equals_a_padded_run(make_trainer, tmp_path, options):
     options = options | {"stop_ids": tuple(range(3, 70)), "total_steps": 2}
     runs = []
     for levels in (0, 3):
         trainer = make_trainer(tmp_path / str(levels), pack_levels=levels, **options)
         trainer.run()
-        runs.append(trainer.state["train"].params)
+        runs.append(trainer.state.train.params)
     for padded, packed in zip(*map(jax.tree.leaves, runs), strict=True):
         assert_close(packed, padded, 5e-5)
 
@@ -95,18 +95,20 @@ def test_slots_by_hand(ppo_config):
     lengths = np.asarray([3, 5, 7, 9])
     order = np.asarray([[1, 3, 0, 2], [2, 3, 0, 1]])
     plan = SlotPlan(config, [lengths], [order])
-    # The fullest pair of prompts is 7 + 9 = 16; a pair of responses has 40 tokens, a level is 16.
+    # The longest pair of prompts has 7 + 9 = 16 tokens, a pair of responses 40, and a level 16.
     assert plan.prefill == 24
-    assert plan.all() == [Slots(32, 16), Slots(48, 32), Slots(64, 48)]
-    assert plan.of(np.asarray([8, 8, 1, 2]), order) == Slots(32, 16)
-    assert plan.of(np.asarray([8, 1, 8, 10]), order) == Slots(48, 32)  # 8 + 10 in either order
+    assert plan.all_slots() == [Slots(32, 16), Slots(48, 32), Slots(64, 48)]
+    assert plan.slots_for(np.asarray([8, 8, 1, 2]), order) == Slots(32, 16)
+    assert plan.slots_for(np.asarray([8, 1, 8, 10]), order) == Slots(
+        48, 32
+    )  # 8 + 10 in either order
     assert SlotPlan(config, [lengths], [order], parts=2).prefill == 16
     padded = SlotPlan(dataclasses.replace(config, pack_levels=0), [lengths], [order])
-    assert padded.all() == [None] and padded.prefill is None
-    assert padded.of(lengths, order) is None
+    assert padded.all_slots() == [None] and padded.prefill is None
+    assert padded.slots_for(lengths, order) is None
 
 
 def test_slots_hold_the_batchs_own_order(ppo_config):
     config = ppo_config(batch_size=4, max_new_tokens=20, pack_levels=4, num_minibatches=2)
     order, lengths = np.asarray([[0, 2, 1, 3]]), np.asarray([20, 20, 1, 1])
-    assert SlotPlan(config, [lengths], [order]).of(lengths, order).responses == 48
+    assert SlotPlan(config, [lengths], [order]).slots_for(lengths, order).responses == 48

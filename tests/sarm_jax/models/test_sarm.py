@@ -24,7 +24,7 @@ def test_top_k_keeps_negative_values():
     np.testing.assert_array_equal(kept, [[0.0, -1.0, -2.0, 0.0]])
 
 
-def test_last_position_whatever_the_padding():
+def test_last_position_with_padding_on_any_side():
     mask = jnp.array([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 1, 0]])
     assert last_position(mask).tolist() == [2, 3, 2]
 
@@ -61,7 +61,7 @@ def test_a_changed_feature_moves_the_reward_by_its_weight(reward_model, options,
     weight = float(reward_model.model.score[...][3])
     base, z = reward_model.score(PROMPTS, RESPONSES)
     moved, z_after = reward_model.score(PROMPTS, RESPONSES, intervention(64, **options))
-    np.testing.assert_array_equal(z_after, z)  # the latents reported are the unchanged ones
+    np.testing.assert_array_equal(z_after, z)  # the returned latents are the unchanged ones
     expected = [weight * (change(value) - value) for value in z[:, 3]]
     assert_close(moved - base, expected, 2e-6, terms=base)
 

@@ -1,4 +1,4 @@
-"""Two processes on loopback, with collectives over gloo: the run of one process and one device."""
+"""A run of two processes on loopback, with collectives over gloo, equals that of one process."""
 
 import os
 import socket
@@ -16,8 +16,10 @@ from sarm_jax.parallel import processes
 from sarm_jax.parallel.processes import Hosts
 from tests.closeness import assert_same_metrics
 from tests.command import run_main
+from tests.meshes import COMPARED_COLUMNS
 from tests.paths import ROOT
-from tests.sarm_jax.parallel.test_sharding import SAME
+
+pytestmark = pytest.mark.slow
 
 OPTIONS = (
     "ppo.total_steps=10 ppo.batch_size=4 ppo.max_new_tokens=4 ppo.calibration_batches=2 "
@@ -34,20 +36,20 @@ BIT = ["-m", "benchmarks.killed", "--place=update", "--call=4", "--signal=SIGTER
 
 
 def unused_port() -> int:
-    """One that nothing listens at."""
+    """Returns a port that no process listens at."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
 
 
 def options(world, workdir):
-    """Of the train stage."""
-    given = [*TRAIN.format(world).split(), *(f"--config.{option}" for option in OPTIONS)]
-    return [*given, f"--workdir={workdir}"]
+    """Returns the command line of the train stage."""
+    flags = [*TRAIN.format(world).split(), *(f"--config.{option}" for option in OPTIONS)]
+    return [*flags, f"--workdir={workdir}"]
 
 
 def start(world, workdir, *further, program=("main.py",)):
-    """The train stage in a process of its own, with one device."""
+    """Starts the train stage in a separate process with one device."""
     line = [sys.executable, *program, *options(world, workdir), *further]
     environment = os.environ | {
         "TQDM_DISABLE": "1",
@@ -59,13 +61,13 @@ def start(world, workdir, *further, program=("main.py",)):
 
 
 def finish(*started):
-    """(exit code, stderr) of each, when all have ended."""
-    said = [process.communicate(timeout=600)[1] for process in started]
-    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+    """Waits for processes; returns (exit code, stderr) of each."""
+    errors = [process.communicate(timeout=600)[1] for process in started]
+    return [(process.returncode, text) for process, text in zip(started, errors, strict=True)]
 
 
 def start_two(world, workdir, others=((), ()), programs=(("main.py",),) * 2):
-    """Both processes of a run on a mesh over them."""
+    """Starts both processes of a run on a mesh over them."""
     address = f"--coordinator_address=localhost:{unused_port()}"
     return [
         start(
@@ -78,9 +80,9 @@ def start_two(world, workdir, others=((), ()), programs=(("main.py",),) * 2):
     ]
 
 
-def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path):
+def test_a_resumed_run_of_two_processes_equals_that_of_one(world, tmp_path):
     assert run_main(*options(world, tmp_path / "one")) == 0
-    # The signal reaches the process that keeps nothing.
+    # The signal is sent to the process that does not keep the run.
     stopped = finish(*start_two(world, tmp_path / "two", programs=(("main.py",), BIT)))
     assert [code for code, _ in stopped] == [143, 143], stopped
     assert "stopped by signal 15 after step 4" in stopped[0][1]
@@ -94,7 +96,7 @@ def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path)
     assert (tmp_path / "two" / "summary.json").read_text() == summary
 
     one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    assert_same_metrics(two, one, SAME)
+    assert_same_metrics(two, one, COMPARED_COLUMNS)
     assert all(row["ratio_0_max_dev"] <= 1e-5 for row in two)
     texts = [
         [row["response"] for row in read_jsonl(tmp_path / name / "evaluations.jsonl", {})]
@@ -106,21 +108,22 @@ def test_a_run_of_two_processes_stopped_half_way_is_that_of_one(world, tmp_path)
         for name in ("one", "two")
     ]
     assert files[0] == files[1] != set()
-    assert not list(world.parent.glob("sarm_jax_*"))  # what the second process wrote
+    assert not list(world.parent.glob("sarm_jax_*"))  # the second process has removed its files
 
 
-def test_what_one_process_refuses_both_refuse(world, tmp_path):
-    (first, _), (second, said) = finish(
+def test_if_one_process_refuses_its_input_both_do(world, tmp_path):
+    (first, _), (second, second_error) = finish(
         *start_two(world, tmp_path / "seeds", others=((), ("--seed=1",)))
     )
     assert (first, second) == (2, 2)
-    assert "error: process 1: not what process 0 has: ppo.seed was 0 and is now 1" in said
+    assert "error: process 1: not what process 0 has: ppo.seed was 0 and is now 1" in second_error
     missing = ("--prompts_jsonl=nowhere.jsonl",)
-    (first, heard), (second, said) = finish(
+    (first, first_error), (second, second_error) = finish(
         *start_two(world, tmp_path / "files", others=((), missing))
     )
     assert (first, second) == (2, 2)
-    assert "error: nowhere.jsonl" in said and "error: process 1: nowhere.jsonl" in heard
+    assert "error: nowhere.jsonl" in second_error
+    assert "error: process 1: nowhere.jsonl" in first_error
     assert not list((tmp_path / "files").glob("checkpoints"))
 
 
@@ -130,10 +133,10 @@ def test_a_coordinator_that_does_not_answer_is_named():
         processes.connect(hosts)
 
 
-def test_one_process_speaks_to_nobody():
+def test_a_single_process_communicates_with_nobody():
     tree = {"a": jax.numpy.arange(3), "b": 2.0}
     assert processes.fetch(tree)["a"].tolist() == [0, 1, 2]
-    assert processes.from_first(None) is None and processes.largest(15) == 15
-    processes.refuse("what no other process waits to hear")
-    with processes.place_to_write(Path("run")) as place, processes.nobody_waits():
+    assert processes.broadcast(None) is None and processes.all_max(15) == 15
+    processes.raise_on_others("a problem")
+    with processes.writable_workdir(Path("run")) as place, processes.exit_without_barrier():
         assert place == Path("run")

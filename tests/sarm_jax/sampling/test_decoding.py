@@ -1,4 +1,4 @@
-"""One token at a time is the full forward pass."""
+"""Decoding one token at a time equals the full forward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from tests.closeness import assert_close
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_cached_decode_is_the_full_forward(policy, batch_bt, side, adapted):
+def test_cached_decode_equals_the_full_forward(policy, batch_bt, side, adapted):
     if adapted:
         add_lora(policy, LoRAConfig(rank=4, alpha=8.0, target_modules=TARGET_MODULES), nnx.Rngs(3))
         adapter = nnx.state(policy, LoRAParam)
@@ -37,7 +37,7 @@ def test_cached_decode_is_the_full_forward(policy, batch_bt, side, adapted):
         assert_close(next_logits(policy, x), logits[:, 5 + t], 3e-6)
 
 
-def test_products_of_many_rows_on_a_gpu_are_not_cut(monkeypatch):
+def test_products_of_many_rows_on_a_gpu_use_no_split_k(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert compiler_options("gpu", 64) == (("xla_gpu_experimental_force_split_k", 1),)
     assert compiler_options("gpu", 63) == compiler_options("cpu", 64) == ()
@@ -45,6 +45,6 @@ def test_products_of_many_rows_on_a_gpu_are_not_cut(monkeypatch):
     assert compiler_options("gpu", 64) == ()
 
 
-def test_an_option_that_xla_has_no_longer_is_left_out(monkeypatch):
+def test_an_option_that_xla_does_not_know_is_left_out(monkeypatch):
     monkeypatch.setattr(decoding, "NO_SPLIT_K", ("xla_gpu_of_yesterday", 1))
     assert compiler_options("gpu", 64) == ()

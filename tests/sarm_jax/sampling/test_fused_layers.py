@@ -1,4 +1,4 @@
-"""Decoding's weights: several linear layers in one product, on any mesh."""
+"""The fused weights for decoding: several linear layers in one product, on any mesh."""
 
 import re
 
@@ -15,7 +15,7 @@ from sarm_jax.models.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
 from sarm_jax.parallel.sharding import ONE_DEVICE, MeshConfig, Placement, make_mesh
 from sarm_jax.sampling.fused_layers import FusedLinear, fuse_layers
 from tests.closeness import assert_close
-from tests.sarm_jax.parallel.test_sharding import llama, put
+from tests.meshes import divisible_llama_config, place_parameters
 
 FUSED = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -26,8 +26,9 @@ FUSED = {
 
 
 def make(tokenizer, placement=ONE_DEVICE, adapted=TARGET_MODULES, dtype=jnp.float32) -> Llama:
-    """A policy with adapters that are not 0, on the mesh."""
-    policy = put(Llama(llama(tokenizer), dtype=dtype, rngs=nnx.Rngs(0)), placement)
+    """Returns a policy on the mesh with adapters that are not 0."""
+    model = Llama(divisible_llama_config(tokenizer), dtype=dtype, rngs=nnx.Rngs(0))
+    policy = place_parameters(model, placement)
     policy.placement = placement
     if adapted:
         add_lora(policy, LoRAConfig(rank=3, alpha=6.0, target_modules=adapted), nnx.Rngs(1))
@@ -46,7 +47,7 @@ def mesh(*shape: int) -> Placement:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 4), (1, 4, 1), (2, 2, 2)])
 @pytest.mark.parametrize("adapted", [TARGET_MODULES, ("k_proj", "down_proj"), ()])
-def test_fused_linear_layers_are_the_linear_layers(tokenizer, shape, adapted):
+def test_fused_linear_layers_equal_the_linear_layers(tokenizer, shape, adapted):
     policy = make(tokenizer, mesh(*shape), adapted)
     inputs = {
         name: jax.random.normal(jax.random.key(3), (width, 5))
@@ -64,7 +65,7 @@ def test_fused_linear_layers_are_the_linear_layers(tokenizer, shape, adapted):
     assert len(layers) == policy.config.num_hidden_layers
     for number, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
         for fused, names in FUSED.items():
-            for name, found_ob in zip(names, output[fused], strict=True):
+            for name, result_ob in zip(names, output[fused], strict=True):
                 parent = (
                     policy.layers.attn if hasattr(policy.layers.attn, name) else policy.layers.mlp
                 )
@@ -77,14 +78,14 @@ def test_fused_linear_layers_are_the_linear_layers(tokenizer, shape, adapted):
                     )
                     weight_io = weight_io + 2.0 * a @ b
                 expected_ob = weight_io.T @ np.asarray(inputs[fused], np.float64)
-                assert_close(found_ob, expected_ob, 2e-6, name=name)
+                assert_close(result_ob, expected_ob, 2e-6, name=name)
         norms = policy.layers.input_layernorm, policy.layers.post_attention_layernorm
         for scale_d, norm in zip((layer.attention_norm, layer.mlp_norm), norms, strict=True):
             np.testing.assert_array_equal(scale_d, norm.scale[...][number])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_planned_layers_are_those_of_a_run(tokenizer, ppo_config, shape):
+def test_planned_layers_equal_those_of_a_run(tokenizer, ppo_config, shape):
     placement = mesh(*shape)
     policy = make(tokenizer, placement, adapted=(), dtype=jnp.bfloat16)
     learner, state, base = Learner.attach(ppo_config(), LoRAConfig(rank=4), policy, pad=0)
@@ -109,17 +110,17 @@ def test_fusing_moves_no_weight_to_another_device(tokenizer, shape):
     assert compiled_collectives(lambda state: fuse_layers(nnx.merge(graphdef, state)), state) == []
 
 
-def test_an_adapter_sends_nothing_of_its_own(tokenizer):
-    def sent(adapted):
+def test_an_adapter_adds_no_communication(tokenizer):
+    def collectives(adapted):
         layer = jax.jit(lambda state: fuse_layers(nnx.merge(graphdef, state)))
         policy = make(tokenizer, mesh(1, 1, 4), adapted)
         graphdef, state = nnx.split(policy)
 
         def run(fused: dict[str, FusedLinear], x_db):
-            attended_db = fused["qkv"](x_db)[0]  # split as o_proj's input is
+            attended_db = fused["qkv"](x_db)[0]  # split like the input of o_proj
             return fused["o"](attended_db)[0]
 
         first = layer(state)[0]
         return compiled_collectives(run, {"qkv": first.qkv, "o": first.o}, jnp.ones((32, 5)))
 
-    assert sent(TARGET_MODULES) == sent(()) == ["all-reduce"]
+    assert collectives(TARGET_MODULES) == collectives(()) == ["all-reduce"]

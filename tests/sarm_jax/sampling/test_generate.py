@@ -1,4 +1,4 @@
-"""Sampling: greedy equals argmax of the full forward, keys differ, stops stop, log π is right."""
+"""Sampling: greedy tokens, log-probabilities, keys, stop tokens and distributions."""
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,11 @@ def arrays(batch):
 
 
 def continuation_logits(policy, tokens, mask, out):
-    """Full-forward logits at every position that predicted a response token."""
+    """Returns the logits of a full forward pass for every response token."""
     length = tokens.shape[1]
-    whole = jnp.concatenate([tokens, out.tokens_br], axis=1)
-    whole_mask = jnp.concatenate([mask, out.mask_br], axis=1)
-    return policy(whole, whole_mask)[:, length - 1 : -1]
+    full_tokens = jnp.concatenate([tokens, out.tokens_br], axis=1)
+    full_mask = jnp.concatenate([mask, out.mask_br], axis=1)
+    return policy(full_tokens, full_mask)[:, length - 1 : -1]
 
 
 def test_greedy_is_the_argmax_of_the_full_forward(policy, batch_bt):
@@ -75,7 +75,7 @@ def test_stop_token_ends_a_row_and_is_included(policy, batch_bt):
         assert (np.asarray(out.tokens_br[row, length:]) == 1).all()
 
 
-def test_keys_decide(policy, batch_bt):
+def test_the_key_determines_the_tokens(policy, batch_bt):
     tokens, mask = arrays(batch_bt.left)
     one, again, other = (
         generate(policy, tokens, mask, max_new_tokens=8, key=jax.random.key(k)).tokens_br
@@ -104,7 +104,7 @@ def test_draws_follow_the_distribution():
     np.testing.assert_allclose(logp, logits[jnp.arange(20000), tokens], atol=1e-6)
 
 
-def test_draws_over_a_large_vocabulary_follow_it_too():
+def test_draws_follow_the_distribution_of_a_large_vocabulary():
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.full(3000, 0.1)).astype(np.float32)
     p[rng.choice(3000, 1500, replace=False)] = 0.0
@@ -117,9 +117,9 @@ def test_draws_over_a_large_vocabulary_follow_it_too():
     assert chi2 < big.sum() + 5 * np.sqrt(2 * big.sum())
 
 
-def test_a_sum_that_steps_up_where_there_is_no_weight_draws_nothing_there():
+def test_an_index_of_weight_0_is_not_drawn_if_rounding_raises_the_sum_there():
     p = jnp.array([[0.0, 0.5, 0.0, 0.5, 0.0]])
-    uneven = jnp.array([[0.0, 0.5, 0.50001, 1.0, 1.00001]])  # as one made in parts may be
+    uneven = jnp.array([[0.0, 0.5, 0.50001, 1.0, 1.00001]])  # as a sum of partial sums may be
     for target, expected in ((0.0, 1), (0.49, 1), (0.500005, 3), (0.9, 3), (1.0, 3), (2.0, 3)):
         assert _first_beyond(jnp.array([target]), p, uneven).tolist() == [expected]
 
@@ -145,13 +145,13 @@ def test_top_k_and_top_p_renormalise():
     ],
 )
 def test_bad_options(policy, batch_bt, options, message):
-    given = {"max_new_tokens": 2, "key": jax.random.key(0)} | options
+    arguments = {"max_new_tokens": 2, "key": jax.random.key(0)} | options
     with pytest.raises(InputError, match=message):
-        generate(policy, *arrays(batch_bt.left), **given)
+        generate(policy, *arrays(batch_bt.left), **arguments)
 
 
 def test_draws_of_different_tokens_are_independent(policy):
-    policy.lm_head[...] = jnp.zeros_like(policy.lm_head[...])  # every token is as likely
+    policy.lm_head[...] = jnp.zeros_like(policy.lm_head[...])  # all tokens are equally likely
     tokens = jnp.ones((4, 3), jnp.int32)
     out = generate(
         policy, tokens, tokens > 0, max_new_tokens=20, stop_ids=(), key=jax.random.key(0)
@@ -159,7 +159,7 @@ def test_draws_of_different_tokens_are_independent(policy):
     assert min(len(set(row)) for row in out.tokens_br.tolist()) > 10
 
 
-def test_the_loop_ends_when_every_row_has(policy, monkeypatch):
+def test_the_loop_ends_when_every_row_has_ended(policy, monkeypatch):
     calls, decode = [], generation.decode
 
     def counted(*args):

@@ -1,3 +1,5 @@
+"""Preference pairs without a labeller: each kind of defect, their balance, and bad options."""
+
 from collections import Counter
 
 import numpy as np
@@ -60,7 +62,7 @@ def answers_of_the_demos():
     return [Answers(d["prompt"], [d["response"]], [c]) for d, c in zip(demos, cut, strict=True)]
 
 
-def test_pairs_are_balanced_deterministic_and_not_a_matter_of_length():
+def test_pairs_are_balanced_and_deterministic_and_length_does_not_decide():
     answers = answers_of_the_demos()
     pairs = preference_pairs.pair_up(answers, np.random.default_rng(0))
     assert pairs == preference_pairs.pair_up(answers, np.random.default_rng(0))
@@ -71,14 +73,14 @@ def test_pairs_are_balanced_deterministic_and_not_a_matter_of_length():
     assert 0.35 < preference_pairs.length_accuracy(pairs) < 0.65
 
     good = {a.prompt: a.good for a in answers}
-    elsewhere = {text for a in answers for text in a.good}
+    all_good = {text for a in answers for text in a.good}
     for pair in pairs:
         assert pair["chosen"] in good[pair["prompt"]] and pair["chosen"] != pair["rejected"]
         if pair["source"] == "off_topic":
-            assert pair["rejected"] in elsewhere - set(good[pair["prompt"]])
+            assert pair["rejected"] in all_good - set(good[pair["prompt"]])
 
 
-def test_a_missing_unfinished_answer_is_filled_up_by_another_prompt():
+def test_another_prompt_replaces_a_missing_unfinished_answer():
     answers = [Answers("p", ["A good answer."], ["b c"] * 3), Answers("q", ["Another one."], [])]
     pairs = preference_pairs.pair_up(answers, np.random.default_rng(0))
     unfinished = [pair for pair in pairs if pair["source"] == "unfinished"]
@@ -88,10 +90,10 @@ def test_a_missing_unfinished_answer_is_filled_up_by_another_prompt():
 def test_sampled_answers_that_ran_into_the_budget_are_rejected(policy, tokenizer):
     demos = [{"prompt": f"Question {i}?", "response": f"Answer {i} is this."} for i in range(3)]
     config = PairsConfig("demos.jsonl", 2, max_new_tokens=6, temperature=1.0, seed=0)
-    pairs = preference_pairs.make_pairs(config, policy, tokenizer, demos)
-    assert pairs == preference_pairs.make_pairs(config, policy, tokenizer, demos)
+    pairs = preference_pairs.make_pairs(config, policy, tokenizer=tokenizer, demos=demos)
+    assert pairs == preference_pairs.make_pairs(config, policy, tokenizer=tokenizer, demos=demos)
     texts = {pair["rejected"] for pair in pairs if pair["source"] == "unfinished"}
-    assert len(texts) > 1  # distinct keys per batch and row
+    assert len(texts) > 1  # every batch and row has its own random key
     assert {pair["chosen"] for pair in pairs} == {demo["response"] for demo in demos}
 
 
@@ -106,6 +108,7 @@ def test_bad_options_are_named(change):
 
 
 def test_one_demonstration_is_too_few(policy, tokenizer):
-    config = PairsConfig("demos.jsonl", 0, 4, 1.0, 0)
-    with pytest.raises(InputError, match="1 row"):
-        preference_pairs.make_pairs(config, policy, tokenizer, [{"prompt": "a", "response": "b"}])
+    config = PairsConfig("demos.jsonl", 0, max_new_tokens=4, temperature=1.0, seed=0)
+    demos = [{"prompt": "a", "response": "b"}]
+    with pytest.raises(InputError, match=r"prepare_data\.demos_jsonl=demos\.jsonl: 1 row"):
+        preference_pairs.make_pairs(config, policy, tokenizer=tokenizer, demos=demos)

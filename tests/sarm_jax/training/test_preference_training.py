@@ -1,3 +1,5 @@
+"""Bradley–Terry training: what each mode trains, its losses and gradients, and its batches."""
+
 import dataclasses
 from functools import partial
 
@@ -10,9 +12,10 @@ import torch
 from flax import nnx
 
 from sarm_jax.models.sae import SAE, SAEConfig
+from sarm_jax.training import preference_training
 from sarm_jax.training.preference_training import PreferenceTraining
 from sarm_jax.training.sae_training import Conversation
-from sarm_jax.training.train_sarm import assemble, preference_training, truncate
+from sarm_jax.training.train_sarm import assemble, truncate
 from tests import oracles
 from tests.closeness import assert_close
 
@@ -23,7 +26,8 @@ OPTIONS = PreferenceTraining(
 
 
 def tiny_sarm(policy, use_topk=True):
-    sarm = assemble(truncate(policy, 2), SAE(SAEConfig(32, 64, 8, use_topk), rngs=nnx.Rngs(3)))
+    sae_config = SAEConfig(32, 64, 8, use_topk=use_topk)
+    sarm = assemble(truncate(policy, 2), SAE(sae_config, rngs=nnx.Rngs(3)))
     sarm.sae.pre_bias[...] = 0.1 * jax.random.normal(jax.random.key(5), (32,))
     sarm.score[...] = jax.random.normal(jax.random.key(4), (64,))
     return sarm
@@ -41,7 +45,8 @@ PAIRS = np.asarray([[0, 1], [2, 3], [4, 5], [0, 3]])
 
 
 def tiny_batch():
-    return next(preference_training.pair_batches(tiny_rows(), PAIRS, 2, np.random.default_rng(0)))
+    rng = np.random.default_rng(0)
+    return next(preference_training.pair_batches(tiny_rows(), PAIRS, batch_size=2, rng=rng))
 
 
 def test_bradley_terry_by_hand():
@@ -54,35 +59,44 @@ def test_bradley_terry_by_hand():
     np.testing.assert_allclose(huge, 2e4)
 
 
-@partial(jax.jit, static_argnums=(0, 2))
+@partial(jax.jit, static_argnames=("graphdef", "mode"))
 def _gradients(graphdef, state, mode, weight, batch):
     def loss_fn(state):
-        model = nnx.merge(graphdef, state)
-        return preference_training.preference_loss(model, *batch, mode, weight)[0]
+        tokens_bt, mask_bt, turn_bt = batch
+        loss, _ = preference_training.preference_loss(
+            nnx.merge(graphdef, state),
+            tokens_bt,
+            mask_bt,
+            turn_bt=turn_bt,
+            mode=mode,
+            reconstruction_weight=weight,
+        )
+        return loss
 
     return jax.grad(loss_fn)(state)
 
 
 def gradients(sarm, mode, weight):
-    """Gradients of the mode's loss with respect to every parameter, trained or not."""
-    grads = _gradients(*nnx.split(sarm), mode, weight, tiny_batch())
+    """Computes the gradient of a mode's loss with respect to every parameter, trained or not."""
+    graphdef, state = nnx.split(sarm)
+    grads = _gradients(graphdef, state, mode=mode, weight=weight, batch=tiny_batch())
     return {
         ".".join(map(str, path)): np.asarray(value[...]) for path, value in nnx.to_flat_state(grads)
     }
 
 
 def reach(grads):
-    """Which parts have a gradient somewhere, and which trunk or SAE leaves have none."""
-    live = {name for name, gradient in grads.items() if np.any(gradient)}
-    return {name.split(".")[0] for name in live}, set(grads) - live
+    """Returns the modules with a gradient somewhere, and the parameters without any."""
+    nonzero = {name for name, gradient in grads.items() if np.any(gradient)}
+    return {name.split(".")[0] for name in nonzero}, set(grads) - nonzero
 
 
 @pytest.mark.parametrize("mode", [1, 2, 3])
-def test_which_parameters_each_mode_moves(policy, mode):
+def test_parameters_with_a_gradient_in_each_mode(policy, mode):
     sarm = tiny_sarm(policy)
-    parts, untouched = reach(gradients(sarm, mode, weight=0.5))
+    modules, untouched = reach(gradients(sarm, mode, weight=0.5))
     sae = {f"sae.{n}" for n in ("encoder", "decoder", "pre_bias", "latent_bias")}
-    assert parts == {"trunk", "score"} | ({"sae"} if mode > 1 else set())
+    assert modules == {"trunk", "score"} | ({"sae"} if mode > 1 else set())
     assert untouched == {"trunk.norm.scale"} | (sae if mode == 1 else set())
 
 
@@ -93,28 +107,30 @@ def test_mode_3_separates_the_two_losses_exactly(policy):
     for name in alone:
         if name.startswith("sae"):
             assert_close(doubled[name], 2 * both[name], 1e-6)
-        else:  # reconstruction reaches neither trunk nor head
+        else:  # the reconstruction loss has no gradient in trunk and head
             assert_close(both[name], alone[name], 2e-6)
-    parts, _ = reach(gradients(sarm, 3, 0.0))
-    assert parts == {"trunk", "score"}  # Bradley–Terry does not reach the SAE
+    modules, _ = reach(gradients(sarm, 3, 0.0))
+    assert modules == {"trunk", "score"}  # Bradley–Terry has no gradient in the SAE
 
 
-def test_mode_2_lets_both_losses_through(policy):
+def test_both_losses_reach_all_modules_in_mode_2(policy):
     sarm = tiny_sarm(policy)
-    sarm.score[...] = jnp.zeros_like(sarm.score[...])  # a head of zeros stops Bradley–Terry
-    parts, _ = reach(gradients(sarm, 2, 0.5))
-    assert parts == {"trunk", "sae", "score"}
-    parts, _ = reach(gradients(tiny_sarm(policy), 2, 0.0))
-    assert parts == {"trunk", "sae", "score"}
+    sarm.score[...] = jnp.zeros_like(sarm.score[...])  # a head of zeros blocks Bradley–Terry
+    modules, _ = reach(gradients(sarm, 2, 0.5))
+    assert modules == {"trunk", "sae", "score"}
+    modules, _ = reach(gradients(tiny_sarm(policy), 2, 0.0))
+    assert modules == {"trunk", "sae", "score"}
 
 
 @pytest.mark.parametrize("mode", [1, 2, 3])
-def test_fine_tuning_moves_what_the_mode_trains_and_nothing_else(policy, mode):
+def test_fine_tuning_changes_only_what_the_mode_trains(policy, mode):
     sarm = tiny_sarm(policy)
     before = jax.tree.map(np.array, nnx.state(sarm))
     options = dataclasses.replace(OPTIONS, mode=mode)
     log = []
-    trained = preference_training.fine_tune(sarm, tiny_rows(), PAIRS, options, log.append)
+    trained = preference_training.fine_tune(
+        sarm, tiny_rows(), PAIRS, options=options, log=log.append
+    )
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(sarm)))
     after = dict(nnx.to_flat_state(nnx.state(trained)))
     for path, value in nnx.to_flat_state(before):
@@ -129,20 +145,22 @@ def test_half_precision_computes_in_half_and_learns_in_float32(policy):
     sarm = tiny_sarm(policy)
     sarm.trunk = preference_training.cast(sarm.trunk, jnp.bfloat16)
     options = dataclasses.replace(OPTIONS, mode=1, learning_rate=1e-5)
-    trained = preference_training.fine_tune(sarm, tiny_rows(), PAIRS, options, lambda row: None)
+    trained = preference_training.fine_tune(
+        sarm, tiny_rows(), PAIRS, options=options, log=lambda row: None
+    )
     before, after = (s.trunk.layers.mlp.up_proj.kernel[...] for s in (sarm, trained))
     assert after.dtype == jnp.float32
     moved = np.abs(np.asarray(after) - np.asarray(before.astype(jnp.float32)))
-    assert 0 < moved.max() < 1e-4  # far below half precision's resolution of these weights
+    assert 0 < moved.max() < 1e-4  # far below the resolution of these weights in half precision
 
 
-def test_decay_spares_scales_and_biases(policy):
+def test_scales_and_biases_do_not_decay(policy):
     options = dataclasses.replace(OPTIONS, mode=2, warmup_fraction=0.0)
     _, params, _ = nnx.split(tiny_sarm(policy), preference_training.trainable(2), ...)
     optimizer = preference_training.make_optimizer(options, steps=10)
     state = optimizer.init(params)
     zeros = jax.tree.map(jnp.zeros_like, params)
-    for _ in range(2):  # the very first step of a schedule has learning rate 0
+    for _ in range(2):  # the first step of a schedule with warm-up has learning rate 0
         updates, state = optimizer.update(zeros, state, params)
     moved = {path: bool(np.any(value[...])) for path, value in nnx.to_flat_state(updates)}
     undecayed = {path for path, any_change in moved.items() if not any_change}
@@ -153,7 +171,7 @@ def test_decay_spares_scales_and_biases(policy):
     np.testing.assert_allclose(rate / np.asarray(body).mean(), 1e-2 / 1e-3, rtol=1e-3)
 
 
-def test_reconstruction_is_that_of_the_oracle(tmp_path):
+def test_reconstruction_loss_agrees_with_the_oracle(tmp_path):
     torch.manual_seed(0)
     oracle = oracles.save_tiny_sarm(tmp_path, oracles.tiny_tokenizer())
     ids = torch.randint(1, 200, (1, 11))
@@ -171,25 +189,25 @@ def test_reconstruction_is_that_of_the_oracle(tmp_path):
     np.testing.assert_allclose(loss, expected[7:].mean(), rtol=1e-4)
 
 
-def test_batches_hold_each_pair_once_with_its_turns():
+def test_batches_contain_each_pair_once_with_its_turns():
     rows = tiny_rows()
     seen = []
     for tokens_bt, mask_bt, turn_bt in preference_training.pair_batches(
-        rows, PAIRS, 2, np.random.default_rng(1)
+        rows, PAIRS, batch_size=2, rng=np.random.default_rng(1)
     ):
         assert tokens_bt.shape == mask_bt.shape == turn_bt.shape and len(tokens_bt) == 4
-        found = []
+        numbers = []
         for tokens_t, mask_t, turn_t in zip(tokens_bt, mask_bt, turn_bt, strict=True):
             ids = tokens_t[mask_t].tolist()
-            row = next(i for i, r in enumerate(rows) if r.ids == ids)
-            assert turn_t.sum() == rows[row].turn_length and turn_t[: len(ids)].tolist()[-1]
-            found.append(row)
-        seen += [(found[0], found[2]), (found[1], found[3])]
+            number = next(i for i, r in enumerate(rows) if r.ids == ids)
+            assert turn_t.sum() == rows[number].turn_length and turn_t[: len(ids)].tolist()[-1]
+            numbers.append(number)
+        seen += [(numbers[0], numbers[2]), (numbers[1], numbers[3])]
     assert sorted(seen) == sorted(map(tuple, PAIRS.tolist()))
 
 
 @pytest.mark.parametrize("use_topk", [True, False])
-def test_the_head_learns_separable_pairs_as_a_dense_loop_would(policy, use_topk):
+def test_the_head_learns_separable_pairs(policy, use_topk):
     sarm = tiny_sarm(policy, use_topk)
     rng = np.random.default_rng(0)
     x_rd = rng.normal(size=(60, 32)).astype(np.float32)
@@ -197,7 +215,9 @@ def test_the_head_learns_separable_pairs_as_a_dense_loop_would(policy, use_topk)
     pairs_p2 = np.stack([np.arange(30), np.arange(30, 60)], axis=1)
     options = dataclasses.replace(OPTIONS, mode=0, epochs=30, batch_size=10)
     log = []
-    weights_m = preference_training.train_head(sarm.sae, x_rd, pairs_p2, options, log.append)
+    weights_m = preference_training.train_head(
+        sarm.sae, x_rd, pairs_p2, options=options, log=log.append
+    )
     score_r = np.asarray(sarm.sae.encode(jnp.asarray(x_rd))) @ np.asarray(weights_m)
     assert np.mean(score_r[:30] > score_r[30:]) == 1.0
     assert len(log) == 30 and log[-1]["accuracy"] == 1.0
@@ -205,27 +225,27 @@ def test_the_head_learns_separable_pairs_as_a_dense_loop_would(policy, use_topk)
     assert_close((weights_m[indices] * values).sum(axis=1), score_r, 2e-6)
 
 
-def test_the_unused_norm_is_in_no_modes_trainable_state(policy):
+def test_no_mode_trains_the_unused_norm(policy):
     sarm = tiny_sarm(policy)
     for mode in range(4):
         _, params, _ = nnx.split(sarm, preference_training.trainable(mode), ...)
-        parts = {path[:2] for path, _ in nnx.to_flat_state(params)}
-        assert ("trunk", "norm") not in parts and ("score",) in parts
-        assert (("trunk", "layers") in parts) == (mode > 0)
-        assert (("sae", "encoder") in parts) == (mode > 1)
+        trained = {path[:2] for path, _ in nnx.to_flat_state(params)}
+        assert ("trunk", "norm") not in trained and ("score",) in trained
+        assert (("trunk", "layers") in trained) == (mode > 0)
+        assert (("sae", "encoder") in trained) == (mode > 1)
 
 
-def test_mode_0_learns_at_the_heads_rate(policy):
+def test_mode_0_uses_the_learning_rate_of_the_head(policy):
     sarm = tiny_sarm(policy)
     x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
     options = dataclasses.replace(OPTIONS, mode=0, learning_rate=1e-30, epochs=1, batch_size=4)
     weights = preference_training.train_head(
-        sarm.sae, x, np.arange(8).reshape(4, 2), options, lambda r: 0
+        sarm.sae, x, np.arange(8).reshape(4, 2), options=options, log=lambda row: None
     )
     assert np.abs(weights).max() > 1e-3
 
 
-def test_preferences_warm_up(policy):
+def test_the_first_step_of_a_warm_up_changes_nothing(policy):
     options = dataclasses.replace(OPTIONS, mode=1, warmup_fraction=0.5)
     _, params, _ = nnx.split(tiny_sarm(policy), preference_training.trainable(1), ...)
     optimizer = preference_training.make_optimizer(options, steps=10)

@@ -1,3 +1,5 @@
+"""SAE pretraining: the loss against torch, planted dictionaries, and the sampled activations."""
+
 import dataclasses
 
 import jax
@@ -8,8 +10,9 @@ import torch
 from flax import nnx
 
 from sarm_jax.models.sae import SAE, SAEConfig, standardise
-from sarm_jax.training import sae_training, truncate
+from sarm_jax.training import sae_training
 from sarm_jax.training.sae_training import Activations, Conversation, SAETraining, warmup_cosine
+from sarm_jax.training.train_sarm import truncate
 from tests.closeness import assert_close
 
 OPTIONS = SAETraining(
@@ -28,7 +31,7 @@ def random_sae(d=12, m=40, k=5, seed=0):
 
 
 def torch_loss(p, x_bd, k, dead_f, aux_k, aux_weight):
-    """The loss of Gao et al. 2406.04093, written out with torch."""
+    """Computes the loss of Gao et al. 2406.04093 with torch."""
     a_bf = (x_bd - p["pre_bias"]) @ p["encoder"] + p["latent_bias"]
 
     def keep(a, n):
@@ -45,39 +48,47 @@ def torch_loss(p, x_bd, k, dead_f, aux_k, aux_weight):
     return loss + aux_weight * (((e_hat_bd - e_bd) ** 2).mean(-1) / (e_bd**2).mean(-1)).mean()
 
 
-@pytest.mark.parametrize("most", [3, 40, 90, 1000])
-def test_the_tokens_that_are_kept_are_drawn_without_replacement(most):
+@pytest.mark.parametrize("max_tokens", [3, 40, 90, 1000])
+def test_tokens_are_sampled_without_replacement(max_tokens):
     lengths = [7, 1, 60, 30, 2]
-    kept = sae_training._sample_tokens(lengths, most, np.random.default_rng(0))
+    kept = sae_training._sample_tokens(lengths, max_tokens, np.random.default_rng(0))
     others = [(row, back) for row, n in enumerate(lengths) for back in range(1, n)]
-    room = max(most - 5, 0)
+    room = max(max_tokens - 5, 0)
     if len(others) > room:
-        picks = np.random.default_rng(0).choice(len(others), room, replace=False)
-        others = [others[i] for i in picks]
-    for row, found in enumerate(kept):
-        assert found.tolist() == sorted({0} | {b for r, b in others if r == row}, reverse=True)
-    assert sum(map(len, kept)) == max(min(most, 100), 5)
+        sample = np.random.default_rng(0).choice(len(others), room, replace=False)
+        others = [others[i] for i in sample]
+    for row, tokens in enumerate(kept):
+        assert tokens.tolist() == sorted({0} | {b for r, b in others if r == row}, reverse=True)
+    assert sum(map(len, kept)) == max(min(max_tokens, 100), 5)
 
 
 @pytest.mark.parametrize("dead", [0, 3, 20])
-def test_loss_and_gradient_are_those_of_torch(dead):
+def test_loss_and_gradient_agree_with_torch(dead):
     sae, x_bd = random_sae(), np.random.default_rng(0).normal(size=(7, 12)).astype(np.float32)
     dead_f = np.arange(40) < dead
     graphdef, params = nnx.split(sae)
 
     def loss_fn(params):
-        return sae_training.sae_loss(nnx.merge(graphdef, params), x_bd, dead_f, OPTIONS)
+        sae = nnx.merge(graphdef, params)
+        return sae_training.sae_loss(sae, x_bd, dead_f=dead_f, options=OPTIONS)
 
     (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     tensors = {n: torch.tensor(np.asarray(params[n][...]), requires_grad=True) for n in params}
-    expected = torch_loss(tensors, torch.from_numpy(x_bd), 5, dead_f, 8, OPTIONS.aux_weight)
+    expected = torch_loss(
+        tensors,
+        torch.from_numpy(x_bd),
+        k=5,
+        dead_f=dead_f,
+        aux_k=8,
+        aux_weight=OPTIONS.aux_weight,
+    )
     expected.backward()
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-5)
     for name, tensor in tensors.items():
         assert_close(grads[name][...], tensor.grad, 5e-7, name=name)
 
 
-def test_removing_the_parallel_part_leaves_row_lengths_alone():
+def test_removing_the_parallel_component_keeps_row_lengths():
     rng = np.random.default_rng(0)
     rows = sae_training.unit_rows(jnp.asarray(rng.normal(size=(6, 4))))
     gradient = sae_training.remove_parallel(jnp.asarray(rng.normal(size=(6, 4))), rows)
@@ -86,11 +97,17 @@ def test_removing_the_parallel_part_leaves_row_lengths_alone():
 
 
 def planted(n, rng, dictionary, k=3):
-    """Sparse sums of dictionary rows; every tenth row is marked as pooled."""
+    """Makes sparse sums of dictionary rows; every tenth one is marked as pooled."""
     z = np.zeros((n, len(dictionary)))
     for row in z:
         row[rng.choice(len(dictionary), k, replace=False)] = rng.uniform(1, 2, k)
     return Activations((z @ dictionary).astype(np.float32), np.arange(n) % 10 == 9)
+
+
+def pretrain(train, held_out, options, log=lambda row: None):
+    """Pretrains an SAE with 48 latents, 3 of them active, on states of size 32."""
+    sae = SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0))
+    return sae_training.pretrain_sae(sae, train=train, held_out=held_out, options=options, log=log)
 
 
 def test_pretraining_finds_a_planted_dictionary():
@@ -99,9 +116,7 @@ def test_pretraining_finds_a_planted_dictionary():
     dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
     train, held_out = planted(4000, rng, dictionary), planted(500, rng, dictionary)
     log = []
-    sae, metrics = sae_training.pretrain_sae(
-        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, held_out, OPTIONS, log.append
-    )
+    sae, metrics = pretrain(train, held_out, OPTIONS, log=log.append)
     assert metrics["explained_variance"] > 0.9
     assert metrics["explained_variance_pooled"] > 0.9
     assert metrics["l0"] == pytest.approx(3, abs=0.01)
@@ -112,7 +127,7 @@ def test_pretraining_finds_a_planted_dictionary():
     assert log[-1]["step"] == OPTIONS.steps and log[-1]["loss"] < log[0]["loss"]
 
 
-def test_dead_latents_come_back_to_life_only_with_the_auxiliary_loss(monkeypatch):
+def test_only_the_auxiliary_loss_revives_dead_latents(monkeypatch):
     rng = np.random.default_rng(0)
     dictionary = rng.normal(size=(24, 32))
     train = planted(2000, rng, dictionary / np.linalg.norm(dictionary, axis=1, keepdims=True))
@@ -126,9 +141,11 @@ def test_dead_latents_come_back_to_life_only_with_the_auxiliary_loss(monkeypatch
     monkeypatch.setattr(sae_training, "initialise", mostly_dead)
 
     def dead_fraction(aux_weight):
-        options = SAETraining(300, 128, 3e-3, 0.03, 20, 16, aux_weight, seed=0)
-        sae = SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0))
-        _, metrics = sae_training.pretrain_sae(sae, train, train, options, lambda row: None)
+        options = SAETraining(
+            steps=300, batch_tokens=128, learning_rate=3e-3, warmup_fraction=0.03,
+            dead_after_steps=20, aux_k=16, aux_weight=aux_weight, seed=0,
+        )  # fmt: skip
+        _, metrics = pretrain(train, train, options)
         return metrics["dead_fraction"]
 
     assert dead_fraction(0.0) > 0.5
@@ -150,11 +167,11 @@ def conversations(rng, lengths, turns):
 
 
 @pytest.mark.parametrize("tokens", [32, 64, 2048])
-def test_activations_are_those_of_each_turn_in_order(policy, monkeypatch, tokens):
+def test_activations_are_the_states_of_each_turn_in_order(policy, monkeypatch, tokens):
     monkeypatch.setattr(sae_training, "TOKENS_PER_BATCH", tokens)
     trunk = truncate(policy, 2)
     rows = conversations(np.random.default_rng(0), [40, 9, 17, 33], [5, 1, 17, 12])
-    activations = sae_training.collect_activations(trunk, rows, most=1000, seed=0)
+    activations = sae_training.collect_activations(trunk, rows, max_tokens=1000, seed=0)
     expected = [
         standardise(trunk.hidden(jnp.asarray([r.ids]), jnp.ones((1, len(r.ids)), bool)))[0]
         for r in rows
@@ -164,16 +181,16 @@ def test_activations_are_those_of_each_turn_in_order(policy, monkeypatch, tokens
     assert_close(activations.pooled_rd, [t[-1] for t in turns])
 
 
-@pytest.mark.parametrize(("most", "expected"), [(10, 10), (2, 4), (1000, 35)])
-def test_a_cap_drops_other_tokens_but_never_pooled_ones(policy, most, expected):
+@pytest.mark.parametrize(("max_tokens", "expected"), [(10, 10), (2, 4), (1000, 35)])
+def test_the_limit_never_drops_pooled_tokens(policy, max_tokens, expected):
     trunk = truncate(policy, 1)
     rows = conversations(np.random.default_rng(0), [40, 9, 17, 33], [5, 1, 17, 12])
-    everything = sae_training.collect_activations(trunk, rows, most=1000, seed=0)
-    capped = sae_training.collect_activations(trunk, rows, most=most, seed=0)
-    assert len(capped.x_nd) == expected and capped.pooled_n.sum() == 4
-    np.testing.assert_array_equal(capped.pooled_rd, everything.pooled_rd)
-    kept = {row.tobytes() for row in capped.x_nd}
-    assert kept <= {row.tobytes() for row in everything.x_nd} and len(kept) == expected
+    complete = sae_training.collect_activations(trunk, rows, max_tokens=1000, seed=0)
+    limited = sae_training.collect_activations(trunk, rows, max_tokens=max_tokens, seed=0)
+    assert len(limited.x_nd) == expected and limited.pooled_n.sum() == 4
+    np.testing.assert_array_equal(limited.pooled_rd, complete.pooled_rd)
+    kept = {row.tobytes() for row in limited.x_nd}
+    assert kept <= {row.tobytes() for row in complete.x_nd} and len(kept) == expected
 
 
 def test_a_fixed_share_of_a_minibatch_is_pooled():
@@ -185,7 +202,7 @@ def test_a_fixed_share_of_a_minibatch_is_pooled():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20, 50, 1000])
-def test_rates_of_the_schedule(steps):
+def test_learning_rates_of_the_schedule(steps):
     rates = [float(warmup_cosine(2.0, 0.03, steps)(step)) for step in range(steps)]
     warmup = round(0.03 * steps)
     if warmup < 2:
@@ -196,17 +213,14 @@ def test_rates_of_the_schedule(steps):
     np.testing.assert_allclose(rates[warmup:], 1 + np.cos(np.pi * done), atol=1e-6)
 
 
-def test_metrics_are_those_of_the_held_out_activations():
+def test_metrics_are_measured_on_the_held_out_activations():
     rng = np.random.default_rng(0)
     train = planted(1000, rng, rng.normal(size=(24, 32)))
-    other = planted(300, rng, rng.normal(size=(24, 32)))  # of another dictionary
-    options = dataclasses.replace(OPTIONS, steps=200)
-    sae, found = sae_training.pretrain_sae(
-        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, other, options, lambda r: 0
-    )
-    x_hat, _ = sae_training.reconstruct(sae, other.x_nd)
-    assert found["explained_variance"] == pytest.approx(
-        sae_training.explained_variance(other.x_nd, x_hat)
+    held_out = planted(300, rng, rng.normal(size=(24, 32)))  # of another dictionary
+    sae, metrics = pretrain(train, held_out, dataclasses.replace(OPTIONS, steps=200))
+    x_hat, _ = sae_training.reconstruct(sae, held_out.x_nd)
+    assert metrics["explained_variance"] == pytest.approx(
+        sae_training.explained_variance(held_out.x_nd, x_hat)
     )
 
 
@@ -220,15 +234,12 @@ def test_the_bias_starts_at_the_mean_of_the_pooled_tokens():
     np.testing.assert_allclose(new.pre_bias[...], x[pooled].mean(axis=0), rtol=1e-5)
 
 
-def test_the_decoders_gradient_is_that_across_its_rows(monkeypatch):
-    seen = []
+def test_pretraining_removes_the_parallel_component_of_the_gradient(monkeypatch):
+    calls = []
     original = sae_training.remove_parallel
     monkeypatch.setattr(
-        sae_training, "remove_parallel", lambda g, d: seen.append(1) or original(g, d)
+        sae_training, "remove_parallel", lambda g, d: calls.append(1) or original(g, d)
     )
     train = planted(200, np.random.default_rng(0), np.random.default_rng(1).normal(size=(24, 32)))
-    options = dataclasses.replace(OPTIONS, steps=2, batch_tokens=33)
-    sae_training.pretrain_sae(
-        SAE(SAEConfig(32, 48, 3), rngs=nnx.Rngs(0)), train, train, options, lambda r: 0
-    )
-    assert seen
+    pretrain(train, train, dataclasses.replace(OPTIONS, steps=2, batch_tokens=33))
+    assert calls

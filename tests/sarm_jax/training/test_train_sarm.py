@@ -1,3 +1,5 @@
+"""Training of a SARM: the trunk, the split of the pairs, and the numbers of the summary."""
+
 import dataclasses
 
 import chex
@@ -11,8 +13,8 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.reporting.statistics import wilson_interval
+from sarm_jax.training import train_sarm as training
 from sarm_jax.training.train_sarm import TrainSARMConfig
-from sarm_jax.training.train_sarm import train_sarm as training
 from tests.closeness import assert_close
 from tests.oracles import chatml_tokenizer
 
@@ -80,11 +82,11 @@ def test_the_assembled_sarm_shares_its_parts(policy):
 @pytest.mark.parametrize("make", [None, chatml_tokenizer])
 def test_the_turn_is_the_response_with_its_end(tokenizer, make):
     tokenizer = make() if make else tokenizer
-    row = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", 500)
+    row = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", max_length=500)
     text = tokenizer.decode(row.ids[-row.turn_length :])
     assert text.startswith("Very well, thanks.<|") and text.count("<|") == 1
-    short = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", 7)
-    bos = int(short.ids[0] == tokenizer.bos_token_id)  # which is no part of the turn
+    short = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", max_length=7)
+    bos = int(short.ids[0] == tokenizer.bos_token_id)  # not a part of the turn
     assert len(short.ids) == 7 and short.turn_length == 7 - bos
     assert short.ids[1:] == row.ids[-6:] or short.ids == row.ids[-7:]
 
@@ -96,9 +98,8 @@ def test_no_prompt_is_on_both_sides(tokenizer):
     train = {p["prompt"] for p, h in zip(pairs, data.held_out_p, strict=True) if not h}
     assert len(held_out) == 2 and len(train) == 6 and not held_out & train
     first = data.pairs_p2[0]
-    assert (
-        data.pairs_p2[-1][0] == first[0] and data.pairs_p2[-1][1] != first[1]
-    )  # one row, used twice
+    # The chosen responses of the first and the last pair are equal and share a row.
+    assert data.pairs_p2[-1][0] == first[0] and data.pairs_p2[-1][1] != first[1]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_no_prompt_is_on_both_sides(tokenizer):
         (tiny_pairs(2), "holds out 0 of 1 prompts"),
         (
             [{"prompt": "p", "chosen": "a", "rejected": "a"}],
-            "pair 1: chosen and rejected are equal",
+            "train_sarm.pairs_jsonl: pair 1: chosen and rejected are equal",
         ),
     ],
 )
@@ -117,11 +118,11 @@ def test_pairs_that_cannot_train_are_refused(tokenizer, pairs, message):
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2, 3])
-def test_the_summary_tells_what_the_reward_model_scores(policy, tokenizer, mode):
+def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
     before = jax.tree.map(np.array, nnx.state(policy))
     config = dataclasses.replace(SMALL, mode=mode, epochs=10 if mode == 0 else 1)
     pairs, log = tiny_pairs(), []
-    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append)
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs=pairs, log=log.append)
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(policy)))
 
     model = RewardModel(sarm, tokenizer, max_length=200)
@@ -143,48 +144,47 @@ def test_the_summary_tells_what_the_reward_model_scores(policy, tokenizer, mode)
     assert {row["stage"] for row in log} == {"sae", "preferences" if mode else "head"}
 
 
-def test_everything_follows_from_the_seed(policy, tokenizer):
+def test_training_is_deterministic_in_the_seed(policy, tokenizer):
     runs = [
-        training.train_sarm(SMALL, policy, tokenizer, tiny_pairs(), lambda row: None)[0]
+        training.train_sarm(SMALL, policy, tokenizer, pairs=tiny_pairs(), log=lambda row: None)[0]
         for _ in range(2)
     ]
     chex.assert_trees_all_equal(*(jax.tree.map(np.array, nnx.state(run)) for run in runs))
 
 
-def test_numbers_of_the_summary(policy, tokenizer):
+def test_accuracies_of_the_summary(policy, tokenizer):
     pairs = tiny_pairs()
-    sarm, summary = training.train_sarm(SMALL, policy, tokenizer, pairs, lambda r: None)
+    sarm, summary = training.train_sarm(SMALL, policy, tokenizer, pairs=pairs, log=lambda row: None)
     data = training.encode_pairs(tokenizer, pairs, SMALL)
     model = RewardModel(sarm, tokenizer, max_length=200)
     chosen, rejected = (
         model.score([p["prompt"] for p in pairs], [p[s] for p in pairs])[0]
         for s in ("chosen", "rejected")
     )
-    right, held = chosen > rejected, data.held_out_p
-    assert summary["accuracy_train"] == right[~held].mean()
+    right, held_out = chosen > rejected, data.held_out_p
+    assert summary["accuracy_train"] == right[~held_out].mean()
     for source in ("even", "odd"):
-        mine = held & np.array([p["source"] == source for p in pairs])
-        assert summary["accuracy_held_out_by_source"][source] == right[mine].mean()
-    prompts = len({p["prompt"] for p, h in zip(pairs, held, strict=True) if h})
-    assert summary["accuracy_held_out_95"] == wilson_interval(right[held].mean(), prompts)
+        selected = held_out & np.array([p["source"] == source for p in pairs])
+        assert summary["accuracy_held_out_by_source"][source] == right[selected].mean()
+    prompts = len({p["prompt"] for p, h in zip(pairs, held_out, strict=True) if h})
+    assert summary["accuracy_held_out_95"] == wilson_interval(right[held_out].mean(), prompts)
     lengths = [
         [len(model.encode(p["prompt"], p[s])) for s in ("chosen", "rejected")] for p in pairs
     ]
     longer = np.mean(
-        [(np.sign(c - r) + 1) / 2 for (c, r), h in zip(lengths, held, strict=True) if h]
+        [(np.sign(c - r) + 1) / 2 for (c, r), h in zip(lengths, held_out, strict=True) if h]
     )
     assert summary["length_only_accuracy_held_out"] == max(longer, 1 - longer)
 
 
-def test_by_source_of_the_held_out_pairs_alone():
-    rows = [training.Conversation([1] * (n + 2), 1) for n in range(8)]
+def test_accuracy_by_source_uses_held_out_pairs_only():
     data = training.PairSet(
-        rows,
-        np.array([[0, 1], [2, 3], [5, 4], [7, 6]]),
-        np.arange(4),
-        np.array([1, 1, 0, 0], bool),
-        ["a", "b", "a", "b"],
+        rows=[training.Conversation([1] * (n + 2), 1) for n in range(8)],
+        pairs_p2=np.array([[0, 1], [2, 3], [5, 4], [7, 6]]),
+        prompt_p=np.arange(4),
+        held_out_p=np.array([1, 1, 0, 0], bool),
+        source_p=["a", "b", "a", "b"],
     )
-    found = training.preference_summary(data, np.array([1, 0, 0, 1, 1, 0, 0, 1], np.float32))
-    assert found["accuracy_held_out_by_source"] == {"a": 1.0, "b": 0.0}
-    assert found["accuracy_train"] == 0.5 and found["length_only_accuracy_held_out"] == 1.0
+    summary = training.preference_summary(data, np.array([1, 0, 0, 1, 1, 0, 0, 1], np.float32))
+    assert summary["accuracy_held_out_by_source"] == {"a": 1.0, "b": 0.0}
+    assert summary["accuracy_train"] == 0.5 and summary["length_only_accuracy_held_out"] == 1.0

@@ -1,0 +1,39 @@
+"""Constants and helpers for the tiny models and runs of the fixtures in `conftest.py`."""
+
+import dataclasses
+
+from flax import nnx
+
+from configs import base
+from ppo.density_ratio import DiscriminatorConfig
+from ppo.options import guard_config, reward_config
+from ppo.reward import RewardConfig
+from ppo.tracking.guards import GuardConfig
+
+PROMPTS = [f"say {i}" for i in range(10)]
+HELD_OUT = [f"what about {i}" for i in range(6)]
+ACTIVE = (3, 4, 5, 8, 9, 13)  # features with z > 0; the latent KL of constant zeros is undefined
+DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
+
+
+def reward_options(**changes) -> RewardConfig:
+    """Returns the reward options of the base config, with the given fields changed."""
+    return dataclasses.replace(reward_config(base.get_config().reward), **changes)
+
+
+def guard_options(**changes) -> GuardConfig:
+    """Returns the guard options of the base config, with the given fields changed."""
+    return dataclasses.replace(guard_config(base.get_config().guards), **changes)
+
+
+REWARD = reward_options(
+    penalize_features=(3, 5), tau_values=(0.1, 0.2), alpha_values=(0.2, 0.1), beta=0.05
+)
+
+
+def scale_matrices(module: nnx.Module, factor: float = 10.0) -> nnx.Module:
+    """Scales the matrices of a fresh model up, so that attention and logits are not flat."""
+    for _, value in nnx.to_flat_state(nnx.state(module)):
+        if value[...].ndim >= 2 and value[...].shape[-2] > 3:
+            value[...] = value[...] * factor
+    return module
