@@ -61,7 +61,14 @@ test: lint types imports docs ## everything: lint, types, imports, docs, all tes
 	$(PYTEST) -n $(WORKERS) --dist=loadfile --max-worker-restart=0
 
 test-fast: $(VENV)/.dev ## a useful subset of the tests, under 90 s on 2 cores
-	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not browser and not gpu"
+	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not browser and not gpu" $(FAST)
+
+# Files, formulas, features, stages and pages: tests that compile little.
+FAST = tests/configs tests/docs tests/ppo/test_advantages.py tests/ppo/test_losses.py \
+  tests/ppo/test_logprobs.py tests/ppo/test_options.py tests/ppo/test_reward.py \
+  tests/ppo/tracking/test_guards.py tests/pipeline/test_provenance.py \
+  tests/pipeline/test_reference_flags.py tests/pipeline/test_stages.py \
+  tests/sarm_jax/features tests/sarm_jax/io tests/sarm_jax/reporting
 
 # Tests start the program in processes of their own, which import what others have compiled.
 PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
