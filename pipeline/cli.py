@@ -28,7 +28,6 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.secrets import refuse_secrets
 from sarm_jax.parallel.processes import Hosts
 
-VERSION = flags.DEFINE_bool("version", False, "print the version and exit")
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment: configs/*.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "results; default outputs/<name of the config>")
 LEVELS = ("debug", "info", "warning", "error")

@@ -3,6 +3,7 @@
     python main.py --config=configs/full_method.py [--stage=train] [--workdir=outputs/full_method]
                    [--config.ppo.total_steps=20 …] [--alpha_values=0.1,0.1 …] [--log_level=info]
                    [--coordinator_address=host:port --num_processes=2 --process_id=0]
+    python main.py --help | --version
 
 Exit codes: 0 done; 2 bad input, a full disk or no memory (one `error: …` line on stderr); 3
 training was stopped by a guard, or because numbers became non-finite; 130 and 143 interrupted,

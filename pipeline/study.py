@@ -1,7 +1,6 @@
 """Run `--stage=all` for the lab: every seed and condition of the study, then its page."""
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from pipeline.stage import Stage
 from ppo.tracking.guards import TrainingStoppedError
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.json_files import write_json
+from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
@@ -162,8 +161,7 @@ def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
     workdir.mkdir(exist_ok=True)
     LOG.info("condition %s", condition)
     run_stages(config, workdir, [stages.load("train")])
-    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
-    features = json.loads(selected.read_text(encoding="utf-8"))
+    summary, features = read_json(workdir / "summary.json"), read_json(selected)
     rows = read_evaluations(workdir)
     result = run_result(rows, load_reward_model(config), features, summary["seconds"])
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -1,1 +1,1 @@
-"""Samples responses one token at a time."""
+"""Sampling of responses, one token at a time."""

@@ -52,6 +52,7 @@ def test_runtime_requirements_have_no_test_tools():
     "options, code, last_line",
     [
         (["--version"], 0, "sarm-jax "),
+        (["--version=true", "--config=configs/demo.py"], 2, "Unknown command line flag 'version'"),
         (["--config=configs/full_method.py:x"], 2, "this config takes no argument"),
         (["--config=configs/ablations.py"], 2, "alpha_005, alpha_02, tau_2, tau_4"),
         (["--config=configs/demo.py", "--stage=identify"], 2, "--stage=prepare_data makes it"),
