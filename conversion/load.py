@@ -4,6 +4,7 @@ The model is built without weights and then filled parameter by parameter. Besid
 files, the host holds one stack of layers at a time, or on a mesh one device's shard of it.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,10 +20,13 @@ from conversion.safetensors_io import TensorFiles, contiguous
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.models.chat import end_of_turn_id, stop_ids
+from sarm_jax.models.chat_template import chat_template
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.sharding import ONE_DEVICE, Read
+
+LOG = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 Place = Callable[[str, Sequence[int], Any, Read], jax.Array]
@@ -83,7 +87,7 @@ def _open_sarm(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any]:
     files = verified_files(checkpoint)
     vocab_size = cast(SARMConfig, checkpoint.config).trunk.vocab_size
     tokenizer = load_hf_tokenizer(checkpoint.directory, vocab_size)
-    end_of_turn_id(tokenizer)  # every response is scored at this token; raises if there is none
+    chat_template(tokenizer)  # checks it: a response is scored at the end of its turn
     return checkpoint, files, tokenizer
 
 
@@ -172,20 +176,28 @@ def _reader(
 
 def _stop_ids(checkpoint: Checkpoint, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     """Collects the tokens that end a response, from the tokenizer and generation_config.json."""
-    # A base model has no chat template; encoding a conversation raises an error that explains it.
-    ids = set(stop_ids(tokenizer)) if tokenizer.chat_template else {tokenizer.eos_token_id}
     path, fields = checkpoint.directory / "generation_config.json", checkpoint.hf_config
     if path.is_file():
         fields = read_json(path)
     else:
         path = checkpoint.directory / "config.json"
     eos = fields.get("eos_token_id")
-    for token in eos if isinstance(eos, list) else [eos]:
+    listed = [token for token in (eos if isinstance(eos, list) else [eos]) if token is not None]
+    for token in listed:
         fits = isinstance(token, int) and not isinstance(token, bool)
-        if token is not None and not (fits and 0 <= token < vocab_size):
+        if not (fits and 0 <= token < vocab_size):
             raise InputError(f"{path}: eos_token_id={token!r}, expected ids below {vocab_size}")
-        ids.add(token)
-    return tuple(sorted(ids - {None}))
+    if not tokenizer.chat_template:  # a base model; encoding a prompt for it raises an error
+        return tuple(sorted({*listed, tokenizer.eos_token_id} - {None}))
+    chat_template(tokenizer).check_generation()
+    end = end_of_turn_id(tokenizer)
+    if path.name == "generation_config.json" and listed and end not in listed:
+        LOG.warning(
+            "%s: eos_token_id=%s does not list %d (%s), which ends a turn in the chat template; "
+            "responses end at either",
+            path, eos, end, chat_template(tokenizer).end_token,
+        )  # fmt: skip
+    return tuple(sorted({*listed, *stop_ids(tokenizer)}))
 
 
 def check_dtype(dtype: str) -> None:

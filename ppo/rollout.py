@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from ppo.learner import Learner
 from ppo.prompts import PromptDeck
+from sarm_jax.models.chat import decode
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.sampling.generate import Generation
 
@@ -84,5 +85,4 @@ class Sampler:
     def _decode(self, generation: Generation) -> list[str]:
         """Returns the texts of responses that are on the host, without special tokens."""
         pairs = zip(generation.tokens_br, generation.mask_br, strict=True)
-        rows = [tokens[mask] for tokens, mask in pairs]
-        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [decode(self.tokenizer, tokens[mask]) for tokens, mask in pairs]

@@ -112,7 +112,7 @@ class Trainer:
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
         self.scorer = Scorer(reward_model, config.reward, human.latent_indices if human else ())
         self.learner, fresh, self.base = Learner.attach(
-            config.ppo, config.lora, policy=policy, pad=pad_id(tokenizer)
+            config.ppo, config.lora, policy=policy, pad=pad_id(tokenizer, policy.stop_ids)
         )
         self.sampler = Sampler(self.learner, self.base, tokenizer)
         self.updater = Updater(self.learner)

@@ -1016,8 +1016,25 @@ TOKENIZER = [
     ),
     policy(
         "template without a special token",
-        template("{{ messages[0]['content'] }}"),
-        "closes an assistant turn with no special token",
+        template("{% for m in messages %}{{ m.role + m.content }}{% endfor %}"),
+        "does not close the assistant's turn",
+    ),
+    policy("template without the response", template("{{ messages[0].content }}"), "leaves out"),
+    policy(
+        "template without a generation prompt",
+        template("{% for m in messages %}{{ m.role + m.content }}<|eot_id|>{% endfor %}"),
+        "has no generation prompt",
+    ),
+    main(
+        "SARM whose template leaves the last turn open",
+        "--sarm_model={bad}",
+        "does not close the assistant's turn",
+        damage=content(
+            "sarm",
+            "chat_template.jinja",
+            "{% for m in messages %}{{ m.role + m.content }}"
+            "{% if not loop.last %}<|eot_id|>{% endif %}{% endfor %}",
+        ),
     ),
     policy(
         "more tokens than embeddings",

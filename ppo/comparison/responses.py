@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ppo.logprobs import token_logprobs
 from ppo.losses import response_kl
 from sarm_jax.io.errors import InputError
-from sarm_jax.models.chat import bucket_length, pad_batch, pad_id
+from sarm_jax.models.chat import bucket_length, decode, pad_batch, pad_id
 from sarm_jax.models.llama import Llama
 from sarm_jax.sampling.generate import Sampling, generate
 
@@ -119,7 +119,9 @@ def _respond_to_batch(
     """Samples responses to one batch of padded prompts, (tokens, mask)."""
     tokens_bt, mask_bt = prompts
     sampling = dataclasses.asdict(config.sampling)
-    out = generate(policy, tokens_bt, mask_bt, key=key, pad_id=pad_id(tokenizer), **sampling)
+    out = generate(
+        policy, tokens_bt, mask_bt, key=key, pad_id=pad_id(tokenizer, policy.stop_ids), **sampling
+    )
     kept_br, kl_b = np.asarray(out.mask_br), np.zeros(len(out.tokens_br), np.float32)
     if policy is not base:
         all_tokens_bt = jnp.concatenate([tokens_bt, out.tokens_br], axis=1)
@@ -137,7 +139,7 @@ def _respond_to_batch(
         kl_b = np.asarray(response_kl(logp_br, ref_logp_br, out.mask_br))
     rows = zip(np.asarray(out.tokens_br), kept_br, strict=True)
     return Responses(
-        texts=[tokenizer.decode(row_r[kept_r], skip_special_tokens=True) for row_r, kept_r in rows],
+        texts=[decode(tokenizer, row_r[kept_r]) for row_r, kept_r in rows],
         length_n=kept_br.sum(axis=1),
         ended_n=np.asarray(out.ended_b),
         kl_n=kl_b,

@@ -1,43 +1,38 @@
 """Encodes prompts and responses as token ids, through the tokenizer's own chat template.
 
 - There is exactly one BOS if the tokenizer uses one.
-- `date_string` is fixed, so that a score does not depend on the date.
 - A conversation is truncated on the left, so that the end-of-turn token is kept.
-- Text that a template writes after the end-of-turn token (ChatML's newline) is dropped, so that a
-  SARM pools the end-of-turn token itself.
-- Only the template makes special tokens. One that is spelled out in a prompt or a response is
-  encoded as text; otherwise a policy could end its turn and write another one.
+- Text that a template writes after the end-of-turn token (ChatML's newline, or the header of
+  another turn) is dropped, so that a SARM pools the end-of-turn token itself.
+- A special token that is spelled out in a prompt or a response is encoded as text.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import json
+import secrets
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from sarm_jax.io.errors import InputError
-
-DATE_STRING = "26 Jul 2024"  # the Llama-3.1 template's own default
-_MARGIN = "\u2003"  # white space around a mark, which a template may trim but does not write
-_MARK = re.compile(
-    f"({_MARGIN}?)(\ue000\\d\ue001)({_MARGIN}?)"
-)  # stands for content that is encoded separately
+from sarm_jax.models.chat_template import Piece, chat_template, special_tokens
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Encodes a user turn and the assistant header after it, which a policy continues."""
-    return _encode(tokenizer, [{"role": "user", "content": prompt}], generation=True)
+    return _encode(tokenizer, chat_template(tokenizer).prompt(prompt))
 
 
 def encode_conversation(
     tokenizer: Any, prompt: str, response: str, max_length: int = 4096
 ) -> list[int]:
     """Encodes a prompt and its response: at most `max_length` ids, the last one ends the turn."""
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    ids = _encode(tokenizer, turns, generation=False)
+    template = chat_template(tokenizer)
+    ids = _encode(tokenizer, template.exchange(prompt, response))
     end = end_of_turn_id(tokenizer)
-    ids = ids[: len(ids) - ids[::-1].index(end)]
+    ends = [n for n, token in enumerate(ids) if token == end]
+    ids = ids[: ends[-template.ends_after_response] + 1]  # the first one after the response
     if len(ids) > max_length:
         bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
         ids = bos + ids[len(ids) - max_length + len(bos) :]
@@ -48,39 +43,43 @@ def end_of_turn_id(tokenizer: Any) -> int:
     """Returns the special token that closes an assistant turn in the tokenizer's chat template.
 
     Raises:
-        InputError: there is no chat template, or it closes a turn without a special token.
+        InputError: there is no chat template, or it is not usable.
     """
-    return _end_of_turn_id(tokenizer, getattr(tokenizer, "chat_template", None))
-
-
-@lru_cache(maxsize=8)
-def _end_of_turn_id(tokenizer: Any, _template: Any) -> int:
-    """Finds `end_of_turn_id` once per template, because every conversation needs it."""
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    start = 1 if _adds_bos(tokenizer) else 0  # a BOS closes nothing
-    for token in reversed(_encode(tokenizer, turns, generation=False)[start:]):
-        if token in special:
-            return token
-    raise InputError("the tokenizer's chat template closes an assistant turn with no special token")
+    return tokenizer.convert_tokens_to_ids(chat_template(tokenizer).end_token)
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Returns the tokens that end a response: end of turn, and the tokenizer's own eos."""
+    """Returns the tokens that end a response: end of turn, and the tokenizer's own eos.
+
+    A policy stops at the tokens of its generation_config.json as well, see `Llama.stop_ids`.
+    """
     ids = {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any, stops: Sequence[int] | None = None) -> int:
     """Returns a token for padding that is not a stop token.
 
     Padding is recognised by its mask, so any other token will do.
+
+    Args:
+        tokenizer: the tokenizer.
+        stops: the stop tokens, such as a policy's; by default those of the tokenizer.
     """
-    stops = stop_ids(tokenizer)
+    stops = stop_ids(tokenizer) if stops is None else stops
     for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id):
         if candidate is not None and candidate not in stops:
             return candidate
     return next(i for i in range(len(stops) + 1) if i not in stops)
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Decodes what a policy wrote, without special tokens.
+
+    The text is never tidied: a tokenizer may ask for that (`clean_up_tokenization_spaces`), but the
+    policy wrote "x != y", and not "x!= y".
+    """
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def pad_batch(
@@ -120,32 +119,19 @@ def scored_length(length: int) -> int:
     return -(-bucket_length(length, parts=4) // 32) * 32
 
 
-def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> list[int]:
-    """Applies the chat template and encodes the result; `generation` adds the assistant header."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: use an "
-            "instruction-tuned model, or add chat_template to its tokenizer_config.json"
+def _encode(tokenizer: Any, pieces: Sequence[Piece]) -> list[int]:
+    """Encodes a rendered text as a whole; pieces that are content have no special tokens."""
+    special = special_tokens(tokenizer)
+    if not any(piece.is_content and special.search(piece.text) for piece in pieces):
+        text = "".join(piece.text for piece in pieces)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        core, renamed = _renamed_tokenizer(tokenizer)
+        text = "".join(
+            piece.text if piece.is_content else special.sub(lambda m: renamed[m[0]], piece.text)
+            for piece in pieces
         )
-    content_of_mark = {}
-    for number, turn in enumerate(turns):
-        if _special_tokens(tokenizer).search(turn["content"]):
-            mark = f"\ue000{number}\ue001"
-            content_of_mark[mark] = turn["content"]
-            turns[number] = turn | {"content": f"{_MARGIN}{mark}{_MARGIN}"}
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generation, date_string=DATE_STRING
-        )
-    except Exception as error:  # a template is a program and may fail in any way
-        raise InputError(
-            f"the chat template of {tokenizer.name_or_path!r} fails ({error}): "
-            "repair chat_template.jinja or tokenizer_config.json there"
-        ) from error
-    ids: list[int] = []
-    for piece, is_content in _pieces(text, content_of_mark):
-        options = {"split_special_tokens": True} if is_content else {}
-        ids += tokenizer(piece, add_special_tokens=False, **options)["input_ids"]
+        ids = core.encode(text, add_special_tokens=False).ids
     if _adds_bos(tokenizer):
         bos = tokenizer.bos_token_id
         start = next((n for n, token in enumerate(ids) if token != bos), len(ids))
@@ -153,28 +139,33 @@ def _encode(tokenizer: Any, turns: list[dict[str, str]], generation: bool) -> li
     return ids
 
 
-def _pieces(text: str, content_of_mark: dict[str, str]) -> Iterator[tuple[str, bool]]:
-    """Cuts the rendered text at its marks; yields (piece, True if it is content of a mark)."""
-    end = 0
-    for match in _MARK.finditer(text) if content_of_mark else ():
-        before, mark, after = match.groups()
-        content = content_of_mark[mark]
-        yield text[end : match.start()], False
-        # If the template has trimmed the margins, it would have trimmed the content as well.
-        yield content if before and after else content.strip(), True
-        end = match.end()
-    yield text[end:], False
+@lru_cache(maxsize=2)
+def _renamed_tokenizer(tokenizer: Any) -> tuple[Tokenizer, dict[str, str]]:
+    """Returns a copy of the tokenizer whose special tokens have new names, and these names.
 
-
-@lru_cache(maxsize=8)
-def _special_tokens(tokenizer: Any) -> re.Pattern:
-    """Builds a pattern for the texts of special tokens and for the first character of a mark."""
-    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
-    return re.compile("|".join(map(re.escape, [*tokens, "\ue000"])))
+    The copy encodes a spelled-out special token as any other text, in the middle of a text whose
+    own special tokens have the new names. They are random, so that no text contains them.
+    """
+    fields = json.loads(tokenizer.backend_tokenizer.to_str())
+    special = [token["content"] for token in fields["added_tokens"] if token["special"]]
+    special += [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    prefix = secrets.token_hex(8)
+    renamed = {name: f"\ue000{prefix}.{number}\ue001" for number, name in enumerate(special)}
+    for token in fields["added_tokens"]:
+        token["content"] = renamed.get(token["content"], token["content"])
+    model = fields["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed.get(name, name): i for name, i in model["vocab"].items()}
+    else:  # Unigram has pairs of a token and its score
+        model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+    fields |= {"truncation": None, "padding": None, "post_processor": None}
+    return Tokenizer.from_str(json.dumps(fields)), renamed
 
 
 @lru_cache(maxsize=8)
 def _adds_bos(tokenizer: Any) -> bool:
     """Returns True if the tokenizer starts a text with its BOS token."""
     bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][0] == bos
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

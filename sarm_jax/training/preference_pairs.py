@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.models.chat import bucket_length, encode_prompt, pad_batch, pad_id, stop_ids
+from sarm_jax.models.chat import bucket_length, decode, encode_prompt, pad_batch, pad_id
 from sarm_jax.models.llama import Llama
 from sarm_jax.reporting.statistics import count_wins
 from sarm_jax.sampling.generate import generate
@@ -148,7 +148,7 @@ def add_samples(
 ) -> None:
     """Samples `samples_per_prompt` answers per prompt and adds each as good or unfinished."""
     prompts = [encode_prompt(tokenizer, a.prompt) for a in answers] * config.samples_per_prompt
-    stops, pad = stop_ids(tokenizer), pad_id(tokenizer)
+    pad = pad_id(tokenizer, policy.stop_ids)
     key = jax.random.key(config.seed)
     length = bucket_length(max(map(len, prompts)))
     for batch, start in enumerate(range(0, len(prompts), SAMPLING_BATCH)):
@@ -162,13 +162,12 @@ def add_samples(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             key=jax.random.fold_in(key, batch),
-            stop_ids=stops,
             pad_id=pad,
         )
         tokens_br, mask_br, ended_b = map(np.asarray, (out.tokens_br, out.mask_br, out.ended_b))
         sampled = zip(tokens_br, mask_br, ended_b, strict=True)
         for row, (tokens_r, mask_r, ended) in zip(range(len(rows)), sampled, strict=False):
-            text = tokenizer.decode(tokens_r[mask_r], skip_special_tokens=True).strip()
+            text = decode(tokenizer, tokens_r[mask_r]).strip()
             answer = answers[(start + row) % len(answers)]
             complete = text.endswith(SENTENCE_ENDS)
             if ended and complete and len(text.split()) >= FEWEST_WORDS:

@@ -5,8 +5,9 @@ import json
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
-from conversion import load_policy, to_hf
-from sarm_jax.models.chat import encode_prompt, end_of_turn_id, stop_ids
+from conversion import load_policy, load_sarm, to_hf
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.chat import encode_prompt, end_of_turn_id, pad_id, stop_ids
 from tests import oracles
 
 
@@ -77,3 +78,34 @@ def test_the_end_of_turn_stops_if_eos_is_another_token(tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     oracles.save_tiny_llama(tmp_path / "hf", oracles.tiny_llama_config(), tokenizer)
     assert load_policy(tmp_path / "hf")[0].stop_ids == (257, 260)
+
+
+def test_a_generation_config_that_leaves_out_the_end_of_turn_is_mentioned(source, caplog):
+    load_policy(source)
+    assert not caplog.records
+    (source / "generation_config.json").write_text('{"eos_token_id": [257, 7]}')
+    policy, tokenizer = load_policy(source)
+    assert policy.stop_ids == (7, 257, 260)
+    assert "eos_token_id=[257, 7] does not list 260 (<|eot_id|>)" in caplog.text
+    assert pad_id(tokenizer, policy.stop_ids) not in policy.stop_ids
+    assert pad_id(tokenizer, range(262)) == 262  # all that there are
+
+
+def test_the_chat_template_is_checked_before_weights_are_loaded(source, tmp_path):
+    def place(*_):
+        raise AssertionError("a weight was loaded")
+
+    sarm = tmp_path / "sarm"
+    oracles.save_tiny_sarm(sarm, oracles.tiny_tokenizer())
+    no_header = "{% for m in messages %}{{ m.role + m.content }}<|eot_id|>{% endfor %}"
+    for folder, load, template, message in [
+        (source, load_policy, no_header, "has no generation prompt"),
+        (source, load_policy, "{{ messages[0].content }}<|eot_id|>", "leaves out the response"),
+        (sarm, load_sarm, "{{ messages[0].content }}<|eot_id|>", "leaves out the response"),
+    ]:
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+        with pytest.raises(InputError, match=message) as error:
+            load(folder, place=place)
+        assert str(folder) in str(error.value)

@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.models import chat
+from sarm_jax.models.chat_template import DATE_STRING
 from tests.oracles import chatml_tokenizer, tiny_tokenizer
 
 TOKENIZERS = {"llama3": tiny_tokenizer, "chatml": chatml_tokenizer}
@@ -29,7 +30,7 @@ def test_a_tokenizer_that_adds_bos_itself_does_not_double_it(tokenizer):
         [{"role": "user", "content": "hi"}],
         tokenize=False,
         add_generation_prompt=True,
-        date_string=chat.DATE_STRING,
+        date_string=DATE_STRING,
     )
     doubled = tokenizer(text)[
         "input_ids"
@@ -69,7 +70,7 @@ def test_special_tokens_that_are_spelled_out_are_text(any_tokenizer, space):
         rendered = any_tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
             tokenize=False,
-            date_string=chat.DATE_STRING,
+            date_string=DATE_STRING,
         )
         assert text.split() == rendered.split()
         start = chat.encode_prompt(any_tokenizer, prompt)
@@ -80,11 +81,10 @@ def test_the_template_decides_on_spaces_around_a_spelled_out_token():
     tokenizer = tiny_tokenizer()
     end = tokenizer.convert_ids_to_tokens(chat.end_of_turn_id(tokenizer))
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content.strip() }} /{{ m.role }}"
-        f"{end}{{% endfor %}}"
+        f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ m.content.strip() }}}}{end}{{% endfor %}}"
     )
     ids = chat.encode_conversation(tokenizer, f"hi{end}", f"{end} yo ")
-    written = f"user: hi{end} /user{end}assistant: {end} yo /assistant{end}"
+    written = f"user: hi{end}{end}assistant: {end} yo{end}"
     assert tokenizer.decode(ids) == f"{tokenizer.bos_token}{written}"
 
 
@@ -108,7 +108,7 @@ def test_truncation_is_on_the_left(tokenizer):
 
 def test_the_date_is_fixed(tokenizer):
     text = tokenizer.decode(chat.encode_prompt(tokenizer, "hi"))
-    assert chat.DATE_STRING in text
+    assert DATE_STRING in text
 
 
 def test_pad_is_never_a_stop_token(any_tokenizer):

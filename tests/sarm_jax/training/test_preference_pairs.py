@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import read_jsonl
@@ -95,6 +96,19 @@ def test_sampled_answers_that_ran_into_the_budget_are_rejected(policy, tokenizer
     texts = {pair["rejected"] for pair in pairs if pair["source"] == "unfinished"}
     assert len(texts) > 1  # every batch and row has its own random key
     assert {pair["chosen"] for pair in pairs} == {demo["response"] for demo in demos}
+
+
+def test_sampled_answers_end_at_every_stop_token_of_the_policy(policy, tokenizer):
+    """generation_config.json may list more of them than the tokenizer knows."""
+    stops = tuple(range(len(tokenizer)))
+    every_token_ends = nnx.clone(policy)
+    every_token_ends.stop_ids = stops
+    answers = [preference_pairs.Answers("p", [], [])]
+    config = PairsConfig("d", 20, max_new_tokens=6, temperature=1.0, seed=0)
+    preference_pairs.add_samples(config, every_token_ends, tokenizer=tokenizer, answers=answers)
+    assert not answers[0].unfinished  # all ended, with their first token
+    preference_pairs.add_samples(config, policy, tokenizer=tokenizer, answers=answers)
+    assert answers[0].unfinished
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,315 @@
+"""A tokenizer's chat template: renders exchanges, after a check of what the template does.
+
+A template is a program that comes with a model, so nothing about it is assumed. Before its first
+use it renders a few exchanges, which must show that
+
+- prompt and response stand in the text, whatever they say;
+- the response is followed by its end-of-turn token, and then by the same text every time;
+- the text does not depend on chance. The clock is fixed, so that a score does not depend on it;
+- for a policy: the prompt's text ends in the header with which an assistant turn begins.
+
+Only the template makes special tokens. One that is spelled out in a prompt or a response is text;
+otherwise a policy could end its turn and write another one. The template renders such content, and
+content that is empty, as a mark that is exchanged afterwards.
+"""
+
+import dataclasses
+import datetime
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any, NoReturn
+
+from sarm_jax.io.errors import InputError
+
+DATE_STRING = "26 Jul 2024"  # the Llama-3.1 template's own default
+# Replaces the function with which a template asks for the date or the time. It is in the template's
+# own language, since transformers passes no functions to a template.
+_NOW = datetime.datetime(2024, 7, 26, tzinfo=datetime.UTC)
+_CODES = [f"%{code}" for code in "-d -m -e -H -I -j -M -S".split()]
+_CODES += [f"%{code}" for code in "aAbBcCdDeFfgGhHIjklmMnprRStTuUVwWxXyYzZ"]
+_VALUES = {code: _NOW.strftime(code) for code in _CODES} | {"%s": f"{_NOW.timestamp():.0f}"}
+_REPLACEMENTS = "".join(f"|replace({code!r}, {value!r})" for code, value in _VALUES.items())
+_FIXED_CLOCK = (
+    f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACEMENTS}|replace('%%', '%') }}}}"
+    "{% endmacro +%}"  # the plus keeps a line break after it
+)
+_MARGIN = "\u2003"  # white space around a mark, which a template may trim but does not write
+_MARK = re.compile(f"({_MARGIN}?)\ue000(\\d)\ue001({_MARGIN}?)")  # stands for the n-th content
+_EMPTY_TAGS = re.compile(r"\s*(<(\w+)>(\s*</\2>)?)?\s*$")  # such as <think></think>, or <think>
+_SHOWN = 60  # characters of a rendered text in a message
+_ROLES = ("user", "assistant")
+_PROMPTS = ("Which fruit do lemurs like?", "Add 2 and 3.\n\nThen stop.")
+_RESPONSES = (
+    "Lemurs like figs.",
+    "5",
+    "1. two\n2. and three\n\n```python\nprint(2 + 3)\n```",
+    "Füße, 水, {braces}, [brackets], \"quotes\" and 'more' & so on. " * 20,
+)
+_REPETITIONS = 8  # of one exchange, whose text must not depend on chance
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of a rendered text; `is_content` marks text that has no special tokens."""
+
+    text: str
+    is_content: bool = False
+
+
+class ChatTemplate:
+    """A chat template that has been checked.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+
+    Attributes:
+        closing: the text after every response. It starts with the end of turn, after white space.
+        end_token: the special token that ends a turn.
+        ends_after_response: how often `closing` has that token.
+
+    Raises:
+        InputError: there is no template, it fails, or a score would depend on more than the text.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template: use an "
+                "instruction-tuned model, or add chat_template to its tokenizer_config.json"
+            )
+        self._tokenizer = tokenizer
+        own = tokenizer.chat_template
+        self._template = _FIXED_CLOCK + own if "strftime_now" in own else own
+        self._special = special_tokens(tokenizer)
+        self._as_parts = self._needs_parts()
+        text = self._apply((_PROMPTS[0], _RESPONSES[0]))
+        self._header, _, self.closing = text.rpartition(_RESPONSES[0])
+        self._before, self._between = self._split(self._header)
+        self.end_token = self._end_token()
+        tokens_after = [match[0] for match in self._special.finditer(self.closing)]
+        self.ends_after_response = tokens_after.count(self.end_token)
+        self._check_exchanges(text)
+
+    def exchange(self, prompt: str, response: str) -> list[Piece]:
+        """Renders a user turn and an assistant turn; the last piece ends in `closing`.
+
+        A template may treat some texts in its own way, such as dropping the thoughts of a response.
+        Such a response is put into the place of another one, because all of it is scored.
+
+        Raises:
+            InputError: the template fails.
+        """
+        pieces = self._render((prompt, response))
+        if self._fault_of_exchange(pieces, prompt, response):
+            pieces = self._render((prompt, response), all_marked=True)
+            if fault := self._fault_of_exchange(pieces, prompt, response):
+                self._refuse(fault)
+        return pieces
+
+    def prompt(self, prompt: str) -> list[Piece]:
+        """Renders a user turn and the header of the assistant turn, which a policy continues.
+
+        Raises:
+            InputError: the template fails.
+        """
+        pieces = self._render((prompt,), generation=True)
+        if self._fault_of_prompt(pieces, prompt):
+            pieces = self._render((prompt,), generation=True, all_marked=True)
+            if fault := self._fault_of_prompt(pieces, prompt):
+                self._refuse(fault)
+        return pieces
+
+    def check_generation(self) -> None:
+        """Checks that a policy which continues a rendered prompt writes an assistant turn.
+
+        Raises:
+            InputError: the rendered prompt does not end in the assistant's header.
+        """
+        prompt = self._apply(_PROMPTS[:1], generation=True)
+        # The header may have an empty block of thoughts, or the prompt the beginning of one.
+        if _EMPTY_TAGS.sub("", prompt) == _EMPTY_TAGS.sub("", self._header):
+            return
+        if prompt == self._apply(_PROMPTS[:1]):
+            self._refuse(
+                f"has no generation prompt: a policy would go on after {_shown(prompt)}, "
+                f"but an assistant turn begins with {_shown(self._header)}"
+            )
+        self._refuse(
+            f"ends a prompt with {_shown(prompt)}, but begins an assistant turn with "
+            f"{_shown(self._header)}"
+        )
+
+    @cached_property
+    def _around_prompt(self) -> tuple[str, str]:
+        """The text before every prompt, and after it: the end of its turn and a header."""
+        return self._split(self._apply(_PROMPTS[:1], generation=True))
+
+    def _split(self, text: str) -> tuple[str, str]:
+        """Splits a rendered text at the first of `_PROMPTS`."""
+        before, found, after = text.rpartition(_PROMPTS[0])
+        if not found:
+            self._refuse(f"leaves out the prompt {_PROMPTS[0]!r}: it writes {_shown(text)}")
+        return before, after
+
+    def _needs_parts(self) -> bool:
+        """Returns True if the template reads content as a list of parts, not as a text."""
+        outcomes: list[str | InputError] = []
+        for as_parts in (False, True):
+            self._as_parts = as_parts
+            try:
+                text = self._apply((_PROMPTS[0], _RESPONSES[0]))
+            except InputError as error:
+                outcomes.append(error)
+                continue
+            if _RESPONSES[0] in text:
+                return as_parts
+            outcomes.append(text)
+        first = outcomes[0]
+        if isinstance(first, InputError):
+            raise first
+        self._refuse(f"leaves out the response {_RESPONSES[0]!r}: it writes {_shown(first)}")
+
+    def _end_token(self) -> str:
+        """Returns the special token that `closing` begins with."""
+        if not self.closing.strip():
+            self._refuse("does not close the assistant's turn: nothing follows the response")
+        match = self._special.match(self.closing.lstrip())
+        if not match:
+            self._refuse(
+                f"closes the assistant's turn with {_shown(self.closing, start=True)}, "
+                "which does not begin with a special token"
+            )
+        return match[0]
+
+    def _check_exchanges(self, text: str) -> None:
+        """Checks that texts do not depend on chance, and that exchanges are rendered alike."""
+        for _ in range(_REPETITIONS):
+            again = self._apply((_PROMPTS[0], _RESPONSES[0]))
+            if again != text:
+                self._refuse(f"does not always write the same: {_shown(text)} and {_shown(again)}")
+        for prompt in _PROMPTS:
+            for response in _RESPONSES:
+                pieces = self._render((prompt, response))
+                if fault := self._fault_of_exchange(pieces, prompt, response):
+                    self._refuse(fault)
+
+    def _fault_of_exchange(self, pieces: Sequence[Piece], prompt: str, response: str) -> str:
+        """Describes what is wrong with a rendered exchange; empty if nothing is."""
+        text = "".join(piece.text for piece in pieces)
+        without_thoughts = _EMPTY_TAGS.sub("", self._between)
+        expected = [
+            self._before + prompt + between + response + self.closing
+            for between in (self._between, without_thoughts)
+        ]
+        if _any_alike(text, expected) and text.endswith(self.closing):
+            return ""
+        return (
+            f"does not write the prompt {_shown(prompt, start=True)} and the response "
+            f"{_shown(response, start=True)} followed by {self.closing!r}, as it does with others: "
+            f"it ends in {_shown(text)}"
+        )
+
+    def _fault_of_prompt(self, pieces: Sequence[Piece], prompt: str) -> str:
+        """Describes what is wrong with a rendered prompt; empty if nothing is."""
+        text = "".join(piece.text for piece in pieces)
+        before, after = self._around_prompt
+        if _any_alike(text, [before + prompt + after]) and text.endswith(after):
+            return ""
+        return (
+            f"does not write {after!r} after {_shown(prompt, start=True)}, as it does after other "
+            f"prompts: it ends in {_shown(text)}"
+        )
+
+    def _render(
+        self, contents: tuple[str, ...], generation: bool = False, all_marked: bool = False
+    ) -> list[Piece]:
+        """Renders turns; content that the template must not see is exchanged for a mark."""
+        marked = {
+            number
+            for number, content in enumerate(contents)
+            if all_marked
+            or not content.strip()
+            or "\ue000" in content
+            or self._special.search(content)
+        }
+        shown = [
+            f"{_MARGIN}\ue000{number}\ue001{_MARGIN}" if number in marked else content
+            for number, content in enumerate(contents)
+        ]
+        text = self._apply(shown, generation)
+        if not marked:
+            return [Piece(text)]
+        pieces, end = [], 0
+        for match in _MARK.finditer(text):
+            before, number, after = match[1], int(match[2]), match[3]
+            # If the template has trimmed a margin, it would have trimmed the content as well.
+            content = contents[number] if before else contents[number].lstrip()
+            content = content if after else content.rstrip()
+            pieces += [Piece(text[end : match.start()]), Piece(content, is_content=True)]
+            end = match.end()
+            marked.discard(number)
+        if marked:
+            left_out = contents[min(marked)]
+            self._refuse(f"leaves out {_shown(left_out, start=True)}: it writes {_shown(text)}")
+        return [*pieces, Piece(text[end:])]
+
+    def _apply(self, contents: Sequence[str], generation: bool = False) -> str:
+        """Runs the template on a user turn and, with a second content, an assistant turn."""
+        turns = [
+            {
+                "role": role,
+                "content": [{"type": "text", "text": content}] if self._as_parts else content,
+            }
+            for role, content in zip(_ROLES, contents, strict=False)
+        ]
+        try:
+            return self._tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=generation,
+                date_string=DATE_STRING,
+                chat_template=self._template,
+            )
+        except Exception as error:  # a template is a program and may fail in any way
+            raise InputError(
+                f"the chat template of {self._tokenizer.name_or_path!r} fails ({error}): "
+                "repair chat_template.jinja or tokenizer_config.json there"
+            ) from error
+
+    def _refuse(self, fault: str) -> NoReturn:
+        raise InputError(f"the chat template of {self._tokenizer.name_or_path!r} {fault}")
+
+
+def chat_template(tokenizer: Any) -> ChatTemplate:
+    """Returns the tokenizer's chat template; it is checked once.
+
+    Raises:
+        InputError: as `ChatTemplate` does.
+    """
+    return _chat_template(tokenizer, getattr(tokenizer, "chat_template", None))
+
+
+@lru_cache(maxsize=8)
+def _chat_template(tokenizer: Any, _template: Any) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
+
+
+@lru_cache(maxsize=8)
+def special_tokens(tokenizer: Any) -> re.Pattern:
+    """Builds a pattern for the texts of the tokenizer's special tokens, the longest first."""
+    tokens = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    alternatives = map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))
+    return re.compile("|".join(alternatives) or r"(?!)")  # without any, it matches nothing
+
+
+def _any_alike(text: str, expected: Sequence[str]) -> bool:
+    """Returns True if a text is one of those that are expected, apart from white space."""
+    return "".join(text.split()) in ["".join(other.split()) for other in expected]
+
+
+def _shown(text: str, start: bool = False) -> str:
+    """Returns the start or the end of a text for a message."""
+    if len(text) <= _SHOWN:
+        return repr(text)
+    return f"{text[:_SHOWN]!r}…" if start else f"…{text[-_SHOWN:]!r}"
