@@ -1,15 +1,11 @@
-"""README and the documentation: what they point at exists, and their commands are accepted."""
+"""README and the documentation: what they point at exists."""
 
 import importlib
 import re
-import shlex
 from functools import reduce
-from pathlib import Path
 
 import pytest
-from absl.testing import flagsaver
 
-from pipeline import cli
 from tests.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,13 +18,6 @@ TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page 
 GENERATED = ("docs/reference/options.md", "docs/reference/stages.md")  # when the site is built
 ROOMS = "benchmarks configs conversion docs pipeline ppo sarm_jax tests".split()
 EXAMPLES = ("configs/mine.py", "pipeline/stages/NAME.py")  # files that a reader is to write
-FIRST_PAGES = ("README.md", "docs/quickstart.md")
-
-
-def blocks(text: str) -> list[str]:
-    """Returns the lines of the shell blocks of a page, continued lines joined."""
-    found = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    return [line.strip() for block in found for line in block.replace("\\\n", " ").splitlines()]
 
 
 def test_readme_is_short_and_has_no_records():
@@ -80,21 +69,5 @@ def test_make_targets_exist(page):
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@pytest.mark.parametrize("page", FIRST_PAGES)
-def test_commands_of_the_first_pages_are_accepted(page, tmp_path, monkeypatch):
-    """Each `python main.py …` has a config that exists and options that it takes."""
-    monkeypatch.chdir(ROOT)
-    mine = (ROOT / "configs" / "smollm2.py").read_text(encoding="utf-8")
-    (tmp_path / "mine.py").write_text(mine)
-    commands = [line for line in blocks(TEXTS[page]) if line.startswith("python main.py --config")]
-    for command in commands:
-        words = shlex.split(command, comments=True)[1:]
-        words = [word.replace("configs/mine.py", str(tmp_path / "mine.py")) for word in words]
-        monkeypatch.setattr("sys.argv", words)  # where ml_collections looks for overrides
-        with flagsaver.flagsaver():
-            cli.parse(words)
-
-
-def test_the_first_pages_have_commands():
-    assert all(blocks(TEXTS[page]) for page in FIRST_PAGES)
-    assert Path(ROOT / "LICENSE").exists()
+def test_the_licence_is_there():
+    assert (ROOT / "LICENSE").exists()

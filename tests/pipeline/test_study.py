@@ -17,6 +17,7 @@ from sarm_jax.lab.gates import LIMITS
 from sarm_jax.lab.page import write_study
 from tests.closeness import assert_close
 from tests.command import run_main
+from tests.documented_commands import lines_of, main_options
 
 pytestmark = pytest.mark.slow
 
@@ -34,13 +35,12 @@ def study(tmp_path_factory):
     """A study that stopped at its gates and then went on; (what runs it again, the directory)."""
     workdir = tmp_path_factory.mktemp("study")
 
-    def call(*options: str) -> int:
+    def call(*options: str, command: str = "demo") -> int:
         given = [f"--config.{option}" for option in (*MINIATURE, *options)]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gates, "PAIRS", 200)
             patch.setattr(gates, "RESPONSES", 300)
-            config, stage = "--config=configs/demo.py", "--stage=all"
-            return run_main(config, stage, f"--workdir={workdir}", *given)
+            return run_main(*main_options(command), f"--workdir={workdir}", *given)
 
     # So little training does not make a good reward model: a gate fails, and says so.
     assert call() == 2
@@ -131,6 +131,23 @@ def test_a_finished_run_of_other_options_is_not_passed_off(study):
     content = json.loads((workdir / "lab.json").read_text())
     assert "ppo.learning_rate was 0.002 and is now 0.001" in content["stopped"]["7"]
     assert content["conditions"] == {}
+
+
+def test_the_commands_of_the_first_pages(study, tmp_path):
+    """`make study` has more seeds and conditions than `make demo`; the report compares two runs."""
+    call, workdir = study
+    options = main_options("study")
+    assert [o for o in options if o.startswith(("--config=", "--stage"))] == main_options("demo")
+    conditions = next(o for o in options if "lab.conditions=" in o).partition("=")[2]
+    assert len(parse_conditions(conditions)) == 6
+    assert call(f"lab.conditions={conditions}", command="study") == 0
+    content = json.loads((workdir / "lab.json").read_text())
+    assert set(content["conditions"]) == set(parse_conditions(conditions))
+    (line,) = (line for line in lines_of("docs/quickstart.md") if "report.runs=" in line)
+    line = line.replace("outputs/demo/seed_0", str(workdir / "seed_7"))
+    words = line.replace("outputs/compared", str(tmp_path / "compared")).split()
+    assert run_main(*words[2:]) == 0
+    assert (tmp_path / "compared" / "report.html").exists()
 
 
 def test_bad_studies_are_refused(study, capsys):
