@@ -13,6 +13,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from sarm_jax.reporting.spread import ROUNDING
+
 
 def token_rewards(
     reward_b: jax.Array, kl_br: jax.Array, mask_br: jax.Array, kl_coef: float
@@ -63,7 +65,13 @@ def masked_mean(x_br: jax.Array, mask_br: jax.Array) -> jax.Array:
 
 
 def whiten(x_br: jax.Array, mask_br: jax.Array) -> jax.Array:
-    """Returns (x − μ) / √(σ² + 1e-8), with μ and σ over the mask of the whole batch; 0 outside."""
+    """Returns (x − μ) / √(σ² + 1e-8), with μ and σ over the mask of the whole batch; 0 outside.
+
+    If all x are equal up to rounding, the result is 0.
+    """
     mean = masked_mean(x_br, mask_br)
     variance = masked_mean(jnp.square(x_br - mean), mask_br)
-    return jnp.where(mask_br, (x_br - mean) * jax.lax.rsqrt(variance + 1e-8), 0.0)
+    low, high = x_br.min(where=mask_br, initial=jnp.inf), x_br.max(where=mask_br, initial=-jnp.inf)
+    constant = high - low <= ROUNDING * jnp.maximum(-low, high)
+    whitened_br = (x_br - mean) * jax.lax.rsqrt(variance + 1e-8)
+    return jnp.where(mask_br & ~constant, whitened_br, 0.0)

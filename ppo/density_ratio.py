@@ -23,6 +23,7 @@ from flax import nnx, struct
 from jax.typing import ArrayLike
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.reporting.spread import ROUNDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +172,13 @@ class DensityRatio:
 def _deviations(z_ns: jax.Array) -> jax.Array:
     """Returns the standard deviation σ of each latent, by which it is divided, `[S]`.
 
-    A latent that is the same in all human responses has no σ. It gets the root mean square of the
-    others' σ: divided by almost 0, a policy response in which it fires would outweigh all others.
+    A latent that is the same in all human responses, up to rounding, has no σ. It gets the root
+    mean square of the others' σ: divided by almost 0, a policy response in which it fires would
+    outweigh all others.
     """
     variance_s = z_ns.var(axis=0)
-    varied_s = z_ns.max(axis=0) > z_ns.min(axis=0)  # equal values may have a rounded variance
+    # Equal values may have a rounded variance.
+    varied_s = jnp.ptp(z_ns, axis=0) > ROUNDING * jnp.abs(z_ns).max(axis=0)
     mean = jnp.where(varied_s, variance_s, 0).sum() / jnp.maximum(varied_s.sum(), 1)
     typical = jnp.where(mean > 0, jnp.sqrt(mean), 1.0)
     return jnp.where(varied_s, jnp.sqrt(variance_s) + 1e-6, typical)

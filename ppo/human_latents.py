@@ -16,6 +16,7 @@ from ppo.reward import RewardConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.spread import is_constant
 
 LOG = logging.getLogger(__name__)
 
@@ -155,7 +156,7 @@ def human_buffer(reward: RewardConfig, path: str, latent_size: int) -> HumanLate
             f"reward.human_latents={path}: holds one response, reward.beta needs several"
         )
     human = human.select(reward.latent_indices) if reward.latent_indices else human
-    constant = int((human.z_ns == human.z_ns[0]).all(axis=0).sum())
+    constant = int(is_constant(human.z_ns, axis=0).sum())
     if constant:
         LOG.warning(
             "%d of the %d latents that reward.beta compares are the same in all human responses",

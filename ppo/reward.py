@@ -33,6 +33,7 @@ from sarm_jax.features.penalties import (
 )
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.sarm import Intervention, intervention
+from sarm_jax.reporting.spread import standard_deviation
 
 CLAMP_VALUES = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
 
@@ -210,9 +211,10 @@ class ScoreScale:
         """Estimates μ from clamped and σ from unclamped scores of the same responses.
 
         Raises:
-            InputError: the scores are constant or not finite, so that nothing can be learned.
+            InputError: the scores are equal up to rounding or not finite, so that nothing can be
+                learned.
         """
-        std = float(np.std(unclamped_b))
+        std = standard_deviation(unclamped_b)
         if not (np.isfinite(std) and std > 0):
             raise InputError(
                 f"the reward model's scores on {len(score_b)} reference responses have a standard "

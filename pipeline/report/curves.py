@@ -17,7 +17,7 @@ from pipeline.report.pictures import (
     smooth,
 )
 from pipeline.report.runs import Run, ends
-from sarm_jax.reporting.plotting import by_step
+from sarm_jax.reporting.plotting import by_step, spread_of_axis
 
 MAX_PENALTIES = 5  # lines of penalties in a figure; more are drawn as a sum of the smallest
 LOG_2 = float(np.log(2))
@@ -60,7 +60,9 @@ def _limits(terms_of_runs: Sequence[dict[str, np.ndarray]]) -> tuple[float, floa
     """Returns a range of the y axis that holds all values."""
     values = np.concatenate([values_t for own in terms_of_runs for values_t in own.values()])
     finite = values[np.isfinite(values)]
-    margin = 0.05 * (np.ptp(finite) or 1.0)
+    if not len(finite):
+        return -1.0, 1.0
+    margin = 0.05 * spread_of_axis(finite)
     return float(finite.min() - margin), float(finite.max() + margin)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from sarm_jax.models.latent_store import Latents, feature_blocks
+from sarm_jax.reporting.spread import ROUNDING
 
 
 def principal_plane(latents: Latents) -> tuple[np.ndarray, list[float]]:
@@ -21,10 +22,13 @@ def principal_plane(latents: Latents) -> tuple[np.ndarray, list[float]]:
         has coordinates and share 0.
     """
     count = len(latents)
-    gram_nn = np.zeros((count, count))
+    gram_nn, size = np.zeros((count, count)), 0.0
     for _, z_nb in _active_blocks(latents):
         centred_nb = z_nb - z_nb.mean(axis=0)
         gram_nn += centred_nb @ centred_nb.T
+        size += float(np.square(z_nb).sum())
+    if np.trace(gram_nn) <= ROUNDING**2 * size:  # equal latents, of which rounding is left
+        gram_nn[...] = 0
     value_n, vector_nn = np.linalg.eigh(gram_nn)
     value_k = np.maximum(value_n[::-1][:2], 0)
     xy_nk = vector_nn[:, ::-1][:, :2] * np.sqrt(value_k)

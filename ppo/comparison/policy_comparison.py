@@ -22,6 +22,7 @@ from ppo.comparison.responses import Responses
 from sarm_jax.evaluation.controls import Controls, apply_controls, penalties
 from sarm_jax.models.latent_store import Latents
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.spread import standard_deviation
 from sarm_jax.reporting.statistics import Interval
 
 BASE, HUMAN = "base", "human"
@@ -94,7 +95,7 @@ def compare(
     score_n, latents = model.store([t[1] for t in texts], [t[2] for t in texts], "scores")
     weight_f = np.asarray(model.model.score[...], np.float32)
     z_nc = latents.columns(controls.features)
-    score_std = float(score_n[:count].std())
+    score_std = standard_deviation(score_n[:count])
     scores = {}
     for number, name in enumerate(responses):
         rows = slice(number * count, (number + 1) * count)

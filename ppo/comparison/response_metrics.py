@@ -6,6 +6,7 @@ prompt stay together. All policies use the same bootstrap samples, so that diffe
 
 import numpy as np
 
+from sarm_jax.reporting.spread import is_constant
 from sarm_jax.reporting.statistics import Interval
 
 
@@ -45,11 +46,11 @@ def bootstrap_correlation(
 
 
 def correlations(x_rn: np.ndarray, y_rn: np.ndarray) -> np.ndarray:
-    """Returns Pearson's r of every row, NaN if x or y is constant in the row."""
+    """Returns Pearson's r of every row, NaN if x or y is constant in the row up to rounding."""
     dx_rn = x_rn - x_rn.mean(axis=-1, keepdims=True)
     dy_rn = y_rn - y_rn.mean(axis=-1, keepdims=True)
     spread_r = np.sqrt((dx_rn**2).sum(-1) * (dy_rn**2).sum(-1))
-    constant_r = (np.ptp(x_rn, axis=-1) == 0) | (np.ptp(y_rn, axis=-1) == 0)
+    constant_r = is_constant(x_rn, axis=-1) | is_constant(y_rn, axis=-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(constant_r, np.nan, (dx_rn * dy_rn).sum(-1) / spread_r)
 

@@ -24,6 +24,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
+from sarm_jax.reporting.spread import standard_deviation
 
 PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
 
@@ -81,7 +82,7 @@ def score_variants(
         plain_b=plain_b,
         z_bn=z_bn,
         weight_f=np.asarray(model.model.score[...], np.float32),
-        score_std=float(plain_b.std()),
+        score_std=standard_deviation(plain_b),
     )
     return ScoredVariants(variants, controls.features, z_bn)
 
@@ -135,7 +136,7 @@ def penalties(
         z_bn[:, columns],
         tau_values=controls.tau_values,
         alpha_values=controls.alpha_values,
-        scale=unit_scale(controls.unit, score_std),
+        scale=unit_scale(controls.unit, score_std) if columns else np.float32(1),
     )
     cap = cap_in_score(controls.penalty_cap, score_std)
     return penalty_bj, capped(penalty_bj.sum(axis=1), cap)

@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from scipy import stats
 
 from sarm_jax.evaluation.rm_bench import LEVELS
-from sarm_jax.reporting.plotting import png, theme
+from sarm_jax.reporting.plotting import png, spread_of_axis, theme
+from sarm_jax.reporting.spread import is_constant
 
 BEFORE, AFTER = "#0072B2", "#D55E00"  # by Okabe and Ito, distinct for colour-blind readers
 VARIANTS = {"plain": BEFORE, "controlled": AFTER, "penalised": "#009E73"}
@@ -29,7 +30,7 @@ def before_after(name: str, answer_set: Mapping[str, Any]) -> bytes:
     with theme(dark=False):
         figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
         everything = np.concatenate([scores["before"], scores["after"]])
-        margin = 0.1 * (np.ptp(everything) or 1.0)
+        margin = 0.1 * spread_of_axis(everything)
         grid_x = np.linspace(everything.min() - margin, everything.max() + margin, 512)
         _draw_density(
             axes, grid_x, values=scores["before"], label="before", colour=BEFORE, style="-"
@@ -54,7 +55,7 @@ def _draw_density(
     style: str,
 ) -> None:
     """Draws a kernel density estimate, or a line if all values are equal, with the values below."""
-    if np.ptp(values) > 0:
+    if not is_constant(values):
         density_x = stats.gaussian_kde(values)(grid_x)
         axes.plot(grid_x, density_x, style, color=colour, linewidth=2, label=label)
         axes.fill_between(grid_x, density_x, color=colour, alpha=0.15, linewidth=0)

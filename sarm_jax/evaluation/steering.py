@@ -180,7 +180,8 @@ def evaluate_steering(
     check_steering(config, answers, controls)
     answers = choose_answers(config, answers)
     prompts, responses = [a.prompt for a in answers], [a.response for a in answers]
-    scored = score_variants(model, prompts, responses, controls=controls)
+    unpenalised = dataclasses.replace(controls, penalize_features=())  # no penalty is reported
+    scored = score_variants(model, prompts, responses, controls=unpenalised)
     before_b = np.asarray(scored.variants[PLAIN], np.float64)
     after_b = np.asarray(scored.variants[CONTROLLED], np.float64)
     sets: dict[str, dict[str, Any]] = {}

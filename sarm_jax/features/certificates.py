@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.reporting.spread import ROUNDING
 from sarm_jax.reporting.statistics import mean_interval
 
 CANDIDATES_PER_CONTROL = 5  # size of the pool of nearest features, for each control drawn from it
@@ -109,10 +110,14 @@ def certify(
         row["effect"] = mean_interval(own_q)
         if others:
             others_n = np.mean([np.abs(effects[i]) for i in others], axis=0)
-            excess_q = by_prompt(np.abs(effects[feature]) - others_n)
+            own_n = np.abs(effects[feature])
+            excess_n = own_n - others_n
+            # Equal effects differ by rounding alone, all of them perhaps in the same direction.
+            excess_n[np.abs(excess_n) <= ROUNDING * own_n] = 0
+            excess_q = by_prompt(excess_n)
             row["excess"] = mean_interval(excess_q)
             row["control_effects"] = [float(by_prompt(effects[i]).mean()) for i in others]
-            own = by_prompt(np.abs(effects[feature])).mean()
+            own = by_prompt(own_n).mean() * (1 + ROUNDING)
             sizes = [by_prompt(np.abs(effects[i])).mean() for i in others]
             row["controls_above"] = sum(bool(size > own) for size in sizes)
             row["p_effect"] = sign_flip(own_q, config, two_sided=True) if signed else None

@@ -442,6 +442,9 @@ def _neighbours(
 ) -> list[dict[str, list[dict[str, float]]]]:
     """Finds the features with the most similar decoder rows, which a policy may turn to instead."""
     decoder_fd = np.asarray(sae.decoder[...], np.float32)
+    # By a power of two, so that no square overflows or vanishes and no digit changes.
+    exponent_f1 = np.frexp(np.abs(decoder_fd).max(axis=1, keepdims=True))[1]
+    decoder_fd = np.ldexp(decoder_fd, -exponent_f1)
     decoder_fd = decoder_fd / np.maximum(np.linalg.norm(decoder_fd, axis=1, keepdims=True), 1e-12)
     neighbours = []
     for i in ids:

@@ -11,9 +11,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sarm_jax.io.errors import InputError
+
 
 def unit_scale(unit: str, score_std: float) -> np.float32:
-    """Returns the size of one unit of α in the reward model's units: σ for "sd", else 1."""
+    """Returns the size of one unit of α in the reward model's units: σ for "sd", else 1.
+
+    Raises:
+        InputError: the unit is "sd", and all scores are equal, so that σ is 0.
+    """
+    if unit == "sd" and score_std == 0:
+        raise InputError(
+            "reward.unit='sd': the scores are all equal, so that they have no standard deviation "
+            "in which reward.alpha_values could be measured; use reward.unit='score'"
+        )
     return np.float32(score_std if unit == "sd" else 1.0)
 
 

@@ -19,6 +19,7 @@ from sarm_jax.io.json_files import read_json
 from sarm_jax.lab import world
 from sarm_jax.models.chat import encode_conversation
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.spread import is_constant
 from sarm_jax.reporting.statistics import count_wins
 from sarm_jax.training.sae_training import Conversation, collect_activations
 
@@ -125,7 +126,12 @@ def require_gates(path: Path, ignore_failed: bool) -> None:
 def linear_probe_r2(
     fit_nd: np.ndarray, fit_n: np.ndarray, test_nd: np.ndarray, test_n: np.ndarray
 ) -> float:
-    """Fits least squares with an intercept to the fit rows; returns R² on the test rows."""
+    """Fits least squares with an intercept to the fit rows; returns R² on the test rows.
+
+    R² is 0 if all test values are equal, because there is nothing to explain.
+    """
+    if is_constant(test_n):
+        return 0.0
 
     def with_intercept(x_nd):
         return np.concatenate([x_nd, np.ones((len(x_nd), 1))], axis=1)

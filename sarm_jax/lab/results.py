@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.lab import world
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.reporting.spread import standard_deviation
 
 SAMPLES = 6  # responses shown before and after training
 
@@ -85,11 +87,27 @@ def _score(
     gold = [world.gold_reward(row["prompt"], row["response"], row["ended"]) for row in evaluations]
     return _Scores(
         step_b=step_b,
-        score_b=(score_b - score_b[start_b].mean()) / score_b[start_b].std(),
+        score_b=in_deviations_of(score_b, start_b),
         gold_b=np.asarray(gold),
         fired_bn=z_bn > np.asarray(features["tau_detectors"], np.float32),
         counts=[world.count_words(row["prompt"], row["response"]) for row in evaluations],
     )
+
+
+def in_deviations_of(score_b: np.ndarray, reference_b: np.ndarray) -> np.ndarray:
+    """Standardises scores `[B]` by mean and deviation of those that `reference_b` `[B]` marks.
+
+    Raises:
+        InputError: the marked scores are all equal.
+    """
+    reference = score_b[reference_b]
+    deviation = standard_deviation(reference)
+    if deviation == 0:
+        raise InputError(
+            f"the SARM's scores of the {len(reference)} responses before training are all equal: "
+            "they give no scale"
+        )
+    return (score_b - reference.mean()) / deviation
 
 
 def _point(

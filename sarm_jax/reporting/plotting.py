@@ -6,12 +6,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from sarm_jax.reporting.spread import is_constant
 
 
 @contextmanager
@@ -26,6 +29,17 @@ def theme(dark: bool) -> Iterator[None]:
     style |= {f"{name}.facecolor": background for name in background_keys}
     with plt.rc_context(style):
         yield
+
+
+def spread_of_axis(values: np.ndarray) -> float:
+    """Returns the range of the values that an axis shows, or their size if they are all equal.
+
+    Values that are equal up to rounding would otherwise be magnified until the rounding fills the
+    axis. The range of values that are all 0 is 1.
+    """
+    if is_constant(values):
+        return float(np.abs(values).max()) or 1.0
+    return float(np.ptp(values))
 
 
 def by_step(axes: Axes, **labels: Any) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from sarm_jax.reporting.spread import is_constant
+
 
 class Interval(TypedDict):
     """A mean with an interval; `low` and `high` are None if the spread cannot be estimated."""
@@ -48,7 +50,7 @@ def stratified_interval(
         return {"mean": mean, "low": None, "high": None}
     parts = [w * w * x.var(ddof=1) / len(x) for w, x in zip(weights, values, strict=True)]
     variance = sum(parts)
-    if variance == 0:
+    if all(map(is_constant, values)):
         return {"mean": mean, "low": mean, "high": mean}
     freedom = variance**2 / sum(p * p / (len(x) - 1) for p, x in zip(parts, values, strict=True))
     half = float(stats.t.ppf((1 + confidence) / 2, freedom) * np.sqrt(variance))

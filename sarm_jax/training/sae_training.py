@@ -31,10 +31,12 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import pad_batch, scored_length
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
 from sarm_jax.parallel.compilation import compile_programs
+from sarm_jax.reporting.spread import is_constant
 
 Log = Callable[[dict[str, Any]], None]
 TOKENS_PER_BATCH = 2048  # in one forward pass of the trunk
@@ -156,7 +158,7 @@ def _sample_tokens(turn_lengths, max_tokens, rng):
 
 def pretrain_sae(
     sae: SAE, train: Activations, held_out: Activations, options: SAETraining, log: Log
-) -> tuple[SAE, dict[str, float]]:
+) -> tuple[SAE, dict[str, float | None]]:
     """Trains a copy of an SAE.
 
     Args:
@@ -210,7 +212,16 @@ def sample_batches(
 
 
 def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
-    """Makes a float32 SAE of the shape of `sae`, initialised as the module describes."""
+    """Makes a float32 SAE of the shape of `sae`, initialised as the module describes.
+
+    Raises:
+        InputError: the activations are all equal, so that there is nothing to reconstruct.
+    """
+    if is_constant(train.x_nd, axis=0).all():
+        raise InputError(
+            f"the states of the {len(train.x_nd)} tokens that the SAE would learn from are all "
+            "equal (is the model trained?)"
+        )
     graphdef, state = nnx.split(sae)
     new = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.array(p, jnp.float32), state))
     directions_fd = rng.standard_normal(new.decoder.shape, np.float32)
@@ -309,12 +320,12 @@ def warmup_cosine(peak: float, warmup_fraction: float, steps: int) -> optax.Sche
     return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 
-def sae_metrics(sae: SAE, activations: Activations) -> dict[str, float]:
+def sae_metrics(sae: SAE, activations: Activations) -> dict[str, float | None]:
     """Measures an SAE on activations.
 
     Returns:
-        `explained_variance` of all tokens, `explained_variance_pooled` of the pooled tokens, and
-        `l0`, the mean number of kept latents of a token that are not 0.
+        `explained_variance` of all tokens, `explained_variance_pooled` of the pooled tokens (None
+        if it is undefined), and `l0`, the mean number of kept latents of a token that are not 0.
     """
     x_hat_nd, l0 = reconstruct(sae, activations.x_nd)
     pooled_n = activations.pooled_n
@@ -325,8 +336,13 @@ def sae_metrics(sae: SAE, activations: Activations) -> dict[str, float]:
     }
 
 
-def explained_variance(x_nd: np.ndarray, x_hat_nd: np.ndarray) -> float:
-    """Computes 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²; 0 is as good as the mean of the rows."""
+def explained_variance(x_nd: np.ndarray, x_hat_nd: np.ndarray) -> float | None:
+    """Computes 1 − Σ‖x − x̂‖² / Σ‖x − mean(x)‖²; 0 is as good as the mean of the rows.
+
+    It is undefined, None, if the rows are equal up to rounding.
+    """
+    if is_constant(x_nd, axis=0).all():
+        return None
     unexplained = np.square(x_nd - x_hat_nd, dtype=np.float64).sum()
     total = np.square(x_nd - x_nd.mean(axis=0), dtype=np.float64).sum()
     return float(1 - unexplained / total)

@@ -202,7 +202,7 @@ def train_sarm(
         options=config.sae_training(),
         log=log,
     )
-    LOG.info("SAE: %s", {name: round(value, 4) for name, value in metrics.items()})
+    LOG.info("SAE: %s", {name: value and round(value, 4) for name, value in metrics.items()})
     pretrained = time.perf_counter()
     summary: dict[str, Any] = {"sae": metrics}
 
