@@ -24,6 +24,7 @@ from sarm_jax.models.chat_template import chat_template
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.parallel.finite import describe, first_not_finite, is_finite
 from sarm_jax.parallel.sharding import ONE_DEVICE, Read
 
 LOG = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def load_policy(
 
     Raises:
         InputError: the files are wrong. They are checked before any weight is loaded, and the
-            message lists all problems.
+            message lists all problems. Or a tensor is not finite, which is checked afterwards.
     """
     check_dtype(dtype)
     checkpoint, files, tokenizer, stops = _open_policy(src)
@@ -137,7 +138,7 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
 def _fill(
     checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place | None
 ) -> Llama | SARM:
-    """Builds the model of a checkpoint and loads its parameters one by one."""
+    """Builds the model of a checkpoint, loads its parameters one by one and checks their values."""
     place = ONE_DEVICE.load if place is None else place
     specs: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in checkpoint.specs():
@@ -149,7 +150,31 @@ def _fill(
         read = _reader(checkpoint, files, specs=specs[path], dtype=variable.dtype)
         array = place(".".join(path), variable.shape, variable.dtype, read)
         filled.append((keys, variable.replace(array)))
+    arrays = ((".".join(map(str, keys)), variable[...]) for keys, variable in filled)
+    bad = first_not_finite(arrays)
+    if bad is not None:
+        raise InputError(
+            _describe_not_finite(checkpoint, files, specs[tuple(bad.split("."))], dtype)
+        )
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _describe_not_finite(
+    checkpoint: Checkpoint, files: TensorFiles, specs: list[TensorSpec], dtype: str
+) -> str:
+    """Names the first tensor of a parameter, as stored, that is not finite in `dtype`."""
+    for spec in specs:
+        name = checkpoint.stored_name(spec)
+        stored = files.read(name)
+        source = f"{checkpoint.directory / files.shard(name)}: {name}"
+        if not is_finite(stored):
+            return f"{source}: {describe(stored)}, expected finite numbers"
+        with np.errstate(over="ignore"):
+            loaded = stored.astype(dtype)
+        if not is_finite(loaded):
+            largest = np.abs(stored.astype(np.float64)).max()
+            return f"{source}: {largest:.3g} is too large for dtype={dtype}"
+    return f"{checkpoint.directory}: {'.'.join(specs[0].path)} is not finite on its devices"
 
 
 def _reader(
@@ -160,6 +185,7 @@ def _reader(
     `specs` are the parameter's tensors: a single one, or one per layer.
     """
 
+    @np.errstate(over="ignore")  # what overflows is found when all parameters are checked
     def read(region: tuple[slice, ...]) -> np.ndarray:
         if specs[0].layer is None:
             array = checkpoint.read(files, specs[0], region)

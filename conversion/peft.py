@@ -24,6 +24,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig, LoRAParam, add_lora
+from sarm_jax.parallel.finite import require_finite
 
 CONFIG, WEIGHTS, VALUE_HEAD = (
     "adapter_config.json",
@@ -74,7 +75,8 @@ def save_adapter(
         replace: exchange an existing directory for the new one.
 
     Raises:
-        InputError: `dst` exists and `replace` is false, or it cannot be written.
+        InputError: `dst` exists and `replace` is false, or it cannot be written; or a number is not
+            finite.
     """
     state = dict(nnx.to_flat_state(nnx.state(policy, LoRAParam)))
     targets = _targets(tensor_specs(policy), lora_config)
@@ -86,12 +88,13 @@ def save_adapter(
             stack = state[(*spec.path[:-1], "lora", factor)]
             array = np.asarray(stack[spec.layer], np.float32).T
             tensors[_peft_name(spec, factor)] = np.asarray(array, order="C")
+    heads = {name: np.asarray(a, order="C") for name, a in (value_head or {}).items()}
+    require_finite(tensors | heads, dst)
     with atomic_directory(dst, replace) as directory:
         save_file(tensors, directory / WEIGHTS, metadata=METADATA)
         write_hf_json(directory / CONFIG, _config_dict(lora_config, base_model))
         if value_head is not None:
-            arrays = {name: np.asarray(a, order="C") for name, a in value_head.items()}
-            save_file(arrays, directory / VALUE_HEAD, metadata=METADATA)
+            save_file(heads, directory / VALUE_HEAD, metadata=METADATA)
         if tokenizer is not None:
             save_tokenizer(tokenizer, directory)
 
@@ -121,8 +124,9 @@ def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
     """Reads the adapter of a PEFT directory and checks it against the tensors of the base model.
 
     Raises:
-        InputError: tensors are missing, unexpected or of another shape, or a field of the config is
-            not supported; the message lists them.
+        InputError: tensors are missing, unexpected, not finite or of another shape, or a field of
+            the config is not supported; the message lists them. Or the value head beside the
+            adapter is not finite.
     """
     src = Path(src)
     require_contained(src)
@@ -147,8 +151,14 @@ def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
     problems += [f"{name}: unexpected tensor" for name in sorted(unmatched)]
     report(src / WEIGHTS, problems)
 
+    if (src / VALUE_HEAD).is_file():
+        head = TensorFiles(src, single=VALUE_HEAD)
+        require_finite({name: head.read(name) for name in head.names()}, src / VALUE_HEAD)
+
     def read(name: str) -> np.ndarray:
-        return files.read(name).astype(np.float32).T
+        array = files.read(name).astype(np.float32)
+        require_finite({name: array}, src / WEIGHTS)
+        return array.T
 
     return Adapter(config, {spec: (read(a), read(b)) for spec, (a, b) in factors.items()})
 

@@ -21,6 +21,7 @@ from conversion.problems import report
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import sync_to_disk
 from sarm_jax.io.json_files import read_json
+from sarm_jax.parallel.finite import require_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -165,11 +166,16 @@ class TensorWriter:
         self._thread.shutdown()
 
     def add(self, name: str, array: np.ndarray) -> None:
-        """Adds a tensor, and writes a shard if enough tensors are waiting."""
+        """Adds a tensor, and writes a shard if enough tensors are waiting.
+
+        Raises:
+            InputError: the tensor is not finite.
+        """
         if name in self._names:
             raise ValueError(f"tensor {name} was added twice")
         self._names.add(name)
         self._waiting[name] = contiguous(array)  # save_file ignores strides
+        require_finite({name: self._waiting[name]}, "the model")
         self._waiting_bytes += array.nbytes
         self.total_bytes += array.nbytes
         if self._waiting_bytes >= self.shard_bytes:

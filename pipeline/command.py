@@ -19,9 +19,8 @@ from ml_collections import ConfigDict
 
 from pipeline import cli
 from pipeline import stage as stages
-from ppo.tracking.guards import TrainingStoppedError
 from sarm_jax.io import secrets
-from sarm_jax.io.errors import InputError, out_of_memory
+from sarm_jax.io.errors import InputError, TrainingStoppedError, out_of_memory
 from sarm_jax.io.files import disk_is_full
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.signals import exit_after_cleanup, on_signal

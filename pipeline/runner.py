@@ -17,8 +17,7 @@ from pipeline import stage as stages
 from pipeline.experiments import runs_of, with_runs
 from pipeline.provenance import Provenance, Records, check_claim, claim_workdir, provenance
 from pipeline.stage import Stage
-from ppo.tracking.guards import TrainingStoppedError
-from sarm_jax.io.errors import InputError
+from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.parallel.compilation import kept_programs
 
 LOG = logging.getLogger(__name__)

@@ -16,9 +16,8 @@ from pipeline.models import load_reward_model
 from pipeline.preflight import check
 from pipeline.runner import run_stages
 from pipeline.stage import Stage
-from ppo.tracking.guards import TrainingStoppedError
 from ppo.tracking.metrics import read_evaluations
-from sarm_jax.io.errors import InputError
+from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact

@@ -23,6 +23,7 @@ from flax import nnx, struct
 from jax.typing import ArrayLike
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.parallel.finite import first_not_finite
 from sarm_jax.reporting.spread import ROUNDING
 
 
@@ -93,12 +94,20 @@ class DensityRatio:
     Args:
         config: size and training of the discriminator.
         z_ns: the buffer of human latents, `[N, S]`.
+
+    Raises:
+        InputError: their mean or deviation is not finite in float32.
     """
 
     def __init__(self, config: DiscriminatorConfig, z_ns: ArrayLike):
         self.config = config
         z_ns = jnp.asarray(z_ns, jnp.float32)
         mean_s, deviation_s = z_ns.mean(axis=0), _deviations(z_ns)
+        if first_not_finite([("mean", mean_s), ("deviation", deviation_s)]):
+            largest = float(jnp.abs(z_ns).max())
+            raise InputError(
+                f"reward.human_latents: latents up to {largest:.3g} are too large to be compared"
+            )
         # An argument of the programs below: as a constant it would be compiled into each of them.
         self._human = HumanBuffer((z_ns - mean_s) / deviation_s, mean_s, deviation_s)
         self._bound = float(np.log(len(z_ns)))

@@ -16,6 +16,7 @@ from ppo.reward import RewardConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel.finite import require_finite
 from sarm_jax.reporting.spread import is_constant
 
 LOG = logging.getLogger(__name__)
@@ -68,8 +69,9 @@ def collect_human_latents(
 
 
 def save_human_latents(path: str | Path, human: HumanLatents) -> None:
-    """Writes the file under a temporary name, then renames it."""
+    """Writes the file under a temporary name, then renames it; refuses latents not finite."""
     indices = np.asarray(human.latent_indices, np.int32)
+    require_finite({"z": human.z_ns}, path)
     with replacing(path, "wb") as file:
         file.write(save({"z": np.ascontiguousarray(human.z_ns), "latent_indices": indices}))
 
@@ -105,20 +107,21 @@ def load_human_latents(path: str | Path) -> HumanLatents:
         )
     z_ns, indices = tensors["z"], tensors["latent_indices"]
     _check_tensors(path, z_ns, indices)
-    return HumanLatents(z_ns.astype(np.float32), tuple(int(i) for i in indices))
+    with np.errstate(over="ignore"):  # of float64
+        z_ns = z_ns.astype(np.float32)
+    require_finite({"z": z_ns}, f"reward.human_latents={path}")
+    return HumanLatents(z_ns, tuple(int(i) for i in indices))
 
 
 def _check_tensors(path: Path, z_ns: np.ndarray, indices: np.ndarray) -> None:
-    """Raises InputError unless the tensors are finite latents of distinct features."""
+    """Raises InputError unless the tensors are latents of distinct features."""
     if z_ns.ndim != 2 or indices.ndim != 1 or z_ns.shape[1] != len(indices) or not z_ns.size:
         raise InputError(
             f"reward.human_latents={path}: z has shape {z_ns.shape} for {indices.shape} "
             "latent_indices"
         )
-    if not np.issubdtype(z_ns.dtype, np.floating) or not np.isfinite(z_ns).all():
-        raise InputError(
-            f"reward.human_latents={path}: z must hold finite floats, found {z_ns.dtype}"
-        )
+    if not np.issubdtype(z_ns.dtype, np.floating):
+        raise InputError(f"reward.human_latents={path}: z must hold floats, found {z_ns.dtype}")
     if not np.issubdtype(indices.dtype, np.integer) or len(set(indices.tolist())) < len(indices):
         raise InputError(
             f"reward.human_latents={path}: latent_indices must be distinct integers, found "

@@ -96,9 +96,10 @@ def prepare_lab(options: LabConfig, workdir: Path) -> None:
     LOG.info("a world and its models, for %s", workdir)
     shutil.rmtree(workdir / "pretrained", ignore_errors=True)  # left by a call that did not finish
     data = make_data(options)
+    # First, because training may diverge, and then nothing is written.
+    pretrained, policy, tokenizer, _ = make_models(options, data)
     for field in dataclasses.fields(data):
         write_jsonl(workdir / "data" / f"{field.name}.jsonl", getattr(data, field.name))
-    pretrained, policy, tokenizer, _ = make_models(options, data)
     save_policy(workdir / "pretrained", pretrained, tokenizer)
     save_policy(workdir / "policy", policy, tokenizer)
     LOG.info("the lab's data and models are in %s", workdir)

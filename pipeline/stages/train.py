@@ -22,11 +22,10 @@ from ppo.human_latents import HumanLatents, human_buffer
 from ppo.options import train_config
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.tracking.checkpoint import newest_facts
-from ppo.tracking.guards import TrainingStoppedError
 from ppo.tracking.metrics import check_log
 from ppo.tracking.profiling import ProfileConfig
 from ppo.train import TrainConfig, Trainer
-from sarm_jax.io.errors import InputError
+from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir
 from sarm_jax.lab.gates import require_gates
 from sarm_jax.models.llama import Llama

@@ -12,14 +12,10 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from sarm_jax.io.errors import InputError
+from sarm_jax.io.errors import InputError, TrainingStoppedError
 
 LOG = logging.getLogger(__name__)
 Row = Mapping[str, float]
-
-
-class TrainingStoppedError(RuntimeError):
-    """Training stopped before its last step. The checkpoints are kept."""
 
 
 class NonFiniteError(TrainingStoppedError):

@@ -24,6 +24,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
+from sarm_jax.parallel.finite import require_finite
 from sarm_jax.reporting.spread import standard_deviation
 
 PLAIN, CONTROLLED, PENALISED = "plain", "controlled", "penalised"
@@ -103,6 +104,9 @@ def apply_controls(
         z_bn: latents of `controls.features`.
         weight_f: weights w of the linear head.
         score_std: the standard deviation that the unit "sd" and the cap refer to.
+
+    Raises:
+        InputError: a score is not finite.
     """
     variants = {PLAIN: plain_b}
     controlled_b = plain_b
@@ -115,6 +119,7 @@ def apply_controls(
         variants[CONTROLLED] = controlled_b
     if controls.penalize_features:
         variants[PENALISED] = controlled_b - penalties(controls, z_bn, score_std)[1]
+    require_finite(variants, "scores under clamps, steering and penalties")
     return variants
 
 

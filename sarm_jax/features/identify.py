@@ -51,6 +51,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.latent_store import Contrast
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAE
+from sarm_jax.parallel.finite import require_finite
 
 NEIGHBOURS = 5
 DETECTOR_FOLDS = 5  # of the prompts, for the detectors' held-out rates
@@ -247,7 +248,11 @@ def verbose_features(
 def _scores(
     config: IdentifyConfig, statistics: ContrastStatistics, weight_f: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Computes the scores of all features, float32 `[M]`, and s by source `[S, M]`."""
+    """Computes the scores of all features, float32 `[M]`, and s by source `[S, M]`.
+
+    Raises:
+        InputError: a score is not finite.
+    """
     by_source_sf = _by_source(statistics)
     pooled_f = _pooled(statistics)
     scores = {
@@ -258,7 +263,9 @@ def _scores(
         "false_discovery_rate": statistics.q_f,
         "differential_by_source": by_source_sf,
     }
-    return {name: values.astype(np.float32) for name, values in scores.items()}
+    scores = {name: values.astype(np.float32) for name, values in scores.items()}
+    require_finite(scores, "scores of the features")
+    return scores
 
 
 def _selected(

@@ -32,6 +32,7 @@ from sarm_jax.reporting.statistics import Interval, mean_interval
 
 MODES = ("pairs", "bestofn")
 LARGEST = float(np.finfo(np.float32).max)
+LARGEST_CHANGE = 1e30  # of a reward; sums over the rows of a file stay finite in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,20 @@ class ProbeConfig:
         high = np.inf if self.max_value is None else self.max_value
         return np.clip(z_bn, np.float32(low), np.float32(high)) - z_bn
 
+    def effects(self, weight_n: np.ndarray, z_bn: np.ndarray) -> np.ndarray:
+        """Computes w (z' − z), the changes of the reward `[B, n]` float32.
+
+        Raises:
+            InputError: a change is too large for the sums and differences of it in float32.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            delta_bn = weight_n * self.change(z_bn)
+        if not np.abs(delta_bn).max(initial=0) <= LARGEST_CHANGE:
+            values = {name: getattr(self, name) for name in ("set_value", "min_value", "max_value")}
+            named = " ".join(f"probe.{name}={x}" for name, x in values.items() if x is not None)
+            raise InputError(f"{named}: changes a reward by more than {LARGEST_CHANGE:.3g}")
+        return delta_bn
+
     def select(self, score_c: np.ndarray) -> int:
         """Returns the index of the candidate of rank `rank` among scores `[C]`."""
         return int(np.argsort(-score_c, kind="stable")[self.rank - 1])
@@ -129,7 +144,7 @@ def probe(
     weight_f = np.asarray(model.model.score[...], np.float32)
     weight_n = weight_f[list(config.features)]
     z_bn = latents.columns(config.features)
-    delta_bn = weight_n * config.change(z_bn)
+    delta_bn = config.effects(weight_n, z_bn)
     probes = []
     for feature, weight, delta_b in zip(config.features, weight_n, delta_bn.T, strict=True):
         if config.mode == "pairs":
@@ -201,7 +216,7 @@ def _certificates(
         rate_f[ids], mean_f[ids] = (z_nb > 0).mean(axis=0), z_nb.mean(axis=0)
     controls = matched_controls(config.features, rate_f, mean_f, config=config.certificate)
     changed = sorted({*config.features, *(i for drawn in controls.values() for i in drawn)})
-    delta_nb = weight_f[changed] * config.change(latents.columns(changed))
+    delta_nb = config.effects(weight_f[changed], latents.columns(changed))
     effects = {
         i: _row_effects(config, groups, score_b=score_b, delta_b=delta_b)
         for i, delta_b in zip(changed, delta_nb.T, strict=True)

@@ -1,4 +1,4 @@
-"""The exception for bad input, as one line that can be shown, and the signs of memory errors."""
+"""The exceptions for bad input and for training that stopped, and the signs of memory errors."""
 
 # How CUDA and its libraries report that GPU memory outside JAX's own pool is used up.
 CUDA_MEMORY_ERRORS = ("CUDA_ERROR_OUT_OF_MEMORY", "STATUS_ALLOC_FAILED")
@@ -16,6 +16,10 @@ class InputError(ValueError):
 
     def __init__(self, message: object):
         super().__init__(printable(str(message)))
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training stopped before its last step. The last good result is kept; the exit code is 3."""
 
 
 def out_of_memory(error: BaseException) -> bool:

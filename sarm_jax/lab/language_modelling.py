@@ -18,8 +18,11 @@ from tqdm import tqdm
 
 from sarm_jax.models.chat import bucket_length, pad_batch
 from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.training.divergence import check_loss, check_weights
 from sarm_jax.training.sae_training import warmup_cosine
 
+RATE = "lab.pretraining_learning_rate or lab.tuning_learning_rate"
+LARGEST_LOSS = 10.0  # in losses of a model for which all tokens are equally likely
 STEPS_PER_CALL = 20  # minibatches on the device at a time
 
 
@@ -82,6 +85,9 @@ def train_language_model(
 
     Returns:
         (the trained copy, the mean loss of the last `STEPS_PER_CALL` minibatches).
+
+    Raises:
+        DivergedError: training diverged.
     """
     length = bucket_length(max(len(row.ids) for row in rows), smallest=8)
     tokens_nt, mask_nt = pad_batch([row.ids for row in rows], length, 0)
@@ -96,25 +102,30 @@ def train_language_model(
     params = jax.tree.map(jnp.copy, params)  # because `_steps` donates its arguments
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(options.seed)
-    bar = tqdm(total=options.steps, desc="language model", unit="step")
     loss = float("nan")
-    for start in range(0, options.steps, STEPS_PER_CALL):
-        steps = min(STEPS_PER_CALL, options.steps - start)
-        n_sb = rng.integers(len(rows), size=(steps, options.batch_size))
-        batches = (tokens_nt[n_sb], mask_nt[n_sb], weights_nt[n_sb])
-        params, opt_state, loss_s = _steps(
-            graphdef,
-            optimizer,
-            tap_layer=options.tap_layer,
-            params=params,
-            opt_state=opt_state,
-            batches=batches,
-        )
-        loss = float(loss_s.mean())
-        bar.update(steps)
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-    bar.close()
-    return nnx.merge(graphdef, params), loss
+    with tqdm(total=options.steps, desc="language model", unit="step") as bar:
+        for start in range(0, options.steps, STEPS_PER_CALL):
+            steps = min(STEPS_PER_CALL, options.steps - start)
+            n_sb = rng.integers(len(rows), size=(steps, options.batch_size))
+            batches = (tokens_nt[n_sb], mask_nt[n_sb], weights_nt[n_sb])
+            params, opt_state, loss_s = _steps(
+                graphdef,
+                optimizer,
+                tap_layer=options.tap_layer,
+                params=params,
+                opt_state=opt_state,
+                batches=batches,
+            )
+            loss = float(loss_s.mean())
+            check_loss(loss, "the language model's loss", RATE)
+            bar.update(steps)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    terms = 2 if options.tap_layer else 1
+    chance = terms * float(np.log(policy.config.vocab_size))
+    check_loss(loss, "the language model's loss", RATE, LARGEST_LOSS * chance)
+    trained = nnx.merge(graphdef, params)
+    check_weights(trained, RATE)
+    return trained, loss
 
 
 @partial(

@@ -98,14 +98,14 @@ def in_deviations_of(score_b: np.ndarray, reference_b: np.ndarray) -> np.ndarray
     """Standardises scores `[B]` by mean and deviation of those that `reference_b` `[B]` marks.
 
     Raises:
-        InputError: the marked scores are all equal.
+        InputError: the marked scores are all equal or not finite.
     """
     reference = score_b[reference_b]
     deviation = standard_deviation(reference)
-    if deviation == 0:
+    if not 0 < deviation < np.inf:
         raise InputError(
-            f"the SARM's scores of the {len(reference)} responses before training are all equal: "
-            "they give no scale"
+            f"the SARM's scores of the {len(reference)} responses before training are all equal or "
+            "not finite: they give no scale"
         )
     return (score_b - reference.mean()) / deviation
 

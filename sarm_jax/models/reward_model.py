@@ -20,6 +20,7 @@ from sarm_jax.models.chat import encode_conversation, pad_batch, pad_id, scored_
 from sarm_jax.models.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.models.sarm import SARM, Intervention, intervention
 from sarm_jax.parallel.compilation import compile_programs
+from sarm_jax.parallel.finite import require_finite
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.parallel.sharding import Placement
 
@@ -135,6 +136,9 @@ class RewardModel:
 
         Returns:
             (scores `[N]`, latents), in the given order.
+
+        Raises:
+            InputError: a score or a latent is not finite.
         """
         encoded = [tuple(self.encode(p, r)) for p, r in zip(prompts, responses, strict=True)]
         number = {row: n for n, row in enumerate(dict.fromkeys(encoded))}
@@ -148,6 +152,7 @@ class RewardModel:
                 score_n[batch] = scores[: len(batch)]
                 kept_nk[batch], index_nk[batch] = kept[: len(batch)], indices[: len(batch)]
                 bar.update(len(batch))
+        require_finite({"scores": score_n, "latents": kept_nk}, f"the SARM, {label}")
         score_n, kept_nk, index_nk = score_n[number_n], kept_nk[number_n], index_nk[number_n]
         if sae.use_topk:
             return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)

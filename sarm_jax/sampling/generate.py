@@ -16,6 +16,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.packing import Packing
+from sarm_jax.parallel.finite import first_not_finite
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.sampling.decoding import compiler_options, decode, next_logits, prefill
 from sarm_jax.sampling.fused_layers import fuse_layers
@@ -89,7 +90,8 @@ def generate(
         pad_id: the token after the end of a response.
 
     Raises:
-        InputError: an option is out of range, or the key is missing.
+        InputError: an option is out of range, or the key is missing; or the policy's logits are not
+            finite.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
@@ -104,7 +106,7 @@ def generate(
     stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
     graphdef, state = nnx.split(policy)
     run = _compiled(compiler_options(policy.platform, len(tokens_bt) // policy.placement.parts))
-    return run(
+    generation = run(
         graphdef,
         state,
         tokens_bt=tokens_bt,
@@ -114,6 +116,9 @@ def generate(
         stops=stops,
         pad=pad_id,
     )
+    if first_not_finite([("log-probabilities", generation.logp_br)]):
+        raise InputError("the policy's logits are not finite: nothing can be sampled from them")
+    return generation
 
 
 @cache

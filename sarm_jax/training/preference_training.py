@@ -16,6 +16,7 @@ Deliberate deviation: the head, which starts at 0, has its own learning rate.
 """
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -31,9 +32,15 @@ from tqdm import tqdm
 from sarm_jax.models.chat import bucket_length, pad_batch
 from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
 from sarm_jax.models.sarm import SARM, last_position
+from sarm_jax.training.divergence import check_loss
 from sarm_jax.training.sae_training import Conversation, Log, warmup_cosine
 
 T = TypeVar("T", bound=nnx.Module)
+HEAD_RATE = "train_sarm.head_learning_rate"
+RATES = f"train_sarm.learning_rate or {HEAD_RATE}"
+# Equal scores have a Bradley-Terry loss of 0.69, and a reconstruction by 0 has a loss of 1.
+LARGEST_LOSS = 10.0
+LAST_STEPS = 20  # of which the mean loss is compared with it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +101,9 @@ def train_head(
 
     Returns:
         Head weights `[M]`.
+
+    Raises:
+        DivergedError: training diverged.
     """
     values_rk, indices_rk = sparse_latents(sae, pooled_rd)
     rng = np.random.default_rng(options.seed)
@@ -112,7 +122,9 @@ def train_head(
     losses, accuracies = (np.asarray(m).reshape(options.epochs, -1).mean(1) for m in metrics)
     for epoch, (loss, acc) in enumerate(zip(losses, accuracies, strict=True), 1):
         row = {"step": epoch * per_epoch, "loss": float(loss), "accuracy": float(acc)}
+        check_loss(row["loss"], "the head's Bradley-Terry loss", HEAD_RATE)
         log({"stage": "head", **row})
+    check_loss(row["loss"], "the head's Bradley-Terry loss", HEAD_RATE, LARGEST_LOSS)
     return weights_m
 
 
@@ -183,6 +195,9 @@ def fine_tune(
 
     Returns:
         The trained SARM; its trained parameters are float32.
+
+    Raises:
+        DivergedError: training diverged.
     """
     compute_dtype = sarm.trunk.embed_tokens.dtype
     graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
@@ -191,26 +206,31 @@ def fine_tune(
     steps = options.epochs * (len(pairs_p2) // min(options.batch_size, len(pairs_p2)))
     optimizer = make_optimizer(options, steps)
     opt_state = optimizer.init(params)
-    bar = tqdm(total=steps, desc="preferences", unit="step")
-    for step in range(steps):
-        if step % (steps // options.epochs) == 0:
-            batches = pair_batches(rows, pairs_p2, batch_size=options.batch_size, rng=rng)
-        batch = next(batches)
-        params, opt_state, metrics = _train_step(
-            graphdef,
-            optimizer,
-            options=options,
-            compute_dtype=compute_dtype,
-            params=params,
-            opt_state=opt_state,
-            frozen=frozen,
-            batch=batch,
-        )
-        row = {name: float(value) for name, value in metrics.items()}
-        log({"stage": "preferences", "step": step + 1, **row})
-        bar.update()
-        bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}")
-    bar.close()
+    last: deque[dict[str, float]] = deque(maxlen=LAST_STEPS)
+    with tqdm(total=steps, desc="preferences", unit="step") as bar:
+        for step in range(steps):
+            if step % (steps // options.epochs) == 0:
+                batches = pair_batches(rows, pairs_p2, batch_size=options.batch_size, rng=rng)
+            batch = next(batches)
+            params, opt_state, metrics = _train_step(
+                graphdef,
+                optimizer,
+                options=options,
+                compute_dtype=compute_dtype,
+                params=params,
+                opt_state=opt_state,
+                frozen=frozen,
+                batch=batch,
+            )
+            row = {name: float(value) for name, value in metrics.items()}
+            check_loss(row["loss"], "the loss on preferences", RATES)
+            log({"stage": "preferences", "step": step + 1, **row})
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}")
+            last.append(row)
+    for name in ("bradley_terry", "reconstruction"):
+        loss = sum(row[name] for row in last) / len(last)
+        check_loss(loss, f"the loss {name}", RATES, LARGEST_LOSS)
     return nnx.merge(graphdef, params, frozen)
 
 

@@ -36,11 +36,16 @@ from sarm_jax.models.chat import pad_batch, scored_length
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
 from sarm_jax.parallel.compilation import compile_programs
+from sarm_jax.parallel.finite import require_finite
 from sarm_jax.reporting.spread import is_constant
+from sarm_jax.training.divergence import check_loss, check_weights
 
 Log = Callable[[dict[str, Any]], None]
 TOKENS_PER_BATCH = 2048  # in one forward pass of the trunk
 STEPS_PER_CALL = 20  # minibatches on the device at a time
+LEARNING_RATE = "train_sarm.sae_learning_rate"
+# A reconstruction by 0 has a loss of 1, one that has the right length in a wrong direction of 4.
+LARGEST_LOSS = 10.0
 POOLED_FRACTION = 0.5  # of each minibatch; a random minibatch would have a few per cent
 
 
@@ -102,6 +107,9 @@ def collect_activations(
 
     Every pooled token is kept. The other tokens are sampled without replacement, up to `max_tokens`
     tokens in all; if there are more conversations than that, only the pooled tokens are kept.
+
+    Raises:
+        InputError: a state is not finite.
     """
     rng = np.random.default_rng(seed)
     kept = _sample_tokens([row.turn_length for row in rows], max_tokens, rng)
@@ -129,6 +137,7 @@ def collect_activations(
                 bar.update(len(batch))
     pooled_n = np.zeros(len(x_nd), bool)
     pooled_n[offsets[1:] - 1] = True
+    require_finite({"the states of the first layers": x_nd}, "the model")
     return Activations(x_nd, pooled_n)
 
 
@@ -171,6 +180,9 @@ def pretrain_sae(
     Returns:
         (the trained SAE in float32, `sae_metrics` on the held-out activations together with
         `dead_fraction`, the share of the latents that are dead at the end).
+
+    Raises:
+        DivergedError: training diverged.
     """
     rng = np.random.default_rng(options.seed)
     graphdef, params = nnx.split(initialise(sae, train, rng))
@@ -178,25 +190,27 @@ def pretrain_sae(
     optimizer = optax.adam(schedule)
     opt_state = optimizer.init(params)
     idle_f = jnp.zeros((sae.config.latent_size,), jnp.int32)
-    bar = tqdm(total=options.steps, desc="SAE", unit="step")
-    for start in range(0, options.steps, STEPS_PER_CALL):
-        steps = min(STEPS_PER_CALL, options.steps - start)
-        n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
-        params, opt_state, idle_f, losses_s = _sae_steps(
-            graphdef,
-            optimizer,
-            options=options,
-            params=params,
-            opt_state=opt_state,
-            idle_f=idle_f,
-            x_sbd=train.x_nd[n_sb],
-        )
-        loss, dead = float(losses_s.mean()), float((idle_f >= options.dead_after_steps).mean())
-        log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
-        bar.update(steps)
-        bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
-    bar.close()
+    with tqdm(total=options.steps, desc="SAE", unit="step") as bar:
+        for start in range(0, options.steps, STEPS_PER_CALL):
+            steps = min(STEPS_PER_CALL, options.steps - start)
+            n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
+            params, opt_state, idle_f, losses_s = _sae_steps(
+                graphdef,
+                optimizer,
+                options=options,
+                params=params,
+                opt_state=opt_state,
+                idle_f=idle_f,
+                x_sbd=train.x_nd[n_sb],
+            )
+            loss, dead = float(losses_s.mean()), float((idle_f >= options.dead_after_steps).mean())
+            check_loss(loss, "the SAE's loss", LEARNING_RATE)
+            log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
+            bar.update(steps)
+            bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
+    check_loss(loss, "the SAE's loss", LEARNING_RATE, LARGEST_LOSS)
     trained = nnx.merge(graphdef, params)
+    check_weights(trained, LEARNING_RATE)
     return trained, {
         **sae_metrics(trained, held_out),
         "dead_fraction": float((idle_f >= options.dead_after_steps).mean()),

@@ -28,7 +28,19 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.reporting.statistics import count_wins, wilson_interval
-from sarm_jax.training.preference_training import PreferenceTraining, cast, fine_tune, train_head
+from sarm_jax.training.divergence import (
+    DivergedError,
+    check_loss,
+    check_summary,
+    check_weights,
+)
+from sarm_jax.training.preference_training import (
+    RATES,
+    PreferenceTraining,
+    cast,
+    fine_tune,
+    train_head,
+)
 from sarm_jax.training.sae_training import (
     Activations,
     Conversation,
@@ -42,6 +54,7 @@ from sarm_jax.training.sae_training import (
 LOG = logging.getLogger(__name__)
 
 SIDES = ("chosen", "rejected")
+LARGEST_MARGIN = 1000.0  # at a margin of 20 nats a model is as good as certain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +197,7 @@ def train_sarm(
 
     Raises:
         InputError: the options do not fit the model or the pairs.
+        DivergedError: training diverged.
     """
     start = time.perf_counter()
     data = encode_pairs(tokenizer, pairs, config)
@@ -210,13 +224,20 @@ def train_sarm(
         config, assemble(trunk, sae), data=data, activations=activations, log=log
     )
     sarm = cast(sarm, dtype)
+    check_weights(sarm, RATES)
     trained = time.perf_counter()
     if config.mode > 0:
-        activations = collect_activations(
-            sarm.trunk, data.rows, max_tokens=config.sae_tokens, seed=config.seed
-        )
+        try:
+            activations = collect_activations(
+                sarm.trunk, data.rows, max_tokens=config.sae_tokens, seed=config.seed
+            )
+        except InputError as error:  # its states were finite before training
+            raise DivergedError(f"{error}: training diverged; lower {RATES}") from None
         summary["sae_after"] = sae_metrics(sarm.sae, _select_rows(activations, held_out_rows))
     summary |= preference_summary(data, score_pooled(sarm, activations.pooled_rd))
+    check_summary(summary, RATES)
+    margin = max(abs(summary[f"margin_{part}"]) for part in ("train", "held_out"))
+    check_loss(margin, "the mean margin of a pair in nats", RATES, LARGEST_MARGIN)
     summary["seconds"] = {
         "collect": collected - start,
         "sae": pretrained - collected,

@@ -108,7 +108,7 @@ def test_buffer_round_trip_and_selection(tmp_path, reward_model):
             lambda p: save_file(
                 {"z": np.full((2, 3), np.nan, np.float32), "latent_indices": np.arange(3)}, p
             ),
-            "finite floats",
+            "z: holds (NaN|infinity)",
         ),
     ],
 )
