@@ -27,9 +27,10 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.io.workdir import named_workdirs
+from sarm_jax.models.checks import check_positions
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.reward_model import RewardModel
-from sarm_jax.sampling.generate import Sampling
+from sarm_jax.sampling.generate import Sampling, check_temperature
 
 LOG = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class PolicyInputs:
 def response_config(config: ConfigDict) -> ResponseConfig:
     """Returns the sampling options of the section evaluate."""
     section = config.evaluate
+    check_temperature(section.temperature, "evaluate.temperature")
     sampling = Sampling(config.ppo.max_new_tokens, section.temperature)
     return ResponseConfig(sampling, section.samples, section.batch_size, section.seed)
 
@@ -78,6 +80,13 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     tokenizer = load_hf_tokenizer(config.policy_model, model.vocab_size)
     ppo = config.ppo
     encoded = encode_prompts(prompts, tokenizer, ppo.max_prompt_tokens, path, ppo.long_prompts)
+    check_positions(
+        max(map(len, encoded.rows)),
+        ppo.max_new_tokens,
+        model.max_position_embeddings,
+        option="ppo.max_new_tokens",
+        model=config.policy_model,
+    )
     human = []
     if section.human_jsonl:
         human = read_jsonl(section.human_jsonl, DEMONSTRATION)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.sampling.generate import check_temperature
 
 AT_LEAST_ONE = (
     "total_steps batch_size num_minibatches gradient_accumulation_steps ppo_epochs "
@@ -93,6 +94,7 @@ class PPOConfig:
         for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"ppo.{name}={getattr(self, name)}: must not be negative")
+        check_temperature(self.temperature, "ppo.temperature")
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"ppo.{name}={getattr(self, name)}: must lie in [0, 1]")

@@ -1261,8 +1261,8 @@ HUMAN = [
     ),
     human("width", latents(z=Z, latent_indices=np.arange(3)), "z has shape (4, 2) for (3,)"),
     human("no rows", latents(z=Z[:0], latent_indices=I), "z has shape (0, 2)"),
-    human("NaN", latents(z=Z * np.nan, latent_indices=I), "must hold finite floats"),
-    human("integers", latents(z=Z.astype(int), latent_indices=I), "finite floats, found int64"),
+    human("NaN", latents(z=Z * np.nan, latent_indices=I), "z: holds NaN"),
+    human("integers", latents(z=Z.astype(int), latent_indices=I), "must hold floats, found int64"),
     human(
         "indices that are floats",
         latents(z=Z, latent_indices=I.astype(float)),

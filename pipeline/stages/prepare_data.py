@@ -3,12 +3,14 @@
 import dataclasses
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from conversion.hub import locate_file
+from conversion.load import load_hf_tokenizer, read_policy_config
 from conversion.to_hf import save_policy
 from pipeline.inputs import Input, Kind
 from pipeline.models import load_policy_model
@@ -24,6 +26,8 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.lab.build import LabConfig, make_data, make_models
+from sarm_jax.models.chat import encode_prompt
+from sarm_jax.models.checks import check_positions
 from sarm_jax.training.preference_pairs import PairsConfig, make_pairs
 
 LOG = logging.getLogger(__name__)
@@ -81,12 +85,27 @@ def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> No
     """Makes preference pairs from demonstrations; rejected answers are spoilt good ones."""
     demonstrations = read_jsonl(options.demos_jsonl, DEMONSTRATION)
     options.check(demonstrations)
+    if options.samples_per_prompt:
+        check_context(options, config.policy_model, [row["prompt"] for row in demonstrations])
     path = workdir / "data" / "pairs.jsonl"
     LOG.info("pairs from %d demonstrations, for %s", len(demonstrations), path)
     policy, tokenizer = load_policy_model(config)
     pairs = make_pairs(options, policy, tokenizer, demonstrations)
     write_jsonl(path, pairs)
     LOG.info("%d pairs in %s", len(pairs), path)
+
+
+def check_context(options: PairsConfig, policy_model: str, prompts: Sequence[str]) -> None:
+    """Raises InputError if a sampled answer can exceed the positions that the policy has."""
+    policy = read_policy_config(policy_model)
+    tokenizer = load_hf_tokenizer(policy_model, policy.vocab_size)
+    check_positions(
+        max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
+        options.max_new_tokens,
+        policy.max_position_embeddings,
+        option="prepare_data.max_new_tokens",
+        model=policy_model,
+    )
 
 
 def prepare_lab(options: LabConfig, workdir: Path) -> None:

@@ -28,6 +28,7 @@ from ppo.train import TrainConfig, Trainer
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir
 from sarm_jax.lab.gates import require_gates
+from sarm_jax.models.checks import check_positions
 from sarm_jax.models.llama import Llama
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
@@ -201,13 +202,13 @@ def describe_batch(ppo: PPOConfig, devices: int) -> str:
 
 def check_context(config: ConfigDict, *decks: PromptDeck) -> None:
     """Raises InputError if a response can exceed the positions that the policy has."""
-    positions = read_policy_config(config.policy_model).max_position_embeddings
-    prompt, new = max(deck.longest for deck in decks), config.ppo.max_new_tokens
-    if prompt + new > positions:
-        raise InputError(
-            f"ppo.max_new_tokens={new}: with the {prompt} tokens of the longest prompt this "
-            f"exceeds the {positions} positions (max_position_embeddings) of {config.policy_model}"
-        )
+    check_positions(
+        max(deck.longest for deck in decks),
+        config.ppo.max_new_tokens,
+        read_policy_config(config.policy_model).max_position_embeddings,
+        option="ppo.max_new_tokens",
+        model=config.policy_model,
+    )
 
 
 def check_checkpoint(directory: Path, made_from: Provenance) -> int:

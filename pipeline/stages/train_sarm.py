@@ -1,5 +1,6 @@
 """Train a SARM from preference pairs."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -40,7 +41,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     options, source = validate(config), config.train_sarm.model or config.policy_model
     pairs = read_pairs(options.pairs_jsonl, unequal=True)
     options.held_out(pairs)
-    options.check_layers(read_policy_config(source).num_hidden_layers)
+    policy_config = read_policy_config(source)
+    options.check_layers(policy_config.num_hidden_layers)
+    positions = policy_config.max_position_embeddings
+    if options.max_length > positions:  # as in scoring, see `load_reward_model`
+        LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
+        options = dataclasses.replace(options, max_length=positions)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
     LOG.info("training a SARM on %d pairs, for %s", len(pairs), workdir / "sarm")

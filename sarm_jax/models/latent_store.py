@@ -112,7 +112,7 @@ class Contrast:
 
 def feature_blocks(size: int, rows: int) -> Iterator[np.ndarray]:
     """Yields the feature ids 0 … size − 1, as many at a time as fit a block of `rows` rows."""
-    width = max(MIN_BLOCK, BLOCK_BYTES // (4 * rows))
+    width = max(MIN_BLOCK, BLOCK_BYTES // (4 * max(rows, 1)))
     starts = list(range(0, size, width))
     if len(starts) > 1 and size - starts[-1] < MIN_BLOCK:
         starts.pop()

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sarm_jax.models.checks import check_batch
 from sarm_jax.models.lora import FOLDED, LoRA
 from sarm_jax.models.packing import Packing
 from sarm_jax.models.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
@@ -168,14 +169,17 @@ class Attention(nnx.Module):
         out_btnh = attention(q_btnh, k_bskh, v_bskh, mask_bts)
         if packing is not None:
             out_btnh = packing.pack(out_btnh)
-        return self.o_proj(out_btnh.reshape(*out_btnh.shape[:-2], -1))
+        *rows, heads, head_dim = out_btnh.shape
+        return self.o_proj(out_btnh.reshape(*rows, heads * head_dim))
 
 
 def cut_heads(
     projected: Sequence[jax.Array], head_dim: int, rope: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Splits projected queries, keys and values into heads, and rotates the first two."""
-    q_btnh, k_btkh, v_btkh = (y.reshape(*y.shape[:-1], -1, head_dim) for y in projected)
+    q_btnh, k_btkh, v_btkh = (
+        y.reshape(*y.shape[:-1], y.shape[-1] // head_dim, head_dim) for y in projected
+    )
     return apply_rope(q_btnh, rope), apply_rope(k_btkh, rope), v_btkh
 
 
@@ -252,7 +256,18 @@ class Llama(nnx.Module):
             self.lm_head = nnx.Param(init(rngs.params(), shape, dtype))
 
     def __call__(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
-        """Returns logits, float32 `[B, T, V]`; they have no meaning where `mask_bt` is 0."""
+        """Returns logits, float32 `[B, T, V]`; they have no meaning where `mask_bt` is 0.
+
+        Raises:
+            InputError: a shape, a dtype, a token id or a length is wrong, see `check_batch`.
+        """
+        config = self.config
+        check_batch(
+            tokens_bt,
+            mask_bt,
+            vocab_size=config.vocab_size,
+            positions=config.max_position_embeddings,
+        )
         return self.logits(self.hidden(tokens_bt, mask_bt))[..., : self.config.vocab_size]
 
     def hidden(

@@ -4,6 +4,7 @@ Rows are sorted by length and run in padded batches of a few fixed shapes, so th
 compilations. A score does not depend on the other rows of its batch.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import chain, pairwise
@@ -16,7 +17,9 @@ from flax import nnx
 from jax.stages import Lowered
 from tqdm import tqdm
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import encode_conversation, pad_batch, pad_id, scored_length
+from sarm_jax.models.checks import check_features, check_rows, is_index
 from sarm_jax.models.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.models.sarm import SARM, Intervention, intervention
 from sarm_jax.parallel.compilation import compile_programs
@@ -34,14 +37,25 @@ class RewardModel:
     Args:
         model: the SARM.
         tokenizer: its tokenizer.
-        max_length: tokens of a conversation; a longer one loses its beginning.
+        max_length: tokens of a conversation, at most the positions of the model; a longer one loses
+            its beginning.
         batch_size: rows that are run together.
+
+    Raises:
+        InputError: `max_length` is below 2, or `batch_size` below 1.
     """
 
     def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
         self.model, self.tokenizer = model, tokenizer
-        self.max_length, self.batch_size = max_length, batch_size
+        for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
+            if not is_index(value, sys.maxsize) or value < least:
+                raise InputError(f"{name}={value!r}: expected a whole number, at least {least}")
+        self.max_length, self.batch_size = min(max_length, self._positions), batch_size
         self._compiled: set = set()  # programs with the shapes that they were compiled for
+
+    @property
+    def _positions(self) -> int:
+        return self.model.config.trunk.max_position_embeddings
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -65,11 +79,12 @@ class RewardModel:
 
         Returns:
             (scores `[B]`, latents `[B, M]` before the change), float32, in the given order.
+
+        Raises:
+            InputError: there are not as many prompts as responses, or an argument is no text or
+                names a feature or a value that cannot be.
         """
-        if isinstance(prompts, str) or isinstance(responses, str):
-            raise ValueError("prompts and responses are lists of texts, found a text")
-        if len(prompts) != len(responses):
-            raise ValueError(f"{len(prompts)} prompts for {len(responses)} responses")
+        _check_texts(prompts, responses)
         rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
         return self.score_tokens(rows, clamp, latent_indices)
 
@@ -112,7 +127,13 @@ class RewardModel:
         clamp: Intervention | dict[int, float] | None = None,
         latent_indices: Sequence[int] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scores encoded conversations, without padding, like `score`."""
+        """Scores encoded conversations, without padding, like `score`.
+
+        Raises:
+            InputError: a row is empty, too long, or has ids of no token; or as `score`.
+        """
+        most = min(self.max_length, self._positions)
+        check_rows(rows, vocab_size=self.model.config.trunk.vocab_size, most=most)
         arguments = self._score_arguments(clamp, latent_indices)
         latent_size = self.model.config.sae.latent_size
         width = latent_size if latent_indices is None else len(latent_indices)
@@ -138,8 +159,9 @@ class RewardModel:
             (scores `[N]`, latents), in the given order.
 
         Raises:
-            InputError: a score or a latent is not finite.
+            InputError: a score or a latent is not finite; or as `score`.
         """
+        _check_texts(prompts, responses)
         encoded = [tuple(self.encode(p, r)) for p, r in zip(prompts, responses, strict=True)]
         number = {row: n for n, row in enumerate(dict.fromkeys(encoded))}
         rows, number_n = list(number), np.asarray([number[row] for row in encoded], np.int64)
@@ -160,9 +182,14 @@ class RewardModel:
 
     def _score_arguments(self, clamp, latent_indices):
         """Returns the last arguments of `_score`: the intervention and the features to return."""
+        size = self.model.config.sae.latent_size
         if isinstance(clamp, dict):
-            clamp = intervention(self.model.config.sae.latent_size, set_to=clamp)
-        return clamp, None if latent_indices is None else np.asarray(latent_indices, np.int32)
+            clamp = intervention(size, set_to=clamp)
+        elif clamp is not None:
+            clamp.check(size)
+        if latent_indices is None:
+            return clamp, None
+        return clamp, check_features("latent_indices", latent_indices, size)
 
     def _run_batches(self, program, rows, arguments=()):
         """Yields (row numbers of a batch, results on the host); the next batch runs meanwhile.
@@ -210,6 +237,18 @@ class RewardModel:
         filler = [rows[0]] * (shape[0] - len(rows))
         padded = pad_batch([*rows, *filler], shape[1], pad_id(self.tokenizer))
         return self.model.trunk.placement.rows(padded)
+
+
+def _check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Raises InputError unless both are lists of as many texts."""
+    for name, texts in (("prompts", prompts), ("responses", responses)):
+        if isinstance(texts, str):
+            raise InputError(f"{name}: expected a list of texts, found a text")
+        wrong = [text for text in texts if not isinstance(text, str)]
+        if wrong:
+            raise InputError(f"{name}: expected texts, found {type(wrong[0]).__name__}")
+    if len(prompts) != len(responses):
+        raise InputError(f"{len(prompts)} prompts for {len(responses)} responses")
 
 
 def _padded_rows(rows: int, batch_size: int) -> int:

@@ -19,8 +19,16 @@ import numpy as np
 from flax import nnx, struct
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.models.checks import (
+    check_batch,
+    check_features,
+    check_no_row_is_empty,
+    is_index,
+)
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.sae import SAE, SAEConfig, standardise
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,20 @@ class Intervention:
         z_bs = jnp.clip(z_bs, self.minimum, self.maximum)
         return z_bf.at[:, self.indices].set(z_bs, unique_indices=True)
 
+    def check(self, latent_size: int) -> None:
+        """Raises InputError if it does not fit a SARM of so many latents, or has NaN.
+
+        Inside a program nothing is checked.
+        """
+        if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(self)):
+            return
+        indices = check_features("the intervention", self.indices, latent_size)
+        if len(set(indices.tolist())) < len(indices):
+            raise InputError("the intervention names a feature twice")
+        for name in ("multiply", "add", "minimum", "maximum"):
+            if np.isnan(np.asarray(getattr(self, name))).any():
+                raise InputError(f"the intervention: {name} holds NaN")
+
     def neutral(self) -> "Intervention":
         """Returns an intervention of the same shape without effect, for use in the same program."""
         one, infinity = jnp.ones_like(self.add), jnp.full_like(self.add, jnp.inf)
@@ -77,15 +99,15 @@ def intervention(
         steer: `("*", factor)` or `("+", offset)`, as in a steering file.
 
     Raises:
-        InputError: a feature does not exist, is set and also steered or bounded, or has a minimum
-            above its maximum.
+        InputError: a feature does not exist, has a value that is not finite, is set and also
+            steered or bounded, or has a minimum above its maximum.
     """
     set_to, minimum, maximum, steer = set_to or {}, minimum or {}, maximum or {}, steer or {}
+    for values in (set_to, minimum, maximum, {i: value for i, (_, value) in steer.items()}):
+        _check_values(values, latent_size)
     ids = sorted({*set_to, *minimum, *maximum, *steer})
     rows = []
     for i in ids:
-        if not 0 <= i < latent_size:
-            raise InputError(f"feature {i} does not exist: this SARM has {latent_size} latents")
         if i in set_to and (i in steer or i in minimum or i in maximum):
             raise InputError(f"feature {i} is set to {set_to[i]}: it cannot be bounded as well")
         low, high = minimum.get(i, -np.inf), maximum.get(i, np.inf)
@@ -109,6 +131,17 @@ def intervention(
     )
 
 
+def _check_values(values: dict[int, float], latent_size: int) -> None:
+    """Raises InputError for a feature that does not exist, or a value that is no float32."""
+    for i, value in values.items():
+        if not is_index(i, latent_size):
+            raise InputError(f"feature {i!r} does not exist: this SARM has {latent_size} latents")
+        number = np.asarray(value)
+        is_number = number.ndim == 0 and np.issubdtype(number.dtype, np.number)
+        if not (is_number and abs(float(value)) <= LARGEST):
+            raise InputError(f"feature {i}: {value!r} is not a finite number of float32")
+
+
 class SARM(nnx.Module):
     """The reward model: `trunk`, `sae`, and the head weights `score [M]` without bias."""
 
@@ -121,7 +154,18 @@ class SARM(nnx.Module):
     def __call__(
         self, tokens_bt: jax.Array, mask_bt: jax.Array, change: Intervention | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns (scores `[B]` of the changed latents, the latents `[B, M]` before the change)."""
+        """Returns (scores `[B]` of the changed latents, the latents `[B, M]` before the change).
+
+        Raises:
+            InputError: a shape, a dtype, a token id, a length or the change is wrong.
+        """
+        trunk = self.config.trunk
+        length_b = check_batch(
+            tokens_bt, mask_bt, vocab_size=trunk.vocab_size, positions=trunk.max_position_embeddings
+        )
+        check_no_row_is_empty(length_b)
+        if change is not None:
+            change.check(self.config.sae.latent_size)
         z_bf = self.sae.encode(self.pooled(tokens_bt, mask_bt))
         return self.head(z_bf if change is None else change(z_bf)), z_bf
 

@@ -14,12 +14,17 @@ from flax import nnx, struct
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length
+from sarm_jax.models.checks import check_batch, check_no_row_is_empty, check_token_ids, is_index
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.packing import Packing
 from sarm_jax.parallel.finite import first_not_finite
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.sampling.decoding import compiler_options, decode, next_logits, prefill
 from sarm_jax.sampling.fused_layers import fuse_layers
+
+# A padding logit of −1e30, see `mask_padding`, stays finite when it is divided by it.
+SMALLEST_TEMPERATURE = 1e-8
+LARGEST_COUNT = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +37,22 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
+        if not is_index(self.max_new_tokens, LARGEST_COUNT) or self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens={self.max_new_tokens}: must be at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature={self.temperature}: must be 0 (greedy) or positive")
-        if self.top_k < 0:
+        check_temperature(self.temperature)
+        if not is_index(self.top_k, LARGEST_COUNT):
             raise InputError(f"top_k={self.top_k}: must be 0 (off) or positive")
-        if not 0 < self.top_p <= 1:
+        if not float(jnp.finfo(jnp.float32).tiny) <= self.top_p <= 1:
             raise InputError(f"top_p={self.top_p}: must lie in (0, 1]")
+
+
+def check_temperature(temperature: float, option: str = "temperature") -> None:
+    """Raises InputError, naming the option, unless logits / T can be finite, or T is 0: greedy."""
+    largest = float(jnp.finfo(jnp.float32).max)
+    if not (temperature == 0 or SMALLEST_TEMPERATURE <= temperature <= largest):
+        raise InputError(
+            f"{option}={temperature}: must be 0 (greedy) or at least {SMALLEST_TEMPERATURE:g}"
+        )
 
 
 @struct.dataclass
@@ -90,8 +103,9 @@ def generate(
         pad_id: the token after the end of a response.
 
     Raises:
-        InputError: an option is out of range, or the key is missing; or the policy's logits are not
-            finite.
+        InputError: an option is out of range, or the key is missing; a shape, a dtype or a token id
+            is wrong; a row has no token, or more tokens than fit the positions of the policy with
+            its response; or the policy's logits are not finite.
     """
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
@@ -100,10 +114,23 @@ def generate(
         if temperature > 0:
             raise InputError("key=None: sampling at temperature > 0 needs a PRNG key")
         key = jax.random.key(0)
+    stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
+    size = policy.config.vocab_size
+    check_token_ids("stop_ids", stops, size)
+    check_token_ids("pad_id", (pad_id,), size)
+    length_b = check_batch(
+        tokens_bt,
+        mask_bt,
+        vocab_size=size,
+        positions=policy.config.max_position_embeddings,
+        new_tokens=max_new_tokens,
+    )
+    check_no_row_is_empty(length_b)
+    if not len(tokens_bt):
+        return _no_responses(max_new_tokens)
     extra = bucket_length(tokens_bt.shape[1]) - tokens_bt.shape[1]
     widths = ((0, 0), (extra, 0))
     tokens_bt, mask_bt = jnp.pad(tokens_bt, widths), jnp.pad(mask_bt, widths)
-    stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
     graphdef, state = nnx.split(policy)
     run = _compiled(compiler_options(policy.platform, len(tokens_bt) // policy.placement.parts))
     generation = run(
@@ -119,6 +146,16 @@ def generate(
     if first_not_finite([("log-probabilities", generation.logp_br)]):
         raise InputError("the policy's logits are not finite: nothing can be sampled from them")
     return generation
+
+
+def _no_responses(max_new_tokens: int) -> Generation:
+    """Returns the responses to no prompts."""
+    return Generation(
+        tokens_br=jnp.zeros((0, max_new_tokens), jnp.int32),
+        mask_br=jnp.zeros((0, max_new_tokens), bool),
+        logp_br=jnp.zeros((0, max_new_tokens), jnp.float32),
+        ended_b=jnp.zeros((0,), bool),
+    )
 
 
 @cache

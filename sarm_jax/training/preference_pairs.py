@@ -28,7 +28,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length, decode, encode_prompt, pad_batch, pad_id
 from sarm_jax.models.llama import Llama
 from sarm_jax.reporting.statistics import count_wins
-from sarm_jax.sampling.generate import generate
+from sarm_jax.sampling.generate import check_temperature, generate
 
 LOG = logging.getLogger(__name__)
 
@@ -83,8 +83,9 @@ class PairsConfig:
             raise InputError(
                 f"prepare_data.max_new_tokens={self.max_new_tokens}: must be at least 1"
             )
-        if not 0 < self.temperature < float("inf"):
+        if not self.temperature > 0:
             raise InputError(f"prepare_data.temperature={self.temperature}: must be positive")
+        check_temperature(self.temperature, "prepare_data.temperature")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"prepare_data.seed={self.seed}: must lie in [0, 2^31)")
 
