@@ -11,7 +11,7 @@ from typing import Any
 
 from conversion.scratch import OLD, check_space, clear_leftovers
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import locked, sync_to_disk
+from sarm_jax.io.files import check_target, locked, sync_to_disk
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.signals import cleaning_up
 
@@ -42,10 +42,13 @@ def atomic_directory(dst: str | Path, replace: bool = False, needed: int = 0) ->
         needed: bytes that must be free on the disk.
 
     Raises:
-        InputError: `dst` is a file, or a directory that is not empty while `replace` is false; its
-            parent cannot be written; or fewer than `needed` bytes are free.
+        InputError: `dst` is a file, or a directory that is not empty while `replace` is false; it
+            cannot be written; or fewer than `needed` bytes are free.
     """
     dst = Path(dst)
+    if dst.is_symlink() and dst.is_dir():
+        dst = dst.resolve()  # the directory itself is exchanged
+    check_directory(dst)
     clear_leftovers(dst)
     taken = dst.exists() and not (dst.is_dir() and not any(dst.iterdir()))
     if taken and not (replace and dst.is_dir()):
@@ -65,8 +68,18 @@ def atomic_directory(dst: str | Path, replace: bool = False, needed: int = 0) ->
             file.chmod(mode)
             sync_to_disk(file)
         sync_to_disk(temporary)
-        _exchange(temporary, dst)
+        _exchange(temporary, dst, replace)
         sync_to_disk(dst.parent)
+
+
+def check_directory(dst: Path) -> None:
+    """Raises InputError if no directory can be renamed to `dst`, whether it is there or not."""
+    if not dst.name or dst.name == "..":
+        raise InputError(f"{dst}: name a new directory, such as {dst / 'model'}")
+    if dst.is_mount():
+        raise InputError(f"{dst}: a mount point cannot be exchanged; name a new directory in it")
+    if not dst.is_file():  # the message on a file says that it exists
+        check_target(dst, folder=True)
 
 
 def tokenizer_bytes(src: Path) -> int:
@@ -86,7 +99,8 @@ def write_hf_json(path: Path, fields: dict[str, Any]) -> None:
 
     The file belongs in a directory that is not complete yet, see `atomic_directory`.
     """
-    path.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
@@ -136,10 +150,17 @@ def _write_merges_as_texts(path: Path) -> None:
     write_hf_json(path, fields)
 
 
-def _exchange(new: Path, dst: Path) -> None:
-    """Renames `new` to `dst`, and removes the directory that was there."""
-    if not (dst.exists() and any(dst.iterdir())):
-        new.rename(dst)  # POSIX replaces an empty directory
+def _exchange(new: Path, dst: Path, replace: bool) -> None:
+    """Renames `new` to `dst`; with `replace`, removes the directory that was there.
+
+    Raises:
+        InputError: another process has written `dst` meanwhile.
+    """
+    if not (replace and dst.exists() and any(dst.iterdir())):
+        try:
+            new.rename(dst)  # POSIX replaces an empty directory
+        except OSError as error:
+            raise InputError(f"{dst}: cannot be written ({error.strerror})") from error
         return
     old = new.with_name(new.name + OLD)
     with locked(dst):

@@ -17,7 +17,7 @@ from conversion import cli
 from conversion.torch_zip import read_object
 from sarm_jax.features.feature_lists import LARGEST_ID
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import replacing
+from sarm_jax.io.files import check_target, replacing
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("src", None, "File that torch.save wrote.", FLAGS, required=True)
@@ -36,6 +36,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
         raise InputError(f"--dst={dst}: the name must end in .safetensors")
     if dst.exists():
         raise InputError(f"{dst}: exists already; name a new file or remove it first")
+    check_target(dst)
     content = read_object(src)
     if sorted(content) != sorted(FIELDS):
         keys = ", ".join(repr(key[:60]) for key in sorted(content)[:8]) or "nothing"

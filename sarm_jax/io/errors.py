@@ -30,6 +30,15 @@ def out_of_memory(error: BaseException) -> bool:
     return text.startswith("RESOURCE_EXHAUSTED") and "Shared memory" not in text
 
 
+def first_line(error: Exception) -> str:
+    """Describes an error in one line, for a record of why something stopped."""
+    if out_of_memory(error):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return printable(next(iter(str(error).splitlines()), "") or type(error).__name__)
+
+
 def printable(text: str) -> str:
     """Converts a text to one line of bounded length without control characters."""
     if len(text) > MAX_CHARACTERS:

@@ -1,12 +1,15 @@
-"""Whole files: bounded reads, atomic writes, and locks on directories."""
+"""Whole files: bounded reads, atomic writes, locks, and checks of where files will be written."""
 
 import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+import re
+import secrets
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.signals import cleaning_up
@@ -41,30 +44,151 @@ def read_bytes(path: str | Path, name: str = "", max_bytes: int = MAX_BYTES) -> 
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary file beside `path`; on success flushes it and renames it over `path`.
 
-    Whatever interrupts the block, `path` holds the old content or the whole new one.
+    Whatever interrupts the block, `path` holds the old content or the whole new one. Several
+    processes may write the same file at once: each has a temporary file of its own, and the last
+    one to finish wins. Temporary files of processes that were killed are removed. Half of a
+    surrogate pair, which a path that is not UTF-8 has in Python, is written as its escape.
+
+    Raises:
+        OSError: the file cannot be written; the error names `path`, not the temporary file.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    binary = "b" in mode
-    encoding, newline = (None, None) if binary else ("utf-8", "")
-    with cleaning_up(lambda: partial.unlink(missing_ok=True)):
-        with partial.open(mode, encoding=encoding, newline=newline) as file:
+    text: dict[str, Any] = {}
+    if "b" not in mode:
+        text = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    partial: Path | None = None
+    try:
+        _remove_leftovers(path)
+        descriptor, partial = _create_locked(path)
+        with cleaning_up(partial_remover(partial)), os.fdopen(descriptor, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-        sync_to_disk(path.parent)
+            partial.replace(path)
+            sync_to_disk(path.parent)
+    except OSError as error:
+        if error.filename not in (None, str(partial), str(path.parent)) or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def partial_remover(partial: Path) -> Callable[[], None]:
+    """Returns a function that removes a temporary file if it is still there."""
+    return lambda: partial.unlink(missing_ok=True)
+
+
+def _create_locked(path: Path) -> tuple[int, Path]:
+    """Creates a file of a new name beside `path`, locked so that nobody takes it for a leftover."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # another process is removing it
+            os.close(descriptor)
+            continue
+        except OSError:  # some network file systems have no locks, and leftovers stay there
+            return descriptor, partial
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, partial
+        os.close(descriptor)  # another process has removed it
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes temporary files of `path` that no process holds a lock on."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.partial")
+    for leftover in path.parent.iterdir():
+        if pattern.fullmatch(leftover.name):
+            with contextlib.suppress(OSError), locked(leftover):
+                leftover.unlink()
 
 
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a directory, also if the directory is renamed meanwhile.
+def locked_output(path: Path, wait: bool = False) -> Iterator[None]:
+    """Holds an exclusive lock on what is written at `path`, in a file that exists only meanwhile.
+
+    On a file system without locks the block runs without one.
+
+    Args:
+        path: the file or folder to write; its parent exists.
+        wait: wait for other processes.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and `wait` is false.
+        OSError: the lock cannot be created; the error names `path`.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        descriptor = _take(lock, wait)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
+        # Removed while the lock is held: whoever waits for it sees that and tries again.
+        with cleaning_up(partial_remover(lock)):
+            yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(lock: Path, wait: bool) -> int:
+    """Returns the descriptor of the lock file, created if necessary, with an exclusive lock."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            raise
+        except OSError:  # no locks here
+            return descriptor
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        os.close(descriptor)  # its last holder has removed it
+
+
+def check_target(path: Path, name: str = "", folder: bool = False) -> None:
+    """Checks that a file, or a folder, can be written at `path`, before the work that fills it.
+
+    Args:
+        path: the file or folder; it and its parents may be missing.
+        name: what messages call it; its path by default.
+        folder: a folder will be there.
+
+    Raises:
+        InputError: something of the other kind is there, a file stands where a parent must be, or
+            the nearest folder that exists cannot be written.
+    """
+    name = name or str(path)
+    if folder and path.is_symlink() and not path.exists():
+        raise InputError(f"{name}: is a link to nothing, expected a folder or nothing")
+    if folder and path.exists() and not path.is_dir():
+        raise InputError(f"{name}: is a file, expected a folder or nothing")
+    if not folder and path.is_dir():
+        raise InputError(f"{name}: is a folder, expected a file or nothing")
+    nearest = path if folder and path.exists() else path.absolute().parent
+    while not (nearest.exists() or nearest.is_symlink()):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise InputError(f"{name}: cannot be written, {nearest} is not a folder")
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise InputError(f"{name}: cannot be written in {nearest} ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file or directory, also if it is renamed meanwhile.
 
     Raises:
         BlockingIOError: another process holds the lock.
         OSError: the file system does not support locks.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -1,6 +1,7 @@
 """The log on stderr: this project's progress messages and warnings, without secrets."""
 
 import functools
+import io
 import logging
 import sys
 
@@ -26,6 +27,8 @@ def show_progress(prefix: str = "", level: int = logging.INFO, primary: bool = T
         primary: False in the other processes of a run; they show errors and no progress bars.
     """
     secrets.collect()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is shown with escapes
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
     handler.setFormatter(_RedactingFormatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)

@@ -11,6 +11,7 @@ from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion import from_hf, load_policy, load_sarm, to_hf
+from conversion.directory import atomic_directory
 from conversion.load import read_policy_config
 from conversion.peft import save_adapter
 from sarm_jax.io.errors import InputError
@@ -372,3 +373,53 @@ def test_an_exported_adapter_names_the_repository_of_a_converted_base(
     named = read(tmp_path / "out" / "adapter_config.json")["base_model_name_or_path"]
     assert named == (source if "/" in source else str(base))
     assert ("PEFT needs" in line) == ("/" not in source)
+
+
+OBSTACLES = {
+    "a file": (lambda p: p.touch(), "exists already"),
+    "a folder with files": (lambda p: (p / "a").mkdir(parents=True), "exists already"),
+    "a link to nothing": (lambda p: p.symlink_to("gone"), "is a link to nothing"),
+    "a link to a file": (lambda p: (p.with_name("f").touch(), p.symlink_to("f")), "exists already"),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("inside", [False, True], ids=["dst", "parent"])
+def test_what_is_in_the_way_of_a_directory_is_found_first(tmp_path, obstacle, inside):
+    make, message = OBSTACLES[obstacle]
+    make(tmp_path / "out")
+    dst, before = tmp_path / "out" / ("model" if inside else ""), sorted(tmp_path.rglob("*"))
+    if inside and obstacle == "a folder with files":
+        with atomic_directory(dst):
+            assert dst.parent.is_dir()
+        return
+    with pytest.raises(InputError) as error, atomic_directory(dst):
+        pytest.fail("the work is done")
+    assert str(error.value).startswith(f"{dst}: ")
+    assert ("is not a folder" if inside else message) in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("dst", ["/", ".", "..", "/proc/a", "/proc/a/b", "/proc"])
+def test_directories_that_cannot_be_exchanged(dst, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error, atomic_directory(dst):
+        pytest.fail("the work is done")
+    assert str(error.value).startswith(f"{dst}: ")
+
+
+def test_a_link_to_an_empty_directory_is_filled(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_directory(tmp_path / "link") as directory:
+        (directory / "a").touch()
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a").is_file()
+
+
+def test_the_second_of_two_at_once_is_refused(tmp_path):
+    dst = tmp_path / "out"
+    with pytest.raises(InputError, match="out: cannot be written"), atomic_directory(dst) as first:
+        (first / "a").touch()
+        with atomic_directory(dst) as second:
+            (second / "b").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (dst / "b").is_file()
