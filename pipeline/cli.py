@@ -25,6 +25,7 @@ from pipeline import stage as stages
 from pipeline.experiments import changed_fields
 from pipeline.reference_flags import BATCH, SHORTHANDS
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.path_lists import escaped
 from sarm_jax.io.secrets import refuse_secrets
 from sarm_jax.parallel.processes import Hosts
 
@@ -208,14 +209,23 @@ def usage() -> str:
 def fill_in(template: ConfigDict, workdir: Path) -> ConfigDict:
     """Returns a copy in which "{workdir}" is the working directory.
 
-    Files of configs/ that are not in the current directory are those that were installed.
+    In a list of paths the directory is escaped, so that no character of its name separates anything
+    (`sarm_jax.io.path_lists`). Files of configs/ that are not in the current directory are those
+    that were installed.
     """
+    return _filled(template, str(workdir), escaped(str(workdir)))
+
+
+def _filled(template: ConfigDict, plain: str, in_lists: str, section: str = "") -> ConfigDict:
+    """Fills in a section of the config; `in_lists` is the directory as lists have to name it."""
     config = template.copy_and_resolve_references()
     for name, value in config.items():
+        field = f"{section}{name}"
         if isinstance(value, ConfigDict):
-            config[name] = fill_in(value, workdir)
+            config[name] = _filled(value, plain, in_lists, f"{field}.")
         elif isinstance(value, str):
-            value = value.replace("{workdir}", str(workdir))
+            in_list = "{workdir}" in value and plain != in_lists and stages.is_list(field)
+            value = value.replace("{workdir}", in_lists if in_list else plain)
             if value.startswith("configs/") and not Path(value).exists():
                 value = str(installed_file(value) or value)
             config[name] = value

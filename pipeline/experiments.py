@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.path_lists import escaped
 
 FOLDER = "experiments"
 CHANGEABLE = "ppo reward discriminator lora guards checkpoint prompts_jsonl".split()
@@ -34,8 +35,6 @@ def runs_of(stage: Stage, config: ConfigDict, workdir: Path) -> list[tuple[str, 
 
 def folders(config: ConfigDict, workdir: Path) -> dict[str, Path]:
     """Returns the working directory of each experiment by name."""
-    if config.experiments and any(sign in str(workdir) for sign in ",="):
-        raise InputError(f"--workdir={workdir}: with experiments, a path without ',' and '='")
     for name in config.experiments:
         if name in RESERVED:
             raise InputError(f"experiments.{name}: the evaluation has something else of this name")
@@ -106,7 +105,8 @@ def with_runs(config: ConfigDict, workdir: Path) -> ConfigDict:
     if not config.experiments:
         return config
     config = config.copy_and_resolve_references()
-    named = ",".join(f"{name}={folder}" for name, folder in folders(config, workdir).items())
+    runs = folders(config, workdir).items()
+    named = ",".join(f"{name}={escaped(str(folder))}" for name, folder in runs)
     config.report.runs = config.report.runs or named
     if config.evaluate.prompts_jsonl or config.eval_prompts_jsonl:
         config.evaluate.runs = config.evaluate.runs or named

@@ -6,21 +6,29 @@ first stage runs, and which stage makes a file that is missing.
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from conversion.hub import is_repository
 from conversion.load import read_policy_config, read_sarm_config
-from pipeline.options import field_value, optional_paths
+from pipeline.options import field_value
 from sarm_jax.evaluation.benchmark_files import named_files
+from sarm_jax.io.path_lists import (
+    ListInFile,
+    list_entries,
+    short_names,
+    split_entries,
+    split_paths,
+)
 from sarm_jax.io.workdir import named_workdirs
 
 
 class Kind(enum.Enum):
     """Form of the value of a field that names an input."""
 
+    FILE = "a file or a folder"
     FILES = "comma-separated files or folders"
     NAMED_FILES = "comma-separated FILE or NAME=FILE"
     POLICY = "a policy: a directory, or a repository id on the hub"
@@ -29,6 +37,8 @@ class Kind(enum.Enum):
     LIST = 'a comma-separated list, parts of which may be read from a file: "@FILE:key[:n]"'
 
 
+# Forms in which commas, "=", ":" and brackets have a meaning, see `sarm_jax.io.path_lists`.
+LISTS = (Kind.FILES, Kind.NAMED_FILES, Kind.RUNS, Kind.LIST)
 MODELS = {Kind.POLICY: read_policy_config, Kind.SARM: read_sarm_config}
 
 
@@ -42,7 +52,7 @@ class Input:
     """
 
     field: str
-    kind: Kind = Kind.FILES
+    kind: Kind = Kind.FILE
     run_files: tuple[str, ...] = ()
     read_if: Callable[[ConfigDict], bool] = lambda config: True
 
@@ -54,20 +64,35 @@ class Input:
         Raises:
             InputError: the value is malformed.
         """
-        value = field_value(config, self.field)
+        entries = self.entries(field_value(config, self.field), workdir)
+        paths = [path for _, path in entries if path is not None]
+        if self.kind not in MODELS:
+            return paths
+        return [path for path in paths if is_within(path, workdir) or not is_repository(str(path))]
+
+    def entries(self, value: str, workdir: Path) -> list[tuple[str, Path | None]]:
+        """Parses a value of the field: (what else an entry says, its path) for each entry.
+
+        The first part is the name that the stage calls the file by, the key and the count of a list
+        in a file, or a value that stands for itself, which has no path.
+
+        Raises:
+            InputError: the value is malformed.
+        """
         if self.kind is Kind.RUNS:
-            return list(named_workdirs(value, workdir, self.field).values())
+            return list(named_workdirs(value, workdir, self.field).items())
         if not value:
             return []
-        if self.kind in MODELS:
-            local = is_within(Path(value), workdir) or not is_repository(value)
-            return [Path(value)] if local else []
         if self.kind is Kind.LIST:
-            return files_of_list(value)
-        names: Iterable[str] = optional_paths(value)
+            return [_list_entry(entry) for entry in list_entries(self.field, value)]
         if self.kind is Kind.NAMED_FILES:
-            names = [file.path for file in named_files(tuple(names), self.field)]
-        return [Path(name) for name in names if not str(name).startswith("hf://")]
+            files = named_files(split_entries(value), self.field)
+            return [_file_entry(file.name, file.path) for file in files]
+        if self.kind is Kind.FILES:
+            paths = split_paths(value)
+            names = short_names(paths)
+            return [_file_entry(names[path], path) for path in paths]
+        return [("", Path(value))]
 
     def files(self, config: ConfigDict, workdir: Path) -> list[Path]:
         """Returns the existing files that count as this input's content, folders unfolded."""
@@ -85,8 +110,19 @@ class Input:
 
 def files_of_list(text: str) -> list[Path]:
     """Returns the files of a list such as "3,@FILE:key[:n]"."""
-    parts = (part.strip() for part in text.split(","))
-    return [Path(part[1:].split(":")[0]) for part in parts if part.startswith("@")]
+    entries = list_entries("a list", text)
+    return [Path(entry.path) for entry in entries if isinstance(entry, ListInFile)]
+
+
+def _list_entry(entry: str | ListInFile) -> tuple[str, Path | None]:
+    if isinstance(entry, ListInFile):
+        return f":{entry.key}[:{entry.count}]", Path(entry.path)
+    return entry, None
+
+
+def _file_entry(name: str, path: str) -> tuple[str, Path | None]:
+    """Returns the entry of a file; one on the hub has no local path."""
+    return (path, None) if path.startswith("hf://") else (name, Path(path))
 
 
 def is_within(path: Path, folder: Path) -> bool:

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import line_of, read_jsonl
+from sarm_jax.io.path_lists import split_paths
 
 DEMONSTRATION = {"prompt": str, "response": str}
 PAIR = {"prompt": str, "chosen": str, "rejected": str}
@@ -33,18 +34,6 @@ def required(config: ConfigDict, *fields: str) -> None:
     for field in fields:
         if not field_value(config, field):
             raise InputError(f"{field} is empty: name it with --config.{field}=…")
-
-
-def split_paths(text: str) -> tuple[str, ...]:
-    """Splits comma-separated paths.
-
-    Raises:
-        InputError: one of them is empty.
-    """
-    paths = tuple(path.strip() for path in text.split(","))
-    if not all(paths):
-        raise InputError(f"found {text!r}, expected file names with commas between them")
-    return paths
 
 
 def optional_paths(text: str) -> tuple[str, ...]:

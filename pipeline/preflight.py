@@ -23,16 +23,18 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
     """Checks the options of the stages `wanted`, and the inputs of all stages.
 
     Raises:
-        InputError: an option is out of range, or there is no such file or model and no stage is
-            going to write it.
+        InputError: an option is out of range, there is no such file or model and no stage is
+            going to write it, or something is in the way of what a stage writes.
     """
     for item in inputs():
         check_input(item, config, workdir)
     check_remat(config.remat)
     make_mesh(mesh_config(config))
     for stage in wanted:
-        for _, run_config, _ in runs_of(stage, config, workdir):
-            stage.validate(without_future_lists(run_config, workdir))
+        for _, run_config, folder in runs_of(stage, config, workdir):
+            ready = without_future_lists(run_config, workdir)
+            stage.validate(ready)
+            stage.check_outputs(ready, folder)
 
 
 def inputs() -> list[Input]:

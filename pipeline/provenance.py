@@ -16,25 +16,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pipeline.stage import Stage
+from pipeline.changes import Provenance, change, input_change
+from pipeline.stage import RECORDS, Stage
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import disk_is_full
+from sarm_jax.io.files import disk_is_full, locked_output
 from sarm_jax.io.json_files import parse_json, write_json
-from sarm_jax.io.workdir import first_difference, has_settings, save_settings
+from sarm_jax.io.workdir import VERSION_KEY, read_settings
+from sarm_jax.version import VERSION
 
-FILE = "stages.json"
-# Options that did not exist from the start, with the value that stands for what was done before:
-# records that lack them are taken to have it.
-DEFAULTS = {"ppo": {"long_prompts": "error"}}
 LARGE, PIECE, PIECES = 64 << 20, 1 << 20, 16  # bytes, bytes, and number of pieces of a large file
-
-
-@dataclasses.dataclass(frozen=True)
-class Provenance:
-    """The options by field, and the digests of the inputs by path, that a result depends on."""
-
-    options: dict[str, Any]
-    inputs: dict[str, str]
 
 
 def provenance(stage: Stage, config: ConfigDict, workdir: Path) -> Provenance:
@@ -54,33 +44,69 @@ def digests(files: Iterable[Path]) -> dict[str, str]:
     return {str(file): _digest(file) for file in files}
 
 
-def change(before: Mapping[str, Any], now: Provenance) -> str | None:
-    """Describes what differs from a recorded {options, inputs}; None if nothing does."""
-    options = json.loads(json.dumps(now.options))
-    changed = first_difference(before["options"], options, defaults=DEFAULTS)
+def check_claim(
+    stage: Stage, config: ConfigDict, workdir: Path, recorded: Mapping[str, str] | None = None
+) -> None:
+    """Checks that config.json says that the working directory has this run, or that it has none.
+
+    Args:
+        stage: the stage that makes the run.
+        config: its config.
+        workdir: the working directory.
+        recorded: digests of the files that the run has read, by path; by default those of
+            stages.json.
+
+    Raises:
+        InputError: the working directory has another run.
+    """
+    stored = _claim(stage, config, workdir)
+    if stored is None:
+        return
+    if recorded is None:
+        recorded = Records(workdir).stages.get(stage.name, {}).get("inputs", {})
+    before = {"options": stored, "inputs": recorded}
+    now = Provenance(stage.recorded_options(config, workdir), {})
+    if stored == json.loads(json.dumps(now.options)):
+        return  # whether the files are the same as well is compared with stages.json
+    changed = change(stage, before, provenance(stage, config, workdir), continuing=True)
     if changed:
-        return changed
-    for path in sorted(before["inputs"].keys() | now.inputs.keys()):
-        if before["inputs"].get(path) != now.inputs.get(path):
-            return f"{path} has changed"
-    return None
-
-
-def check_claim(stage: Stage, config: ConfigDict, workdir: Path) -> None:
-    """Raises InputError if config.json says that the working directory has another run."""
-    has_settings(workdir, stage.recorded_options(config, workdir), DEFAULTS)
+        raise InputError(
+            f"--workdir={workdir} holds a run of another configuration: {changed}; "
+            "choose another --workdir, or delete it to start again"
+        )
 
 
 def claim_workdir(stage: Stage, config: ConfigDict, workdir: Path) -> None:
-    """Writes config.json, unless this run has claimed the working directory already."""
-    save_settings(workdir, stage.recorded_options(config, workdir), DEFAULTS)
+    """Writes config.json with the options of this run, which the directory then belongs to.
+
+    The version of this software that started the run stays in it. `check_claim` comes first.
+    """
+    has_run = _claim(stage, config, workdir) is not None
+    stored = (read_settings(workdir) or {}) if has_run else {}
+    version = {VERSION_KEY: stored.get(VERSION_KEY, VERSION)}
+    settings = version | stage.recorded_options(config, workdir)
+    if stored != json.loads(json.dumps(settings)):
+        write_json(workdir / "config.json", settings)
+
+
+def _claim(stage: Stage, config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+    """Returns the options of the run that has the working directory; None if none has it.
+
+    A run that ended before its first step has left nothing to protect, and does not count.
+    """
+    stored = read_settings(workdir)
+    if stored is None:
+        return None
+    if VERSION_KEY in stored and not stage.has_begun(config, workdir):
+        return None
+    return {name: value for name, value in stored.items() if name != VERSION_KEY}
 
 
 class Records:
     """The records of the stages of a working directory, in stages.json."""
 
     def __init__(self, workdir: Path):
-        self.path = workdir / FILE
+        self.path = workdir / RECORDS
         self.stages = self._read()
 
     def _read(self) -> dict[str, dict]:
@@ -99,24 +125,22 @@ class Records:
             raise InputError(f"{self.path}: not a record of stages; delete it")
         return stages
 
-    def difference(self, stage: str, made_from: Provenance) -> str | None:
-        """Describes what changed since the stage ran; None if nothing did, or if it never ran."""
-        if stage not in self.stages:
-            return None
-        return change(self.stages[stage], made_from)
+    def difference(
+        self, stage: Stage, made_from: Provenance, continuing: bool = False
+    ) -> str | None:
+        """Describes what changed since the stage ran; None if nothing did, or if it never ran.
 
-    def stale(self, stage: str, made_from: Provenance, option: str) -> str | None:
-        """Describes how `option` or an input file changed since the stage last ran, or None."""
-        if stage not in self.stages:
+        `continuing` is as in `change`.
+        """
+        if stage.name not in self.stages:
             return None
-        before, read = self.stages[stage]["options"].get(option), self.stages[stage]["inputs"]
-        now = made_from.options[option]
-        if before != now:
-            return f"{option} was {before!r} and is {now!r}"
-        for path, digest in sorted(made_from.inputs.items()):
-            if read.get(path, digest) != digest:
-                return f"{path} has changed"
-        return None
+        return change(stage, self.stages[stage.name], made_from, continuing)
+
+    def stale(self, stage: Stage, made_from: Provenance, option: str) -> str | None:
+        """Describes how the input `option` or a file changed since the stage last ran, or None."""
+        if stage.name not in self.stages:
+            return None
+        return input_change(stage, self.stages[stage.name], made_from, option)
 
     def finished(self, stage: str) -> bool:
         """Returns whether the stage's last call finished."""
@@ -125,6 +149,7 @@ class Records:
     @contextlib.contextmanager
     def recording(self, stage: str, made_from: Provenance) -> Iterator[None]:
         """Records that the stage runs and then that it finished; nothing if it was refused."""
+        self.stages = self._read()
         before, start = self.stages.get(stage), time.monotonic()
         entry: dict[str, Any] = dataclasses.asdict(made_from) | {"finished": None}
         self._note(stage, entry)
@@ -140,15 +165,16 @@ class Records:
 
     def _note(self, stage: str, entry: dict[str, Any] | None) -> None:
         """Replaces one stage's entry; keeps those of stages that run at the same time."""
-        self.stages = self._read()
-        if entry is None:
-            self.stages.pop(stage, None)
-        else:
-            self.stages[stage] = entry
-        if not self.stages:
-            self.path.unlink(missing_ok=True)
-            return
-        write_json(self.path, self.stages)
+        with locked_output(self.path, wait=True):
+            self.stages = self._read()
+            if entry is None:
+                self.stages.pop(stage, None)
+            else:
+                self.stages[stage] = entry
+            if self.stages:
+                write_json(self.path, self.stages)
+            else:
+                self.path.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

@@ -14,10 +14,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pipeline import stage as stages
+from pipeline.changes import Provenance
 from pipeline.experiments import runs_of, with_runs
-from pipeline.provenance import Provenance, Records, check_claim, claim_workdir, provenance
+from pipeline.provenance import Records, check_claim, claim_workdir, provenance
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError, TrainingStoppedError
+from sarm_jax.io.workdir import lock_stage, open_workdir
 from sarm_jax.parallel.compilation import kept_programs
 
 LOG = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ def run_stage(
     """
     stage = stages.load(name)
     if stage.output is None:
+        stage.check_outputs(config, workdir)
         stage.run(config, workdir)
         return
     for flag, field in (shorthands or {}).items():
@@ -65,11 +68,10 @@ def run_stage(
         for run_name, run_config, folder in runs:
             if run_name:
                 LOG.info("experiment %s", run_name)
-                folder.mkdir(parents=True, exist_ok=True)
-            with continuing_with_others(run_name, stopped):
+            with continuing_with_others(run_name, stopped), open_workdir(folder):
                 refuse_missing_inputs(stage, run_config, workdir)
                 made_from = provenance(stage, run_config, folder)
-                _run(stage, run_config, folder, Records(folder), made_from)
+                _run(stage, run_config, folder, made_from)
     if stopped:
         raise stopped[0]
 
@@ -92,7 +94,7 @@ def run_stages(config: ConfigDict, workdir: Path, selected: Sequence[Stage]) -> 
             for run_name, run_config, folder in runs:
                 if not stage.wanted(run_config):
                     continue
-                with continuing_with_others(run_name, stopped):
+                with continuing_with_others(run_name, stopped), open_workdir(folder):
                     outcome = _bring_up_to_date(stage, run_config, folder, workdir)
                     title = f"{stage.name} {run_name}".strip()
                     outcomes.append(dataclasses.replace(outcome, stage=title))
@@ -108,6 +110,7 @@ def check_runs(stage: Stage, config: ConfigDict, workdir: Path) -> None:
             try:
                 refuse_missing_inputs(stage, run_config, workdir)
                 stage.validate(run_config)
+                stage.check_outputs(run_config, folder)
                 check_claim(stage, run_config, folder)
             except InputError as error:
                 raise InputError(f"experiment {run_name}: {error}") from error
@@ -148,7 +151,7 @@ def _warn_of_stale_inputs(stage: Stage, config: ConfigDict, workdir: Path) -> No
     for maker in map(stages.load, stage.made_from):
         if maker.name not in records.stages:
             continue
-        changed = records.stale(maker.name, provenance(maker, config, workdir), "sarm_model")
+        changed = records.stale(maker, provenance(maker, config, workdir), "sarm_model")
         if changed:
             output = maker.output_path(config, workdir)
             advice = f"--stage={maker.name} makes it again"
@@ -157,40 +160,41 @@ def _warn_of_stale_inputs(stage: Stage, config: ConfigDict, workdir: Path) -> No
 
 def _bring_up_to_date(stage: Stage, config: ConfigDict, folder: Path, workdir: Path) -> Outcome:
     """Runs a stage unless it is up to date; `folder` is the run's, within or equal to `workdir`."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         records, output = Records(folder), stage.output_path(config, folder)
         if output.exists() and stage.name not in records.stages and stage.costly(config):
             if stage.per_experiment:
+                check_claim(stage, config, folder)
                 claim_workdir(stage, config, folder)
             return Outcome(stage.name, output, "kept: made by a call that left no record")
         refuse_missing_inputs(stage, config, workdir)
         made_from = provenance(stage, config, folder)
-        changed = records.difference(stage.name, made_from)
+        changed = records.difference(stage, made_from)
         if output.exists() and records.finished(stage.name) and changed is None:
             return Outcome(stage.name, output, "up to date")
         LOG.info(
             "stage %s: %s In %s%s",
             stage.name, stage.summary, folder, f"; {changed}" if changed else "",
         )  # fmt: skip
-        _run(stage, config, folder, records, made_from)
+        seconds = _run(stage, config, folder, made_from)
     except InputError as error:
         raise InputError(f"stage {stage.name}: {error}") from error
     reason = f", because {changed}" if changed else ""
-    return Outcome(stage.name, output, f"done{reason}", records.stages[stage.name]["seconds"])
+    return Outcome(stage.name, output, f"done{reason}", seconds)
 
 
-def _run(
-    stage: Stage, config: ConfigDict, workdir: Path, records: Records, made_from: Provenance
-) -> None:
-    changed = records.difference(stage.name, made_from)
-    claimed = stage.per_experiment and (workdir / "config.json").exists()
-    begun = stage.output_path(config, workdir).exists() or claimed
-    if stage.costly(config) and changed and begun:
-        raise InputError(
-            f"--workdir={workdir} holds a run of another configuration: {stage.name}: {changed}; "
-            "choose another --workdir, or delete it to start again"
-        )
-    with records.recording(stage.name, made_from):
-        stage.run(config, workdir)
+def _run(stage: Stage, config: ConfigDict, workdir: Path, made_from: Provenance) -> float:
+    """Runs a stage, alone in the working directory, and records it; returns the seconds it took."""
+    stage.check_outputs(config, workdir)
+    with lock_stage(workdir, stage.name):
+        records = Records(workdir)
+        changed = records.difference(stage, made_from, continuing=True)
+        if stage.costly(config) and changed and stage.has_begun(config, workdir):
+            raise InputError(
+                f"--workdir={workdir} holds a run of another configuration: {stage.name}: "
+                f"{changed}; choose another --workdir, or delete it to start again"
+            )
+        with records.recording(stage.name, made_from):
+            stage.run(config, workdir)
     gc.collect()  # models have reference cycles; without this, their weights outlive the stage
+    return records.stages[stage.name]["seconds"]

@@ -10,16 +10,20 @@ import fnmatch
 import graphlib
 import importlib
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pipeline.inputs import Input
+from pipeline.inputs import LISTS, Input
 from pipeline.options import field_value, plain
+from sarm_jax.io.files import check_target
+from sarm_jax.io.workdir import require_utf8
 
 PACKAGE = "pipeline.stages"
+RECORDS = "stages.json"  # written by `pipeline.provenance`
 
 
 def never(config: ConfigDict) -> bool:
@@ -42,12 +46,19 @@ class Stage:
         own_inputs: patterns of further files in the working directory that are read.
         output: path, in the working directory, of what the stage writes last; a function of the
             config if it depends on an option; None if the stage leaves nothing to other stages.
-        makes: patterns of all paths in the working directory that other stages may read.
+        makes: patterns of all paths in the working directory that the stage writes and other
+            stages may read. A name that ends in "/" is a folder.
+        writes: the files and folders that the stage will write, given the config; by default
+            `makes`. Before the stage runs, nothing may be in their way.
         after: names of the stages that run before it in `--stage=all`.
         wanted: whether the config asks for the stage.
         costly: whether the result took so long that it is never overwritten.
         per_experiment: whether it runs once for each of `config.experiments`, and each run claims
             its working directory with a config.json.
+        begun: whether a run in the working directory has finished a step, for a stage that runs
+            per experiment.
+        continued: given recorded options and the present ones, returns the recorded ones with
+            those replaced whose change a run can continue with.
         records: more facts that the result depends on, by name, for `stages.json`.
         made_from: names of stages whose results must be those of the present SARM; the log warns
             if they are out of date.
@@ -62,10 +73,13 @@ class Stage:
     own_inputs: tuple[str, ...] = ()
     output: str | Callable[[ConfigDict], str] | None = None
     makes: tuple[str, ...] = ()
+    writes: Callable[[ConfigDict], Sequence[str]] | None = None
     after: tuple[str, ...] = ()
     wanted: Callable[[ConfigDict], bool] = never
     costly: Callable[[ConfigDict], bool] = never
     per_experiment: bool = False
+    begun: Callable[[Path], bool] = lambda workdir: False
+    continued: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda old, new: old
     records: Callable[[ConfigDict, Path], dict[str, Any]] | None = None
     made_from: tuple[str, ...] = ()
 
@@ -74,6 +88,10 @@ class Stage:
         if self.output is None:
             raise ValueError(f"stage {self.name} leaves nothing to other stages")
         return workdir / (self.output if isinstance(self.output, str) else self.output(config))
+
+    def has_begun(self, config: ConfigDict, workdir: Path) -> bool:
+        """Returns whether the working directory has a result, or the steps of a run so far."""
+        return self.output_path(config, workdir).exists() or self.begun(workdir)
 
     def recorded_options(self, config: ConfigDict, workdir: Path) -> dict[str, Any]:
         """Returns the options that the result depends on, by field, as JSON-ready values."""
@@ -91,7 +109,17 @@ class Stage:
             return False
         within = path.relative_to(workdir)
         candidates = [str(candidate) for candidate in (within, *within.parents)]
-        return any(fnmatch.filter(candidates, pattern) for pattern in self.makes)
+        return any(fnmatch.filter(candidates, pattern.rstrip("/")) for pattern in self.makes)
+
+    def check_outputs(self, config: ConfigDict, workdir: Path) -> None:
+        """Raises InputError if something is in the way of what the stage writes."""
+        if self.costly(config):
+            require_utf8(workdir)
+        names = self.makes if self.writes is None else self.writes(config)
+        for name in (*names, *([RECORDS] if self.output else [])):
+            if "*" in name:  # of the files only the folder is known
+                name = f"{name.rpartition('/')[0]}/"
+            check_target(workdir / name, folder=name.endswith("/"))
 
 
 def names() -> list[str]:
@@ -103,6 +131,12 @@ def names() -> list[str]:
 def load(name: str) -> Stage:
     """Imports a stage by name."""
     return importlib.import_module(f"{PACKAGE}.{name}").STAGE
+
+
+def is_list(field: str) -> bool:
+    """Returns whether a field is a list of paths, also if an experiment changes it."""
+    name = re.sub(r"^experiments\.[^.]+\.", "", field)
+    return any(i.field == name and i.kind in LISTS for s in load_all() for i in s.inputs)
 
 
 def load_all() -> list[Stage]:

@@ -18,6 +18,7 @@ from pipeline.runner import run_stages
 from pipeline.stage import Stage
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.io.errors import InputError, TrainingStoppedError
+from sarm_jax.io.files import check_target
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact
@@ -49,6 +50,8 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     seeds = parse_seeds(template.lab.seeds)
     conditions = parse_conditions(template.lab.conditions)
     check_study(template)
+    for name, is_folder in (("lab.json", False), ("lab.html", False), ("figures", True)):
+        check_target(workdir / name, folder=is_folder)
     if template.lab.processes > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
     folder = seed_folder(workdir, seeds[0])

@@ -56,6 +56,11 @@ class SlotPlan:
             self._prompts = _rounded(max(_fullest(n, order, self._rows) for n, order in pairs))
             self._unit = _rounded(-(-self._rows * config.max_new_tokens // self._levels))
 
+    @property
+    def sizes(self) -> tuple[int | None, list[Slots | None]]:
+        """All sizes that batches can have; plans with the same sizes give the same results."""
+        return self.prefill, self.all_slots()
+
     def slots_for(
         self, response_lengths: np.ndarray, order: np.ndarray | None = None
     ) -> Slots | None:

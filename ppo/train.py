@@ -4,6 +4,7 @@ Every random choice is a function of (seed, step), so a run that resumes from it
 gives the same results as one that was never stopped.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -28,18 +29,25 @@ from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, l
 from ppo.rollout import Rollout, Sampler
 from ppo.run_state import RunState
 from ppo.scoring import Scored, Scorer
-from ppo.slots import Slots, slot_plans
+from ppo.slots import SlotPlan, Slots, slot_plans
 from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints
-from ppo.tracking.guards import GuardConfig, GuardStopError, NonFiniteError, Watch
+from ppo.tracking.guards import (
+    GuardConfig,
+    GuardStopError,
+    NonFiniteError,
+    TrainingStoppedError,
+    Watch,
+)
 from ppo.tracking.metrics import (
     RunLog,
+    has_evaluations,
     read_evaluations,
     summarise,
     summarise_evaluations,
 )
-from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.profiling import NO_PROFILE, ProfileConfig, Profiler, phase
 from ppo.update import Batch, Updater, batch_metrics
+from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.signals import on_signal
 from sarm_jax.models.chat import pad_id
@@ -89,6 +97,7 @@ class Trainer:
         profile: the steps that are traced.
         made_from: options of the run and digests of its inputs, as JSON. Every checkpoint records
             them, so that a later call can compare.
+        on_start: called once everything is compiled and calibrated, before anything is written.
     """
 
     def __init__(
@@ -104,9 +113,10 @@ class Trainer:
         eval_deck: PromptDeck | None = None,
         profile: ProfileConfig = NO_PROFILE,
         made_from: Mapping[str, Any] | None = None,
+        on_start: Callable[[], None] = lambda: None,
     ):
         self.config, self.workdir, self.deck = config, workdir, deck
-        self._made_from = made_from
+        self._made_from, self._on_start = made_from, on_start
         self.density_ratio = None
         if human is not None:
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
@@ -131,15 +141,8 @@ class Trainer:
                 reward=config.reward,
                 density_ratio=self.density_ratio,
             )
-        batches = range(max(config.ppo.total_steps, config.ppo.calibration_batches))
-        self._slot_plans = slot_plans(
-            config.ppo,
-            deck=deck,
-            batches=batches,
-            order_of=self._order,
-            parts=policy.placement.parts,
-        )
-        self._expected_batches = batches[:LOOK_AHEAD]
+        self._slot_plans = run_slots(config.ppo, deck, policy.placement.parts)
+        self._expected_batches = run_batches(config.ppo)[:LOOK_AHEAD]
         profile.check_steps(config.ppo.total_steps)
         self._profiler = Profiler(profile, workdir)
         self._stop_signal = 0  # 0: none
@@ -164,55 +167,74 @@ class Trainer:
         done = self._start(checkpoints)
         self._profiler.check_start(done)
         watch = Watch(self.config.guards, self.config.reward.alphas_sd(self.scale.std))
-        (self.workdir / "summary.json").unlink(missing_ok=True)  # of an earlier call
+        self._on_start()
         log = RunLog(
             self.workdir,
             self.config.reward.penalize_features,
             first_step=done,
             total_steps=config.total_steps,
         )
-        with on_signal(self._remember_signal), log:
-            stopping: list[str] = []
-            for row in processes.broadcast(log.earlier_rows()):
-                stopping = self._stopping_guards(watch.check(row))
-            self._check_guards(watch, stopping, done)
-            if done == 0:
-                log.write_evaluation(self._evaluate(0))
-            for step in range(done, config.total_steps):
-                with self._profiler.step(step):
-                    self.state, row, samples = self._step(step, self.state)
-                log.write(row, samples)
-                finished = step + 1
-                last = finished == config.total_steps
-                stopping = self._stopping_guards(watch.check(row))
-                self._check_finite(watch, step, last)
-                if last or finished % config.eval_every == 0 or stopping:
-                    log.write_evaluation(self._evaluate(finished))
-                signal = processes.all_max(self._stop_signal)
-                if last or finished % config.checkpoint_every == 0 or signal or stopping:
-                    checkpoints.save(finished, self.state, self._facts())
-                if signal:
-                    self._stop_at_signal(watch, signal, finished)
-                self._check_guards(watch, stopping, finished)
+        with on_signal(self._remember_signal), log, self._summarising(watch, log):
+            self._train(checkpoints, log, watch=watch, done=done)
         checkpoints.close()
-        return processes.broadcast(self._summarise(watch))
+        return processes.broadcast(self._summarise(watch, log))
 
-    def _summarise(self, watch: Watch, stopped: str | None = None) -> dict | None:
+    def _train(self, checkpoints: Checkpoints, log: RunLog, *, watch: Watch, done: int) -> None:
+        """Takes the steps after the first `done`, with their log, checkpoints and guards."""
+        config = self.config.ppo
+        stopping: list[str] = []
+        for row in processes.broadcast(log.rows):
+            stopping = self._stopping_guards(watch.check(row))
+        self._check_guards(stopping, done)
+        if done == 0:
+            log.write_evaluation(self._evaluate(0))
+        for step in range(done, config.total_steps):
+            with self._profiler.step(step):
+                self.state, row, samples = self._step(step, self.state)
+            log.write(row, samples)
+            finished = step + 1
+            last = finished == config.total_steps
+            stopping = self._stopping_guards(watch.check(row))
+            self._check_finite(watch, step, last)
+            if last or finished % config.eval_every == 0 or stopping:
+                log.write_evaluation(self._evaluate(finished))
+            signal = processes.all_max(self._stop_signal)
+            if last or finished % config.checkpoint_every == 0 or signal or stopping:
+                checkpoints.save(finished, self.state, self._facts())
+            if signal:
+                self._stop_at_signal(watch, log, signal=signal, finished=finished)
+            self._check_guards(stopping, finished)
+
+    @contextlib.contextmanager
+    def _summarising(self, watch: Watch, log: RunLog) -> Iterator[None]:
+        """Writes the summary of the steps so far if an error ends the block.
+
+        The error itself is raised again, also if the summary cannot be written.
+        """
+        try:
+            yield
+        except Exception as error:
+            stopped = error.reason if isinstance(error, TrainingStoppedError) else first_line(error)
+            with contextlib.suppress(OSError, InputError):
+                self._profiler.stop()
+                self._summarise(watch, log, stopped)
+            raise
+
+    def _summarise(self, watch: Watch, log: RunLog, stopped: str | None = None) -> dict | None:
         """Writes and returns the summary of all rows, including those of earlier calls.
 
-        Only the primary process has the rows; the others return None. `stopped` says what ended the
-        run early.
+        It replaces the summary of an earlier call. Without a row there is none. Only the primary
+        process has the rows; the others return None. `stopped` says what ended the run early.
         """
-        if not processes.is_primary():
+        if not (processes.is_primary() and log.rows):
             return None
-        rows = read_metrics(self.workdir / "metrics.csv")
-        summary = summarise(rows, self.scale.mean, self.scale.std)
+        summary = summarise(log.rows, self.scale.mean, self.scale.std)
         summary |= {"total_steps": self.config.ppo.total_steps, "stopped": stopped}
         summary["prompts"] = self.deck.summary()
         if self.config.experiment_name:
             summary["experiment_name"] = self.config.experiment_name
         summary["warnings"] = watch.warnings
-        if self.held_out is not None:
+        if self.held_out is not None and (not stopped or has_evaluations(self.workdir)):
             summary["held_out"] = summarise_evaluations(read_evaluations(self.workdir))
         write_json(self.workdir / "summary.json", summary)
         return summary
@@ -294,7 +316,7 @@ class Trainer:
         clock.append(time.perf_counter())
 
         with phase("update"):
-            order = self._order(step)
+            order = order_of_rows(self.config.ppo, step)
             plan = self._slot_plans[self.deck.padded_length(step)]
             slots = plan.slots_for(rollout.lengths_b, order)
             batch = self._batch(rollout, reward_b, slots)
@@ -324,34 +346,32 @@ class Trainer:
         """Returns those of the active guards that stop the run."""
         return [name for name in active if self.config.guards.stops(name)]
 
-    def _check_guards(self, watch: Watch, stopping: list[str], finished: int) -> None:
+    def _check_guards(self, stopping: list[str], finished: int) -> None:
         """Raises GuardStopError if a guard stops the run after `finished` steps, before the end."""
         if stopping and finished < self.config.ppo.total_steps:
             reason = f"guards.stop ({', '.join(stopping)})"
-            self._profiler.stop()
-            self._summarise(watch, reason)
             raise GuardStopError(
                 f"step {finished - 1}: stopped by {reason}, checkpoint {finished} saved; "
-                "--config.guards.stop= resumes from there"
+                "--config.guards.stop= resumes from there",
+                reason,
             )
 
     def _check_finite(self, watch: Watch, step: int, last: bool) -> None:
         """Raises NonFiniteError if too many steps, or all of them, had a skipped update."""
         limit, count = self.config.guards.max_nonfinite_steps, watch.nonfinite_steps
         if count > limit or (last and count == step + 1):
-            self._profiler.stop()
-            self._summarise(watch, f"{count} steps that were not finite")
             raise NonFiniteError(
                 f"step {step}: {count} of {step + 1} steps were not finite "
                 f"(guards.max_nonfinite_steps={limit}): the batch of the last one is in "
                 f"{self.workdir / f'nonfinite_step_{step}.npz'}; the same command resumes from the "
-                "last checkpoint, and ends here again unless the cause or the limit changes"
+                "last checkpoint, and ends here again unless the cause or the limit changes",
+                f"{count} steps that were not finite",
             )
 
-    def _stop_at_signal(self, watch: Watch, signal: int, finished: int) -> NoReturn:
+    def _stop_at_signal(self, watch: Watch, log: RunLog, *, signal: int, finished: int) -> NoReturn:
         """Writes the summary, shuts the processes down and raises SystemExit."""
         self._profiler.stop()
-        self._summarise(watch, f"signal {signal}")
+        self._summarise(watch, log, f"signal {signal}")
         processes.shut_down()
         LOG.info("stopped by signal %d after step %d", signal, finished)
         raise SystemExit(128 + signal)
@@ -380,12 +400,6 @@ class Trainer:
             score_std=self.scale.std,
         )
         return terms, density_ratio_state, metrics
-
-    def _order(self, step: int) -> np.ndarray:
-        """Returns the rows of the batch in each epoch of a step, `[epochs, B]`."""
-        config = self.config.ppo
-        rows = np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1))
-        return np.random.default_rng((config.seed, step)).permuted(rows, axis=1)
 
     def _batch(self, rollout: Rollout, reward_b: np.ndarray, slots: Slots | None) -> Batch:
         """Puts the scored rollout on the mesh, with log π_ref."""
@@ -468,6 +482,28 @@ class Trainer:
             number,
         )
         self._stop_signal = number
+
+
+def run_batches(config: PPOConfig) -> range:
+    """Returns the numbers of all batches of a run, those of the calibration among them."""
+    return range(max(config.total_steps, config.calibration_batches))
+
+
+def run_slots(config: PPOConfig, deck: PromptDeck, parts: int) -> dict[int, SlotPlan]:
+    """Returns the slots of all batches of a run by padded prompt length, see `slot_plans`."""
+    return slot_plans(
+        config,
+        deck=deck,
+        batches=run_batches(config),
+        order_of=partial(order_of_rows, config),
+        parts=parts,
+    )
+
+
+def order_of_rows(config: PPOConfig, step: int) -> np.ndarray:
+    """Returns the rows of the batch in each epoch of a step, `[epochs, B]`."""
+    rows = np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1))
+    return np.random.default_rng((config.seed, step)).permuted(rows, axis=1)
 
 
 def _broadcast_primary(

@@ -24,6 +24,7 @@ from sarm_jax.features.feature_lists import parse_values
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import line_of, parse_jsonl
+from sarm_jax.io.path_lists import relocated
 from sarm_jax.io.workdir import VERSION_KEY
 
 SAMPLE = {"step": int, "prompt": str, "rm_score": float, "penalties": dict, "total_reward": float}
@@ -160,7 +161,7 @@ def read_run(name: str, folder: Path, position: int = 0) -> Run:
     if (folder / "evaluations.jsonl").exists():
         fields = SAMPLE | {"ref_kl": float, "ended": bool}
         held_out = _rows(folder / "evaluations.jsonl", fields, missing)
-    summary = _summary(folder, missing)
+    summary = _summary(folder, missing, len(rows))
     options = read_object(folder / "config.json") or {}
     options.pop(VERSION_KEY, None)
     columns, origin = _columns(rows)
@@ -196,14 +197,20 @@ def _metrics(folder: Path, missing: list[str]) -> list[dict[str, float]]:
     return rows
 
 
-def _summary(folder: Path, missing: list[str]) -> dict[str, Any]:
-    """Reads summary.json; adds a sentence to `missing` if the run did not reach its end."""
+def _summary(folder: Path, missing: list[str], logged: int) -> dict[str, Any]:
+    """Reads summary.json; adds a sentence to `missing` if the run did not reach its end.
+
+    A summary of other steps than the `logged` ones is that of an earlier call.
+    """
     summary = read_object(folder / "summary.json")
     if summary is None:
         what = "no summary.json: the run did not finish, and only its log has its warnings"
         missing.append(_lacks(folder, what))
         return {}
-    if summary.get("stopped"):
+    if logged and isinstance(summary.get("steps"), int) and summary["steps"] != logged:
+        what = f"a summary.json of {summary['steps']} of its {logged} steps: the run did not finish"
+        missing.append(_lacks(folder, what))
+    elif summary.get("stopped"):
         steps = f"{summary.get('steps')} of {summary.get('total_steps')} steps"
         missing.append(f"{folder} was stopped by {summary['stopped']} after {steps}.")
     return summary
@@ -297,13 +304,12 @@ def _read_values(
     parents of the run's directory are tried first, the current directory last.
     """
 
-    def find(match: re.Match) -> str:
+    def locate(path: str) -> str:
         starts = (*folder.resolve().parents, Path())
-        files = (start / match[1] for start in starts if (start / match[1]).is_file())
-        return f"@{next(files, match[1])}:"
+        return str(next((start / path for start in starts if (start / path).is_file()), path))
 
     try:
-        text = re.sub(r"@([^,:]+):", find, str(reward.get(name, "")))
+        text = relocated(str(reward.get(name, "")), locate)
         values = parse_values(f"reward.{name}", text)
     except InputError:  # a file that the option names has been moved
         return None

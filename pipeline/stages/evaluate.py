@@ -38,11 +38,16 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
+from sarm_jax.io.path_lists import escaped, split_entries
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import format_interval
 
 LOG = logging.getLogger(__name__)
 NUMBER_FORMAT = "+.4f"  # of logged means and intervals
+FILES = (
+    "steering.json steering_rows.jsonl rm_bench.json rm_bench.png rewardbench2.json "
+    "rewardbench2.png policy.json responses.jsonl latent_map.json"
+).split()
 FORMAT = 2  # of eval/: 2 pools RM-Bench's safety rows and has a steering set for each file
 
 
@@ -60,7 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     All files are read and checked before the model is loaded.
     """
     steering, section = validate(config), config.evaluate
-    files = named_files(optional_paths(section.data_jsonl), "evaluate.data_jsonl")
+    files = named_files(split_entries(section.data_jsonl), "evaluate.data_jsonl")
     answers = read_answer_sets(files)
     styled = [
         row
@@ -202,7 +207,7 @@ def compares_policies(config: ConfigDict) -> bool:
 
 def records(config: ConfigDict, workdir: Path) -> dict:
     """Names the runs that are compared, and the version of what eval/ holds."""
-    runs = config.evaluate.runs or str(workdir)
+    runs = config.evaluate.runs or escaped(str(workdir))
     return {"evaluate": config.evaluate.to_dict() | {"runs": runs}, "format": FORMAT}
 
 
@@ -226,8 +231,8 @@ STAGE = Stage(
     inputs=(
         Input("evaluate.data_jsonl", Kind.NAMED_FILES),
         Input("evaluate.steering_json"),
-        Input("evaluate.rm_bench"),
-        Input("evaluate.rewardbench2"),
+        Input("evaluate.rm_bench", Kind.FILES),
+        Input("evaluate.rewardbench2", Kind.FILES),
         Input("evaluate.prompts_jsonl"),
         Input("evaluate.human_jsonl", read_if=compares_policies),
         Input("evaluate.runs", Kind.RUNS, ("adapter/*",)),
@@ -241,7 +246,7 @@ STAGE = Stage(
         Input("sarm_model", Kind.SARM),
     ),
     output="eval",
-    makes=("eval",),
+    makes=("eval/", *(f"eval/{name}" for name in FILES)),
     after=("train",),
     wanted=wanted,
     records=records,

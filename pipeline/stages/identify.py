@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from pipeline.inputs import Input, Kind
 from pipeline.models import load_reward_model
-from pipeline.options import PAIR, optional_paths, read_pairs, required, split_paths
+from pipeline.options import PAIR, optional_paths, read_pairs, required
 from pipeline.stage import Stage
 from ppo.prompts import read_prompts
 from sarm_jax.features.detectors import Detectors
@@ -20,6 +20,7 @@ from sarm_jax.features.strong_responses import StrongResponses
 from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
+from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.lab.gates import measure_gates
 from sarm_jax.models.reward_model import RewardModel
 
@@ -39,7 +40,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Find the latents that tell chosen from rejected responses, with thresholds."""
     options = validate(config)
     paths = split_paths(config.identify.pairs_jsonl)
-    names = source_names(paths)
+    names = short_names(paths)
     pairs = [{"source": names[path]} | row for path in paths for row in read_pairs((path,))]
     verbosity_pairs = read_pairs(optional_paths(config.identify.verbosity_jsonl))
     folder = workdir / "probes"
@@ -75,17 +76,6 @@ def write_features(folder: Path, features: Identified, options: IdentifyConfig) 
     write_naming_prompts(path, features.strongest, options.naming_examples)
     steering = {str(i): ["*", 0.0] for i in features.selected["safety_harming"][:STEERED]}
     write_json(folder / "steering_config.json", steering)
-
-
-def source_names(paths: Sequence[str]) -> dict[str, str]:
-    """Names each file by its stem, with as many folders as tell it from the others."""
-    bare = {path: Path(path).with_suffix("") for path in paths}
-    depth = max(len(path.parts) for path in bare.values())
-    for count in range(1, depth + 1):
-        names = {path: "/".join(short.parts[-count:]) for path, short in bare.items()}
-        if len(set(names.values())) == len(names):
-            return names
-    return {path: path for path in paths}
 
 
 def write_naming_prompts(path: Path, strongest: Sequence[StrongResponses], most: int) -> None:
@@ -138,8 +128,8 @@ STAGE = Stage(
     run=run,
     options=("identify", "sarm_model", "sarm_max_length", "dtype", "lab.seed"),
     inputs=(
-        Input("identify.pairs_jsonl"),
-        Input("identify.verbosity_jsonl"),
+        Input("identify.pairs_jsonl", Kind.FILES),
+        Input("identify.verbosity_jsonl", Kind.FILES),
         Input("sarm_model", Kind.SARM),
     ),
     output="probes/selected_features.json",
@@ -147,7 +137,8 @@ STAGE = Stage(
         "probes/selected_features.json",
         "probes/steering_config.json",
         "probes/naming_prompts.jsonl",
-        "probes/feature_*",
+        "probes/feature_analysis.json",
+        "probes/feature_scores.safetensors",
         "probes/gates.json",
     ),
     after=("train_sarm",),

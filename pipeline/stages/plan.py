@@ -91,4 +91,5 @@ STAGE = Stage(
         Input("plan.sarm_config"),
         Input("plan.prompt_lengths"),
     ),
+    makes=("plan.json",),
 )

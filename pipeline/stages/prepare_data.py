@@ -25,7 +25,7 @@ from sarm_jax.evaluation.benchmark_data import (
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
-from sarm_jax.lab.build import LabConfig, make_data, make_models
+from sarm_jax.lab.build import LabConfig, LabData, make_data, make_models
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.models.checks import check_positions
 from sarm_jax.training.preference_pairs import PairsConfig, make_pairs
@@ -152,6 +152,17 @@ def wanted(config: ConfigDict) -> bool:
     return config.prepare_data.source in LAST_FILE or bool(config.prepare_data.demos_jsonl)
 
 
+def writes(config: ConfigDict) -> list[str]:
+    """Returns the names of all files and folders that the source of the data makes."""
+    source = config.prepare_data.source
+    if source == "lab":
+        tables = [f"data/{field.name}.jsonl" for field in dataclasses.fields(LabData)]
+        return [*tables, "policy/", "pretrained/"]
+    if source == "benchmarks":
+        return [*(f"data/{name}.jsonl" for name in OUTPUTS), "data/data_summary.json"]
+    return ["data/pairs.jsonl"]
+
+
 def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Adds the options of the lab's world, if that is the source."""
     if config.prepare_data.source != "lab":
@@ -169,14 +180,15 @@ STAGE = Stage(
     inputs=(
         Input("prepare_data.demos_jsonl"),
         Input("prepare_data.steering_dir"),
-        Input("prepare_data.rewardbench2"),
-        Input("prepare_data.rm_bench"),
-        Input("prepare_data.safety_pairs"),
-        Input("prepare_data.complement_pairs"),
+        Input("prepare_data.rewardbench2", Kind.FILES),
+        Input("prepare_data.rm_bench", Kind.FILES),
+        Input("prepare_data.safety_pairs", Kind.FILES),
+        Input("prepare_data.complement_pairs", Kind.FILES),
         Input("policy_model", Kind.POLICY),
     ),
     output=lambda config: LAST_FILE.get(config.prepare_data.source, "data/pairs.jsonl"),
-    makes=("data/*", "policy", "pretrained"),
+    makes=("data/*", "policy/", "pretrained/"),
+    writes=writes,
     wanted=wanted,
     costly=lambda config: config.prepare_data.source == "lab",
     records=records,

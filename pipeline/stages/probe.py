@@ -61,6 +61,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")
 
 
+def writes(config: ConfigDict) -> list[str]:
+    """Returns the names of all files, a table for each feature among them."""
+    tables = [f"probes/probe_f{feature}.csv" for feature in validate(config).features]
+    return ["probes/certificates.json", "probes/probe_summary.json", *tables]
+
+
 STAGE = Stage(
     name="probe",
     summary="Responses, with a feature set or bounded → what the reward does, and certificates.",
@@ -74,6 +80,7 @@ STAGE = Stage(
     ),
     output="probes/probe_summary.json",
     makes=("probes/probe_*", "probes/certificates.json"),
+    writes=writes,
     after=("identify", "human_latents"),
     wanted=lambda config: bool(config.probe.data_jsonl),
 )

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from pipeline.inputs import Input, Kind
 from pipeline.report.page import ReportConfig, write_report
 from pipeline.stage import Stage
+from sarm_jax.io.path_lists import escaped
 
 LOG = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def records(config: ConfigDict, workdir: Path) -> dict:
     """Names the runs, and the evaluations of the working directory itself."""
-    runs = config.report.runs or str(workdir)
+    runs = config.report.runs or escaped(str(workdir))
     return {
         "report": config.report.to_dict() | {"runs": runs},
         "evaluations": str(workdir / "eval"),
@@ -47,7 +48,7 @@ STAGE = Stage(
     ),
     own_inputs=("eval/*",),
     output="report.html",
-    makes=("report.html", "figures"),
+    makes=("report.html", "figures/"),
     after=("evaluate",),
     wanted=lambda config: bool(config.prompts_jsonl),
     records=records,

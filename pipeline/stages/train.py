@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,23 @@ from ml_collections import ConfigDict
 
 from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
 from conversion.peft import save_adapter
+from pipeline.changes import Provenance, change
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_remat, load_policy_model, load_reward_model, mesh_config
 from pipeline.options import required
-from pipeline.provenance import Provenance, change, check_claim, claim_workdir, provenance
+from pipeline.provenance import check_claim, claim_workdir, provenance
 from pipeline.reward_inputs import REWARD_LISTS
 from pipeline.stage import Stage
 from ppo.config import PPOConfig
 from ppo.human_latents import HumanLatents, human_buffer
 from ppo.options import train_config
 from ppo.prompts import PromptDeck, read_prompts
-from ppo.tracking.checkpoint import newest_facts
+from ppo.tracking.checkpoint import finished_steps, newest_facts
 from ppo.tracking.metrics import check_log
 from ppo.tracking.profiling import ProfileConfig
-from ppo.train import TrainConfig, Trainer
+from ppo.train import TrainConfig, Trainer, run_slots
 from sarm_jax.io.errors import InputError, TrainingStoppedError
-from sarm_jax.io.workdir import lock_workdir
+from sarm_jax.io.workdir import lock_workdir, read_settings
 from sarm_jax.lab.gates import require_gates
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.llama import Llama
@@ -66,7 +69,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Train by PPO; write metrics, samples, checkpoints and, last, the adapter."""
     with lock_workdir(workdir):
         inputs = read_inputs(config)
-        made_from = claim_run(config, workdir, inputs)
+        made_from = check_run(config, workdir, inputs)
         log_start(config, workdir, inputs)
         policy, tokenizer = load_policy_model(config)
         policy.remat = config.remat
@@ -81,6 +84,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             eval_deck=inputs.eval_deck,
             profile=inputs.profile,
             made_from=dataclasses.asdict(made_from),
+            on_start=partial(claim_workdir, STAGE, config, workdir),
         )
         processes.raise_on_all()
         try:
@@ -115,24 +119,50 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     return RunInputs(options, profile, tokenizer, deck, eval_deck, human)
 
 
-def claim_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenance:
-    """Claims the working directory for this run, or checks that the run there is this one.
+def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenance:
+    """Checks that the run in the working directory, if there is one, is this one.
 
     Raises:
         InputError: there is another run, checkpoint or log in the working directory, or another
             process has other options or files.
     """
     made_from = provenance(STAGE, config, workdir)
-    finished = check_checkpoint(workdir / "checkpoints", made_from)
-    check_claim(STAGE, config, workdir)
+    finished, recorded = check_checkpoint(workdir / "checkpoints", made_from)
+    check_claim(STAGE, config, workdir, recorded.get("inputs"))
     if processes.is_primary():
         options = inputs.options
         features, every = options.reward.penalize_features, options.ppo.checkpoint_every
         check_log(workdir, features, finished, every)
-    claim_workdir(STAGE, config, workdir)
+        if STAGE.has_begun(config, workdir):
+            check_longer(
+                config, inputs, (read_settings(workdir) or {}, recorded.get("options", {}))
+            )
     processes.raise_on_all()
     check_same_everywhere(made_from)
     return made_from
+
+
+def check_longer(config: ConfigDict, inputs: RunInputs, recorded: Sequence[Mapping]) -> None:
+    """Raises InputError if more steps than before would change the batches of earlier steps.
+
+    The sizes of packed batches are chosen so that every batch of a run fits.
+
+    Args:
+        config: the config.
+        inputs: what was read for it.
+        recorded: options of the run so far, from each place that has them.
+    """
+    ppo, parts = inputs.options.ppo, mesh_config(config).batch_parts
+    longer = run_slots(ppo, inputs.deck, parts)
+    numbers = {steps for steps in map(recorded_steps, recorded) if steps is not None}
+    for steps in numbers - {ppo.total_steps}:
+        shorter = run_slots(dataclasses.replace(ppo, total_steps=steps), inputs.deck, parts)
+        if any(plan.sizes != longer[length].sizes for length, plan in shorter.items()):
+            raise InputError(
+                f"ppo.total_steps={ppo.total_steps}: with ppo.pack_levels={ppo.pack_levels} the "
+                f"batches of the first {steps} steps would have been packed in another size; "
+                "choose another --workdir"
+            )
 
 
 def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
@@ -211,8 +241,10 @@ def check_context(config: ConfigDict, *decks: PromptDeck) -> None:
     )
 
 
-def check_checkpoint(directory: Path, made_from: Provenance) -> int:
-    """Returns the number of finished steps of the newest checkpoint, 0 if there is none.
+def check_checkpoint(directory: Path, made_from: Provenance) -> tuple[int, Mapping[str, Any]]:
+    """Returns the number of finished steps of the newest checkpoint, and what it was made from.
+
+    Without a checkpoint that is 0, and nothing.
 
     stages.json and config.json tell runs apart too, if they are there and belong to the checkpoint.
     Checkpoints of versions that did not record what they were made from are accepted.
@@ -222,22 +254,51 @@ def check_checkpoint(directory: Path, made_from: Provenance) -> int:
     """
     newest = newest_facts(directory)
     if newest is None:
-        return 0
+        return 0, {}
     steps, facts = newest
-    changed = facts.get("made_from") and change(facts["made_from"], made_from)
+    recorded = facts.get("made_from") or {}
+    changed = recorded and change(STAGE, recorded, made_from, continuing=True)
     if changed:
         raise InputError(
             f"{directory / str(steps)}: a checkpoint of another run: {changed}; put this run's "
             "own back, or choose another --workdir"
         )
-    return steps
+    return steps, recorded
 
 
 def check_same_everywhere(made_from: Provenance) -> None:
     """Raises InputError in every process if one has other options or files than process 0."""
     first = processes.broadcast(dataclasses.asdict(made_from))
-    changed = change(first, made_from)
+    changed = change(STAGE, first, made_from)
     processes.raise_on_all(f"not what process 0 has: {changed}" if changed else "")
+
+
+def begun(workdir: Path) -> bool:
+    """Returns whether a run has finished a step in the working directory."""
+    log, checkpoints = workdir / "metrics.csv", workdir / "checkpoints"
+    logged = log.is_file() and log.read_bytes().count(b"\n") > 1  # more than the header
+    return logged or finished_steps(checkpoints) is not None
+
+
+def recorded_steps(options: Mapping[str, Any]) -> int | None:
+    """Returns ppo.total_steps of recorded options; None if they have none."""
+    ppo = options.get("ppo")
+    steps = ppo.get("total_steps") if isinstance(ppo, Mapping) else None
+    return steps if isinstance(steps, int) else None
+
+
+def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Returns the recorded options with the present number of steps, if a run can go on to it.
+
+    A schedule that decays depends on the number of steps; a constant one does not.
+    """
+    old, new = recorded_steps(before), now["ppo"]["total_steps"]
+    if old is None or new < old or now["ppo"]["lr_schedule"] != "constant":
+        return before
+    return before | {"ppo": before["ppo"] | {"total_steps": new}}
+
+
+RUN_FILES = "config.json metrics.csv samples.jsonl evaluations.jsonl summary.json".split()
 
 
 STAGE = Stage(
@@ -267,10 +328,13 @@ STAGE = Stage(
         Input("reward.human_latents", read_if=lambda config: config.reward.beta != 0),
     ),
     output="adapter/adapter_config.json",
-    makes=("adapter", "experiments", "*.csv", "summary.json", "samples.jsonl", "checkpoints"),
+    makes=("adapter/", "experiments/", "*.csv", "summary.json", "samples.jsonl", "checkpoints/"),
+    writes=lambda config: [*RUN_FILES, "checkpoints/", "adapter/"],
     after=("identify", "human_latents", "probe"),
     wanted=lambda config: bool(config.prompts_jsonl),
     costly=lambda config: True,
     per_experiment=True,
+    begun=begun,
+    continued=continued,
     made_from=("identify", "human_latents"),
 )

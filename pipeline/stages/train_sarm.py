@@ -12,11 +12,12 @@ from conversion.load import read_policy_config
 from conversion.to_hf import save_sarm
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_remat, mesh_config
-from pipeline.options import read_pairs, required, split_paths
+from pipeline.options import read_pairs, required
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
+from sarm_jax.io.path_lists import split_paths
 from sarm_jax.parallel.sharding import MeshConfig
 from sarm_jax.reporting.statistics import Interval, format_interval
 from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
@@ -80,12 +81,12 @@ STAGE = Stage(
     run=run,
     options=("train_sarm", "policy_model", "dtype"),
     inputs=(
-        Input("train_sarm.pairs_jsonl"),
+        Input("train_sarm.pairs_jsonl", Kind.FILES),
         Input("train_sarm.model", Kind.POLICY),
         Input("policy_model", Kind.POLICY, read_if=lambda config: not config.train_sarm.model),
     ),
     output="sarm",
-    makes=("sarm", "sarm_summary.json", "sarm_metrics.jsonl"),
+    makes=("sarm/", "sarm_summary.json", "sarm_metrics.jsonl"),
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sarm.pairs_jsonl),
     costly=lambda config: True,

@@ -11,8 +11,11 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from ppo.tracking.manifest import (
 )
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import disk_is_full
+from sarm_jax.io.signals import cleaning_up
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import put_like
 
@@ -92,17 +96,22 @@ class Checkpoints:
             for kind in kinds:
                 registry.add(item, kind, handler)
         self._directory = directory.absolute()
+        self._alias = contextlib.ExitStack()
         self._manager: ocp.CheckpointManager | None = None
-        if processes.is_primary():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(
-                self._directory, options=options, handler_registry=registry
-            )
+        self._make_manager = partial(
+            ocp.CheckpointManager, options=options, handler_registry=registry
+        )
 
     def latest_step(self) -> int | None:
         """Returns the number of finished steps in the newest checkpoint; None without one."""
-        own = None if self._manager is None else self._manager.latest_step()
-        return processes.broadcast(own)
+        return processes.broadcast(finished_steps(self._directory))
+
+    def _open(self) -> ocp.CheckpointManager | None:
+        """Returns the manager of the folder, which is created if necessary, in process 0."""
+        if self._manager is None and processes.is_primary():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._manager = self._make_manager(self._alias.enter_context(_alias(self._directory)))
+        return self._manager
 
     def save(self, steps: int, state: Any, facts: dict) -> None:
         """Writes a checkpoint, and returns when it is complete.
@@ -115,7 +124,8 @@ class Checkpoints:
         Raises:
             OSError: the disk is full. Earlier checkpoints are intact.
         """
-        if self._manager is None or self._manager.latest_step() == steps:
+        manager = self._open()
+        if manager is None or manager.latest_step() == steps:
             return
         items = {
             "state": StandardSave(jax.device_get(named_arrays(state))),
@@ -124,8 +134,8 @@ class Checkpoints:
         }
         try:
             with _quiet():
-                self._manager.save(steps, args=Composite(**items))
-                self._manager.wait_until_finished()
+                manager.save(steps, args=Composite(**items))
+                manager.wait_until_finished()
         except Exception as error:
             if _disk_is_full(error):
                 problem = f"no space for the checkpoint of step {steps}"
@@ -146,7 +156,8 @@ class Checkpoints:
         Raises:
             InputError: no checkpoint is intact, or the arrays are not those of `like`.
         """
-        read = None if self._manager is None else self._read_newest(self._manager, like)
+        manager = self._open()
+        read = None if manager is None else self._read_newest(manager, like)
         processes.raise_on_all()
         steps, facts = processes.broadcast(read and read[:2])
         leaves = []
@@ -159,6 +170,7 @@ class Checkpoints:
         """Stops the threads of Orbax."""
         if self._manager is not None:
             self._manager.close()
+            self._alias.close()
 
     def _read_newest(
         self, manager: ocp.CheckpointManager, like: Any
@@ -178,7 +190,9 @@ class Checkpoints:
         Orbax itself would cast some types silently, and raise errors that do not name the array.
         """
         step = self._directory / str(steps)
-        actual = _descriptions(ocp.StandardCheckpointHandler().metadata(step / "state").tree)
+        with _alias(self._directory) as directory:
+            state = directory / str(steps) / "state"
+            actual = _descriptions(ocp.StandardCheckpointHandler().metadata(state).tree)
         expected = _descriptions(named_arrays(like))
         for name in expected | actual:
             if actual.get(name) != expected.get(name):
@@ -203,6 +217,11 @@ class Checkpoints:
             manager.reload()
 
 
+def finished_steps(directory: Path) -> int | None:
+    """Returns the number of steps of the newest checkpoint, intact or not; None without one."""
+    return max(_steps(directory), default=None)
+
+
 def newest_facts(directory: Path) -> tuple[int, dict] | None:
     """Reads (steps, facts) of the checkpoint that a run would resume from; None without one.
 
@@ -211,7 +230,25 @@ def newest_facts(directory: Path) -> tuple[int, dict] | None:
     if not _steps(directory):
         return None
     steps, _ = _newest_intact(directory)
-    return steps, ocp.JsonCheckpointHandler().restore(directory.absolute() / str(steps) / "facts")
+    with _alias(directory.absolute()) as alias:
+        return steps, ocp.JsonCheckpointHandler().restore(alias / str(steps) / "facts")
+
+
+@contextlib.contextmanager
+def _alias(directory: Path) -> Iterator[Path]:
+    """Yields a path of the directory that Orbax and TensorStore take as it is.
+
+    They take brackets for a pattern, backslashes and names such as `gs:` for other systems, and
+    fail at bytes that are not UTF-8. Such a directory is reached through a link.
+    """
+    if re.fullmatch(r"[\w/., =@+%-]+", str(directory), re.ASCII):
+        yield directory
+        return
+    folder = tempfile.mkdtemp(prefix="sarm_jax_")
+    with cleaning_up(partial(shutil.rmtree, folder, ignore_errors=True)):
+        link = Path(folder) / directory.name
+        link.symlink_to(directory, target_is_directory=True)
+        yield link
 
 
 def _newest_intact(directory: Path) -> tuple[int, dict[int, str]]:

@@ -33,7 +33,10 @@ LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after the columns of
 
 
 class RunLog:
-    """The log files in `workdir`, positioned at `first_step`. Use it as a context manager."""
+    """The log files in `workdir`, positioned at `first_step`. Use it as a context manager.
+
+    `rows` are the rows of metrics.csv, those of earlier calls included.
+    """
 
     def __init__(self, workdir: Path, features: Sequence[int], first_step: int, total_steps: int):
         self.columns = columns_of(features)
@@ -43,10 +46,12 @@ class RunLog:
         self._rewind(first_step)
         self._metrics = self._metrics_path.open("a", newline="", encoding="utf-8")
         self._samples = self._samples_path.open("a", encoding="utf-8")
+        self._evaluated = self._stat_of_evaluations()
         self._writer = csv.DictWriter(self._metrics, self.columns)
         if not self._metrics.tell():
             self._writer.writeheader()
             self.flush()
+        self.rows = read_metrics(self._metrics_path)
         self._board = Board(workdir, first_step)
         self._bar = tqdm(total=total_steps, initial=first_step, desc="PPO", unit="step")
 
@@ -58,10 +63,6 @@ class RunLog:
             for file in (self._bar, self._metrics, self._samples, self._board):
                 stack.callback(file.close)
 
-    def earlier_rows(self) -> list[dict[str, float]]:
-        """Reads the rows of the steps before `first_step`."""
-        return read_metrics(self._metrics_path)
-
     def write(self, row: dict[str, float], samples: Sequence[dict]) -> None:
         """Logs a step.
 
@@ -71,12 +72,19 @@ class RunLog:
             samples: rows of samples.jsonl.
 
         Raises:
+            InputError: a file was removed or exchanged, so the row would be lost.
             ValueError: a metric has no column, which would lose it; the message names it.
         """
+        for path, file in (
+            (self._metrics_path, self._metrics),
+            (self._samples_path, self._samples),
+        ):
+            _check_present(path, os.fstat(file.fileno()))
         self._writer.writerow(row)
         for sample in samples:
             self._samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
         self.flush()
+        self.rows.append({name: float(row.get(name, "nan")) for name in self.columns})
         step = int(row["step"])
         self._board.write({k: v for k, v in row.items() if k not in ("step", "timestamp")}, step)
         self._bar.set_postfix_str(
@@ -90,10 +98,13 @@ class RunLog:
         """Logs the responses of an evaluation, all of the same step; no rows leave no file."""
         if not rows:
             return
+        if self._evaluated is not None:
+            _check_present(self._evaluations_path, self._evaluated)
         with self._evaluations_path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
+            self._evaluated = os.fstat(file.fileno())
         means = _held_out_means(rows)
         scalars = {f"held_out/{name}": value for name, value in means.items()}
         self._board.write(scalars, rows[0]["step"])
@@ -103,6 +114,10 @@ class RunLog:
         for file in (self._metrics, self._samples):
             file.flush()
             os.fsync(file.fileno())
+
+    def _stat_of_evaluations(self) -> os.stat_result | None:
+        path = self._evaluations_path
+        return path.stat() if path.exists() else None
 
     def _rewind(self, first_step: int) -> None:
         """Drops everything that steps from `first_step` on have logged."""
@@ -117,6 +132,16 @@ class RunLog:
         # The evaluation of step n is that of the policy after n steps, and is written before the
         # checkpoint of n. Only a run that starts again from 0 repeats the evaluation of its step.
         _keep_lines(self._evaluations_path, first_step if first_step else -1)
+
+
+def _check_present(path: Path, opened: os.stat_result) -> None:
+    """Raises InputError unless the file that was opened is still at its path."""
+    try:
+        present = os.path.samestat(opened, path.stat())
+    except OSError:
+        present = False
+    if not present:
+        raise InputError(f"{path}: was removed or exchanged while the run wrote it; restore it")
 
 
 def columns_of(features: Sequence[int]) -> list[str]:
@@ -153,6 +178,12 @@ def check_log(workdir: Path, features: Sequence[int], done: int, checkpoint_ever
             f"--workdir={workdir}: metrics.csv has {len(rows)} steps, but there is no checkpoint: "
             "restore checkpoints/, or choose another --workdir"
         )
+
+
+def has_evaluations(workdir: Path) -> bool:
+    """Returns whether the run has logged an evaluation."""
+    path = workdir / EVALUATIONS
+    return path.is_file() and path.stat().st_size > 0
 
 
 def read_evaluations(workdir: Path) -> list[dict]:

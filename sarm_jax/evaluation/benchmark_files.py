@@ -21,6 +21,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes
 from sarm_jax.io.json_files import parse_json, short
 from sarm_jax.io.jsonl import numbered_lines, parse_line
+from sarm_jax.io.path_lists import named_path
 
 STYLES = ("concise", "detailed", "markdown")
 DOMAINS = ("safety-refuse", "safety-response", "chat", "code", "math")
@@ -82,7 +83,7 @@ def named_files(entries: Sequence[str], option: str) -> list[NamedFile]:
     Raises:
         InputError: an entry is malformed, a file is given twice, or a derived name is taken.
     """
-    split = [_split_name(entry, option) for entry in entries]
+    split = [named_path(entry, option, "FILE") for entry in entries]
     resolved = [(name, Path(path).resolve()) for name, path in split]
     for entry, (_, path) in zip(resolved, split, strict=True):
         if resolved.count(entry) > 1:
@@ -95,20 +96,6 @@ def named_files(entries: Sequence[str], option: str) -> list[NamedFile]:
                 f"{option}: two files are called {file.name!r}: give both as NAME=FILE"
             )
     return files
-
-
-def _split_name(entry: str, option: str) -> tuple[str, str]:
-    """Splits FILE or NAME=FILE into (name or "", path); a path may contain "=" as well."""
-    signs = [i for i, character in enumerate(entry) if character == "="]
-    splits = [("", entry), *((entry[:i].strip(), entry[i + 1 :].strip()) for i in signs)]
-    existing = [(name, path) for name, path in splits if Path(path).is_file()]
-    if existing:
-        name, path = existing[0]
-    else:  # an unnamed file in a folder with "=" in its name, or a named file
-        name, path = splits[0] if "/" in splits[-1][0] else splits[-1]
-    if not path or (not name and entry.startswith("=")):
-        raise InputError(f"{option}: found {entry!r}, expected FILE or NAME=FILE")
-    return name, path
 
 
 def _shortest_names(paths: Sequence[str]) -> dict[str, str]:

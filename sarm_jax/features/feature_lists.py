@@ -5,13 +5,13 @@ Examples: "48659,28879", "3.0,none",
 commas.
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
+from sarm_jax.io.path_lists import ListInFile, list_entries
 
 EMPTY = "the list is empty; name another list or leave out"
 LARGEST_ID = 2**31 - 1  # device indices are int32
@@ -63,10 +63,15 @@ def _finite(entry: Any) -> float:
 
 def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str) -> tuple:
     """Converts every entry of a list; `expected` describes an entry in error messages."""
-    values = []
-    entries = _entries(option, text.strip())
-    if not entries and text.strip() and "[:0]" not in text:  # "[:0]" asks for an empty list
+    items = list_entries(option, text)
+    entries = [
+        entry
+        for item in items
+        for entry in (_from_file(option, item) if isinstance(item, ListInFile) else [item])
+    ]
+    if items and not entries and not any(_asks_for_none(item) for item in items):
         raise InputError(f"{option}={text}: {EMPTY} {option}")
+    values = []
     for entry in entries:
         try:
             values.append(convert(entry))
@@ -75,32 +80,24 @@ def _parse(option: str, text: str, convert: Callable[[Any], Any], expected: str)
     return tuple(values)
 
 
-def _entries(option: str, text: str) -> list[Any]:
-    """Splits a list at its commas and replaces each "@FILE:key" by the entries of that list."""
-    items = [item.strip() for item in text.split(",")] if text else []
-    return [
-        entry
-        for item in items
-        for entry in (_from_file(option, item) if item.startswith("@") else [item])
-    ]
+def _asks_for_none(item: str | ListInFile) -> bool:
+    """Returns whether an entry is "@FILE:key[:0]", which asks for an empty list."""
+    return isinstance(item, ListInFile) and item.count is not None and not item.count.strip("0")
 
 
-def _from_file(option: str, text: str) -> list[Any]:
+def _from_file(option: str, item: ListInFile) -> list[Any]:
     """Reads the list that "@FILE:key" or "@FILE:key[:n]" names."""
-    match = re.fullmatch(r"@(.+):([^:\[\]]+?)(?:\[:(\d+)\])?", text)
-    if not match:
-        raise InputError(f"{option}={text}: expected @FILE:key or @FILE:key[:n]")
-    path, key, count = Path(match[1]), match[2], match[3]
-    content = read_json(path, f"{option}={text}: {path}", allow_nan=False)
+    path, key, count = Path(item.path), item.key, item.count
+    content = read_json(path, f"{option}={item}: {path}", allow_nan=False)
     lists = {name: value for name, value in content.items() if isinstance(value, list)}
     if key not in lists:
         names = ", ".join(lists) or "none"
-        raise InputError(f"{option}={text}: {path} has no list {key!r} (it has: {names})")
+        raise InputError(f"{option}={item}: {path} has no list {key!r} (it has: {names})")
     entries = lists[key]
     if count is None:
         return entries
     if len(count) > 9 or int(count) > len(entries):
         if not entries:
-            raise InputError(f"{option}={text}: {EMPTY} {option}")
-        raise InputError(f"{option}={text}: {path} lists only {len(entries)} under {key!r}")
+            raise InputError(f"{option}={item}: {EMPTY} {option}")
+        raise InputError(f"{option}={item}: {path} lists only {len(entries)} under {key!r}")
     return entries[: int(count)]

@@ -19,7 +19,14 @@ class InputError(ValueError):
 
 
 class TrainingStoppedError(RuntimeError):
-    """Training stopped before its last step. The last good result is kept; the exit code is 3."""
+    """Training stopped before its last step. The last good result is kept; the exit code is 3.
+
+    `reason` is what summary.json says; by default the message.
+    """
+
+    def __init__(self, message: str, reason: str = ""):
+        super().__init__(message)
+        self.reason = reason or message
 
 
 def out_of_memory(error: BaseException) -> bool:

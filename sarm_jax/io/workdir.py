@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import locked
-from sarm_jax.io.json_files import read_json, write_json
+from sarm_jax.io.files import locked, locked_output
+from sarm_jax.io.json_files import read_json
+from sarm_jax.io.path_lists import named_paths
 from sarm_jax.io.signals import cleaning_up
-from sarm_jax.version import VERSION
 
 VERSION_KEY = "sarm_jax_version"  # in config.json, beside the options of the run
 
@@ -54,6 +54,33 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def lock_stage(workdir: Path, stage: str) -> Iterator[None]:
+    """Lets one process at a time run a stage in a working directory.
+
+    Raises:
+        InputError: another process runs the stage there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_output(workdir / stage))
+        except BlockingIOError:
+            doing = "is training" if stage == "train" else f"runs --stage={stage}"
+            raise InputError(f"--workdir={workdir}: another process {doing} there") from None
+        yield
+
+
+def require_utf8(workdir: Path) -> None:
+    """Raises InputError if the path is not UTF-8, which checkpoints and tokenizer files need."""
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"--workdir={workdir}: the path is not UTF-8, and neither a checkpoint nor a model can "
+            "be written there; choose another --workdir"
+        ) from None
+
+
 def _remove_empty(directories: list[Path]) -> None:
     """Removes directories, the innermost first, up to the first one that is not empty."""
     for path in directories:
@@ -63,43 +90,21 @@ def _remove_empty(directories: list[Path]) -> None:
             return
 
 
-def save_settings(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Writes the settings of a run as config.json, unless `has_settings` finds them there.
+def read_settings(workdir: Path) -> dict[str, Any] | None:
+    """Reads config.json of a run; None if there is no such file.
 
-    The version of this software is written beside them and is not compared.
-
-    Args:
-        workdir: the working directory.
-        settings: the settings of the run.
-        defaults: as in `first_difference`.
+    It holds the options of the run and, under `VERSION_KEY`, the version that started it.
 
     Raises:
-        InputError: the directory holds a run with other settings.
-    """
-    if not has_settings(workdir, settings, defaults):
-        write_json(workdir / "config.json", {VERSION_KEY: VERSION} | settings)
-
-
-def has_settings(workdir: Path, settings: dict[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Returns True if the directory holds a run with these settings, False if it holds no run.
-
-    Raises:
-        InputError: the directory holds a run with other settings, or a model.
+        InputError: the file is malformed, or the directory holds a model.
     """
     path = workdir / "config.json"
     if not path.exists():
-        return False
-    stored = read_json(path, expected="the options of a run")
-    stored.pop(VERSION_KEY, None)
+        return None
+    stored = read_json(path, expected="the options of a run", allow_surrogates=True)
     if "model_type" in stored:
         raise InputError(f"--workdir={workdir} holds a model; choose another --workdir")
-    difference = first_difference(stored, settings, defaults=defaults)
-    if difference:
-        raise InputError(
-            f"--workdir={workdir} holds a run of another configuration: {difference}; "
-            "choose another --workdir, or delete it to start again"
-        )
-    return True
+    return stored
 
 
 def named_workdirs(text: str, default: Path, option: str) -> dict[str, Path]:
@@ -114,12 +119,11 @@ def named_workdirs(text: str, default: Path, option: str) -> dict[str, Path]:
         The directory of each name; an entry without a name is called like its directory.
     """
     runs: dict[str, Path] = {}
-    for entry in text.split(",") if text.strip() else [str(default)]:
-        name, equals, path = entry.strip().rpartition("=")
+    for given, path in named_paths(text, option, "DIR") or [("", str(default))]:
         folder = Path(path)
-        name = name.strip() if equals else _run_name(folder.resolve())
-        if not path or not name:
-            raise InputError(f"{option}: found {entry.strip()!r}, expected DIR or NAME=DIR")
+        name = given or _run_name(folder.resolve())
+        if not name:
+            raise InputError(f"{option}: found {path!r}, expected NAME={path}")
         if name in runs:
             raise InputError(f"{option}: two runs are called {name!r}: give them as NAME=DIR")
         runs[name] = folder

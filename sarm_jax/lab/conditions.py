@@ -5,6 +5,7 @@ from typing import Any
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
+from sarm_jax.io.path_lists import escaped
 
 MAX_RANGE = 1000  # seeds in one range
 DESCRIPTIONS = {
@@ -25,19 +26,19 @@ def reward_options(condition: str, selected: Path, section: dict[str, Any]) -> d
         selected: selected_features.json of the same SARM.
         section: options of the lab, of which `alpha` and `beta` are read.
     """
-    lists = read_json(selected)
+    lists, file = read_json(selected), f"@{escaped(str(selected))}"
     penalised_lists = {"penalty": "detectors", "full": "detectors", "random": "random_control"}
     options = {}
     name = penalised_lists.get(condition)
     if name and lists[name]:  # an empty list, if identify found no detectors, penalises nothing
-        options["penalize_features"] = f"@{selected}:{name}"
-        options["tau_values"] = f"@{selected}:tau_{name}"
+        options["penalize_features"] = f"{file}:{name}"
+        options["tau_values"] = f"{file}:tau_{name}"
         options["alpha_values"] = ",".join([str(section["alpha"])] * len(lists[name]))
     if condition in ("full", "latent_kl"):
         options["beta"] = section["beta"]
-        options["latent_indices"] = f"@{selected}:carriers"
+        options["latent_indices"] = f"{file}:carriers"
     if condition == "clamp" and lists["carriers"]:
-        options["clamp_features"] = f"@{selected}:carriers"
+        options["clamp_features"] = f"{file}:carriers"
         options["clamp_set_values"] = ",".join(["0.0"] * len(lists["carriers"]))
     return options
 

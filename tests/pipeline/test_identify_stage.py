@@ -8,11 +8,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from conversion import load_sarm
-from pipeline.stages.identify import source_names
 from sarm_jax.evaluation.controls import read_steering
 from sarm_jax.features.contrast_statistics import differential
 from sarm_jax.features.feature_lists import parse_features
 from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.io.path_lists import short_names
 from tests.command import run_main
 
 
@@ -92,7 +92,7 @@ def test_two_files_of_a_name_are_two_sources(run, world, pairs):
     ],
 )
 def test_sources_are_called_by_what_tells_them_apart(paths, names):
-    found = source_names(paths)
+    found = short_names(paths)
     assert [found[path] for path in paths] == names
 
 

@@ -11,10 +11,11 @@ from configs import base, demo
 from configs.ablations import VARIANTS
 from pipeline import preflight
 from pipeline.all_stages import run_all
+from pipeline.changes import Provenance
 from pipeline.cli import fill_in
 from pipeline.inputs import Kind
 from pipeline.preflight import check
-from pipeline.provenance import Provenance, Records, digests, provenance
+from pipeline.provenance import Records, digests, provenance
 from pipeline.runner import run_stage
 from pipeline.stage import load, load_all
 from pipeline.study import run_study
@@ -85,11 +86,11 @@ def test_a_stage_that_did_not_finish_is_not_up_to_date(tmp_path):
     with Records(tmp_path).recording("identify", made_from):
         pass
     records = Records(tmp_path)
-    assert records.finished("identify") and records.difference("identify", made_from) is None
-    assert records.difference("identify", Provenance({"a": 2}, {})) == "a was 1 and is now 2"
+    assert records.finished("identify") and records.difference(load("identify"), made_from) is None
+    assert records.difference(load("identify"), Provenance({"a": 2}, {})) == "a was 1 and is now 2"
     with pytest.raises(InputError), records.recording("identify", Provenance({"a": 3}, {})):
         raise InputError("refused")
-    assert Records(tmp_path).difference("identify", made_from) is None
+    assert Records(tmp_path).difference(load("identify"), made_from) is None
     with (
         pytest.raises(InputError),
         records.recording("probe", Provenance({"a": float("nan"), "b": "\udc80"}, {})),

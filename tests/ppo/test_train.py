@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from ppo.scoring import Scored
 from ppo.tracking import metrics as metrics_module
 from ppo.tracking.guards import GuardStopError, NonFiniteError
 from ppo.tracking.metrics import COLUMNS, read_evaluations
+from sarm_jax.io.errors import InputError
 from sarm_jax.models import chat
 from sarm_jax.models.reward_model import RewardModel
 from tests.closeness import assert_close
@@ -465,3 +468,84 @@ def test_batches_of_prompts(tokenizer, ppo_config):
         assert row[real].tolist() == chat.encode_prompt(tokenizer, text)
         assert not real[0] or real.all()
     assert jnp.asarray(mask)[:, -1].all()
+
+
+def test_what_ends_a_run_early_is_in_its_summary(make_trainer, tmp_path):
+    """Errors of the device and of the disk; the summary of the call before is there until then."""
+
+    def failing(at, error):
+        trainer = make_trainer(tmp_path / "run", total_steps=6, evaluate=True)
+        step = trainer._step
+
+        def failing_step(number, state):
+            if number == at:
+                raise error
+            return step(number, state)
+
+        trainer._step = failing_step
+        with pytest.raises(type(error)):
+            trainer.run()
+        return json.loads((tmp_path / "run" / "summary.json").read_text())
+
+    first = failing(3, RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 3 bytes"))
+    assert first["stopped"] == "out of memory" and first["steps"] == 3 and first["held_out"]
+    last = failing(2, OSError(5, "Input/output error", "/data/x"))  # it repeats step 2
+    assert last["stopped"] == "/data/x: Input/output error" and last["steps"] == 2
+    started = []
+    trainer = make_trainer(tmp_path / "run", total_steps=6, evaluate=True)
+    trainer._on_start = lambda: started.append((tmp_path / "run" / "summary.json").read_text())
+    assert trainer.run()["stopped"] is None
+    assert json.loads(started[0]) == last
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "samples.jsonl", "evaluations.jsonl", "."])
+def test_files_that_are_removed_under_a_run_are_named(make_trainer, tmp_path, name):
+    trainer, run = make_trainer(tmp_path / "run", total_steps=6, evaluate=True), tmp_path / "run"
+    step = trainer._step
+
+    def removing(number, state):
+        if number == 3:
+            remove(run / name)
+        return step(number, state)
+
+    trainer._step = removing
+    with pytest.raises((InputError, OSError)) as error:
+        trainer.run()
+    text = str(error.value)
+    assert str(run / ("metrics.csv" if name == "." else name)) in text, text
+    assert not re.search(r"[0-9a-f]{8}|tmp-|partial", text.replace(str(tmp_path), "")), text
+    if name == ".":
+        assert not run.exists()
+        return
+    summary = json.loads((run / "summary.json").read_text())
+    assert str(run / name) in summary["stopped"] and summary["steps"] >= 3
+
+
+def test_a_refused_run_writes_nothing(make_trainer, tmp_path):
+    """Whatever fails before the first step: compilation, calibration, what is called then."""
+    for name in ("_calibrate", "_programs", "_on_start"):
+        trainer = make_trainer(tmp_path / "run")
+
+        def fail(*_):
+            raise InputError("no")
+
+        setattr(trainer, name, fail)
+        with pytest.raises(InputError):
+            trainer.run()
+        assert not list((tmp_path / "run").iterdir())
+
+
+def test_more_steps_after_the_end_are_the_steps_of_a_longer_run(make_trainer, tmp_path):
+    options = {"checkpoint_every": 3, "warmup_steps": 2}
+    make_trainer(tmp_path / "parts", total_steps=2, **options).run()
+    parts = make_trainer(tmp_path / "parts", total_steps=5, **options)
+    assert parts.run()["steps"] == 5
+    whole = make_trainer(tmp_path / "whole", total_steps=5, **options)
+    whole.run()
+    same_state(whole.state, parts.state)
+    a, b = (without_times(metrics(tmp_path / name)) for name in ("whole", "parts"))
+    assert a == b
