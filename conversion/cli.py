@@ -9,7 +9,7 @@ from absl import flags
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import disk_is_full
-from sarm_jax.io.progress import show_progress
+from sarm_jax.io.progress import show_last_line, show_progress
 from sarm_jax.io.signals import exit_after_cleanup, on_signal
 
 
@@ -45,10 +45,10 @@ def run(
             print(main(values))
     except (InputError, flags.Error, OSError) as error:
         advice = "; free space, and try again" if disk_is_full(error) else ""
-        print(f"error: {secrets.redact(str(InputError(error)))}{advice}", file=sys.stderr)
+        show_last_line(f"error: {InputError(error)}{advice}")
         sys.exit(2)
 
 
 def _interrupted(number: int) -> None:
-    print("interrupted; the same command starts again", file=sys.stderr)
+    show_last_line("interrupted; the same command starts again")
     exit_after_cleanup(128 + number)

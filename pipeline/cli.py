@@ -5,23 +5,20 @@ that is not given leaves its field as it is. `fill_in` replaces "{workdir}" in s
 """
 
 import difflib
-import inspect
 import logging
 import re
-import runpy
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from jax.tree_util import keystr, tree_leaves_with_path
 from ml_collections import ConfigDict, config_flags
 
 import configs
-from pipeline import reference_flags
+from pipeline import option_bounds, reference_flags
 from pipeline import stage as stages
+from pipeline.config_file import ConfigFileError, ConfigFileParser, describe, text_of
 from pipeline.experiments import changed_fields
 from pipeline.reference_flags import BATCH, SHORTHANDS
 from sarm_jax.io.errors import InputError
@@ -30,6 +27,8 @@ from sarm_jax.io.secrets import refuse_secrets
 from sarm_jax.parallel.processes import Hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "experiment: configs/*.py")
+CONFIG_FILE = ConfigFileParser()
+flags.FLAGS["config"].parser = CONFIG_FILE  # its own parser puts tracebacks into messages
 WORKDIR = flags.DEFINE_string("workdir", None, "results; default outputs/<name of the config>")
 LEVELS = ("debug", "info", "warning", "error")
 LOG_LEVEL = flags.DEFINE_enum("log_level", "info", LEVELS, "severity from which messages are shown")
@@ -58,36 +57,56 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     named = _named_config(argv)
     if named is not None and not Path(named.partition(":")[0]).is_file():
         raise InputError(f"--config={named}: no such file")
-    try:
-        positional = flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        instead = reference_flags.replacement(error.flagname)
-        if instead is not None:
-            raise InputError(f"--{error.flagname} is not taken: {instead}") from None
-        if named is not None:
-            _refuse_unknown_options(argv, named)
-        raise InputError(_one_line(error)) from error
-    except Exception as error:  # the file of --config is a program and may raise anything
-        if named is not None:
-            _refuse_unknown_options(argv, named)
-        raise InputError(_place(error, named or "") + _one_line(error)) from error
+    positional = _parse_flags(argv)
     if len(positional) > 1:
         raise InputError(f"unexpected argument {positional[1]!r}: options are --name=value")
     if named is None:
         raise InputError("--config is missing: for example --config=configs/smollm2.py")
-    _check_kind(CONFIG.value, named)
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     if not Path(path.partition(":")[0]).is_file():
         raise InputError(f"--config={path}: no such file")
     workdir = _workdir(default=Path("outputs") / _run_name(path))
-    config = CONFIG.value
-    _apply_shorthands(config)
-    _refuse_what_experiments_set(config)
-    reference_flags.set_batch(config, argv)
+    try:
+        config = _config_with_flags(argv)
+    except InputError:
+        raise
+    except Exception as error:  # a reference in the file of --config may compute anything
+        raise InputError(describe(error, path)) from error
     leaves = tree_leaves_with_path(config.to_dict())
     named_values = ((keystr(parts, simple=True, separator="."), value) for parts, value in leaves)
     refuse_secrets(f"--config.{name}={value}" for name, value in named_values)
     return config, STAGE.value, workdir
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses all flags, loads the file of --config, and returns the arguments that are no flags."""
+    CONFIG_FILE.config = None
+    try:
+        return flags.FLAGS(argv)
+    except ConfigFileError as error:
+        raise InputError(error) from error
+    except Exception as error:  # overrides are applied to a config that may hold anything
+        if isinstance(error, flags.UnrecognizedFlagError):
+            instead = reference_flags.replacement(error.flagname)
+            if instead is not None:
+                raise InputError(f"--{error.flagname} is not taken: {instead}") from None
+        if CONFIG_FILE.config is not None:
+            _refuse_unknown_options(argv, CONFIG_FILE.config)
+        raise InputError(text_of(error)) from error
+
+
+def _config_with_flags(argv: list[str]) -> ConfigDict:
+    """Returns the config with the reference's flags applied, checked before and after.
+
+    Values of flags are checked with those of the file, and so is the batch that flags multiply to.
+    """
+    config = CONFIG.value
+    option_bounds.check_names(config)
+    _apply_shorthands(config)
+    config = option_bounds.checked(config)
+    _refuse_what_experiments_set(config)
+    reference_flags.set_batch(config, argv)
+    return option_bounds.checked(config)
 
 
 def with_installed_config(argv: list[str]) -> list[str]:
@@ -232,30 +251,10 @@ def _filled(template: ConfigDict, plain: str, in_lists: str, section: str = "") 
     return config
 
 
-def _refuse_unknown_options(argv: list[str], path: str) -> None:
-    """Raises InputError if get_config() of the file at `path` fails, or for an unknown option.
-
-    An unknown option is a --config.… that names no field. An argument behind the file's name that
-    get_config() does not take is refused as well.
-    """
-    file, _, argument = path.partition(":")
-    arguments = [argument] if argument else []
-    try:
-        get_config = runpy.run_path(file)["get_config"]
-    except Exception:  # an error of the file itself, which the caller has already
-        return
-    try:
-        inspect.signature(get_config).bind(*arguments)
-    except TypeError:
-        needs = "needs an argument" if not argument else "takes no argument"
-        raise InputError(f"--config={path}: this config {needs}, as in FILE.py:ARGUMENT") from None
-    try:
-        config = get_config(*arguments)
-    except Exception as error:
-        raise InputError(_place(error, path) + _one_line(error)) from error
-    _check_kind(config, path)
-    leaves = tree_leaves_with_path(config.to_dict(), is_leaf=lambda value: value is None)
-    options = [keystr(parts, simple=True, separator=".") for parts, _ in leaves]
+def _refuse_unknown_options(argv: list[str], config: ConfigDict) -> None:
+    """Raises InputError for a --config.… that names no option of the config."""
+    option_bounds.check_names(config)
+    options = list(option_names(config))
     for argument in argv:
         name = argument.removeprefix("--config.").partition("=")[0]
         if argument.startswith("--config.") and name not in options:
@@ -264,23 +263,10 @@ def _refuse_unknown_options(argv: list[str], path: str) -> None:
             raise InputError(f"{argument}: no such option{hint}")
 
 
-def _check_kind(config: Any, path: str) -> None:
-    if not isinstance(config, ConfigDict):
-        raise InputError(f"--config={path}: its get_config() must return a ConfigDict")
-
-
-def _place(error: Exception, path: str) -> str:
-    """Returns the place in the file of --config where the error was raised, if it was there."""
-    path = path.partition(":")[0]
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if path and Path(frame.filename) == Path(path)]
-    if isinstance(error, AttributeError) and error.name == "get_config":
-        return f"--config={path}: "
-    if isinstance(error, SyntaxError) or not lines:
-        return ""
-    return f"{path}:{lines[-1]}: {type(error).__name__}: "
-
-
-def _one_line(error: Exception) -> str:
-    text = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(text).split())
+def option_names(config: ConfigDict, path: str = "") -> Iterator[str]:
+    """Yields the full name of every option, without its value, which may be computed."""
+    for name, value in config.iteritems(preserve_field_references=True):
+        if isinstance(value, ConfigDict):
+            yield from option_names(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}"

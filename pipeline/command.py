@@ -22,7 +22,7 @@ from pipeline import stage as stages
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError, TrainingStoppedError, out_of_memory
 from sarm_jax.io.files import disk_is_full
-from sarm_jax.io.progress import show_progress
+from sarm_jax.io.progress import show_last_line, show_progress
 from sarm_jax.io.signals import exit_after_cleanup, on_signal
 from sarm_jax.io.workdir import open_workdir
 from sarm_jax.parallel import processes
@@ -97,7 +97,7 @@ def set_up(template: ConfigDict, stage: str) -> None:
 
 def show_error(message: str) -> None:
     """Prints the last line of a command that failed."""
-    print(f"error: {secrets.redact(message)}", file=sys.stderr)
+    show_last_line(f"error: {message}")
 
 
 def _check(template: ConfigDict, stage: str) -> None:
@@ -130,5 +130,5 @@ def _run(template: ConfigDict, stage: str, workdir: Path, place: Path) -> None:
 
 def _interrupted(number: int) -> None:
     """Exits at a signal; PPO handles signals itself and saves a checkpoint first."""
-    print("interrupted; the same command goes on", file=sys.stderr)
+    show_last_line("interrupted; the same command goes on")
     exit_after_cleanup(128 + number)

@@ -60,6 +60,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         self._check_ranges()
+        self._check_updates()
         if self.top_p != 1:
             raise InputError(
                 f"ppo.top_p={self.top_p}: PPO compares log-probabilities of the distribution that "
@@ -82,6 +83,15 @@ class PPOConfig:
             )
         if not 0 <= self.seed < 2**31:
             raise InputError(f"ppo.seed={self.seed}: must lie in [0, 2^31)")
+
+    def _check_updates(self) -> None:
+        """Raises InputError if the optimizer, which counts in int32, cannot count the updates."""
+        for name in ("total_steps", "warmup_steps"):
+            if getattr(self, name) * self.updates_per_step >= 2**31:
+                raise InputError(
+                    f"ppo.{name}={getattr(self, name)}: with ppo.ppo_epochs={self.ppo_epochs} and "
+                    f"ppo.num_minibatches={self.num_minibatches} these are 2^31 updates or more"
+                )
 
     def _check_ranges(self) -> None:
         """Raises InputError for the first number that is out of its range."""

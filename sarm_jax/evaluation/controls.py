@@ -21,6 +21,7 @@ import numpy as np
 from sarm_jax.features.feature_lists import LARGEST_ID
 from sarm_jax.features.penalties import cap_in_score, capped, fired_penalties, unit_scale
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.float32 import fits_float32
 from sarm_jax.io.json_files import read_json
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
@@ -176,9 +177,5 @@ def _is_action(action: Any) -> bool:
     if not (isinstance(action, list) and len(action) == 2 and action[0] in ("*", "+")):
         return False
     value = action[1]
-    largest = float(np.finfo(np.float32).max)
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -largest <= value <= largest
-    )
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and fits_float32(value)

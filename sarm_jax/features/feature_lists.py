@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.float32 import RANGE, fits_float32
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.path_lists import ListInFile, list_entries
 
 EMPTY = "the list is empty; name another list or leave out"
+NUMBER = f"a finite number, {RANGE}"
 LARGEST_ID = 2**31 - 1  # device indices are int32
 
 
@@ -42,21 +44,21 @@ def parse_features(option: str, text: str) -> tuple[int, ...]:
 
 def parse_values(option: str, text: str) -> tuple[float, ...]:
     """Parses a list of finite numbers; otherwise as `parse_features`."""
-    return _parse(option, text, convert=_finite, expected="a finite number")
+    return _parse(option, text, convert=_number, expected=NUMBER)
 
 
 def parse_bounds(option: str, text: str) -> tuple[float | None, ...]:
     """Parses a list of finite numbers and of "none", which leaves a bound open."""
 
     def bound(entry: Any) -> float | None:
-        return None if str(entry).strip().lower() == "none" else _finite(entry)
+        return None if str(entry).strip().lower() == "none" else _number(entry)
 
-    return _parse(option, text, convert=bound, expected="a finite number or none")
+    return _parse(option, text, convert=bound, expected=f"{NUMBER}, or none")
 
 
-def _finite(entry: Any) -> float:
+def _number(entry: Any) -> float:
     value = float(entry)
-    if not abs(value) < float("inf"):
+    if isinstance(entry, bool) or not fits_float32(value):
         raise ValueError
     return value
 

@@ -1,5 +1,6 @@
 """The log on stderr: this project's progress messages and warnings, without secrets."""
 
+import contextlib
 import functools
 import io
 import logging
@@ -43,6 +44,22 @@ def show_progress(prefix: str = "", level: int = logging.INFO, primary: bool = T
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
 
 
+def show_last_line(message: str) -> None:
+    """Prints the last line of a command on stderr, without secrets."""
+    close_bars()
+    print(secrets.redact(message), file=sys.stderr, flush=True)
+
+
+def close_bars() -> None:
+    """Closes the progress bars that an error has left open, where they are.
+
+    Otherwise they would be drawn once more when Python deletes them, after what is shown next.
+    """
+    for bar in list(getattr(tqdm, "_instances", ())):
+        with contextlib.suppress(Exception):  # a bar that cannot be drawn must hide no message
+            bar.close()
+
+
 class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return secrets.redact(super().format(record))
@@ -52,6 +69,7 @@ def _log_unexpected(kind, *error) -> None:
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, *error)
         return
+    close_bars()
     LOG.critical(
         "an error in the program: please report it with these lines; checkpoints and finished "
         "stages are kept, and the same command goes on from them",

@@ -8,13 +8,30 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import huggingface_hub
 
 from sarm_jax.io.errors import CUT, InputError
 
 MIN_CHARACTERS = 8  # of a secret; a shorter one would also match ordinary words
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_?KEY|CREDENTIAL", re.I)
+# Parts of names that stand for a secret wherever they are, as in PGPASSWORD or tokenizer_secret.
+SECRET_PART = re.compile(
+    r"TOKEN(?!I[ZS])|SECRET(?!AR)|PASSWORD|PASSWD|PASSPHRASE|PASSCODE|CREDENTIAL|BEARER|MNEMONIC"
+    r"|(API|ACCESS|AUTH|PRIVATE|MASTER|SSH|SIGNING|ENCRYPTION|LICENSE)_?KEY|SSHPASS|PGPASS"
+    r"|CONN(ECTION)?_?STR",
+    re.I,
+)
+# Words that stand for a secret only as a whole, as in DB_PASS: PATH has no PAT, KEYBOARD no KEY.
+SECRET_WORDS = set(
+    "PASS PWD PW KEY KEYS PAT PATS AUTH OAUTH AUTHORIZATION CRED CREDS JWT COOKIE COOKIES DSN "
+    "WEBHOOK".split()
+)
+# Last words of names whose value says where or how large something is.
+PLAIN_ENDS = set("FILE PATH DIR DIRECTORY FOLDER HOME SOCK SOCKET TYPE COUNT".split())
+PLAIN_NAMES = ("PWD", "OLDPWD")
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
 
 _secrets: list[tuple[str, str]] = []  # (value, name), the longest value first
 
@@ -22,10 +39,14 @@ _secrets: list[tuple[str, str]] = []  # (value, name), the longest value first
 def collect() -> None:
     """Reads this process's secrets; call it at start-up, before anything is shown.
 
-    They are the environment variables that are named like a secret, and the login of the hub, which
-    may also stand in a file.
+    They are the environment variables that are named like a secret, the passwords in addresses
+    that other variables hold, and the login of the hub, which may also stand in a file.
     """
-    secrets = [(value, name) for name, value in os.environ.items() if SECRET_NAME.search(name)]
+    variables = [(value, name) for name, value in os.environ.items()]
+    secrets = [(value, name) for value, name in variables if is_secret(name, value)]
+    secrets += [
+        (password, name) for v, name in variables for password in PASSWORD_IN_URL.findall(v)
+    ]
     with contextlib.suppress(OSError, ValueError):  # a login that cannot be read cannot be shown
         secrets.append((huggingface_hub.get_token() or "", "HF_TOKEN"))
     # A message in one line holds a secret of several lines, such as a private key, in one line too.
@@ -33,6 +54,27 @@ def collect() -> None:
     secrets = [secret for secret in secrets if len(secret[0]) >= MIN_CHARACTERS]
     # The longest first, because one secret may be part of another.
     _secrets[:] = sorted(dict(secrets).items(), key=lambda secret: -len(secret[0]))
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Returns True if a variable of this name is a secret, unless its value is a path or a number.
+
+    A number is one all the same if the name is that of a password.
+    """
+    words = [word.upper() for word in WORD.findall(name)]
+    if name in PLAIN_NAMES or not (SECRET_PART.search(name) or SECRET_WORDS & set(words)):
+        return False
+    if words[-1] in PLAIN_ENDS or _is_path(value):
+        return False
+    return not value.isdecimal() or "PASS" in name.upper() or bool({"PWD", "PW"} & set(words))
+
+
+def _is_path(value: str) -> bool:
+    """Returns True for the path of a file; "/" alone does not tell, base64 may begin with it."""
+    if not value.startswith(("/", "~/", "./", "../", "file:")):
+        return False
+    path = value.removeprefix("file://")
+    return bool(Path(path).suffix) or os.path.exists(path)  # noqa: PTH110 (any text is a name)
 
 
 def redact(text: str) -> str:
