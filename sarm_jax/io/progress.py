@@ -53,10 +53,12 @@ def show_last_line(message: str) -> None:
 def close_bars() -> None:
     """Closes the progress bars that an error has left open, where they are.
 
-    Otherwise they would be drawn once more when Python deletes them, after what is shown next.
+    Otherwise they would be drawn once more when Python deletes them, after what is shown next. Each
+    keeps a line of its own, also one that would be cleared: clearing moves the cursor.
     """
     for bar in list(getattr(tqdm, "_instances", ())):
         with contextlib.suppress(Exception):  # a bar that cannot be drawn must hide no message
+            bar.leave = True
             bar.close()
 
 
