@@ -9,6 +9,7 @@ from absl import flags
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import disk_is_full
+from sarm_jax.io.flag_files import check_flag_files
 from sarm_jax.io.progress import show_last_line, show_progress
 from sarm_jax.io.signals import exit_after_cleanup, on_signal
 
@@ -38,6 +39,7 @@ def run(
     show_progress()
     try:
         secrets.refuse_secrets(argv[1:])
+        check_flag_files(argv[1:])
         arguments = values(argv)[1:]
         if arguments:
             raise InputError(f"unexpected argument {arguments[0]!r}: every option is a --flag")

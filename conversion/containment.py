@@ -1,13 +1,19 @@
-"""Refuses links that lead out of a model directory.
+"""Refuses links that lead out of a model directory, and pipes and devices in it.
 
 A user who downloads a directory does not look at its links. The files that they point to would be
 read, and copied into a directory that may be shared. The hub's own cache is the exception: the
 files of a snapshot are links to the blobs of the same repository.
+
+The libraries that read a model open its files by their paths, and would wait at a pipe for ever.
 """
 
 from pathlib import Path
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import check_file
+
+FILES = (".json", ".jinja", ".safetensors", ".model", ".txt")  # suffixes of what is read by path
+TEMPLATES = "additional_chat_templates"  # the only folder in which the tokenizer's files may lie
 
 
 def contained(directory: Path, name: str) -> Path:
@@ -33,7 +39,20 @@ def contained(directory: Path, name: str) -> Path:
 
 
 def require_contained(directory: Path) -> None:
-    """Raises InputError if any link in the directory leads out of it."""
-    for path in sorted(directory.iterdir()):
-        if path.is_symlink():
-            contained(directory, path.name)
+    """Checks the entries of a model directory before any of them is opened.
+
+    Raises:
+        InputError: a link leads out of the directory, or what has the name of a file is none.
+    """
+    for name in sorted(_names(directory)):
+        path = contained(directory, name) if (directory / name).is_symlink() else directory / name
+        if path.suffix in FILES and path.exists():
+            check_file(path)
+
+
+def _names(directory: Path) -> list[str]:
+    """Lists the entries of the directory and of its folder of templates."""
+    names = [path.name for path in directory.iterdir()]
+    if TEMPLATES in names and (directory / TEMPLATES).is_dir():
+        names += [f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).iterdir()]
+    return names

@@ -58,8 +58,9 @@ def atomic_directory(dst: str | Path, replace: bool = False, needed: int = 0) ->
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-    except OSError as error:
-        raise InputError(f"{dst}: cannot be written ({error.strerror})") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{dst}: cannot be written ({reason})") from error
     # After the rename to `dst` the cleanup finds nothing to remove.
     with locked(temporary), cleaning_up(partial(shutil.rmtree, temporary, ignore_errors=True)):
         yield temporary

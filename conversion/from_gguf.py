@@ -25,6 +25,8 @@ from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.problems import report
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import check_file
+from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.llama import LlamaConfig
 
 FLAGS = flags.FlagValues()
@@ -81,11 +83,13 @@ def convert(src: str | Path, dst: str | Path) -> str:
     """
     start = time.perf_counter()
     reader = _open(Path(src))
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    with as_input_error(f"{src}: its metadata cannot be read"):
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     try:
         config = _config(metadata, tied="output.weight" not in tensors)
-        tokenizer = tokenizer_from_metadata(metadata, config.max_position_embeddings)
+        with as_input_error("the tokenizer cannot be built"):
+            tokenizer = tokenizer_from_metadata(metadata, config.max_position_embeddings)
         specs = tensor_specs(abstract_model(config))
         _check_tensors(specs, tensors)
     except InputError as error:
@@ -107,16 +111,15 @@ def convert(src: str | Path, dst: str | Path) -> str:
 
 
 def _open(src: Path) -> Any:
-    if not src.is_file():
+    if not src.exists():
         raise InputError(f"{src}: no such file")
+    check_file(src)
     try:
         import gguf  # an extra package that only this command needs
     except ImportError:
         raise InputError(f"{src}: reading it needs one more package: pip install gguf") from None
-    try:
+    with as_input_error(f"{src}: truncated or not a GGUF file"):
         return gguf.GGUFReader(src)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, TypeError) as error:
-        raise InputError(f"{src}: truncated or not a GGUF file ({error})") from error
 
 
 def _config(metadata: dict[str, Any], tied: bool) -> LlamaConfig:
@@ -200,11 +203,9 @@ def _weights(tensor: Any, spec: TensorSpec, config: LlamaConfig) -> np.ndarray:
     """Dequantises a tensor to float32, in the HF orientation."""
     from gguf.quants import dequantize
 
-    try:
+    with as_input_error(f"{tensor.name}: cannot be dequantised"):
         array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-    except (NotImplementedError, ValueError) as error:
-        raise InputError(f"{tensor.name}: cannot be dequantised ({error})") from error
-    array = array.reshape(spec.hf_shape)
+        array = array.reshape(spec.hf_shape)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     if spec.path[-1] == "kernel" and spec.path[-2] in heads:
         pairs = array.reshape(heads[spec.path[-2]], config.head_dim // 2, 2, -1)

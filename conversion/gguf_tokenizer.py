@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.libraries import as_input_error
 
 CONTROL, USER_DEFINED = 3, 4  # token types
 
@@ -68,11 +69,9 @@ def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
     """Builds the BPE model with the splitting rule `pre`."""
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    try:
+    with as_input_error("tokenizer.ggml.merges: not the merges of these tokens"):
         # As in Llama-3's own tokenizer, a word that is a token is not split.
         core = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre in _LLAMA3))
-    except Exception as error:  # the Rust constructor raises bare Exceptions
-        raise InputError(f"tokenizer.ggml.merges: {error}") from error
     if pre in _GPT2:
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     elif pre in _DIGIT_WISE:

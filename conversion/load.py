@@ -19,6 +19,7 @@ from conversion.keys import TensorSpec, abstract_model
 from conversion.safetensors_io import TensorFiles, contiguous
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
+from sarm_jax.io.libraries import as_input_error, native_messages_of_failure_dropped
 from sarm_jax.models.chat import end_of_turn_id, stop_ids
 from sarm_jax.models.chat_template import chat_template
 from sarm_jax.models.llama import Llama, LlamaConfig
@@ -30,6 +31,7 @@ from sarm_jax.parallel.sharding import ONE_DEVICE, Read
 LOG = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
+_TRIAL = "A text."  # a broken tokenizer may be readable and fail when it is used
 Place = Callable[[str, Sequence[int], Any, Read], jax.Array]
 
 
@@ -118,16 +120,22 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
     # The import is slow, so it comes after the first check.
     from transformers import PreTrainedTokenizerFast
 
-    try:
+    with (
+        native_messages_of_failure_dropped(),
+        as_input_error(f"{directory}: the tokenizer cannot be read"),
+    ):
         # This class keeps the file as it is. AutoTokenizer rebuilds the pipeline of some classes,
         # with another result.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
-    except Exception as error:  # the Rust parser raises bare Exceptions
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{directory}: the tokenizer cannot be read ({reason})") from error
-    if isinstance(tokenizer.chat_template, dict):  # several templates: take the one for chats
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if isinstance(tokenizer.chat_template, dict):  # several templates: take the one for chats
+            tokenizer.chat_template = tokenizer.chat_template.get("default")
+        vocabulary = tokenizer.get_vocab()
+        for options in ({}, {"add_special_tokens": False, "split_special_tokens": True}):
+            ids = tokenizer(_TRIAL, **options)["input_ids"]
+            tokenizer.decode(ids)
+    if not ids:
+        raise InputError(f"{directory}: the tokenizer cannot be read ({_TRIAL!r} has no tokens)")
+    token, last = max(vocabulary.items(), key=lambda item: item[1])
     if vocab_size is not None and last >= vocab_size:
         raise InputError(
             f"{directory}: token {token!r} has id {last}, but the model embeds {vocab_size} tokens"

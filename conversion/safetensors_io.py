@@ -19,8 +19,9 @@ from conversion.containment import contained
 from conversion.directory import write_hf_json
 from conversion.problems import report
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import sync_to_disk
+from sarm_jax.io.files import check_file, open_file, sync_to_disk
 from sarm_jax.io.json_files import read_json
+from sarm_jax.io.libraries import as_input_error
 from sarm_jax.parallel.finite import require_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,7 +112,7 @@ class TensorFiles:
         For a tensor that is passed on at once: its values change if the file is overwritten.
         """
         path = contained(self.directory, self._shard_of[name])
-        with path.open("rb") as file:  # `safe_open` has checked the header
+        with open_file(path) as file:  # `safe_open` has checked the header
             length = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(length))[name]
         start = 8 + length + entry["data_offsets"][0]
@@ -269,12 +270,11 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open_shard(directory: Path, shard: str) -> Any:
     path = contained(directory, shard)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{shard}: the shard is missing")
-    try:
+    check_file(path, shard)
+    with as_input_error(f"{shard}: truncated or not safetensors"):
         return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{shard}: truncated or not safetensors ({error})") from error
 
 
 def _describe_missing(directory: Path, single: str) -> str:

@@ -8,16 +8,18 @@ that a tensor needs become inert marks, and everything else is refused.
 
 import dataclasses
 import math
+import os
 import pickletools
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import open_file
 
 MAX_PROGRAM_BYTES = 4 << 20  # of data.pkl; a list of 65,536 indices takes a tenth of it
 ENCRYPTED = 0x1  # a bit of the flags of a zip entry
@@ -69,9 +71,14 @@ def read_object(path: str | Path) -> dict[str, Any]:
         InputError: the file holds something else than plain values and tensors, or is damaged.
     """
     path = Path(path)
+    with open_file(path) as file:
+        return _read_archive(path, file)
+
+
+def _read_archive(path: Path, file: BinaryIO) -> dict[str, Any]:
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            return _Archive(archive, path.stat().st_size).read()
+        with zipfile.ZipFile(file) as archive:
+            return _Archive(archive, os.fstat(file.fileno()).st_size).read()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except zipfile.BadZipFile as error:

@@ -22,6 +22,7 @@ from pipeline.config_file import ConfigFileError, ConfigFileParser, describe, te
 from pipeline.experiments import changed_fields
 from pipeline.reference_flags import BATCH, SHORTHANDS
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.flag_files import check_flag_files
 from sarm_jax.io.path_lists import escaped
 from sarm_jax.io.secrets import refuse_secrets
 from sarm_jax.parallel.processes import Hosts
@@ -54,6 +55,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
         InputError: a flag is unknown or malformed, or the config file is wrong.
     """
     refuse_secrets(argv[1:])
+    check_flag_files(argv[1:])
     named = _named_config(argv)
     if named is not None and not Path(named.partition(":")[0]).is_file():
         raise InputError(f"--config={named}: no such file")

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from pipeline.changes import Provenance, change, input_change
 from pipeline.stage import RECORDS, Stage
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import disk_is_full, locked_output
+from sarm_jax.io.files import disk_is_full, locked_output, open_file, read_bytes
 from sarm_jax.io.json_files import parse_json, write_json
 from sarm_jax.io.workdir import VERSION_KEY, read_settings
 from sarm_jax.version import VERSION
@@ -110,11 +110,13 @@ class Records:
         self.stages = self._read()
 
     def _read(self) -> dict[str, dict]:
-        try:
-            text = self.path.read_text(encoding="utf-8")
-            stages = parse_json(text, allow_nan=True, allow_surrogates=True)
-        except FileNotFoundError:
+        if not self.path.exists():
             return {}
+        try:
+            text = read_bytes(self.path).decode("utf-8")
+            stages = parse_json(text, allow_nan=True, allow_surrogates=True)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{self.path}: not JSON ({error}); delete it") from None
         is_record = isinstance(stages, dict) and all(
@@ -179,7 +181,7 @@ class Records:
 
 def _digest(path: Path) -> str:
     size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if size <= LARGE:
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(str(size).encode())

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from ppo.reward import RewardConfig
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import replacing
+from sarm_jax.io.files import check_file, replacing
+from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel.finite import require_finite
 from sarm_jax.reporting.spread import is_constant
@@ -90,17 +91,16 @@ def load_human_latents(path: str | Path) -> HumanLatents:
             f"--dst={path.with_suffix('.safetensors')} converts a file of torch.save without "
             "running any, and --stage=human_latents makes a new one"
         )
-    if not path.is_file():
+    if not path.exists():
         raise InputError(
             f"reward.human_latents={path}: no such file; make it with --stage=human_latents"
         )
-    try:
-        with safe_open(path, framework="np") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise InputError(
-            f"reward.human_latents={path}: not a safetensors file ({error})"
-        ) from error
+    check_file(path, f"reward.human_latents={path}")
+    with (
+        as_input_error(f"reward.human_latents={path}: not a safetensors file"),
+        safe_open(path, framework="np") as file,
+    ):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if set(tensors) != {"z", "latent_indices"}:
         raise InputError(
             f"reward.human_latents={path}: holds {sorted(tensors)}, expected z and latent_indices"

@@ -35,7 +35,7 @@ def metrics_file(path: Path) -> Path | None:
         InputError: the file does not exist, or a directory holds several such files.
     """
     if path.suffix == ".csv" and not path.is_dir():
-        if not path.is_file():
+        if not path.exists():
             raise InputError(f"report.runs: {path}: no such file")
         return path
     if not path.is_dir() or (path / "metrics.csv").exists():

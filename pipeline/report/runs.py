@@ -22,6 +22,7 @@ from pipeline.report import recordings
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.features.feature_lists import parse_values
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import read_bytes
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import line_of, parse_jsonl
 from sarm_jax.io.path_lists import relocated
@@ -264,7 +265,7 @@ def _columns(rows: Sequence[Mapping[str, float]]) -> tuple[dict[str, np.ndarray]
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """Reads a JSON object; returns None if there is no such file."""
-    return read_json(path, allow_surrogates=True) if path.is_file() else None
+    return read_json(path, allow_surrogates=True) if path.exists() else None
 
 
 def _rows(path: Path, fields: Mapping[str, type], missing: list[str]) -> list[dict[str, Any]]:
@@ -275,7 +276,7 @@ def _rows(path: Path, fields: Mapping[str, type], missing: list[str]) -> list[di
     if not path.exists():
         missing.append(_lacks(path.parent, f"no {path.name}"))
         return []
-    content = path.read_bytes()
+    content = read_bytes(path)
     complete_lines = content[: content.rfind(b"\n") + 1]
     if not complete_lines.strip():
         missing.append(_lacks(path.parent, f"an empty {path.name}"))

@@ -13,7 +13,8 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from sarm_jax.io.files import sync_to_disk
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import open_file, read_bytes, sync_to_disk
 
 ITEM = "manifest"
 NAME = "sha256.json"
@@ -55,22 +56,22 @@ class ManifestArgs(ocp.args.CheckpointArgs):
 def check_manifest(step: Path) -> None:
     """Raises DamagedCheckpointError unless the files of `step` are those that were written."""
     path = step / ITEM / NAME
+    if not path.exists():
+        raise DamagedCheckpointError(f"{ITEM}/{NAME} is missing")
     try:
-        hashes = json.loads(path.read_bytes())
+        hashes = json.loads(read_bytes(path))
         items = sorted(hashes.items())
-    except FileNotFoundError:
-        raise DamagedCheckpointError(f"{ITEM}/{NAME} is missing") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise DamagedCheckpointError(f"{ITEM}/{NAME} cannot be read ({error})") from None
     for name, expected in items:
         try:
             actual = _hash(step / name)
-        except OSError as error:
-            raise DamagedCheckpointError(f"{name} cannot be read ({error.strerror})") from None
+        except (InputError, OSError) as error:
+            raise DamagedCheckpointError(str(error)) from None
         if actual != expected:
             raise DamagedCheckpointError(f"{name} has another SHA-256 than when it was written")
 
 
 def _hash(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,6 +6,7 @@ A resumed run first drops the rows of steps that it will repeat, so that every s
 
 import contextlib
 import csv
+import io
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.tensorboard import Board
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import replacing
+from sarm_jax.io.files import read_bytes, replacing
 
 EVALUATIONS = "evaluations.jsonl"
 COLUMNS = (
@@ -122,8 +123,9 @@ class RunLog:
     def _rewind(self, first_step: int) -> None:
         """Drops everything that steps from `first_step` on have logged."""
         if self._metrics_path.exists():
-            with self._metrics_path.open(newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if _is_before(row, first_step)]
+            text = read_bytes(self._metrics_path).decode("utf-8")
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            rows = [row for row in reader if _is_before(row, first_step)]
             with replacing(self._metrics_path) as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
@@ -188,8 +190,8 @@ def has_evaluations(workdir: Path) -> bool:
 
 def read_evaluations(workdir: Path) -> list[dict]:
     """Reads the rows of evaluations.jsonl, which are in the order of the steps."""
-    with (workdir / EVALUATIONS).open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    lines = read_bytes(workdir / EVALUATIONS).split(b"\n")
+    return [json.loads(line) for line in lines if line]
 
 
 def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
@@ -218,7 +220,7 @@ def summarise_evaluations(rows: Sequence[dict]) -> dict[str, Any]:
 def _keep_lines(path: Path, last_step: int) -> None:
     """Drops the lines of later steps, and an incomplete line that an interruption left."""
     if path.exists():
-        lines = path.read_bytes().split(b"\n")  # bytes, since a character may be incomplete
+        lines = read_bytes(path).split(b"\n")  # bytes, since a character may be incomplete
         with replacing(path, "wb") as file:
             file.writelines(line + b"\n" for line in lines if _step_of(line) <= last_step)
 

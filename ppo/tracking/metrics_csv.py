@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import read_bytes
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
@@ -16,9 +17,7 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
             column.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}: {error.reason})") from None
     lines = text[: text.rfind("\n") + 1].splitlines()

@@ -21,6 +21,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes
 from sarm_jax.io.json_files import parse_json, short
 from sarm_jax.io.jsonl import numbered_lines, parse_line
+from sarm_jax.io.libraries import as_input_error
 from sarm_jax.io.path_lists import named_path
 
 STYLES = ("concise", "detailed", "markdown")
@@ -130,7 +131,7 @@ def read_rows(path: str | Path, name: str = "") -> list[Row]:
         InputError: the file is missing, empty, or not of its format.
     """
     path, name = Path(path), name or str(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{name}: no such file")
     if path.suffix == ".parquet":
         contents = _read_parquet(path, name)
@@ -281,7 +282,7 @@ def _read_parquet(path: Path, name: str) -> list[Any]:
     import pyarrow  # imported here because it is slow to import and only Parquet needs it
     from pyarrow import parquet
 
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}: not parquet ({' '.join(str(error).split())[:120]})") from error
+    # Given a path, the library would add columns for folders that are called NAME=VALUE.
+    content = pyarrow.BufferReader(read_bytes(path, name))
+    with as_input_error(f"{name}: not parquet"):
+        return parquet.read_table(content).to_pylist()

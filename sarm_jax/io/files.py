@@ -1,11 +1,13 @@
-"""Whole files: bounded reads, atomic writes, locks, and checks of where files will be written."""
+"""Whole files: bounded reads of regular files, atomic writes, locks, and checks before writing."""
 
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import re
 import secrets
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,58 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.signals import cleaning_up
 
 MAX_BYTES = 1 << 32  # of a file that is read as a whole
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_file(path: str | Path, name: str = "") -> None:
+    """Checks that a path is a regular file, for a library that opens files by their path.
+
+    Opening a pipe waits for a writer, and a device may never end.
+
+    Args:
+        path: the file.
+        name: what messages call the file; its path by default.
+
+    Raises:
+        InputError: there is no such file, or it is a directory, a pipe, a socket or a device.
+    """
+    name = name or str(path)
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise InputError(f"{name}: cannot be read ({_reason(error)})") from error
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise InputError(f"{name}: is not a file but {kind}")
+
+
+def open_file(path: str | Path, name: str = "") -> io.BufferedReader:
+    """Opens a regular file for reading, and never waits for one of another kind.
+
+    Args:
+        path: the file.
+        name: what messages call the file; its path by default.
+
+    Raises:
+        InputError: as in `check_file`, or the file cannot be opened.
+    """
+    check_file(path, name)
+    try:
+        # Without O_NONBLOCK a pipe that has just taken the place of the file would block.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{name or path}: cannot be read ({_reason(error)})") from error
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise InputError(f"{name or path}: is no longer a file")
+    return file
 
 
 def read_bytes(path: str | Path, name: str = "", max_bytes: int = MAX_BYTES) -> bytes:
@@ -28,16 +82,15 @@ def read_bytes(path: str | Path, name: str = "", max_bytes: int = MAX_BYTES) -> 
     Raises:
         InputError: the file cannot be read, is not a regular file, or is too large.
     """
-    path, name = Path(path), name or str(path)
-    try:
-        size = path.stat().st_size
-        if not path.is_file():  # a pipe or a device may never end
-            raise InputError(f"{name}: is not a file")
+    name = name or str(path)
+    with open_file(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise InputError(f"{name}: has {size:,} bytes, at most {max_bytes:,} are read")
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read ({error.strerror})") from error
+        try:
+            return file.read() or b""
+        except OSError as error:
+            raise InputError(f"{name}: cannot be read ({_reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -208,3 +261,7 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -32,8 +32,9 @@ def open_workdir(workdir: Path) -> Iterator[None]:
             workdir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=workdir):
                 pass
-        except OSError as error:
-            raise InputError(f"--workdir={workdir}: cannot be written ({error.strerror})") from None
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--workdir={workdir}: cannot be written ({reason})") from None
         yield
 
 

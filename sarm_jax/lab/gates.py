@@ -100,7 +100,7 @@ def measure_gates(
 
 def require_gates(path: Path, ignore_failed: bool) -> None:
     """Raises InputError if a gate in gates.json failed and `ignore_failed` is False."""
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"lab.gates_json={path}: no such file; --stage=identify writes it")
     values = read_json(
         path, f"lab.gates_json={path}", expected="the gates of --stage=identify", allow_nan=False

@@ -169,4 +169,4 @@ def _probed(features: Sequence[Mapping[str, Any]]) -> str:
 
 def _read_if_present(path: Path) -> dict[str, Any] | None:
     """Reads a JSON file, or returns None if there is no such file."""
-    return read_json(path) if path.is_file() else None
+    return read_json(path) if path.exists() else None

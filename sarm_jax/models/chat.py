@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.chat_template import Piece, chat_template, special_tokens
 
 
@@ -79,7 +80,9 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     The text is never tidied: a tokenizer may ask for that (`clean_up_tokenization_spaces`), but the
     policy wrote "x != y", and not "x!= y".
     """
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    with as_input_error(f"the tokenizer of {tokenizer.name_or_path!r} cannot decode"):
+        return tokenizer.decode(ids, **options)
 
 
 def pad_batch(
@@ -122,16 +125,17 @@ def scored_length(length: int) -> int:
 def _encode(tokenizer: Any, pieces: Sequence[Piece]) -> list[int]:
     """Encodes a rendered text as a whole; pieces that are content have no special tokens."""
     special = special_tokens(tokenizer)
-    if not any(piece.is_content and special.search(piece.text) for piece in pieces):
-        text = "".join(piece.text for piece in pieces)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        core, renamed = _renamed_tokenizer(tokenizer)
-        text = "".join(
-            piece.text if piece.is_content else special.sub(lambda m: renamed[m[0]], piece.text)
-            for piece in pieces
-        )
-        ids = core.encode(text, add_special_tokens=False).ids
+    text = "".join(piece.text for piece in pieces)
+    with as_input_error(f"the tokenizer of {tokenizer.name_or_path!r} cannot encode {text[:60]!r}"):
+        if any(piece.is_content and special.search(piece.text) for piece in pieces):
+            core, renamed = _renamed_tokenizer(tokenizer)
+            text = "".join(
+                piece.text if piece.is_content else special.sub(lambda m: renamed[m[0]], piece.text)
+                for piece in pieces
+            )
+            ids = core.encode(text, add_special_tokens=False).ids
+        else:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if _adds_bos(tokenizer):
         bos = tokenizer.bos_token_id
         start = next((n for n, token in enumerate(ids) if token != bos), len(ids))
@@ -168,4 +172,5 @@ def _renamed_tokenizer(tokenizer: Any) -> tuple[Tokenizer, dict[str, str]]:
 def _adds_bos(tokenizer: Any) -> bool:
     """Returns True if the tokenizer starts a text with its BOS token."""
     bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    with as_input_error(f"the tokenizer of {tokenizer.name_or_path!r} cannot encode 'a'"):
+        return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

@@ -21,6 +21,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NoReturn
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.libraries import as_input_error
 
 DATE_STRING = "26 Jul 2024"  # the Llama-3.1 template's own default
 # Replaces the function with which a template asks for the date or the time. It is in the template's
@@ -263,7 +264,9 @@ class ChatTemplate:
             }
             for role, content in zip(_ROLES, contents, strict=False)
         ]
-        try:
+        name = self._tokenizer.name_or_path
+        advice = "repair chat_template.jinja or tokenizer_config.json there"
+        with as_input_error(f"the chat template of {name!r} fails", advice):
             return self._tokenizer.apply_chat_template(
                 turns,
                 tokenize=False,
@@ -271,11 +274,6 @@ class ChatTemplate:
                 date_string=DATE_STRING,
                 chat_template=self._template,
             )
-        except Exception as error:  # a template is a program and may fail in any way
-            raise InputError(
-                f"the chat template of {self._tokenizer.name_or_path!r} fails ({error}): "
-                "repair chat_template.jinja or tokenizer_config.json there"
-            ) from error
 
     def _refuse(self, fault: str) -> NoReturn:
         raise InputError(f"the chat template of {self._tokenizer.name_or_path!r} {fault}")

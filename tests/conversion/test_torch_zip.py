@@ -240,7 +240,7 @@ BAD = {  # name → (function that writes the file, part of the message)
     ),
     "no archive": (lambda p: p.write_text("hello"), "no whole zip archive"),
     "an empty file": (lambda p: p.write_bytes(b""), "no whole zip archive"),
-    "a directory": (lambda p: p.mkdir(), "cannot be read (Is a directory)"),
+    "a directory": (lambda p: p.mkdir(), "is not a file but a directory"),
     "no file": (lambda p: None, "cannot be read (No such file or directory)"),
 }
 
