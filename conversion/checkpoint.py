@@ -6,8 +6,10 @@ original `config.json` as `hf_config`.
 """
 
 import dataclasses
+import logging
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,22 +17,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from conversion.directory import tokenizer_bytes, write_hf_json
-from conversion.hf_config import hf_llama_dict, is_sarm, llama_config, sarm_config
+from conversion.hf_config import (
+    QUANTISED,
+    hf_llama_dict,
+    ignored_fields,
+    is_sarm,
+    llama_config,
+    sarm_config,
+)
 from conversion.hub import MODEL_FILES, locate
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
+from conversion.mistaken import describe_directory, describe_workdir, is_run
 from conversion.model_code import name_repository
 from conversion.problems import report
 from conversion.safetensors_io import TensorFiles
-from sarm_jax.io.errors import InputError
-from sarm_jax.io.json_files import read_json
+from sarm_jax.io.errors import InputError, printable
+from sarm_jax.io.json_files import read_json, short
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import Llama3Scaling
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 
+LOG = logging.getLogger(__name__)
 Kind = Literal["policy", "sarm"]
 DESCRIPTION, FORMAT = "sarm_jax.json", 1
 OVERHEAD = 1 << 20  # bytes; an upper bound for headers, index and description
+_QUANTISED = re.compile(  # tensors of bitsandbytes, GPTQ, AWQ and compressed-tensors
+    r".*\.(qweight|qzeros|scales|g_idx|(nested_)?(absmax|quant_map)|quant_state\..*|SCB"
+    r"|(weight|input)_(format|scale|scale_inv|packed|shape|zero_point|g_idx))"
+)
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -102,14 +117,18 @@ def open_checkpoint(
     repository = None if directory == Path(src) else str(src)
     if (directory / DESCRIPTION).is_file():
         return _with_repository(_open_converted(name, directory, kind), repository)
-    hf = read_json(directory / "config.json")
+    hf = _read_hf_config(src, directory)
     if is_sarm(hf) and kind == "policy":
-        raise InputError(f"{src}: is a SARM (a reward model), expected a policy (a Llama)")
+        raise InputError(
+            f"{src}: is a SARM (a reward model), expected a policy (a Llama); is it the model of "
+            "the other option?"
+        )
     try:
         full_name = repository or str(directory.resolve())
         config = llama_config(hf) if kind == "policy" else sarm_config(hf, full_name)
     except InputError as error:
         raise InputError(f"{src}: {error}") from error
+    _warn_of_ignored(str(src), ", ".join(f"{k}={short(v)}" for k, v in ignored_fields(hf).items()))
     checkpoint = Checkpoint(
         name=name, directory=directory, kind=kind, config=config, hf_config=hf, converted=False
     )
@@ -136,6 +155,9 @@ def verified_files(checkpoint: Checkpoint) -> TensorFiles:
             problems.append(f"{name}: shape {list(files.shape(name))}, expected {list(expected)}")
         if files.dtype(name).name not in ("float16", "bfloat16", "float32", "float64"):
             problems.append(f"{name}: dtype {files.dtype(name)}, expected a 16- to 64-bit float")
+    quantised = next(filter(_QUANTISED.fullmatch, sorted(unmatched)), None)
+    if quantised is not None:
+        report(checkpoint.directory, [f"{quantised}: {QUANTISED}"])
     problems += _check_tied_head(checkpoint, files, unmatched)
     unexpected = [name for name in sorted(unmatched) if not _BUFFERS.match(name)]
     problems += [f"{name}: unexpected tensor" for name in unexpected]
@@ -158,6 +180,26 @@ def write_description(
             "hf_config": checkpoint.hf_config,
         },
     )
+
+
+def _read_hf_config(src: str | Path, directory: Path) -> dict[str, Any]:
+    """Reads config.json; if that is no model's, the error says what the directory is instead."""
+    path = directory / "config.json"
+    if not path.exists() and (description := describe_directory(directory)):
+        raise InputError(f"{src}: {description}")
+    hf = read_json(path)
+    if is_run(hf):
+        raise InputError(f"{src}: {describe_workdir(directory)}")
+    return hf
+
+
+@cache
+def _warn_of_ignored(name: str, fields: str) -> None:
+    """Warns once of the fields of a config.json that change nothing; a run opens a model often."""
+    if fields:
+        LOG.warning(
+            "%s", printable(f"{name}: config.json: ignored, since no Llama has them: {fields}")
+        )
 
 
 def _open_converted(name: str, directory: Path, kind: Kind) -> Checkpoint:

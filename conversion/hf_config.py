@@ -1,11 +1,14 @@
 """Converts a Hugging Face `config.json` to our config dataclasses and back.
 
-Both dialects are read and written (see `rope_fields`). Fields are on an allow-list: a field that we
-neither use nor know to be harmless is refused by name, because a model that ignored it could
-silently compute something else. Absent fields have the defaults of transformers' LlamaConfig.
+Both dialects are read and written (see `rope_fields`). Fields are on an allow-list: a field that
+transformers reads of a Llama, and that we neither use nor know to be harmless, is refused by name,
+because a model that ignored it could silently compute something else. Other fields change nothing
+in either, and are ignored with a warning. Absent fields have the defaults of transformers'
+LlamaConfig.
 """
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,16 @@ _HARMLESS = {  # names, bookkeeping, token ids (ours are the tokenizer's), initi
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids",
     "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
 }  # fmt: skip
+_UNDECLARED = {  # fields that transformers reads of any model though LlamaConfig has none of them
+    "auto_map", "attention_chunk_size", "distributed_config", "fusion_config", "is_causal",
+    "kv_sharing_modes", "layer_types", "logits_mup_width_multiplier", "pruned_heads",
+    "sliding_window", "transformers_weights", "unpadded_vocab_size", "use_sliding_window",
+}  # fmt: skip
+_QUANTISATION = ("quantization_config", "compression_config")
+QUANTISED = (
+    "the weights are quantised, which is not supported: take the original model, or write it "
+    "without quantisation (load it with transformers, then model.dequantize() and save_pretrained)"
+)
 _SARM_ONLY = {"sarm_param", "sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda", "auto_map"}
 _SARM_PARAM = {
     "sae_source_layer", "sae_latent_size", "sae_k", "sae_use_sequence_level",
@@ -186,7 +199,9 @@ def _read_llama(
         if name in _ONLY:
             if value is not None and value != expected:
                 problems.append(f"{name}={value!r}: only {expected!r} is supported")
-        elif name not in _READ | _HARMLESS | also_allowed and not is_off(value):
+        elif name in _QUANTISATION and not is_off(value):
+            problems.append(f"{name}: {QUANTISED}")
+        elif _is_unknown(name, value, also_allowed) and not _is_ignored(name):
             problems.append(f"{name}={value!r}: unknown field")
     sizes = {
         name: positive({**hf, "num_hidden_layers": layers}, name, problems)
@@ -214,6 +229,36 @@ def _read_llama(
         rope_scaling=scaling,
         tie_word_embeddings=bool(tied),
     )
+
+
+def ignored_fields(hf: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields that the Llama of transformers does not read, and that are not read here.
+
+    They cannot change what the model computes.
+    """
+    return {
+        name: value
+        for name, value in hf.items()
+        if name not in {*_ONLY, *_QUANTISATION}
+        and _is_unknown(name, value, _SARM_ONLY)
+        and _is_ignored(name)
+    }
+
+
+def _is_unknown(name: str, value: Any, also_allowed: set[str]) -> bool:
+    return name not in _READ | _HARMLESS | also_allowed and not is_off(value)
+
+
+def _is_ignored(name: str) -> bool:
+    return name not in _UNDECLARED and not _is_declared(name)
+
+
+@cache
+def _is_declared(name: str) -> bool:
+    """Returns True if the installed transformers knows this field of a Llama."""
+    from transformers import LlamaConfig  # slow to import, and rarely needed
+
+    return hasattr(LlamaConfig(), name)
 
 
 def _size_problems(sizes: dict[str, int], implied_head_dim: bool) -> list[str]:
@@ -246,6 +291,9 @@ def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) ->
                 problems.append(f"sarm_param.{name}={value!r}: unknown field")
         return param
     facts = _facts_in_name(directory_name)
+    if not facts and (what := _other_model(hf)):
+        problems.append(f"not a SARM but {what}")
+        return {}
     if not facts:
         problems.append(
             "not a SARM: there is no sarm_param, and the directory's name does not give its sizes "
@@ -255,6 +303,22 @@ def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) ->
     if isinstance(hf.get("sarm_use_topk"), bool):
         facts["sarm_use_activation"] = hf["sarm_use_topk"]
     return facts
+
+
+def _other_model(hf: dict[str, Any]) -> str:
+    """Describes a model that is certainly no SARM, else ""."""
+    names = str(hf.get("architectures"))
+    if "SequenceClassification" in names:
+        return (
+            "a classifier without an SAE, whose score no latents explain; --stage=train_sarm makes "
+            f"a SARM from a language model (architectures={names})"
+        )
+    if "ForCausalLM" in names:
+        return (
+            "a language model; --stage=train_sarm makes a SARM from it, or is it the model of the "
+            f"other option? (architectures={names})"
+        )
+    return ""
 
 
 def _facts_in_name(directory_name: str) -> dict[str, Any]:

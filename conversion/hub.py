@@ -10,6 +10,7 @@ from pathlib import Path
 import huggingface_hub
 
 from conversion.containment import require_contained
+from conversion.mistaken import describe_file
 from sarm_jax.io.errors import InputError
 
 CONFIG_FILES = ("config.json", "sarm_jax.json")
@@ -35,7 +36,7 @@ def locate(src: str | Path, patterns: tuple[str, ...] = MODEL_FILES) -> Path:
         require_contained(path)
         return path
     if path.exists():
-        raise InputError(f"{src}: is a file, expected a model directory or a repository id")
+        raise InputError(f"{src}: {describe_file(path)}")
     if not is_repository(name):
         raise InputError(f"{src}: no such directory, and not a repository id (owner/name)")
     try:

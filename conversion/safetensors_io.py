@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from conversion.containment import contained
 from conversion.directory import write_hf_json
+from conversion.mistaken import PICKLED, UNPICKLING, describe_directory
 from conversion.problems import report
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import check_file, open_file, sync_to_disk
@@ -25,7 +26,6 @@ from sarm_jax.io.libraries import as_input_error
 from sarm_jax.parallel.finite import require_finite
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 METADATA = {"format": "pt"}  # transformers refuses files without it
 STRIP = 16  # rows of a transposed matrix that are copied together
 LARGE = 1 << 20  # elements; a matrix of this size or more is copied by several threads
@@ -283,9 +283,8 @@ def _describe_missing(directory: Path, single: str) -> str:
         return f"{directory}: no such directory"
     pickled = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLED)
     if pickled:
-        return (
-            f"{directory}: holds pickled weights only ({', '.join(pickled[:3])}), which are "
-            "refused because unpickling runs code; re-save the model with safetensors "
-            "(save_pretrained(..., safe_serialization=True))"
-        )
-    return f"{directory}: neither {single} nor {INDEX} is there"
+        return f"{directory}: holds pickled weights only ({', '.join(pickled[:3])}), {UNPICKLING}"
+    missing = f"neither {single} nor {INDEX} is there"
+    if single == SINGLE and (description := describe_directory(directory)):
+        return f"{directory}: {description} ({missing})"
+    return f"{directory}: {missing}"

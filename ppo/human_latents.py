@@ -84,7 +84,7 @@ def load_human_latents(path: str | Path) -> HumanLatents:
         InputError: the file is not there, not safetensors, or not a buffer of finite latents.
     """
     path = Path(path)
-    if path.suffix in (".pt", ".pth", ".pkl", ".bin", ".npy", ".npz"):
+    if path.suffix.lower() in (".pt", ".pth", ".pkl", ".bin", ".npy", ".npz"):
         raise InputError(
             f"reward.human_latents={path}: only safetensors are read, because unpickling runs "
             f"code; python -m conversion.human_latents --src={path} "

@@ -633,7 +633,7 @@ JSONL = [
     prompts("byte 0 between", b'{"prompt": "a"}\x00\n', "bad.jsonl:1", "Extra data"),
     prompts("byte 0 within a text", b'{"prompt": "a\x00b"}\n', "bad.jsonl:1", "control character"),
     prompts("array for an object", '["prompt"]\n', "bad.jsonl:1: expected a JSON object"),
-    prompts("one array for all lines", '[{"prompt": "a"},\n{"prompt": "b"}]\n', "bad.jsonl:1"),
+    prompts("one array for all lines", '[{"prompt": "a"},\n{"prompt": "b"}]\n', "one JSON array"),
     prompts("key twice", '{"prompt": "a", "prompt": "b"}\n', "key 'prompt' appears twice"),
     prompts("NaN", '{"prompt": "a", "score": NaN}\n', "bad.jsonl:1", "NaN is not a number"),
     prompts("nesting bomb", '{"prompt": ' + "[" * 100_000, "bad.jsonl:1", "nested too deeply"),
@@ -903,7 +903,7 @@ HF_CONFIG = [
     main("model with a name too long", f"--sarm_model={'z' * 5000}", "name too long"),
     main("SARM for a policy", "--policy_model={world}/sarm", "is a SARM"),
     main("policy for a SARM", "--sarm_model={world}/policy", "not a SARM"),
-    policy("no config.json", without("policy", "config.json"), "config.json: cannot be read"),
+    policy("no config.json", without("policy", "config.json"), "holds weights, but no config.json"),
     policy("broken config.json", content("policy", "config.json", "{"), "config.json: not JSON"),
     policy("list for a config", content("policy", "config.json", "[]"), "found []"),
     policy(

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes
+from sarm_jax.io.formats import binary_format, is_json_array, is_json_lines
 from sarm_jax.io.json_files import parse_json, short
 from sarm_jax.io.jsonl import numbered_lines, parse_line
 from sarm_jax.io.libraries import as_input_error
@@ -124,7 +125,8 @@ def read_rows(path: str | Path, name: str = "") -> list[Row]:
     A malformed line of JSON Lines becomes a row with a `RowError`; blank lines are skipped.
 
     Args:
-        path: the file; the suffixes .parquet and .jsonl select the format, any other is JSON.
+        path: the file; the suffixes .parquet and .jsonl select the format, any other is JSON. A
+            file that is evidently of another of these formats than its name says is read as well.
         name: the name for messages, if it differs from the path.
 
     Raises:
@@ -133,11 +135,13 @@ def read_rows(path: str | Path, name: str = "") -> list[Row]:
     path, name = Path(path), name or str(path)
     if not path.exists():
         raise InputError(f"{name}: no such file")
-    if path.suffix == ".parquet":
-        contents = _read_parquet(path, name)
+    content = read_bytes(path, name)
+    if path.suffix.lower() == ".parquet" or content.startswith(b"PAR1"):
+        contents = _parse_parquet(content, name)
     else:
-        text = _read_text(path, name)
-        if path.suffix == ".jsonl":
+        text = _decode(content, name)
+        of_lines = path.suffix.lower() == ".jsonl" and not is_json_array(text)
+        if of_lines or is_json_lines(text):
             return [
                 Row(f"{name}:{number}", _parse_line(line)) for number, line in numbered_lines(text)
             ]
@@ -256,14 +260,16 @@ def _parse_line(line: str) -> Any:
         return RowError(str(error))
 
 
-def _read_text(path: Path, name: str) -> str:
+def _decode(content: bytes, name: str) -> str:
+    if other := binary_format(content[:64]):
+        raise InputError(f"{name}: is {other}, expected JSON Lines, a JSON array or Parquet")
     try:
-        content = read_bytes(path, name).decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 (byte {error.start}: {error.reason})") from error
-    if not content.strip():
+    if not text.strip():
         raise InputError(f"{name}: the file is empty")
-    return content
+    return text
 
 
 def _parse_array(content: str, name: str) -> list[Any]:
@@ -278,11 +284,10 @@ def _parse_array(content: str, name: str) -> list[Any]:
     return array
 
 
-def _read_parquet(path: Path, name: str) -> list[Any]:
+def _parse_parquet(content: bytes, name: str) -> list[Any]:
     import pyarrow  # imported here because it is slow to import and only Parquet needs it
     from pyarrow import parquet
 
-    # Given a path, the library would add columns for folders that are called NAME=VALUE.
-    content = pyarrow.BufferReader(read_bytes(path, name))
+    # Given the path, the library would add columns for folders that are called NAME=VALUE.
     with as_input_error(f"{name}: not parquet"):
-        return parquet.read_table(content).to_pylist()
+        return parquet.read_table(pyarrow.BufferReader(content)).to_pylist()

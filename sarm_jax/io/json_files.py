@@ -10,6 +10,7 @@ from typing import Any
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes, replacing
+from sarm_jax.io.formats import binary_format, is_json_lines
 
 MAX_BYTES = 1 << 28  # the index of a checkpoint with a million tensors is smaller
 MAX_SHOWN = 60  # characters of a JSON value in a message
@@ -38,11 +39,15 @@ def read_json(
     """
     name = name or str(path)
     content = read_bytes(path, name, MAX_BYTES)
+    if other := binary_format(content[:64]):
+        raise InputError(f"{name}: is {other}, expected {expected}")
     try:
         value = parse_json(
             content.decode("utf-8"), allow_nan=allow_nan, allow_surrogates=allow_surrogates
         )
     except ValueError as error:
+        if is_json_lines(content.decode("utf-8", "replace")):
+            raise InputError(f"{name}: is JSON Lines, expected {expected}") from error
         raise InputError(f"{name}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{name}: expected {expected}, found {short(value)}")

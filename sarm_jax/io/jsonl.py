@@ -11,7 +11,10 @@ from typing import Any
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes, replacing
+from sarm_jax.io.formats import binary_format, is_json_array, is_json_object
 from sarm_jax.io.json_files import parse_json, short
+
+EXPECTED = "expected JSON Lines, one object per line"
 
 
 def read_jsonl(
@@ -37,6 +40,8 @@ def parse_jsonl(
     content: bytes, fields: Mapping[str, type], path: str | Path, lenient: bool = False
 ) -> list[dict[str, Any]]:
     """Parses the content of a file like `read_jsonl`; messages call the file `path`."""
+    if other := binary_format(content[:64]):
+        raise InputError(f"{path}: is {other}, {EXPECTED}")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -44,6 +49,10 @@ def parse_jsonl(
     lines = numbered_lines(text)
     if not lines:
         raise InputError(f"{path}: the file is empty")
+    if is_json_array(text):
+        raise InputError(f"{path}: is one JSON array, {EXPECTED}; jq -c '.[]' {path} makes that")
+    if is_json_object(text):
+        raise InputError(f"{path}: is one JSON object over several lines, {EXPECTED}")
     return [
         _parse_row(line, fields, place=f"{path}:{number}", lenient=lenient)
         for number, line in lines

@@ -1,0 +1,126 @@
+"""Fields of config.json: what transformers writes loads, and only what cannot matter is ignored."""
+
+import json
+import logging
+
+import pytest
+from transformers import LlamaConfig
+
+from conversion import hf_config, load_policy, load_sarm
+from conversion.checkpoint import _warn_of_ignored
+from conversion.hf_config import ignored_fields, llama_config
+from conversion.load import read_policy_config
+from sarm_jax.io.errors import InputError
+from tests import oracles
+
+# What other versions of transformers, and tools that save models, write beside the architecture.
+WRITTEN = {
+    "_model_name_or_path": "model.gguf",  # after reading a GGUF file
+    "_name_or_path": "owner/name",
+    "transformers_version": "9.9.9",
+    "torch_dtype": "bfloat16",
+    "_attn_implementation_autoset": True,
+    "use_cache": False,
+    "unsloth_version": "2025.1",
+    "_unsloth_temporary": "x",
+    "gguf_file": "model.gguf",
+    "custom_generate": {"a": 1},
+    "neftune_noise_alpha": 5,
+    "model_max_length": 8192,
+    "_flash_attn_2_enabled": True,
+    "final_logit_softcapping": 30.0,
+    "strange": [1, 2],
+}
+
+
+def edit(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.fixture(autouse=True)
+def warn_again():
+    _warn_of_ignored.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def policy_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "policy"
+    config = oracles.tiny_llama_config(num_hidden_layers=1)
+    oracles.save_tiny_llama(path, config, oracles.tiny_tokenizer())
+    return path
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"rope_parameters": oracles.LLAMA3_ROPE},
+        {"tie_word_embeddings": True},
+        {"head_dim": 16},
+        {"num_key_value_heads": 4},
+        {"pretraining_tp": 1, "initializer_range": 0.1, "attention_dropout": 0.1},
+        {"id2label": {0: "a", 1: "b", 2: "c"}, "problem_type": "regression"},
+        {"output_hidden_states": True, "return_dict": False, "chunk_size_feed_forward": 2},
+        {"torch_dtype": "float16"},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_save_pretrained_writes_loads(tmp_path, fields, dtype):
+    config = oracles.tiny_llama_config(num_hidden_layers=1, **fields)
+    oracles.save_tiny_llama(tmp_path, config, oracles.tiny_tokenizer(), dtype=dtype)
+    policy, _ = load_policy(tmp_path)
+    assert policy.config.head_dim == config.head_dim
+    edit(tmp_path / "config.json", **WRITTEN)
+    assert load_policy(tmp_path)[0].config == policy.config
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_each_written_field_changes_nothing(policy_dir, name):
+    hf = json.loads((policy_dir / "config.json").read_text())
+    assert llama_config(hf | {name: WRITTEN[name]}) == read_policy_config(policy_dir)
+
+
+def test_ignored_fields_are_told_once_and_kept(policy_dir, tmp_path, caplog):
+    edit(policy_dir / "config.json", strange="\x1b[2J", _model_name_or_path="a.gguf")
+    with caplog.at_level(logging.WARNING):
+        read_policy_config(policy_dir)
+        read_policy_config(policy_dir)
+    assert len(caplog.messages) == 1 and caplog.messages[0].isprintable()
+    assert "_model_name_or_path" in caplog.text and "strange" in caplog.text
+
+
+def test_a_sarm_may_have_such_fields_too(tmp_path):
+    oracles.save_tiny_sarm(tmp_path, oracles.tiny_tokenizer())
+    before = load_sarm(tmp_path).model.config
+    edit(tmp_path / "config.json", **WRITTEN)
+    assert load_sarm(tmp_path).model.config == before
+
+
+def test_every_field_of_transformers_is_handled_or_refused(policy_dir):
+    hf = json.loads((policy_dir / "config.json").read_text())
+    declared = set(vars(LlamaConfig())) | set(LlamaConfig().to_dict())
+    handled = hf_config._READ | set(hf_config._ONLY) | hf_config._HARMLESS
+    assert len(declared) > 30
+    for name in sorted(declared - handled) + sorted(hf_config._UNDECLARED):
+        with pytest.raises(InputError, match=f"{name}='odd': unknown field"):
+            llama_config(hf | {name: "odd"})
+        assert name not in ignored_fields(hf | {name: "odd"})
+        assert llama_config(hf | {name: None}) == llama_config(hf)
+    assert llama_config(LlamaConfig().to_dict()).hidden_size == 4096
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq"},
+        {"quant_method": "compressed-tensors"},
+    ],
+)
+@pytest.mark.parametrize("name", ["quantization_config", "compression_config"])
+def test_quantised_weights_are_called_so(policy_dir, name, fields):
+    hf = json.loads((policy_dir / "config.json").read_text())
+    with pytest.raises(InputError, match=f"{name}: the weights are quantised.*dequantize"):
+        llama_config(hf | {name: fields})
+    assert llama_config(hf | {name: None}) == llama_config(hf)
