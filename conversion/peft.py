@@ -3,7 +3,8 @@
     adapter_config.json  adapter_model.safetensors  [value_head.safetensors]  tokenizer files
 
 PEFT stores, per linear layer, lora_A `[r, in]` and lora_B `[out, r]` and adds α/r · B A; ours are
-the transposes, stacked over layers. Source: https://huggingface.co/docs/peft (checkpoint format).
+the transposes, stacked over layers. `peft_config` reads which layers have an adapter. Source:
+https://huggingface.co/docs/peft (checkpoint format).
 """
 
 import dataclasses
@@ -18,12 +19,12 @@ from safetensors.numpy import save_file
 from conversion.containment import require_contained
 from conversion.directory import atomic_directory, save_tokenizer, write_hf_json
 from conversion.keys import TensorSpec, tensor_specs
+from conversion.peft_config import PeftConfig, read_peft_config
 from conversion.problems import report
 from conversion.safetensors_io import METADATA, TensorFiles
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.json_files import read_json
 from sarm_jax.models.llama import Llama
-from sarm_jax.models.lora import LoRAConfig, LoRAParam, add_lora
+from sarm_jax.models.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
 from sarm_jax.parallel.finite import require_finite
 
 CONFIG, WEIGHTS, VALUE_HEAD = (
@@ -31,7 +32,7 @@ CONFIG, WEIGHTS, VALUE_HEAD = (
     "adapter_model.safetensors",
     "value_head.safetensors",
 )
-_ONLY = {
+_WRITTEN = {  # fields that are the same in every adapter of ours
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "bias": "none",
@@ -39,16 +40,14 @@ _ONLY = {
     "use_rslora": False,
     "use_dora": False,
 }
-_IGNORED = {  # fields that do not change what a trained adapter computes
-    "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
-    "megatron_core", "qalora_group_size", "r", "lora_alpha", "lora_dropout", "target_modules",
-}  # fmt: skip
-_INITIALISERS = (None, True, False, "gaussian")  # others also change the weights of the base
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An adapter in memory; `factors` maps the kernel of a layer to (A `[in, r]`, B `[r, out]`)."""
+    """An adapter in memory; `factors` maps the kernel of a layer to (A `[in, r]`, B `[r, out]`).
+
+    A kernel without an adapter is not among them, even if others of its kind have one.
+    """
 
     config: LoRAConfig
     factors: dict[TensorSpec, tuple[np.ndarray, np.ndarray]]
@@ -99,8 +98,13 @@ def save_adapter(
             save_tokenizer(tokenizer, directory)
 
 
-def load_adapter(src: str | Path, policy: Llama) -> None:
+def load_adapter(src: str | Path, policy: Llama) -> LoRAConfig:
     """Attaches the adapter of a PEFT directory to a policy that has none, in place.
+
+    A layer without an adapter, in a stack in which others have one, gets factors of zeros.
+
+    Returns:
+        The shape of the adapter, with which `save_adapter` can write it again.
 
     Raises:
         InputError: the adapter does not fit the policy, or has fields that are not supported.
@@ -109,15 +113,17 @@ def load_adapter(src: str | Path, policy: Llama) -> None:
         raise InputError(f"{src}: the policy has an adapter already")
     adapter = read_adapter(src, tensor_specs(policy))
     add_lora(policy, adapter.config, nnx.Rngs(0))
-    stacks: dict[tuple[str, ...], list[tuple[int, tuple[np.ndarray, np.ndarray]]]] = {}
+    stacks: dict[tuple[str, ...], dict[int, tuple[np.ndarray, np.ndarray]]] = {}
     for spec, factors in adapter.factors.items():
         assert spec.layer is not None
-        stacks.setdefault(spec.path, []).append((spec.layer, factors))
+        stacks.setdefault(spec.path, {})[spec.layer] = factors
     for path, layers in stacks.items():
         lora = getattr(getattr(policy.layers, path[1]), path[2]).lora
-        ordered = [factors for _, factors in sorted(layers, key=lambda item: item[0])]
+        zeros = tuple(np.zeros_like(factor) for factor in next(iter(layers.values())))
+        ordered = [layers.get(n, zeros) for n in range(policy.config.num_hidden_layers)]
         lora.a[...] = jnp.asarray(np.stack([a for a, _ in ordered]))
         lora.b[...] = jnp.asarray(np.stack([b for _, b in ordered]))
+    return adapter.config
 
 
 def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
@@ -130,16 +136,16 @@ def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
     """
     src = Path(src)
     require_contained(src)
-    config = _read_config(src / CONFIG)
+    kernels = {_module(spec): spec for spec in base if _may_be_adapted(spec)}
+    config = read_peft_config(src / CONFIG, list(kernels))
     files = TensorFiles(src, single=WEIGHTS)
     unmatched = set(files.names())
     problems = []
-    factors = {}
-    for spec in _targets(base, config):
-        d_in, d_out = spec.shape
-        shapes = {"a": (config.rank, d_in), "b": (d_out, config.rank)}
+    for module, rank in config.ranks.items():
+        d_in, d_out = kernels[module].shape
+        shapes = {"a": (rank, d_in), "b": (d_out, rank)}
         for factor, shape in shapes.items():
-            name = _peft_name(spec, factor)
+            name = _peft_name(kernels[module], factor)
             if name not in unmatched:
                 problems.append(f"{name}: missing")
             elif files.shape(name) != shape:
@@ -147,20 +153,40 @@ def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
             elif files.dtype(name).name not in ("float16", "bfloat16", "float32"):
                 problems.append(f"{name}: dtype {files.dtype(name)}, expected a float")
             unmatched.discard(name)
-        factors[spec] = tuple(_peft_name(spec, factor) for factor in shapes)
     problems += [f"{name}: unexpected tensor" for name in sorted(unmatched)]
     report(src / WEIGHTS, problems)
 
     if (src / VALUE_HEAD).is_file():
         head = TensorFiles(src, single=VALUE_HEAD)
         require_finite({name: head.read(name) for name in head.names()}, src / VALUE_HEAD)
+    factors = {
+        kernels[module]: _factors(files, config, kernels[module], src / WEIGHTS)
+        for module in config.ranks
+    }
+    return Adapter(config.lora, factors)
 
-    def read(name: str) -> np.ndarray:
-        array = files.read(name).astype(np.float32)
-        require_finite({name: array}, src / WEIGHTS)
-        return array.T
 
-    return Adapter(config, {spec: (read(a), read(b)) for spec, (a, b) in factors.items()})
+def _factors(
+    files: TensorFiles, config: PeftConfig, spec: TensorSpec, path: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    """Reads A `[in, r]` and B `[r, out]` of a kernel, of the rank and scale of `config.lora`.
+
+    Raises:
+        InputError: a factor in the file at `path` is not finite.
+    """
+    names = [_peft_name(spec, factor) for factor in ("a", "b")]
+    arrays = {name: files.read(name).astype(np.float32) for name in names}
+    require_finite(arrays, path)
+    a, b = (arrays[name].T for name in names)
+    if config.scales_differ:
+        b = b * np.float32(config.scales[_module(spec)])
+    if missing := config.lora.rank - len(b):
+        a, b = np.pad(a, ((0, 0), (0, missing))), np.pad(b, ((0, missing), (0, 0)))
+    return a, b
+
+
+def _may_be_adapted(spec: TensorSpec) -> bool:
+    return spec.path[-1] == "kernel" and spec.path[-2] in TARGET_MODULES
 
 
 def _targets(specs: list[TensorSpec], config: LoRAConfig) -> list[TensorSpec]:
@@ -168,15 +194,19 @@ def _targets(specs: list[TensorSpec], config: LoRAConfig) -> list[TensorSpec]:
     return [s for s in specs if s.path[-1] == "kernel" and s.path[-2] in config.target_modules]
 
 
+def _module(spec: TensorSpec) -> str:
+    """Returns the name of the linear layer in the Hugging Face model."""
+    return spec.hf_name.removesuffix(".weight")
+
+
 def _peft_name(spec: TensorSpec, factor: str) -> str:
-    stem = spec.hf_name.removesuffix(".weight")
-    return f"base_model.model.{stem}.lora_{factor.upper()}.weight"
+    return f"base_model.model.{_module(spec)}.lora_{factor.upper()}.weight"
 
 
 def _config_dict(config: LoRAConfig, base_model: str) -> dict[str, Any]:
     alpha = config.alpha
     return {
-        **_ONLY,
+        **_WRITTEN,
         "base_model_name_or_path": base_model,
         "r": config.rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -186,37 +216,3 @@ def _config_dict(config: LoRAConfig, base_model: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-
-
-def _read_config(path: Path) -> LoRAConfig:
-    fields = read_json(path)
-    problems = [
-        f"{name}={fields[name]!r}: only {value!r} is supported"
-        for name, value in _ONLY.items()
-        if fields.get(name) not in (value, None)
-    ]
-    initialiser = fields.get("init_lora_weights")
-    if initialiser not in _INITIALISERS:
-        problems.append(
-            f"init_lora_weights={initialiser!r}: not supported, it changes the base's weights too "
-            "(PEFT's save_pretrained can convert the adapter to one that does not)"
-        )
-    handled = {*_ONLY, *_IGNORED, "init_lora_weights"}
-    problems += [
-        f"{name}={value!r}: not supported"
-        for name, value in fields.items()
-        if name not in handled and value not in (None, False, {}, [])
-    ]
-    targets = fields.get("target_modules")
-    if not isinstance(targets, list):
-        problems.append(f"target_modules={targets!r}: expected a list of names")
-    report(path, problems)
-    try:
-        return LoRAConfig(
-            rank=fields["r"],
-            alpha=float(fields["lora_alpha"]),
-            dropout=float(fields.get("lora_dropout") or 0.0),
-            target_modules=tuple(fields["target_modules"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
