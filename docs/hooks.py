@@ -90,6 +90,8 @@ def options_page() -> str:
         "changes some of them, and `--config.SECTION.NAME=VALUE` changes one on the command line.",
         "Flags with the names of the reference implementation are shorthands for options, and win",
         "over them; `--help` lists them. `{workdir}` in a path stands for the working directory.",
+        "A value must have the type of its default. Whole numbers must fit int32, and others must",
+        "fit float32: 0, or between 1.2e-38 and 3.4e+38 in size.",
         "[Files](files.md#lists-of-features-and-values) says how lists are written.",
         "",
     ]

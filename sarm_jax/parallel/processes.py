@@ -30,6 +30,7 @@ from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
 
 MESSAGE_BYTES = 1000  # of an error that the other processes receive
+MOST_PROCESSES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,9 @@ class Hosts:
         host, colon, port = self.address.rpartition(":")
         if not (host and colon and port.isdecimal() and 0 < int(port) < 1 << 16):
             raise InputError(f"--coordinator_address={self.address}: expected HOST:PORT")
-        if self.count < 2:
-            raise InputError(f"--num_processes={self.count}: must be at least 2")
+        if not 2 <= self.count <= MOST_PROCESSES:
+            rule = f"must lie in [2, {MOST_PROCESSES}]"
+            raise InputError(f"--num_processes={self.count}: {rule}")
         if not 0 <= self.number < self.count:
             raise InputError(
                 f"--process_id={self.number}: expected 0 to {self.count - 1}, "

@@ -21,6 +21,7 @@ from ppo.config import PPOConfig
 from sarm_jax.evaluation.controls import read_steering
 from sarm_jax.features.feature_lists import parse_bounds, parse_values
 from sarm_jax.io.errors import InputError
+from sarm_jax.parallel.processes import Hosts
 from tests.command import run_main
 from tests.paths import ROOT
 
@@ -189,6 +190,7 @@ TOO_LARGE = [
 ]
 
 
+@pytest.mark.slow
 def test_the_stage_that_reads_an_option_refuses_it(tmp_path, monkeypatch, capfd):
     """Runs the command itself: exit code 2, one line that names the option, nothing written."""
     monkeypatch.chdir(tmp_path)
@@ -212,6 +214,12 @@ def test_flags_of_the_reference_have_the_same_bounds(flag, tmp_path, monkeypatch
     field = {"--beta": "reward.beta"}.get(flag.split("=")[0], f"ppo.{flag[2:].split('=')[0]}")
     with pytest.raises(InputError, match=f"^{field}="):
         parse_flags(f"--config={ROOT / 'configs' / 'base.py'}", flag)
+
+
+@pytest.mark.parametrize("count", [10**6, HUGE, 10**30, -HUGE])
+def test_the_number_of_processes_has_bounds(count):
+    with pytest.raises(InputError, match=f"^--num_processes={count}: must lie in"):
+        Hosts("localhost:1234", count, 0)
 
 
 def parse_flags(*options: str) -> ConfigDict:
