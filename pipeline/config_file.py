@@ -10,7 +10,7 @@ import traceback
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from absl import flags
@@ -67,9 +67,16 @@ def load(path: str) -> ConfigDict:
         raise ConfigFileError(describe(error, path)) from error
 
 
+class _Loader(SourceFileLoader):
+    """A loader without a cache, which takes two files of the same second and size for the same."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _module(file: str) -> ModuleType:
     """Runs the file and returns its module."""
-    spec = spec_from_loader(MODULE, SourceFileLoader(MODULE, file))
+    spec = spec_from_loader(MODULE, _Loader(MODULE, file))
     assert spec is not None and spec.loader is not None
     sys.modules[MODULE] = module = module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import base
+from pipeline.config_file import text_of
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.float32 import RANGE, fits_float32
 
@@ -111,7 +112,7 @@ def _set_values(options: ConfigDict, given: ConfigDict, path: str = "") -> None:
     for name in options:
         full = _join(path, name)
         if not isinstance(options[name], ConfigDict):
-            options[name] = value_of_type(full, given[name])
+            options[name] = value_of_type(full, _resolved(given, name, full))
         elif full != EXPERIMENTS:
             _set_values(options[name], given[name], full)
 
@@ -129,7 +130,7 @@ def _changes(options: ConfigDict, given: ConfigDict, *, experiment: str, path: s
                 options[name], section, experiment=experiment, path=_join(path, name)
             )
         else:
-            changes[name] = value_of_type(_join(path, name), given[name], full)
+            changes[name] = value_of_type(_join(path, name), _resolved(given, name, full), full)
     return changes
 
 
@@ -138,6 +139,15 @@ def _section(given: ConfigDict, name: str, full: str) -> ConfigDict:
     if not isinstance(given[name], ConfigDict):
         raise InputError(f"{full}={shown(given[name])}: expected options and their values")
     return given[name]
+
+
+def _resolved(given: ConfigDict, name: str, full: str) -> Any:
+    """Returns the value of an option, which a reference may compute from others."""
+    try:
+        return given[name]
+    except Exception as error:
+        kind = type(error).__name__
+        raise InputError(f"{full}: has no value ({kind}: {text_of(error)})") from error
 
 
 def _join(path: str, name: str) -> str:

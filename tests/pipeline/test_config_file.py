@@ -1,5 +1,6 @@
 """Ordinary mistakes in a config file: exit code 2 and one plain line that says where and what."""
 
+import os
 import sys
 
 import pytest
@@ -58,11 +59,13 @@ MISTAKES = {  # content → what the line says
     changed("with c.unlocked(): c.experiments = 3"): (":6: TypeError", "c.experiments = 3"),
     changed("with c.unlocked(): c.experiments[3] = {}"): ("experiments: the name of an option",),
     # references
-    changed("c.ppo.seed = c.get_ref('sarm_batch_size') // 0"): ("ZeroDivisionError",),
+    changed("c.ppo.seed = c.get_ref('sarm_batch_size') // 0"): (
+        "ppo.seed: has no value (ZeroDivisionError",
+    ),
     changed(
         "from ml_collections.config_dict import required_placeholder",
         "c.policy_model = required_placeholder(str)",
-    ): ("RequiredValueError",),
+    ): ("policy_model: has no value (RequiredValueError",),
     changed("c.ppo.seed = c.get_ref('sarm_batch_size') * 2**31"): (
         "ppo.seed=34359738368: must be",
     ),
@@ -180,3 +183,12 @@ def test_the_argument_behind_the_name(tmp_path):
     (tmp_path / "mine.py").write_text(changed())
     with pytest.raises(ConfigFileError, match="takes no argument"):
         load(f"{tmp_path}/mine.py:a")
+
+
+def test_a_file_that_was_changed_within_a_second_is_read_again(tmp_path):
+    file = tmp_path / "mine.py"
+    for seed in (1, 2):
+        file.write_text(changed(f"c.ppo.seed = {seed}"))
+        os.utime(file, (10**9, 10**9))
+        assert load(str(file)).ppo.seed == seed
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
