@@ -59,9 +59,11 @@ MISTAKES = {  # content → what the line says
     changed("with c.unlocked(): c.experiments = 3"): (":6: TypeError", "c.experiments = 3"),
     changed("with c.unlocked(): c.experiments[3] = {}"): ("experiments: the name of an option",),
     # references
-    changed("c.ppo.seed = c.get_ref('sarm_batch_size') // 0"): (
-        "ppo.seed: has no value (ZeroDivisionError",
-    ),
+    changed("c.ppo.seed = c.get_ref('sarm_batch_size') // 0"): (":6: ZeroDivisionError",),
+    changed(
+        "c.ppo.seed = c.ppo.get_ref('total_steps') // c.ppo.get_ref('eval_batches')",
+        "c.ppo.eval_batches = 0",
+    ): ("ppo.seed: has no value (ZeroDivisionError",),
     changed(
         "from ml_collections.config_dict import required_placeholder",
         "c.policy_model = required_placeholder(str)",
