@@ -1202,8 +1202,8 @@ ADAPTERS = [
     ),
     adapter(
         "targets that are text",
-        json_fields("adapter", "adapter_config.json", target_modules="all-linear"),
-        "'all-linear'",
+        json_fields("adapter", "adapter_config.json", target_modules="q_("),
+        "target_modules: the expression 'q_('",
     ),
     adapter(
         "target without tensors",
@@ -1219,8 +1219,8 @@ ADAPTERS = [
     adapter("another kind", json_fields("adapter", "adapter_config.json", peft_type="IA3"), "IA3"),
     adapter(
         "rank pattern",
-        json_fields("adapter", "adapter_config.json", rank_pattern={"q_proj": 4}),
-        "rank_pattern",
+        json_fields("adapter", "adapter_config.json", rank_pattern={"q_proj": 0}),
+        "rank_pattern.q_proj=0: expected a whole number",
     ),
     adapter(
         "saved modules",
