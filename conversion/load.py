@@ -20,7 +20,7 @@ from conversion.safetensors_io import TensorFiles, contiguous
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.libraries import as_input_error, native_messages_of_failure_dropped
-from sarm_jax.models.chat import end_of_turn_id, stop_ids
+from sarm_jax.models.chat import decode, end_of_turn_id, stop_ids
 from sarm_jax.models.chat_template import chat_template
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.reward_model import RewardModel
@@ -132,7 +132,7 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
         vocabulary = tokenizer.get_vocab()
         for options in ({}, {"add_special_tokens": False, "split_special_tokens": True}):
             ids = tokenizer(_TRIAL, **options)["input_ids"]
-            tokenizer.decode(ids)
+            decode(tokenizer, ids)
     if not ids:
         raise InputError(f"{directory}: the tokenizer cannot be read ({_TRIAL!r} has no tokens)")
     token, last = max(vocabulary.items(), key=lambda item: item[1])

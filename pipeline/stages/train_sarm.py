@@ -44,13 +44,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     options.held_out(pairs)
     policy_config = read_policy_config(source)
     options.check_layers(policy_config.num_hidden_layers)
+    if (workdir / "sarm").exists():
+        raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
+    LOG.info("training a SARM on %d pairs, for %s", len(pairs), workdir / "sarm")
     positions = policy_config.max_position_embeddings
     if options.max_length > positions:  # as in scoring, see `load_reward_model`
         LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
         options = dataclasses.replace(options, max_length=positions)
-    if (workdir / "sarm").exists():
-        raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
-    LOG.info("training a SARM on %d pairs, for %s", len(pairs), workdir / "sarm")
     if (mesh := mesh_config(config)) != MeshConfig():
         LOG.info("train_sarm runs on one device: %s is for the other stages", mesh)
     if options.dead_after_steps >= options.sae_steps:

@@ -208,7 +208,8 @@ def check_adapter_against_peft(base: Path, workdir: Path) -> None:
 
 OUTPUTS = {
     "prepare_data --config.prepare_data.demos_jsonl={demos}": "data/pairs.jsonl",
-    "train_sarm --config.train_sarm.pairs_jsonl={pairs} --config.train_sarm.source_layer=2": "sarm",
+    "train_sarm --config.train_sarm.pairs_jsonl={pairs} --config.train_sarm.source_layer=2 "
+    "--config.train_sarm.max_length=512": "sarm",
     "identify --config.identify.pairs_jsonl={pairs}": "probes",
     "probe --config.probe.feature=3 --config.probe.data_jsonl={pairs}": "probes",
     "human_latents --config.human_latents.demos_jsonl={demos}": "human_latents.safetensors",

@@ -30,7 +30,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import open_file, read_bytes
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import read_jsonl
-from sarm_jax.io.workdir import has_settings
+from sarm_jax.io.workdir import read_settings
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from tests.command import run_main
 from tests.report_runs import write_run
@@ -163,7 +163,7 @@ READERS = {
     "x.gguf": (lambda path: from_gguf.convert(path, f"{path}.out"),),
     "x.safetensors": (load_human_latents,),
     "metrics.csv": (read_metrics, lambda path: check_log(path.parent, (), 0, 1)),
-    "config.json": (lambda path: has_settings(path.parent, {}, {}),),
+    "config.json": (lambda path: read_settings(path.parent),),
     "stages.json": (lambda path: Records(path.parent),),
     "evaluations.jsonl": (lambda path: read_evaluations(path.parent),),
 }
