@@ -71,8 +71,11 @@ def _add_ppo(config: ConfigDict) -> None:
     # PPO. Rewards are normalised: (R_total − μ) / σ with the mean μ and the standard deviation σ
     # of the scores of reference responses.
     config.ppo = ConfigDict()
+    # ppo, with a value head; rloo or grpo, which compare responses to the same prompt instead.
+    config.ppo.algorithm = "ppo"
     config.ppo.total_steps = 100  # PPO steps: rollout, scoring, updates
     config.ppo.batch_size = 8  # responses per PPO step, over all devices
+    config.ppo.samples_per_prompt = 1  # responses to each prompt of a batch; rloo and grpo: ≥ 2
     config.ppo.num_minibatches = 1  # minibatches, and so optimizer steps, per epoch
     # Microbatches per minibatch. More of them need less memory; the gradient is the same.
     config.ppo.gradient_accumulation_steps = 1
@@ -83,14 +86,25 @@ def _add_ppo(config: ConfigDict) -> None:
     config.ppo.weight_decay = 0.0  # weight decay of AdamW
     config.ppo.max_grad_norm = 1.0  # global norm that gradients are clipped to
     config.ppo.clip_range = 0.2  # ε: the policy ratio is clipped to [1 − ε, 1 + ε]
+    # ε_high: the policy ratio is clipped to [1 − ε, 1 + ε_high] (DAPO, 2503.14476); 0: as ε.
+    config.ppo.clip_range_high = 0.0
     config.ppo.value_clip_range = 0.2  # largest change of a value in the value loss, in reward σ
     config.ppo.vf_coef = 0.1  # weight of the value loss
     config.ppo.gamma = 1.0  # discount per token
     config.ppo.gae_lambda = 0.95  # λ of generalised advantage estimation
-    config.ppo.kl_coef = 0.05  # penalty per token on log π_old − log π_ref, in reward σ per nat
+    # Penalty on the KL to the reference, in reward σ per nat. ppo: on log π_old − log π_ref of each
+    # token; rloo: on their sum over a response; grpo: weight of the k3 estimate in the loss.
+    config.ppo.kl_coef = 0.05
     # Penalty for a response without a stop token, in reward σ; 0: a response need not end.
     config.ppo.missing_eos_penalty = 1.0
     config.ppo.whiten_advantages = True  # True: advantages have mean 0 and variance 1 in a batch
+    # grpo. True: a group's advantages are divided by its standard deviation (2402.03300); False:
+    # they are not (Dr. GRPO, 2503.20783).
+    config.ppo.scale_advantages = True
+    # grpo. The loss is averaged over all tokens of a minibatch ("tokens": DAPO, 2503.14476), over
+    # the tokens of each response and then over the responses ("responses": 2402.03300), or over
+    # the responses after dividing their sums by max_new_tokens ("constant": Dr. GRPO, 2503.20783).
+    config.ppo.loss_average = "tokens"
     # Sampling temperature; old, new and reference log-probabilities use the same one.
     config.ppo.temperature = 1.0
     config.ppo.top_p = 1.0  # nucleus sampling; PPO accepts 1.0 only

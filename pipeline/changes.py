@@ -20,7 +20,17 @@ from sarm_jax.io.workdir import first_difference
 
 # Options that did not exist from the start, with the value that stands for what was done before:
 # records that lack them are taken to have it.
-DEFAULTS = {"ppo": {"long_prompts": "error"}}
+DEFAULTS = {
+    "ppo": {
+        "long_prompts": "error",
+        "algorithm": "ppo",
+        "samples_per_prompt": 1,
+        "clip_range_high": 0.0,
+        "scale_advantages": True,
+        "loss_average": "tokens",
+        "rollout_slots": 0,
+    }
+}
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")
 

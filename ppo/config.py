@@ -6,27 +6,33 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.sampling.generate import check_temperature
 
 AT_LEAST_ONE = (
-    "total_steps batch_size num_minibatches gradient_accumulation_steps ppo_epochs "
-    "max_new_tokens max_prompt_tokens calibration_batches checkpoint_every keep_checkpoints "
-    "eval_every eval_batches"
+    "total_steps batch_size samples_per_prompt num_minibatches gradient_accumulation_steps "
+    "ppo_epochs max_new_tokens max_prompt_tokens calibration_batches checkpoint_every "
+    "keep_checkpoints eval_every eval_batches"
 ).split()
 POSITIVE = "learning_rate clip_range value_clip_range max_grad_norm temperature".split()
 NOT_NEGATIVE = (
-    "warmup_steps vf_coef weight_decay kl_coef missing_eos_penalty logprob_chunk pack_levels "
-    "samples_per_step"
+    "clip_range_high warmup_steps vf_coef weight_decay kl_coef missing_eos_penalty logprob_chunk "
+    "pack_levels samples_per_step"
 ).split()
+
+ALGORITHMS = ("ppo", "rloo", "grpo")
+LOSS_AVERAGES = ("tokens", "responses", "constant")
+CRITIC_OPTIONS = ("vf_coef", "value_clip_range", "gamma", "gae_lambda", "whiten_advantages")
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """Options of PPO, the section `ppo` of a config.
+    """Options of the RL loop, the section `ppo` of a config.
 
     Raises:
         InputError: an option is invalid; the message names `ppo.<field>` and its value.
     """
 
+    algorithm: str
     total_steps: int
     batch_size: int
+    samples_per_prompt: int
     num_minibatches: int
     gradient_accumulation_steps: int
     ppo_epochs: int
@@ -36,6 +42,7 @@ class PPOConfig:
     weight_decay: float
     max_grad_norm: float
     clip_range: float
+    clip_range_high: float
     value_clip_range: float
     vf_coef: float
     gamma: float
@@ -43,6 +50,8 @@ class PPOConfig:
     kl_coef: float
     missing_eos_penalty: float
     whiten_advantages: bool
+    scale_advantages: bool
+    loss_average: str
     temperature: float
     top_p: float
     max_new_tokens: int
@@ -75,6 +84,7 @@ class PPOConfig:
             raise InputError(
                 f"ppo.long_prompts={self.long_prompts!r}: expected error, drop or truncate"
             )
+        self._check_algorithm()
         if self.batch_size % self.pieces:
             raise InputError(
                 f"ppo.batch_size={self.batch_size} is not divisible by ppo.num_minibatches × "
@@ -108,6 +118,49 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"ppo.{name}={getattr(self, name)}: must lie in [0, 1]")
+
+    def _check_algorithm(self) -> None:
+        """Raises InputError for an unknown algorithm, or an option that it does not have."""
+        if self.algorithm not in ALGORITHMS:
+            raise InputError(
+                f"ppo.algorithm={self.algorithm!r}: expected one of {', '.join(ALGORITHMS)}"
+            )
+        if self.loss_average not in LOSS_AVERAGES:
+            raise InputError(
+                f"ppo.loss_average={self.loss_average!r}: expected one of "
+                f"{', '.join(LOSS_AVERAGES)}"
+            )
+        if not self.has_critic and self.samples_per_prompt < 2:
+            raise InputError(
+                f"ppo.samples_per_prompt={self.samples_per_prompt}: ppo.algorithm="
+                f"{self.algorithm} compares responses to the same prompt, so it needs at least 2"
+            )
+        if self.batch_size % self.samples_per_prompt:
+            raise InputError(
+                f"ppo.batch_size={self.batch_size} is not divisible by "
+                f"ppo.samples_per_prompt={self.samples_per_prompt}"
+            )
+        for name, default in (("loss_average", "tokens"), ("scale_advantages", True)):
+            if self.algorithm != "grpo" and getattr(self, name) != default:
+                raise InputError(
+                    f"ppo.{name}={getattr(self, name)}: is an option of ppo.algorithm=grpo, found "
+                    f"{self.algorithm}"
+                )
+
+    @property
+    def has_critic(self) -> bool:
+        """True if the algorithm has a value head."""
+        return self.algorithm == "ppo"
+
+    @property
+    def prompts_per_batch(self) -> int:
+        """Number of prompts in a batch."""
+        return self.batch_size // self.samples_per_prompt
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Options that the algorithm does not use."""
+        return () if self.has_critic else CRITIC_OPTIONS
 
     @property
     def pieces(self) -> int:

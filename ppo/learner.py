@@ -1,4 +1,4 @@
-"""The policy of PPO: a LoRA adapter and a value head over one frozen copy of the base weights.
+"""The policy: a LoRA adapter and, for PPO, a value head over one frozen copy of the base weights.
 
 The policy is `merge(graphdef, lora, base)`. The reference policy is the same base, merged into the
 graph without the adapter. The value head reads the policy's last hidden state at the position that
@@ -30,7 +30,10 @@ from sarm_jax.sampling.generate import Generation, Sampling, sample
 
 @struct.dataclass
 class TrainState:
-    """Everything that an optimizer step changes: `params` {lora, value_head}, Adam's moments."""
+    """Everything that an optimizer step changes: parameters and Adam's moments.
+
+    `params` are {lora, value_head}, or {lora} without a critic.
+    """
 
     params: dict
     opt_state: optax.OptState
@@ -38,11 +41,14 @@ class TrainState:
 
 @struct.dataclass
 class Evaluation:
-    """Log-probability, entropy and value of each response token, float32 `[B, R]`."""
+    """Log-probability, entropy and value of each response token, float32 `[B, R]`.
+
+    Without a critic `values_br` is None.
+    """
 
     logp_br: jax.Array
     entropy_br: jax.Array
-    values_br: jax.Array
+    values_br: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +101,10 @@ class Learner:
             placement=policy.placement,
         )
         width = policy.config.hidden_size
-        params = {
-            "lora": jax.tree.map(jnp.copy, adapter),  # a copy, since updates donate the state
-            "value_head": {"kernel": jnp.zeros((width,)), "bias": jnp.zeros(())},
-        }
+        # A copy of the adapter, since updates donate the state.
+        params: dict[str, Any] = {"lora": jax.tree.map(jnp.copy, adapter)}
+        if config.has_critic:
+            params["value_head"] = {"kernel": jnp.zeros((width,)), "bias": jnp.zeros(())}
         state = TrainState(params, learner.optimizer.init(params))
         return learner, state, base
 
@@ -116,7 +122,7 @@ class Learner:
         key: jax.Array,
         slots: int | None = None,
     ) -> Generation:
-        """Samples responses to left-padded prompts with the policy.
+        """Samples `ppo.samples_per_prompt` responses to each left-padded prompt with the policy.
 
         It cannot be called within `jax.jit`, since it is compiled with options of its own.
 
@@ -157,6 +163,7 @@ class Learner:
             stops=self.stops,
             pad=self.pad,
             packing=packing,
+            copies=self.config.samples_per_prompt,
         )
         return self.placement.constrain_rows(generation)
 
@@ -182,7 +189,7 @@ class Learner:
         self, params: dict, base: nnx.State, prompt_length: int, slots: int | None
     ) -> Lowered:
         """Lowers `rollout` for prompts padded to `prompt_length` tokens; arrays may be abstract."""
-        tokens_bp, mask_bp = self._abstract_tokens(prompt_length)
+        tokens_bp, mask_bp = self._abstract_tokens(self.config.prompts_per_batch, prompt_length)
         key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
         return self._compiled_rollout.lower(
             self, params, base, tokens_bp, mask_bp, key, slots=slots
@@ -190,12 +197,12 @@ class Learner:
 
     def lower_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> Lowered:
         """Lowers `reference_logp` for prompts padded to `prompt_length` tokens."""
-        tokens_bt, mask_bt = self._abstract_tokens(prompt_length + self.config.max_new_tokens)
+        length = prompt_length + self.config.max_new_tokens
+        tokens_bt, mask_bt = self._abstract_tokens(self.config.batch_size, length)
         return self.reference_logp.lower(self, base, tokens_bt, mask_bt, slots=slots)
 
-    def _abstract_tokens(self, length):
-        shape = (self.config.batch_size, length)
-        return [self.placement.abstract_rows(shape, dtype) for dtype in (jnp.int32, bool)]
+    def _abstract_tokens(self, rows, length):
+        return [self.placement.abstract_rows((rows, length), dtype) for dtype in (jnp.int32, bool)]
 
     def evaluate(
         self,
@@ -216,8 +223,10 @@ class Learner:
         """
         policy = nnx.merge(self.graphdef, params["lora"], base)
         logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt, slots=slots)
-        head = params["value_head"]
-        values_br = x_brd.astype(jnp.float32) @ head["kernel"] + head["bias"]
+        values_br = None
+        if self.config.has_critic:
+            head = params["value_head"]
+            values_br = x_brd.astype(jnp.float32) @ head["kernel"] + head["bias"]
         return Evaluation(logp_br, entropy_br, values_br)
 
     def in_microbatches(self, function, rows):

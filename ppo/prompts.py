@@ -118,7 +118,9 @@ def _fitting_end(text: str, tokenizer: Any, max_tokens: int) -> str:
 
 
 class PromptDeck:
-    """Deals batches of prompts: every prompt once per pass, in an order given by (seed, pass).
+    """Deals batches of N prompts: every prompt once per pass, in an order given by (seed, pass).
+
+    `ppo.batch_size` counts responses, so that N is `batch_size` / `samples_per_prompt`.
 
     The batch of a step is a function of the step, so that a resumed run continues with the batches
     that it would have had. A batch is padded on the left, to the smallest of a few lengths
@@ -127,7 +129,7 @@ class PromptDeck:
     Args:
         prompts: the texts.
         tokenizer: tokenizer of the policy.
-        config: batch size, seed, limit of tokens, and what to do with longer prompts.
+        config: sizes of a batch, seed, limit of tokens, and what to do with longer prompts.
         source: the file that messages name.
 
     Raises:
@@ -138,7 +140,8 @@ class PromptDeck:
         self, prompts: Sequence[str], tokenizer: Any, config: PPOConfig, source: str = "prompts"
     ):
         self.source, self._prompts_in_file = source, len(prompts)
-        self._batch_size, self._seed, self._pad = config.batch_size, config.seed, pad_id(tokenizer)
+        self._batch_size, self._copies = config.prompts_per_batch, config.samples_per_prompt
+        self._seed, self._pad = config.seed, pad_id(tokenizer)
         self._cached_order = -1, np.zeros(0, np.int64)  # a pass and its order
         self._encoded = encode_prompts(
             prompts,
@@ -149,7 +152,7 @@ class PromptDeck:
         )
         self._lengths = np.asarray([len(row) for row in self._encoded.rows])
         self.padded_lengths = padded_lengths(
-            self._lengths, config.batch_size, config.max_new_tokens
+            self._lengths, config.prompts_per_batch, config.max_new_tokens
         )
 
     @property
@@ -172,19 +175,17 @@ class PromptDeck:
             "padded_lengths": list(self.padded_lengths),
         }
 
-    def deal(self, step: int) -> tuple[list[str], np.ndarray, np.ndarray]:
-        """Returns (texts, tokens `[B, P]` int32, mask `[B, P]` bool) of batch number `step`."""
-        indices = self._batch(step)
-        rows = [self._encoded.rows[i] for i in indices]
-        tokens_bp, mask_bp = pad_batch(rows, self.padded_length(step), self._pad, side="left")
-        return [self.prompts[i] for i in indices], tokens_bp, mask_bp
+    def deal(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (tokens `[N, P]` int32, mask `[N, P]` bool) of batch number `step`."""
+        rows = [self._encoded.rows[i] for i in self._batch(step)]
+        return pad_batch(rows, self.padded_length(step), self._pad, side="left")
 
     def texts(self, step: int) -> list[str]:
-        """Returns the prompts of batch number `step`."""
-        return [self.prompts[i] for i in self._batch(step)]
+        """Returns the prompt of each of the B responses of batch number `step`."""
+        return [self.prompts[i] for i in self._batch(step) for _ in range(self._copies)]
 
     def lengths(self, step: int) -> np.ndarray:
-        """Returns the number of tokens of each prompt of batch number `step`, `[B]`."""
+        """Returns the number of tokens of each prompt of batch number `step`, `[N]`."""
         return self._lengths[self._batch(step)]
 
     def padded_length(self, step: int) -> int:

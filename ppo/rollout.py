@@ -60,7 +60,7 @@ class Sampler:
         key: jax.Array,
         slots: int | None = None,
     ) -> Rollout:
-        """Samples responses to a batch of the deck.
+        """Samples responses to a batch of the deck, `ppo.samples_per_prompt` to each prompt.
 
         Args:
             params: parameters of the policy.
@@ -69,14 +69,15 @@ class Sampler:
             key: random key of the batch.
             slots: slots of the packed prompts, as in `Learner.rollout`.
         """
-        prompts, tokens_bp, mask_bp = deck.deal(batch_number)
-        generation = self.learner.rollout(params, self.base, tokens_bp, mask_bp, key, slots=slots)
+        tokens_np, mask_np = deck.deal(batch_number)
+        generation = self.learner.rollout(params, self.base, tokens_np, mask_np, key, slots=slots)
+        copies = self.learner.config.samples_per_prompt
         on_host: Generation = fetch(generation)
         return Rollout(
-            prompts=prompts,
+            prompts=deck.texts(batch_number),
             responses=self._decode(on_host),
-            tokens_bp=tokens_bp,
-            mask_bp=mask_bp,
+            tokens_bp=np.repeat(tokens_np, copies, axis=0),
+            mask_bp=np.repeat(mask_np, copies, axis=0),
             generation=generation,
             ended_b=np.asarray(on_host.ended_b),
             lengths_b=np.asarray(on_host.mask_br).sum(axis=1),

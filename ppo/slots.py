@@ -32,7 +32,8 @@ class SlotPlan:
 
     Args:
         config: sizes of the batches and number of levels.
-        prompt_lengths: tokens of the prompts of every batch, each `[B]`.
+        prompt_lengths: tokens of the N prompts of every batch, each `[N]`; N is B divided by
+            `ppo.samples_per_prompt`.
         orders: the rows of every batch in each epoch, `[epochs, B]`, in the order in which the
             batch is cut into microbatches.
         parts: number of groups that a microbatch is packed in, one for each part of the mesh that
@@ -50,9 +51,10 @@ class SlotPlan:
         self._levels, self._new_tokens = config.pack_levels, config.max_new_tokens
         self.prefill: int | None = None
         if self._levels:
-            rows = config.batch_size // parts
+            rows = config.prompts_per_batch // parts
             self.prefill = _rounded(max(_fullest(n, None, rows) for n in prompt_lengths))
-            pairs = zip(prompt_lengths, orders, strict=True)
+            copies = config.samples_per_prompt
+            pairs = zip((np.repeat(n, copies) for n in prompt_lengths), orders, strict=True)
             self._prompts = _rounded(max(_fullest(n, order, self._rows) for n, order in pairs))
             self._unit = _rounded(-(-self._rows * config.max_new_tokens // self._levels))
 

@@ -24,6 +24,7 @@ from ppo.held_out import HeldOut
 from ppo.human_latents import HumanLatents
 from ppo.learner import Learner
 from ppo.nonfinite import dump_step
+from ppo.objectives import Batch
 from ppo.prompts import PromptDeck
 from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
 from ppo.rollout import Rollout, Sampler
@@ -46,7 +47,7 @@ from ppo.tracking.metrics import (
     summarise_evaluations,
 )
 from ppo.tracking.profiling import NO_PROFILE, ProfileConfig, Profiler, phase
-from ppo.update import Batch, Updater, batch_metrics
+from ppo.update import Updater, batch_metrics
 from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.signals import on_signal
@@ -173,6 +174,7 @@ class Trainer:
             self.config.reward.penalize_features,
             first_step=done,
             total_steps=config.total_steps,
+            algorithm=config.algorithm,
         )
         with on_signal(self._remember_signal), log, self._summarising(watch, log):
             self._train(checkpoints, log, watch=watch, done=done)
@@ -323,7 +325,7 @@ class Trainer:
             train_state, targets, scalars = self.updater.update(
                 state.train, self.base, batch, order=order, slots=slots
             )
-            scalars |= batch_metrics(batch, targets, rollout.generation.logp_br)
+            scalars |= batch_metrics(self.config.ppo, batch, targets, rollout.generation.logp_br)
             metrics = jax.device_get(scalars | disc_metrics)
             skipped = metrics["skipped_updates"] + metrics.pop("skipped", 0)
         clock.append(time.perf_counter())

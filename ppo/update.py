@@ -1,4 +1,4 @@
-"""One PPO update: from scored responses to new parameters.
+"""One update: from scored responses to new parameters, by PPO, RLOO or GRPO.
 
 The old log-probabilities and values are computed by the same function as the new ones. If the batch
 is a single microbatch, they are taken from the forward pass of the first optimizer step: nothing
@@ -15,35 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx, struct
+from flax import nnx
 from jax.stages import Lowered
 
-from ppo.advantages import gae, masked_mean, token_rewards, whiten
+from ppo.advantages import masked_mean
 from ppo.config import PPOConfig
 from ppo.learner import Learner, TrainState
-from ppo.losses import kl_k3, log_ratio, policy_loss, response_kl, value_loss
+from ppo.losses import kl_k3, log_ratio, response_kl
+from ppo.objectives import Batch, Targets, objective
 from ppo.slots import Slots
-
-
-@struct.dataclass
-class Batch:
-    """A scored rollout. `tokens_bt` and `mask_bt` hold prompt and response, `[B, P + R]`."""
-
-    tokens_bt: jax.Array
-    mask_bt: jax.Array
-    mask_br: jax.Array
-    ref_logp_br: jax.Array
-    reward_b: jax.Array
-
-
-@struct.dataclass
-class Targets:
-    """Log π_old, old values, advantages and returns `[B, R]`, which stay fixed in an update."""
-
-    logp_br: jax.Array
-    values_br: jax.Array
-    advantages_br: jax.Array
-    returns_br: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +115,9 @@ class Updater:
             ref_logp_br=per_token,
             reward_b=abstract((rows,), jnp.float32),
         )
-        targets = Targets(
-            logp_br=per_token, values_br=per_token, advantages_br=per_token, returns_br=per_token
-        )
+        if self.config.has_critic:
+            return batch, Targets(per_token, per_token, per_token, per_token)
+        targets = Targets(per_token, abstract((rows, 1), jnp.float32))
         return batch, targets
 
     def _count(self, mask_br):
@@ -152,7 +132,7 @@ class Updater:
             return self.learner.evaluate(params, base, tokens_bt, mask_bt, slots=slots)
 
         old = self.learner.in_microbatches(evaluate, (batch.tokens_bt, batch.mask_bt))
-        targets = make_targets(self.config, batch, logp_br=old.logp_br, values_br=old.values_br)
+        targets = objective(self.config).targets(batch, old)
         return self.learner.placement.constrain_rows(targets)
 
     @partial(jax.jit, static_argnums=(0, 6), donate_argnums=1)
@@ -188,28 +168,12 @@ class Updater:
 
     def _loss(self, params, base, batch, targets, count, slots):
         """Returns the loss, and (targets, metrics); without targets, π is π_old."""
-        config, mask_br = self.config, batch.mask_br
+        mask_br, algorithm = batch.mask_br, objective(self.config)
         now = self.learner.evaluate(params, base, batch.tokens_bt, batch.mask_bt, slots=slots)
         if targets is None:
-            old = jax.lax.stop_gradient(now)
-            targets = make_targets(config, batch, logp_br=old.logp_br, values_br=old.values_br)
+            targets = algorithm.targets(batch, jax.lax.stop_gradient(now))
+        loss, parts = algorithm.loss(now, targets, batch, count)
         log_ratio_br = log_ratio(now.logp_br, targets.logp_br, mask_br)
-        policy = policy_loss(
-            log_ratio_br,
-            targets.advantages_br,
-            mask_br,
-            clip_range=config.clip_range,
-            token_count=count,
-        )
-        value = value_loss(
-            now.values_br,
-            old_values_br=targets.values_br,
-            returns_br=targets.returns_br,
-            mask_br=mask_br,
-            clip_range=config.value_clip_range,
-            token_count=count,
-        )
-        loss = policy + config.vf_coef * value
         deviation_br = jnp.abs(jnp.exp(log_ratio_br) - 1)
 
         def mean(x_br):
@@ -217,11 +181,9 @@ class Updater:
 
         metrics = {
             "ppo_loss": loss,
-            "policy_loss": policy,
-            "value_loss": value,
+            **parts,
             "entropy": mean(now.entropy_br),
             "approx_kl": mean(kl_k3(-log_ratio_br)),
-            "clip_fraction": mean(deviation_br > config.clip_range),
             "ratio_max_dev": deviation_br.max(),
         }
         return loss, (targets, metrics)
@@ -237,44 +199,23 @@ def _summary(history: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return summary | {"ratio_0_max_dev": first_deviation, "skipped_updates": skipped}
 
 
-def make_targets(
-    config: PPOConfig, batch: Batch, *, logp_br: jax.Array, values_br: jax.Array
-) -> Targets:
-    """Computes the targets of an update from log π_old and old values.
-
-    Advantages are whitened if `config.whiten_advantages` is set; returns never are.
-    """
-    mask_br = batch.mask_br
-    kl_br = logp_br - batch.ref_logp_br
-    rewards_br = token_rewards(batch.reward_b, kl_br, mask_br, kl_coef=config.kl_coef)
-    advantages_br, returns_br = gae(
-        rewards_br, values_br, mask_br, gamma=config.gamma, lam=config.gae_lambda
-    )
-    if config.whiten_advantages:
-        advantages_br = whiten(advantages_br, mask_br)
-    return Targets(
-        logp_br=logp_br,
-        values_br=values_br,
-        advantages_br=advantages_br,
-        returns_br=returns_br,
-    )
-
-
-@jax.jit
-def batch_metrics(batch: Batch, targets: Targets, sampler_logp_br: jax.Array) -> dict:
+@partial(jax.jit, static_argnums=0)
+def batch_metrics(
+    config: PPOConfig, batch: Batch, targets: Targets, sampler_logp_br: jax.Array
+) -> dict[str, jax.Array]:
     """Returns the metrics of the rollout.
 
     `ref_kl` is the KL of π_old to the reference policy in nats per response, averaged over the
     responses. `sampler_drift` is the mean of |log π_sampler − log π_old| over the tokens.
-    `advantage_mean` and `advantage_std` are those of returns − values, before whitening.
+    `advantage_mean` and `advantage_std` are over tokens and before whitening.
 
     They are one compiled program, because dozens of small programs after an update can deadlock on
     virtual devices.
     """
-    mask_br = batch.mask_br
-    advantages_br = targets.returns_br - targets.values_br
+    mask_br, algorithm = batch.mask_br, objective(config)
+    advantages_br = algorithm.advantages(batch, targets)
     mean = masked_mean(advantages_br, mask_br)
-    return {
+    return algorithm.metrics(batch, targets) | {
         "ref_kl": response_kl(targets.logp_br, batch.ref_logp_br, mask_br).mean(),
         "sampler_drift": masked_mean(jnp.abs(sampler_logp_br - targets.logp_br), mask_br),
         "advantage_mean": mean,

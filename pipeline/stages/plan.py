@@ -39,7 +39,7 @@ def prompt_shares(path: str, ppo: PPOConfig) -> dict[int, float]:
     name = f"plan.prompt_lengths={path}"
     lengths_n = read_lengths(path, name)
     fitting_n = fitting_lengths(lengths_n, ppo.max_prompt_tokens, ppo.long_prompts, name)
-    return batch_shares(fitting_n, ppo.batch_size, ppo.max_new_tokens)
+    return batch_shares(fitting_n, ppo.prompts_per_batch, ppo.max_new_tokens)
 
 
 def make_planner(config: ConfigDict) -> Planner:

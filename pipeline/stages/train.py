@@ -62,6 +62,7 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     make_mesh(mesh)  # raises if there are too few devices
     rows = options.ppo.batch_size // options.ppo.pieces
     mesh.check_batch(rows, "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)")
+    mesh.check_batch(options.ppo.prompts_per_batch, "ppo.batch_size / samples_per_prompt")
     return options, profile
 
 
@@ -131,8 +132,13 @@ def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenanc
     check_claim(STAGE, config, workdir, recorded.get("inputs"))
     if processes.is_primary():
         options = inputs.options
-        features, every = options.reward.penalize_features, options.ppo.checkpoint_every
-        check_log(workdir, features, finished, every)
+        check_log(
+            workdir,
+            options.reward.penalize_features,
+            done=finished,
+            checkpoint_every=options.ppo.checkpoint_every,
+            algorithm=options.ppo.algorithm,
+        )
         if STAGE.has_begun(config, workdir):
             check_longer(
                 config, inputs, (read_settings(workdir) or {}, recorded.get("options", {}))
@@ -171,8 +177,9 @@ def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
     mesh = mesh_config(config)
     batch = describe_batch(ppo, mesh.batch_parts)
     LOG.info(
-        "PPO, %d steps of %s to %d prompts, on %s; log and checkpoints in %s",
-        ppo.total_steps, batch, len(inputs.deck.prompts), describe_devices(mesh.devices), workdir,
+        "%s, %d steps of %s to %d prompts, on %s; log and checkpoints in %s",
+        ppo.algorithm.upper(), ppo.total_steps, batch, len(inputs.deck.prompts),
+        describe_devices(mesh.devices), workdir,
     )  # fmt: skip
     if ppo.warmup_steps >= ppo.total_steps:
         LOG.warning(
@@ -181,6 +188,9 @@ def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
         )  # fmt: skip
     if not options.reward.beta and (config.reward.human_latents or options.reward.latent_indices):
         LOG.info("beta is 0: human_latents and latent_indices are not used")
+    if ppo.unused:
+        names = ", ".join(f"ppo.{name}" for name in ppo.unused)
+        LOG.info("ppo.algorithm=%s does not use %s", ppo.algorithm, names)
     if options.lora.dropout:
         dropout = options.lora.dropout
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", dropout)
@@ -210,7 +220,7 @@ def save_run(
         trainer.config.lora,
         config.policy_model,
         tokenizer,
-        jax.device_get(params["value_head"]),
+        jax.device_get(params.get("value_head")),
         replace=True,
     )
 
@@ -227,6 +237,9 @@ def describe_batch(ppo: PPOConfig, devices: int) -> str:
         (devices, "data-parallel devices"),
     ]
     product = "".join(f" × {count} {text}" for count, text in factors if count > 1)
+    copies = ppo.samples_per_prompt
+    if copies > 1:
+        product += f", {copies} to each prompt"
     return f"{ppo.batch_size} responses ({rows} on a device{product})"
 
 

@@ -58,7 +58,8 @@ def step_costs(
 
     whole = layer_weights(policy) * policy.num_hidden_layers
     head = policy.vocab_size * policy.hidden_size
-    prefill = cost(forward_flops(policy, rows, prompt, logits=rows), whole + head)
+    prompts = config.prompts_per_batch
+    prefill = cost(forward_flops(policy, prompts, prompt, logits=prompts), whole + head)
     context = prompt + new / 2  # mean number of tokens before a decoded token
     kv = 2 * policy.num_key_value_heads * policy.head_dim * policy.num_hidden_layers
     decode = cost(decode_flops(policy, rows, context), whole + head, cache=rows * context * kv)

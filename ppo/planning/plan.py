@@ -173,6 +173,7 @@ class Planner:
             config.batch_size // config.pieces,
             "ppo.batch_size / (ppo.num_minibatches × ppo.gradient_accumulation_steps)",
         )
+        mesh.check_batch(config.prompts_per_batch, "ppo.batch_size / ppo.samples_per_prompt")
         chip, devices, backend = target(self.name, mesh.devices, policy.embed_tokens.dtype)
         on_host = self.name == "host"  # the programs are then those of a run, on the same mesh
         placement = Placement(make_mesh(mesh, devices) if on_host else _mesh(mesh, devices))
@@ -372,6 +373,7 @@ def _summary(
         "mesh": dataclasses.asdict(layout.mesh),
         "layout": str(layout),
         "batch": config.batch_size,
+        "algorithm": config.algorithm,
         "prompt_tokens": max(shares),
         "prompt_lengths": lengths,
         "new_tokens": config.max_new_tokens,

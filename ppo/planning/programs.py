@@ -77,7 +77,9 @@ def step_programs(
     base, state = _abstract(frozen, placement), placement.abstract_replicated(fresh)
     group = rows // (config.pieces * placement.parts)
     slots = Slots(group * (prompt + new), group * new) if config.pack_levels else None
-    prefill = rows // placement.parts * prompt if config.pack_levels else None
+    prefill = None
+    if config.pack_levels:
+        prefill = config.prompts_per_batch // placement.parts * prompt
 
     rollout = partial(learner.lower_rollout, state.params, base, prompt, prefill)
     yield Program("rollout", 1, rollout)
@@ -149,7 +151,7 @@ class _Halves:
             x_btd, cache = decoding.prefill(policy, tokens_bp, mask_bp, size)
             return policy.logits(x_btd[:, -1:]), cache
 
-        shape = (config.batch_size, self.prompt)
+        shape = (config.prompts_per_batch, self.prompt)
         tokens, mask = (placement.abstract_rows(shape, dtype) for dtype in (jnp.int32, bool))
         return jax.jit(prefill).lower(self.state.params, self.base, tokens, mask)
 

@@ -31,6 +31,7 @@ COLUMNS = (
     "time_update tokens_per_second"
 ).split()
 LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after the columns of the features
+GROUP_COLUMNS = ("zero_spread_groups",)  # of algorithms without a critic, last of all
 
 
 class RunLog:
@@ -39,8 +40,15 @@ class RunLog:
     `rows` are the rows of metrics.csv, those of earlier calls included.
     """
 
-    def __init__(self, workdir: Path, features: Sequence[int], first_step: int, total_steps: int):
-        self.columns = columns_of(features)
+    def __init__(
+        self,
+        workdir: Path,
+        features: Sequence[int],
+        first_step: int,
+        total_steps: int,
+        algorithm: str = "ppo",
+    ):
+        self.columns = columns_of(features, algorithm)
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
         self._evaluations_path = workdir / EVALUATIONS
@@ -54,7 +62,7 @@ class RunLog:
             self.flush()
         self.rows = read_metrics(self._metrics_path)
         self._board = Board(workdir, first_step)
-        self._bar = tqdm(total=total_steps, initial=first_step, desc="PPO", unit="step")
+        self._bar = tqdm(total=total_steps, initial=first_step, desc=algorithm.upper(), unit="step")
 
     def __enter__(self) -> "RunLog":
         return self
@@ -68,8 +76,8 @@ class RunLog:
         """Logs a step.
 
         Args:
-            row: the metrics. Those of the discriminator are missing if β = 0; a column whose metric
-                is missing is empty.
+            row: the metrics. Those of the discriminator are missing if β = 0, and the value loss
+                without a critic; a column whose metric is missing is empty.
             samples: rows of samples.jsonl.
 
         Raises:
@@ -146,18 +154,26 @@ def _check_present(path: Path, opened: os.stat_result) -> None:
         raise InputError(f"{path}: was removed or exchanged while the run wrote it; restore it")
 
 
-def columns_of(features: Sequence[int]) -> list[str]:
+def columns_of(features: Sequence[int], algorithm: str = "ppo") -> list[str]:
     """Returns the columns of metrics.csv for a run that penalises these features."""
     per_feature = [f"feat_{i}_{name}" for i in features for name in ("activation", "above_tau")]
-    return [*COLUMNS, *per_feature, *LAST_COLUMNS]
+    of_groups = () if algorithm == "ppo" else GROUP_COLUMNS
+    return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups]
 
 
-def check_log(workdir: Path, features: Sequence[int], done: int, checkpoint_every: int) -> None:
+def check_log(
+    workdir: Path,
+    features: Sequence[int],
+    done: int,
+    checkpoint_every: int,
+    algorithm: str = "ppo",
+) -> None:
     """Checks that metrics.csv belongs to the newest checkpoint, before a run rewrites it.
 
     Args:
         workdir: working directory of the run.
         features: the penalised features.
+        algorithm: `ppo.algorithm`.
         done: steps of the newest checkpoint; 0 if there is none.
         checkpoint_every: steps between checkpoints.
 
@@ -167,7 +183,7 @@ def check_log(workdir: Path, features: Sequence[int], done: int, checkpoint_ever
     """
     path = workdir / "metrics.csv"
     rows = read_metrics(path) if path.exists() else []
-    if rows and list(rows[0]) != columns_of(features):
+    if rows and list(rows[0]) != columns_of(features, algorithm):
         raise InputError(f"{path}:1: does not have the columns of this run: restore its own file")
     steps = [row["step"] for row in rows]
     if steps[:done] != list(range(done)):

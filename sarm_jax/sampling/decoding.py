@@ -105,6 +105,15 @@ def prefill(
     )
 
 
+def repeat_rows(cache: KVCache, copies: int) -> KVCache:
+    """Returns a cache with `copies` neighbouring copies of every row."""
+
+    def repeat(y):
+        return y if y.ndim == 0 else jnp.repeat(y, copies, axis=0)
+
+    return jax.tree.map(repeat, cache)
+
+
 def decode(
     policy: Llama, token_b: jax.Array, cache: KVCache, layers: tuple[FusedLayer, ...]
 ) -> tuple[jax.Array, KVCache]:

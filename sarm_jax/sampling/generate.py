@@ -19,7 +19,7 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.packing import Packing
 from sarm_jax.parallel.finite import first_not_finite
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
-from sarm_jax.sampling.decoding import compiler_options, decode, next_logits, prefill
+from sarm_jax.sampling.decoding import compiler_options, decode, next_logits, prefill, repeat_rows
 from sarm_jax.sampling.fused_layers import fuse_layers
 
 # A padding logit of −1e30, see `mask_padding`, stays finite when it is divided by it.
@@ -186,12 +186,14 @@ def sample(
     stops: tuple[int, ...],
     pad: int,
     packing: Packing | None = None,
+    copies: int = 1,
 ) -> Generation:
     """Samples like `generate`, without jit and bucketing, inside a larger program.
 
-    With a packing of `mask_bt` the prefill computes no padding.
+    With a packing of `mask_bt` the prefill computes no padding. With `copies` there are that many
+    responses to each prompt, next to each other; a prompt is run once and its cache copied.
     """
-    batch, length = tokens_bt.shape
+    batch, length = len(tokens_bt) * copies, tokens_bt.shape[1]
     budget = sampling.max_new_tokens
     stop_ids = jnp.asarray(stops, jnp.int32)
 
@@ -214,6 +216,8 @@ def sample(
     x_btd, cache = prefill(policy, tokens_bt, mask_bt, cache_size=length + budget, packing=packing)
     last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
     x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
+    if copies > 1:
+        x_b1d, cache = jnp.repeat(x_b1d, copies, axis=0), repeat_rows(cache, copies)
     key, first_key = jax.random.split(key)
     running_b = jnp.ones((batch,), bool)
     token_b, logp_b = draw(x_b1d, first_key, running_b)

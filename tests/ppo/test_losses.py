@@ -8,6 +8,8 @@ import pytest
 from ppo.losses import kl_k3, log_ratio, policy_loss, value_loss
 from tests.oracles import ppo_loss_loop
 
+CLIP = (0.2, 0.2)
+
 
 @pytest.fixture
 def arrays():
@@ -21,7 +23,7 @@ def arrays():
 
 def losses(logp, old_logp, advantages, values, old_values, returns, mask, count):
     ratio = log_ratio(logp, old_logp, mask)
-    policy = policy_loss(ratio, advantages, mask, 0.2, count)
+    policy = policy_loss(ratio, advantages, mask, CLIP, count)
     return policy, value_loss(values, old_values, returns, mask, 0.25, count)
 
 
@@ -60,7 +62,7 @@ def test_microbatches_sum_to_the_whole(arrays):
 
 def test_ratio_one_reduces_to_minus_mean_advantage(arrays):
     _, old_logp, advantages, *_, mask = map(jnp.asarray, arrays)
-    loss = policy_loss(log_ratio(old_logp, old_logp, mask), advantages, mask, 0.2, mask.sum())
+    loss = policy_loss(log_ratio(old_logp, old_logp, mask), advantages, mask, CLIP, mask.sum())
     np.testing.assert_allclose(loss, -advantages[mask].mean(), rtol=1e-5)
 
 
@@ -69,7 +71,7 @@ def test_clipping_stops_only_the_profitable_direction(advantage, moves):
     # ρ = 1.5 is past 1 + ε: no gradient when raising it would gain, full gradient when not.
     def loss(logp):
         ratio = log_ratio(logp, jnp.zeros((1, 1)), jnp.ones((1, 1), bool))
-        return policy_loss(ratio, jnp.full((1, 1), advantage), jnp.ones((1, 1), bool), 0.2, 1)
+        return policy_loss(ratio, jnp.full((1, 1), advantage), jnp.ones((1, 1), bool), CLIP, 1)
 
     gradient = jax.grad(loss)(jnp.full((1, 1), np.log(1.5)))
     assert (abs(gradient[0, 0]) > 0) == moves
@@ -78,7 +80,7 @@ def test_clipping_stops_only_the_profitable_direction(advantage, moves):
 def test_extreme_ratios_stay_finite():
     mask = jnp.ones((1, 2), bool)
     ratio = log_ratio(jnp.array([[500.0, -500.0]]), jnp.zeros((1, 2)), mask)
-    loss = policy_loss(ratio, -jnp.ones((1, 2)), mask, 0.2, 2)
+    loss = policy_loss(ratio, -jnp.ones((1, 2)), mask, CLIP, 2)
     assert np.isfinite(loss)
     np.testing.assert_allclose(ratio, [[20.0, -20.0]])
 

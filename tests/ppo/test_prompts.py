@@ -88,7 +88,7 @@ def test_a_batch_is_padded_to_the_least_length_that_holds_it(tokenizer, ppo_conf
     assert len(deck.padded_lengths) > 1
     seen = set()
     for step in range(30):
-        texts, tokens_bp, mask_bp = deck.deal(step)
+        texts, (tokens_bp, mask_bp) = deck.texts(step), deck.deal(step)
         longest = max(len(chat.encode_prompt(tokenizer, text)) for text in texts)
         width = min(length for length in deck.padded_lengths if length >= longest)
         assert tokens_bp.shape == mask_bp.shape == (config.batch_size, width)

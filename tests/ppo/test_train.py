@@ -20,12 +20,12 @@ from ppo.rollout import Sampler
 from ppo.scoring import Scored
 from ppo.tracking import metrics as metrics_module
 from ppo.tracking.guards import GuardStopError, NonFiniteError
-from ppo.tracking.metrics import COLUMNS, read_evaluations
+from ppo.tracking.metrics import COLUMNS, check_log, read_evaluations
 from sarm_jax.io.errors import InputError
 from sarm_jax.models import chat
 from sarm_jax.models.reward_model import RewardModel
 from tests.closeness import assert_close
-from tests.tiny_models import HELD_OUT, PROMPTS, REWARD, reward_options
+from tests.tiny_models import ALGORITHMS, HELD_OUT, PROMPTS, REWARD, reward_options
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +74,24 @@ def test_a_run_writes_all_its_files(make_trainer, tmp_path):
     assert list((workdir / "checkpoints").iterdir())
 
 
+def test_a_run_without_a_critic(make_trainer, tmp_path):
+    workdir = tmp_path / "run"
+    trainer = make_trainer(workdir, evaluate=True, total_steps=3, **ALGORITHMS["grpo"])
+    trainer.run()
+    rows = metrics(workdir)
+    assert list(rows[0])[-1] == "zero_spread_groups" and rows[0]["value_loss"] == ""
+    others = [row[name] for row in rows for name in row if name != "value_loss"]
+    assert np.isfinite(np.asarray(others, float)).all()
+    assert "value_head" not in trainer.state.train.params
+    samples = [json.loads(line) for line in (workdir / "samples.jsonl").open()]
+    assert samples[0]["prompt"] == samples[1]["prompt"]  # neighbours in a batch
+    assert samples[0]["response"] != samples[1]["response"]
+    evaluated = [json.loads(line) for line in (workdir / "evaluations.jsonl").open()]
+    assert len({row["prompt"] for row in evaluated if row["step"] == 0}) == 2
+    with pytest.raises(InputError, match=r"metrics.csv:1: does not have the columns"):
+        check_log(workdir, REWARD.penalize_features, done=3, checkpoint_every=2)
+
+
 def test_the_state_is_there_from_the_start(make_trainer, tmp_path):
     trainer = make_trainer(tmp_path / "run", total_steps=1)
     fresh = jax.tree.map(np.asarray, trainer.state)
@@ -94,10 +112,12 @@ def test_same_seed_same_numbers(make_trainer, tmp_path):
     assert a == b
 
 
-def test_a_resumed_run_gives_the_same_results(make_trainer, tmp_path):
-    whole = make_trainer(tmp_path / "whole", total_steps=5)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_resumed_run_gives_the_same_results(make_trainer, tmp_path, algorithm):
+    options = {"total_steps": 5, **ALGORITHMS[algorithm]}
+    whole = make_trainer(tmp_path / "whole", **options)
     whole.run()
-    first = make_trainer(tmp_path / "parts", total_steps=5)
+    first = make_trainer(tmp_path / "parts", **options)
     step = first._step
 
     def interrupted(number, state):
@@ -109,7 +129,7 @@ def test_a_resumed_run_gives_the_same_results(make_trainer, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         first.run()
     assert len(metrics(tmp_path / "parts")) == 3
-    second = make_trainer(tmp_path / "parts", total_steps=5)
+    second = make_trainer(tmp_path / "parts", **options)
     second.run()
     same_state(whole.state, second.state)
     a, b = (without_times(metrics(tmp_path / name)) for name in ("whole", "parts"))
@@ -458,12 +478,12 @@ def test_evaluations_of_a_resumed_run_are_logged_once(make_trainer, tmp_path):
 
 def test_batches_of_prompts(tokenizer, ppo_config):
     deck = PromptDeck(PROMPTS, tokenizer, ppo_config(seed=1))
-    dealt = [deck.deal(step)[0] for step in range(5)]
+    dealt = [deck.texts(step) for step in range(5)]
     flat = [text for batch in dealt for text in batch]
     assert sorted(flat[:10]) == sorted(flat[10:]) == sorted(PROMPTS)
     assert flat[:10] != flat[10:]
-    assert deck.deal(3)[0] == dealt[3]
-    texts, tokens, mask = deck.deal(0)
+    assert deck.texts(3) == dealt[3]
+    texts, (tokens, mask) = deck.texts(0), deck.deal(0)
     for text, row, real in zip(texts, tokens, mask, strict=True):
         assert row[real].tolist() == chat.encode_prompt(tokenizer, text)
         assert not real[0] or real.all()

@@ -12,13 +12,14 @@ from flax import nnx
 
 from ppo.learner import Learner, TrainState, make_optimizer
 from ppo.losses import kl_k3
-from ppo.update import Batch, Updater, batch_metrics
+from ppo.objectives import Batch
+from ppo.update import Updater, batch_metrics
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from tests.closeness import assert_close, assert_same_metrics
 from tests.oracles import gae_loop, masked_whiten_loop, ppo_loss_loop
-from tests.tiny_models import scale_matrices
+from tests.tiny_models import ALGORITHMS, scale_matrices
 
 PROMPT, RESPONSE, ROWS = 5, 6, 4
 
@@ -37,6 +38,8 @@ class Setup(NamedTuple):
 
 @pytest.fixture
 def make_setup(architecture, ppo_config):
+    """Returns a function that makes a learner with the given fields of PPOConfig changed."""
+
     def make(**changes):
         policy = scale_matrices(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=(3,)))
         return Setup(
@@ -115,32 +118,41 @@ def test_targets_and_losses_against_loops(make_setup, batch):
     np.testing.assert_allclose(metrics["value_loss"], expected["value_loss"], rtol=1e-4)
 
 
-def test_accumulation_changes_only_the_order_of_summation(make_setup, batch):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_accumulation_changes_only_the_order_of_summation(make_setup, batch, algorithm):
     results = []
     for accumulation in (1, 2, 4):
-        setup = make_setup(gradient_accumulation_steps=accumulation, ppo_epochs=1)
+        options = {"gradient_accumulation_steps": accumulation, "ppo_epochs": 1}
+        setup = make_setup(**options, **ALGORITHMS[algorithm])
         state = moved(setup.state)
         state, _, metrics = setup.update(state, batch, np.arange(ROWS)[None])
         results.append((state.params, metrics))
     for params, metrics in results[1:]:
         for a, b in zip(*map(jax.tree.leaves, (results[0][0], params)), strict=True):
             assert_close(a, b)
-        names = ("policy_loss", "value_loss", "entropy", "grad_norm")
+        names = [name for name in ("policy_loss", "value_loss", "grad_norm") if name in metrics]
+        names += ["ppo_loss", "entropy", "clip_fraction"]
         assert_same_metrics([metrics], [results[0][1]], names)
 
 
-def test_minibatches_split_the_token_sum(make_setup, batch):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_minibatches_split_the_token_sum(make_setup, batch, algorithm):
     # With a learning rate of almost 0 the mean over minibatches is the whole batch's loss.
     losses = []
     for minibatches in (1, 2):
-        setup = make_setup(num_minibatches=minibatches, learning_rate=1e-20, ppo_epochs=1)
+        options = {"num_minibatches": minibatches, "learning_rate": 1e-20, "ppo_epochs": 1}
+        setup = make_setup(**options, **ALGORITHMS[algorithm])
         state = moved(setup.state)
         losses.append(setup.update(state, batch, orders(1))[2]["ppo_loss"])
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+    # The advantages of a group sum to 0, and so does its loss before the first step.
+    atol = 1e-6 if algorithm == "rloo" else 0.0
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4, atol=atol)
 
 
-def test_only_adapter_and_value_head_move(make_setup, batch):
-    setup = make_setup(ppo_epochs=2)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_only_adapter_and_value_head_move(make_setup, batch, algorithm):
+    setup = make_setup(ppo_epochs=2, **ALGORITHMS[algorithm])
+    assert ("value_head" in setup.state.params) == (algorithm == "ppo")
     base_before = jax.tree.map(np.asarray, setup.base)
     start = setup.state
     before = jax.tree.map(np.asarray, start.params)
@@ -154,8 +166,10 @@ def test_only_adapter_and_value_head_move(make_setup, batch):
     assert all(changed)
 
 
-def test_the_update_raises_the_likelihood_of_rewarded_responses(make_setup, batch):
-    setup = make_setup(learning_rate=1e-3, ppo_epochs=4, kl_coef=0.0)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_update_raises_the_likelihood_of_rewarded_responses(make_setup, batch, algorithm):
+    options = {"learning_rate": 1e-3, "ppo_epochs": 4, "kl_coef": 0.0}
+    setup = make_setup(**options, **ALGORITHMS[algorithm])
     batch = batch.replace(reward_b=jnp.array([1.0, -1.0, 1.0, -1.0]))
     before = setup.evaluate(setup.state, batch)
     state, _, _ = setup.update(setup.state, batch, orders(4))
@@ -165,8 +179,9 @@ def test_the_update_raises_the_likelihood_of_rewarded_responses(make_setup, batc
     assert gain[1] < 0 and gain[3] < 0
 
 
-def test_a_non_finite_update_is_not_applied(make_setup, batch):
-    setup = make_setup()
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_non_finite_update_is_not_applied(make_setup, batch, algorithm):
+    setup = make_setup(**ALGORITHMS[algorithm])
     state = moved(setup.state)
     before = jax.tree.map(np.asarray, state.params)
     poisoned = batch.replace(reward_b=batch.reward_b.at[0].set(jnp.nan))
@@ -176,8 +191,9 @@ def test_a_non_finite_update_is_not_applied(make_setup, batch):
         np.testing.assert_array_equal(a, b)
 
 
-def test_padded_positions_change_nothing(make_setup, batch):
-    setup = make_setup()
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_padded_positions_change_nothing(make_setup, batch, algorithm):
+    setup = make_setup(**ALGORITHMS[algorithm])
     other = batch.replace(
         tokens_bt=jnp.where(batch.mask_bt, batch.tokens_bt, 9),
         ref_logp_br=jnp.where(batch.mask_br, batch.ref_logp_br, jnp.nan),
@@ -209,6 +225,23 @@ def test_reference_and_policy_share_the_temperature(make_setup, batch):
     assert_close(sampled, trained, 2e-6)
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_prompt_is_prefilled_once_for_its_samples(make_setup, batch, pack):
+    """The copies of its cache give what running it once per sample gives."""
+    prompts, mask = batch.tokens_bt[:2, :PROMPT], batch.mask_bt[:2, :PROMPT]
+    results = []
+    for copies in (2, 1):
+        setup = make_setup(samples_per_prompt=copies)
+        rows = jnp.repeat(prompts, 2 // copies, axis=0), jnp.repeat(mask, 2 // copies, axis=0)
+        slots = int(rows[1].sum()) if pack else None
+        results.append(
+            setup.learner.rollout(setup.state.params, setup.base, *rows, jax.random.key(0), slots)
+        )
+    np.testing.assert_array_equal(results[0].tokens_br, results[1].tokens_br)
+    assert_close(results[0].logp_br, results[1].logp_br, 1e-6)
+    assert len(np.unique(results[0].tokens_br, axis=0)) == ROWS  # samples of a prompt differ
+
+
 def test_a_rollout_is_compiled_for_its_rows_on_each_gpu(make_setup, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     setup = make_setup(batch_size=64)
@@ -231,7 +264,7 @@ def test_batch_metrics_by_hand(make_setup, batch):
     state = moved(setup.state)
     _, targets, _ = setup.update(state, batch, orders(1))
     mask = np.asarray(batch.mask_br)
-    metrics = batch_metrics(batch, targets, targets.logp_br + 0.25)
+    metrics = batch_metrics(setup.learner.config, batch, targets, targets.logp_br + 0.25)
     k3 = kl_k3(jnp.clip(targets.logp_br - batch.ref_logp_br, -20, 20))
     expected = np.where(mask, k3, 0).sum() / ROWS
     np.testing.assert_allclose(metrics["ref_kl"], expected, rtol=1e-5)
@@ -377,6 +410,6 @@ def test_the_mean_of_the_advantages_is_before_whitening(make_setup, batch):
     setup = make_setup()
     _, targets, _ = setup.update(moved(setup.state), batch, orders(1))
     mask = np.asarray(batch.mask_br)
-    metrics = batch_metrics(batch, targets, targets.logp_br)
+    metrics = batch_metrics(setup.learner.config, batch, targets, targets.logp_br)
     raw = np.asarray(targets.returns_br - targets.values_br)[mask]
     np.testing.assert_allclose(metrics["advantage_mean"], raw.mean(), rtol=1e-4)

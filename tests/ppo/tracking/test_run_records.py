@@ -130,7 +130,7 @@ def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path):
 
 def test_the_seed_orders_the_prompts(tokenizer, ppo_config):
     decks = [PromptDeck(PROMPTS, tokenizer, ppo_config(batch_size=10, seed=s)) for s in (1, 2)]
-    orders = [deck.deal(0)[0] for deck in decks]
+    orders = [deck.texts(0) for deck in decks]
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 

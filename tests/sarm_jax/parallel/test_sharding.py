@@ -36,7 +36,7 @@ from tests.meshes import (
     place_parameters,
     train_on_mesh,
 )
-from tests.tiny_models import scale_matrices
+from tests.tiny_models import ALGORITHMS, scale_matrices
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +94,14 @@ def test_decoding_with_adapters_equals_that_of_one_device(tokenizer, shape):
     assert_close(logp_br, expected_logp_br)
 
 
-def test_minibatches_and_accumulation_on_a_mesh(tokenizer, ppo_config, tmp_path):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_minibatches_and_accumulation_on_a_mesh(tokenizer, ppo_config, tmp_path, algorithm):
     placement = Placement(make_mesh(MeshConfig(data=2)))
-    cut = {"total_steps": 2, "num_minibatches": 2, "gradient_accumulation_steps": 2}
+    cut = ALGORITHMS[algorithm] | {
+        "total_steps": 2,
+        "num_minibatches": 2,
+        "gradient_accumulation_steps": 2,
+    }
     runs = [
         train_on_mesh(
             tokenizer, ppo_config, placement=place, workdir=tmp_path / str(n), **cut
