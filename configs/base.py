@@ -108,6 +108,9 @@ def _add_ppo(config: ConfigDict) -> None:
     # Sampling temperature; old, new and reference log-probabilities use the same one.
     config.ppo.temperature = 1.0
     config.ppo.top_p = 1.0  # nucleus sampling; PPO accepts 1.0 only
+    # Responses that are sampled at a time; one that ends makes room for the next (fewer rows, less
+    # memory, no idle rows). 0: all responses of a batch at once.
+    config.ppo.rollout_slots = 0
     config.ppo.max_new_tokens = 256  # longest response, in tokens
     config.ppo.max_prompt_tokens = 1024  # longest prompt with the chat template, in tokens
     # For a longer prompt: error, drop the prompt, or truncate the beginning of the user's text.

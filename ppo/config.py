@@ -12,8 +12,8 @@ AT_LEAST_ONE = (
 ).split()
 POSITIVE = "learning_rate clip_range value_clip_range max_grad_norm temperature".split()
 NOT_NEGATIVE = (
-    "clip_range_high warmup_steps vf_coef weight_decay kl_coef missing_eos_penalty logprob_chunk "
-    "pack_levels samples_per_step"
+    "rollout_slots clip_range_high warmup_steps vf_coef weight_decay kl_coef missing_eos_penalty "
+    "logprob_chunk pack_levels samples_per_step"
 ).split()
 
 ALGORITHMS = ("ppo", "rloo", "grpo")
@@ -54,6 +54,7 @@ class PPOConfig:
     loss_average: str
     temperature: float
     top_p: float
+    rollout_slots: int
     max_new_tokens: int
     max_prompt_tokens: int
     long_prompts: str
@@ -140,6 +141,13 @@ class PPOConfig:
                 f"ppo.batch_size={self.batch_size} is not divisible by "
                 f"ppo.samples_per_prompt={self.samples_per_prompt}"
             )
+        slots = self.rollout_slots
+        if slots and (slots >= self.batch_size or slots % self.samples_per_prompt):
+            raise InputError(
+                f"ppo.rollout_slots={slots}: must be less than ppo.batch_size={self.batch_size} "
+                f"and a multiple of ppo.samples_per_prompt={self.samples_per_prompt} (0: all "
+                "responses are sampled at once)"
+            )
         for name, default in (("loss_average", "tokens"), ("scale_advantages", True)):
             if self.algorithm != "grpo" and getattr(self, name) != default:
                 raise InputError(
@@ -156,6 +164,11 @@ class PPOConfig:
     def prompts_per_batch(self) -> int:
         """Number of prompts in a batch."""
         return self.batch_size // self.samples_per_prompt
+
+    @property
+    def rollout_rows(self) -> int:
+        """Number of responses that are sampled at a time."""
+        return self.rollout_slots or self.batch_size
 
     @property
     def unused(self) -> tuple[str, ...]:

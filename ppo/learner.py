@@ -26,6 +26,7 @@ from sarm_jax.models.packing import Packing
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.sampling.decoding import compiler_options
 from sarm_jax.sampling.generate import Generation, Sampling, sample
+from sarm_jax.sampling.refilling import sample_refilling
 
 
 @struct.dataclass
@@ -139,7 +140,7 @@ class Learner:
     @property
     def decoding_options(self) -> tuple[tuple[str, Any], ...]:
         """Compiler options of programs that decode, from `compiler_options`."""
-        return compiler_options(self.platform, self.config.batch_size // self.placement.parts)
+        return compiler_options(self.platform, self.config.rollout_rows // self.placement.parts)
 
     @property
     def _compiled_rollout(self):
@@ -151,10 +152,13 @@ class Learner:
         if policy.embed_tokens.dtype == jnp.float32:  # half precision would round the adapter away
             fold_lora(policy)
         tokens_bp, mask_bp = self.placement.constrain_rows((tokens_bp, mask_bp))
-        packing = None
-        if slots is not None:
-            packing = Packing.from_mask(mask_bp, slots, self.placement.parts)
-        generation = sample(
+        sample_with = partial(sample_refilling, slots=self.config.rollout_slots)
+        if not self.config.rollout_slots:
+            packing = None
+            if slots is not None:
+                packing = Packing.from_mask(mask_bp, slots, self.placement.parts)
+            sample_with = partial(sample, packing=packing)
+        generation = sample_with(
             policy,
             tokens_bp,
             mask_bp,
@@ -162,7 +166,6 @@ class Learner:
             sampling=sampling,
             stops=self.stops,
             pad=self.pad,
-            packing=packing,
             copies=self.config.samples_per_prompt,
         )
         return self.placement.constrain_rows(generation)

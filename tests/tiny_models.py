@@ -15,7 +15,7 @@ HELD_OUT = [f"what about {i}" for i in range(6)]
 ACTIVE = (3, 4, 5, 8, 9, 13)  # features with z > 0; the latent KL of constant zeros is undefined
 DISCRIMINATOR = DiscriminatorConfig(1e-3, hidden_size=8, steps=2, batch_size=8, weight_decay=0.0)
 
-# Changes of PPOConfig by algorithm, for tests that hold for all of them.
+# Changes of PPOConfig by algorithm, for tests that hold for all of them. GRPO has refilled slots.
 ALGORITHMS: dict[str, dict] = {
     "ppo": {},
     "rloo": {"algorithm": "rloo", "samples_per_prompt": 2},
@@ -24,6 +24,7 @@ ALGORITHMS: dict[str, dict] = {
         "samples_per_prompt": 2,
         "loss_average": "responses",
         "clip_range_high": 0.3,
+        "rollout_slots": 2,
     },
 }
 

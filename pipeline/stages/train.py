@@ -63,6 +63,7 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     rows = options.ppo.batch_size // options.ppo.pieces
     mesh.check_batch(rows, "ppo.batch_size / (num_minibatches × gradient_accumulation_steps)")
     mesh.check_batch(options.ppo.prompts_per_batch, "ppo.batch_size / samples_per_prompt")
+    mesh.check_batch(options.ppo.rollout_slots, "ppo.rollout_slots")
     return options, profile
 
 

@@ -62,8 +62,11 @@ def step_costs(
     prefill = cost(forward_flops(policy, prompts, prompt, logits=prompts), whole + head)
     context = prompt + new / 2  # mean number of tokens before a decoded token
     kv = 2 * policy.num_key_value_heads * policy.head_dim * policy.num_hidden_layers
-    decode = cost(decode_flops(policy, rows, context), whole + head, cache=rows * context * kv)
-    tokens = Cost((new - 1) * decode.flops, (new - 1) * decode.inherent_bytes)
+    running = config.rollout_rows
+    cache = running * context * kv
+    decode = cost(decode_flops(policy, running, context), whole + head, cache=cache)
+    steps = (new - 1) * rows / running
+    tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
     trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
     encoder = sarm.sae.hidden_size * sarm.sae.latent_size
     score_flops = forward_flops(sarm.trunk, score_rows, length) + 2 * score_rows * encoder

@@ -174,6 +174,7 @@ class Planner:
             "ppo.batch_size / (ppo.num_minibatches × ppo.gradient_accumulation_steps)",
         )
         mesh.check_batch(config.prompts_per_batch, "ppo.batch_size / ppo.samples_per_prompt")
+        mesh.check_batch(config.rollout_slots, "ppo.rollout_slots")
         chip, devices, backend = target(self.name, mesh.devices, policy.embed_tokens.dtype)
         on_host = self.name == "host"  # the programs are then those of a run, on the same mesh
         placement = Placement(make_mesh(mesh, devices) if on_host else _mesh(mesh, devices))

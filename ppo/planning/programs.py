@@ -168,7 +168,7 @@ class _Halves:
 
         params, base = self.state.params, self.base
         layers, cache = self._layers(), self._cache()
-        token_b = placement.abstract_rows((config.batch_size,), jnp.int32)
+        token_b = placement.abstract_rows((config.rollout_rows,), jnp.int32)
         key = placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
         options = dict(self.learner.decoding_options)
         compiled = jax.jit(decode, donate_argnums=3, compiler_options=options)
@@ -196,7 +196,7 @@ class _Halves:
         """Returns an abstract KV cache."""
         config, placement = self.learner.config, self.learner.placement
         model = self._policy(self.state.params, self.base).config
-        rows, size = config.batch_size, self.prompt + config.max_new_tokens
+        rows, size = config.rollout_rows, self.prompt + config.max_new_tokens
         shape = (rows, model.num_key_value_heads, model.head_dim, size)
         spec = P(BATCH[0], "tensor")
         kv = (placement.abstract(shape, self.base.embed_tokens.dtype, spec),)

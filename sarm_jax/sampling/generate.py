@@ -228,15 +228,23 @@ def sample(
     carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
     _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
 
-    stopped_br = jnp.isin(tokens_br, stop_ids)
-    mask_br = jnp.cumsum(stopped_br, axis=1) - stopped_br == 0
+    mask_br, _ = ended_mask(tokens_br, stops)
     return Generation(tokens_br=tokens_br, mask_br=mask_br, logp_br=logp_br, ended_b=~running_b)
+
+
+def ended_mask(tokens_br: jax.Array, stops: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns (mask up to and including the first stop token `[B, R]`, whether there is one)."""
+    stopped_br = jnp.isin(tokens_br, jnp.asarray(stops, jnp.int32))
+    return jnp.cumsum(stopped_br, axis=1) - stopped_br == 0, stopped_br.any(axis=1)
 
 
 def draw_token(
     logits_bv: jax.Array, key: jax.Array, sampling: Sampling, placement: Placement = ONE_DEVICE
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws tokens; returns (token `[B]` int32, its log-probability `[B]` when sampled)."""
+    """Draws tokens; returns (token `[B]` int32, its log-probability `[B]` when sampled).
+
+    `key` is one key for all rows, or an array of a key for each row.
+    """
     if sampling.temperature == 0:
         logp_bv = jax.nn.log_softmax(logits_bv)
         token_b = jnp.argmax(logits_bv, axis=-1)
@@ -265,7 +273,8 @@ def draw_index(p_bv: jax.Array, key: jax.Array, placement: Placement = ONE_DEVIC
     # jax 0.11 computes the cumulative sum in a loop of as many steps as there are blocks.
     p_bk = placement.constrain_rows(p_bkw.sum(axis=-1))
     cdf_bk = jnp.cumsum(p_bk, axis=-1)
-    target_b = jax.random.uniform(key, (batch,)) * cdf_bk[:, -1]
+    uniform_b = jax.vmap(jax.random.uniform)(key) if key.ndim else jax.random.uniform(key, (batch,))
+    target_b = uniform_b * cdf_bk[:, -1]
     block_b1 = _first_beyond(target_b, p_bk, cdf_bk)[:, None]
     before_b = jnp.take_along_axis(jnp.pad(cdf_bk, ((0, 0), (1, 0))), block_b1, 1)[:, 0]
     p_bw = jnp.take_along_axis(p_bkw, block_b1[..., None], axis=1)[:, 0]

@@ -253,6 +253,9 @@ def test_a_penalty_that_a_whole_group_pays_moves_nothing(make_config, tensors):
         ({"loss_average": "rows"}, "ppo.loss_average='rows'"),
         ({"algorithm": "rloo", "loss_average": "responses"}, "ppo.loss_average=responses"),
         ({"algorithm": "ppo", "scale_advantages": False}, "ppo.scale_advantages=False"),
+        ({"rollout_slots": 8}, "ppo.rollout_slots=8: must be less than ppo.batch_size=8"),
+        ({"rollout_slots": 6}, "a multiple of ppo.samples_per_prompt=4"),
+        ({"rollout_slots": -4}, "ppo.rollout_slots=-4"),
         ({"clip_range_high": -0.1}, "ppo.clip_range_high=-0.1"),
     ],
 )
