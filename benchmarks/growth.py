@@ -30,8 +30,9 @@ from conversion.keys import abstract_policy
 from conversion.load import read_policy_config
 from ppo.config import PPOConfig
 from ppo.learner import Learner
+from ppo.objectives import Batch
 from ppo.planning.costs import layer_weights
-from ppo.update import Batch, Updater
+from ppo.update import Updater
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.lora import LoRAConfig

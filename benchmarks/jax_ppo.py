@@ -17,8 +17,9 @@ from configs import base
 from conversion import load_policy
 from ppo.config import PPOConfig
 from ppo.learner import Learner
+from ppo.objectives import Batch
 from ppo.slots import SlotPlan
-from ppo.update import Batch, Updater
+from ppo.update import Updater
 from sarm_jax.models.chat import pad_batch
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig

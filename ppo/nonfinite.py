@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from ppo.objectives import Batch
 from ppo.rollout import Rollout
 from ppo.run_state import RunState
 from ppo.scoring import Scored
 from ppo.tracking.checkpoint import named_arrays
-from ppo.update import Batch
 from sarm_jax.io.files import replacing
 from sarm_jax.parallel.processes import fetch
 

@@ -1,0 +1,133 @@
+"""Measure rollouts whose lengths have a long tail: refilled slots against rows in lock-step.
+
+    python -m benchmarks.rollout --model_dir=DIR [--responses=256] [--slots=32] [--rounds=3]
+                                 [--growth=64,256,1024] [--dtype=float32]
+
+The lengths of the responses are drawn from a log-normal distribution with the median 60 and the
+95th percentile 400, and cut at the limit of 512 tokens. They are imposed: a response gets its end
+token when it has its length, so that both sides do the same useful work.
+
+Both sides run the same program with equally many rows and the same cache. In lock-step it waits
+until all rows have ended before it takes the next prompts; refilled, it takes the next prompts as
+soon as one slot in eight is free. They take turns, and medians are reported.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from conversion import load_policy
+from conversion.load import DTYPES
+from ppo.prompts import encode_prompts, read_prompts
+from sarm_jax.models.chat import pad_batch
+from sarm_jax.sampling.generate import Generation, Sampling
+from sarm_jax.sampling.refilling import RefillingLoop
+
+PROMPTS = "configs/data/everyday_demos.jsonl"
+MEDIAN, PERCENTILE_95, LIMIT = 60, 400, 512
+MAX_PROMPT_TOKENS, PAD = 96, 0
+
+
+class GivenLengths(RefillingLoop):
+    """A loop whose responses end at given lengths."""
+
+    def __init__(self, *arguments, lengths_b: jax.Array, lock_step: bool):
+        super().__init__(*arguments)
+        self.lengths_b = lengths_b
+        if lock_step:
+            self.at_once = self.slots // self.copies
+
+    def _draw(self, x_n1d, response_n, length_n):
+        token_n, logp_n = super()._draw(x_n1d, response_n, length_n)
+        end = self.stops[0]
+        token_n = jnp.where(token_n == end, end + 1, token_n)
+        return jnp.where(length_n + 1 >= self.lengths_b[response_n], end, token_n), logp_n
+
+
+def draw_lengths(count: int) -> np.ndarray:
+    """Returns the lengths of `count` responses: evenly spaced quantiles in random order."""
+    rng = np.random.default_rng(0)
+    sigma = np.log(PERCENTILE_95 / MEDIAN) / 1.6449
+    normal_n = np.sort(rng.standard_normal(100_000))
+    quantile_n = normal_n[((np.arange(count) + 0.5) / count * len(normal_n)).astype(int)]
+    lengths_n = np.round(MEDIAN * np.exp(sigma * quantile_n))
+    return rng.permutation(np.clip(lengths_n, 1, LIMIT).astype(np.int32))
+
+
+def rollouts(model_dir: str, dtype: str, responses: int, slots: int) -> dict[str, Callable]:
+    """Returns the two sides as functions without arguments; each returns a `Generation`."""
+    policy, tokenizer = load_policy(model_dir, dtype)
+    texts = read_prompts(PROMPTS)
+    texts = (texts * -(-responses // len(texts)))[:responses]
+    rows = encode_prompts(texts, tokenizer, MAX_PROMPT_TOKENS, long_prompts="truncate").rows
+    tokens_bt, mask_bt = map(jnp.asarray, pad_batch(rows, MAX_PROMPT_TOKENS, PAD, side="left"))
+    lengths_b = jnp.asarray(draw_lengths(responses))
+    graphdef, state = nnx.split(policy)
+    stops = policy.stop_ids[:1]
+
+    @partial(jax.jit, static_argnames="lock_step")
+    def run(state, key, lock_step):
+        loop = GivenLengths(
+            nnx.merge(graphdef, state), tokens_bt, mask_bt, key, Sampling(LIMIT), stops, PAD,
+            slots, 1, lengths_b=lengths_b, lock_step=lock_step,
+        )  # fmt: skip
+        end = jax.lax.while_loop(loop.is_unfinished, loop.step, loop.start())
+        return end.tokens_br, end.logp_br
+
+    def side(lock_step: bool) -> Callable[[], Generation]:
+        return lambda: jax.block_until_ready(run(state, jax.random.key(0), lock_step))
+
+    return {"lock-step": side(True), "refilled": side(False)}
+
+
+def measure(sides: dict[str, Callable], tokens: int, rounds: int) -> dict[str, float]:
+    """Returns the useful tokens per second of each side, the median over rounds in turns."""
+    for name, run in sides.items():
+        start = time.perf_counter()
+        run()
+        print(f"# {name}: first call {time.perf_counter() - start:.0f} s", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: tokens / statistics.median(times) for name, times in seconds.items()}
+
+
+def main() -> None:
+    """Prints the comparison, and how the cost per useful token grows."""
+    parser = argparse.ArgumentParser(description="Refilled slots against rows in lock-step.")
+    parser.add_argument("--model_dir", default="outputs/models/SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--responses", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--growth", default="", help="numbers of responses, comma-separated")
+    args = parser.parse_args()
+    lengths = draw_lengths(args.responses)
+    q50, q95 = np.quantile(lengths, (0.5, 0.95))
+    print(
+        f"{args.responses} responses, {lengths.sum()} tokens (median {q50:.0f}, 95th percentile "
+        f"{q95:.0f}, longest {lengths.max()}), {args.slots} rows"
+    )
+    sides = rollouts(args.model_dir, args.dtype, args.responses, args.slots)
+    speeds = measure(sides, int(lengths.sum()), args.rounds)
+    for name, speed in speeds.items():
+        print(f"{name}: {speed:.0f} useful tokens/s")
+    print(f"ratio: {speeds['refilled'] / speeds['lock-step']:.2f}")
+    for count in map(int, filter(None, args.growth.split(","))):
+        refilled = {"refilled": rollouts(args.model_dir, args.dtype, count, args.slots)["refilled"]}
+        speed = measure(refilled, int(draw_lengths(count).sum()), args.rounds)["refilled"]
+        print(f"{count} responses: {1e3 / speed:.3f} ms per useful token", flush=True)
+
+
+if __name__ == "__main__":
+    main()
