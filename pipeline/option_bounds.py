@@ -22,7 +22,8 @@ ROWS = 2**20  # rows, widths or draws that are held in memory at a time
 LARGEST = dict.fromkeys(
     (
         "sarm_batch_size mesh.data mesh.fsdp mesh.tensor lora.rank ppo.batch_size "
-        "ppo.num_minibatches ppo.gradient_accumulation_steps ppo.ppo_epochs ppo.max_new_tokens "
+        "ppo.samples_per_prompt ppo.rollout_slots ppo.num_minibatches "
+        "ppo.gradient_accumulation_steps ppo.ppo_epochs ppo.max_new_tokens "
         "ppo.max_prompt_tokens ppo.calibration_batches ppo.pack_levels ppo.eval_batches "
         "discriminator.hidden_size discriminator.steps discriminator.batch_size "
         "prepare_data.samples_per_prompt prepare_data.max_new_tokens train_sarm.max_length "
