@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.inputs import Input
+from pipeline.inputs import MODELS, Input
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.workdir import first_difference
@@ -93,6 +93,10 @@ def change(
         for entries, read in ((old, read_before), (new, read_now)):
             for path in [path for entry in entries for path in _paths(entry)]:
                 read.pop(path, None)
+        if item.kind in MODELS:  # older records have files that are not read, such as a README
+            for path in [path for entry in old for path in _others(entry, read_before)]:
+                if path not in now.inputs:
+                    del read_before[path]
         if [e.label for e in old] == [e.label for e in new] and all(
             a.is_same(b) or a.place == b.place for a, b in zip(old, new, strict=True)
         ):
@@ -150,7 +154,7 @@ def _digests_within(item: Input, path: Path, digests: Mapping[str, str]) -> dict
         for name, digest in digests.items()
         if Path(name).is_relative_to(path)
     }
-    of_run = {name: digest for name, digest in within.items() if _matches(name, item.run_files)}
+    of_run = {name: digest for name, digest in within.items() if _matches(name, item.content)}
     return of_run or within
 
 
@@ -166,6 +170,11 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _paths(entry: Entry) -> list[str]:
     return [str(entry.path / name) for name in entry.digests] if entry.path is not None else []
+
+
+def _others(entry: Entry, read: Mapping[str, str]) -> list[str]:
+    """Returns the files that were read in an entry's folder and are none of its own."""
+    return [p for p in read if entry.path is not None and Path(p).is_relative_to(entry.path)]
 
 
 def _changed_file(old: list[Entry], new: list[Entry]) -> str | None:

@@ -18,7 +18,13 @@ from ml_collections import ConfigDict, config_flags
 import configs
 from pipeline import option_bounds, reference_flags
 from pipeline import stage as stages
-from pipeline.config_file import ConfigFileError, ConfigFileParser, describe, text_of
+from pipeline.config_file import (
+    ConfigFileError,
+    ConfigFileParser,
+    describe,
+    split_argument,
+    text_of,
+)
 from pipeline.experiments import changed_fields
 from pipeline.reference_flags import BATCH, SHORTHANDS
 from sarm_jax.io.errors import InputError
@@ -57,7 +63,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     refuse_secrets(argv[1:])
     check_flag_files(argv[1:])
     named = _named_config(argv)
-    if named is not None and not Path(named.partition(":")[0]).is_file():
+    if named is not None and not Path(split_argument(named)[0]).is_file():
         raise InputError(f"--config={named}: no such file")
     positional = _parse_flags(argv)
     if len(positional) > 1:
@@ -65,7 +71,7 @@ def parse(argv: list[str]) -> tuple[ConfigDict, str, Path]:
     if named is None:
         raise InputError("--config is missing: for example --config=configs/smollm2.py")
     path = config_flags.get_config_filename(flags.FLAGS["config"])
-    if not Path(path.partition(":")[0]).is_file():
+    if not Path(split_argument(path)[0]).is_file():
         raise InputError(f"--config={path}: no such file")
     workdir = _workdir(default=Path("outputs") / _run_name(path))
     try:
@@ -118,7 +124,7 @@ def with_installed_config(argv: list[str]) -> list[str]:
     directory comes first.
     """
     named = _named_config(argv)
-    path = (named or "").partition(":")[0]
+    path = split_argument(named or "")[0]
     try:
         installed = None if Path(path).is_file() else installed_file(path)
     except OSError:  # no name that a file can have; `parse` refuses it
@@ -148,7 +154,7 @@ def _named_config(argv: Sequence[str]) -> str | None:
 
 def _run_name(path: str) -> str:
     """Returns the name of the config file, with its argument if that is a single word."""
-    file, _, argument = path.partition(":")
+    file, _, argument = split_argument(path)
     word = re.fullmatch(r"[A-Za-z0-9_-]+", argument)
     return f"{Path(file).stem}_{argument}" if word else Path(file).stem
 

@@ -4,6 +4,7 @@ The file is a program and may do anything: its mistakes become one line that nam
 line and the statement.
 """
 
+import contextlib
 import inspect
 import sys
 import traceback
@@ -49,7 +50,7 @@ def load(path: str) -> ConfigDict:
     Raises:
         ConfigFileError: as above.
     """
-    file, colon, argument = path.partition(":")
+    file, colon, argument = split_argument(path)
     arguments = [argument] if colon else []
     try:
         get_config = getattr(_module(file), "get_config", None)
@@ -65,6 +66,16 @@ def load(path: str) -> ConfigDict:
         raise
     except BaseException as error:  # also SystemExit, which would end the program with any code
         raise ConfigFileError(describe(error, path)) from error
+
+
+def split_argument(path: str) -> tuple[str, str, str]:
+    """Splits FILE.py[:ARGUMENT] like `str.partition`, after the longest file that exists."""
+    ends = [len(path), *(n for n in range(len(path) - 1, 0, -1) if path[n] == ":")]
+    with contextlib.suppress(OSError, ValueError):  # no name that a file can have
+        for end in ends:
+            if Path(path[:end]).is_file():
+                return path[:end], path[end : end + 1], path[end + 1 :]
+    return path.partition(":")
 
 
 class _Loader(SourceFileLoader):
@@ -103,7 +114,7 @@ def _check_function(get_config: Any, arguments: list[str], path: str) -> None:
 
 def describe(error: BaseException, path: str) -> str:
     """Describes an error of a config file in one line: place, kind, text and statement."""
-    file = path.partition(":")[0]
+    file = split_argument(path)[0]
     kind = type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}: {kind}: {error.msg}"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from conversion.hub import is_repository
+from conversion.hub import MODEL_FILES, is_repository
 from conversion.load import read_policy_config, read_sarm_config
 from pipeline.options import field_value
 from sarm_jax.evaluation.benchmark_files import named_files
@@ -40,6 +40,8 @@ class Kind(enum.Enum):
 # Forms in which commas, "=", ":" and brackets have a meaning, see `sarm_jax.io.path_lists`.
 LISTS = (Kind.FILES, Kind.NAMED_FILES, Kind.RUNS, Kind.LIST)
 MODELS = {Kind.POLICY: read_policy_config, Kind.SARM: read_sarm_config}
+# What is read of a model's directory; a README or a cache beside the weights changes nothing.
+MODEL_CONTENT = (*MODEL_FILES, "additional_chat_templates/*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +49,9 @@ class Input:
     """One config field that names files.
 
     `run_files` are patterns of the files that a stage reads of a run's working directory, for
-    `Kind.RUNS`. Of any other folder, and of an adapter's own folder, all files count. `read_if`
-    says for which configs the files must be there; they count for `stages.json` in any case.
+    `Kind.RUNS`. Of a model the files count that are read of it; of any other folder, and of an
+    adapter's own folder, all files count. `read_if` says for which configs the files must be there;
+    they count for `stages.json` in any case.
     """
 
     field: str
@@ -94,6 +97,11 @@ class Input:
             return [_file_entry(names[path], path) for path in paths]
         return [("", Path(value))]
 
+    @property
+    def content(self) -> tuple[str, ...]:
+        """Patterns of the files that count of a folder; if none matches, all do."""
+        return MODEL_CONTENT if self.kind in MODELS else self.run_files
+
     def files(self, config: ConfigDict, workdir: Path) -> list[Path]:
         """Returns the existing files that count as this input's content, folders unfolded."""
         files: list[Path] = []
@@ -101,8 +109,8 @@ class Input:
             if path.is_file():
                 files.append(path)
             elif path.is_dir():
-                read = {file for pattern in self.run_files for file in path.glob(pattern)}
-                if not read and not (self.run_files and path == workdir):
+                read = {file for pattern in self.content for file in path.glob(pattern)}
+                if not (read or self.kind in MODELS or (self.run_files and path == workdir)):
                     read = set(path.rglob("*"))
                 files += sorted(file for file in read if file.is_file())
         return files

@@ -17,8 +17,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pipeline.inputs import LISTS, Input
+from pipeline.inputs import LISTS, MODELS, Input, Kind
 from pipeline.options import field_value, plain
+from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import check_target
 from sarm_jax.io.workdir import require_utf8
 
@@ -120,6 +121,21 @@ class Stage:
             if "*" in name:  # of the files only the folder is known
                 name = f"{name.rpartition('/')[0]}/"
             check_target(workdir / name, folder=name.endswith("/"))
+        self._check_inputs_are_kept(config, workdir, names)
+
+    def _check_inputs_are_kept(
+        self, config: ConfigDict, workdir: Path, names: Sequence[str]
+    ) -> None:
+        """Raises InputError if an input is a file that the stage will replace."""
+        written = {(workdir / name).resolve() for name in names if "*" not in name}
+        files = [i for i in self.inputs if i.kind not in (Kind.RUNS, *MODELS)]
+        for item in files:
+            for path in item.paths(config, workdir):
+                if path.resolve() in written:
+                    raise InputError(
+                        f"{item.field}={path}: --stage={self.name} writes this file itself; "
+                        "give another file, or choose another --workdir"
+                    )
 
 
 def names() -> list[str]:

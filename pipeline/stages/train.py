@@ -144,9 +144,19 @@ def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenanc
             check_longer(
                 config, inputs, (read_settings(workdir) or {}, recorded.get("options", {}))
             )
+        elif read_settings(workdir) is None and is_taken(workdir / "adapter"):
+            raise InputError(
+                f"{workdir / 'adapter'}: exists already, and is of no run here; choose another "
+                "--workdir, or move it away"
+            )
     processes.raise_on_all()
     check_same_everywhere(made_from)
     return made_from
+
+
+def is_taken(path: Path) -> bool:
+    """Returns whether a run would replace something at the path of its adapter."""
+    return path.is_symlink() or (path.is_dir() and any(path.iterdir()))
 
 
 def check_longer(config: ConfigDict, inputs: RunInputs, recorded: Sequence[Mapping]) -> None:
@@ -315,6 +325,12 @@ def continued(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 RUN_FILES = "config.json metrics.csv samples.jsonl evaluations.jsonl summary.json".split()
 
 
+def writes(config: ConfigDict) -> list[str]:
+    """Returns what a run writes, a trace included if the config asks for one."""
+    traced = ["profile/", "profile_summary.json"] if config.profile.start_step >= 0 else []
+    return [*RUN_FILES, "checkpoints/", "adapter/", *traced]
+
+
 STAGE = Stage(
     name="train",
     summary="PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter.",
@@ -343,7 +359,7 @@ STAGE = Stage(
     ),
     output="adapter/adapter_config.json",
     makes=("adapter/", "experiments/", "*.csv", "summary.json", "samples.jsonl", "checkpoints/"),
-    writes=lambda config: [*RUN_FILES, "checkpoints/", "adapter/"],
+    writes=writes,
     after=("identify", "human_latents", "probe"),
     wanted=lambda config: bool(config.prompts_jsonl),
     costly=lambda config: True,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pipeline.config_file import ConfigFileError, load
+from pipeline.config_file import ConfigFileError, load, split_argument
 from tests.command import run_main
 
 START = "from configs import base\n\n\ndef get_config():\n    c = base.get_config()\n"
@@ -39,7 +39,7 @@ MISTAKES = {  # content → what the line says
     changed("c.ppo.gamma = 10**400"): (":6: OverflowError", "c.ppo.gamma = 10**400"),
     changed("c.ppo.seed = True"): ("ppo.seed=True: expected int",),
     changed(IGNORE + "c.ppo.seed = '2'"): ("ppo.seed='2': expected int",),
-    changed(IGNORE + "c.ppo = {'seed': 1}"): ("ppo.batch_size is missing",),
+    changed(IGNORE + "c.ppo = {'seed': 1}"): ("ppo.algorithm is missing",),
     changed(IGNORE + "c.probe.set_value = 'x'"): ("probe.set_value='x': expected float",),
     changed("c.update({'ppo': {'seed': 10**5000}})"): ("ppo.seed=<int of 16610 bits>: must be at",),
     # None, a field deleted or added
@@ -194,3 +194,14 @@ def test_a_file_that_was_changed_within_a_second_is_read_again(tmp_path):
         os.utime(file, (10**9, 10**9))
         assert load(str(file)).ppo.seed == seed
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+@pytest.mark.parametrize("folder", ["plain", "a:b", "a:b/c:d", ":x"])
+def test_a_config_may_lie_in_a_folder_with_a_colon(tmp_path, folder):
+    path = tmp_path / folder / "c.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("def get_config(name='none'):\n    return name\n")
+    assert split_argument(str(path)) == (str(path), "", "")
+    assert split_argument(f"{path}:one:two") == (str(path), ":", "one:two")
+    assert split_argument("configs/nosuch.py:one") == ("configs/nosuch.py", ":", "one")
+    assert split_argument("a\0:b") == ("a\0", ":", "b")

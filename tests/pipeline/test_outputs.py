@@ -10,9 +10,11 @@ import pytest
 from configs import base
 from pipeline import preflight
 from pipeline.changes import Provenance
+from pipeline.inputs import Kind
 from pipeline.provenance import Records, check_claim, claim_workdir
 from pipeline.runner import run_stage
 from pipeline.stage import load, load_all
+from pipeline.stages.train import is_taken
 from sarm_jax.io.errors import InputError
 from tests.stages import replace_run
 
@@ -216,3 +218,49 @@ def test_more_steps_are_another_run_only_if_the_schedule_decays(tmp_path, schedu
         return
     with pytest.raises(InputError, match=f"ppo.total_steps was 100 and is now {steps}"):
         check_claim(train, config, tmp_path)
+
+
+FILE_INPUTS = [
+    (stage, variant, item)
+    for stage in load_all()
+    for variant in CONFIGS.get(stage.name, [""])
+    for item in stage.inputs
+    if item.kind in (Kind.FILE, Kind.FILES, Kind.NAMED_FILES)
+]
+
+
+@pytest.mark.parametrize(
+    "stage, variant, item", FILE_INPUTS, ids=[f"{s.name}-{v}-{i.field}" for s, v, i in FILE_INPUTS]
+)
+def test_a_stage_does_not_replace_what_it_reads(stage, variant, item, tmp_path):
+    """Neither under the name of its output nor under another name of the same file."""
+    config = config_of(stage.name, variant)
+    for name in targets(stage, config):
+        if name.endswith("/"):
+            continue
+        path = tmp_path / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        link = tmp_path / f"link{path.suffix}"
+        link.symlink_to(path)
+        for given in (path, link):
+            config.update_from_flattened_dict({item.field: str(given)})
+            config.reward.beta = 1.0
+            with pytest.raises(InputError, match="writes this file itself") as error:
+                stage.check_outputs(config, tmp_path / "run")
+            assert f"{item.field}={given}" in str(error.value)
+        config.update_from_flattened_dict({item.field: str(tmp_path / "other.jsonl")})
+        stage.check_outputs(config, tmp_path / "run")
+        link.unlink()
+
+
+def test_an_adapter_that_no_run_made_is_kept(tmp_path):
+    for place in (tmp_path / "folder", tmp_path / "link"):
+        place.mkdir()
+    assert not is_taken(tmp_path / "folder" / "adapter")
+    (tmp_path / "folder" / "adapter").mkdir()
+    assert not is_taken(tmp_path / "folder" / "adapter")  # nothing is lost
+    (tmp_path / "folder" / "adapter" / "notes.txt").touch()
+    assert is_taken(tmp_path / "folder" / "adapter")
+    (tmp_path / "link" / "adapter").symlink_to(tmp_path / "folder")
+    assert is_taken(tmp_path / "link" / "adapter")

@@ -1,8 +1,10 @@
 """When a stage counts as up to date, and what is never overwritten."""
 
+import dataclasses
 import importlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from configs import base, demo
 from configs.ablations import VARIANTS
 from pipeline import preflight
 from pipeline.all_stages import run_all
-from pipeline.changes import Provenance
+from pipeline.changes import Provenance, change
 from pipeline.cli import fill_in
 from pipeline.inputs import Kind
 from pipeline.preflight import check
@@ -29,8 +31,8 @@ def test_inputs_are_the_existing_files_that_the_stage_declares(tmp_path):
     (run / "adapter").mkdir(parents=True)
     own = tmp_path / "work" / "eval" / "policy.json"
     own.parent.mkdir(parents=True)
-    files = [model / "config.json", model / "deep/x", pairs, run / "adapter/a"]
-    for path in (*files, run / "big", own):
+    files = [model / "config.json", pairs, run / "adapter/a"]
+    for path in (*files, model / "deep/x", run / "big", own):
         path.write_text(path.name)
     config = base.get_config()
     config.sarm_model = str(model)
@@ -51,10 +53,10 @@ def test_an_option_with_the_name_of_a_folder_is_no_input(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("dots", "mine"):
         Path(name).mkdir()
-        Path(name, "weights").write_text(name)
+        Path(name, "w.safetensors").write_text(name)
     config = base.get_config()
     config.remat, config.policy_model = "dots", "mine"
-    assert list(provenance(load("train"), config, tmp_path / "run").inputs) == ["mine/weights"]
+    assert list(provenance(load("train"), config, tmp_path / "run").inputs) == ["mine/w.safetensors"]
 
 
 def test_large_files_count_by_content_wherever_they_are(tmp_path, monkeypatch):
@@ -366,3 +368,33 @@ def test_lists_that_are_there_are_read_before_the_first_stage(tmp_path, everythi
     )
     with pytest.raises(Exception, match="reward.tau_values has 1 values for 2"):
         preflight.check(everything, tmp_path, ALL)
+
+
+def test_of_a_model_only_what_is_read_of_it_counts(tmp_path):
+    """A README, a cache or the run itself may lie in the model's directory."""
+    config, model = base.get_config(), tmp_path / "model"
+    (model / "additional_chat_templates").mkdir(parents=True)
+    counted = ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"]
+    counted += ["tokenizer.model", "additional_chat_templates/tools.jinja"]
+    for name in counted:
+        (model / name).write_text("a")
+    config.policy_model = config.sarm_model = str(model)
+    for name in ("train", "identify", "human_latents"):
+        stage = load(name)
+        before = provenance(stage, config, model / "run")
+        for other in ("README.md", ".cache/x", "run/adapter/adapter_model.safetensors", "a.bin"):
+            path = model / other
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("b")
+        now = provenance(stage, config, model / "run")
+        assert set(now.inputs) == {str(model / file) for file in counted}
+        older = {"options": now.options, "inputs": now.inputs | {str(model / "README.md"): "c"}}
+        for record in (dataclasses.asdict(before), older):
+            assert change(stage, record, now) is None
+        for file in counted:
+            (model / file).write_text("changed")
+            assert f"{file} has changed" in change(
+                stage, dataclasses.asdict(before), provenance(stage, config, model / "run")
+            )
+            (model / file).write_text("a")
+        shutil.rmtree(model / "run")
