@@ -56,7 +56,9 @@ def test_an_option_with_the_name_of_a_folder_is_no_input(tmp_path, monkeypatch):
         Path(name, "w.safetensors").write_text(name)
     config = base.get_config()
     config.remat, config.policy_model = "dots", "mine"
-    assert list(provenance(load("train"), config, tmp_path / "run").inputs) == ["mine/w.safetensors"]
+    assert list(provenance(load("train"), config, tmp_path / "run").inputs) == [
+        "mine/w.safetensors"
+    ]
 
 
 def test_large_files_count_by_content_wherever_they_are(tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def test_targets_and_losses_against_loops(make_setup, batch):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_accumulation_changes_only_the_order_of_summation(make_setup, batch, algorithm):
     results = []
-    for accumulation in (1, 2, 4):
+    for accumulation in (1, 4) if algorithm != "ppo" else (1, 2, 4):
         options = {"gradient_accumulation_steps": accumulation, "ppo_epochs": 1}
         setup = make_setup(**options, **ALGORITHMS[algorithm])
         state = moved(setup.state)
