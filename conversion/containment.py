@@ -46,6 +46,8 @@ def require_contained(directory: Path) -> None:
     """
     for name in sorted(_names(directory)):
         path = contained(directory, name) if (directory / name).is_symlink() else directory / name
+        if path.suffix in FILES and path.is_symlink() and not path.exists():
+            raise InputError(f"{path}: is a link to nothing")
         if path.suffix in FILES and path.exists():
             check_file(path)
 

@@ -133,6 +133,12 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
         for options in ({}, {"add_special_tokens": False, "split_special_tokens": True}):
             ids = tokenizer(_TRIAL, **options)["input_ids"]
             decode(tokenizer, ids)
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise InputError(
+            f"{directory}/tokenizer.json: model.dropout="
+            f"{tokenizer.backend_tokenizer.model.dropout} makes tokens depend on chance: "
+            "set it to null"
+        )
     if not ids:
         raise InputError(f"{directory}: the tokenizer cannot be read ({_TRIAL!r} has no tokens)")
     token, last = max(vocabulary.items(), key=lambda item: item[1])

@@ -46,7 +46,7 @@ _INITIALISERS = (None, True, False, "gaussian", "orthogonal", "eva")
 _ALL_LINEAR = "all-linear"
 _OTHER_MODULES = ("lm_head", "model.embed_tokens")  # PEFT adapts them, we do not
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_AMBIGUOUS = ("{,", "[[")  # RE2 reads these as something else than Python
+_AMBIGUOUS = ("{,", "[[", "[:")  # RE2 reads these as something else than Python
 _MAX_PATTERN = 4000  # characters
 
 

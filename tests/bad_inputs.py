@@ -430,7 +430,12 @@ FLAGS = [
     main("half of the hosts' flags", "--num_processes=2", "--coordinator_address", "go together"),
     main("address without a port", f"{HOSTS} --coordinator_address=gpu0", "gpu0", "HOST:PORT"),
     main("address of a port beyond", f"{HOSTS} --coordinator_address=gpu0:70000", "gpu0:70000"),
-    main("one process of one", f"{HOSTS} --num_processes=1", "--num_processes=1", "at least 2"),
+    main(
+        "one process of one",
+        f"{HOSTS} --num_processes=1",
+        "--num_processes=1",
+        "must lie in [2, 65536]",
+    ),
     main("process beyond the last", f"{HOSTS} --process_id=2", "--process_id=2", "0 to 1"),
     main("processes for a stage of one", f"{HOSTS} --stage=identify", "--stage=identify", "one"),
     main("mesh of no devices", "--config.mesh.data=0", "mesh.data=0"),

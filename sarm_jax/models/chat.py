@@ -16,8 +16,14 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.io.libraries import as_input_error
-from sarm_jax.models.chat_template import Piece, chat_template, special_tokens
+from sarm_jax.models.chat_template import (
+    Piece,
+    chat_template,
+    special_tokens,
+    spells_special_token,
+)
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -30,10 +36,9 @@ def encode_conversation(
 ) -> list[int]:
     """Encodes a prompt and its response: at most `max_length` ids, the last one ends the turn."""
     template = chat_template(tokenizer)
-    ids = _encode(tokenizer, template.exchange(prompt, response))
-    end = end_of_turn_id(tokenizer)
-    ends = [n for n, token in enumerate(ids) if token == end]
-    ids = ids[: ends[-template.ends_after_response] + 1]  # the first one after the response
+    pieces = template.exchange(prompt, response)
+    ids = _encode(tokenizer, pieces)
+    ids = ids[: _ends(tokenizer, ids, pieces)[-template.ends_after_response] + 1]
     if len(ids) > max_length:
         bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
         ids = bos + ids[len(ids) - max_length + len(bos) :]
@@ -122,12 +127,30 @@ def scored_length(length: int) -> int:
     return -(-bucket_length(length, parts=4) // 32) * 32
 
 
+def _ends(tokenizer: Any, ids: Sequence[int], pieces: Sequence[Piece]) -> list[int]:
+    """Returns the positions of the end-of-turn tokens.
+
+    Raises:
+        InputError: not every one that the template wrote has become a token.
+    """
+    token, special = chat_template(tokenizer).end_token, special_tokens(tokenizer)
+    end = end_of_turn_id(tokenizer)
+    ends = [n for n, i in enumerate(ids) if i == end]
+    written = [m[0] for p in pieces if not p.is_content for m in special.finditer(p.text)]
+    if len(ends) != written.count(token):
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path!r} makes {len(ends)} tokens {token!r} of "
+            f"{written.count(token)} that the chat template wrote: its tokens overlap"
+        )
+    return ends
+
+
 def _encode(tokenizer: Any, pieces: Sequence[Piece]) -> list[int]:
     """Encodes a rendered text as a whole; pieces that are content have no special tokens."""
     special = special_tokens(tokenizer)
     text = "".join(piece.text for piece in pieces)
     with as_input_error(f"the tokenizer of {tokenizer.name_or_path!r} cannot encode {text[:60]!r}"):
-        if any(piece.is_content and special.search(piece.text) for piece in pieces):
+        if any(p.is_content and spells_special_token(tokenizer, p.text) for p in pieces):
             core, renamed = _renamed_tokenizer(tokenizer)
             text = "".join(
                 piece.text if piece.is_content else special.sub(lambda m: renamed[m[0]], piece.text)
@@ -135,7 +158,8 @@ def _encode(tokenizer: Any, pieces: Sequence[Piece]) -> list[int]:
             )
             ids = core.encode(text, add_special_tokens=False).ids
         else:
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            options = {"add_special_tokens": False, "split_special_tokens": False}
+            ids = tokenizer(text, **options)["input_ids"]
     if _adds_bos(tokenizer):
         bos = tokenizer.bos_token_id
         start = next((n for n, token in enumerate(ids) if token != bos), len(ids))

@@ -81,6 +81,7 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         own = tokenizer.chat_template
+        self._check_special_tokens()
         self._template = _FIXED_CLOCK + own if "strftime_now" in own else own
         self._special = special_tokens(tokenizer)
         self._as_parts = self._needs_parts()
@@ -153,6 +154,15 @@ class ChatTemplate:
             self._refuse(f"leaves out the prompt {_PROMPTS[0]!r}: it writes {_shown(text)}")
         return before, after
 
+    def _check_special_tokens(self) -> None:
+        """Refuses special tokens that are ordinary text, which would be left out of responses."""
+        for token in self._tokenizer.added_tokens_decoder.values():
+            if token.special and (len(token.content) < 2 or token.content.isalnum()):
+                raise InputError(
+                    f"the tokenizer of {self._tokenizer.name_or_path!r} declares {token.content!r} "
+                    "a special token, which would be dropped from texts: name another one"
+                )
+
     def _needs_parts(self) -> bool:
         """Returns True if the template reads content as a list of parts, not as a text."""
         outcomes: list[str | InputError] = []
@@ -199,12 +209,10 @@ class ChatTemplate:
         """Describes what is wrong with a rendered exchange; empty if nothing is."""
         text = "".join(piece.text for piece in pieces)
         without_thoughts = _EMPTY_TAGS.sub("", self._between)
-        expected = [
-            self._before + prompt + between + response + self.closing
-            for between in (self._between, without_thoughts)
-        ]
-        if _any_alike(text, expected) and text.endswith(self.closing):
-            return ""
+        for between in (self._between, without_thoughts):
+            parts = (self._before, prompt, between, response, self.closing)
+            if _consists_of(text, parts) and text.endswith(self.closing):
+                return ""
         return (
             f"does not write the prompt {_shown(prompt, start=True)} and the response "
             f"{_shown(response, start=True)} followed by {self.closing!r}, as it does with others: "
@@ -215,7 +223,7 @@ class ChatTemplate:
         """Describes what is wrong with a rendered prompt; empty if nothing is."""
         text = "".join(piece.text for piece in pieces)
         before, after = self._around_prompt
-        if _any_alike(text, [before + prompt + after]) and text.endswith(after):
+        if _consists_of(text, (before, prompt, after)) and text.endswith(after):
             return ""
         return (
             f"does not write {after!r} after {_shown(prompt, start=True)}, as it does after other "
@@ -232,7 +240,7 @@ class ChatTemplate:
             if all_marked
             or not content.strip()
             or "\ue000" in content
-            or self._special.search(content)
+            or spells_special_token(self._tokenizer, content)
         }
         shown = [
             f"{_MARGIN}\ue000{number}\ue001{_MARGIN}" if number in marked else content
@@ -285,7 +293,11 @@ def chat_template(tokenizer: Any) -> ChatTemplate:
     Raises:
         InputError: as `ChatTemplate` does.
     """
-    return _chat_template(tokenizer, getattr(tokenizer, "chat_template", None))
+    template = getattr(tokenizer, "chat_template", None)
+    if template is not None and not isinstance(template, str):
+        name = tokenizer.name_or_path
+        raise InputError(f"the chat template of {name!r} is {str(template)[:60]}, expected a text")
+    return _chat_template(tokenizer, template)
 
 
 @lru_cache(maxsize=8)
@@ -301,9 +313,24 @@ def special_tokens(tokenizer: Any) -> re.Pattern:
     return re.compile("|".join(alternatives) or r"(?!)")  # without any, it matches nothing
 
 
-def _any_alike(text: str, expected: Sequence[str]) -> bool:
-    """Returns True if a text is one of those that are expected, apart from white space."""
-    return "".join(text.split()) in ["".join(other.split()) for other in expected]
+def spells_special_token(tokenizer: Any, text: str) -> bool:
+    """Returns True if a tokenizer could find a special token in a text.
+
+    It looks for some tokens after it has normalised the text, such as to lower case.
+    """
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    texts = [text] if normalizer is None else [text, normalizer.normalize_str(text)]
+    return any(special_tokens(tokenizer).search(text) for text in texts)
+
+
+def _consists_of(text: str, parts: Sequence[str]) -> bool:
+    """Returns True if a text is these parts, with any white space between them and around them."""
+    for part in map(str.strip, parts):
+        text = text.lstrip()
+        if not text.startswith(part):
+            return False
+        text = text[len(part) :]
+    return not text.strip()
 
 
 def _shown(text: str, start: bool = False) -> str:

@@ -72,6 +72,12 @@ class Intervention:
         for name in ("multiply", "add", "minimum", "maximum"):
             if np.isnan(np.asarray(getattr(self, name))).any():
                 raise InputError(f"the intervention: {name} holds NaN")
+        for name in ("multiply", "add"):
+            if not np.isfinite(np.asarray(getattr(self, name))).all():
+                raise InputError(f"the intervention: {name} holds infinity")
+        low, high = np.asarray(self.minimum), np.asarray(self.maximum)
+        if (low > high).any() or (low == np.inf).any() or (high == -np.inf).any():
+            raise InputError("the intervention: a minimum is above its maximum, or infinite")
 
     def neutral(self) -> "Intervention":
         """Returns an intervention of the same shape without effect, for use in the same program."""

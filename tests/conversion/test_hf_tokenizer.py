@@ -109,3 +109,20 @@ def test_the_chat_template_is_checked_before_weights_are_loaded(source, tmp_path
         with pytest.raises(InputError, match=message) as error:
             load(folder, place=place)
         assert str(folder) in str(error.value)
+
+
+def test_tokens_that_depend_on_chance_are_refused(source):
+    path = source / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    fields["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(fields))
+    with pytest.raises(InputError, match=r"tokenizer.json: model.dropout=0.5"):
+        load_policy(source)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_a_link_to_nothing_is_no_missing_file(source, name):
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(source / "gone")
+    with pytest.raises(InputError, match=f"{name}: is a link to nothing"):
+        load_policy(source)
