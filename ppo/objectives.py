@@ -1,4 +1,4 @@
-"""What an optimizer step minimises: PPO with a critic, RLOO, or GRPO.
+"""Objectives: the loss that an optimizer step minimises, of PPO with a critic, RLOO or GRPO.
 
 PPO learns one advantage per token from a value head. RLOO and GRPO have no critic: they compare k
 responses to the same prompt. All three learn from the same reward of each response.
@@ -49,7 +49,7 @@ class Batch:
 
 @struct.dataclass
 class Targets:
-    """What stays fixed in an update: log π_old, advantages and, with a critic, values and returns.
+    """The values that stay fixed in an update: log π_old, advantages and, with a critic, values and returns.
 
     Advantages are `[B, R]` with a critic and `[B, 1]` without one; all others are `[B, R]`.
     """
@@ -109,7 +109,7 @@ class Objective(ABC):
 
     @property
     def clip(self) -> tuple[float, float]:
-        """How far the ratio may go below and above 1: (ε, ε_high)."""
+        """The bounds of the ratio below and above 1: (ε, ε_high)."""
         return self.config.clip_range, self.config.clip_range_high or self.config.clip_range
 
 
