@@ -49,7 +49,7 @@ class Batch:
 
 @struct.dataclass
 class Targets:
-    """The values that stay fixed in an update: log π_old, advantages and, with a critic, values and returns.
+    """The values fixed in an update: log π_old, advantages and, with a critic, values and returns.
 
     Advantages are `[B, R]` with a critic and `[B, 1]` without one; all others are `[B, R]`.
     """
