@@ -1,4 +1,4 @@
-"""What is given for a model and is none: the message says what it is and what to do."""
+"""Things that are given for a model by mistake: the message names them and says what to do."""
 
 import json
 import shutil

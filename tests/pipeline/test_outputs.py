@@ -1,4 +1,4 @@
-"""What is in the way of a stage's files, who else runs, and what a refused run leaves behind."""
+"""Obstacles to a stage's files, stages at the same time, and the remains of a refused run."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""What Python callers may get wrong: one error for each, and no plausible numbers."""
+"""Mistakes of Python callers: one error for each, and no plausible numbers."""
 
 import dataclasses
 import re

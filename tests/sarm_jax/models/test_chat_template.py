@@ -1,4 +1,4 @@
-"""What chat templates do: a table of good ones, and of those that must be refused.
+"""Chat templates: a table of good ones, and of those that must be refused.
 
 A good template must give the tokens of the plain one, `PLAIN`, whatever a prompt or a response
 says. A bad one must be refused, with what it does, before anything is scored or trained.
