@@ -65,7 +65,7 @@ test-fast: $(VENV)/.dev ## a useful subset of the tests, under 90 s on 2 cores
 
 # Files, formulas, features, stages and pages: tests that compile little.
 FAST = tests/configs tests/docs tests/ppo/test_advantages.py tests/ppo/test_losses.py \
-  tests/ppo/test_logprobs.py tests/ppo/test_options.py tests/ppo/test_reward.py \
+  tests/ppo/test_logprobs.py tests/ppo/test_options.py tests/sarm_jax/rewards/test_compound.py \
   tests/ppo/tracking/test_guards.py tests/pipeline/test_provenance.py \
   tests/pipeline/test_reference_flags.py tests/pipeline/test_stages.py \
   tests/sarm_jax/features tests/sarm_jax/io tests/sarm_jax/reporting

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Lowered
 
-from ppo.density_ratio import DensityRatio
 from ppo.losses import response_kl
 from ppo.prompts import PromptDeck
-from ppo.reward import RewardConfig, ScoreScale, compound_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.run_state import RunState
 from ppo.scoring import Scorer
 from ppo.slots import SlotPlan, slot_plans
 from sarm_jax.parallel.processes import fetch
+from sarm_jax.rewards.compound import RewardConfig, ScoreScale, compound_reward
+from sarm_jax.rewards.density_ratio import DensityRatio
 
 
 @dataclasses.dataclass(frozen=True)

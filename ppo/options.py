@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ppo.config import PPOConfig
-from ppo.density_ratio import DiscriminatorConfig
-from ppo.reward import RewardConfig
 from ppo.tracking.checkpoint import CheckpointConfig
 from ppo.tracking.guards import GuardConfig
 from ppo.train import TrainConfig
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
 from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.rewards.compound import RewardConfig
+from sarm_jax.rewards.density_ratio import DiscriminatorConfig
 
 # Fields of the section `reward` that are lists, written as strings.
 PARSERS = {

@@ -2,8 +2,8 @@
 
 from flax import struct
 
-from ppo.density_ratio import DensityRatioState
 from ppo.learner import TrainState
+from sarm_jax.rewards.density_ratio import DensityRatioState
 
 
 @struct.dataclass

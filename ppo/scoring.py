@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from jax.stages import Lowered
 
-from ppo.reward import RewardConfig
 from ppo.rollout import Rollout
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
+from sarm_jax.rewards.compound import RewardConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,14 +19,11 @@ from jax import numpy as jnp
 from jax.stages import Lowered
 
 from ppo.config import PPOConfig
-from ppo.density_ratio import DensityRatio, DensityRatioState, DiscriminatorConfig
 from ppo.held_out import HeldOut
-from ppo.human_latents import HumanLatents
 from ppo.learner import Learner
 from ppo.nonfinite import dump_step
 from ppo.objectives import Batch
 from ppo.prompts import PromptDeck
-from ppo.reward import RewardConfig, RewardTerms, ScoreScale, compound_reward, learned_reward
 from ppo.rollout import Rollout, Sampler
 from ppo.run_state import RunState
 from ppo.scoring import Scored, Scorer
@@ -57,6 +54,15 @@ from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.compilation import compile_programs
+from sarm_jax.rewards.compound import (
+    RewardConfig,
+    RewardTerms,
+    ScoreScale,
+    compound_reward,
+    learned_reward,
+)
+from sarm_jax.rewards.density_ratio import DensityRatio, DensityRatioState, DiscriminatorConfig
+from sarm_jax.rewards.human_latents import HumanLatents
 from sarm_jax.version import VERSION
 
 LOG = logging.getLogger(__name__)

@@ -16,9 +16,7 @@ from flax import nnx
 
 from configs import base
 from ppo.config import PPOConfig
-from ppo.human_latents import HumanLatents, collect_human_latents, save_human_latents
 from ppo.prompts import PromptDeck
-from ppo.reward import RewardConfig
 from ppo.tracking.checkpoint import CheckpointConfig
 from ppo.tracking.profiling import NO_PROFILE
 from ppo.train import TrainConfig, Trainer
@@ -28,6 +26,8 @@ from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.rewards.compound import RewardConfig
+from sarm_jax.rewards.human_latents import HumanLatents, collect_human_latents, save_human_latents
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.tiny_models import (
     ACTIVE,

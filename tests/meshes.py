@@ -9,7 +9,6 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from ppo.config import PPOConfig
-from ppo.human_latents import collect_human_latents
 from ppo.prompts import PromptDeck
 from ppo.tracking.checkpoint import CheckpointConfig
 from ppo.train import TrainConfig, Trainer
@@ -20,6 +19,7 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.sharding import Placement
+from sarm_jax.rewards.human_latents import collect_human_latents
 from tests.tiny_models import DISCRIMINATOR, PROMPTS, REWARD, guard_options, scale_matrices
 
 # Columns of metrics.csv that must be the same on every mesh.

@@ -21,7 +21,6 @@ from pipeline.provenance import check_claim, claim_workdir, provenance
 from pipeline.reward_inputs import REWARD_LISTS
 from pipeline.stage import Stage
 from ppo.config import PPOConfig
-from ppo.human_latents import HumanLatents, human_buffer
 from ppo.options import train_config
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.tracking.checkpoint import finished_steps, newest_facts
@@ -36,6 +35,7 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
 from sarm_jax.parallel.sharding import make_mesh
+from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
 
 LOG = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from conversion import cli, human_latents
 from conversion.torch_zip import MAX_PROGRAM_BYTES, read_object
-from ppo.human_latents import load_human_latents
 from sarm_jax.io.errors import InputError
+from sarm_jax.rewards.human_latents import load_human_latents
 
 Z = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 IDS = [3, 48659, 700, 65535]

@@ -6,14 +6,14 @@ import pytest
 
 from configs import base
 from ppo.config import PPOConfig
-from ppo.density_ratio import DiscriminatorConfig
 from ppo.options import train_config
-from ppo.reward import RewardConfig
 from ppo.tracking.checkpoint import CheckpointConfig
 from ppo.tracking.guards import GuardConfig
 from ppo.tracking.profiling import ProfileConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.rewards.compound import RewardConfig
+from sarm_jax.rewards.density_ratio import DiscriminatorConfig
 
 SECTIONS = {
     "ppo": PPOConfig,

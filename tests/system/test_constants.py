@@ -12,8 +12,6 @@ from pipeline.report.curves import _limits
 from ppo.advantages import whiten
 from ppo.comparison.latent_map import principal_plane
 from ppo.comparison.response_metrics import correlations
-from ppo.density_ratio import _deviations
-from ppo.reward import ScoreScale
 from sarm_jax.evaluation import figures
 from sarm_jax.evaluation.controls import Controls, penalties
 from sarm_jax.features.certificates import CertificateConfig, certify
@@ -26,6 +24,8 @@ from sarm_jax.models.latent_store import TopKLatents
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.reporting.spread import is_constant, standard_deviation
 from sarm_jax.reporting.statistics import mean_interval, stratified_interval
+from sarm_jax.rewards.compound import ScoreScale
+from sarm_jax.rewards.density_ratio import _deviations
 from sarm_jax.training.sae_training import Activations, explained_variance, initialise
 
 CONSTANTS = [0.0, 1e-30, -3e-6, 0.1, -0.7, 1 / 3, 12.34, -4321.1, 1e5 / 7, 3e30]

@@ -17,8 +17,6 @@ from safetensors.numpy import load_file, save_file
 from conversion import from_hf, load_policy, load_sarm, to_hf
 from conversion.keys import tensor_specs
 from conversion.peft import VALUE_HEAD, WEIGHTS, load_adapter, read_adapter, save_adapter
-from ppo.density_ratio import DensityRatio
-from ppo.human_latents import HumanLatents, load_human_latents, save_human_latents
 from sarm_jax.evaluation.controls import Controls, apply_controls
 from sarm_jax.features.probing import ProbeConfig, probe
 from sarm_jax.io.errors import InputError
@@ -27,6 +25,8 @@ from sarm_jax.models.lora import LoRAConfig, add_lora
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import intervention
 from sarm_jax.parallel.finite import describe, first_not_finite, is_finite
+from sarm_jax.rewards.density_ratio import DensityRatio
+from sarm_jax.rewards.human_latents import HumanLatents, load_human_latents, save_human_latents
 from sarm_jax.sampling.generate import generate
 from sarm_jax.training.divergence import DivergedError
 from sarm_jax.training.train_sarm import train_sarm

@@ -21,7 +21,6 @@ from conversion.peft import load_adapter, save_adapter
 from conversion.torch_zip import read_object
 from pipeline.provenance import Records
 from pipeline.report.runs import read_run
-from ppo.human_latents import load_human_latents
 from ppo.tracking.manifest import DamagedCheckpointError, check_manifest
 from ppo.tracking.metrics import check_log, read_evaluations
 from ppo.tracking.metrics_csv import read_metrics
@@ -32,6 +31,7 @@ from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import read_jsonl
 from sarm_jax.io.workdir import read_settings
 from sarm_jax.models.lora import LoRAConfig, add_lora
+from sarm_jax.rewards.human_latents import load_human_latents
 from tests.command import run_main
 from tests.report_runs import write_run
 

@@ -13,12 +13,12 @@ from flax import nnx
 from conversion import load_policy
 from conversion.peft import save_adapter
 from ppo.config import PPOConfig
-from ppo.human_latents import collect_human_latents
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention, intervention
+from sarm_jax.rewards.human_latents import collect_human_latents
 from sarm_jax.sampling.generate import SMALLEST_TEMPERATURE, Sampling, generate
 from sarm_jax.training.preference_pairs import PairsConfig
 from tests.command import run_main

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppo.density_ratio import DensityRatioState
 from ppo.learner import TrainState
 from ppo.run_state import RunState
 from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints, named_arrays, newest_facts
 from ppo.tracking.manifest import ManifestHandler
 from sarm_jax.io.errors import InputError
+from sarm_jax.rewards.density_ratio import DensityRatioState
 
 
 def state(step):

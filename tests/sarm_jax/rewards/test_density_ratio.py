@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ppo.density_ratio import DensityRatio, DiscriminatorConfig
-from ppo.human_latents import (
+from sarm_jax.io.errors import InputError
+from sarm_jax.rewards.density_ratio import DensityRatio, DiscriminatorConfig
+from sarm_jax.rewards.human_latents import (
     HumanLatents,
     collect_human_latents,
     human_buffer,
     load_human_latents,
     save_human_latents,
 )
-from sarm_jax.io.errors import InputError
 from tests.closeness import assert_close
 from tests.tiny_models import reward_options
 

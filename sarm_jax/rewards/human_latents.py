@@ -12,13 +12,13 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from ppo.reward import RewardConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import check_file, replacing
 from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel.finite import require_finite
 from sarm_jax.reporting.spread import is_constant
+from sarm_jax.rewards.compound import RewardConfig
 
 LOG = logging.getLogger(__name__)
 

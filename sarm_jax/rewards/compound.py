@@ -3,7 +3,7 @@
     R_total = R_SARM(clamp(z)) − Σ_i α_i · 1[z_i > τ_i] − β · D(z_S)
 
 The indicator reads the latents *before* the clamp. D is the logit of the discriminator in
-`ppo.density_ratio`.
+`sarm_jax.rewards.density_ratio`.
 
 Units: R_SARM is in the reward model's own units; for Llama-SARM-4B its standard deviation is about
 0.05. α and β are in the same units with `unit="score"`, or in standard deviations σ of the
