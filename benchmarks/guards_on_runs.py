@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from configs import base
-from ppo.options import guard_config, reward_config
+from ppo.options import guard_config
 from ppo.tracking.guards import GUARDS, Watch
 from ppo.tracking.metrics_csv import read_metrics
+from sarm_jax.rewards.options import reward_config
 
 
 def warnings_of(workdir: Path) -> list[dict]:

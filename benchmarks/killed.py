@@ -25,12 +25,12 @@ import pipeline.stages.train
 from pipeline.command import main
 from ppo.held_out import HeldOut
 from ppo.rollout import Sampler
-from ppo.scoring import Scorer
 from ppo.tracking.checkpoint import Checkpoints
 from ppo.tracking.manifest import ManifestHandler
 from ppo.tracking.metrics import RunLog
 from ppo.train import Trainer
 from ppo.update import Updater
+from sarm_jax.rewards.scoring import Scorer
 
 PLACES: dict[str, tuple[Any, str]] = {
     "stage": (pipeline.runner, "run_stage"),

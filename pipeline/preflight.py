@@ -14,9 +14,9 @@ from pipeline.experiments import runs_of
 from pipeline.inputs import MODELS, Input, Kind, files_of_list, is_within
 from pipeline.models import check_remat, mesh_config
 from pipeline.stage import Stage
-from ppo.options import PARSERS
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.sharding import make_mesh
+from sarm_jax.rewards.options import PARSERS
 
 
 def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:

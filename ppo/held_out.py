@@ -17,11 +17,11 @@ from ppo.losses import response_kl
 from ppo.prompts import PromptDeck
 from ppo.rollout import Rollout, Sampler
 from ppo.run_state import RunState
-from ppo.scoring import Scorer
 from ppo.slots import SlotPlan, slot_plans
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.rewards.compound import RewardConfig, ScoreScale, compound_reward
 from sarm_jax.rewards.density_ratio import DensityRatio
+from sarm_jax.rewards.scoring import Scorer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class HeldOut:
             key=jax.random.fold_in(self.key, number),
             slots=plan.prefill,
         )
-        scored = self.scorer.score(rollout)
+        scored = self.scorer.score(rollout.prompts, rollout.responses)
         d_b = np.zeros_like(scored.score_b)
         if self.density_ratio is not None:
             assert state.density_ratio is not None

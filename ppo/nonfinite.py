@@ -9,10 +9,10 @@ import numpy as np
 from ppo.objectives import Batch
 from ppo.rollout import Rollout
 from ppo.run_state import RunState
-from ppo.scoring import Scored
 from ppo.tracking.checkpoint import named_arrays
 from sarm_jax.io.files import replacing
 from sarm_jax.parallel.processes import fetch
+from sarm_jax.rewards.scoring import Scored
 
 
 def dump_step(

@@ -10,22 +10,9 @@ from ppo.config import PPOConfig
 from ppo.tracking.checkpoint import CheckpointConfig
 from ppo.tracking.guards import GuardConfig
 from ppo.train import TrainConfig
-from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
 from sarm_jax.models.lora import LoRAConfig
-from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.density_ratio import DiscriminatorConfig
-
-# Fields of the section `reward` that are lists, written as strings.
-PARSERS = {
-    "penalize_features": parse_features,
-    "tau_values": parse_values,
-    "alpha_values": parse_values,
-    "clamp_features": parse_features,
-    "clamp_set_values": parse_bounds,
-    "clamp_min_values": parse_bounds,
-    "clamp_max_values": parse_bounds,
-    "latent_indices": parse_features,
-}
+from sarm_jax.rewards.options import reward_config
 
 
 def train_config(config: Mapping[str, Any]) -> TrainConfig:
@@ -39,22 +26,6 @@ def train_config(config: Mapping[str, Any]) -> TrainConfig:
         checkpoint=CheckpointConfig(**config["checkpoint"]),
         experiment_name=config["experiment_name"],
     )
-
-
-def reward_config(section: Mapping[str, Any]) -> RewardConfig:
-    """Parses and validates the section `reward`, and reads the files that "@" names in its lists.
-
-    Of its fields only `human_latents`, a path, is left to the stage that reads the file.
-    """
-    lists: dict[str, Any] = {
-        name: parse(f"reward.{name}", section[name]) for name, parse in PARSERS.items()
-    }
-    others = {
-        name: value
-        for name, value in section.items()
-        if name not in PARSERS and name != "human_latents"
-    }
-    return RewardConfig(**lists, **others)
 
 
 def lora_config(section: Mapping[str, Any]) -> LoRAConfig:

@@ -26,7 +26,6 @@ from ppo.objectives import Batch
 from ppo.prompts import PromptDeck
 from ppo.rollout import Rollout, Sampler
 from ppo.run_state import RunState
-from ppo.scoring import Scored, Scorer
 from ppo.slots import SlotPlan, Slots, slot_plans
 from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints
 from ppo.tracking.guards import (
@@ -63,6 +62,7 @@ from sarm_jax.rewards.compound import (
 )
 from sarm_jax.rewards.density_ratio import DensityRatio, DensityRatioState, DiscriminatorConfig
 from sarm_jax.rewards.human_latents import HumanLatents
+from sarm_jax.rewards.scoring import Scored, Scorer
 from sarm_jax.version import VERSION
 
 LOG = logging.getLogger(__name__)
@@ -285,7 +285,9 @@ class Trainer:
         for number in range(self.config.ppo.calibration_batches):
             key = jax.random.fold_in(self._calibration_key, number)
             rollout = self._roll_out(self.state.train.params, number, key)
-            scores.append(self.scorer.score_with_and_without_clamp(rollout))
+            scores.append(
+                self.scorer.score_with_and_without_clamp(rollout.prompts, rollout.responses)
+            )
         score_b, unclamped_b = np.concatenate(scores, axis=1)
         scale = ScoreScale.estimate(score_b, unclamped_b)
         LOG.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
@@ -313,7 +315,7 @@ class Trainer:
         clock.append(time.perf_counter())
 
         with phase("score"):
-            scored = self.scorer.score(rollout)
+            scored = self.scorer.score(rollout.prompts, rollout.responses)
             terms, density_ratio_state, disc_metrics = self._reward(step, state, scored)
             reward_b = learned_reward(
                 terms,

@@ -5,10 +5,11 @@ import dataclasses
 from flax import nnx
 
 from configs import base
-from ppo.options import guard_config, reward_config
+from ppo.options import guard_config
 from ppo.tracking.guards import GuardConfig
 from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.density_ratio import DiscriminatorConfig
+from sarm_jax.rewards.options import reward_config
 
 PROMPTS = [f"say {i}" for i in range(10)]
 HELD_OUT = [f"what about {i}" for i in range(6)]

@@ -14,7 +14,6 @@ from pipeline.options import optional_paths, required
 from pipeline.policy_evaluation import evaluate_policies, policy_inputs, response_config
 from pipeline.reward_inputs import REWARD_LISTS
 from pipeline.stage import Stage, never
-from ppo.options import reward_config
 from sarm_jax.evaluation import figures
 from sarm_jax.evaluation.benchmark_files import (
     ChoiceRow,
@@ -41,6 +40,7 @@ from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import escaped, split_entries
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import format_interval
+from sarm_jax.rewards.options import reward_config
 
 LOG = logging.getLogger(__name__)
 NUMBER_FORMAT = "+.4f"  # of logged means and intervals

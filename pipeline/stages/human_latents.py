@@ -10,10 +10,10 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import load_reward_model
 from pipeline.options import DEMONSTRATION, required
 from pipeline.stage import Stage
-from ppo.options import reward_config
 from sarm_jax.io.jsonl import read_jsonl
 from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import collect_human_latents, save_human_latents
+from sarm_jax.rewards.options import reward_config
 
 LOG = logging.getLogger(__name__)
 FILE = "human_latents.safetensors"

@@ -40,7 +40,7 @@ CLAMP_VALUES = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """Options of the compound reward, the section `reward` of a config.
+    """Options of the compound reward, the section `reward` of a config, with the same defaults.
 
     `tau_values` and `alpha_values` have one value per penalised feature. Each list of clamp values
     is empty or has one value per clamped feature. None among them leaves that bound open, and a
@@ -51,17 +51,17 @@ class RewardConfig:
         InputError: an option is invalid; the message names `reward.<field>` and its value.
     """
 
-    penalize_features: tuple[int, ...]
-    tau_values: tuple[float, ...]
-    alpha_values: tuple[float, ...]
-    clamp_features: tuple[int, ...]
-    clamp_set_values: tuple[float | None, ...]
-    clamp_min_values: tuple[float | None, ...]
-    clamp_max_values: tuple[float | None, ...]
-    beta: float
-    latent_indices: tuple[int, ...]
-    unit: str
-    penalty_cap: float
+    penalize_features: tuple[int, ...] = ()
+    tau_values: tuple[float, ...] = ()
+    alpha_values: tuple[float, ...] = ()
+    clamp_features: tuple[int, ...] = ()
+    clamp_set_values: tuple[float | None, ...] = ()
+    clamp_min_values: tuple[float | None, ...] = ()
+    clamp_max_values: tuple[float | None, ...] = ()
+    beta: float = 0.0
+    latent_indices: tuple[int, ...] = ()
+    unit: str = "score"
+    penalty_cap: float = 10.0
 
     def __post_init__(self) -> None:
         self._check_lengths()

@@ -29,7 +29,7 @@ from sarm_jax.reporting.spread import ROUNDING
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Options of the discriminator, the section `discriminator` of a config.
+    """Options of the discriminator, the section `discriminator` of a config; same defaults.
 
     It takes `steps` optimizer steps per PPO step, each on `batch_size` human and as many policy
     rows.
@@ -38,11 +38,11 @@ class DiscriminatorConfig:
         InputError: an option is invalid; the message names `discriminator.<field>` and its value.
     """
 
-    learning_rate: float
-    hidden_size: int
-    steps: int
-    batch_size: int
-    weight_decay: float
+    learning_rate: float = 1e-3
+    hidden_size: int = 64
+    steps: int = 4
+    batch_size: int = 32
+    weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "steps", "batch_size"):

@@ -129,12 +129,14 @@ def _check_tensors(path: Path, z_ns: np.ndarray, indices: np.ndarray) -> None:
         )
 
 
-def human_buffer(reward: RewardConfig, path: str, latent_size: int) -> HumanLatents | None:
-    """Loads the buffer that β > 0 needs, reduced to `reward.latent_indices`; None if β = 0.
+def human_buffer(
+    reward: RewardConfig, source: HumanLatents | str | Path | None, latent_size: int
+) -> HumanLatents | None:
+    """Returns the buffer that β > 0 needs, reduced to `reward.latent_indices`; None if β = 0.
 
     Args:
         reward: β and the features.
-        path: the file, `reward.human_latents` of the config.
+        source: the file, `reward.human_latents` of the config, or its content.
         latent_size: number of latents of the SARM.
 
     Raises:
@@ -142,22 +144,24 @@ def human_buffer(reward: RewardConfig, path: str, latent_size: int) -> HumanLate
     """
     if reward.beta == 0:
         return None
-    if not path:
+    if not source:
         raise InputError(
             f"reward.beta={reward.beta} needs human latents: make them with --stage=human_latents "
             "and name the file with --human_latents"
         )
-    human = load_human_latents(path)
+    name = "reward.human_latents"
+    if isinstance(source, HumanLatents):
+        human = source
+    else:
+        human, name = load_human_latents(source), f"{name}={source}"
     foreign = [i for i in human.latent_indices if not 0 <= i < latent_size]
     if foreign:
         raise InputError(
-            f"reward.human_latents={path}: feature {foreign[0]} of a SARM with {latent_size} "
+            f"{name}: feature {foreign[0]} of a SARM with {latent_size} "
             "latents: was it collected with another SARM?"
         )
     if len(human.z_ns) < 2:
-        raise InputError(
-            f"reward.human_latents={path}: holds one response, reward.beta needs several"
-        )
+        raise InputError(f"{name}: holds one response, reward.beta needs several")
     human = human.select(reward.latent_indices) if reward.latent_indices else human
     constant = int(is_constant(human.z_ns, axis=0).sum())
     if constant:

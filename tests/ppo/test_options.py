@@ -5,15 +5,20 @@ import dataclasses
 import pytest
 
 from configs import base
+from ppo.comparison.responses import ResponseConfig
 from ppo.config import PPOConfig
-from ppo.options import train_config
+from ppo.options import split_names, train_config
 from ppo.tracking.checkpoint import CheckpointConfig
 from ppo.tracking.guards import GuardConfig
 from ppo.tracking.profiling import ProfileConfig
+from sarm_jax.features.certificates import CertificateConfig
+from sarm_jax.features.identify import IdentifyConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.parallel.sharding import MeshConfig
 from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.density_ratio import DiscriminatorConfig
+from sarm_jax.rewards.options import PARSERS
 
 SECTIONS = {
     "ppo": PPOConfig,
@@ -41,6 +46,30 @@ def test_a_field_that_nothing_reads_is_an_error(section, value):
 def test_every_field_of_the_base_config_reaches_a_dataclass(section, kind):
     fields = {field.name for field in dataclasses.fields(kind)}
     assert {*base.get_config()[section]} == fields | READ_BY_STAGES.get(section, set())
+
+
+DEFAULTS = SECTIONS | {
+    "identify": IdentifyConfig,
+    "probe": CertificateConfig,
+    "mesh": MeshConfig,
+    "evaluate": ResponseConfig,
+}
+
+
+@pytest.mark.parametrize("section", DEFAULTS)
+def test_defaults_in_python_are_those_of_the_base_config(section):
+    """A dataclass may repeat a default of `configs/base.py`, for callers in Python."""
+    options = base.get_config()[section]
+    parsers = {"target_modules": split_names, "stop": split_names}
+    for field in dataclasses.fields(DEFAULTS[section]):
+        if field.default is dataclasses.MISSING:
+            continue
+        expected = options[field.name]
+        if field.name in PARSERS:
+            expected = PARSERS[field.name](field.name, expected)
+        elif field.name in parsers:
+            expected = parsers[field.name](expected)
+        assert field.default == expected, field.name
 
 
 @pytest.mark.parametrize(

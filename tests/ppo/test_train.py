@@ -17,13 +17,13 @@ from flax import nnx
 
 from ppo.prompts import PromptDeck
 from ppo.rollout import Sampler
-from ppo.scoring import Scored
 from ppo.tracking import metrics as metrics_module
 from ppo.tracking.guards import GuardStopError, NonFiniteError
 from ppo.tracking.metrics import COLUMNS, check_log, read_evaluations
 from sarm_jax.io.errors import InputError
 from sarm_jax.models import chat
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.rewards.scoring import Scored
 from tests.closeness import assert_close
 from tests.tiny_models import ALGORITHMS, HELD_OUT, PROMPTS, REWARD, reward_options
 

@@ -19,7 +19,6 @@ from safetensors.numpy import save
 
 from conversion.hf_config import llama_config, sarm_config
 from conversion.safetensors_io import INDEX, SINGLE, TensorFiles
-from ppo.options import reward_config
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.evaluation.controls import read_steering
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
@@ -27,6 +26,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import parse_jsonl
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.sarm import SARMConfig
+from sarm_jax.rewards.options import reward_config
 from tests.oracles import LLAMA3_ROPE, tiny_llama_config
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))

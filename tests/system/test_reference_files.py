@@ -5,7 +5,6 @@ import json
 import pytest
 
 from pipeline.options import DEMONSTRATION, read_pairs
-from ppo.options import reward_config
 from ppo.prompts import read_prompts
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.evaluation.controls import read_steering
@@ -13,6 +12,7 @@ from sarm_jax.evaluation.steering import read_answers
 from sarm_jax.features.feature_lists import parse_features
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.rewards.options import reward_config
 from tests.report_runs import REFERENCE_COLUMNS, write_recording
 
 SELECTED = {

@@ -10,10 +10,10 @@ import pytest
 
 from ppo.prompts import PromptDeck, encode_prompts
 from ppo.rollout import Sampler
-from ppo.scoring import Scorer
 from ppo.tracking.metrics import COLUMNS, RunLog, columns_of, read_evaluations
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.models.chat import encode_prompt
+from sarm_jax.rewards.scoring import Scorer
 from sarm_jax.sampling.generate import Generation
 from tests.closeness import assert_close
 from tests.tiny_models import PROMPTS, REWARD, reward_options
@@ -32,7 +32,7 @@ def test_the_discriminators_features_in_the_order_given(reward_model):
     ids = tuple(sorted(np.argsort(-z.max(axis=0))[:3], reverse=True))
     assert all((z[:, i] != 0).any() for i in ids)
     options = reward_options(penalize_features=(9,), tau_values=(0.0,), alpha_values=(1.0,))
-    scored = Scorer(reward_model, options, ids).score(rollout)
+    scored = Scorer(reward_model, options, ids).score(rollout.prompts, rollout.responses)
     assert_close(scored.z_bs, z[:, ids], 2e-6)
     assert_close(scored.z_bn, z[:, [9]], 2e-6, terms=z)
 

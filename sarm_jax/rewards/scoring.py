@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from jax.stages import Lowered
 
-from ppo.rollout import Rollout
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
 from sarm_jax.rewards.compound import RewardConfig
@@ -47,17 +46,19 @@ class Scorer:
         self._features = (*config.penalize_features, *discriminator_features)
         self._lengths: dict[str, int] = {}  # tokens of a prompt and an empty response
 
-    def score(self, rollout: Rollout) -> Scored:
+    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Scored:
         """Scores the texts, which the reward model encodes with its own tokenizer."""
-        score_b, z_bm = self._score(rollout, self._clamp)
+        score_b, z_bm = self._score(prompts, responses, self._clamp)
         return Scored(score_b, z_bn=z_bm[:, : self._penalised], z_bs=z_bm[:, self._penalised :])
 
-    def score_with_and_without_clamp(self, rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    def score_with_and_without_clamp(
+        self, prompts: Sequence[str], responses: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the scores `[B]` under the clamp of the run, and without it."""
-        score_b = self.score(rollout).score_b
+        score_b = self.score(prompts, responses).score_b
         if self._clamp is None:
             return score_b, score_b
-        unclamped_b, _ = self._score(rollout, self._clamp.neutral())
+        unclamped_b, _ = self._score(prompts, responses, self._clamp.neutral())
         return score_b, unclamped_b
 
     def programs(
@@ -72,11 +73,11 @@ class Scorer:
             lengths, max_new_tokens, clamp=self._clamp, latent_indices=self._features
         )
 
-    def _score(self, rollout: Rollout, clamp: Intervention | None) -> tuple[np.ndarray, np.ndarray]:
+    def _score(
+        self, prompts: Sequence[str], responses: Sequence[str], clamp: Intervention | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the scores `[B]` under a clamp, and the latents of all features that are read."""
-        return self._model.score(
-            rollout.prompts, rollout.responses, clamp=clamp, latent_indices=self._features
-        )
+        return self._model.score(prompts, responses, clamp=clamp, latent_indices=self._features)
 
     def _length(self, prompt: str) -> int:
         if prompt not in self._lengths:
