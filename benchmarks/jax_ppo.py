@@ -51,8 +51,11 @@ class JaxPPO:
         policy.stop_ids = ()
         self.learner, fresh, self.base = Learner.attach(config, lora, policy, pad=0)
         self.state = policy.placement.replicated(fresh)
-        lengths = np.asarray([len(row) for row in work.prompts])
-        self.tokens, self.mask = pad_batch(work.prompts, lengths.max(), 0, side="left")
+        rows = work.prompts[: config.prompts_per_batch]
+        lengths = np.asarray([len(row) for row in rows])
+        self.prompts = pad_batch(rows, lengths.max(), 0, side="left")
+        copies = config.samples_per_prompt
+        self.tokens, self.mask = (np.repeat(x, copies, axis=0) for x in self.prompts)
         self.lengths = np.asarray(work.lengths)
         self.counted = np.arange(config.max_new_tokens) < self.lengths[:, None]
         self.order = np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1))
@@ -66,8 +69,8 @@ class JaxPPO:
         generation = self.learner.rollout(
             self.state.params,
             self.base,
-            tokens_bp=self.tokens,
-            mask_bp=self.mask,
+            tokens_bp=self.prompts[0],
+            mask_bp=self.prompts[1],
             key=key,
             slots=self.plan.prefill,
         )
@@ -114,12 +117,21 @@ def _sarm(policy: Llama) -> SARM:
     return sarm
 
 
-def build(model_dir: str, work: Workload, dtype: str, pack_levels: int, score_batch: int) -> JaxPPO:
+def build(
+    model_dir: str,
+    work: Workload,
+    dtype: str,
+    pack_levels: int,
+    score_batch: int,
+    algorithm: str = "ppo",
+    samples_per_prompt: int = 1,
+) -> JaxPPO:
     """Loads the models; `.iteration()` then runs and times one PPO iteration."""
     policy, tokenizer = load_policy(model_dir, dtype)
     options = base.get_config().ppo.to_dict()
     options |= {"batch_size": len(work.prompts), "max_new_tokens": work.new_tokens}
     options |= {"ppo_epochs": work.epochs, "pack_levels": pack_levels}
+    options |= {"algorithm": algorithm, "samples_per_prompt": samples_per_prompt}
     reward_model = RewardModel(_sarm(policy), tokenizer, batch_size=score_batch)
     lora = LoRAConfig(rank=16, alpha=32.0)
     return JaxPPO(PPOConfig(**options), lora, policy=policy, reward_model=reward_model, work=work)

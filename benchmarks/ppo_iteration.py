@@ -14,6 +14,8 @@ one caches are cold after the wait, on some machines even the memory.
 samples to them, at most `--new_tokens`. All sides then sample up to the longest length, whatever
 the tokens are, and tokens beyond the length of a response do not count. `--torch_without_cache`
 makes the PyTorch side compute all positions for every token, as loops without a KV cache do.
+`--algorithms=ppo,rloo,grpo` compares the algorithms of this project instead, and adds the peak
+memory of each process.
 `--tunix_python=ENV/bin/python` adds Tunix from its own environment (`pip install google-tunix`),
 since it needs an older safetensors than this project.
 """
@@ -49,7 +51,8 @@ def main() -> None:
         for name, side in sides.items():
             times[name].append(side.turn())
             print(json.dumps({"side": name, "turn": turn, **times[name][-1]}), flush=True)
-    for side in sides.values():
+    for name, side in sides.items():
+        print(f"# {name}: peak memory {side.peak_bytes() / 2**30:.2f} GiB", flush=True)
         side.close()
     print_table(times)
 
@@ -72,6 +75,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--score_batch", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--torch_without_cache", action="store_true")
+    parser.add_argument(
+        "--algorithms",
+        type=lambda text: text.split(","),
+        default=[],
+        help="compare these algorithms of this project, such as ppo,rloo,grpo, and nothing else",
+    )
+    parser.add_argument("--samples_per_prompt", type=int, default=4, help="of rloo and grpo")
     parser.add_argument("--tunix_python", help="interpreter of an environment with google-tunix")
     args = parser.parse_args()
     if args.tunix_python and args.dtype != "float32":
@@ -85,40 +95,40 @@ def parse_arguments() -> argparse.Namespace:
 
 def start_sides(args: argparse.Namespace, work: Workload) -> dict[str, Side]:
     """Starts the process of each side; this project's side comes first."""
-    options: dict[str, dict[str, Any]] = {
-        "jax": {
-            "dtype": args.dtype,
-            "pack_levels": args.pack_levels,
-            "score_batch": args.score_batch,
-        },
-        "torch": {"dtype": args.dtype, "cache": not args.torch_without_cache},
-        "tunix": {},
-    }
-    pythons = {"jax": sys.executable, "torch": sys.executable, "tunix": args.tunix_python}
+    own = {"dtype": args.dtype, "pack_levels": args.pack_levels, "score_batch": args.score_batch}
+    sides: dict[str, tuple[str, str, dict[str, Any]]] = {}  # interpreter, module, options
+    for name in args.algorithms:
+        groups = {} if name == "ppo" else {"samples_per_prompt": args.samples_per_prompt}
+        sides[name] = sys.executable, "jax_ppo", own | {"algorithm": name} | groups
+    if not args.algorithms:
+        torch = {"dtype": args.dtype, "cache": not args.torch_without_cache}
+        sides["jax"] = sys.executable, "jax_ppo", own
+        sides["torch"] = sys.executable, "torch_ppo", torch
+        if args.tunix_python:
+            sides["tunix"] = args.tunix_python, "tunix_ppo", {}
     return {
         name: Side(
             python,
-            f"benchmarks.{name}_ppo",
+            f"benchmarks.{module}",
             iterations=args.iterations,
             model_dir=args.model_dir,
             work=work,
-            options=options[name],
+            options=options,
         )
-        for name, python in pythons.items()
-        if python
+        for name, (python, module, options) in sides.items()
     }
 
 
 def print_table(times: Times) -> None:
-    """Prints median seconds, and the median over turns of each side's ratio to this project."""
-    others = list(times)[1:]
-    titles = [f"{name} s" for name in times] + [f"{name}/jax" for name in others]
+    """Prints median seconds, and the median over turns of each side's ratio to the first one."""
+    first, *others = times
+    titles = [f"{name} s" for name in times] + [f"{name}/{first}" for name in others]
     print(f"\n{'phase':8} " + " ".join(f"{title:>10}" for title in titles))
     for phase in PHASES:
         column = {name: [turn[phase] for turn in times[name]] for name in times}
         figures = [statistics.median(column[name]) for name in times]
         for name in others:
-            pairs = zip(column["jax"], column[name], strict=True)
+            pairs = zip(column[first], column[name], strict=True)
             figures.append(statistics.median(theirs / ours for ours, theirs in pairs))
         print(f"{phase:8} " + " ".join(f"{figure:10.2f}" for figure in figures))
 

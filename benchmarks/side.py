@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.process_memory import status_bytes
 from benchmarks.workload import Workload
 
 
@@ -58,6 +59,11 @@ class Side:
         """Runs a turn and returns the seconds of each phase."""
         self._send("go")
         return self._receive()
+
+    def peak_bytes(self) -> int:
+        """Returns the largest resident memory of the process so far; 0 if it is not Linux."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        return status_bytes(status.read_text(), "VmHWM") if status.exists() else 0
 
     def close(self) -> None:
         """Terminates the process and all its threads."""

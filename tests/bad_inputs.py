@@ -368,6 +368,32 @@ FLAGS = [
         "--config.ppo.batch_size=5 --gradient_accumulation_steps=2",
         "ppo.batch_size=5 is not divisible",
     ),
+    main(
+        "unknown algorithm",
+        "--config.ppo.algorithm=reinforce",
+        "ppo.algorithm='reinforce': expected one of ppo, rloo, grpo",
+    ),
+    main(
+        "group of one",
+        "--config.ppo.algorithm=rloo",
+        "ppo.samples_per_prompt=1: ppo.algorithm=rloo compares",
+    ),
+    main(
+        "batch that does not consist of groups",
+        "--config.ppo.samples_per_prompt=3",
+        "is not divisible by ppo.samples_per_prompt=3",
+    ),
+    main(
+        "option of another algorithm",
+        "--config.ppo.loss_average=responses",
+        "ppo.loss_average=responses: is an option of ppo.algorithm=grpo, found ppo",
+    ),
+    main("negative upper clip", "--config.ppo.clip_range_high=-0.1", "ppo.clip_range_high=-0.1"),
+    main(
+        "as many slots as responses",
+        "--batch_size=4 --config.ppo.rollout_slots=4",
+        "ppo.rollout_slots=4: must be less than ppo.batch_size=4",
+    ),
     main("no rows on a device", "--batch_size=0", "--batch_size=0: must be at least 1"),
     main(
         "batch in two ways",

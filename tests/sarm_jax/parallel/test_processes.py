@@ -18,6 +18,7 @@ from tests.closeness import assert_same_metrics
 from tests.command import run_main
 from tests.meshes import COMPARED_COLUMNS
 from tests.paths import ROOT
+from tests.tiny_models import ALGORITHMS
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,11 @@ def options(world, workdir):
     """Returns the command line of the train stage."""
     flags = [*TRAIN.format(world).split(), *(f"--config.{option}" for option in OPTIONS)]
     return [*flags, f"--workdir={workdir}"]
+
+
+def algorithm_options(algorithm):
+    """Returns the command line of an algorithm."""
+    return [f"--config.ppo.{name}={value}" for name, value in ALGORITHMS[algorithm].items()]
 
 
 def start(world, workdir, *further, program=("main.py",)):
@@ -80,23 +86,29 @@ def start_two(world, workdir, others=((), ()), programs=(("main.py",),) * 2):
     ]
 
 
-def test_a_resumed_run_of_two_processes_equals_that_of_one(world, tmp_path):
-    assert run_main(*options(world, tmp_path / "one")) == 0
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_resumed_run_of_two_processes_equals_that_of_one(world, tmp_path, algorithm):
+    """GRPO runs with refilled slots, PPO without."""
+    others = (algorithm_options(algorithm),) * 2
+    assert run_main(*options(world, tmp_path / "one"), *others[0]) == 0
     # The signal is sent to the process that does not keep the run.
-    stopped = finish(*start_two(world, tmp_path / "two", programs=(("main.py",), BIT)))
+    killed = start_two(world, tmp_path / "two", others, programs=(("main.py",), BIT))
+    stopped = finish(*killed)
     assert [code for code, _ in stopped] == [143, 143], stopped
     assert "stopped by signal 15 after step 4" in stopped[0][1]
     assert [path.name for path in (tmp_path / "two" / "checkpoints").iterdir()] == ["4"]
-    finished = finish(*start_two(world, tmp_path / "two"))
+    finished = finish(*start_two(world, tmp_path / "two", others))
     assert [code for code, _ in finished] == [0, 0], finished
-    assert "resuming after step 4 of 10" in finished[0][1] and "PPO" not in finished[1][1]
+    bar = f"{algorithm.upper()}: "  # of the progress, which the primary process alone shows
+    assert "resuming after step 4 of 10" in finished[0][1] and bar not in finished[1][1]
     summary = (tmp_path / "two" / "summary.json").read_text()
-    again = finish(*start_two(world, tmp_path / "two"))  # nothing is left to do
+    again = finish(*start_two(world, tmp_path / "two", others))  # nothing is left to do
     assert [code for code, _ in again] == [0, 0], again
     assert (tmp_path / "two" / "summary.json").read_text() == summary
 
     one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
-    assert_same_metrics(two, one, COMPARED_COLUMNS)
+    columns = [name for name in COMPARED_COLUMNS if algorithm == "ppo" or name != "value_loss"]
+    assert_same_metrics(two, one, columns)
     assert all(row["ratio_0_max_dev"] <= 1e-5 for row in two)
     texts = [
         [row["response"] for row in read_jsonl(tmp_path / name / "evaluations.jsonl", {})]

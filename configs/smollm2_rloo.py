@@ -1,0 +1,32 @@
+"""RLOO on SmolLM2-135M: four responses to each prompt are compared, without a value head.
+
+A diff from `configs/smollm2.py`, whose reward model, features and human latents it uses, so that
+the two runs differ in the algorithm alone.
+
+Before: make smollm2
+Command: python main.py --config=configs/smollm2_rloo.py --stage=all
+Hardware: 2 CPU cores, 8 GB of memory.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import smollm2
+
+PPO = "outputs/smollm2"
+
+
+def get_config() -> ConfigDict:
+    """Returns the config of `configs/smollm2.py` with another algorithm."""
+    config = smollm2.get_config()
+    config.sarm_model = f"{PPO}/sarm"
+    config.prepare_data.demos_jsonl = ""
+    config.train_sarm.pairs_jsonl = ""
+    config.identify.pairs_jsonl = ""
+    config.human_latents.demos_jsonl = ""
+    for name, value in config.reward.items():
+        if isinstance(value, str):
+            config.reward[name] = value.replace("{workdir}", PPO)
+
+    config.ppo.algorithm = "rloo"
+    config.ppo.samples_per_prompt = 4
+    return config
