@@ -107,6 +107,29 @@ def parse_line(line: str, lenient: bool = False) -> dict[str, Any]:
     return row
 
 
+def check_fields(row: Mapping[str, Any], fields: Mapping[str, type], place: str) -> None:
+    """Checks that a row has fields of these types, as in `read_jsonl`.
+
+    Args:
+        row: the row.
+        fields: the type of each field.
+        place: where messages say that the row is.
+
+    Raises:
+        InputError: a field is missing, empty or of another type.
+    """
+    for field, kind in fields.items():
+        if field not in row:
+            raise InputError(f"{place}: field {field!r} is missing, found {sorted(row)}")
+        value = row[field]
+        if not _has_type(value, kind):
+            raise InputError(
+                f"{place}: field {field!r} must be {kind.__name__}, found {short(value)}"
+            )
+        if (isinstance(value, str) and not value.strip()) or value == []:
+            raise InputError(f"{place}: field {field!r} is empty")
+
+
 def _describe_syntax_error(error: ValueError) -> str:
     """Describes an error with the position in its line; the caller knows the line."""
     if isinstance(error, json.JSONDecodeError):
@@ -119,16 +142,7 @@ def _parse_row(line: str, fields: Mapping[str, type], place: str, lenient: bool)
         row = parse_line(line, lenient)
     except ValueError as error:
         raise InputError(f"{place}: {error}") from None
-    for field, kind in fields.items():
-        if field not in row:
-            raise InputError(f"{place}: field {field!r} is missing, found {sorted(row)}")
-        value = row[field]
-        if not _has_type(value, kind):
-            raise InputError(
-                f"{place}: field {field!r} must be {kind.__name__}, found {short(value)}"
-            )
-        if (isinstance(value, str) and not value.strip()) or value == []:
-            raise InputError(f"{place}: field {field!r} is empty")
+    check_fields(row, fields, place)
     return row
 
 
