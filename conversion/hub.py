@@ -1,7 +1,6 @@
-"""Finds models and data set files, and downloads them from the hub with the user's own login.
+"""Finds models, and downloads them from the hub with the user's own login.
 
-A model is named by a directory or a repository id, a file of a data set by a path or by
-hf://datasets/OWNER/NAME[@REVISION]/PATH.
+A model is named by a directory or a repository id.
 """
 
 import re
@@ -59,26 +58,3 @@ def is_repository(name: str) -> bool:
     """Returns True if a name can be a repository id, owner/name, and is not a local path."""
     pattern = r"[A-Za-z0-9][\w.-]*/[\w.-]+"
     return not Path(name).exists() and bool(re.fullmatch(pattern, name))
-
-
-def locate_file(src: str) -> Path:
-    """Returns the path itself, or the local copy of an hf:// file of a data set.
-
-    Raises:
-        InputError: `src` is not the address of a file, or the download fails.
-    """
-    if "://" not in src:
-        return Path(src)
-    match = re.fullmatch(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)", src)
-    if not match:
-        raise InputError(f"{src}: expected a path or hf://datasets/OWNER/NAME[@REVISION]/PATH")
-    repository, revision, name = match.groups()
-    try:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repository, name, repo_type="dataset", revision=revision
-            )
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{src}: cannot be downloaded ({reason}); or give a local file") from error

@@ -15,6 +15,7 @@ from conversion.hub import MODEL_FILES, is_repository
 from conversion.load import read_policy_config, read_sarm_config
 from pipeline.options import field_value
 from sarm_jax.evaluation.benchmark_files import named_files
+from sarm_jax.io.hub_files import is_on_hub
 from sarm_jax.io.path_lists import (
     ListInFile,
     list_entries,
@@ -29,6 +30,7 @@ class Kind(enum.Enum):
     """Form of the value of a field that names an input."""
 
     FILE = "a file or a folder"
+    ROWS = "a file of rows, or a data set on the hub"
     FILES = "comma-separated files or folders"
     NAMED_FILES = "comma-separated FILE or NAME=FILE"
     POLICY = "a policy: a directory, or a repository id on the hub"
@@ -95,6 +97,8 @@ class Input:
             paths = split_paths(value)
             names = short_names(paths)
             return [_file_entry(names[path], path) for path in paths]
+        if self.kind is Kind.ROWS:
+            return [_file_entry("", value)]
         return [("", Path(value))]
 
     @property
@@ -130,7 +134,7 @@ def _list_entry(entry: str | ListInFile) -> tuple[str, Path | None]:
 
 def _file_entry(name: str, path: str) -> tuple[str, Path | None]:
     """Returns the entry of a file; one on the hub has no local path."""
-    return (path, None) if path.startswith("hf://") else (name, Path(path))
+    return (path, None) if is_on_hub(path) else (name, Path(path))
 
 
 def is_within(path: Path, folder: Path) -> bool:

@@ -5,8 +5,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.jsonl import line_of, read_jsonl
 from sarm_jax.io.path_lists import split_paths
+from sarm_jax.io.row_files import place_of, read_rows
 
 DEMONSTRATION = {"prompt": str, "response": str}
 PAIR = {"prompt": str, "chosen": str, "rejected": str}
@@ -42,22 +42,22 @@ def optional_paths(text: str) -> tuple[str, ...]:
 
 
 def read_pairs(paths: tuple[str, ...], unequal: bool = False) -> list[dict]:
-    """Reads the preference pairs of JSONL files, one file after the other.
+    """Reads the preference pairs of several files, one file after the other.
 
     Args:
-        paths: files of {"prompt", "chosen", "rejected"} and, optionally, "source" lines.
+        paths: files of {"prompt", "chosen", "rejected"} and, optionally, "source" rows.
         unequal: refuse a pair whose two sides are the same.
 
     Raises:
-        InputError: names the file, the line and the field that is wrong.
+        InputError: names the file, the row and the field that is wrong.
     """
     pairs = []
     for path in paths:
-        for number, row in enumerate(read_jsonl(path, PAIR), 1):
+        for number, row in enumerate(read_rows(path, PAIR), 1):
             if not isinstance(row.get("source", ""), str):
-                raise InputError(f"{path}:{line_of(path, number)}: field 'source' must be str")
+                raise InputError(f"{place_of(path, number)}: field 'source' must be str")
             if unequal and row["chosen"] == row["rejected"]:
-                place = f"{path}:{line_of(path, number)}"
+                place = place_of(path, number)
                 raise InputError(f"{place}: fields 'chosen' and 'rejected' are the same")
             pairs.append(row)
     return pairs

@@ -25,7 +25,8 @@ from ppo.prompts import encode_prompts, read_prompts
 from sarm_jax.evaluation.controls import Controls
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json, write_json
-from sarm_jax.io.jsonl import read_jsonl, write_jsonl
+from sarm_jax.io.jsonl import write_jsonl
+from sarm_jax.io.row_files import read_rows
 from sarm_jax.io.workdir import named_workdirs
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.llama import Llama
@@ -89,7 +90,7 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     )
     human = []
     if section.human_jsonl:
-        human = read_jsonl(section.human_jsonl, DEMONSTRATION)
+        human = read_rows(section.human_jsonl, DEMONSTRATION)
     pairs = [(row["prompt"], row["response"]) for row in human]
     return PolicyInputs(encoded.texts, encoded.rows, pairs, adapters, options)
 

@@ -10,15 +10,15 @@ import numpy as np
 from ppo.config import PPOConfig
 from ppo.prompt_lengths import padded_lengths
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.jsonl import line_of, read_jsonl
+from sarm_jax.io.row_files import place_of, read_rows
 from sarm_jax.models.chat import encode_prompt, pad_batch, pad_id
 
 LOG = logging.getLogger(__name__)
 
 
 def read_prompts(path: str) -> list[str]:
-    """Reads the `prompt` fields of a JSONL file."""
-    return [row["prompt"] for row in read_jsonl(path, {"prompt": str})]
+    """Reads the `prompt` fields of a file of rows."""
+    return [row["prompt"] for row in read_rows(path, {"prompt": str})]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,8 @@ def encode_prompts(
 
 
 def _length(source: str, number: int, row: Sequence[int]) -> str:
-    """Describes the length of prompt `number`, with its file and line."""
-    line = line_of(source, number)
-    return f"{source}:{line}: the prompt has {len(row)} tokens with its chat template"
+    """Describes the length of prompt `number`, with its file and row."""
+    return f"{place_of(source, number)}: the prompt has {len(row)} tokens with its chat template"
 
 
 def _fitting_end(text: str, tokenizer: Any, max_tokens: int) -> str:

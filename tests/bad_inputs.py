@@ -664,7 +664,7 @@ JSONL = [
     prompts("byte 0 between", b'{"prompt": "a"}\x00\n', "bad.jsonl:1", "Extra data"),
     prompts("byte 0 within a text", b'{"prompt": "a\x00b"}\n', "bad.jsonl:1", "control character"),
     prompts("array for an object", '["prompt"]\n', "bad.jsonl:1: expected a JSON object"),
-    prompts("one array for all lines", '[{"prompt": "a"},\n{"prompt": "b"}]\n', "one JSON array"),
+    prompts("one object for all lines", '{"data":\n[{"prompt": "a"}]}\n', "one JSON object"),
     prompts("key twice", '{"prompt": "a", "prompt": "b"}\n', "key 'prompt' appears twice"),
     prompts("NaN", '{"prompt": "a", "score": NaN}\n', "bad.jsonl:1", "NaN is not a number"),
     prompts("nesting bomb", '{"prompt": ' + "[" * 100_000, "bad.jsonl:1", "nested too deeply"),
@@ -1336,7 +1336,7 @@ BENCHMARKS = [
         "rm_bench={world}/demos.jsonl num_example=-2",
         "evaluate.num_example=-2",
     ),
-    bench("no such file", "rm_bench=none.json", "none.json: no such file"),
+    bench("no such file", "rm_bench=none.json", "none.json: cannot be read"),
     bench("address of something else", "rm_bench=https://x.y/z.json", "expected a path or hf://"),
     bench(
         "another benchmark",
@@ -1362,7 +1362,7 @@ BENCHMARKS = [
     bench(
         "array with a number",
         "rm_bench={bad}",
-        "bad.json row 1: expected an object",
+        "bad.json: row 1: expected an object",
         damage=file("[1]", "bad.json"),
     ),
     bench(
@@ -1375,7 +1375,7 @@ BENCHMARKS = [
     bench(
         "object for rows",
         "rewardbench2={bad}",
-        "expected a JSON array",
+        "bad.json:1: field 'chosen' is missing",
         damage=file("{}", "bad.json"),
     ),
     bench(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from conversion.hub import locate_file
 from conversion.load import read_sarm_config
 from pipeline.inputs import Input, Kind
 from pipeline.models import load_reward_model
@@ -67,15 +66,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     steering, section = validate(config), config.evaluate
     files = named_files(split_entries(section.data_jsonl), "evaluate.data_jsonl")
     answers = read_answer_sets(files)
-    styled = [
-        row
-        for name in optional_paths(section.rm_bench)
-        for row in read_rm_bench(locate_file(name), name)
-    ]
+    styled = [row for name in optional_paths(section.rm_bench) for row in read_rm_bench(name)]
     choices = [
-        row
-        for name in optional_paths(section.rewardbench2)
-        for row in read_rewardbench2(locate_file(name), name)
+        row for name in optional_paths(section.rewardbench2) for row in read_rewardbench2(name)
     ]
     policies = policy_inputs(config, workdir)
     if not (answers or styled or choices or policies):
@@ -233,11 +226,12 @@ STAGE = Stage(
         Input("evaluate.steering_json"),
         Input("evaluate.rm_bench", Kind.FILES),
         Input("evaluate.rewardbench2", Kind.FILES),
-        Input("evaluate.prompts_jsonl"),
-        Input("evaluate.human_jsonl", read_if=compares_policies),
+        Input("evaluate.prompts_jsonl", Kind.ROWS),
+        Input("evaluate.human_jsonl", Kind.ROWS, read_if=compares_policies),
         Input("evaluate.runs", Kind.RUNS, ("adapter/*",)),
         Input(
             "eval_prompts_jsonl",
+            Kind.ROWS,
             read_if=lambda config: compares_policies(config) and not config.evaluate.prompts_jsonl,
         ),
         *REWARD_LISTS,

@@ -10,7 +10,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import load_reward_model
 from pipeline.options import DEMONSTRATION, required
 from pipeline.stage import Stage
-from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.io.row_files import read_rows
 from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import collect_human_latents, save_human_latents
 from sarm_jax.rewards.options import reward_config
@@ -28,7 +28,7 @@ def validate(config: ConfigDict) -> RewardConfig:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Score human demonstrations and save the latents that the discriminator compares with."""
     reward = validate(config)
-    demonstrations = read_jsonl(config.human_latents.demos_jsonl, DEMONSTRATION)
+    demonstrations = read_rows(config.human_latents.demos_jsonl, DEMONSTRATION)
     reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
     path = workdir / FILE
     LOG.info("latents of %d demonstrations, for %s", len(demonstrations), path)
@@ -51,7 +51,7 @@ STAGE = Stage(
         "dtype",
     ),
     inputs=(
-        Input("human_latents.demos_jsonl"),
+        Input("human_latents.demos_jsonl", Kind.ROWS),
         Input("reward.latent_indices", Kind.LIST),
         Input("sarm_model", Kind.SARM),
     ),

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from conversion.hub import locate_file
 from conversion.load import load_hf_tokenizer, read_policy_config
 from conversion.to_hf import save_policy
 from pipeline.inputs import Input, Kind
@@ -24,7 +23,8 @@ from sarm_jax.evaluation.benchmark_data import (
 )
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
-from sarm_jax.io.jsonl import read_jsonl, write_jsonl
+from sarm_jax.io.jsonl import write_jsonl
+from sarm_jax.io.row_files import read_rows
 from sarm_jax.lab.build import LabConfig, LabData, make_data, make_models
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.models.checks import check_positions
@@ -57,9 +57,7 @@ def validate(config: ConfigDict) -> PairsConfig | BenchmarkDataConfig | LabConfi
         required(config, "prepare_data.demos_jsonl", "policy_model")
         return options
     if source == "benchmarks":
-        fields: dict[str, Any] = {
-            name: tuple((f, Path(f)) for f in optional_paths(section[name])) for name in FILES
-        }
+        fields: dict[str, Any] = {name: optional_paths(section[name]) for name in FILES}
         fields |= {name: section[name] for name in ("steering_dir", "held_out_fraction", "seed")}
         return BenchmarkDataConfig(**fields)
     raise InputError(f"prepare_data.source={source!r}: expected demonstrations, lab or benchmarks")
@@ -83,7 +81,7 @@ def from_section(kind: type[Options], section: ConfigDict) -> Options:
 
 def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> None:
     """Makes preference pairs from demonstrations; rejected answers are spoilt good ones."""
-    demonstrations = read_jsonl(options.demos_jsonl, DEMONSTRATION)
+    demonstrations = read_rows(options.demos_jsonl, DEMONSTRATION)
     options.check(demonstrations)
     if options.samples_per_prompt:
         check_context(options, config.policy_model, [row["prompt"] for row in demonstrations])
@@ -126,11 +124,7 @@ def prepare_lab(options: LabConfig, workdir: Path) -> None:
 
 def prepare_benchmarks(options: BenchmarkDataConfig, workdir: Path) -> None:
     """Writes data/*.jsonl and, last, data/data_summary.json; replaces those of an earlier call."""
-    local: dict[str, Any] = {
-        field: tuple((name, locate_file(name)) for name, _ in getattr(options, field))
-        for field in FILES
-    }
-    data = collect(dataclasses.replace(options, **local))
+    data = collect(options)
     folder = workdir / "data"
     (folder / "data_summary.json").unlink(missing_ok=True)
     for name in OUTPUTS:
@@ -178,7 +172,7 @@ STAGE = Stage(
     run=run,
     options=("prepare_data", "policy_model", "dtype"),
     inputs=(
-        Input("prepare_data.demos_jsonl"),
+        Input("prepare_data.demos_jsonl", Kind.ROWS),
         Input("prepare_data.steering_dir"),
         Input("prepare_data.rewardbench2", Kind.FILES),
         Input("prepare_data.rm_bench", Kind.FILES),

@@ -15,7 +15,7 @@ from sarm_jax.features.certificates import CertificateConfig
 from sarm_jax.features.feature_lists import parse_features
 from sarm_jax.features.probing import ProbeConfig, check_probe, probe, write_probes
 from sarm_jax.io.json_files import write_json
-from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.io.row_files import read_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def validate(config: ConfigDict) -> ProbeConfig:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Set or bound one feature at a time and write what the reward does."""
     options, path = validate(config), config.probe.data_jsonl
-    rows = read_jsonl(path, {"prompt": str})
+    rows = read_rows(path, {"prompt": str})
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
     check_probe(options, latent_size, rows, path)
     folder = workdir / "probes"
@@ -75,7 +75,7 @@ STAGE = Stage(
     options=("probe", "sarm_model", "sarm_max_length", "dtype"),
     inputs=(
         Input("probe.feature", Kind.LIST),
-        Input("probe.data_jsonl"),
+        Input("probe.data_jsonl", Kind.ROWS),
         Input("sarm_model", Kind.SARM),
     ),
     output="probes/probe_summary.json",

@@ -352,8 +352,8 @@ STAGE = Stage(
     inputs=(
         Input("policy_model", Kind.POLICY),
         Input("sarm_model", Kind.SARM),
-        Input("prompts_jsonl"),
-        Input("eval_prompts_jsonl"),
+        Input("prompts_jsonl", Kind.ROWS),
+        Input("eval_prompts_jsonl", Kind.ROWS),
         *REWARD_LISTS,
         Input("reward.human_latents", read_if=lambda config: config.reward.beta != 0),
     ),

@@ -35,16 +35,15 @@ from typing import Any
 from sarm_jax.evaluation.benchmark_files import (
     STYLES,
     ChoiceRow,
-    RowError,
     StyledRow,
     domain_of,
     fields_of,
     parse_choice,
     parse_styled,
-    read_rows,
     text,
 )
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.row_files import RowError, read_placed_rows
 from sarm_jax.io.secrets import redact
 
 OUTPUTS = (
@@ -62,13 +61,13 @@ TakeRow = Callable[["Collector", Any], bool]
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkDataConfig:
-    """The source files and the held-out share. A file is (the name the user gave, its path)."""
+    """The source files, as paths or addresses on the hub, and the held-out share."""
 
     steering_dir: str
-    rewardbench2: tuple[tuple[str, Path], ...]
-    rm_bench: tuple[tuple[str, Path], ...]
-    safety_pairs: tuple[tuple[str, Path], ...]
-    complement_pairs: tuple[tuple[str, Path], ...]
+    rewardbench2: tuple[str, ...]
+    rm_bench: tuple[str, ...]
+    safety_pairs: tuple[str, ...]
+    complement_pairs: tuple[str, ...]
     held_out_fraction: float
     seed: int
 
@@ -105,13 +104,13 @@ class Collector:
         self._keys: dict[str, set[Any]] = {name: set() for name in OUTPUTS}
         self._held_out: dict[str, bool] = {}
 
-    def read_file(self, name: str, path: Path, take: TakeRow) -> None:
+    def read_file(self, name: str, take: TakeRow) -> None:
         """Adds every row of a file with `take`, and counts used, duplicate and refused rows.
 
         Raises:
             InputError: no row of the file is usable.
         """
-        rows = read_rows(path, name)
+        rows = read_placed_rows(name)
         counts: dict[str, Any] = {"rows": len(rows), "used": 0, "duplicate": 0, "refused": 0}
         refusals = []
         for row in rows:
@@ -200,14 +199,14 @@ def collect(config: BenchmarkDataConfig) -> BenchmarkData:
     collector = Collector(config)
     if config.steering_dir:
         _read_steering(collector, Path(config.steering_dir))
-    for name, path in config.rewardbench2:
-        collector.read_file(name, path, take_choice)
-    for name, path in config.rm_bench:
-        collector.read_file(name, path, styled_taker(domain_of(name)))
+    for name in config.rewardbench2:
+        collector.read_file(name, take_choice)
+    for name in config.rm_bench:
+        collector.read_file(name, styled_taker(domain_of(name)))
     for files, safety in ((config.safety_pairs, True), (config.complement_pairs, False)):
-        for name, path in files:
+        for name in files:
             source = Path(name).stem
-            collector.read_file(name, path, pair_taker(source, safety, can_hold_out=True))
+            collector.read_file(name, pair_taker(source, safety, can_hold_out=True))
     _add_candidates_of_pairs(collector)
     outputs = collector.outputs
     for row in (*outputs["probes_safety"], *outputs["probes_complement"]):
@@ -385,7 +384,7 @@ def _read_steering(collector: Collector, folder: Path) -> None:
         raise InputError(f"{option}: no train/*/safety*.jsonl or test/*/safety_*.jsonl in it")
     for path, taker in takers.items():
         if taker is not None:
-            collector.read_file(str(path), path, taker)
+            collector.read_file(str(path), taker)
 
 
 def _steering_taker(path: Path) -> TakeRow | None:

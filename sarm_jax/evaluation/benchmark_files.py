@@ -1,4 +1,4 @@
-"""Benchmark files, their names and their rows: JSON Lines, a JSON array, or Parquet.
+"""Benchmark files, their names and their rows.
 
     RM-Bench         {prompt, chosen[3], rejected[3], domain}: concise, detailed, detailed markdown
     RewardBench 2    {id, prompt, chosen[...], rejected[...], subset}
@@ -12,34 +12,18 @@ row; data preparation counts the row and continues.
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.files import read_bytes
-from sarm_jax.io.formats import binary_format, is_json_array, is_json_lines
-from sarm_jax.io.json_files import parse_json, short
-from sarm_jax.io.jsonl import numbered_lines, parse_line
-from sarm_jax.io.libraries import as_input_error
+from sarm_jax.io.json_files import short
 from sarm_jax.io.path_lists import named_path
+from sarm_jax.io.row_files import Row, RowError, read_placed_rows
 
 STYLES = ("concise", "detailed", "markdown")
 DOMAINS = ("safety-refuse", "safety-response", "chat", "code", "math")
 Parsed = TypeVar("Parsed")
-
-
-class RowError(ValueError):
-    """The reason why a row cannot be used. The caller knows the file and the line."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row of a file: `place` is file and line, `content` the parsed JSON or the `RowError`."""
-
-    place: str
-    content: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,38 +103,6 @@ def _shortest_names(paths: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def read_rows(path: str | Path, name: str = "") -> list[Row]:
-    """Reads the rows of a file.
-
-    A malformed line of JSON Lines becomes a row with a `RowError`; blank lines are skipped.
-
-    Args:
-        path: the file; the suffixes .parquet and .jsonl select the format, any other is JSON. A
-            file that is evidently of another of these formats than its name says is read as well.
-        name: the name for messages, if it differs from the path.
-
-    Raises:
-        InputError: the file is missing, empty, or not of its format.
-    """
-    path, name = Path(path), name or str(path)
-    if not path.exists():
-        raise InputError(f"{name}: no such file")
-    content = read_bytes(path, name)
-    if path.suffix.lower() == ".parquet" or content.startswith(b"PAR1"):
-        contents = _parse_parquet(content, name)
-    else:
-        text = _decode(content, name)
-        of_lines = path.suffix.lower() == ".jsonl" and not is_json_array(text)
-        if of_lines or is_json_lines(text):
-            return [
-                Row(f"{name}:{number}", _parse_line(line)) for number, line in numbered_lines(text)
-            ]
-        contents = _parse_array(text, name)
-    if not contents:
-        raise InputError(f"{name}: holds no rows")
-    return [Row(f"{name} row {number}", content) for number, content in enumerate(contents, 1)]
-
-
 def parse_all(rows: Sequence[Row], parse: Callable[[Any], Parsed]) -> list[Parsed]:
     """Parses every row.
 
@@ -166,15 +118,15 @@ def parse_all(rows: Sequence[Row], parse: Callable[[Any], Parsed]) -> list[Parse
     return parsed
 
 
-def read_rm_bench(path: str | Path, name: str = "") -> list[StyledRow]:
+def read_rm_bench(source: str | Path) -> list[StyledRow]:
     """Reads a file of RM-Bench; raises InputError if any row cannot be used."""
-    domain = domain_of(name or str(path))
-    return parse_all(read_rows(path, name), lambda content: parse_styled(content, domain))
+    domain = domain_of(str(source))
+    return parse_all(read_placed_rows(source), lambda content: parse_styled(content, domain))
 
 
-def read_rewardbench2(path: str | Path, name: str = "") -> list[ChoiceRow]:
+def read_rewardbench2(source: str | Path) -> list[ChoiceRow]:
     """Reads a file of RewardBench 2; raises InputError if any row cannot be used."""
-    return parse_all(read_rows(path, name), parse_choice)
+    return parse_all(read_placed_rows(source), parse_choice)
 
 
 def domain_of(name: str) -> str:
@@ -251,43 +203,3 @@ def _parse_tie(row: dict[str, Any], right_answers: int) -> tuple[str, int]:
     if kind == "tied" and right_answers < 2:
         raise RowError(f"id={row['id']!r}: a tied row needs two or more texts in 'chosen'")
     return kind, int(number)
-
-
-def _parse_line(line: str) -> Any:
-    try:
-        return parse_line(line)
-    except ValueError as error:
-        return RowError(str(error))
-
-
-def _decode(content: bytes, name: str) -> str:
-    if other := binary_format(content[:64]):
-        raise InputError(f"{name}: is {other}, expected JSON Lines, a JSON array or Parquet")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 (byte {error.start}: {error.reason})") from error
-    if not text.strip():
-        raise InputError(f"{name}: the file is empty")
-    return text
-
-
-def _parse_array(content: str, name: str) -> list[Any]:
-    try:
-        array = parse_json(content)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{name}:{error.lineno}: not JSON ({error.msg})") from error
-    except ValueError as error:
-        raise InputError(f"{name}: not JSON ({error})") from error
-    if not isinstance(array, list):
-        raise InputError(f"{name}: expected a JSON array of rows, found {short(array)}")
-    return array
-
-
-def _parse_parquet(content: bytes, name: str) -> list[Any]:
-    import pyarrow  # imported here because it is slow to import and only Parquet needs it
-    from pyarrow import parquet
-
-    # Given the path, the library would add columns for folders that are called NAME=VALUE.
-    with as_input_error(f"{name}: not parquet"):
-        return parquet.read_table(pyarrow.BufferReader(content)).to_pylist()

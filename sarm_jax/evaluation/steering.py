@@ -25,7 +25,6 @@ from sarm_jax.evaluation.benchmark_files import (
     NamedFile,
     fields_of,
     parse_all,
-    read_rows,
     text,
 )
 from sarm_jax.evaluation.controls import (
@@ -36,6 +35,7 @@ from sarm_jax.evaluation.controls import (
     score_variants,
 )
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.row_files import read_placed_rows
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import mean_interval
 
@@ -137,7 +137,7 @@ def read_answers(path: str | Path, source: str = "") -> list[Answer]:
         prompt, response = text(row, "question", "prompt"), text(row, "answer", "response")
         return Answer(prompt=prompt, response=response, kind=kind, source=source or stem)
 
-    return parse_all(read_rows(path), parse)
+    return parse_all(read_placed_rows(path), parse)
 
 
 def check_steering(config: SteeringConfig, answers: Sequence[Answer], controls: Controls) -> None:

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from sarm_jax.features.certificates import CertificateConfig, certify, matched_controls
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
-from sarm_jax.io.jsonl import line_of
+from sarm_jax.io.row_files import place_of
 from sarm_jax.models.latent_store import Contrast, Latents
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import Interval, mean_interval
@@ -197,7 +197,7 @@ def check_probe(
         try:
             groups.append(_responses(config, row))
         except ValueError as error:
-            raise InputError(f"{source}:{line_of(source, number)}: {error}") from None
+            raise InputError(f"{place_of(source, number)}: {error}") from None
     return groups
 
 

@@ -12,10 +12,10 @@ from transformers import LlamaForSequenceClassification
 
 from conversion import from_gguf, from_hf, load_policy, load_sarm, to_hf
 from conversion.peft import save_adapter
-from sarm_jax.evaluation.benchmark_files import read_rows
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.io.row_files import read_placed_rows
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from tests import oracles
 
@@ -201,13 +201,16 @@ def parquet() -> bytes:
 @pytest.mark.parametrize("content", [LINES, json.dumps(ROWS), json.dumps(ROWS, indent=1)])
 def test_rows_are_read_whatever_the_file_is_called(tmp_path, name, content):
     (tmp_path / name).write_text(content)
-    assert [row.content for row in read_rows(tmp_path / name)] == ROWS
+    assert [row.content for row in read_placed_rows(tmp_path / name)] == ROWS
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.PARQUET", "x.jsonl", "x.json"])
 def test_parquet_is_read_whatever_the_file_is_called(tmp_path, name):
     (tmp_path / name).write_bytes(parquet())
-    assert [row.content for row in read_rows(tmp_path / name)] == [{"prompt": "p"}, {"prompt": "q"}]
+    assert [row.content for row in read_placed_rows(tmp_path / name)] == [
+        {"prompt": "p"},
+        {"prompt": "q"},
+    ]
 
 
 @pytest.mark.parametrize("name", ["x.JSONL", "x.json", "x"])
@@ -236,7 +239,7 @@ def test_other_formats_are_called_by_their_name(tmp_path, format):
     assert format in refused(read_jsonl, tmp_path / "x.json", {})
     assert format in refused(read_json, tmp_path / "x.json")
     if format != "Parquet":
-        assert format in refused(read_rows, tmp_path / "x.json")
+        assert format in refused(read_placed_rows, tmp_path / "x.json")
 
 
 def test_json_and_json_lines_exchanged(tmp_path):

@@ -24,11 +24,11 @@ from pipeline.report.runs import read_run
 from ppo.tracking.manifest import DamagedCheckpointError, check_manifest
 from ppo.tracking.metrics import check_log, read_evaluations
 from ppo.tracking.metrics_csv import read_metrics
-from sarm_jax.evaluation.benchmark_files import read_rows
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import open_file, read_bytes
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.io.row_files import read_placed_rows
 from sarm_jax.io.workdir import read_settings
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from sarm_jax.rewards.human_latents import load_human_latents
@@ -156,9 +156,9 @@ def test_files_of_adapters(models, kind, tmp_path):
 
 
 READERS = {
-    "x.json": (read_json, read_bytes, open_file, read_rows),
-    "x.jsonl": (lambda path: read_jsonl(path, {}), read_rows),
-    "x.parquet": (read_rows,),
+    "x.json": (read_json, read_bytes, open_file, read_placed_rows),
+    "x.jsonl": (lambda path: read_jsonl(path, {}), read_placed_rows),
+    "x.parquet": (read_placed_rows,),
     "x.pt": (read_object,),
     "x.gguf": (lambda path: from_gguf.convert(path, f"{path}.out"),),
     "x.safetensors": (load_human_latents,),

@@ -304,7 +304,8 @@ def test_four_files_through_the_command_line(sarm, four, tmp_path, capsys):
 
     before = (folder / "steering.json").read_bytes()
     for stage in ("evaluate", "all"):
-        refused("a=gone.jsonl", "gone.jsonl: no such file", stage)
+        missing = "no such file" if stage == "all" else "cannot be read"
+        refused("a=gone.jsonl", f"gone.jsonl: {missing}", stage)
         refused(f"{four[0]},{four[0]}", f"{OPTION}: {four[0]} is given twice", stage)
     assert (folder / "steering.json").read_bytes() == before
 
