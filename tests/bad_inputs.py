@@ -6,6 +6,7 @@ before any weight is loaded, unless `loads` is set.
 """
 
 import dataclasses
+import gzip
 import json
 import shutil
 import struct
@@ -197,6 +198,13 @@ def parquet(rows: list[dict]) -> Damage:
         return folder / "bad.parquet"
 
     return damage
+
+
+def zstd(content: bytes) -> bytes:
+    """Compresses with Zstandard."""
+    import pyarrow
+
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
 
 
 def run_with(**files: str) -> Damage:
@@ -1518,6 +1526,51 @@ BENCHMARKS = [
     ),
 ]
 
+# Every option that names rows, with `{bad}` for their file.
+BENCHMARK_DATA = "--stage=prepare_data --config.prepare_data.source=benchmarks"
+COMPARISON = "--stage=evaluate --config.evaluate.runs={world}/adapter"
+ROW_OPTIONS = (
+    "--prompts_jsonl={bad}",
+    "--config.eval_prompts_jsonl={bad}",
+    "--stage=prepare_data --config.prepare_data.demos_jsonl={bad}",
+    f"{BENCHMARK_DATA} --config.prepare_data.rewardbench2={{bad}}",
+    f"{BENCHMARK_DATA} --config.prepare_data.rm_bench={{bad}}",
+    f"{BENCHMARK_DATA} --config.prepare_data.safety_pairs={{bad}}",
+    f"{BENCHMARK_DATA} --config.prepare_data.complement_pairs={{bad}}",
+    "--stage=train_sarm --config.train_sarm.pairs_jsonl={bad}",
+    "--stage=identify --config.identify.pairs_jsonl={bad}",
+    "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl "
+    "--config.identify.verbosity_jsonl={bad}",
+    "--stage=probe --config.probe.feature=1 --config.probe.data_jsonl={bad}",
+    "--stage=human_latents --config.human_latents.demos_jsonl={bad}",
+    "--stage=evaluate --config.evaluate.data_jsonl={bad}",
+    "--stage=evaluate --config.evaluate.rm_bench={bad}",
+    "--stage=evaluate --config.evaluate.rewardbench2={bad}",
+    f"{COMPARISON} --config.evaluate.prompts_jsonl={{bad}}",
+    f"{COMPARISON} --config.evaluate.prompts_jsonl={{world}}/demos.jsonl "
+    "--config.evaluate.human_jsonl={bad}",
+)
+NO_FIELD = b'{"other": "x"}'
+ROW_DAMAGES = (
+    ("Parquet", parquet([{"other": "x"}]), ("bad.parquet: row 1: field ", " is missing")),
+    ("JSON array", file(b"[" + NO_FIELD + b"]", "bad.json"), ("bad.json: row 1: field ",)),
+    ("half of gzip", file(gzip.compress(NO_FIELD)[:-9], "bad.gz"), ("unpacked with gzip",)),
+    ("zstd", file(zstd(NO_FIELD), "bad.jsonl.zst"), ("bad.jsonl.zst:1: field ",)),
+)
+ROW_FILES = [
+    main(f"{name} for {options.split('.')[-1]}", options, *messages, damage=damage)
+    for options in ROW_OPTIONS
+    for name, damage, messages in ROW_DAMAGES
+]
+ROW_FILES += [
+    main(
+        f"model on the hub for {options.split('.')[-1]}",
+        options.replace("{bad}", "hf://models/owner/name"),
+        "hf://models/owner/name: expected a path or hf://datasets/OWNER/NAME",
+    )
+    for options in ROW_OPTIONS
+]
+
 REPORT = [
     main(name, f"--stage=report --config.report.{options}", *messages, damage=damage)
     for name, options, messages, damage in [
@@ -1829,6 +1882,7 @@ BAD_INPUTS = [
     *ADAPTERS,
     *HUMAN,
     *BENCHMARKS,
+    *ROW_FILES,
     *REPORT,
     *WORKDIRS,
     *CHECKPOINTS,

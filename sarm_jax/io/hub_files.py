@@ -8,6 +8,7 @@ The training split is recognised by the names of files, as the library `datasets
 training data if there are no others. What is left must be one file, or all shards of one.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import glob
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from sarm_jax.io.errors import InputError
@@ -26,7 +28,7 @@ LOG = logging.getLogger(__name__)
 ADDRESS = re.compile(
     r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?"
 )
-DATA = re.compile(r"\.(parquet|jsonl|ndjson|json)(\.(gz|zst|zstd))?", re.IGNORECASE)
+DATA = re.compile(r".+\.(parquet|jsonl|ndjson|json)(\.(gz|zst|zstd))?", re.IGNORECASE)
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")  # no rows
 TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])", re.IGNORECASE)
 OTHER_SPLIT = re.compile(
@@ -34,6 +36,7 @@ OTHER_SPLIT = re.compile(
 )
 # train-00000-of-00002.parquet, once with a hash before the suffix; 0000.parquet of a folder
 SHARD = re.compile(r"(\d{5})-of-(\d{5})(-[0-9a-f]{16})?(?=\.)|(?<=/)\d{4}(?=\.)")
+PROBLEM, ADVICE = "cannot be downloaded", "or give a local file"
 MAX_NAMED = 8  # files that a message lists
 
 
@@ -67,12 +70,12 @@ def local_files(source: str | Path) -> list[LocalFile]:
         raise InputError(f"{source}: expected a path or hf://datasets/OWNER/NAME[@REVISION]/PATH")
     repository, revision, path = match.groups()
     if path and "*" not in path:
-        with as_input_error(f"{source}: cannot be downloaded", "or give a local file"):
+        with as_input_error(f"{source}: {PROBLEM}", ADVICE):
             copy = huggingface_hub.hf_hub_download(
                 repository, path, repo_type="dataset", revision=revision
             )
         return [LocalFile(Path(copy), source)]
-    with as_input_error(f"{source}: cannot be downloaded", "or give a local file"):
+    with as_input_error(f"{source}: {PROBLEM}", ADVICE):
         names = _file_names(repository, revision)
         chosen = matching_files(names, path, source) if path else training_files(names, source)
         folder = huggingface_hub.snapshot_download(
@@ -81,6 +84,8 @@ def local_files(source: str | Path) -> list[LocalFile]:
             revision=revision,
             allow_patterns=[glob.escape(name) for name in chosen],
         )
+    if missing := [name for name in chosen if not (Path(folder) / name).is_file()]:
+        raise InputError(f"{source}: not downloaded, and not in the cache: {_listed(missing)}")
     LOG.info("%s: reading %s", source, _listed(chosen))
     base = source.removesuffix(f"/{path}") if path is not None else source
     return [LocalFile(Path(folder) / name, f"{base}/{name}") for name in chosen]
@@ -125,24 +130,32 @@ def training_files(names: Sequence[str], source: str) -> list[str]:
 def _file_names(repository: str, revision: str | None) -> list[str]:
     """Lists the files of a data set, or those in the cache if there is no connection."""
     try:
-        return huggingface_hub.list_repo_files(repository, repo_type="dataset", revision=revision)
+        info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)
     except HfHubHTTPError:  # the hub has answered
         raise
-    except Exception as error:
-        try:
-            folder = huggingface_hub.snapshot_download(
-                repository, repo_type="dataset", revision=revision, local_files_only=True
-            )
-        except Exception:
-            raise error from None
-    files = (file for file in Path(folder).rglob("*") if file.is_file())
-    return [file.relative_to(folder).as_posix() for file in files]
+    except Exception:
+        if cached := _cached_file_names(repository, revision or "main"):
+            return cached
+        raise
+    return [file.rfilename for file in info.siblings or ()]
+
+
+def _cached_file_names(repository: str, revision: str) -> list[str]:
+    with contextlib.suppress(huggingface_hub.CacheNotFound):
+        for cached in huggingface_hub.scan_cache_dir(constants.HF_HUB_CACHE).repos:
+            if (cached.repo_type, cached.repo_id) != ("dataset", repository):
+                continue
+            for snapshot in cached.revisions:
+                if revision == snapshot.commit_hash or revision in snapshot.refs:
+                    folder = snapshot.snapshot_path
+                    return [f.file_path.relative_to(folder).as_posix() for f in snapshot.files]
+    return []
 
 
 def _is_data(name: str) -> bool:
     hidden = any(part.startswith((".", "_")) for part in name.split("/"))
     base = name.rpartition("/")[2]
-    return not hidden and base not in DESCRIPTIONS and bool(re.search(f"(?i){DATA.pattern}$", base))
+    return not hidden and base not in DESCRIPTIONS and bool(DATA.fullmatch(base))
 
 
 def _check_shards(names: Sequence[str], source: str) -> None:

@@ -158,7 +158,7 @@ def _parse_parquet(content: bytes, name: str, max_bytes: int) -> list[Any]:
     size = 0
     # Given the path, the library would add columns for folders that are called NAME=VALUE.
     with as_input_error(f"{name}: not parquet"):
-        file = parquet.ParquetFile(pyarrow.BufferReader(content))
+        file = parquet.ParquetFile(pyarrow.BufferReader(content), page_checksum_verification=True)
         columns = file.schema_arrow.names
         if twice := next((c for c in columns if columns.count(c) > 1), None):
             raise InputError(f"{name}: column {twice!r} appears twice")

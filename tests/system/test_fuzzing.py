@@ -6,15 +6,18 @@ of examples is small and they are always the same. To run a long campaign with n
     FUZZ_EXAMPLES=100000 python -m pytest tests/system/test_fuzzing.py --hypothesis-show-statistics
 """
 
+import gzip
 import json
 import os
 import resource
 import struct
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow.parquet import write_table
 from safetensors.numpy import save
 
 from conversion.hf_config import llama_config, sarm_config
@@ -24,6 +27,7 @@ from sarm_jax.evaluation.controls import read_steering
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import parse_jsonl
+from sarm_jax.io.row_files import read_placed_rows, read_rows
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.rewards.options import reward_config
@@ -100,6 +104,58 @@ def test_jsonl(content):
     for row in rows or ():
         assert row["prompt"].strip() and isinstance(row["n"], (int, float))
         assert json.loads(json.dumps(row, allow_nan=False).encode()) == row
+
+
+table_values = st.one_of(
+    st.lists(st.one_of(st.none(), st.text(max_size=5)), min_size=2, max_size=2),
+    st.lists(st.integers(0, 9), min_size=2, max_size=2),
+    st.lists(
+        st.lists(st.fixed_dictionaries({"role": st.text(max_size=3)})), min_size=2, max_size=2
+    ),
+    st.lists(st.binary(max_size=4), min_size=2, max_size=2),
+)
+
+
+def parquet(columns: dict) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    write_table(pyarrow.table(columns), sink)
+    return sink.getvalue().to_pybytes()
+
+
+PACKERS = (
+    bytes,
+    gzip.compress,
+    lambda content: pyarrow.Codec("zstd").compress(content, asbytes=True),
+)
+
+
+@st.composite
+def row_files(draw):
+    """Draws a file in one of the formats, perhaps packed, and damaged before or after that."""
+    if draw(st.booleans()):
+        columns = draw(st.dictionaries(st.sampled_from(["prompt", "n"]), table_values, max_size=2))
+        content = parquet(columns)
+    else:
+        names = st.sampled_from(["prompt", "n", "x"])
+        rows = draw(st.lists(st.dictionaries(names, values) | values, max_size=4))
+        content = json.dumps(rows, indent=draw(st.sampled_from([None, 1]))).encode()
+    damage = draw(st.sampled_from(["none", "before", "after", "cut"]))
+    content = damaged(draw, content) if damage == "before" else content
+    content = draw(st.sampled_from(PACKERS))(content)
+    if damage == "cut":
+        return content[: draw(st.integers(0, len(content)))]
+    return damaged(draw, content) if damage == "after" else content
+
+
+@bounded
+@given(st.one_of(lines(), row_files(), st.binary(max_size=60)), st.sampled_from(["x.jsonl", "x"]))
+def test_row_files(folder, content, name):
+    path = folder / name
+    path.write_bytes(content)
+    for row in result(read_rows, path, {"prompt": str}) or ():
+        assert row["prompt"].strip() and row["prompt"].encode()
+    for row in result(read_placed_rows, path) or ():
+        assert row.place.startswith(f"{path}:")
 
 
 entries = st.one_of(
