@@ -39,8 +39,10 @@ def _add_models(config: ConfigDict) -> None:
     config.dtype = "float32"  # dtype of frozen weights and activations: float32 or bfloat16
     # Activations kept for the backward pass: all ("none"), matrix products ("dots"), none ("full").
     config.remat = "dots"
-    config.prompts_jsonl = ""  # file of {"prompt"} lines that PPO trains on
-    # File of {"prompt"} lines that PPO evaluates the policy on; empty: no evaluation.
+    # File of {"prompt"} rows that PPO trains on. Every file of rows may be JSON Lines, a JSON array
+    # or Parquet, also compressed (.gz, .zst), or hf://datasets/OWNER/NAME[/PATH].
+    config.prompts_jsonl = ""
+    # File of {"prompt"} rows that PPO evaluates the policy on; empty: no evaluation.
     config.eval_prompts_jsonl = ""
     # Longest conversation that the SARM scores, in tokens; a longer one loses its beginning. At
     # most the number of positions that the SARM has.
@@ -206,7 +208,7 @@ def _add_profile(config: ConfigDict) -> None:
 def _add_human_latents(config: ConfigDict) -> None:
     # Stage human_latents: latents of human responses, for the latent KL.
     config.human_latents = ConfigDict()
-    # File of {"prompt", "response"} lines written by people.
+    # File of {"prompt", "response"} rows written by people.
     config.human_latents.demos_jsonl = ""
 
 
@@ -217,20 +219,19 @@ def _add_prepare_data(config: ConfigDict) -> None:
     # the data and the models of the lab. "benchmarks": prompts, demonstrations, probes and test
     # sets from benchmark files.
     config.prepare_data.source = "demonstrations"
-    # File of {"prompt", "response"} lines; for source=demonstrations.
+    # File of {"prompt", "response"} rows; for source=demonstrations.
     config.prepare_data.demos_jsonl = ""
     config.prepare_data.samples_per_prompt = 2  # responses sampled per prompt
     config.prepare_data.max_new_tokens = 64  # longest sampled response, in tokens
     config.prepare_data.temperature = 0.8  # sampling temperature
     config.prepare_data.seed = 0  # seed of sampling and of held-out sets
 
-    # For source=benchmarks: comma-separated files, or hf://datasets/OWNER/NAME/PATH. Each of these
-    # options may be empty.
+    # For source=benchmarks: comma-separated files of rows. Each of these options may be empty.
 
     # The folder steering/ of the SARM repository, with train/*/ and test/*/.
     config.prepare_data.steering_dir = ""
-    config.prepare_data.rewardbench2 = ""  # files of RewardBench 2: Parquet, JSON or JSON Lines
-    config.prepare_data.rm_bench = ""  # files of RM-Bench: JSON or JSON Lines
+    config.prepare_data.rewardbench2 = ""  # files of RewardBench 2
+    config.prepare_data.rm_bench = ""  # files of RM-Bench
     # Files of {"prompt", "chosen", "rejected"} pairs that differ in safety.
     config.prepare_data.safety_pairs = ""
     # Files of {"prompt", "chosen", "rejected"} pairs of anything else.
@@ -305,7 +306,7 @@ def _add_probe(config: ConfigDict) -> None:
     config.probe.set_value = placeholder(float)
     config.probe.min_value = placeholder(float)  # lower bound of the latent; None: no bound
     config.probe.max_value = placeholder(float)  # upper bound of the latent; None: no bound
-    # File of {"prompt", "response"} lines or pairs, or of {"prompt", "candidates"} lines.
+    # File of {"prompt", "response"} rows or pairs, or of {"prompt", "candidates"} rows.
     config.probe.data_jsonl = ""
     config.probe.mode = "pairs"  # pairs, or bestofn
     config.probe.rank = 1  # rank of the candidate that bestofn selects; 1: the best
@@ -323,7 +324,7 @@ def _add_evaluate(config: ConfigDict) -> None:
     config.evaluate = ConfigDict()
     # Steering file: {"48659": ["*", 0.0], "7": ["+", 1.5]} multiplies a latent or adds to it.
     config.evaluate.steering_json = ""
-    # Files of {"question", "answer", "type"} lines, scored before and after steering: FILE or
+    # Files of {"question", "answer", "type"} rows, scored before and after steering: FILE or
     # NAME=FILE. Each type of each file is a set; files with the same name are one file.
     config.evaluate.data_jsonl = ""
     config.evaluate.num_example = 0  # answers of each set; 0: all
@@ -333,12 +334,12 @@ def _add_evaluate(config: ConfigDict) -> None:
     config.evaluate.seed = 0  # seed of num_example, sampling and the bootstrap
     config.evaluate.rm_bench = ""  # files of RM-Bench, as in prepare_data
     config.evaluate.rewardbench2 = ""  # files of RewardBench 2, as in prepare_data
-    # File of {"prompt"} lines that policies respond to, with up to ppo.max_new_tokens tokens;
+    # File of {"prompt"} rows that policies respond to, with up to ppo.max_new_tokens tokens;
     # empty: eval_prompts_jsonl.
     config.evaluate.prompts_jsonl = ""
     # Working directories of PPO runs to compare: DIR or NAME=DIR; empty: this run's own adapter.
     config.evaluate.runs = ""
-    # File of {"prompt", "response"} lines by people, shown in latent_map.json.
+    # File of {"prompt", "response"} rows by people, shown in latent_map.json.
     config.evaluate.human_jsonl = ""
     config.evaluate.temperature = 0.0  # sampling temperature; 0: greedy
     config.evaluate.samples = 1  # responses per prompt

@@ -16,7 +16,7 @@ from pipeline.all_stages import run_all
 from pipeline.changes import Provenance, change
 from pipeline.cli import fill_in
 from pipeline.inputs import Kind
-from pipeline.preflight import check
+from pipeline.preflight import check, check_input
 from pipeline.provenance import Records, digests, provenance
 from pipeline.runner import run_stage
 from pipeline.stage import load, load_all
@@ -47,6 +47,29 @@ def test_inputs_are_the_existing_files_that_the_stage_declares(tmp_path):
     pairs.write_text("changed")
     after = provenance(stage, config, tmp_path / "work").inputs
     assert {p for p in after if after[p] != before.inputs[p]} == {str(pairs)}
+
+
+OF_ROWS = (Kind.ROWS, Kind.FILES, Kind.NAMED_FILES)
+FILE_INPUTS = [item for item in preflight.inputs() if item.kind in (*OF_ROWS, Kind.FILE)]
+
+
+@pytest.mark.parametrize("item", FILE_INPUTS, ids=lambda item: item.field)
+def test_data_on_the_hub_count_by_their_name(item, tmp_path):
+    config, address = base.get_config(), "hf://datasets/owner/name@main"
+    config.update_from_flattened_dict({item.field: address})
+    if item.kind not in OF_ROWS:
+        with pytest.raises(InputError, match=f"^{item.field}=hf:.*: no such file"):
+            check_input(item, config, tmp_path)
+        return
+    check_input(item, config, tmp_path)
+    assert item.files(config, tmp_path) == []
+    for stage in load_all():
+        if item in stage.inputs:
+            before = provenance(stage, config, tmp_path)
+            config.update_from_flattened_dict({item.field: "hf://datasets/owner/name@v2"})
+            changed = provenance(stage, config, tmp_path)
+            assert item.field in change(stage, dataclasses.asdict(before), changed)
+            config.update_from_flattened_dict({item.field: address})
 
 
 def test_an_option_with_the_name_of_a_folder_is_no_input(tmp_path, monkeypatch):
