@@ -31,6 +31,7 @@ def value_of(item: Input, folder: str = "{workdir}") -> str:
     """Returns a value of the field that names a file, or a run or model, in a folder."""
     values = {
         Kind.FILE: f"{folder}/f.json",
+        Kind.ROWS: f"{folder}/f.json",
         Kind.FILES: f"{folder}/f.json,{folder}/g.json",
         Kind.NAMED_FILES: f"n={folder}/f.json,{folder}/g.json",
         Kind.RUNS: f"n={folder}/run,{folder}/run2",
@@ -68,7 +69,7 @@ def test_every_file_that_is_read_has_its_digest_recorded(stage, item, tmp_path):
         paths = item.paths(config, workdir)
         assert paths and all(path.exists() for path in paths), (name, paths)
         read = [f for f in files if any(f.is_relative_to(path) for path in paths)]
-        assert len(read) == (1 if item.kind in (Kind.FILE, *MODELS) else 2)
+        assert len(read) == (1 if item.kind in (Kind.FILE, Kind.ROWS, *MODELS) else 2)
         before = recorded(stage, config, workdir)
         assert {str(file) for file in read} <= before["inputs"].keys()
         assert change(stage, before, provenance(stage, config, workdir / "out")) is None

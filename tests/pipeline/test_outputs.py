@@ -225,7 +225,7 @@ FILE_INPUTS = [
     for stage in load_all()
     for variant in CONFIGS.get(stage.name, [""])
     for item in stage.inputs
-    if item.kind in (Kind.FILE, Kind.FILES, Kind.NAMED_FILES)
+    if item.kind in (Kind.FILE, Kind.ROWS, Kind.FILES, Kind.NAMED_FILES)
 ]
 
 
