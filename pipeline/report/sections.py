@@ -14,6 +14,7 @@ from pipeline.report.pictures import Picture
 from pipeline.report.runs import Run
 from pipeline.report.samples import Pair
 from pipeline.report.tables import Table
+from ppo.tracking.metrics import GROUP_COLUMNS
 
 Shown = TypeVar("Shown", Table, Picture)
 MAX_BANDS = 3  # runs with a band; the bands of more runs would hide each other
@@ -282,8 +283,8 @@ def _footnotes(
     shown = [c for c in columns if c == "minutes" or any(run.has(c) for run in reference)]
     footnotes = recordings.notes(origins, shown)
     if complete and reference:
-        titles = tables.GLANCE.items()
-        absent = [title for name, title in titles if not any(run.has(name) for run in reference)]
+        expected = {k: v for k, v in tables.GLANCE.items() if k not in GROUP_COLUMNS}
+        absent = [v for k, v in expected.items() if not any(run.has(k) for run in reference)]
         footnotes += recordings.further_notes(absent)
     return footnotes
 

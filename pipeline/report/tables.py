@@ -24,12 +24,14 @@ GLANCE = {
     "response_length_mean": "length, tokens",
     "eos_fraction": "share that ended",
     "entropy": "entropy, nats per token",
+    "zero_spread_groups": "groups whose responses all have the same reward",
     "disc_acc": "discriminator accuracy",
 }
 OPTIONS = (
-    "ppo.total_steps ppo.batch_size ppo.learning_rate ppo.kl_coef ppo.seed reward.unit "
-    "reward.penalize_features reward.tau_values reward.alpha_values reward.clamp_features "
-    "reward.beta reward.latent_indices reward.penalty_cap"
+    "ppo.algorithm ppo.total_steps ppo.batch_size ppo.samples_per_prompt ppo.learning_rate "
+    "ppo.kl_coef ppo.seed reward.unit reward.penalize_features reward.tau_values "
+    "reward.alpha_values reward.clamp_features reward.beta reward.latent_indices "
+    "reward.penalty_cap"
 ).split()
 POLICY = {
     "score": "R_SARM",
