@@ -48,6 +48,11 @@ def _add_models(config: ConfigDict) -> None:
     # most the number of positions that the SARM has.
     config.sarm_max_length = 4096
     config.sarm_batch_size = 16  # conversations that the SARM scores at a time
+    # Where PPO runs are shown while they train: any of tensorboard, wandb and trackio,
+    # comma-separated; empty: nowhere. May differ when a run is resumed.
+    config.track = "tensorboard"
+    # Project of W&B and Trackio; with another one a run that is resumed starts a new run there.
+    config.track_project = "sarm_jax"
 
     # Device mesh. The batch is split over the axes data and fsdp.
     config.mesh = ConfigDict()

@@ -6,9 +6,12 @@ Every field of a section reaches its dataclass, so a field that none of them has
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from ppo.config import PPOConfig
 from ppo.tracking.checkpoint import CheckpointConfig
 from ppo.tracking.guards import GuardConfig
+from ppo.tracking.trackers.start import TrackConfig
 from ppo.train import TrainConfig
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.rewards.density_ratio import DiscriminatorConfig
@@ -24,6 +27,7 @@ def train_config(config: Mapping[str, Any]) -> TrainConfig:
         discriminator=DiscriminatorConfig(**config["discriminator"]),
         guards=guard_config(config["guards"]),
         checkpoint=CheckpointConfig(**config["checkpoint"]),
+        tracking=track_config(config),
         experiment_name=config["experiment_name"],
     )
 
@@ -36,6 +40,12 @@ def lora_config(section: Mapping[str, Any]) -> LoRAConfig:
 def guard_config(section: Mapping[str, Any]) -> GuardConfig:
     """Validates the section `guards`, in which `stop` holds comma-separated names."""
     return GuardConfig(**{**section, "stop": split_names(section["stop"])})
+
+
+def track_config(config: Mapping[str, Any]) -> TrackConfig:
+    """Validates `track`, in which trackers are comma-separated, and `track_project`."""
+    options = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+    return TrackConfig(split_names(config["track"]), config["track_project"], options)
 
 
 def split_names(text: str) -> tuple[str, ...]:

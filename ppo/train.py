@@ -43,6 +43,7 @@ from ppo.tracking.metrics import (
     summarise_evaluations,
 )
 from ppo.tracking.profiling import NO_PROFILE, ProfileConfig, Profiler, phase
+from ppo.tracking.trackers.start import TrackConfig
 from ppo.update import Updater, batch_metrics
 from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.json_files import write_json
@@ -74,8 +75,8 @@ LOOK_AHEAD = 10_000  # batches whose shapes are compiled before the first step
 class TrainConfig:
     """Options of the stage `train`, by section of the config.
 
-    `guards`, `checkpoint` and `experiment_name` do not affect results, and may differ when a run is
-    resumed.
+    `guards`, `checkpoint`, `tracking` and `experiment_name` do not affect results, and may differ
+    when a run is resumed.
     """
 
     ppo: PPOConfig
@@ -84,6 +85,7 @@ class TrainConfig:
     discriminator: DiscriminatorConfig
     guards: GuardConfig
     checkpoint: CheckpointConfig
+    tracking: TrackConfig = dataclasses.field(default_factory=TrackConfig)
     experiment_name: str = ""
 
 
@@ -161,6 +163,7 @@ class Trainer:
         Raises:
             NonFiniteError: too many steps had updates that were not finite.
             GuardStopError: a guard that `guards.stop` names is active.
+            InputError: a tracker of `track` cannot be started.
             SystemExit: SIGTERM or Ctrl-C, with code 128 + signal. Only in this case does the
                 method shut down the processes of the run (`processes.shut_down`).
             OSError: the disk is full.
@@ -181,6 +184,7 @@ class Trainer:
             first_step=done,
             total_steps=config.total_steps,
             algorithm=config.algorithm,
+            tracking=self.config.tracking,
         )
         with on_signal(self._remember_signal), log, self._summarising(watch, log):
             self._train(checkpoints, log, watch=watch, done=done)

@@ -21,11 +21,14 @@ from pipeline.provenance import check_claim, claim_workdir, provenance
 from pipeline.reward_inputs import REWARD_LISTS
 from pipeline.stage import Stage
 from ppo.config import PPOConfig
-from ppo.options import train_config
+from ppo.options import track_config, train_config
 from ppo.prompts import PromptDeck, read_prompts
 from ppo.tracking.checkpoint import finished_steps, newest_facts
 from ppo.tracking.metrics import check_log
 from ppo.tracking.profiling import ProfileConfig
+from ppo.tracking.trackers.record import FILE as TRACKERS
+from ppo.tracking.trackers.record import read_runs
+from ppo.tracking.trackers.start import check_available
 from ppo.train import TrainConfig, Trainer, run_slots
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir, read_settings
@@ -53,11 +56,12 @@ class RunInputs:
 
 
 def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
-    """Validates everything that PPO reads of the config, and that the devices make its mesh."""
+    """Validates all that PPO reads of the config, and that there are its devices and trackers."""
     options, profile = train_config(config), ProfileConfig(**config.profile)
     profile.check_steps(options.ppo.total_steps)
     check_remat(config.remat)
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
+    check_available(options.tracking)
     mesh = mesh_config(config)
     make_mesh(mesh)  # raises if there are too few devices
     rows = options.ppo.batch_size // options.ppo.pieces
@@ -140,6 +144,8 @@ def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenanc
             checkpoint_every=options.ppo.checkpoint_every,
             algorithm=options.ppo.algorithm,
         )
+        if options.tracking.services:
+            read_runs(workdir)  # raises if the file is damaged
         if STAGE.has_begun(config, workdir):
             check_longer(
                 config, inputs, (read_settings(workdir) or {}, recorded.get("options", {}))
@@ -326,9 +332,12 @@ RUN_FILES = "config.json metrics.csv samples.jsonl evaluations.jsonl summary.jso
 
 
 def writes(config: ConfigDict) -> list[str]:
-    """Returns what a run writes, a trace included if the config asks for one."""
+    """Returns what a run writes, a trace and the files of trackers if the config asks for them."""
     traced = ["profile/", "profile_summary.json"] if config.profile.start_step >= 0 else []
-    return [*RUN_FILES, "checkpoints/", "adapter/", *traced]
+    services = track_config(config).services
+    tracked = [TRACKERS] if services else []
+    tracked += ["wandb/"] if "wandb" in services else []
+    return [*RUN_FILES, "checkpoints/", "adapter/", *traced, *tracked]
 
 
 STAGE = Stage(

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.csv, samples.jsonl, evaluations.jsonl, TensorBoard, a progress bar.
+"""The log of a run: metrics.csv, samples.jsonl, evaluations.jsonl, trackers, a progress bar.
 
 A resumed run first drops the rows of steps that it will repeat, so that every step is logged once.
 `docs/reference/metrics.md` gives the meaning and unit of each column.
@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ppo.tracking.metrics_csv import read_metrics
-from ppo.tracking.tensorboard import Board
+from ppo.tracking.trackers.start import TrackConfig, start_trackers
+from ppo.tracking.trackers.tracker import Entry
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes, replacing
 
@@ -38,6 +39,9 @@ class RunLog:
     """The log files in `workdir`, positioned at `first_step`. Use it as a context manager.
 
     `rows` are the rows of metrics.csv, those of earlier calls included.
+
+    Raises:
+        InputError: a tracker cannot be started.
     """
 
     def __init__(
@@ -47,12 +51,13 @@ class RunLog:
         first_step: int,
         total_steps: int,
         algorithm: str = "ppo",
+        tracking: TrackConfig | None = None,
     ):
         self.columns = columns_of(features, algorithm)
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
         self._evaluations_path = workdir / EVALUATIONS
-        self._rewind(first_step)
+        begun = self._rewind(first_step)
         self._metrics = self._metrics_path.open("a", newline="", encoding="utf-8")
         self._samples = self._samples_path.open("a", encoding="utf-8")
         self._evaluated = self._stat_of_evaluations()
@@ -61,16 +66,18 @@ class RunLog:
             self._writer.writeheader()
             self.flush()
         self.rows = read_metrics(self._metrics_path)
-        self._board = Board(workdir, first_step)
+        self._trackers = start_trackers(tracking or TrackConfig(), workdir, first_step, begun=begun)
         self._bar = tqdm(total=total_steps, initial=first_step, desc=algorithm.upper(), unit="step")
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         with contextlib.ExitStack() as stack:  # closes all, even if one of them cannot be flushed
-            for file in (self._bar, self._metrics, self._samples, self._board):
+            for file in (self._bar, self._metrics, self._samples):
                 stack.callback(file.close)
+            for tracker in self._trackers:
+                stack.callback(tracker.finish, failed=kind is not None)
 
     def write(self, row: dict[str, float], samples: Sequence[dict]) -> None:
         """Logs a step.
@@ -94,8 +101,8 @@ class RunLog:
             self._samples.write(json.dumps(sample, ensure_ascii=False) + "\n")
         self.flush()
         self.rows.append({name: float(row.get(name, "nan")) for name in self.columns})
-        step = int(row["step"])
-        self._board.write({k: v for k, v in row.items() if k not in ("step", "timestamp")}, step)
+        metrics = {k: v for k, v in row.items() if k not in ("step", "timestamp")}
+        self._track(Entry(int(row["step"]), metrics, samples))
         self._bar.set_postfix_str(
             f"reward {row['total_reward']:.3f} rm {row['rm_score']:.3f} "
             f"penalty {row['indicator_penalty']:.3f} kl {row['kl_penalty']:.3f} "
@@ -116,7 +123,7 @@ class RunLog:
             self._evaluated = os.fstat(file.fileno())
         means = _held_out_means(rows)
         scalars = {f"held_out/{name}": value for name, value in means.items()}
-        self._board.write(scalars, rows[0]["step"])
+        self._track(Entry(rows[0]["step"], scalars, is_evaluation=True))
 
     def flush(self) -> None:
         """Writes metrics.csv and samples.jsonl through to disk."""
@@ -124,16 +131,26 @@ class RunLog:
             file.flush()
             os.fsync(file.fileno())
 
+    def _track(self, entry: Entry) -> None:
+        for tracker in self._trackers:
+            tracker.log(entry)
+
     def _stat_of_evaluations(self) -> os.stat_result | None:
         path = self._evaluations_path
         return path.stat() if path.exists() else None
 
-    def _rewind(self, first_step: int) -> None:
-        """Drops everything that steps from `first_step` on have logged."""
+    def _rewind(self, first_step: int) -> bool:
+        """Drops everything that steps from `first_step` on have logged.
+
+        Returns whether any step has been logged before.
+        """
+        begun = False
         if self._metrics_path.exists():
             text = read_bytes(self._metrics_path).decode("utf-8")
             reader = csv.DictReader(io.StringIO(text, newline=""))
-            rows = [row for row in reader if _is_before(row, first_step)]
+            logged = list(reader)
+            begun = bool(logged)
+            rows = [row for row in logged if _is_before(row, first_step)]
             with replacing(self._metrics_path) as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
@@ -142,6 +159,7 @@ class RunLog:
         # The evaluation of step n is that of the policy after n steps, and is written before the
         # checkpoint of n. Only a run that starts again from 0 repeats the evaluation of its step.
         _keep_lines(self._evaluations_path, first_step if first_step else -1)
+        return begun
 
 
 def _check_present(path: Path, opened: os.stat_result) -> None:

@@ -246,7 +246,7 @@ def test_a_log_on_a_full_disk_is_an_error(tmp_path, monkeypatch, file):
     if file == "events":
         fails = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
         file_of_events = Mock(write=fails, spec=["write", "flush", "close"])
-        log._board._writer._py_recordio_writer._writer = file_of_events
+        log._trackers[0]._writer._py_recordio_writer._writer = file_of_events
     elif file == "samples":
         log._samples = full.open("w")
     else:

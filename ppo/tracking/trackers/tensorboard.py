@@ -5,12 +5,13 @@ dies and the run waits for it forever. Its EventsWriter raises in the calling th
 """
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+
+from ppo.tracking.trackers.tracker import Entry
 
 
 class Board:
@@ -20,13 +21,13 @@ class Board:
         self._writer = EventsWriter(str(workdir / "events"))
         self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        """Writes the scalars of a step, and flushes them."""
-        values = [Summary.Value(tag=name, simple_value=x) for name, x in scalars.items()]
-        self._add(Event(step=step, summary=Summary(value=values)))
+    def log(self, entry: Entry) -> None:
+        """Writes the metrics of an entry, and flushes them."""
+        values = [Summary.Value(tag=name, simple_value=x) for name, x in entry.metrics.items()]
+        self._add(Event(step=entry.step, summary=Summary(value=values)))
         self._writer.flush()
 
-    def close(self) -> None:
+    def finish(self, failed: bool) -> None:
         """Flushes and closes the file."""
         self._writer.close()
 
