@@ -435,6 +435,9 @@ FLAGS = [
     main("unknown LoRA target", "--config.lora.target_modules=q_proj,wrong", "q_proj,wrong"),
     main("unknown dtype", "--config.dtype=float16", "dtype='float16'", "bfloat16"),
     main("unknown remat", "--config.remat=some", "remat='some'", "dots"),
+    main("unknown tracker", "--config.track=wandb,mlflow", "track=wandb,mlflow", "'mlflow'"),
+    main("tracker twice", "--config.track=wandb,wandb", "track=wandb,wandb", "twice"),
+    main("project of a tracker", "--config.track_project=a/b", "track_project='a/b'"),
     main("unknown schedule", "--config.ppo.lr_schedule=step", "lr_schedule='step'", "cosine"),
     main(
         "unknown treatment of long prompts",

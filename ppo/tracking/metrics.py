@@ -74,10 +74,10 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_) -> None:
         with contextlib.ExitStack() as stack:  # closes all, even if one of them cannot be flushed
+            for tracker in self._trackers:  # the last that are closed, as they may wait for uploads
+                stack.callback(tracker.finish, failed=kind is not None)
             for file in (self._bar, self._metrics, self._samples):
                 stack.callback(file.close)
-            for tracker in self._trackers:
-                stack.callback(tracker.finish, failed=kind is not None)
 
     def write(self, row: dict[str, float], samples: Sequence[dict]) -> None:
         """Logs a step.

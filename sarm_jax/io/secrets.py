@@ -1,10 +1,11 @@
-"""Keeps secrets out of what is shown or written: keys in the environment and the hub's login.
+"""Keeps secrets out of what is shown or written: keys in the environment and stored logins.
 
 A program collects its secrets once, when it starts, and redacts every text where it is shown.
 Nothing is read from the environment or from files in between.
 """
 
 import contextlib
+import netrc
 import os
 import re
 from collections.abc import Iterable
@@ -32,6 +33,8 @@ PLAIN_ENDS = set("FILE PATH DIR DIRECTORY FOLDER HOME SOCK SOCKET TYPE COUNT".sp
 PLAIN_NAMES = ("PWD", "OLDPWD")
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 PASSWORD_IN_URL = re.compile(r"://[^/\s:@]*:([^/\s@]+)@")
+FIELD_IN_URL = re.compile(r"[?&]([^=&#\s]+)=([^&#\s]+)")
+WANDB_USER, WANDB_CHARACTERS = "user", 40  # the name of W&B's logins; fewest characters of a key
 
 _secrets: list[tuple[str, str]] = []  # (value, name), the longest value first
 
@@ -39,14 +42,22 @@ _secrets: list[tuple[str, str]] = []  # (value, name), the longest value first
 def collect() -> None:
     """Reads this process's secrets; call it at start-up, before anything is shown.
 
-    They are the environment variables that are named like a secret, the passwords in addresses
-    that other variables hold, and the login of the hub, which may also stand in a file.
+    They are the environment variables that are named like a secret, the passwords and tokens in
+    addresses that other variables hold, and the logins of the hub and of W&B, which may also stand
+    in a file.
     """
     variables = [(value, name) for name, value in os.environ.items()]
     secrets = [(value, name) for value, name in variables if is_secret(name, value)]
     secrets += [
         (password, name) for v, name in variables for password in PASSWORD_IN_URL.findall(v)
     ]
+    secrets += [
+        (field, name)
+        for value, name in variables
+        for key, field in (FIELD_IN_URL.findall(value) if "://" in value else ())
+        if is_secret(key, field)
+    ]
+    secrets += [(key, "WANDB_API_KEY") for key in _wandb_logins()]
     with contextlib.suppress(OSError, ValueError):  # a login that cannot be read cannot be shown
         secrets.append((huggingface_hub.get_token() or "", "HF_TOKEN"))
     # A message in one line holds a secret of several lines, such as a private key, in one line too.
@@ -54,6 +65,19 @@ def collect() -> None:
     secrets = [secret for secret in secrets if len(secret[0]) >= MIN_CHARACTERS]
     # The longest first, because one secret may be part of another.
     _secrets[:] = sorted(dict(secrets).items(), key=lambda secret: -len(secret[0]))
+
+
+def _wandb_logins() -> list[str]:
+    """Returns the keys that `wandb login` has stored in the netrc file, if there is one."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError, netrc.NetrcParseError):
+        path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+        logins = netrc.netrc(path).hosts.values()
+        return [
+            key or ""
+            for user, _, key in logins
+            if user == WANDB_USER and len(key or "") >= WANDB_CHARACTERS
+        ]
+    return []
 
 
 def is_secret(name: str, value: str) -> bool:

@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from conversion.hf_config import llama_config, sarm_config
 from conversion.safetensors_io import INDEX, SINGLE, TensorFiles
 from ppo.tracking.metrics_csv import read_metrics
+from ppo.tracking.trackers.record import FIELDS, FILE, TrackedRun, read_runs
 from sarm_jax.evaluation.controls import read_steering
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
 from sarm_jax.io.errors import InputError
@@ -212,6 +213,28 @@ def test_metrics(folder, text, data):
     path.write_bytes(damaged(data.draw, f"step,a\n{text}\n".encode("utf-8", "surrogatepass")))
     for row in result(read_metrics, path) or ():
         assert "step" in row and all(isinstance(value, float) for value in row.values())
+
+
+TRACKED = {"id": "0123abcd", "name": "n", "project": "p", "position": 3}
+
+
+@bounded
+@given(
+    st.dictionaries(
+        st.sampled_from(["wandb", "trackio"]) | st.text(max_size=6),
+        st.dictionaries(st.sampled_from(list(FIELDS)), values | scalars).map(
+            lambda changes: TRACKED | changes
+        )
+        | values,
+        max_size=3,
+    ),
+    st.data(),
+)
+def test_records_of_trackers(folder, runs, data):
+    text = json.dumps(runs).encode("utf-8", "surrogatepass")
+    (folder / FILE).write_bytes(damaged(data.draw, text))
+    for run in (result(read_runs, folder) or {}).values():
+        assert isinstance(run, TrackedRun) and type(run.position) is int and len(run.id) == 8
 
 
 GOOD = tiny_llama_config(architectures=["LlamaForCausalLM"]).to_dict()

@@ -24,6 +24,7 @@ from pipeline.report.runs import read_run
 from ppo.tracking.manifest import DamagedCheckpointError, check_manifest
 from ppo.tracking.metrics import check_log, read_evaluations
 from ppo.tracking.metrics_csv import read_metrics
+from ppo.tracking.trackers.record import read_runs
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import open_file, read_bytes
 from sarm_jax.io.json_files import read_json
@@ -165,6 +166,7 @@ READERS = {
     "metrics.csv": (read_metrics, lambda path: check_log(path.parent, (), 0, 1)),
     "config.json": (lambda path: read_settings(path.parent),),
     "stages.json": (lambda path: Records(path.parent),),
+    "trackers.json": (lambda path: read_runs(path.parent),),
     "evaluations.jsonl": (lambda path: read_evaluations(path.parent),),
 }
 

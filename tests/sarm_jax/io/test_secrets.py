@@ -117,3 +117,42 @@ def test_the_password_in_an_address(collected):
     )
     assert secrets.redact("longpassword") == "[HTTPS_PROXY]"
     assert secrets.redact("someone host:80/a@b 5432") == "someone host:80/a@b 5432"
+
+
+@pytest.mark.parametrize(
+    ("variable", "secret"),
+    [
+        ("https://host:7860/?write_token=abcDEF0123456789", "abcDEF0123456789"),
+        ("https://host/path?x=1&api_key=abcDEF0123456789#top", "abcDEF0123456789"),
+        ("https://host/?page=abcDEF0123456789", None),
+        ("host?token=abcDEF0123456789", None),  # no address
+    ],
+)
+def test_secrets_in_an_address(collected, variable, secret):
+    collected(TRACKIO_SERVER_URL=variable)
+    text = "found abcDEF0123456789"
+    assert secrets.redact(text) == ("found [TRACKIO_SERVER_URL]" if secret else text)
+
+
+KEY = "0123456789abcdef" * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "hidden"),
+    [
+        (f"machine host\n  login user\n  password {KEY}\n", True),
+        (f"machine x login me password short\nmachine h login user password {KEY}", True),
+        (f"machine host login someone password {KEY}", False),  # another program's
+        ("machine host login user password anonymous", False),
+        (f"machine host login user passwort {KEY}", False),  # no netrc file
+        (b"\xff\xfe", False),
+        (None, False),
+    ],
+)
+def test_the_login_of_wandb_in_a_netrc_file(collected, tmp_path, content, hidden):
+    path = tmp_path / "netrc"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    collected(NETRC=str(path))
+    assert secrets.redact(f"x {KEY}") == ("x [WANDB_API_KEY]" if hidden else f"x {KEY}")
+    assert secrets.redact("anonymous") == "anonymous"
