@@ -14,6 +14,8 @@ one caches are cold after the wait, on some machines even the memory.
 samples to them, at most `--new_tokens`. All sides then sample up to the longest length, whatever
 the tokens are, and tokens beyond the length of a response do not count. `--torch_without_cache`
 makes the PyTorch side compute all positions for every token, as loops without a KV cache do.
+`--torch_generate` says how the PyTorch side samples: in one of the ways of `torch_rollout`, or in
+the fastest of them ("best"). It compiles before the first turn or in its first iteration.
 `--algorithms=ppo,rloo,grpo` compares the algorithms of this project instead, and adds the peak
 memory of each process.
 `--tunix_python=ENV/bin/python` adds Tunix from its own environment (`pip install google-tunix`),
@@ -34,6 +36,7 @@ from benchmarks.workload import Workload
 
 PHASES = ("rollout", "score", "update", "total")
 WORKLOADS = {"equal": workload.equal, "real": workload.real}
+TORCH_GENERATE = ("eager", "static", "continuous", "best")
 Times = Mapping[str, Sequence[Mapping[str, float]]]  # side → seconds by phase of each turn
 
 
@@ -75,6 +78,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--score_batch", type=int, default=4)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--torch_without_cache", action="store_true")
+    parser.add_argument("--torch_generate", choices=TORCH_GENERATE, default="eager")
     parser.add_argument(
         "--algorithms",
         type=lambda text: text.split(","),
@@ -86,6 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.tunix_python and args.dtype != "float32":
         parser.error(f"--dtype={args.dtype}: --tunix_python needs float32")
+    if args.torch_without_cache and args.torch_generate != "eager":
+        parser.error(f"--torch_generate={args.torch_generate}: needs the cache")
     if args.lengths and args.workload == "real":
         parser.error("--lengths: --workload=real samples the lengths")
     if args.lengths and len(args.lengths) != args.batch:
@@ -102,6 +108,7 @@ def start_sides(args: argparse.Namespace, work: Workload) -> dict[str, Side]:
         sides[name] = sys.executable, "jax_ppo", own | {"algorithm": name} | groups
     if not args.algorithms:
         torch = {"dtype": args.dtype, "cache": not args.torch_without_cache}
+        torch |= {"generate": args.torch_generate}
         sides["jax"] = sys.executable, "jax_ppo", own
         sides["torch"] = sys.executable, "torch_ppo", torch
         if args.tunix_python:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.rollout --model_dir=DIR [--responses=256] [--slots=32] [--rounds=3]
                                  [--growth=64,256,1024] [--dtype=float32]
+                                 [--torch=eager,static,continuous] [--torch_compile_level=0]
 
 The lengths of the responses are drawn from a log-normal distribution with the median 60 and the
 95th percentile 400, and cut at the limit of 512 tokens. They are imposed: a response gets its end
@@ -10,10 +11,16 @@ token when it has its length, so that both sides do the same useful work.
 Both sides run the same program with equally many rows and the same cache. In lock-step it waits
 until all rows have ended before it takes the next prompts; refilled, it takes the next prompts as
 soon as one slot in eight is free. They take turns, and medians are reported.
+
+`--torch` adds PyTorch with the same prompts, lengths and rows (`torch_rollout` describes its three
+ways to sample), each in a process of its own, and the ratio to the fastest of them. A way that does
+not work on this machine is reported and left out.
 """
 
 import argparse
+import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,8 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.side import Side
+from benchmarks.workload import Workload
 from conversion import load_policy
-from conversion.load import DTYPES
+from conversion.load import DTYPES, load_hf_tokenizer
 from ppo.prompts import encode_prompts, read_prompts
 from sarm_jax.models.chat import pad_batch
 from sarm_jax.sampling.generate import Generation, Sampling
@@ -33,6 +42,7 @@ from sarm_jax.sampling.refilling import RefillingLoop
 PROMPTS = "configs/data/everyday_demos.jsonl"
 MEDIAN, PERCENTILE_95, LIMIT = 60, 400, 512
 MAX_PROMPT_TOKENS, PAD = 96, 0
+TORCH_MODES = ("eager", "static", "continuous")
 
 
 class GivenLengths(RefillingLoop):
@@ -61,12 +71,17 @@ def draw_lengths(count: int) -> np.ndarray:
     return rng.permutation(np.clip(lengths_n, 1, LIMIT).astype(np.int32))
 
 
+def encoded_prompts(tokenizer, responses: int) -> list[list[int]]:
+    """Returns the tokens of as many everyday prompts, again from the first after the last."""
+    texts = read_prompts(PROMPTS)
+    texts = (texts * -(-responses // len(texts)))[:responses]
+    return encode_prompts(texts, tokenizer, MAX_PROMPT_TOKENS, long_prompts="truncate").rows
+
+
 def rollouts(model_dir: str, dtype: str, responses: int, slots: int) -> dict[str, Callable]:
     """Returns the two sides as functions without arguments; each returns a `Generation`."""
     policy, tokenizer = load_policy(model_dir, dtype)
-    texts = read_prompts(PROMPTS)
-    texts = (texts * -(-responses // len(texts)))[:responses]
-    rows = encode_prompts(texts, tokenizer, MAX_PROMPT_TOKENS, long_prompts="truncate").rows
+    rows = encoded_prompts(tokenizer, responses)
     tokens_bt, mask_bt = map(jnp.asarray, pad_batch(rows, MAX_PROMPT_TOKENS, PAD, side="left"))
     lengths_b = jnp.asarray(draw_lengths(responses))
     graphdef, state = nnx.split(policy)
@@ -88,10 +103,19 @@ def rollouts(model_dir: str, dtype: str, responses: int, slots: int) -> dict[str
 
 
 def measure(sides: dict[str, Callable], tokens: int, rounds: int) -> dict[str, float]:
-    """Returns the useful tokens per second of each side, the median over rounds in turns."""
-    for name, run in sides.items():
+    """Returns the useful tokens per second of each side, the median over rounds in turns.
+
+    A side of PyTorch whose process ends in the first call is left out.
+    """
+    sides = dict(sides)
+    for name, run in list(sides.items()):
         start = time.perf_counter()
-        run()
+        try:
+            run()
+        except SystemExit as error:
+            print(f"# {name}: left out, {error}", flush=True)
+            del sides[name]
+            continue
         print(f"# {name}: first call {time.perf_counter() - start:.0f} s", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
@@ -102,8 +126,35 @@ def measure(sides: dict[str, Callable], tokens: int, rounds: int) -> dict[str, f
     return {name: tokens / statistics.median(times) for name, times in seconds.items()}
 
 
-def main() -> None:
-    """Prints the comparison, and how the cost per useful token grows."""
+def torch_sides(args: argparse.Namespace, lengths: np.ndarray) -> dict[str, Callable]:
+    """Starts the sides of PyTorch; a call of one samples all responses."""
+    if not args.torch:
+        return {}
+    prompts = encoded_prompts(load_hf_tokenizer(args.model_dir), args.responses)
+    work = Workload(prompts, lengths.tolist(), epochs=0)
+    sides: dict[str, Callable] = {}
+    for mode in args.torch:
+        options = {
+            "dtype": args.dtype,
+            "mode": mode,
+            "slots": args.slots,
+            "compile_level": args.torch_compile_level,
+        }
+        side = Side(
+            sys.executable,
+            "benchmarks.torch_rollout",
+            iterations=1,
+            model_dir=args.model_dir,
+            work=work,
+            options=options,
+        )
+        side.ready()
+        sides[f"torch {mode}"] = side.turn
+    return sides
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parses and checks the command line."""
     parser = argparse.ArgumentParser(description="Refilled slots against rows in lock-step.")
     parser.add_argument("--model_dir", default="outputs/models/SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -111,7 +162,37 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--growth", default="", help="numbers of responses, comma-separated")
+    parser.add_argument(
+        "--torch", default="", help=f"PyTorch's ways to sample, of {','.join(TORCH_MODES)}"
+    )
+    parser.add_argument(
+        "--torch_compile_level", type=int, choices=range(4), default=0,
+        help="of continuous batching; 0: not compiled",
+    )  # fmt: skip
     args = parser.parse_args()
+    args.torch = list(filter(None, args.torch.split(",")))
+    for mode in args.torch:
+        if mode not in TORCH_MODES:
+            parser.error(f"--torch: found {mode!r}, expected some of {','.join(TORCH_MODES)}")
+    return args
+
+
+def print_speeds(speeds: dict[str, float]) -> None:
+    """Prints the speed of each side, and the ratios."""
+    for name, speed in speeds.items():
+        print(f"{name}: {speed:.0f} useful tokens/s")
+    print(f"ratio: {speeds['refilled'] / speeds['lock-step']:.2f}")
+    others = [name for name in speeds if name.startswith("torch ")]
+    if others:
+        best = max(others, key=lambda name: speeds[name])
+        print(f"ratio to {best}, PyTorch's fastest: {speeds['refilled'] / speeds[best]:.2f}")
+
+
+def main() -> None:
+    """Prints the comparison, and how the cost per useful token grows."""
+    args = parse_arguments()
+    if args.torch:  # the sides share a GPU
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     lengths = draw_lengths(args.responses)
     q50, q95 = np.quantile(lengths, (0.5, 0.95))
     print(
@@ -119,10 +200,8 @@ def main() -> None:
         f"{q95:.0f}, longest {lengths.max()}), {args.slots} rows"
     )
     sides = rollouts(args.model_dir, args.dtype, args.responses, args.slots)
-    speeds = measure(sides, int(lengths.sum()), args.rounds)
-    for name, speed in speeds.items():
-        print(f"{name}: {speed:.0f} useful tokens/s")
-    print(f"ratio: {speeds['refilled'] / speeds['lock-step']:.2f}")
+    sides |= torch_sides(args, lengths)
+    print_speeds(measure(sides, int(lengths.sum()), args.rounds))
     for count in map(int, filter(None, args.growth.split(","))):
         refilled = {"refilled": rollouts(args.model_dir, args.dtype, count, args.slots)["refilled"]}
         speed = measure(refilled, int(draw_lengths(count).sum()), args.rounds)["refilled"]

@@ -2,22 +2,22 @@
 
 An iteration does the same work as this project's, on the same prompts (`ppo_iteration` runs both):
 
-1. Rollout: sample up to the longest response, with a KV cache.
+1. Rollout: sample up to the longest response, with a KV cache. `generate` says in which of the ways
+   of `torch_rollout`.
 2. Score: a reward of SARM's shape. The first 15 layers of the same model are the trunk, followed by
    standardise → TopK SAE (random weights) → linear head at the last token of the response.
 3. Update: old log-probs and values, reference log-probs (without adapters), then `epochs` epochs
    over the whole batch: the clipped PPO loss on LoRA (r 16 on q, k, v, o) and a value head, AdamW.
 
 It runs on a GPU if there is one, with float32 products in TF32 as in JAX. It is meant to be as fast
-as plain PyTorch gets without a compiler or CUDA graphs: sdpa attention, inference_mode if no
-gradient is needed, adapters merged into the weights for the rollout (on a CPU faster than separate
-adapters, and than a static cache), logits only on the response positions, and gradients only for
-the trained parameters.
+as plain PyTorch gets: sdpa attention, inference_mode if no gradient is needed, adapters merged into
+the weights for the rollout (on a CPU faster than separate adapters), logits only on the response
+positions, and gradients only for the trained parameters. With `generate="eager"`, the default, it
+uses neither a compiler nor CUDA graphs.
 
 Sources: PPO, arXiv 1707.06347, with the details of arXiv 2403.17031.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, LlamaModel, PreTrainedModel
 
+from benchmarks.torch_rollout import MODES, TorchRollout, fastest, prepare_torch
 from benchmarks.workload import Workload
 
 TRUNK_LAYERS, LATENTS, TOP_K = 15, 4608, 32
@@ -62,7 +63,9 @@ class Sarm(torch.nn.Module):
 class TorchPPO:
     """The policy with its adapters and value head, the reward model, the prompts, the optimizer."""
 
-    def __init__(self, model_dir: str, work: Workload, dtype: torch.dtype, cache: bool) -> None:
+    def __init__(
+        self, model_dir: str, work: Workload, *, dtype: torch.dtype, cache: bool, generate: str
+    ) -> None:
         base = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, attn_implementation="sdpa"
         )
@@ -97,6 +100,20 @@ class TorchPPO:
         )
         self.prompts_bp, self.prompt_mask_bp, self.counted_bn = (x.to(self.device) for x in arrays)
         self.losses: list[float] = []  # of the last iteration, one per epoch
+        self.pad, self.rollouts = pad, self._choose(base, work, generate)
+
+    def _choose(self, base: PreTrainedModel, work: Workload, generate: str) -> TorchRollout | None:
+        """Returns the way to sample, the fastest for "best"; None: `generate` in this module."""
+        if generate == "eager":
+            return None
+        rollouts = {
+            mode: TorchRollout(base, work.prompts, work.lengths, mode=mode, slots=len(work.prompts))
+            for mode in (MODES if generate == "best" else [generate])
+        }
+        if generate == "best":
+            with merged(self.policy):
+                generate = fastest(rollouts)
+        return rollouts[generate]
 
     def iteration(self) -> dict[str, float]:
         """Runs one PPO iteration; returns the seconds of rollout, score, update and total."""
@@ -124,6 +141,11 @@ class TorchPPO:
 
     def rollout(self) -> torch.Tensor:
         """Samples at temperature 1; returns prompts and responses [B, P + N]."""
+        if self.rollouts is not None:
+            with merged(self.policy):
+                responses = [torch.tensor(row) for row in self.rollouts.run()]
+            responses_bn = pad_sequence(responses, True, self.pad).to(self.device)
+            return torch.cat([self.prompts_bp, responses_bn], dim=1)
         with merged(self.policy), torch.inference_mode():
             ids_bt = self.policy.generate(
                 input_ids=self.prompts_bp,
@@ -248,7 +270,9 @@ def ppo_loss(
     return ((policy_bn + 0.5 * VF_COEF * error_bn) * mask_bn).sum() / mask_bn.sum()
 
 
-def build(model_dir: str, work: Workload, dtype: str, cache: bool = True) -> TorchPPO:
+def build(
+    model_dir: str, work: Workload, dtype: str, cache: bool = True, generate: str = "eager"
+) -> TorchPPO:
     """Loads the models; `.iteration()` then runs and times one PPO iteration on all cores.
 
     Args:
@@ -256,9 +280,7 @@ def build(model_dir: str, work: Workload, dtype: str, cache: bool = True) -> Tor
         work: the workload.
         dtype: dtype of the weights.
         cache: use a KV cache; without it every token costs a pass over all positions before it.
+        generate: one of the ways to sample of `torch_rollout`, or "best": the fastest one.
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(0)
-    return TorchPPO(model_dir, work, dtype=getattr(torch, dtype), cache=cache)
+    prepare_torch()
+    return TorchPPO(model_dir, work, dtype=getattr(torch, dtype), cache=cache, generate=generate)
