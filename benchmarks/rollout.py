@@ -1,7 +1,7 @@
 """Measure rollouts whose lengths have a long tail: refilled slots against rows in lock-step.
 
     python -m benchmarks.rollout --model_dir=DIR [--responses=256] [--slots=32] [--rounds=3]
-                                 [--growth=64,256,1024] [--dtype=float32]
+                                 [--growth=64,256,1024] [--growth_slots=8] [--dtype=float32]
                                  [--torch=eager,static,continuous] [--torch_compile_level=0]
 
 The lengths of the responses are drawn from a log-normal distribution with the median 60 and the
@@ -10,7 +10,8 @@ token when it has its length, so that both sides do the same useful work.
 
 Both sides run the same program with equally many rows and the same cache. In lock-step it waits
 until all rows have ended before it takes the next prompts; refilled, it takes the next prompts as
-soon as one slot in eight is free. They take turns, and medians are reported.
+soon as one slot in eight is free. They take turns, and medians are reported. `--growth` measures
+refilled rollouts of several numbers of responses with the same few slots.
 
 `--torch` adds PyTorch with the same prompts, lengths and rows (`torch_rollout` describes its three
 ways to sample), each in a process of its own, and the ratio to the fastest of them. A way that does
@@ -22,7 +23,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -42,6 +43,7 @@ from sarm_jax.sampling.refilling import RefillingLoop
 PROMPTS = "configs/data/everyday_demos.jsonl"
 MEDIAN, PERCENTILE_95, LIMIT = 60, 400, 512
 MAX_PROMPT_TOKENS, PAD = 96, 0
+SIDES = ("lock-step", "refilled")
 TORCH_MODES = ("eager", "static", "continuous")
 
 
@@ -78,8 +80,10 @@ def encoded_prompts(tokenizer, responses: int) -> list[list[int]]:
     return encode_prompts(texts, tokenizer, MAX_PROMPT_TOKENS, long_prompts="truncate").rows
 
 
-def rollouts(model_dir: str, dtype: str, responses: int, slots: int) -> dict[str, Callable]:
-    """Returns the two sides as functions without arguments; each returns a `Generation`."""
+def rollouts(
+    model_dir: str, dtype: str, responses: int, slots: int, names: Sequence[str] = SIDES
+) -> dict[str, Callable]:
+    """Compiles the sides and returns functions without arguments; each returns a `Generation`."""
     policy, tokenizer = load_policy(model_dir, dtype)
     rows = encoded_prompts(tokenizer, responses)
     tokens_bt, mask_bt = map(jnp.asarray, pad_batch(rows, MAX_PROMPT_TOKENS, PAD, side="left"))
@@ -97,21 +101,25 @@ def rollouts(model_dir: str, dtype: str, responses: int, slots: int) -> dict[str
         return end.tokens_br, end.logp_br
 
     def side(lock_step: bool) -> Callable[[], Generation]:
-        return lambda: jax.block_until_ready(run(state, jax.random.key(0), lock_step))
+        start, key = time.perf_counter(), jax.random.key(0)
+        compiled = run.lower(state, key, lock_step=lock_step).compile()
+        print(f"# compiled in {time.perf_counter() - start:.0f} s", flush=True)
+        return lambda: jax.block_until_ready(compiled(state, key))
 
-    return {"lock-step": side(True), "refilled": side(False)}
+    return {name: side(name == "lock-step") for name in names}
 
 
-def measure(sides: dict[str, Callable], tokens: int, rounds: int) -> dict[str, float]:
-    """Returns the useful tokens per second of each side, the median over rounds in turns.
+def measure(sides: Mapping[str, Callable], rounds: int) -> dict[str, float]:
+    """Returns the seconds of each side, the median over rounds in turns.
 
-    A side of PyTorch whose process ends in the first call is left out.
+    The sides of JAX are compiled already; a side of PyTorch has a first call that does not count,
+    and is left out if its process ends in that call.
     """
     sides = dict(sides)
-    for name, run in list(sides.items()):
+    for name in [name for name in sides if name.startswith("torch")]:
         start = time.perf_counter()
         try:
-            run()
+            sides[name]()
         except SystemExit as error:
             print(f"# {name}: left out, {error}", flush=True)
             del sides[name]
@@ -123,7 +131,8 @@ def measure(sides: dict[str, Callable], tokens: int, rounds: int) -> dict[str, f
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    return {name: tokens / statistics.median(times) for name, times in seconds.items()}
+            print(f"# {name}: {seconds[name][-1]:.1f} s", flush=True)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def torch_sides(args: argparse.Namespace, lengths: np.ndarray) -> dict[str, Callable]:
@@ -160,8 +169,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--responses", type=int, default=256)
     parser.add_argument("--slots", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: only --growth")
     parser.add_argument("--growth", default="", help="numbers of responses, comma-separated")
+    parser.add_argument("--growth_slots", type=int, default=8)
     parser.add_argument(
         "--torch", default="", help=f"PyTorch's ways to sample, of {','.join(TORCH_MODES)}"
     )
@@ -199,13 +209,20 @@ def main() -> None:
         f"{args.responses} responses, {lengths.sum()} tokens (median {q50:.0f}, 95th percentile "
         f"{q95:.0f}, longest {lengths.max()}), {args.slots} rows"
     )
-    sides = rollouts(args.model_dir, args.dtype, args.responses, args.slots)
-    sides |= torch_sides(args, lengths)
-    print_speeds(measure(sides, int(lengths.sum()), args.rounds))
-    for count in map(int, filter(None, args.growth.split(","))):
-        refilled = {"refilled": rollouts(args.model_dir, args.dtype, count, args.slots)["refilled"]}
-        speed = measure(refilled, int(draw_lengths(count).sum()), args.rounds)["refilled"]
-        print(f"{count} responses: {1e3 / speed:.3f} ms per useful token", flush=True)
+    if args.rounds:
+        sides = rollouts(args.model_dir, args.dtype, args.responses, args.slots)
+        sides |= torch_sides(args, lengths)
+        seconds = measure(sides, args.rounds)
+        print_speeds({name: lengths.sum() / seconds_ for name, seconds_ in seconds.items()})
+    growing = {
+        str(count): rollouts(args.model_dir, args.dtype, count, args.growth_slots, SIDES[1:])[
+            "refilled"
+        ]
+        for count in map(int, filter(None, args.growth.split(",")))
+    }
+    for count, time_s in measure(growing, max(args.rounds, 1)).items():
+        tokens = draw_lengths(int(count)).sum()
+        print(f"{count} responses: {1e3 * time_s / tokens:.3f} ms per useful token", flush=True)
 
 
 if __name__ == "__main__":
