@@ -1,10 +1,12 @@
 """Encodes prompts and responses as token ids, through the tokenizer's own chat template.
 
-- There is exactly one BOS if the tokenizer uses one.
+- There is exactly one BOS at the start if the tokenizer uses one; a template may write more of
+  them between the turns of a conversation.
 - A conversation is truncated on the left, so that the end-of-turn token is kept.
 - Text that a template writes after the end-of-turn token (ChatML's newline, or the header of
   another turn) is dropped, so that a SARM pools the end-of-turn token itself.
 - A special token that is spelled out in a prompt or a response is encoded as text.
+- Every turn of a conversation is encoded, once and unchanged.
 """
 
 import json
@@ -24,15 +26,16 @@ from sarm_jax.models.chat_template import (
     special_tokens,
     spells_special_token,
 )
+from sarm_jax.models.conversation import Prompt
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Encodes a user turn and the assistant header after it, which a policy continues."""
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Encodes a prompt and the assistant header after it, which a policy continues."""
     return _encode(tokenizer, chat_template(tokenizer).prompt(prompt))
 
 
 def encode_conversation(
-    tokenizer: Any, prompt: str, response: str, max_length: int = 4096
+    tokenizer: Any, prompt: Prompt, response: str, max_length: int = 4096
 ) -> list[int]:
     """Encodes a prompt and its response: at most `max_length` ids, the last one ends the turn."""
     template = chat_template(tokenizer)
