@@ -35,8 +35,9 @@ from benchmarks.side import Side
 from benchmarks.workload import Workload
 from conversion import load_policy
 from conversion.load import DTYPES, load_hf_tokenizer
-from ppo.prompts import encode_prompts, read_prompts
+from ppo.prompts import encode_prompts
 from sarm_jax.models.chat import pad_batch
+from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.sampling.generate import Generation, Sampling
 from sarm_jax.sampling.refilling import RefillingLoop
 

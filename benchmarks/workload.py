@@ -56,7 +56,8 @@ def real(args: argparse.Namespace) -> Workload:
     """Takes everyday prompts, and the lengths of the responses that the model samples to them."""
     from conversion import load_policy
     from ppo.comparison.responses import ResponseConfig, respond
-    from ppo.prompts import encode_prompts, read_prompts
+    from ppo.prompts import encode_prompts
+    from sarm_jax.models.conversation_rows import read_prompts
     from sarm_jax.sampling.generate import Sampling
 
     policy, tokenizer = load_policy(args.model_dir)

@@ -1,12 +1,15 @@
 """The policy and the SARM of a config, on their mesh."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from conversion import load_policy, load_sarm
-from conversion.load import check_dtype, read_policy_config, read_sarm_config
+from conversion.load import check_dtype, load_hf_tokenizer, read_policy_config, read_sarm_config
 from sarm_jax.io.errors import InputError
+from sarm_jax.models.conversation import Prompt
+from sarm_jax.models.conversation_rows import check_turns
 from sarm_jax.models.llama import REMAT, Llama
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
@@ -31,6 +34,23 @@ def load_reward_model(config: ConfigDict) -> RewardModel:
     model.batch_size = config.sarm_batch_size
     model.model.trunk.placement = placed
     return model
+
+
+def check_conversations(model: str, files: Mapping[str, Sequence[Prompt]]) -> None:
+    """Checks that the chat template of a model takes all conversations, without loading a weight.
+
+    Args:
+        model: a policy or a SARM.
+        files: the prompts of every file, one for each row.
+
+    Raises:
+        InputError: names the file and the row whose turns the template refuses.
+    """
+    if all(isinstance(prompt, str) for prompts in files.values() for prompt in prompts):
+        return
+    tokenizer = load_hf_tokenizer(model)
+    for path, prompts in files.items():
+        check_turns(tokenizer, prompts, path)
 
 
 def check_scoring(config: ConfigDict) -> None:

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 from conversion.keys import abstract_policy, tensor_specs
 from conversion.load import load_hf_tokenizer, read_policy_config
 from conversion.peft import CONFIG, load_adapter, read_adapter
-from pipeline.models import load_policy_model, mesh_config
-from pipeline.options import DEMONSTRATION, required
+from pipeline.models import check_conversations, load_policy_model, mesh_config
+from pipeline.options import required
 from ppo.comparison.policy_comparison import (
     BASE,
     HUMAN,
@@ -21,14 +21,15 @@ from ppo.comparison.policy_comparison import (
     summary,
 )
 from ppo.comparison.responses import ResponseConfig, Responses, respond
-from ppo.prompts import encode_prompts, read_prompts
+from ppo.prompts import encode_prompts
 from sarm_jax.evaluation.controls import Controls
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import write_jsonl
-from sarm_jax.io.row_files import read_rows
 from sarm_jax.io.workdir import named_workdirs
 from sarm_jax.models.checks import check_positions
+from sarm_jax.models.conversation import Prompt
+from sarm_jax.models.conversation_rows import read_demonstrations, read_prompts
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.sampling.generate import Sampling, check_temperature
@@ -40,9 +41,9 @@ LOG = logging.getLogger(__name__)
 class PolicyInputs:
     """The data and adapters of a comparison, read and checked before any model is loaded."""
 
-    prompts: list[str]
+    prompts: list[Prompt]
     rows: list[list[int]]
-    human: list[tuple[str, str]]
+    human: list[tuple[Prompt, str]]
     adapters: dict[str, Path]
     options: ResponseConfig
 
@@ -90,8 +91,10 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     )
     human = []
     if section.human_jsonl:
-        human = read_rows(section.human_jsonl, DEMONSTRATION)
+        human = read_demonstrations(section.human_jsonl)
     pairs = [(row["prompt"], row["response"]) for row in human]
+    files = {path: prompts, section.human_jsonl: [prompt for prompt, _ in pairs]}
+    check_conversations(config.sarm_model, files)
     return PolicyInputs(encoded.texts, encoded.rows, pairs, adapters, options)
 
 

@@ -18,6 +18,7 @@ from ppo.prompts import PromptDeck
 from ppo.rollout import Rollout, Sampler
 from ppo.run_state import RunState
 from ppo.slots import SlotPlan, slot_plans
+from sarm_jax.models.conversation import Prompt, to_json
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.rewards.compound import RewardConfig, ScoreScale, compound_reward
 from sarm_jax.rewards.density_ratio import DensityRatio
@@ -46,7 +47,7 @@ class HeldOut:
                 yield partial(learner.lower_reference, base, length, slots)
 
     @property
-    def prompts(self) -> list[list[str]]:
+    def prompts(self) -> list[list[Prompt]]:
         """Prompts of each batch."""
         return [self.deck.texts(number) for number in range(self.batches)]
 
@@ -102,7 +103,7 @@ class HeldOut:
         features = [str(i) for i in self.reward.penalize_features]
         return [
             {
-                "prompt": rollout.prompts[b],
+                "prompt": to_json(rollout.prompts[b]),
                 "response": rollout.responses[b],
                 "ended": bool(rollout.ended_b[b]),
                 "ref_kl": float(ref_kl_b[b]),

@@ -11,6 +11,7 @@ from ppo.rollout import Rollout
 from ppo.run_state import RunState
 from ppo.tracking.checkpoint import named_arrays
 from sarm_jax.io.files import replacing
+from sarm_jax.models.conversation import plain_text
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.rewards.scoring import Scored
 
@@ -51,7 +52,8 @@ def dump_step(
     }
     arrays |= {f"state.{name}": value for name, value in named_arrays(state).items()}
     arrays["sampler.logp_br"] = rollout.generation.logp_br
-    arrays |= {"prompts": rollout.prompts, "responses": rollout.responses}
+    prompts = [plain_text(prompt) for prompt in rollout.prompts]
+    arrays |= {"prompts": prompts, "responses": rollout.responses}
     with replacing(path, "wb") as file:
         np.savez(file, **fetch(arrays))
     return path

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,12 @@ import numpy as np
 from ppo.config import PPOConfig
 from ppo.prompt_lengths import padded_lengths
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.row_files import place_of, read_rows
+from sarm_jax.io.row_files import place_of
 from sarm_jax.models.chat import encode_prompt, pad_batch, pad_id
+from sarm_jax.models.conversation import Conversation, Message, Prompt, as_prompt
+from sarm_jax.models.conversation_rows import check_turns
 
 LOG = logging.getLogger(__name__)
-
-
-def read_prompts(path: str) -> list[str]:
-    """Reads the `prompt` fields of a file of rows."""
-    return [row["prompt"] for row in read_rows(path, {"prompt": str})]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,21 +23,21 @@ class EncodedPrompts:
     """Prompts within the limit of tokens.
 
     Attributes:
-        texts: the prompts. A truncated prompt has its shortened text here, so that the policy and
-            the reward model read the same text.
+        texts: the prompts, texts and conversations. A truncated prompt is the shortened one here,
+            so that the policy and the reward model read the same.
         rows: their tokens, with the chat template.
         dropped: number of prompts that were too long and dropped.
         truncated: number of prompts that were too long and truncated.
     """
 
-    texts: list[str]
+    texts: list[Prompt]
     rows: list[list[int]]
     dropped: int = 0
     truncated: int = 0
 
 
 def encode_prompts(
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     tokenizer: Any,
     max_tokens: int,
     source: str = "prompts",
@@ -49,21 +46,23 @@ def encode_prompts(
     """Encodes prompts with the chat template, each in at most `max_tokens` tokens.
 
     Args:
-        prompts: the texts.
+        prompts: texts and conversations.
         tokenizer: tokenizer of the policy.
         max_tokens: `ppo.max_prompt_tokens`.
         source: the file that messages name.
-        long_prompts: what to do with a prompt of more tokens: "error", "drop" it, or "truncate" the
-            beginning of the user's text, which leaves the template whole.
+        long_prompts: what to do with a prompt of more tokens: "error", "drop" it, or "truncate" its
+            beginning, which leaves the template whole, see `truncate`.
 
     Raises:
-        InputError: a prompt is too long and `long_prompts` is "error"; all are dropped; or the
-            template alone has more than `max_tokens` tokens.
+        InputError: the chat template refuses the turns of a conversation; a prompt is too long and
+            `long_prompts` is "error"; all are dropped; or the template alone has more than
+            `max_tokens` tokens.
     """
+    check_turns(tokenizer, prompts, source)
     encoded = EncodedPrompts([], [])
     dropped = truncated = 0
-    for number, text in enumerate(prompts, start=1):
-        row = encode_prompt(tokenizer, text)
+    for number, prompt in enumerate(prompts, start=1):
+        row = encode_prompt(tokenizer, prompt)
         if len(row) > max_tokens:
             if long_prompts == "drop":
                 dropped += 1
@@ -74,16 +73,16 @@ def encode_prompts(
                     f"ppo.max_prompt_tokens={max_tokens}: "
                     "raise it, or set ppo.long_prompts=drop or ppo.long_prompts=truncate"
                 )
-            text = _fitting_end(text, tokenizer, max_tokens)
-            if not text:
-                template = len(encode_prompt(tokenizer, ""))
+            fitting = truncate(prompt, tokenizer, max_tokens)
+            if fitting is None:
+                template = len(encode_prompt(tokenizer, _last_turns(prompt)("")))
                 raise InputError(
                     f"{_length(source, number, row)}; without the user's text it has {template} "
                     f"tokens, which leaves no room in ppo.max_prompt_tokens={max_tokens}"
                 )
-            row = encode_prompt(tokenizer, text)
+            prompt, row = fitting, encode_prompt(tokenizer, fitting)
             truncated += 1
-        encoded.texts.append(text)
+        encoded.texts.append(prompt)
         encoded.rows.append(row)
     if not encoded.rows:
         raise InputError(
@@ -104,16 +103,42 @@ def _length(source: str, number: int, row: Sequence[int]) -> str:
     return f"{place_of(source, number)}: the prompt has {len(row)} tokens with its chat template"
 
 
-def _fitting_end(text: str, tokenizer: Any, max_tokens: int) -> str:
-    """Returns the longest end of the text that fits, by bisection; empty if none fits."""
+def truncate(prompt: Prompt, tokenizer: Any, max_tokens: int) -> Prompt | None:
+    """Cuts the beginning of a prompt that is too long; returns None if nothing fits.
+
+    A conversation keeps its system turns at the start and loses its oldest other turns, up to a
+    turn of the user. If the last turn alone is too long, its text loses its beginning.
+    """
+    if isinstance(prompt, Conversation):
+        system, turns = _split_system(prompt)
+        starts = [n for n, turn in enumerate(turns) if n and turn.role == "user"]
+        for start in starts:
+            shorter = as_prompt([*system, *turns[start:]], "prompt")
+            if len(encode_prompt(tokenizer, shorter)) <= max_tokens:
+                return shorter
+    text = prompt if isinstance(prompt, str) else prompt.messages[-1].content
+    with_text = _last_turns(prompt)
     too_early, fits = 0, len(text)
     while fits - too_early > 1:
         middle = (too_early + fits) // 2
-        if len(encode_prompt(tokenizer, text[middle:])) <= max_tokens:
+        if len(encode_prompt(tokenizer, with_text(text[middle:]))) <= max_tokens:
             fits = middle
         else:
             too_early = middle
-    return text[fits:]
+    return with_text(text[fits:]) if text[fits:] else None
+
+
+def _last_turns(prompt: Prompt) -> Callable[[str], Prompt]:
+    """Returns a function of the user's last text: the prompt with it and the system turns alone."""
+    system = [] if isinstance(prompt, str) else _split_system(prompt)[0]
+    return lambda text: as_prompt([*system, Message("user", text)], "prompt")
+
+
+def _split_system(prompt: Conversation) -> tuple[list[Message], list[Message]]:
+    """Splits a conversation into the system turns at its start and the other turns."""
+    turns = list(prompt.messages)
+    count = next(n for n, turn in enumerate(turns) if turn.role != "system")
+    return turns[:count], turns[count:]
 
 
 class PromptDeck:
@@ -126,7 +151,7 @@ class PromptDeck:
     (`ppo.prompt_lengths`) that holds its longest prompt.
 
     Args:
-        prompts: the texts.
+        prompts: texts and conversations.
         tokenizer: tokenizer of the policy.
         config: sizes of a batch, seed, limit of tokens, and what to do with longer prompts.
         source: the file that messages name.
@@ -136,7 +161,7 @@ class PromptDeck:
     """
 
     def __init__(
-        self, prompts: Sequence[str], tokenizer: Any, config: PPOConfig, source: str = "prompts"
+        self, prompts: Sequence[Prompt], tokenizer: Any, config: PPOConfig, source: str = "prompts"
     ):
         self.source, self._prompts_in_file = source, len(prompts)
         self._batch_size, self._copies = config.prompts_per_batch, config.samples_per_prompt
@@ -155,8 +180,8 @@ class PromptDeck:
         )
 
     @property
-    def prompts(self) -> list[str]:
-        """Texts of all prompts; those of truncated prompts are the shortened ones."""
+    def prompts(self) -> list[Prompt]:
+        """All prompts; truncated ones are the shortened ones."""
         return self._encoded.texts
 
     @property
@@ -179,7 +204,7 @@ class PromptDeck:
         rows = [self._encoded.rows[i] for i in self._batch(step)]
         return pad_batch(rows, self.padded_length(step), self._pad, side="left")
 
-    def texts(self, step: int) -> list[str]:
+    def texts(self, step: int) -> list[Prompt]:
         """Returns the prompt of each of the B responses of batch number `step`."""
         return [self.prompts[i] for i in self._batch(step) for _ in range(self._copies)]
 

@@ -11,20 +11,21 @@ from jax import numpy as jnp
 from ppo.learner import Learner
 from ppo.prompts import PromptDeck
 from sarm_jax.models.chat import decode
+from sarm_jax.models.conversation import Prompt
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.sampling.generate import Generation
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """Texts and tokens of B prompts and responses.
+    """B prompts, and the texts and tokens of responses to them.
 
     Prompts `[B, P]` are padded on the left, responses `[B, R]` on the right, so the last R columns
     of `tokens_bt` are the response. `ended_b` marks responses that ended with a stop token, and
     `lengths_b` counts the tokens of each response, including the stop token.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     responses: list[str]
     tokens_bp: np.ndarray
     mask_bp: np.ndarray

@@ -49,6 +49,7 @@ from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.signals import on_signal
 from sarm_jax.models.chat import pad_id
+from sarm_jax.models.conversation import to_json
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.reward_model import RewardModel
@@ -476,7 +477,7 @@ class Trainer:
         return [
             {
                 "step": step,
-                "prompt": rollout.prompts[b],
+                "prompt": to_json(rollout.prompts[b]),
                 "response": rollout.responses[b],
                 "rm_score": float(terms.score_b[b]),
                 "penalties": {

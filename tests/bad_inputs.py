@@ -633,7 +633,7 @@ JSONL = [
     prompts(
         "number for text",
         '{"prompt": "a"}\n{"prompt": 3}\n',
-        "bad.jsonl:2: field 'prompt' must be str, found 3",
+        "bad.jsonl:2: field 'prompt' must be str or a list of messages, found 3",
     ),
     prompts("null for text", '{"prompt": null}\n', "bad.jsonl:1", "found null"),
     prompts(

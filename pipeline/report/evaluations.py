@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.report.runs import read_object
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import line_of, read_jsonl
+from sarm_jax.models.conversation_rows import prompt_of
 
 FILES = ("policy", "rm_bench", "rewardbench2", "steering", "latent_map")
 BASE = "base"
@@ -23,7 +24,10 @@ EVALUATE = "python main.py --config=CONFIG --stage=evaluate --workdir="
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """The content of `folder`/eval: the JSON files by name, and the rows of responses.jsonl."""
+    """The content of `folder`/eval: the JSON files by name, and the rows of responses.jsonl.
+
+    The prompts of the rows are parsed.
+    """
 
     name: str
     folder: Path
@@ -47,14 +51,14 @@ def read_evaluation(name: str, folder: Path) -> Evaluation:
     contents = {part: read_object(eval_folder / f"{part}.json") for part in FILES}
     parts = {part: content for part, content in contents.items() if content is not None}
     path = eval_folder / "responses.jsonl"
-    fields = {"prompt": str, "responses": dict}
-    responses = read_jsonl(path, fields, lenient=True) if path.exists() else []
+    responses = read_jsonl(path, {"responses": dict}, lenient=True) if path.exists() else []
     for number, row in enumerate(responses, 1):
-        for policy, response in row["responses"].items():
-            try:
+        try:
+            row["prompt"] = prompt_of(row)
+            for policy, response in row["responses"].items():
                 _check_response(response, policy)
-            except InputError as error:
-                raise InputError(f"{path}:{line_of(path, number)}: {error}") from None
+        except InputError as error:
+            raise InputError(f"{path}:{line_of(path, number)}: {error}") from None
     if "latent_map" in parts:
         _check_map(parts["latent_map"], eval_folder / "latent_map.json")
     return Evaluation(name=name, folder=folder, parts=parts, responses=responses)

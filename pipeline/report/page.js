@@ -97,9 +97,22 @@
     return panel;
   }
 
+  // A prompt is a text, or a list of turns.
+  function appendPrompt(card, prompt) {
+    if (typeof prompt === "string") {
+      card.append(appendText(make("h3"), prompt));
+      return;
+    }
+    card.append(make("h3", "", "Conversation of " + prompt.length + " turns"));
+    for (const turn of prompt) {
+      card.append(make("h4", "role", turn.role));
+      card.append(appendText(make("p", "model-text"), turn.content));
+    }
+  }
+
   function article(row) {
     const card = make("article");
-    card.append(appendText(make("h3"), row.prompt));
+    appendPrompt(card, row.prompt);
     const difference = change(row);
     const facts = [row.run, row.origin];
     if (difference !== null) facts.push("score change " + (difference < 0 ? "" : "+") + format(difference));
@@ -117,7 +130,8 @@
     if (filters.penalty === "any" && !ids.size) return false;
     if (filters.penalty === "none" && ids.size) return false;
     if (filters.penalty.startsWith("f") && !ids.has(filters.penalty.slice(1))) return false;
-    const texts = [row.prompt, ...sides(row).map((side) => side.text)];
+    const prompt = typeof row.prompt === "string" ? [row.prompt] : row.prompt.map((turn) => turn.content);
+    const texts = [...prompt, ...sides(row).map((side) => side.text)];
     return texts.some((text) => text.toLowerCase().includes(filters.text));
   }
 

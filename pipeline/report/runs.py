@@ -27,8 +27,9 @@ from sarm_jax.io.json_files import read_json
 from sarm_jax.io.jsonl import line_of, parse_jsonl
 from sarm_jax.io.path_lists import relocated
 from sarm_jax.io.workdir import VERSION_KEY
+from sarm_jax.models.conversation_rows import prompt_of
 
-SAMPLE = {"step": int, "prompt": str, "rm_score": float, "penalties": dict, "total_reward": float}
+SAMPLE = {"step": int, "rm_score": float, "penalties": dict, "total_reward": float}
 EDGE = 5  # steps whose mean stands for the start, or the end, of a run; at most half of the run
 TRAIN = "python main.py --config=CONFIG --stage=train --workdir="
 
@@ -271,6 +272,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def _rows(path: Path, fields: Mapping[str, type], missing: list[str]) -> list[dict[str, Any]]:
     """Reads a file that a run appends to, without an incomplete line that an interruption left.
 
+    The prompts of the rows are parsed.
+
     Adds a sentence to `missing` if the file does not exist or is empty.
     """
     if not path.exists():
@@ -283,12 +286,19 @@ def _rows(path: Path, fields: Mapping[str, type], missing: list[str]) -> list[di
         return []
     rows = parse_jsonl(complete_lines, fields, str(path), lenient=True)
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get("response"), str):  # unlike a prompt, it may be empty
-            raise InputError(f"{path}:{line_of(path, number)}: field 'response' must be str")
-        if not all(isinstance(value, (int, float)) for value in row["penalties"].values()):
-            place = f"{path}:{line_of(path, number)}"
-            raise InputError(f"{place}: field 'penalties' must map features to numbers")
+        try:
+            row["prompt"] = prompt_of(row)
+            _check_sample(row)
+        except InputError as error:
+            raise InputError(f"{path}:{line_of(path, number)}: {error}") from None
     return rows
+
+
+def _check_sample(row: Mapping[str, Any]) -> None:
+    if not isinstance(row.get("response"), str):  # unlike a prompt, it may be empty
+        raise InputError("field 'response' must be str")
+    if not all(isinstance(value, (int, float)) for value in row["penalties"].values()):
+        raise InputError("field 'penalties' must map features to numbers")
 
 
 def _features(names: Mapping[str, np.ndarray]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.report.evaluations import BASE, Evaluation
 from pipeline.report.runs import Run
+from sarm_jax.models.conversation import Prompt, to_json
 
 SHOWN_TERMS = 8  # terms of a score that are shown; the others are added to the rest
 
@@ -28,7 +29,7 @@ class Pair:
 
     run: str
     origin: str
-    prompt: str
+    prompt: Prompt
     before: Mapping[str, Any] | None
     after: Mapping[str, Any]
 
@@ -56,7 +57,8 @@ def browser_rows(pairs: Sequence[Pair], max_rows: int) -> list[dict[str, Any]]:
         own = [pair for pair in pairs if pair.run == run]
         count = min(max_rows, len(own)) if max_rows else len(own)
         for index in np.linspace(0, len(own) - 1, count).round().astype(int).tolist():
-            rows.append(_without_nan(dataclasses.asdict(own[index])))
+            row = dataclasses.asdict(own[index]) | {"prompt": to_json(own[index].prompt)}
+            rows.append(_without_nan(row))
     return rows
 
 

@@ -7,10 +7,10 @@ from ml_collections import ConfigDict
 
 from conversion.load import read_sarm_config
 from pipeline.inputs import Input, Kind
-from pipeline.models import load_reward_model
-from pipeline.options import DEMONSTRATION, required
+from pipeline.models import check_conversations, load_reward_model
+from pipeline.options import required
 from pipeline.stage import Stage
-from sarm_jax.io.row_files import read_rows
+from sarm_jax.models.conversation_rows import read_demonstrations
 from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import collect_human_latents, save_human_latents
 from sarm_jax.rewards.options import reward_config
@@ -28,10 +28,12 @@ def validate(config: ConfigDict) -> RewardConfig:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Score human demonstrations and save the latents that the discriminator compares with."""
     reward = validate(config)
-    demonstrations = read_rows(config.human_latents.demos_jsonl, DEMONSTRATION)
+    demonstrations = read_demonstrations(config.human_latents.demos_jsonl)
     reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
     path = workdir / FILE
     LOG.info("latents of %d demonstrations, for %s", len(demonstrations), path)
+    prompts = [row["prompt"] for row in demonstrations]
+    check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
     model = load_reward_model(config)
     human = collect_human_latents(model, demonstrations, reward.latent_indices)
     save_human_latents(path, human)

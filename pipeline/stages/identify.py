@@ -9,10 +9,9 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save
 
 from pipeline.inputs import Input, Kind
-from pipeline.models import load_reward_model
-from pipeline.options import PAIR, optional_paths, read_pairs, required
+from pipeline.models import check_conversations, load_reward_model
+from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
-from ppo.prompts import read_prompts
 from sarm_jax.features.detectors import Detectors
 from sarm_jax.features.identify import Identified, IdentifyConfig, identify, verbose_features
 from sarm_jax.features.naming_prompts import naming_prompts
@@ -22,6 +21,7 @@ from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.lab.gates import measure_gates
+from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.reward_model import RewardModel
 
 LOG = logging.getLogger(__name__)
@@ -41,10 +41,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     options = validate(config)
     paths = split_paths(config.identify.pairs_jsonl)
     names = short_names(paths)
-    pairs = [{"source": names[path]} | row for path in paths for row in read_pairs((path,))]
-    verbosity_pairs = read_pairs(optional_paths(config.identify.verbosity_jsonl))
+    verbosity_paths = optional_paths(config.identify.verbosity_jsonl)
+    files = {path: read_pairs(path) for path in (*paths, *verbosity_paths)}
+    pairs = [{"source": names[path]} | row for path in paths for row in files[path]]
+    verbosity_pairs = [row for path in verbosity_paths for row in files[path]]
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
+    prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
+    check_conversations(config.sarm_model, prompts)
     model = load_reward_model(config)
     features = identify(options, model, pairs)
     selected = features.selected
@@ -111,9 +115,10 @@ def measure_lab_gates(
     """Measures the lab's gates on held-out prompts, logs them and writes gates.json."""
     data = workdir / "data"
     prompts, held_out = (
-        read_prompts(str(data / name)) for name in ("prompts.jsonl", "held_out_prompts.jsonl")
+        [row["prompt"] for row in read_jsonl(data / name, {"prompt": str})]
+        for name in ("prompts.jsonl", "held_out_prompts.jsonl")
     )
-    contrast = read_jsonl(data / "contrast_single.jsonl", PAIR)
+    contrast = read_pairs(str(data / "contrast_single.jsonl"))
     gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed)
     for gate in gates:
         LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from conversion.load import load_hf_tokenizer, read_policy_config
 from conversion.to_hf import save_policy
 from pipeline.inputs import Input, Kind
-from pipeline.models import load_policy_model
-from pipeline.options import DEMONSTRATION, optional_paths, required
+from pipeline.models import check_conversations, load_policy_model
+from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
 from sarm_jax.evaluation.benchmark_data import (
     OUTPUTS,
@@ -24,10 +24,11 @@ from sarm_jax.evaluation.benchmark_data import (
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
-from sarm_jax.io.row_files import read_rows
 from sarm_jax.lab.build import LabConfig, LabData, make_data, make_models
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.models.checks import check_positions
+from sarm_jax.models.conversation import Prompt, to_json
+from sarm_jax.models.conversation_rows import read_demonstrations
 from sarm_jax.training.preference_pairs import PairsConfig, make_pairs
 
 LOG = logging.getLogger(__name__)
@@ -81,19 +82,21 @@ def from_section(kind: type[Options], section: ConfigDict) -> Options:
 
 def prepare_pairs(options: PairsConfig, config: ConfigDict, workdir: Path) -> None:
     """Makes preference pairs from demonstrations; rejected answers are spoilt good ones."""
-    demonstrations = read_rows(options.demos_jsonl, DEMONSTRATION)
+    demonstrations = read_demonstrations(options.demos_jsonl)
     options.check(demonstrations)
     if options.samples_per_prompt:
-        check_context(options, config.policy_model, [row["prompt"] for row in demonstrations])
+        prompts = [row["prompt"] for row in demonstrations]
+        check_conversations(config.policy_model, {options.demos_jsonl: prompts})
+        check_context(options, config.policy_model, prompts)
     path = workdir / "data" / "pairs.jsonl"
     LOG.info("pairs from %d demonstrations, for %s", len(demonstrations), path)
     policy, tokenizer = load_policy_model(config)
     pairs = make_pairs(options, policy, tokenizer, demonstrations)
-    write_jsonl(path, pairs)
+    write_jsonl(path, [pair | {"prompt": to_json(pair["prompt"])} for pair in pairs])
     LOG.info("%d pairs in %s", len(pairs), path)
 
 
-def check_context(options: PairsConfig, policy_model: str, prompts: Sequence[str]) -> None:
+def check_context(options: PairsConfig, policy_model: str, prompts: Sequence[Prompt]) -> None:
     """Raises InputError if a sampled answer can exceed the positions that the policy has."""
     policy = read_policy_config(policy_model)
     tokenizer = load_hf_tokenizer(policy_model, policy.vocab_size)

@@ -8,14 +8,14 @@ from ml_collections import ConfigDict
 
 from conversion.load import read_sarm_config
 from pipeline.inputs import Input, Kind
-from pipeline.models import load_reward_model
+from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
 from pipeline.stage import Stage
 from sarm_jax.features.certificates import CertificateConfig
 from sarm_jax.features.feature_lists import parse_features
 from sarm_jax.features.probing import ProbeConfig, check_probe, probe, write_probes
 from sarm_jax.io.json_files import write_json
-from sarm_jax.io.row_files import read_rows
+from sarm_jax.models.conversation_rows import read_probe_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -44,11 +44,12 @@ def validate(config: ConfigDict) -> ProbeConfig:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Set or bound one feature at a time and write what the reward does."""
     options, path = validate(config), config.probe.data_jsonl
-    rows = read_rows(path, {"prompt": str})
+    rows = read_probe_rows(path, options.mode)
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
     check_probe(options, latent_size, rows, path)
     folder = workdir / "probes"
     LOG.info("probing %d features on %d rows, for %s", len(options.features), len(rows), folder)
+    check_conversations(config.sarm_model, {path: [row["prompt"] for row in rows]})
     probes, certificates = probe(options, load_reward_model(config), rows)
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)

@@ -15,14 +15,20 @@ from conversion.load import check_models, load_hf_tokenizer, read_policy_config,
 from conversion.peft import save_adapter
 from pipeline.changes import Provenance, change
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_remat, load_policy_model, load_reward_model, mesh_config
+from pipeline.models import (
+    check_conversations,
+    check_remat,
+    load_policy_model,
+    load_reward_model,
+    mesh_config,
+)
 from pipeline.options import required
 from pipeline.provenance import check_claim, claim_workdir, provenance
 from pipeline.reward_inputs import REWARD_LISTS
 from pipeline.stage import Stage
 from ppo.config import PPOConfig
 from ppo.options import track_config, train_config
-from ppo.prompts import PromptDeck, read_prompts
+from ppo.prompts import PromptDeck
 from ppo.tracking.checkpoint import finished_steps, newest_facts
 from ppo.tracking.metrics import check_log
 from ppo.tracking.profiling import ProfileConfig
@@ -34,6 +40,7 @@ from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir, read_settings
 from sarm_jax.lab.gates import require_gates
 from sarm_jax.models.checks import check_positions
+from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.models.llama import Llama
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
@@ -117,11 +124,14 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     human = human_buffer(options.reward, config.reward.human_latents, latent_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
     deck = PromptDeck(prompts, tokenizer, options.ppo, config.prompts_jsonl)
-    eval_deck = None
+    eval_deck, eval_prompts = None, []
     if path := config.eval_prompts_jsonl:
-        eval_deck = PromptDeck(read_prompts(path), tokenizer, options.ppo, path)
+        eval_prompts = read_prompts(path)
+        eval_deck = PromptDeck(eval_prompts, tokenizer, options.ppo, path)
     check_context(config, deck, *([eval_deck] if eval_deck else []))
     check_models(config.policy_model, config.sarm_model)
+    files = {config.eval_prompts_jsonl: eval_prompts, config.prompts_jsonl: prompts}
+    check_conversations(config.sarm_model, files)
     return RunInputs(options, profile, tokenizer, deck, eval_deck, human)
 
 

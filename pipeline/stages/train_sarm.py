@@ -11,13 +11,14 @@ from conversion.checkpoint import open_checkpoint
 from conversion.load import read_policy_config
 from conversion.to_hf import save_sarm
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_remat, mesh_config
-from pipeline.options import read_pairs, required
+from pipeline.models import check_conversations, check_remat, mesh_config
+from pipeline.options import required
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import split_paths
+from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.parallel.sharding import MeshConfig
 from sarm_jax.reporting.statistics import Interval, format_interval
 from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
@@ -40,10 +41,13 @@ def validate(config: ConfigDict) -> TrainSARMConfig:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train a SARM on the first layers of the policy model and save it in the HF layout."""
     options, source = validate(config), config.train_sarm.model or config.policy_model
-    pairs = read_pairs(options.pairs_jsonl, unequal=True)
+    files = {path: read_pairs(path, unequal=True) for path in options.pairs_jsonl}
+    pairs = [pair for path in options.pairs_jsonl for pair in files[path]]
     options.held_out(pairs)
     policy_config = read_policy_config(source)
     options.check_layers(policy_config.num_hidden_layers)
+    prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
+    check_conversations(source, prompts)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
     LOG.info("training a SARM on %d pairs, for %s", len(pairs), workdir / "sarm")

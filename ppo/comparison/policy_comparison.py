@@ -20,6 +20,7 @@ from ppo.comparison import response_metrics as metrics
 from ppo.comparison.latent_map import largest_terms, principal_plane
 from ppo.comparison.responses import Responses
 from sarm_jax.evaluation.controls import Controls, apply_controls, penalties
+from sarm_jax.models.conversation import Prompt, to_json
 from sarm_jax.models.latent_store import Latents
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import standard_deviation
@@ -53,11 +54,11 @@ class Comparison:
     for every response, policy after policy and the human ones last; `latents` has a row for each.
     """
 
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     controls: Controls
     responses: dict[str, Responses]
     scores: dict[str, Scores]
-    texts: list[tuple[str, str, str]]
+    texts: list[tuple[str, Prompt, str]]
     latents: Latents
     weight_f: np.ndarray
 
@@ -71,9 +72,9 @@ def compare(
     model: RewardModel,
     controls: Controls,
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     responses: dict[str, Responses],
-    human: Sequence[tuple[str, str]] = (),
+    human: Sequence[tuple[Prompt, str]] = (),
 ) -> Comparison:
     """Scores all responses in one pass of the SARM.
 
@@ -86,7 +87,7 @@ def compare(
     """
     count = len(responses[BASE].texts)
     repeated = [prompt for prompt in prompts for _ in range(count // len(prompts))]
-    texts = [
+    texts: list[tuple[str, Prompt, str]] = [
         (name, prompt, text)
         for name, own in responses.items()
         for prompt, text in zip(repeated, own.texts, strict=True)
@@ -224,7 +225,11 @@ def response_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
             for number, name in enumerate(comparison.responses)
         }
         prompt, sample = divmod(n, comparison.samples)
-        yield {"prompt": comparison.prompts[prompt], "sample": sample, "responses": responses}
+        yield {
+            "prompt": to_json(comparison.prompts[prompt]),
+            "sample": sample,
+            "responses": responses,
+        }
 
 
 def _row(comparison: Comparison, name: str, *, n: int, terms: list[list]) -> dict[str, Any]:
@@ -252,7 +257,13 @@ def latent_map(comparison: Comparison) -> dict[str, Any]:
     """
     xy_n2, explained = principal_plane(comparison.latents)
     points = [
-        {"source": name, "x": float(x), "y": float(y), "prompt": prompt, "response": text}
+        {
+            "source": name,
+            "x": float(x),
+            "y": float(y),
+            "prompt": to_json(prompt),
+            "response": text,
+        }
         for (name, prompt, text), (x, y) in zip(comparison.texts, xy_n2, strict=True)
     ]
     return {"explained": explained, "points": points}

@@ -107,7 +107,7 @@ class IdentifyConfig:
 
 
 def pair_latents(
-    reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
+    reward_model: RewardModel, pairs: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Text], Contrast]:
     """Scores every distinct (prompt, response) once.
 
@@ -139,7 +139,7 @@ class Identified:
 
 
 def identify(
-    config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
+    config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, Any]]
 ) -> Identified:
     """Finds the features that tell the sides of preference pairs apart, and describes them."""
     texts, contrast = pair_latents(reward_model, pairs)
@@ -224,7 +224,7 @@ def _detect(config: IdentifyConfig, contrast: Contrast, fold_p: np.ndarray) -> _
 
 
 def verbose_features(
-    config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, str]]
+    config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Finds what fires more on the rejected side of pairs whose chosen side is the concise one.
 

@@ -26,6 +26,7 @@ from sarm_jax.features.certificates import CertificateConfig, certify, matched_c
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 from sarm_jax.io.row_files import place_of
+from sarm_jax.models.conversation import plain_text
 from sarm_jax.models.latent_store import Contrast, Latents
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import Interval, mean_interval
@@ -281,7 +282,7 @@ def _changes(prompts, responses, score_b, delta_b) -> list[dict[str, Any]]:
     return [
         {
             "idx": idx,
-            "prompt": prompt,
+            "prompt": plain_text(prompt),
             "response": response,
             "reward_base": float(score),
             "reward_intervene": float(score + delta),
@@ -328,7 +329,7 @@ def _selections(config: ProbeConfig, data, groups, score_b, delta_b) -> list[dic
         rows.append(
             {
                 "idx": idx,
-                "prompt": row["prompt"],
+                "prompt": plain_text(row["prompt"]),
                 "n_candidates": len(group),
                 "selected_base": first,
                 "selected_intervene": second,

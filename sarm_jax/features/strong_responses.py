@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from sarm_jax.models.conversation import Prompt, plain_text
 from sarm_jax.models.latent_store import Contrast
 
 OFF = 3  # responses on which the feature is off, for comparison
-Text = tuple[str, str]  # prompt and response
+Text = tuple[Prompt, str]  # prompt and response
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,8 +18,8 @@ class StrongResponses:
 
     Attributes:
         feature: id of the feature.
-        examples: rows with "z", "sides", "prompt" and "response", strongest first; empty if the
-            feature is never on (z > 0).
+        examples: rows with "z", "sides", "prompt" and "response", both as plain text, strongest
+            first; empty if the feature is never on (z > 0).
         off: responses on which the feature is off, drawn at random for comparison.
         active: number of responses on which the feature is on.
         responses: number of all responses.
@@ -26,7 +27,7 @@ class StrongResponses:
 
     feature: int
     examples: list[dict[str, Any]]
-    off: list[Text]
+    off: list[tuple[str, str]]
     active: int
     responses: int
 
@@ -51,7 +52,7 @@ def strong_responses(
             {
                 "z": float(z_n[n]),
                 "sides": [s for s, m in (("chosen", chosen), ("rejected", rejected)) if n in m],
-                "prompt": texts[n][0],
+                "prompt": plain_text(texts[n][0]),
                 "response": texts[n][1],
             }
             for n in top
@@ -61,7 +62,7 @@ def strong_responses(
             StrongResponses(
                 feature=i,
                 examples=examples,
-                off=[texts[n] for n in silent],
+                off=[(plain_text(texts[n][0]), texts[n][1]) for n in silent],
                 active=int((z_n > 0).sum()),
                 responses=len(z_n),
             )

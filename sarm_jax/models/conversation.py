@@ -47,6 +47,7 @@ class Conversation:
 
 
 Prompt = str | Conversation
+PromptValue = Prompt | Sequence[Mapping[str, Any]]  # what `parse_prompt` parses
 
 
 def parse_prompt(value: Any, name: str) -> Prompt:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import encode_conversation, pad_batch, pad_id, scored_length
 from sarm_jax.models.checks import check_features, check_rows, is_index
+from sarm_jax.models.conversation import Conversation, PromptValue, parse_prompt
 from sarm_jax.models.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.models.sarm import SARM, Intervention, intervention
 from sarm_jax.parallel.compilation import compile_programs
@@ -64,7 +65,7 @@ class RewardModel:
 
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[PromptValue],
         responses: Sequence[str],
         clamp: Intervention | dict[int, float] | None = None,
         latent_indices: Sequence[int] | None = None,
@@ -72,7 +73,8 @@ class RewardModel:
         """Scores responses to prompts.
 
         Args:
-            prompts: the prompts.
+            prompts: the prompts: texts, or conversations as lists of {"role", "content"} whose last
+                turn is the user's.
             responses: one response to each prompt.
             clamp: changes latents before the head reads them; {feature: value} sets features.
             latent_indices: the features to return; by default all M.
@@ -84,12 +86,12 @@ class RewardModel:
             InputError: there are not as many prompts as responses, or an argument is no text or
                 names a feature or a value that cannot be.
         """
-        _check_texts(prompts, responses)
-        rows = [self.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        rows = self._encode_all(prompts, responses)
         return self.score_tokens(rows, clamp, latent_indices)
 
-    def encode(self, prompt: str, response: str) -> list[int]:
-        """Encodes a conversation for this model; it ends in the end-of-turn token."""
+    def encode(self, prompt: PromptValue, response: str) -> list[int]:
+        """Encodes a prompt, as in `score`, and its response; it ends in the end-of-turn token."""
+        prompt = parse_prompt(prompt, "prompt")
         return encode_conversation(self.tokenizer, prompt, response, max_length=self.max_length)
 
     def programs(
@@ -143,7 +145,7 @@ class RewardModel:
         return score_b, z_bf
 
     def store(
-        self, prompts: Sequence[str], responses: Sequence[str], label: str = "responses"
+        self, prompts: Sequence[PromptValue], responses: Sequence[str], label: str = "responses"
     ) -> tuple[np.ndarray, Latents]:
         """Scores responses and stores all their latents in far less memory than `[N, M]`.
 
@@ -151,7 +153,7 @@ class RewardModel:
         occurs several times, such as an answer in several pairs, is run once.
 
         Args:
-            prompts: the prompts.
+            prompts: the prompts, as in `score`.
             responses: one response to each prompt.
             label: the name of the progress bar.
 
@@ -161,8 +163,7 @@ class RewardModel:
         Raises:
             InputError: a score or a latent is not finite; or as `score`.
         """
-        _check_texts(prompts, responses)
-        encoded = [tuple(self.encode(p, r)) for p, r in zip(prompts, responses, strict=True)]
+        encoded = [tuple(row) for row in self._encode_all(prompts, responses)]
         number = {row: n for n, row in enumerate(dict.fromkeys(encoded))}
         rows, number_n = list(number), np.asarray([number[row] for row in encoded], np.int64)
         sae = self.model.config.sae
@@ -179,6 +180,14 @@ class RewardModel:
         if sae.use_topk:
             return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)
         return score_n, EncodedLatents(kept_nk, self.model.sae)
+
+    def _encode_all(
+        self, prompts: Sequence[PromptValue], responses: Sequence[str]
+    ) -> list[list[int]]:
+        """Parses the prompts, and encodes each with its response."""
+        _check_lists(prompts, responses)
+        parsed = [parse_prompt(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
+        return [self.encode(p, r) for p, r in zip(parsed, responses, strict=True)]
 
     def _score_arguments(self, clamp, latent_indices):
         """Returns the last arguments of `_score`: the intervention and the features to return."""
@@ -239,14 +248,18 @@ class RewardModel:
         return self.model.trunk.placement.rows(padded)
 
 
-def _check_texts(prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Raises InputError unless both are lists of as many texts."""
-    for name, texts in (("prompts", prompts), ("responses", responses)):
+def _check_lists(prompts: Sequence[PromptValue], responses: Sequence[str]) -> None:
+    """Raises InputError unless both are lists of as many prompts and texts."""
+    expected: list[tuple] = [
+        ("prompts", prompts, "texts or conversations", (str, list, tuple, Conversation)),
+        ("responses", responses, "texts", str),
+    ]
+    for name, texts, wanted, kinds in expected:
         if isinstance(texts, str):
             raise InputError(f"{name}: expected a list of texts, found a text")
-        wrong = [text for text in texts if not isinstance(text, str)]
+        wrong = [text for text in texts if not isinstance(text, kinds)]
         if wrong:
-            raise InputError(f"{name}: expected texts, found {type(wrong[0]).__name__}")
+            raise InputError(f"{name}: expected {wanted}, found {type(wrong[0]).__name__}")
     if len(prompts) != len(responses):
         raise InputError(f"{len(prompts)} prompts for {len(responses)} responses")
 

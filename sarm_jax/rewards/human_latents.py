@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -44,7 +45,7 @@ class HumanLatents:
 
 def collect_human_latents(
     reward_model: RewardModel,
-    demos: Sequence[Mapping[str, str]],
+    demos: Sequence[Mapping[str, Any]],
     latent_indices: tuple[int, ...] = (),
 ) -> HumanLatents:
     """Computes the latents of demonstrations.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from jax.stages import Lowered
 
+from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
 from sarm_jax.rewards.compound import RewardConfig
@@ -44,15 +45,15 @@ class Scorer:
         self._penalised = len(config.penalize_features)
         # One gather per response: the penalised features first, then the discriminator's.
         self._features = (*config.penalize_features, *discriminator_features)
-        self._lengths: dict[str, int] = {}  # tokens of a prompt and an empty response
+        self._lengths: dict[Prompt, int] = {}  # tokens of a prompt and an empty response
 
-    def score(self, prompts: Sequence[str], responses: Sequence[str]) -> Scored:
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scored:
         """Scores the texts, which the reward model encodes with its own tokenizer."""
         score_b, z_bm = self._score(prompts, responses, self._clamp)
         return Scored(score_b, z_bn=z_bm[:, : self._penalised], z_bs=z_bm[:, self._penalised :])
 
     def score_with_and_without_clamp(
-        self, prompts: Sequence[str], responses: Sequence[str]
+        self, prompts: Sequence[Prompt], responses: Sequence[str]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the scores `[B]` under the clamp of the run, and without it."""
         score_b = self.score(prompts, responses).score_b
@@ -62,7 +63,7 @@ class Scorer:
         return score_b, unclamped_b
 
     def programs(
-        self, batches: Iterable[Sequence[str]], max_new_tokens: int
+        self, batches: Iterable[Sequence[Prompt]], max_new_tokens: int
     ) -> Iterator[Callable[[], Lowered]]:
         """Yields the programs that score responses to batches of prompts, for all padded lengths.
 
@@ -74,12 +75,12 @@ class Scorer:
         )
 
     def _score(
-        self, prompts: Sequence[str], responses: Sequence[str], clamp: Intervention | None
+        self, prompts: Sequence[Prompt], responses: Sequence[str], clamp: Intervention | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the scores `[B]` under a clamp, and the latents of all features that are read."""
         return self._model.score(prompts, responses, clamp=clamp, latent_indices=self._features)
 
-    def _length(self, prompt: str) -> int:
+    def _length(self, prompt: Prompt) -> int:
         if prompt not in self._lengths:
             self._lengths[prompt] = len(self._model.encode(prompt, ""))
         return self._lengths[prompt]

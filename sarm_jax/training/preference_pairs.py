@@ -17,7 +17,7 @@ the chosen answer.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ import numpy as np
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length, decode, encode_prompt, pad_batch, pad_id
+from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.reporting.statistics import count_wins
 from sarm_jax.sampling.generate import check_temperature, generate
@@ -89,7 +90,7 @@ class PairsConfig:
         if not 0 <= self.seed < 2**31:
             raise InputError(f"prepare_data.seed={self.seed}: must lie in [0, 2^31)")
 
-    def check(self, demos: Sequence[dict[str, str]]) -> None:
+    def check(self, demos: Sequence[Mapping[str, Any]]) -> None:
         """Raises InputError if there are too few demonstrations to make pairs."""
         if len(demos) < 2:
             raise InputError(
@@ -108,14 +109,14 @@ class Answers:
         unfinished: answers that ran into the token budget; they are only ever rejected.
     """
 
-    prompt: str
+    prompt: Prompt
     good: list[str]
     unfinished: list[str]
 
 
 def make_pairs(
-    config: PairsConfig, policy: Llama, tokenizer: Any, demos: Sequence[dict[str, str]]
-) -> list[dict[str, str]]:
+    config: PairsConfig, policy: Llama, tokenizer: Any, demos: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Makes pairs from demonstrations and sampled answers, one of each kind per prompt if possible.
 
     A prompt whose samples all ended has no unfinished answer; a second one of another prompt takes
@@ -178,14 +179,14 @@ def add_samples(
         LOG.info("sampled %d of %d answers", start + len(rows), len(prompts))
 
 
-def pair_up(answers: Sequence[Answers], rng: np.random.Generator) -> list[dict[str, str]]:
+def pair_up(answers: Sequence[Answers], rng: np.random.Generator) -> list[dict[str, Any]]:
     """Makes one pair of each kind per prompt (see `make_pairs`), in random order."""
     corruptions: dict[str, Callable[[str, np.random.Generator], str]] = {
         "truncated": truncate_text,
         "degenerate": repeat_phrase,
         "shuffled": shuffle_words,
     }
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for number, answer in enumerate(answers):
         other = answers[(number + int(rng.integers(1, len(answers)))) % len(answers)]
         rejected = {"off_topic": pick(other.good, rng), "evasive": pick(EVASIONS, rng)}
@@ -247,7 +248,7 @@ def shuffle_words(text: str, rng: np.random.Generator) -> str:
     return shuffled[:1].upper() + shuffled[1:] + "."
 
 
-def length_accuracy(pairs: Sequence[dict[str, str]]) -> float:
+def length_accuracy(pairs: Sequence[Mapping[str, Any]]) -> float:
     """Computes how often the chosen answer has more words than the rejected one.
 
     A tie counts half. 1 minus the result is the accuracy of preferring the shorter answer.

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from flax import nnx
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import encode_conversation, encode_prompt
+from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
@@ -122,7 +123,7 @@ class TrainSARMConfig:
         """Raises InputError if a model of so many layers does not contain the trunk."""
         check_source_layer(self.source_layer, layers)
 
-    def held_out(self, pairs: Sequence[dict[str, str]]) -> set[str]:
+    def held_out(self, pairs: Sequence[Mapping[str, Any]]) -> set[Prompt]:
         """Draws the held-out prompts.
 
         Raises:
@@ -180,7 +181,7 @@ def train_sarm(
     config: TrainSARMConfig,
     policy: Llama,
     tokenizer: Any,
-    pairs: Sequence[dict[str, str]],
+    pairs: Sequence[Mapping[str, Any]],
     log: Log,
 ) -> tuple[SARM, dict[str, Any]]:
     """Trains a SARM on the first layers of a policy.
@@ -293,15 +294,15 @@ def assemble(trunk: Llama, sae: SAE) -> SARM:
 
 
 def encode_pairs(
-    tokenizer: Any, pairs: Sequence[dict[str, str]], config: TrainSARMConfig
+    tokenizer: Any, pairs: Sequence[Mapping[str, Any]], config: TrainSARMConfig
 ) -> PairSet:
     """Tokenises pairs and splits them by prompt, so that no prompt is on both sides.
 
     Raises:
         InputError: one side of the split would be empty, or both responses of a pair are equal.
     """
-    rows: dict[tuple[str, str], int] = {}
-    prompts: dict[str, int] = {}
+    rows: dict[tuple[Prompt, str], int] = {}
+    prompts: dict[Prompt, int] = {}
     for number, pair in enumerate(pairs, 1):
         if pair["chosen"] == pair["rejected"]:
             raise InputError(
@@ -325,7 +326,7 @@ def encode_pairs(
     )
 
 
-def encode_turn(tokenizer: Any, prompt: str, response: str, max_length: int) -> Conversation:
+def encode_turn(tokenizer: Any, prompt: Prompt, response: str, max_length: int) -> Conversation:
     """Encodes an exchange; its assistant turn is the response with the end of turn.
 
     A conversation of more than `max_length` tokens loses its beginning.

@@ -4,14 +4,12 @@ import json
 
 import pytest
 
-from pipeline.options import DEMONSTRATION, read_pairs
-from ppo.prompts import read_prompts
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.evaluation.controls import read_steering
 from sarm_jax.evaluation.steering import read_answers
 from sarm_jax.features.feature_lists import parse_features
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.jsonl import read_jsonl
+from sarm_jax.models.conversation_rows import read_demonstrations, read_pairs, read_prompts
 from sarm_jax.rewards.options import reward_config
 from tests.report_runs import REFERENCE_COLUMNS, write_recording
 
@@ -114,10 +112,10 @@ def test_prompts_pairs_demonstrations_and_answers(tmp_path, blank):
     prompts = save("prompts.jsonl", {"prompt": "a “quoted” one"}, {"prompt": "b", "subset": "Ties"})
     assert read_prompts(prompts) == ["a “quoted” one", "b"]
     demos = [{"prompt": "a", "response": "x"}, {"prompt": "b", "response": "y\n\nz"}]
-    assert read_jsonl(save("demos.jsonl", *demos), DEMONSTRATION) == demos
+    assert read_demonstrations(save("demos.jsonl", *demos)) == demos
     pair = {"prompt": "a", "chosen": "x", "rejected": "y"}
     pairs = [pair | {"source": "safety"}, pair | {"source": "complement"}, pair | {"id": "7"}]
-    assert read_pairs((save("probes.jsonl", *pairs),)) == pairs
+    assert read_pairs(save("probes.jsonl", *pairs)) == pairs
     answer = {"question": "q", "answer": "a"}
     test_files = save(
         "safety_all.jsonl", answer | {"type": "chosen"}, answer | {"type": "rejected"}

@@ -1,0 +1,219 @@
+"""Rows of data files: prompts, demonstrations, preference pairs and the data of probes.
+
+Texts and conversations may be mixed in a file, in the formats of TRL's data sets:
+
+    prompts         {"prompt"}
+    demonstrations  {"prompt", "response"}, {"prompt", "completion"} or {"messages"}
+    pairs           {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} with conversations
+                    that differ in their last turns only
+    probes          demonstrations, pairs, or {"prompt", "candidates"}
+
+A prompt is a text or a list of messages, the last of which is the user's. A response is a text or a
+list of one assistant message. The rows that are returned have a `Prompt` under "prompt" and texts
+under "response", "chosen", "rejected" and "candidates"; further fields are kept as they are.
+
+Source: https://huggingface.co/docs/trl/dataset_formats
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import short
+from sarm_jax.io.row_files import place_of, read_rows
+from sarm_jax.models.chat_template import chat_template
+from sarm_jax.models.conversation import (
+    Conversation,
+    Prompt,
+    parse_messages,
+    parse_prompt,
+    parse_reply,
+    split_reply,
+)
+
+Row = dict[str, Any]
+Parsed = TypeVar("Parsed")
+SIDES = ("chosen", "rejected")
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Reads the `prompt` fields of a file.
+
+    Raises:
+        InputError: names the file, the line and the field that is wrong; so do the other readers.
+    """
+    return _read(path, prompt_of)
+
+
+def read_demonstrations(path: str) -> list[Row]:
+    """Reads demonstrations, as rows with "prompt" and "response"."""
+    return _read(path, _demonstration)
+
+
+def read_pairs(path: str, unequal: bool = False) -> list[Row]:
+    """Reads preference pairs, as rows with "prompt", "chosen" and "rejected".
+
+    Args:
+        path: the file. A row may have a text in a field "source".
+        unequal: refuse a pair whose two sides are the same.
+    """
+
+    def parse(row: Row) -> Row:
+        pair = _pair(row)
+        if not isinstance(pair.get("source", ""), str):
+            raise InputError("field 'source' must be str")
+        if unequal and pair["chosen"] == pair["rejected"]:
+            raise InputError("fields 'chosen' and 'rejected' are the same")
+        return pair
+
+    return _read(path, parse)
+
+
+def read_probe_rows(path: str, mode: str) -> list[Row]:
+    """Reads the data of probes; `features.probing.check_probe` checks the responses.
+
+    Args:
+        path: the file.
+        mode: "pairs" or "bestofn", as in `ProbeConfig`.
+    """
+    return _read(path, _candidates if mode == "bestofn" else _probed)
+
+
+def check_turns(tokenizer: Any, prompts: Sequence[Prompt], path: str) -> None:
+    """Checks that a tokenizer's chat template takes the turns of all prompts of a file.
+
+    Args:
+        tokenizer: the tokenizer of a policy or of a SARM.
+        prompts: the prompts, one for each row of the file.
+        path: the file.
+
+    Raises:
+        InputError: names the first row whose turns the template refuses.
+    """
+    seen = set()
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, Conversation) or prompt.roles in seen:
+            continue
+        seen.add(prompt.roles)
+        try:
+            chat_template(tokenizer).check_turns(prompt)
+        except InputError as error:
+            raise InputError(f"{place_of(path, number)}: {error}") from None
+
+
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """Returns the prompt of a row.
+
+    Raises:
+        InputError: the field is missing, empty or no prompt.
+    """
+    return _not_blank(parse_prompt(_field(row, "prompt"), "field 'prompt'"), "prompt")
+
+
+def _read(path: str, parse: Callable[[Row], Parsed]) -> list[Parsed]:
+    """Reads and parses the rows of a file; names the row in the error of a parser."""
+    parsed = []
+    for number, row in enumerate(read_rows(path, {}), 1):
+        try:
+            parsed.append(parse(row))
+        except InputError as error:
+            raise InputError(f"{place_of(path, number)}: {error}") from None
+    return parsed
+
+
+def _demonstration(row: Row) -> Row:
+    if "messages" in row and "response" not in row and "completion" not in row:
+        _check_no_tools(row)
+        messages = parse_messages(row["messages"], "field 'messages'")
+        prompt, response = split_reply(messages, "field 'messages'")
+        return row | {"prompt": prompt, "response": response}
+    prompt = _prompt_of_row(row)
+    field = "completion" if "completion" in row and "response" not in row else "response"
+    return row | {"prompt": prompt, "response": _reply(row, field)}
+
+
+def _pair(row: Row) -> Row:
+    """Parses a pair; one whose sides are whole conversations may have no prompt of its own."""
+    are_lists = [isinstance(row.get(side), list) for side in SIDES]
+    given = None if "prompt" not in row and all(are_lists) else _prompt_of_row(row)
+    sides = {side: _field(row, side) for side in SIDES}
+    if given is not None and not any(_is_whole(value) for value in sides.values()):
+        return row | {"prompt": given} | {side: _reply(row, side) for side in SIDES}
+    if not all(are_lists):
+        raise InputError("fields 'chosen' and 'rejected' must both be lists of messages")
+    _check_no_tools(row)
+    exchanges = {
+        side: split_reply(parse_messages(value, f"field {side!r}"), f"field {side!r}")
+        for side, value in sides.items()
+    }
+    (prompt, chosen), (other, rejected) = exchanges.values()
+    if prompt != other:
+        raise InputError(
+            "fields 'chosen' and 'rejected' differ before their last turns: they are responses to "
+            "different prompts"
+        )
+    if given not in (None, prompt):
+        raise InputError("field 'chosen' holds another conversation than field 'prompt'")
+    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _probed(row: Row) -> Row:
+    """Parses what is a conversation in a row of mode pairs."""
+    if "response" not in row and any(side in row for side in SIDES):
+        if any(isinstance(row.get(side), list) for side in SIDES):
+            return _pair(row)
+    elif "response" not in row and ("completion" in row or "messages" in row):
+        return _demonstration(row)
+    prompt = _prompt_of_row(row)
+    if isinstance(row.get("response"), list):
+        row = row | {"response": parse_reply(row["response"], "field 'response'")}
+    return row | {"prompt": prompt}
+
+
+def _candidates(row: Row) -> Row:
+    """Parses what is a conversation in a row of mode bestofn."""
+    prompt, candidates = _prompt_of_row(row), row.get("candidates")
+    if isinstance(candidates, list):
+        candidates = [
+            parse_reply(item, f"field 'candidates'[{number}]") if isinstance(item, list) else item
+            for number, item in enumerate(candidates)
+        ]
+        row = row | {"candidates": candidates}
+    return row | {"prompt": prompt}
+
+
+def _is_whole(value: Any) -> bool:
+    """Returns True for a list of messages that is more than one response."""
+    return isinstance(value, list) and len(value) > 1
+
+
+def _prompt_of_row(row: Row) -> Prompt:
+    prompt = prompt_of(row)
+    if isinstance(prompt, Conversation):
+        _check_no_tools(row)
+    return prompt
+
+
+def _reply(row: Row, field: str) -> str:
+    value = _field(row, field)
+    if not isinstance(value, (str, list)):
+        raise InputError(f"field {field!r} must be str, found {short(value)}")
+    return _not_blank(parse_reply(value, f"field {field!r}"), field)
+
+
+def _field(row: Mapping[str, Any], field: str) -> Any:
+    if field not in row:
+        raise InputError(f"field {field!r} is missing, found {sorted(row)}")
+    return row[field]
+
+
+def _not_blank(value: Parsed, field: str) -> Parsed:
+    if isinstance(value, str) and not value.strip():
+        raise InputError(f"field {field!r} is empty")
+    return value
+
+
+def _check_no_tools(row: Row) -> None:
+    """Refuses tools, which a chat template would write into the text of a conversation."""
+    if row.get("tools"):
+        raise InputError(f"field 'tools': not supported, found {short(row['tools'])}")
