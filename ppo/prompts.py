@@ -125,7 +125,7 @@ def truncate(prompt: Prompt, tokenizer: Any, max_tokens: int) -> Prompt | None:
             fits = middle
         else:
             too_early = middle
-    return with_text(text[fits:]) if text[fits:] else None
+    return with_text(text[fits:]) if text[fits:].strip() else None
 
 
 def _last_turns(prompt: Prompt) -> Callable[[str], Prompt]:

@@ -150,6 +150,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         stop_ids=None,
         guards=None,
         prompts=PROMPTS,
+        held_out=HELD_OUT,
         **changes,
     ):
         workdir.mkdir(exist_ok=True)
@@ -175,7 +176,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
             deck=deck,
             human=human,
             workdir=workdir,
-            eval_deck=PromptDeck(HELD_OUT, tokenizer, ppo) if evaluate else None,
+            eval_deck=PromptDeck(held_out, tokenizer, ppo) if evaluate else None,
             profile=profile,
         )
 

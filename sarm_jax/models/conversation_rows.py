@@ -107,7 +107,11 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     Raises:
         InputError: the field is missing, empty or no prompt.
     """
-    return _not_blank(parse_prompt(_field(row, "prompt"), "field 'prompt'"), "prompt")
+    value = _field(row, "prompt")
+    prompt = parse_prompt(value, "field 'prompt'")
+    if isinstance(value, list):
+        _check_no_tools(row)
+    return _not_blank(prompt, "prompt")
 
 
 def _read(path: str, parse: Callable[[Row], Parsed]) -> list[Parsed]:
@@ -127,7 +131,7 @@ def _demonstration(row: Row) -> Row:
         messages = parse_messages(row["messages"], "field 'messages'")
         prompt, response = split_reply(messages, "field 'messages'")
         return row | {"prompt": prompt, "response": response}
-    prompt = _prompt_of_row(row)
+    prompt = prompt_of(row)
     field = "completion" if "completion" in row and "response" not in row else "response"
     return row | {"prompt": prompt, "response": _reply(row, field)}
 
@@ -135,7 +139,7 @@ def _demonstration(row: Row) -> Row:
 def _pair(row: Row) -> Row:
     """Parses a pair; one whose sides are whole conversations may have no prompt of its own."""
     are_lists = [isinstance(row.get(side), list) for side in SIDES]
-    given = None if "prompt" not in row and all(are_lists) else _prompt_of_row(row)
+    given = None if "prompt" not in row and all(are_lists) else prompt_of(row)
     sides = {side: _field(row, side) for side in SIDES}
     if given is not None and not any(_is_whole(value) for value in sides.values()):
         return row | {"prompt": given} | {side: _reply(row, side) for side in SIDES}
@@ -164,7 +168,7 @@ def _probed(row: Row) -> Row:
             return _pair(row)
     elif "response" not in row and ("completion" in row or "messages" in row):
         return _demonstration(row)
-    prompt = _prompt_of_row(row)
+    prompt = prompt_of(row)
     if isinstance(row.get("response"), list):
         row = row | {"response": parse_reply(row["response"], "field 'response'")}
     return row | {"prompt": prompt}
@@ -172,7 +176,7 @@ def _probed(row: Row) -> Row:
 
 def _candidates(row: Row) -> Row:
     """Parses what is a conversation in a row of mode bestofn."""
-    prompt, candidates = _prompt_of_row(row), row.get("candidates")
+    prompt, candidates = prompt_of(row), row.get("candidates")
     if isinstance(candidates, list):
         candidates = [
             parse_reply(item, f"field 'candidates'[{number}]") if isinstance(item, list) else item
@@ -185,13 +189,6 @@ def _candidates(row: Row) -> Row:
 def _is_whole(value: Any) -> bool:
     """Returns True for a list of messages that is more than one response."""
     return isinstance(value, list) and len(value) > 1
-
-
-def _prompt_of_row(row: Row) -> Prompt:
-    prompt = prompt_of(row)
-    if isinstance(prompt, Conversation):
-        _check_no_tools(row)
-    return prompt
 
 
 def _reply(row: Row, field: str) -> str:
@@ -213,7 +210,7 @@ def _not_blank(value: Parsed, field: str) -> Parsed:
     return value
 
 
-def _check_no_tools(row: Row) -> None:
+def _check_no_tools(row: Mapping[str, Any]) -> None:
     """Refuses tools, which a chat template would write into the text of a conversation."""
     if row.get("tools"):
         raise InputError(f"field 'tools': not supported, found {short(row['tools'])}")
