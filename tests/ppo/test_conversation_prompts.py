@@ -24,7 +24,8 @@ def talk(*contents, system=True):
 
 TALKS = [talk(f"say {n}", "well", "and now?", system=n % 2 == 0) for n in range(5)]
 TALKS += [talk(f"ask {n}") for n in range(5)]
-LONG = talk("one " * 20, "two " * 20, "three " * 20, "four " * 20, "the last question, " * 5 + "ok?")
+TURNS = ["one " * 20, "two " * 20, "three " * 20, "four " * 20, "the last question, " * 5 + "ok?"]
+LONG = talk(*TURNS)
 
 
 def encoded(tokenizer, value, limit):

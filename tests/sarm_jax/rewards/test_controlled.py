@@ -220,7 +220,7 @@ def test_reward_that_is_not_finite(reward_model, monkeypatch):
     assert function.calls == 0
 
 
-@pytest.mark.parametrize("conversational", [False])
+@pytest.mark.parametrize("conversational", [False, True])
 def test_three_steps_of_trl(world, reward_model, tokenizer, human, tmp_path, conversational):
     """TRL's GRPOTrainer trains with the function and logs its terms."""
     calls = []
