@@ -399,7 +399,7 @@ FLAGS = [
     main("negative upper clip", "--config.ppo.clip_range_high=-0.1", "ppo.clip_range_high=-0.1"),
     main(
         "as many slots as responses",
-        "--batch_size=4 --config.ppo.rollout_slots=4",
+        "--config.ppo.rollout_slots=4",
         "ppo.rollout_slots=4: must be less than ppo.batch_size=4",
     ),
     main("no rows on a device", "--batch_size=0", "--batch_size=0: must be at least 1"),
@@ -618,6 +618,23 @@ REWARD = [
 
 JSONL = [
     main("no file", "--prompts_jsonl=/no/such/file.jsonl", "/no/such/file.jsonl: cannot be read"),
+    prompts(
+        "conversation with a tool's turn",
+        '{"prompt": [{"role": "tool", "content": "4"}, {"role": "user", "content": "and?"}]}',
+        ":1: field 'prompt'[0].role",
+        "tool",
+    ),
+    prompts(
+        "conversation that ends with an answer",
+        '{"prompt": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}',
+        ":1: field 'prompt'[1].role",
+    ),
+    prompts(
+        "message without content",
+        '{"prompt": "hi"}\n{"prompt": [{"role": "user"}]}',
+        ":2: field 'prompt'[0]",
+        "content",
+    ),
     main("no file name", "--prompts_jsonl=", "prompts_jsonl is empty"),
     main("directory for a file", "--prompts_jsonl={world}", "is not a file"),
     main("device for a file", "--prompts_jsonl=/dev/zero", "/dev/zero: is not a file"),

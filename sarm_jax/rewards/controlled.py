@@ -30,6 +30,7 @@ from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_file, replacing
 from sarm_jax.io.json_files import short
 from sarm_jax.io.libraries import as_input_error
+from sarm_jax.models.conversation import UNSUPPORTED, Prompt, PromptValue, parse_prompt
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.rewards.compound import (
     RewardConfig,
@@ -126,7 +127,7 @@ class ControlledReward:
 
     def __call__(
         self,
-        prompts: Sequence[Any],
+        prompts: Sequence[PromptValue],
         completions: Sequence[Completion],
         *,
         completion_ids: Sequence[Sequence[int]] | None = None,
@@ -148,12 +149,13 @@ class ControlledReward:
             InputError: a prompt or a completion is not usable.
             TrainingStoppedError: a reward is not finite. Nothing has changed.
         """
+        parsed = [parse_prompt(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
         responses = _texts(completions)
         ended_b = self._ended(completion_ids, len(responses))
-        scored = self._scorer.score(prompts, responses)
+        scored = self._scorer.score(parsed, responses)
         scale = self.scale
         if scale is None:
-            scale = self._calibrate(prompts, responses) if self._needs_scale else NO_SCALE
+            scale = self._calibrate(parsed, responses) if self._needs_scale else NO_SCALE
         d_b, state = np.zeros_like(scored.score_b), self._state
         if self._density_ratio is not None:
             key = jax.random.fold_in(self._key, self.calls)
@@ -190,13 +192,14 @@ class ControlledReward:
         has_controls = bool(controls.penalize_features) or controls.beta > 0
         return has_controls or self._normalise or self._missing_eos_penalty > 0
 
-    def calibrate(self, prompts: Sequence[Any], responses: Sequence[str]) -> ScoreScale:
+    def calibrate(self, prompts: Sequence[PromptValue], responses: Sequence[str]) -> ScoreScale:
         """Sets and returns μ and σ, measured on responses of the untrained policy.
 
         Raises:
             InputError: the scores have no spread.
         """
-        self.scale = self._calibrate(prompts, responses)
+        parsed = [parse_prompt(prompt, f"prompts[{n}]") for n, prompt in enumerate(prompts)]
+        self.scale = self._calibrate(parsed, responses)
         return self.scale
 
     def save(self, path: str | Path) -> None:
@@ -238,7 +241,7 @@ class ControlledReward:
         leaves = jax.tree_util.tree_leaves_with_path(self._state)
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
-    def _calibrate(self, prompts: Sequence[Any], responses: Sequence[str]) -> ScoreScale:
+    def _calibrate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreScale:
         score_b, unclamped_b = self._scorer.score_with_and_without_clamp(prompts, responses)
         scale = ScoreScale.estimate(score_b, unclamped_b)
         error = 1 / np.sqrt(2 * max(len(responses) - 1, 1))
@@ -305,10 +308,8 @@ def _texts(completions: Sequence[Completion]) -> list[str]:
 
 
 def _content(completion: Any) -> str | None:
-    """Returns the text of a list of one assistant message; None if it is anything else."""
+    """Returns the text of a list of one assistant message, which may be empty; otherwise None."""
     match completion:
-        case [{"role": "assistant", "content": str(text), **others}] if not others.get(
-            "tool_calls"
-        ):
-            return text
+        case [{"role": "assistant", "content": str(text), **others}]:
+            return None if any(others.get(name) for name in UNSUPPORTED) else text
     return None

@@ -29,6 +29,13 @@ from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import parse_jsonl
 from sarm_jax.io.row_files import read_placed_rows, read_rows
+from sarm_jax.models.conversation import Conversation
+from sarm_jax.models.conversation_rows import (
+    read_demonstrations,
+    read_pairs,
+    read_probe_rows,
+    read_prompts,
+)
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.rewards.options import reward_config
@@ -157,6 +164,40 @@ def test_row_files(folder, content, name):
         assert row["prompt"].strip() and row["prompt"].encode()
     for row in result(read_placed_rows, path) or ():
         assert row.place.startswith(f"{path}:")
+
+
+roles = st.sampled_from(["system", "user", "assistant", "tool", ""])
+messages = st.lists(
+    st.fixed_dictionaries({"role": roles | scalars, "content": st.text(max_size=6) | values})
+    | values,
+    max_size=4,
+)
+FIELDS_OF_ROWS = ["prompt", "response", "completion", "messages", "chosen", "rejected"]
+
+
+@bounded
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from([*FIELDS_OF_ROWS, "candidates", "tools", "source"]),
+            st.text(max_size=4) | messages | st.lists(messages, max_size=2) | values,
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_rows_of_conversations(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    for prompt in result(read_prompts, path) or ():
+        assert isinstance(prompt, Conversation) or prompt.strip()
+    for row in result(read_demonstrations, path) or ():
+        assert row["response"].strip() and hash(row["prompt"])
+    for row in result(read_pairs, path) or ():
+        assert row["chosen"].strip() and row["rejected"].strip() and hash(row["prompt"])
+    for mode in ("pairs", "bestofn"):
+        for row in result(read_probe_rows, path, mode) or ():
+            assert hash(row["prompt"])
 
 
 entries = st.one_of(
