@@ -177,6 +177,14 @@ def template(text: str, part: str = "policy") -> Damage:
     return content(part, "chat_template.jinja", text)
 
 
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turns') }}"
+    "{% endif %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
+    "{% endif %}"
+)
+
+
 def latents(**arrays: np.ndarray) -> Damage:
     """Makes a human-latents file of these arrays."""
 
@@ -683,6 +691,77 @@ JSONL = [
         "--stage=probe --config.probe.feature=1 --config.probe.data_jsonl={bad}",
         "bad.jsonl:4: expected 'response', or 'chosen' and 'rejected'",
         damage=file('{"prompt": "a", "response": "b"}\n\n\n{"prompt": "a"}\n'),
+    ),
+    prompts(
+        "conversation with a tool",
+        '{"prompt": [{"role": "user", "content": "a"}]}\n'
+        '{"prompt": [{"role": "tool", "content": "a"}]}\n',
+        "bad.jsonl:2: field 'prompt'[0].role: expected system, user or assistant, found \"tool\"",
+    ),
+    prompts(
+        "conversation that ends in an answer",
+        '{"prompt": [{"role": "assistant", "content": "a"}]}\n',
+        "bad.jsonl:1: field 'prompt'[0].role: the last turn of a prompt must be 'user'",
+    ),
+    prompts("conversation of nothing", '{"prompt": []}\n', "bad.jsonl:1: field 'prompt' is empty"),
+    main(
+        "policy whose template refuses a conversation",
+        "--policy_model={bad} --prompts_jsonl={world}/talks.jsonl",
+        "talks.jsonl:9: the chat template of",
+        "fails for the turns system, user (no system turns)",
+        damage=template(NO_SYSTEM),
+    ),
+    *[
+        main(
+            f"SARM whose template refuses a conversation of {name}",
+            f"--sarm_model={{bad}} {options.format('{world}/talks.jsonl')}",
+            "talks.jsonl:9: the chat template of",
+            "fails for the turns system, user (no system turns)",
+            damage=template(NO_SYSTEM, part="sarm"),
+        )
+        for name, options in (
+            ("train", "--prompts_jsonl={}"),
+            ("train, held out", "--config.eval_prompts_jsonl={}"),
+            ("human_latents", "--stage=human_latents --config.human_latents.demos_jsonl={}"),
+            ("probe", "--stage=probe --config.probe.feature=1 --config.probe.data_jsonl={}"),
+        )
+    ],
+    main(
+        "policy whose template refuses a demonstration",
+        "--stage=prepare_data --policy_model={bad} "
+        "--config.prepare_data.demos_jsonl={world}/talks.jsonl",
+        "talks.jsonl:9: the chat template of",
+        damage=template(NO_SYSTEM),
+    ),
+    main(
+        "demonstration without an answer",
+        "--stage=human_latents --config.human_latents.demos_jsonl={bad}",
+        "bad.jsonl:1: field 'messages'[0].role: the last turn must be 'assistant'",
+        damage=file('{"messages": [{"role": "user", "content": "a"}]}\n'),
+    ),
+    *[
+        main(
+            f"pair of two conversations for {stage}",
+            f"--stage={stage} --config.{stage}.pairs_jsonl={{bad}}",
+            "bad.jsonl:1: fields 'chosen' and 'rejected' differ before their last turns",
+            damage=file(
+                '{"chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content":'
+                ' "b"}], "rejected": [{"role": "user", "content": "c"}, {"role": "assistant",'
+                ' "content": "d"}]}\n'
+            ),
+        )
+        for stage in ("identify", "train_sarm")
+    ],
+    main(
+        "candidate of two messages",
+        "--stage=probe --config.probe.feature=1 --config.probe.mode=bestofn "
+        "--config.probe.data_jsonl={bad}",
+        "bad.jsonl:1: field 'candidates'[1] must hold one assistant message, found 2",
+        damage=file(
+            '{"prompt": "a", "candidates": ["b", ['
+            + ", ".join(['{"role": "assistant", "content": "c"}'] * 2)
+            + "]]}\n"
+        ),
     ),
     prompts("blank text", '{"prompt": "  "}\n', "bad.jsonl:1: field 'prompt' is empty"),
     prompts("no JSON", '{"prompt": "a"}\nnot json\n', "bad.jsonl:2", "'not json'"),

@@ -30,10 +30,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     reward = validate(config)
     demonstrations = read_demonstrations(config.human_latents.demos_jsonl)
     reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
-    path = workdir / FILE
-    LOG.info("latents of %d demonstrations, for %s", len(demonstrations), path)
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
+    path = workdir / FILE
+    LOG.info("latents of %d demonstrations, for %s", len(demonstrations), path)
     model = load_reward_model(config)
     human = collect_human_latents(model, demonstrations, reward.latent_indices)
     save_human_latents(path, human)

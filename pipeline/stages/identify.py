@@ -45,10 +45,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     files = {path: read_pairs(path) for path in (*paths, *verbosity_paths)}
     pairs = [{"source": names[path]} | row for path in paths for row in files[path]]
     verbosity_pairs = [row for path in verbosity_paths for row in files[path]]
-    folder = workdir / "probes"
-    LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(config.sarm_model, prompts)
+    folder = workdir / "probes"
+    LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     model = load_reward_model(config)
     features = identify(options, model, pairs)
     selected = features.selected

@@ -47,9 +47,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     rows = read_probe_rows(path, options.mode)
     latent_size = read_sarm_config(config.sarm_model).sae.latent_size
     check_probe(options, latent_size, rows, path)
+    check_conversations(config.sarm_model, {path: [row["prompt"] for row in rows]})
     folder = workdir / "probes"
     LOG.info("probing %d features on %d rows, for %s", len(options.features), len(rows), folder)
-    check_conversations(config.sarm_model, {path: [row["prompt"] for row in rows]})
     probes, certificates = probe(options, load_reward_model(config), rows)
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)

@@ -49,6 +49,8 @@ def root(tmp_path_factory):
     write_rows(world / "demos.jsonl", demos)
     pairs = [{"prompt": d["prompt"], "chosen": d["response"], "rejected": "no"} for d in demos]
     write_rows(world / "pairs.jsonl", pairs)
+    talk = [{"role": "system", "content": "brief"}, {"role": "user", "content": "name 9"}]
+    write_rows(world / "talks.jsonl", [*demos, {"prompt": talk, "response": "it is 9"}])
     write_rows(world / "answers.jsonl", [{"question": "q", "answer": "a"}])
     save_tiny_llama(world / "wide", tiny_llama_config(hidden_size=64), tokenizer)
     train_in(world / "trained", world)

@@ -29,7 +29,7 @@ from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import parse_jsonl
 from sarm_jax.io.row_files import read_placed_rows, read_rows
-from sarm_jax.models.conversation import Conversation
+from sarm_jax.models.conversation import Conversation, parse_prompt, to_json
 from sarm_jax.models.conversation_rows import (
     read_demonstrations,
     read_pairs,
@@ -166,38 +166,50 @@ def test_row_files(folder, content, name):
         assert row.place.startswith(f"{path}:")
 
 
-roles = st.sampled_from(["system", "user", "assistant", "tool", ""])
-messages = st.lists(
-    st.fixed_dictionaries({"role": roles | scalars, "content": st.text(max_size=6) | values})
-    | values,
-    max_size=4,
+roles = st.sampled_from(["system", "user", "assistant", "tool", "", 1])
+contents = st.sampled_from(["a", "b", " ", "é\u2028"]) | st.just([{"type": "text", "text": "a"}])
+message = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": roles | values,
+        "content": contents | values,
+        "name": scalars,
+        "tool_calls": st.none() | values,
+    },
 )
-FIELDS_OF_ROWS = ["prompt", "response", "completion", "messages", "chosen", "rejected"]
+turn = st.fixed_dictionaries({"role": roles, "content": contents})
+talk = st.lists(turn | message, max_size=3) | contents | values
+ROW_FIELDS = "prompt response completion messages chosen rejected candidates source tools".split()
+
+
+@st.composite
+def talks(draw):
+    fields = st.dictionaries(st.sampled_from(ROW_FIELDS), talk | st.lists(talk, max_size=2))
+    # Otherwise hardly a pair would be whole.
+    start = draw(st.lists(turn, min_size=1, max_size=3))
+    sides = {side: [*start, draw(turn)] for side in ("chosen", "rejected")}
+    rows = draw(st.lists(fields | st.just(sides), min_size=1, max_size=2))
+    return damaged(draw, "\n".join(json.dumps(row) for row in rows).encode())
 
 
 @bounded
-@given(
-    st.lists(
-        st.dictionaries(
-            st.sampled_from([*FIELDS_OF_ROWS, "candidates", "tools", "source"]),
-            st.text(max_size=4) | messages | st.lists(messages, max_size=2) | values,
-        ),
-        min_size=1,
-        max_size=3,
-    )
-)
-def test_rows_of_conversations(folder, rows):
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    for prompt in result(read_prompts, path) or ():
-        assert isinstance(prompt, Conversation) or prompt.strip()
-    for row in result(read_demonstrations, path) or ():
-        assert row["response"].strip() and hash(row["prompt"])
-    for row in result(read_pairs, path) or ():
-        assert row["chosen"].strip() and row["rejected"].strip() and hash(row["prompt"])
-    for mode in ("pairs", "bestofn"):
-        for row in result(read_probe_rows, path, mode) or ():
-            assert hash(row["prompt"])
+@given(talks())
+def test_rows_with_conversations(folder, content):
+    path = folder / "talks.jsonl"
+    path.write_bytes(content)
+    readers = {
+        ("prompt",): lambda p: [{"prompt": prompt} for prompt in read_prompts(p)],
+        ("prompt", "response"): read_demonstrations,
+        ("prompt", "chosen", "rejected"): lambda p: read_pairs(p, unequal=True),
+        (): lambda p: [*read_probe_rows(p, "pairs"), *read_probe_rows(p, "bestofn")],
+    }
+    for fields, read in readers.items():
+        for row in result(read, str(path)) or ():
+            prompt = row["prompt"]
+            assert isinstance(prompt, (str, Conversation))
+            assert parse_prompt(json.loads(json.dumps(to_json(prompt))), "p") == prompt
+            assert all(row[field].strip() for field in fields if field != "prompt")
+            hash(prompt)
 
 
 entries = st.one_of(
