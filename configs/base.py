@@ -39,8 +39,10 @@ def _add_models(config: ConfigDict) -> None:
     config.dtype = "float32"  # dtype of frozen weights and activations: float32 or bfloat16
     # Activations kept for the backward pass: all ("none"), matrix products ("dots"), none ("full").
     config.remat = "dots"
-    # File of {"prompt"} rows that PPO trains on. Every file of rows may be JSON Lines, a JSON array
-    # or Parquet, also compressed (.gz, .zst), or hf://datasets/OWNER/NAME[/PATH].
+    # File of {"prompt"} rows that PPO trains on. A prompt is a text or a conversation, here and in
+    # all files of demonstrations, pairs and probe data (docs/reference/files.md). Every file of
+    # rows may be JSON Lines, a JSON array or Parquet, also compressed (.gz, .zst), or
+    # hf://datasets/OWNER/NAME[/PATH].
     config.prompts_jsonl = ""
     # File of {"prompt"} rows that PPO evaluates the policy on; empty: no evaluation.
     config.eval_prompts_jsonl = ""
@@ -120,7 +122,8 @@ def _add_ppo(config: ConfigDict) -> None:
     config.ppo.rollout_slots = 0
     config.ppo.max_new_tokens = 256  # longest response, in tokens
     config.ppo.max_prompt_tokens = 1024  # longest prompt with the chat template, in tokens
-    # For a longer prompt: error, drop the prompt, or truncate the beginning of the user's text.
+    # For a longer prompt: error, drop the prompt, or truncate its beginning: the oldest turns of a
+    # conversation after the system turn, then the beginning of the user's text.
     config.ppo.long_prompts = "error"
     config.ppo.calibration_batches = 2  # batches of reference responses that μ and σ come from
     # Number of sizes of packed batches (ppo/slots.py), each compiled once; 0: padded batches.

@@ -64,7 +64,11 @@ def world(tmp_path_factory):
         {"prompt": d["prompt"], "chosen": d["response"], "rejected": "no " * (n % 3 + 2)}
         for n, d in enumerate(demos)
     ]
-    for name, rows in (("demos", demos), ("pairs", pairs)):
+    talks: list[dict] = list(demos)
+    for n, start in ((1, [("system", "Be brief")]), (4, [("user", "hi"), ("assistant", "yo")])):
+        turns = [{"role": r, "content": c} for r, c in (*start, ("user", demos[n]["prompt"]))]
+        talks[n] = {"prompt": turns, "response": demos[n]["response"]}
+    for name, rows in (("demos", demos), ("talks", talks), ("pairs", pairs)):
         lines = [json.dumps(row) for row in rows]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     return root
@@ -89,8 +93,9 @@ def run(world, tmp_path):
 
 
 def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, capsys):
-    workdir, demos = tmp_path / "run", world / "demos.jsonl"
+    workdir, demos = tmp_path / "run", world / "talks.jsonl"
     make_sarm(run, workdir, demos)
+    check_conversations(workdir / "data" / "pairs.jsonl", 2)
     sarm = f"--sarm_model={workdir / 'sarm'}"
     selected = f"@{workdir}/probes/selected_features.json"
     identify = [
@@ -111,6 +116,7 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
     assert run("--stage=human_latents", sarm, features, human) == 0
     train = [
         sarm,
+        f"--prompts_jsonl={demos}",
         features,
         f"--penalize_features={selected}:safety_harming[:2]",
         f"--tau_values={selected}:tau_harming[:2]",
@@ -134,13 +140,20 @@ def test_the_pipeline_from_a_chat_model_to_an_adapter(world, run, tmp_path, caps
         *probe,
         human,
         f"--config.evaluate.prompts_jsonl={demos}",
-        f"--config.evaluate.data_jsonl={demos}",
+        f"--config.evaluate.data_jsonl={world / 'demos.jsonl'}",
         "--config.evaluate.steering_json={workdir}/probes/steering_config.json",
         "--config.evaluate.resamples=100",
     ]
     check_all_stages(run, workdir, everything, capsys)
+    check_conversations(workdir / "eval" / "responses.jsonl", 2)
     steered = json.loads((workdir / "eval" / "steering.json").read_text())["sets"]["demos"]
     assert set(steered["active"]) == {str(i) for i in lists["safety_harming"]}
+
+
+def check_conversations(path: Path, count: int) -> None:
+    """Checks that the rows of a file have so many different conversations as prompts."""
+    prompts = [row["prompt"] for row in read_jsonl(path, {})]
+    assert len({json.dumps(p) for p in prompts if isinstance(p, list)}) == count
 
 
 def make_sarm(run, workdir: Path, demos: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.report.page import ReportConfig, write_report
 from tests.browser import Browser, find_chromium
-from tests.report_runs import HOSTILE, NAMES, write_evaluation, write_run
+from tests.report_runs import HOSTILE, NAMES, write_evaluation, write_lines, write_run
 
 pytestmark = [
     pytest.mark.browser,
@@ -234,3 +234,32 @@ def test_figures_are_shown_without_javascript(browser, page):
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
     assert browser.evaluate("document.querySelectorAll('figure img').length") > 15
     assert browser.evaluate("document.querySelector('noscript').checkVisibility()")
+
+
+def test_a_conversation_is_shown_turn_by_turn(shared, tmp_path):
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "evaluations.jsonl"
+    turns = [
+        ("system", "<b>Be</b> brief."),
+        ("user", "hi\u202e"),
+        ("assistant", "yo"),
+        ("user", "ho"),
+    ]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    lines = path.read_text(encoding="utf-8").strip().split("\n")
+    write_lines(path, [json.loads(line) | {"prompt": prompt} for line in lines])
+    shared.problems.clear()
+    shared.open(write_report(ReportConfig("", samples=0), tmp_path / "run"), PHONE)
+    card = choose(shared, text="brief")[0]
+    assert card["prompt"] == "Conversation of 4 turns"
+    headings, texts = (
+        shared.evaluate(
+            f"[...document.querySelectorAll('article')[0].querySelectorAll('{name}')]"
+            ".map(element => element.textContent)"
+        )
+        for name in ("h4.role", "h4.role + p")
+    )
+    assert headings == [role for role, _ in turns]
+    assert texts == ["<b>Be</b> brief.", "hiU+202E", "yo", "ho"]
+    assert not choose(shared, text="no such words")
+    assert not shared.problems
