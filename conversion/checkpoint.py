@@ -34,7 +34,7 @@ from conversion.safetensors_io import TensorFiles
 from sarm_jax.io.errors import InputError, printable
 from sarm_jax.io.json_files import read_json, short
 from sarm_jax.models.llama import LlamaConfig
-from sarm_jax.models.rope import Llama3Scaling
+from sarm_jax.models.rope import SCALINGS, Llama3Scaling
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 
@@ -120,8 +120,8 @@ def open_checkpoint(
     hf = _read_hf_config(src, directory)
     if is_sarm(hf) and kind == "policy":
         raise InputError(
-            f"{src}: is a SARM (a reward model), expected a policy (a Llama); is it the model of "
-            "the other option?"
+            f"{src}: is a SARM (a reward model), expected a policy; is it the model of the other "
+            "option?"
         )
     try:
         full_name = repository or str(directory.resolve())
@@ -175,7 +175,7 @@ def write_description(
             "format": FORMAT,
             "kind": checkpoint.kind,
             "dtype": dtype,
-            "config": dataclasses.asdict(config),
+            "config": _described(config),
             "source": checkpoint.name,
             "hf_config": checkpoint.hf_config,
         },
@@ -198,7 +198,7 @@ def _warn_of_ignored(name: str, fields: str) -> None:
     """Warns once of the fields of a config.json that change nothing; a run opens a model often."""
     if fields:
         LOG.warning(
-            "%s", printable(f"{name}: config.json: ignored, since no Llama has them: {fields}")
+            "%s", printable(f"{name}: config.json: ignored, since no such model has them: {fields}")
         )
 
 
@@ -235,9 +235,23 @@ def _with_repository(checkpoint: Checkpoint, repository: str | None) -> Checkpoi
     return dataclasses.replace(checkpoint, hf_config=named)
 
 
+def _described(config: LlamaConfig | SARMConfig) -> dict[str, Any]:
+    """Returns the fields of a config, from which `_llama_from` makes it again."""
+    fields = dataclasses.asdict(config)
+    trunk = config if isinstance(config, LlamaConfig) else config.trunk
+    if trunk.rope_scaling is not None and not isinstance(trunk.rope_scaling, Llama3Scaling):
+        own = fields if isinstance(config, LlamaConfig) else fields["trunk"]
+        own["rope_scaling"]["rope_type"] = trunk.rope_scaling.rope_type
+    return fields
+
+
 def _llama_from(fields: dict[str, Any]) -> LlamaConfig:
     scaling = fields["rope_scaling"]
-    return LlamaConfig(**{**fields, "rope_scaling": scaling and Llama3Scaling(**scaling)})
+    if scaling is not None:
+        kind = scaling.get("rope_type", Llama3Scaling.rope_type)  # once the only kind
+        values = {name: value for name, value in scaling.items() if name != "rope_type"}
+        scaling = SCALINGS[kind](**values)
+    return LlamaConfig(**{**fields, "rope_scaling": scaling})
 
 
 def _check_tied_head(checkpoint: Checkpoint, files: TensorFiles, unmatched: set[str]) -> list[str]:

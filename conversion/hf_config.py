@@ -1,10 +1,10 @@
 """Converts a Hugging Face `config.json` to our config dataclasses and back.
 
 Both dialects are read and written (see `rope_fields`). Fields are on an allow-list: a field that
-transformers reads of a Llama, and that we neither use nor know to be harmless, is refused by name,
-because a model that ignored it could silently compute something else. Other fields change nothing
-in either, and are ignored with a warning. Absent fields have the defaults of transformers'
-LlamaConfig.
+transformers' own class for this `model_type` declares, and that we neither use nor know to be
+harmless, is refused by name unless it has the default of that class, because a model that ignored
+it could silently compute something else. Fields that the class does not declare change nothing in
+either, and are ignored with a warning. Absent fields have the defaults of the class.
 """
 
 import re
@@ -15,7 +15,8 @@ from typing import Any
 from conversion.fields import is_off, number, positive
 from conversion.problems import report
 from conversion.rope_fields import read_rope, rope_fields
-from sarm_jax.models.llama import LlamaConfig
+from conversion.window_fields import read_window
+from sarm_jax.models.llama import MODEL_TYPES, LlamaConfig
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 
@@ -23,8 +24,15 @@ _READ = {
     "model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size",
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
-    "max_position_embeddings",
+    "max_position_embeddings", "layer_types", "sliding_window", "use_sliding_window",
+    "max_window_layers",
 }  # fmt: skip
+_DEFAULTS: dict[str, dict[str, int]] = {  # of absent fields; other sizes follow from the rest
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
 _ONLY = {  # fields that have one acceptable value
     "hidden_act": "silu",
     "attention_bias": False,
@@ -36,6 +44,7 @@ _ONLY = {  # fields that have one acceptable value
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
+_OF_SOME = {"attention_bias", "mlp_bias", "pretraining_tp"}  # not all classes declare these
 _HARMLESS = {  # names, bookkeeping, token ids (ours are the tokenizer's), initialisation, dropout
     "_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "dtype",
     "torch_dtype", "use_cache", "initializer_range", "attention_dropout", "bos_token_id",
@@ -52,8 +61,8 @@ _HARMLESS = {  # names, bookkeeping, token ids (ours are the tokenizer's), initi
 }  # fmt: skip
 _UNDECLARED = {  # fields that transformers reads of any model though LlamaConfig has none of them
     "auto_map", "attention_chunk_size", "distributed_config", "fusion_config", "is_causal",
-    "kv_sharing_modes", "layer_types", "logits_mup_width_multiplier", "pruned_heads",
-    "sliding_window", "transformers_weights", "unpadded_vocab_size", "use_sliding_window",
+    "kv_sharing_modes", "logits_mup_width_multiplier", "pruned_heads", "transformers_weights",
+    "unpadded_vocab_size",
 }  # fmt: skip
 _QUANTISATION = ("quantization_config", "compression_config")
 QUANTISED = (
@@ -83,9 +92,11 @@ def llama_config(hf: dict[str, Any]) -> LlamaConfig:
     problems: list[str] = []
     if is_sarm(hf):
         problems.append("this is a SARM, not a policy")
-    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"]:
-        problems.append(f"architectures={architectures}: expected ['LlamaForCausalLM']")
+    name = MODEL_TYPES.get(str(hf.get("model_type")))
+    expected = [f"{name}ForCausalLM"]
+    architectures = hf.get("architectures") or expected
+    if name is not None and architectures != expected:
+        problems.append(f"architectures={architectures}: expected {expected}")
     config = _read_llama(
         hf, layers=hf.get("num_hidden_layers"), also_allowed=set(), problems=problems
     )
@@ -127,10 +138,13 @@ def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
 
 
 def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
-    """Builds a `config.json` that transformers 4 and 5 both read."""
+    """Builds a `config.json` that transformers 4 and 5 both read.
+
+    It has no sliding window, since `config.max_position_embeddings` is not longer than the window.
+    """
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [_causal_lm(config)],
+        "model_type": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -139,8 +153,7 @@ def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        **_own_fields(config.model_type),
         "rms_norm_eps": config.rms_norm_eps,
         **rope_fields(config),
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -149,9 +162,23 @@ def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
     }
 
 
+def _own_fields(model_type: str) -> dict[str, Any]:
+    """Returns fields of one model type that have one acceptable value."""
+    if model_type == "llama":
+        return {"attention_bias": False, "mlp_bias": False}
+    if model_type == "mistral":
+        return {"sliding_window": None}
+    window = {"use_sliding_window": False}
+    return window if model_type == "qwen2" else {"attention_bias": False, **window}
+
+
+def _causal_lm(config: LlamaConfig) -> str:
+    return f"{MODEL_TYPES[config.model_type]}ForCausalLM"
+
+
 def hf_policy_dict(config: LlamaConfig, base: dict[str, Any]) -> dict[str, Any]:
     """Builds a policy's `config.json` for transformers 4 and 5 from that of its source."""
-    return {**base, "architectures": ["LlamaForCausalLM"], **rope_fields(config)}
+    return {**base, "architectures": [_causal_lm(config)], **rope_fields(config)}
 
 
 def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -171,7 +198,7 @@ def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict
     if len(hf.get("id2label") or ()) != 1:  # the reference sizes its head by the number of labels
         hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     if not is_sarm(hf):
-        hf["architectures"] = ["LlamaSARM"]
+        hf["architectures"] = [f"{MODEL_TYPES[config.trunk.model_type]}SARM"]
     hf["sarm_param"] = old | {
         "sae_source_layer": config.trunk.num_hidden_layers,
         "sae_latent_size": config.sae.latent_size,
@@ -191,74 +218,123 @@ def _read_llama(
     hf: dict[str, Any], layers: Any, also_allowed: set[str], problems: list[str]
 ) -> LlamaConfig | None:
     """Reads the fields of a Llama; `layers` replaces num_hidden_layers."""
-    if hf.get("model_type") != "llama":
-        problems.append(f"model_type={hf.get('model_type')!r}: only 'llama' is supported")
+    model_type = hf.get("model_type")
+    if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
+        problems.append(_unsupported(hf))
         return None  # every other field would be reported as well
-    for name, value in hf.items():
-        expected = _ONLY.get(name)
-        if name in _ONLY:
-            if value is not None and value != expected:
-                problems.append(f"{name}={value!r}: only {expected!r} is supported")
-        elif name in _QUANTISATION and not is_off(value):
-            problems.append(f"{name}: {QUANTISED}")
-        elif _is_unknown(name, value, also_allowed) and not _is_ignored(name):
-            problems.append(f"{name}={value!r}: unknown field")
+    problems += _field_problems(hf, model_type, also_allowed)
     sizes = {
         name: positive({**hf, "num_hidden_layers": layers}, name, problems)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads")
     }  # fmt: skip
     heads = sizes["num_attention_heads"]
+    defaults = _DEFAULTS[model_type]
     optional = {
         "num_key_value_heads": heads,
         "head_dim": max(sizes["hidden_size"] // heads, 1),
-        "max_position_embeddings": 2048,
+        **defaults,
     }
+    if "num_key_value_heads" in hf:  # null stands for the number of heads
+        optional["num_key_value_heads"] = heads
     present = {name: value for name, value in hf.items() if value is not None}
     sizes |= {name: positive({**optional, **present}, name, problems) for name in optional}
-    problems += _size_problems(sizes, implied_head_dim="head_dim" not in present)
+    implied_head_dim = "head_dim" not in {**defaults, **present}
+    problems += _size_problems(sizes, implied_head_dim)
     theta, scaling = read_rope(hf, problems)
     eps = number({"rms_norm_eps": 1e-6, **present}, "rms_norm_eps", problems)
     tied = present.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         problems.append(f"tie_word_embeddings={tied!r}: expected true or false")
+    window = read_window(hf, model_type, sizes["num_hidden_layers"], problems)
+    shorter = window is not None and window < sizes["max_position_embeddings"]
+    if window is not None and shorter:
+        sizes["max_position_embeddings"] = window
     return LlamaConfig(
         **sizes,
         rms_norm_eps=eps,
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=bool(tied),
+        model_type=model_type,
+        positions_field="sliding_window" if shorter else "max_position_embeddings",
     )
 
 
+def _unsupported(hf: dict[str, Any]) -> str:
+    """Describes a model of another architecture."""
+    *others, last = map(repr, MODEL_TYPES)
+    names = hf.get("architectures")
+    found = f" ({names[0]})" if isinstance(names, list) and names else ""
+    return (
+        f"model_type={hf.get('model_type')!r}{found}: only {', '.join(others)} and {last} are "
+        "supported"
+    )
+
+
+def _field_problems(hf: dict[str, Any], model_type: str, also_allowed: set[str]) -> list[str]:
+    """Describes fields whose effect is not supported, or not known."""
+    problems = []
+    for name, value in hf.items():
+        expected = _ONLY.get(name)
+        if name in _ONLY:
+            if value is not None and value != expected and _is_read(name, model_type):
+                problems.append(f"{name}={value!r}: only {expected!r} is supported")
+        elif name in _QUANTISATION and not is_off(value):
+            problems.append(f"{name}: {QUANTISED}")
+        elif _is_unknown(name, value, also_allowed) and not (
+            _is_ignored(name, model_type) or _is_default(name, value, model_type)
+        ):
+            problems.append(f"{name}={value!r}: unknown field")
+    return problems
+
+
 def ignored_fields(hf: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields that the Llama of transformers does not read, and that are not read here.
+    """Returns the fields that transformers does not read of this model, and that we do not read.
 
     They cannot change what the model computes.
     """
+    model_type = hf["model_type"]
     return {
         name: value
         for name, value in hf.items()
-        if name not in {*_ONLY, *_QUANTISATION}
-        and _is_unknown(name, value, _SARM_ONLY)
-        and _is_ignored(name)
+        if name not in _QUANTISATION
+        and (
+            (name in _ONLY and value != _ONLY[name] and not _is_read(name, model_type))
+            or (name not in _ONLY and _is_unknown(name, value, _SARM_ONLY))
+        )
+        and _is_ignored(name, model_type)
     }
+
+
+def _is_read(name: str, model_type: str) -> bool:
+    """Returns False for a field of `_ONLY` that this model of transformers does not have."""
+    return name not in _OF_SOME or _is_declared(name, model_type)
 
 
 def _is_unknown(name: str, value: Any, also_allowed: set[str]) -> bool:
     return name not in _READ | _HARMLESS | also_allowed and not is_off(value)
 
 
-def _is_ignored(name: str) -> bool:
-    return name not in _UNDECLARED and not _is_declared(name)
+def _is_ignored(name: str, model_type: str) -> bool:
+    return name not in _UNDECLARED and not _is_declared(name, model_type)
+
+
+def _is_default(name: str, value: Any, model_type: str) -> bool:
+    """Returns True if a declared field has the default of its class."""
+    return name not in _UNDECLARED and getattr(_default_config(model_type), name) == value
+
+
+def _is_declared(name: str, model_type: str) -> bool:
+    """Returns True if the installed transformers knows this field of such a model."""
+    return hasattr(_default_config(model_type), name)
 
 
 @cache
-def _is_declared(name: str) -> bool:
-    """Returns True if the installed transformers knows this field of a Llama."""
-    from transformers import LlamaConfig  # slow to import, and rarely needed
+def _default_config(model_type: str) -> Any:
+    from transformers import CONFIG_MAPPING  # slow to import, and rarely needed
 
-    return hasattr(LlamaConfig(), name)
+    return CONFIG_MAPPING[model_type]()
 
 
 def _size_problems(sizes: dict[str, int], implied_head_dim: bool) -> list[str]:

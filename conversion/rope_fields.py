@@ -5,25 +5,25 @@ transformers 5 keeps both. A file may hold either dialect, or both if they are e
 written, because a version that does not find its own dialect silently uses a base of 10000.
 """
 
+import dataclasses
 from typing import Any
 
 from conversion.fields import is_off, number, positive
 from sarm_jax.models.llama import LlamaConfig
-from sarm_jax.models.rope import Llama3Scaling
+from sarm_jax.models.rope import SCALINGS, Llama3Scaling, RopeScaling, YarnScaling
 
-_LLAMA3_FIELDS = (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-)  # fmt: skip
 _DEFAULT_THETA = 10000.0
 
-Rope = tuple[float, Llama3Scaling | None]
+Rope = tuple[float, RopeScaling | None]
 
 
 def rope_fields(config: LlamaConfig) -> dict[str, Any]:
     """Returns the fields for the base and the scaling in both dialects."""
     theta, scaling = config.rope_theta, config.rope_scaling
-    kind: dict[str, Any] = {"rope_type": "llama3" if scaling else "default"}
-    values = kind | (vars(scaling) if scaling else {})
+    values: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        fields = {name: value for name, value in vars(scaling).items() if value is not None}
+        values = {"rope_type": scaling.rope_type, **fields}
     return {
         "rope_theta": theta,
         "rope_scaling": values if scaling else None,
@@ -72,30 +72,48 @@ def _read_dialect(parent: str, fields: dict[str, Any], theta: Any, problems: lis
     first = next((value for value in (inside, theta) if value is not None), _DEFAULT_THETA)
     base = number({"rope_theta": first}, "rope_theta", problems)
     kind = _kind(fields)
-    allowed = {"rope_type", "type", "rope_theta"}
-    if kind not in ("default", "llama3"):
-        problems.append(f"{parent}.rope_type={kind!r}: only 'default' and 'llama3' are supported")
+    if kind not in ("default", *SCALINGS):
+        supported = ", ".join(map(repr, ("default", *SCALINGS)))
+        problems.append(f"{parent}.rope_type={kind!r}: only {supported} are supported")
         return base, None
-    if kind == "llama3":
-        allowed |= set(_LLAMA3_FIELDS)
+    allowed = {"rope_type", "type", "rope_theta"}
+    if kind != "default":
+        allowed |= {field.name for field in dataclasses.fields(SCALINGS[kind])}
     for name, value in fields.items():
         full_rotation = name == "partial_rotary_factor" and value == 1
         if name not in allowed and not is_off(value) and not full_rotation:
             problems.append(f"{parent}.{name}={value!r}: unknown field")
     if kind == "default":
         return base, None
-    factor, low, high = (
-        number(fields, name, problems, prefix=f"{parent}.") for name in _LLAMA3_FIELDS[:3]
-    )
-    original = positive(fields, _LLAMA3_FIELDS[3], problems, prefix=f"{parent}.")
-    if high <= low:
-        problems.append(f"{parent}.high_freq_factor={high}: must exceed low_freq_factor={low}")
-    return base, Llama3Scaling(
-        factor=factor,
-        low_freq_factor=low,
-        high_freq_factor=high,
-        original_max_position_embeddings=original,
-    )
+    scaling = _read_scaling(parent, SCALINGS[kind], fields, problems)
+    if isinstance(scaling, YarnScaling) and base <= 1:
+        problems.append(f"rope_theta={base}: must exceed 1 for rope_type='yarn'")
+    return base, scaling
+
+
+def _read_scaling(
+    parent: str, scaling: type[RopeScaling], fields: dict[str, Any], problems: list[str]
+) -> RopeScaling:
+    """Reads the fields of a scaling from the object `parent`; adds what is wrong with them."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(scaling):
+        name, value = field.name, fields.get(field.name)
+        if name not in fields and field.default is not dataclasses.MISSING:
+            continue
+        if name == "original_max_position_embeddings":
+            values[name] = positive(fields, name, problems, prefix=f"{parent}.")
+        elif name == "truncate":
+            values[name] = value
+            if not isinstance(value, bool):
+                problems.append(f"{parent}.truncate={value!r}: expected true or false")
+        elif value is not None or field.default is dataclasses.MISSING:
+            values[name] = number(fields, name, problems, prefix=f"{parent}.")
+    result = scaling(**values)
+    if isinstance(result, Llama3Scaling):
+        low, high = result.low_freq_factor, result.high_freq_factor
+        if high <= low:
+            problems.append(f"{parent}.high_freq_factor={high}: must exceed low_freq_factor={low}")
+    return result
 
 
 def _kind(fields: dict[str, Any]) -> Any:

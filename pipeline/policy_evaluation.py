@@ -85,7 +85,7 @@ def policy_inputs(config: ConfigDict, workdir: Path) -> PolicyInputs | None:
     check_positions(
         max(map(len, encoded.rows)),
         ppo.max_new_tokens,
-        model.max_position_embeddings,
+        model.positions,
         option="ppo.max_new_tokens",
         model=config.policy_model,
     )

@@ -103,7 +103,7 @@ def check_context(options: PairsConfig, policy_model: str, prompts: Sequence[Pro
     check_positions(
         max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts),
         options.max_new_tokens,
-        policy.max_position_embeddings,
+        policy.positions,
         option="prepare_data.max_new_tokens",
         model=policy_model,
     )

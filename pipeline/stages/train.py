@@ -275,7 +275,7 @@ def check_context(config: ConfigDict, *decks: PromptDeck) -> None:
     check_positions(
         max(deck.longest for deck in decks),
         config.ppo.max_new_tokens,
-        read_policy_config(config.policy_model).max_position_embeddings,
+        read_policy_config(config.policy_model).positions,
         option="ppo.max_new_tokens",
         model=config.policy_model,
     )

@@ -6,7 +6,7 @@ was never trained on, so that wrong input would give plausible numbers.
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,10 +15,17 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.processes import fetch
 
 
+class Positions(NamedTuple):
+    """The most tokens of a sequence of a model, and the field of config.json that says so."""
+
+    tokens: int
+    field: str
+
+
 def check_positions(
     tokens: int,
     new_tokens: int,
-    positions: int,
+    positions: Positions,
     *,
     option: str = "max_new_tokens",
     model: str = "the model",
@@ -28,14 +35,15 @@ def check_positions(
     Args:
         tokens: number of tokens of the longest prompt or sequence.
         new_tokens: the most tokens that are added to it.
-        positions: `max_position_embeddings` of the model.
+        positions: the most tokens of a sequence of the model.
         option: the option that gives `new_tokens`, for the message.
         model: the model, for the message.
     """
-    limit = f"{positions} positions (max_position_embeddings) of {model}"
-    if not new_tokens and tokens > positions:
+    most, field = positions
+    limit = f"{most} positions ({field}) of {model}"
+    if not new_tokens and tokens > most:
         raise InputError(f"{tokens} tokens exceed the {limit}")
-    if tokens + new_tokens > positions:
+    if tokens + new_tokens > most:
         raise InputError(
             f"{option}={new_tokens}: with the {tokens} tokens of the longest prompt this exceeds "
             f"the {limit}"
@@ -57,7 +65,7 @@ def check_arrays(tokens_bt: Any, mask_bt: Any) -> None:
 
 
 def check_batch(
-    tokens_bt: Any, mask_bt: Any, *, vocab_size: int, positions: int, new_tokens: int = 0
+    tokens_bt: Any, mask_bt: Any, *, vocab_size: int, positions: Positions, new_tokens: int = 0
 ) -> np.ndarray | None:
     """Checks the arguments of a model; inside a program only their shapes and dtypes.
 
@@ -65,7 +73,7 @@ def check_batch(
         tokens_bt: token ids. Those of padding may be anything.
         mask_bt: marks the real tokens.
         vocab_size: number of tokens of the model.
-        positions: `max_position_embeddings` of the model.
+        positions: the most tokens of a sequence of the model.
         new_tokens: the most tokens that are added to a row.
 
     Returns:

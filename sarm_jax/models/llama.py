@@ -3,7 +3,12 @@
     x ← x + W_o · attention(rope(W_q n), rope(W_k n), W_v n),   n = RMSNorm(x)
     x ← x + W_down (silu(W_gate n) ⊙ W_up n),                   n = RMSNorm(x)
 
-Sources: Touvron et al. 2302.13971, Dubey et al. 2407.21783; attribute names follow Hugging Face.
+Mistral computes the same within its sliding window. Qwen2 adds a bias to the products of W_q, W_k
+and W_v. Qwen3 normalises each head of W_q n and W_k n with an RMSNorm of its own before the
+rotation.
+
+Sources: Touvron et al. 2302.13971, Dubey et al. 2407.21783, Jiang et al. 2310.06825, Yang et al.
+2407.10671 and 2505.09388; attribute names follow Hugging Face.
 
 Layers are stacked `[L, …]` and run under one `jax.lax.scan`, so compile time does not grow with
 depth. A token's position is the number of real tokens before it, so neither the side nor the amount
@@ -20,10 +25,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sarm_jax.models.checks import check_batch
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.checks import Positions, check_batch
 from sarm_jax.models.lora import FOLDED, LoRA
 from sarm_jax.models.packing import Packing
-from sarm_jax.models.rope import Llama3Scaling, apply_rope, inverse_frequencies, rope_tables
+from sarm_jax.models.rope import (
+    RopeScaling,
+    YarnScaling,
+    apply_rope,
+    inverse_frequencies,
+    rope_tables,
+)
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 
 # The minimum number of queries in a block by platform, and the maximum number of blocks; see
@@ -43,9 +55,19 @@ REMAT = {
 }
 
 
+MODEL_TYPES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture; field names and meanings are those of a Hugging Face `config.json`."""
+    """The architecture; field names and meanings are those of a Hugging Face `config.json`.
+
+    Attributes:
+        max_position_embeddings: the most tokens of a sequence. If attention has a sliding window
+            that is shorter, it is the window: up to there the window changes nothing.
+        model_type: a key of `MODEL_TYPES`.
+        positions_field: the field of `config.json` that gave `max_position_embeddings`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -56,23 +78,49 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Scaling | None = None
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 8192
+    model_type: str = "llama"
+    positions_field: str = "max_position_embeddings"
+
+    def __post_init__(self) -> None:
+        if self.model_type not in MODEL_TYPES:
+            raise InputError(
+                f"model_type={self.model_type!r}: choose from {', '.join(MODEL_TYPES)}"
+            )
+
+    @property
+    def qkv_bias(self) -> bool:
+        """True if the projections of queries, keys and values have a bias."""
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """True if each head of queries and keys has an RMSNorm."""
+        return self.model_type == "qwen3"
+
+    @property
+    def positions(self) -> Positions:
+        """The most tokens of a sequence, with the field that says so."""
+        return Positions(self.max_position_embeddings, self.positions_field)
 
 
 class Linear(nnx.Module):
-    """A linear layer x W, plus the adapter if one is attached."""
+    """A linear layer x W, plus a bias if it has one, plus the adapter if one is attached."""
 
-    def __init__(self, d_in: int, d_out: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, d_in: int, d_out: int, *, dtype: Any, rngs: nnx.Rngs, bias: bool = False):
         init = jax.nn.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out), dtype))
+        self.bias: nnx.Param | None = nnx.data(None)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((d_out,), dtype))
         self.lora: LoRA | None = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.lora is None:
-            return x @ self.kernel[...]
-        return self.lora(x, self.kernel[...])
+        kernel = self.kernel[...]
+        y = x @ kernel if self.lora is None else self.lora(x, kernel)
+        return y if self.bias is None else y + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
@@ -153,16 +201,22 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, *, dtype: Any, rngs: nnx.Rngs):
         d, h = config.hidden_size, config.head_dim
         q_width, kv_width = config.num_attention_heads * h, config.num_key_value_heads * h
-        self.q_proj = Linear(d, q_width, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(d, kv_width, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(d, kv_width, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(d, q_width, dtype=dtype, rngs=rngs, bias=config.qkv_bias)
+        self.k_proj = Linear(d, kv_width, dtype=dtype, rngs=rngs, bias=config.qkv_bias)
+        self.v_proj = Linear(d, kv_width, dtype=dtype, rngs=rngs, bias=config.qkv_bias)
         self.o_proj = Linear(q_width, d, dtype=dtype, rngs=rngs)
+        self.q_norm: RMSNorm | None = nnx.data(None)
+        self.k_norm: RMSNorm | None = nnx.data(None)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                RMSNorm(h, config.rms_norm_eps, dtype=dtype) for _ in range(2)
+            )
         self.head_dim = h
 
     def project(self, x_btd, rope):
         """Returns rotated queries `[B, T, N, H]`, rotated keys and values `[B, T, K, H]`."""
         projected = [f(x_btd) for f in (self.q_proj, self.k_proj, self.v_proj)]
-        return cut_heads(projected, self.head_dim, rope)
+        return cut_heads(projected, self.head_dim, rope, (self.q_norm, self.k_norm))
 
     def attend(self, q_btnh, k_bskh, v_bskh, mask_bts, attention, packing=None):
         """Applies `attention` and projects the result back to D."""
@@ -174,13 +228,23 @@ class Attention(nnx.Module):
 
 
 def cut_heads(
-    projected: Sequence[jax.Array], head_dim: int, rope: tuple[jax.Array, jax.Array]
+    projected: Sequence[jax.Array],
+    head_dim: int,
+    rope: tuple[jax.Array, jax.Array],
+    norms: Sequence[Callable[[jax.Array], jax.Array] | None],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Splits projected queries, keys and values into heads, and rotates the first two."""
-    q_btnh, k_btkh, v_btkh = (
+    """Splits projected queries, keys and values into heads; normalises and rotates the first two.
+
+    `norms` are the functions that normalise the heads of queries and of keys, or None.
+    """
+    *queries_and_keys, v_btkh = (
         y.reshape(*y.shape[:-1], y.shape[-1] // head_dim, head_dim) for y in projected
     )
-    return apply_rope(q_btnh, rope), apply_rope(k_btkh, rope), v_btkh
+    q_btnh, k_btkh = (
+        apply_rope(y if norm is None else norm(y), rope)
+        for y, norm in zip(queries_and_keys, norms, strict=True)
+    )
+    return q_btnh, k_btkh, v_btkh
 
 
 class MLP(nnx.Module):
@@ -266,7 +330,7 @@ class Llama(nnx.Module):
             tokens_bt,
             mask_bt,
             vocab_size=config.vocab_size,
-            positions=config.max_position_embeddings,
+            positions=config.positions,
         )
         return self.logits(self.hidden(tokens_bt, mask_bt))[..., : self.config.vocab_size]
 
@@ -306,8 +370,10 @@ class Llama(nnx.Module):
     def rope(self, positions_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the rotation of queries and keys at these positions, see `rope_tables`."""
         config = self.config
-        inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        return rope_tables(positions_bt, inv_freq)
+        scaling = config.rope_scaling
+        inv_freq = inverse_frequencies(config.head_dim, config.rope_theta, scaling)
+        magnitude = scaling.magnitude if isinstance(scaling, YarnScaling) else 1.0
+        return rope_tables(positions_bt, inv_freq, magnitude)
 
     def forward(
         self,

@@ -37,6 +37,8 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"(trunk\.)?embed_tokens", P("tensor", "fsdp")),
     (r"lm_head", P("tensor", "fsdp")),
     (r"(trunk\.)?layers\.attn\.[qkv]_proj\.kernel", P(None, "fsdp", "tensor")),
+    (r"(trunk\.)?layers\.attn\.[qkv]_proj\.bias", P(None, "tensor")),
+    (r"(trunk\.)?layers\.attn\.[qk]_norm\.scale", P()),
     (r"(trunk\.)?layers\.attn\.o_proj\.kernel", P(None, "tensor", "fsdp")),
     (r"(trunk\.)?layers\.mlp\.(gate|up)_proj\.kernel", P(None, "fsdp", "tensor")),
     (r"(trunk\.)?layers\.mlp\.down_proj\.kernel", P(None, "tensor", "fsdp")),

@@ -7,7 +7,7 @@ columns, `[D, B]`.
 """
 
 import os
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -135,7 +135,11 @@ def decode(
     keys, values = [], []
     for layer, k_bkhs, v_bkhs in zip(layers, cache.k, cache.v, strict=True):
         projected = _linear(layer.qkv, rms_norm(x_b1d, layer.attention_norm, eps))
-        q, k, v = cut_heads(projected, head_dim, rope)
+        norms = [
+            None if scale_h is None else partial(rms_norm, scale_d=scale_h, eps=eps)
+            for scale_h in (layer.q_norm, layer.k_norm)
+        ]
+        q, k, v = cut_heads(projected, head_dim, rope, norms)
         k_bkhs, v_bkhs = _write(k_bkhs, k, cache.column), _write(v_bkhs, v, cache.column)
         out_b1nh = attention(
             q_btnh=q,

@@ -33,6 +33,7 @@ class FusedLinear:
         kernel_poi: `[parts, out / parts + r, in]`, all rows of W and then those of A; `out` is the
             sum of the widths and `r` the sum of the ranks.
         b_por: the block-diagonal B, `[parts, out / parts, r]`; None without adapters.
+        bias_po: the biases of the layers, `[parts, out / parts]`; None without biases.
         scale: α / r of the adapters.
         widths: the output size of each layer.
         axes: the axes of the mesh that split the rows and the columns.
@@ -40,6 +41,7 @@ class FusedLinear:
 
     kernel_poi: jax.Array
     b_por: jax.Array | None
+    bias_po: jax.Array | None
     scale: float = struct.field(pytree_node=False)
     widths: tuple[int, ...] = struct.field(pytree_node=False)
     axes: tuple[str, str] = struct.field(pytree_node=False)
@@ -54,22 +56,31 @@ class FusedLinear:
             adapted_pob = self.b_por @ a_prb * self.scale
             adapters = jnp.split(adapted_pob, cuts[:-1], axis=1)
             y = [base + adapter for base, adapter in zip(y, adapters, strict=True)]
+        if self.bias_po is not None:
+            biases = jnp.split(self.bias_po[..., None], cuts[:-1], axis=1)
+            y = [base + bias for base, bias in zip(y, biases, strict=True)]
         return [output.reshape(-1, batch) for output in y]
 
     def placed(self, put: Callable[[Any, P], Any]) -> "FusedLinear":
         """Returns a copy whose arrays are `put(array, spec)`; the spec describes their split."""
         rows, columns = self.axes
         b_por = None if self.b_por is None else put(self.b_por, P(rows))
+        bias_po = None if self.bias_po is None else put(self.bias_po, P(rows))
         kernel_poi = put(self.kernel_poi, P(rows, None, columns))
-        return dataclasses.replace(self, kernel_poi=kernel_poi, b_por=b_por)
+        return dataclasses.replace(self, kernel_poi=kernel_poi, b_por=b_por, bias_po=bias_po)
 
 
 @struct.dataclass
 class FusedLayer:
-    """One decoder layer: the scales of its two norms and its seven linear layers, fused to four."""
+    """One decoder layer: the scales of its norms and its seven linear layers, fused to four.
+
+    `q_norm` and `k_norm` are None if heads are not normalised.
+    """
 
     attention_norm: jax.Array
     qkv: FusedLinear
+    q_norm: jax.Array | None
+    k_norm: jax.Array | None
     o: FusedLinear
     mlp_norm: jax.Array
     gate_up: FusedLinear
@@ -103,6 +114,8 @@ def fuse_layers(policy: Llama) -> tuple[FusedLayer, ...]:
         return FusedLayer(
             attention_norm=policy.layers.input_layernorm.scale[layer],
             qkv=linear(attn.q_proj, attn.k_proj, attn.v_proj, axes=("tensor", "fsdp")),
+            q_norm=None if attn.q_norm is None else attn.q_norm.scale[layer],
+            k_norm=None if attn.k_norm is None else attn.k_norm.scale[layer],
             o=linear(attn.o_proj, axes=("fsdp", "tensor")),
             mlp_norm=policy.layers.post_attention_layernorm.scale[layer],
             gate_up=linear(mlp.gate_proj, mlp.up_proj, axes=("tensor", "fsdp")),
@@ -131,11 +144,20 @@ def _fuse(
         b_por=_block_diagonal(loras, layer=layer, widths=widths, parts=parts).astype(dtype)
         if adapted
         else None,
+        bias_po=_biases(linears, layer=layer, parts=parts),
         scale=scale,
         widths=widths,
         axes=axes,
     )
     return fused.placed(placement.constrain)
+
+
+def _biases(linears: Sequence[Linear], layer: int, parts: int) -> jax.Array | None:
+    """Returns `[parts, out / parts]` with the biases of the layers; None if they have none."""
+    biases = [linear.bias[layer] for linear in linears if linear.bias is not None]
+    if not biases:
+        return None
+    return jnp.concatenate([bias.reshape(parts, -1) for bias in biases], axis=1)
 
 
 def _block_diagonal(loras, layer, widths, parts):

@@ -122,7 +122,7 @@ def generate(
         tokens_bt,
         mask_bt,
         vocab_size=size,
-        positions=policy.config.max_position_embeddings,
+        positions=policy.config.positions,
         new_tokens=max_new_tokens,
     )
     check_no_row_is_empty(length_b)
