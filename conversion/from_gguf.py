@@ -1,10 +1,10 @@
-"""Converts a GGUF file of Llama architecture to a Hugging Face directory, without PyTorch.
+"""Converts a GGUF file of a Llama, Qwen2 or Qwen3 to a Hugging Face directory, without PyTorch.
 
     python -m conversion.from_gguf --src=FILE.gguf --dst=DIR
 
-Weights are dequantised to float32. llama.cpp stores the rows of W_q and W_k in another order, in
-which the two rows of a rotated pair are neighbours; here they are put back in the order of Hugging
-Face. Source: llama.cpp, convert_hf_to_gguf.py.
+Weights are dequantised to float32. In files of architecture `llama`, which Mistral's are too, the
+rows of W_q and W_k are in another order, in which the two rows of a rotated pair are neighbours;
+here they are put back in the order of Hugging Face. Source: llama.cpp, convert_hf_to_gguf.py.
 """
 
 import math
@@ -38,6 +38,11 @@ TABLE = {  # our path → GGUF name
     "layers.attn.q_proj.kernel": "blk.{}.attn_q.weight",
     "layers.attn.k_proj.kernel": "blk.{}.attn_k.weight",
     "layers.attn.v_proj.kernel": "blk.{}.attn_v.weight",
+    "layers.attn.q_proj.bias": "blk.{}.attn_q.bias",
+    "layers.attn.k_proj.bias": "blk.{}.attn_k.bias",
+    "layers.attn.v_proj.bias": "blk.{}.attn_v.bias",
+    "layers.attn.q_norm.scale": "blk.{}.attn_q_norm.weight",
+    "layers.attn.k_norm.scale": "blk.{}.attn_k_norm.weight",
     "layers.attn.o_proj.kernel": "blk.{}.attn_output.weight",
     "layers.mlp.gate_proj.kernel": "blk.{}.ffn_gate.weight",
     "layers.mlp.up_proj.kernel": "blk.{}.ffn_up.weight",
@@ -47,25 +52,25 @@ TABLE = {  # our path → GGUF name
     "norm.scale": "output_norm.weight",
     "lm_head": "output.weight",
 }
-_REQUIRED = (
-    "general.architecture", "llama.block_count", "llama.context_length",
-    "llama.embedding_length", "llama.feed_forward_length", "llama.attention.head_count",
-    "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.tokens",
-    "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_REQUIRED = (  # {} is the architecture
+    "general.architecture", "{}.block_count", "{}.context_length", "{}.embedding_length",
+    "{}.feed_forward_length", "{}.attention.head_count", "{}.attention.layer_norm_rms_epsilon",
+    "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
 )  # fmt: skip
-_KNOWN = {
-    *_REQUIRED, "llama.vocab_size", "llama.attention.head_count_kv", "llama.rope.freq_base",
-    "llama.rope.dimension_count", "llama.attention.key_length", "llama.attention.value_length",
+_KNOWN = (
+    *_REQUIRED, "{}.vocab_size", "{}.attention.head_count_kv", "{}.rope.freq_base",
+    "{}.rope.dimension_count", "{}.attention.key_length", "{}.attention.value_length",
     "tokenizer.ggml.model", "tokenizer.ggml.pre", "tokenizer.ggml.scores",
     "tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id",
     "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.padding_token_id",
     "tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token",
     "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
     "tokenizer.chat_template",
-}  # fmt: skip
+)  # fmt: skip
 _KINDS = {  # the types of fields that are not whole numbers
-    "llama.attention.layer_norm_rms_epsilon": float,
-    "llama.rope.freq_base": float,
+    "{}.attention.layer_norm_rms_epsilon": float,
+    "{}.rope.freq_base": float,
     "tokenizer.ggml.tokens": list,
     "tokenizer.ggml.token_type": list,
     "tokenizer.ggml.merges": list,
@@ -78,8 +83,8 @@ def convert(src: str | Path, dst: str | Path) -> str:
     """Writes the HF directory and returns a summary line.
 
     Raises:
-        InputError: `src` is not a GGUF file or not a Llama, or its metadata or tensors are not
-            supported.
+        InputError: `src` is not a GGUF file or of another architecture, or its metadata or tensors
+            are not supported.
     """
     start = time.perf_counter()
     reader = _open(Path(src))
@@ -123,48 +128,66 @@ def _open(src: Path) -> Any:
 
 
 def _config(metadata: dict[str, Any], tied: bool) -> LlamaConfig:
+    model_type = _check_metadata(metadata)
+
+    def field(name: str, default: Any = None) -> Any:
+        return metadata.get(f"{model_type}.{name}", default)
+
+    heads = field("attention.head_count")
+    head_dim = field("attention.key_length", field("embedding_length") // max(heads, 1))
+    problems = []
+    for name in ("rope.dimension_count", "attention.value_length"):
+        value = field(name, head_dim)
+        if value != head_dim:
+            problems.append(
+                f"{model_type}.{name}={value}: only the head size {head_dim} is supported"
+            )
+    vocab_size = len(metadata["tokenizer.ggml.tokens"])
+    if field("vocab_size", vocab_size) != vocab_size:
+        problems.append(f"{model_type}.vocab_size={field('vocab_size')}: {vocab_size} tokens")
+    report("metadata", problems)
+    return llama_config(
+        {
+            "model_type": model_type,
+            "vocab_size": vocab_size,
+            "hidden_size": field("embedding_length"),
+            "intermediate_size": field("feed_forward_length"),
+            "num_hidden_layers": field("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": field("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon")),
+            "rope_theta": _shortest(field("rope.freq_base", 10000.0)),
+            "tie_word_embeddings": tied,
+            "max_position_embeddings": field("context_length"),
+        }
+    )
+
+
+def _check_metadata(metadata: dict[str, Any]) -> str:
+    """Returns the architecture; raises InputError if a field is missing, unknown or mistyped."""
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(f"general.architecture={architecture!r}: only 'llama' is supported")
-    problems = [f"{name}: missing" for name in _REQUIRED if name not in metadata]
+    if architecture not in _ARCHITECTURES:
+        *others, last = map(repr, _ARCHITECTURES)
+        raise InputError(
+            f"general.architecture={architecture!r}: only {', '.join(others)} and {last} are "
+            "supported"
+        )
+    known = {name.format(architecture) for name in _KNOWN}
+    required = [name.format(architecture) for name in _REQUIRED]
+    kinds = {name.format(architecture): kind for name, kind in _KINDS.items()}
+    problems = [f"{name}: missing" for name in required if name not in metadata]
     for name, value in metadata.items():
-        if name not in _KNOWN and not name.startswith(_DESCRIPTIVE):
+        if name not in known and not name.startswith(_DESCRIPTIVE):
             problems.append(f"{name}={str(value)[:60]}: unknown metadata")
     if metadata.get("tokenizer.ggml.add_eos_token"):
         problems.append("tokenizer.ggml.add_eos_token=True: only False is supported")
     for name, value in metadata.items():
-        kind = _KINDS.get(name, int) if name.startswith("llama.") else _KINDS.get(name)
+        kind = kinds.get(name, int if name.startswith(f"{architecture}.") else None)
         if kind is not None and type(value) is not kind:
             problems.append(f"{name}={str(value)[:60]}: expected {kind.__name__}")
     report("metadata", problems)
-    heads = metadata["llama.attention.head_count"]
-    head_dim = metadata.get(
-        "llama.attention.key_length", metadata["llama.embedding_length"] // max(heads, 1)
-    )
-    for name in ("rope.dimension_count", "attention.value_length"):
-        value = metadata.get(f"llama.{name}", head_dim)
-        if value != head_dim:
-            problems.append(f"llama.{name}={value}: only the head size {head_dim} is supported")
-    vocab_size = len(metadata["tokenizer.ggml.tokens"])
-    if metadata.get("llama.vocab_size", vocab_size) != vocab_size:
-        problems.append(f"llama.vocab_size={metadata['llama.vocab_size']}: {vocab_size} tokens")
-    report("metadata", problems)
-    return llama_config(
-        {
-            "model_type": "llama",
-            "vocab_size": vocab_size,
-            "hidden_size": metadata["llama.embedding_length"],
-            "intermediate_size": metadata["llama.feed_forward_length"],
-            "num_hidden_layers": metadata["llama.block_count"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": metadata.get("llama.attention.head_count_kv", heads),
-            "head_dim": head_dim,
-            "rms_norm_eps": _shortest(metadata["llama.attention.layer_norm_rms_epsilon"]),
-            "rope_theta": _shortest(metadata.get("llama.rope.freq_base", 10000.0)),
-            "tie_word_embeddings": tied,
-            "max_position_embeddings": metadata["llama.context_length"],
-        }
-    )
+    return architecture
 
 
 def _shortest(value: float) -> float:
@@ -207,7 +230,8 @@ def _weights(tensor: Any, spec: TensorSpec, config: LlamaConfig) -> np.ndarray:
         array = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         array = array.reshape(spec.hf_shape)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    if spec.path[-1] == "kernel" and spec.path[-2] in heads:
+    permuted = config.model_type == "llama"
+    if permuted and spec.path[-1] == "kernel" and spec.path[-2] in heads:
         pairs = array.reshape(heads[spec.path[-2]], config.head_dim // 2, 2, -1)
         array = pairs.swapaxes(1, 2).reshape(spec.hf_shape)
     return array

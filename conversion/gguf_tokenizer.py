@@ -1,13 +1,22 @@
 """Builds the byte-level BPE tokenizer that the metadata of a GGUF file describes.
 
-llama.cpp names the rule that splits text before merging (`tokenizer.ggml.pre`). The rules of the
-Llama-architecture models are implemented here; others are refused. The converter of transformers
+llama.cpp names the rule that splits text before merging (`tokenizer.ggml.pre`). The rules of
+Llama, SmolLM and Qwen are implemented here; others are refused. The converter of transformers
 needs PyTorch and does not split digits as SmolLM does. Source: llama.cpp, llama-vocab.cpp.
 """
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from sarm_jax.io.errors import InputError
@@ -19,9 +28,11 @@ _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")  # digit by digit
 _GPT2 = ("gpt-2", "default")
 _DIGIT_WISE = ("smollm",)
 _LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+_QWEN2 = ("qwen2",)
 
 
 def tokenizer_from_metadata(metadata: dict[str, Any], max_length: int) -> PreTrainedTokenizerFast:
@@ -81,15 +92,18 @@ def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:
                 pre_tokenizers.ByteLevel(add_prefix_space=False),
             ]
         )
-    elif pre in _LLAMA3:
+    elif pre in (*_LLAMA3, *_QWEN2):
+        if pre in _QWEN2:  # as in Qwen's own tokenizer.json
+            core.normalizer = normalizers.NFC()
+        split = _QWEN2_SPLIT if pre in _QWEN2 else _LLAMA3_SPLIT
         core.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+                pre_tokenizers.Split(Regex(split), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
     else:
-        supported = ", ".join((*_GPT2, *_DIGIT_WISE, *_LLAMA3))
+        supported = ", ".join((*_GPT2, *_DIGIT_WISE, *_LLAMA3, *_QWEN2))
         raise InputError(f"tokenizer.ggml.pre={pre!r}: only {supported} are supported")
     core.decoder = decoders.ByteLevel()
     return core

@@ -1054,7 +1054,47 @@ HF_CONFIG = [
         content("policy", "config.json", '{"a": 1, "a": 2}'),
         "key 'a' appears twice",
     ),
-    policy("another architecture", config(model_type="mistral"), "model_type='mistral'", "'llama'"),
+    *(
+        policy(
+            f"another architecture: {kind}",
+            config(model_type=kind, architectures=[name]),
+            f"model_type='{kind}' ({name}): only 'llama', 'mistral', 'qwen2' and 'qwen3'",
+        )
+        for kind, name in (
+            ("gemma3_text", "Gemma3ForCausalLM"),
+            ("mixtral", "MixtralForCausalLM"),
+            ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        )
+    ),
+    policy(
+        "two architectures",
+        config(model_type="qwen2"),
+        "architectures=['LlamaForCausalLM']: expected ['Qwen2ForCausalLM']",
+    ),
+    policy(
+        "window shorter than the context",
+        config(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=16),
+        "ppo.max_new_tokens=",
+        "exceeds the 16 positions (sliding_window) of",
+    ),
+    policy(
+        "missing biases",
+        config(model_type="qwen2", architectures=["Qwen2ForCausalLM"]),
+        "model.layers.0.self_attn.k_proj.bias: missing",
+    ),
+    policy(
+        "missing norms of heads",
+        config(model_type="qwen3", architectures=["Qwen3ForCausalLM"]),
+        "model.layers.0.self_attn.k_norm.weight: missing",
+    ),
+    policy(
+        "unexpected bias",
+        tensors("policy", lambda t: t.update({Q.replace("weight", "bias"): np.ones(32, "f4")})),
+        "model.layers.0.self_attn.q_proj.bias: unexpected tensor",
+    ),
+    policy("another head size", config(head_dim=16), f"{Q}: shape [32, 32], expected [64, 32]"),
+    policy("kind of layer", config(layer_types=["chunked_attention"] * 3), "layer_types[0]="),
+    policy("too few kinds of layers", config(layer_types=["full_attention"]), "found 1 entries"),
     policy("classifier", config(architectures=["LlamaForSequenceClassification"]), "Sequence"),
     policy("number for architectures", config(architectures=3), "architectures=3"),
     policy("attention bias", config(attention_bias=True), "attention_bias=True: only False"),
@@ -1076,7 +1116,16 @@ HF_CONFIG = [
     policy("odd head", config(head_dim=7), "head_dim=7: must be even"),
     policy("text for true", config(tie_word_embeddings="yes"), "tie_word_embeddings='yes'"),
     policy("unknown rope", config(rope_parameters=[1]), "rope_parameters=[1]: expected an object"),
-    policy("yarn", config(rope_parameters={"rope_type": "yarn", "factor": 4}), "rope_type='yarn'"),
+    policy(
+        "unknown scaling",
+        config(rope_parameters={"rope_type": "longrope", "factor": 4}),
+        "rope_type='longrope': only 'default', 'linear', 'dynamic', 'llama3', 'yarn' are supported",
+    ),
+    policy(
+        "yarn without its context",
+        config(rope_parameters={"rope_type": "yarn", "factor": 4}),
+        "original_max_position_embeddings=None",
+    ),
     policy(
         "two ropes", config(rope_scaling={"rope_type": "linear"}), "contradicts rope_parameters"
     ),

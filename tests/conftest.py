@@ -70,7 +70,9 @@ def leaving(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def architecture(tokenizer):
+def architecture(tokenizer, request):
+    """A tiny Llama; indirect parametrisation selects another model type."""
+    model_type = getattr(request, "param", "llama")
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -78,7 +80,8 @@ def architecture(tokenizer):
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=16 if model_type == "qwen3" else 8,
+        model_type=model_type,
     )
 
 

@@ -30,7 +30,9 @@ COMPARED_COLUMNS = (
 ACTIVE = (8, 18, 21, 29, 38, 39)  # features with z > 0
 
 
-def divisible_llama_config(tokenizer: PreTrainedTokenizerBase, layers: int = 3) -> LlamaConfig:
+def divisible_llama_config(
+    tokenizer: PreTrainedTokenizerBase, layers: int = 3, model_type: str = "llama"
+) -> LlamaConfig:
     """Returns a config with 8 heads over 4 key/value heads, which four devices can share."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -40,6 +42,7 @@ def divisible_llama_config(tokenizer: PreTrainedTokenizerBase, layers: int = 3) 
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=4,
+        model_type=model_type,
     )
 
 

@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 LLAMA3_ROPE = {  # wavelengths 6, 63, 628, 6283 at head_dim 8 cover all three branches of the rule
     "rope_type": "llama3",
@@ -27,6 +35,17 @@ LLAMA3_ROPE = {  # wavelengths 6, 63, 628, 6283 at head_dim 8 cover all three br
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+             "original_max_position_embeddings": 128}  # fmt: skip
+
+# A tiny config of each supported architecture, as changes of `tiny_llama_config`.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
 
 # As in Llama-3.x, the template writes BOS, the date defaults to today, and contents are stripped.
@@ -101,10 +120,10 @@ def chatml_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama_config(**overrides: Any) -> LlamaConfig:
+def tiny_llama_config(model_type: str = "llama", **overrides: Any) -> LlamaConfig:
     """Returns a config of 3 layers, width 32, 4 heads over 2 KV heads and 262 tokens.
 
-    4 does not divide the vocabulary.
+    4 does not divide the vocabulary. `model_type` selects another architecture's config class.
     """
     defaults: dict[str, Any] = {
         "vocab_size": 262,
@@ -118,10 +137,10 @@ def tiny_llama_config(**overrides: Any) -> LlamaConfig:
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         "tie_word_embeddings": False,
     }
-    return LlamaConfig(**{**defaults, **overrides})
+    return CONFIG_MAPPING[model_type](**{**defaults, **overrides})
 
 
-def _with_tokens(config: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+def _with_tokens(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
     """Returns a copy of `config` with the tokenizer's special tokens."""
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"vocab_size {config.vocab_size} < {len(tokenizer)} tokens")
@@ -150,7 +169,7 @@ def _write_old_dialect(config_json: Path) -> None:
     raw["rope_theta"] = rope.pop("rope_theta")
     raw["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
     raw["torch_dtype"] = raw.pop("dtype")
-    if raw["head_dim"] * raw["num_attention_heads"] == raw["hidden_size"]:
+    if raw.get("head_dim", 0) * raw["num_attention_heads"] == raw["hidden_size"]:
         del raw["head_dim"]  # implied, and missing in most files
     config_json.write_text(json.dumps(raw, indent=2) + "\n")
 
@@ -163,8 +182,8 @@ def save_tiny_llama(
     dtype: str = "float32",
     max_shard_size: int | str | None = None,
     dialect: str = "new",
-) -> LlamaForCausalLM:
-    """Writes a random Llama as a Hugging Face directory and returns it.
+) -> PreTrainedModel:
+    """Writes a random model as a Hugging Face directory and returns it.
 
     Args:
       max_shard_size: for instance "50KB" splits the weights into several files with an index.
@@ -175,7 +194,7 @@ def save_tiny_llama(
     """
     if dialect not in ("new", "old"):
         raise ValueError(f"dialect must be 'new' or 'old', got {dialect!r}")
-    model = LlamaForCausalLM(_with_tokens(config, tokenizer)).eval()
+    model = AutoModelForCausalLM.from_config(_with_tokens(config, tokenizer)).eval()
     _randomize(model, seed, dtype)
     on_disk = copy.deepcopy(model).to(getattr(torch, dtype))
     sharding = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -218,7 +237,9 @@ class TorchSarm(torch.nn.Module):
         super().__init__()
         trunk_config = copy.deepcopy(config)
         trunk_config.num_hidden_layers = sae_source_layer
-        self.model = LlamaModel(trunk_config)
+        if getattr(trunk_config, "layer_types", None) is not None:
+            trunk_config.layer_types = trunk_config.layer_types[:sae_source_layer]
+        self.model = AutoModel.from_config(trunk_config, dtype=torch.float32)
         self.model.norm = torch.nn.Identity()
         self.sae = torch.nn.Module()
         self.sae.pre_bias = torch.nn.Parameter(torch.zeros(config.hidden_size))
@@ -274,8 +295,9 @@ def save_tiny_sarm(
     Returns:
       The oracle in float32 and eval mode, its weights equal to those on disk (rounded to `dtype`).
     """
-    config = _with_tokens(tiny_llama_config(**config_overrides), tokenizer)
-    config.num_hidden_layers = layers + 2 if extra_declared_layers else layers
+    declared = layers + 2 if extra_declared_layers else layers
+    overrides = config_overrides | {"num_hidden_layers": declared}
+    config = _with_tokens(tiny_llama_config(**overrides), tokenizer)
     config.architectures, config.dtype = ["LlamaSARM"], getattr(torch, dtype)
     config.sarm_param = {
         "sae_source_layer": layers,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 
 from configs import base
@@ -29,6 +30,9 @@ ALGORITHMS: dict[str, dict] = {
     },
 }
 
+# Model types, for tests that hold for all of them; Mistral computes the same as Llama.
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
 
 def reward_options(**changes) -> RewardConfig:
     """Returns the reward options of the base config, with the given fields changed."""
@@ -46,8 +50,14 @@ REWARD = reward_options(
 
 
 def scale_matrices(module: nnx.Module, factor: float = 10.0) -> nnx.Module:
-    """Scales the matrices of a fresh model up, so that attention and logits are not flat."""
-    for _, value in nnx.to_flat_state(nnx.state(module)):
-        if value[...].ndim >= 2 and value[...].shape[-2] > 3:
+    """Scales the matrices of a fresh model up, so that attention and logits are not flat.
+
+    Biases and the norms of heads are changed too; fresh ones have no effect.
+    """
+    for path, value in nnx.to_flat_state(nnx.state(module)):
+        if {"bias", "q_norm", "k_norm"} & set(path):
+            wave = jnp.cos(jnp.arange(value[...].size)).reshape(value[...].shape)
+            value[...] = value[...] + (0.5 * wave).astype(value.dtype)
+        elif value[...].ndim >= 2 and value[...].shape[-2] > 3:
             value[...] = value[...] * factor
     return module

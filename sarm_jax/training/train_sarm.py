@@ -1,4 +1,4 @@
-"""Training of a SARM from any Llama-family chat model: trunk → activations → SAE → preferences.
+"""Training of a SARM from any supported chat model: trunk → activations → SAE → preferences.
 
     1. The first `source_layer` layers of the model become the trunk.
     2. Its states on the assistant turns of the training pairs pretrain the SAE (`sae_training`).

@@ -21,6 +21,7 @@ from conversion.peft import load_adapter, save_adapter
 from conversion.safetensors_io import TensorFiles, TensorWriter
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.lora import TARGET_MODULES, LoRAConfig, LoRAParam, add_lora
+from sarm_jax.sampling.generate import generate
 from tests import oracles
 from tests.closeness import assert_close
 
@@ -39,7 +40,34 @@ CASES = {
         {"dialect": "old"},
     ),
     "sharded": ({}, {"max_shard_size": "30KB"}),
-}
+    "linear_rope": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+        {"dialect": "old"},
+    ),
+    "dynamic_rope": (
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}},
+        {},
+    ),
+    "yarn_rope": ({"rope_parameters": oracles.YARN_ROPE}, {}),
+    "yarn_rope_old_dialect": (
+        {
+            "rope_parameters": oracles.YARN_ROPE
+            | {"attention_factor": 1.3, "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}
+        },
+        {"dialect": "old"},
+    ),
+    "mistral": (oracles.ARCHITECTURES["mistral"], {}),
+    "mistral_window": ({"model_type": "mistral", "sliding_window": 16}, {}),
+    "qwen2": (oracles.ARCHITECTURES["qwen2"], {"dialect": "old"}),
+    "qwen2_tied_window": (
+        {"model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": True,
+         "sliding_window": 16, "max_window_layers": 1},
+        {},
+    ),
+    "qwen3": (oracles.ARCHITECTURES["qwen3"], {}),
+    "qwen3_yarn": (oracles.ARCHITECTURES["qwen3"] | {"rope_parameters": oracles.YARN_ROPE}, {}),
+}  # fmt: skip
+architectures = pytest.mark.parametrize("architecture", oracles.ARCHITECTURES)
 
 
 def hf_policy(path, dtype="float32", **overrides):
@@ -105,13 +133,20 @@ def test_logits_equal_transformers_from_either_layout(tmp_path, case):
         np.testing.assert_array_equal(params(converted)[path], array)
 
 
+@architectures
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_policy_round_trip_is_bit_exact(tmp_path, dtype, tied):
-    source, model = hf_policy(tmp_path / "hf", dtype, tie_word_embeddings=tied)
+def test_policy_round_trip_is_bit_exact(tmp_path, architecture, dtype, tied):
+    overrides = oracles.ARCHITECTURES[architecture]
+    source, model = hf_policy(tmp_path / "hf", dtype, tie_word_embeddings=tied, **overrides)
     from_hf.convert(source, tmp_path / "ours", "policy")
     to_hf.export(tmp_path / "ours", tmp_path / "back")
+    to_hf.save_policy(tmp_path / "saved", *load_policy(source, dtype))
     assert_same_tensors(source, tmp_path / "back")
+    assert_same_tensors(source, tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert type(saved) is type(model)
+    np.testing.assert_array_equal(torch_logits(saved, ROWS[0]), torch_logits(model, ROWS[0]))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
     np.testing.assert_array_equal(torch_logits(again, ROWS[0]), torch_logits(model, ROWS[0]))
     assert again.config.eos_token_id == 260
@@ -129,6 +164,18 @@ def test_converting_to_another_dtype_rounds_once(tmp_path):
     policy, _ = load_policy(source, dtype="bfloat16")
     embedding = np.asarray(policy.embed_tokens[...].astype(jnp.float32))
     np.testing.assert_array_equal(embedding, expected["model.embed_tokens.weight"].float().numpy())
+
+
+@architectures
+def test_greedy_tokens_equal_those_of_transformers(tmp_path, architecture):
+    source, model = hf_policy(tmp_path / "hf", **oracles.ARCHITECTURES[architecture])
+    policy, _ = load_policy(source)
+    tokens, mask = padded(ROWS[:2])
+    out = generate(policy, tokens, mask, max_new_tokens=6, temperature=0.0, stop_ids=())
+    for n, tokens_r in enumerate(out.tokens_br):
+        row = torch.tensor([ROWS[n % 2]])
+        expected = model.generate(row, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        np.testing.assert_array_equal(tokens_r, expected[0, row.shape[1] :])
 
 
 def test_loading_places_every_parameter(tmp_path):
@@ -174,11 +221,12 @@ def test_tied_checkpoint_may_store_an_identical_head(tmp_path):
     ("use_activation", "dtype", "layout"),
     [(True, "float32", "hf"), (True, "bfloat16", "converted"), (False, "float32", "converted")],
 )
-def test_sarm_scores_and_latents_equal_torch(tmp_path, use_activation, dtype, layout):
+@architectures
+def test_sarm_scores_and_latents_equal_torch(tmp_path, use_activation, dtype, layout, architecture):
     tokenizer = oracles.tiny_tokenizer()
     oracle = oracles.save_tiny_sarm(
         tmp_path / "hf", tokenizer, use_activation=use_activation, dtype=dtype,
-        rope_parameters=oracles.LLAMA3_ROPE,
+        rope_parameters=oracles.LLAMA3_ROPE, **oracles.ARCHITECTURES[architecture],
     )  # fmt: skip
     if layout == "converted":
         from_hf.convert(tmp_path / "hf", tmp_path / "converted", "sarm")
@@ -276,6 +324,7 @@ def run_directory(tmp_path, source, config, **saving):
     return policy
 
 
+@architectures
 @pytest.mark.parametrize(
     "config",
     [
@@ -283,8 +332,8 @@ def run_directory(tmp_path, source, config, **saving):
         LoRAConfig(rank=2, alpha=0.5, dropout=0.1, target_modules=TARGET_MODULES),
     ],
 )
-def test_adapter_gives_the_same_logits_in_peft_and_merged(tmp_path, config):
-    source, base = hf_policy(tmp_path / "hf")
+def test_adapter_gives_the_same_logits_in_peft_and_merged(tmp_path, architecture, config):
+    source, base = hf_policy(tmp_path / "hf", **oracles.ARCHITECTURES[architecture])
     head = {"kernel": np.ones((32, 1), np.float32), "bias": np.zeros((1,), np.float32)}
     policy = run_directory(tmp_path, source, config, value_head=head)
     adapter = tmp_path / "run" / "adapter"
@@ -298,6 +347,7 @@ def test_adapter_gives_the_same_logits_in_peft_and_merged(tmp_path, config):
 
     to_hf.export(tmp_path / "run", tmp_path / "merged", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert type(merged) is type(base)
     assert_same_logits(policy, merged)
 
     to_hf.export(tmp_path / "run", tmp_path / "copy")

@@ -21,6 +21,7 @@ from conversion.peft import load_adapter, save_adapter
 from conversion.safetensors_io import TensorFiles
 from sarm_jax.io.errors import InputError
 from sarm_jax.models import chat
+from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from tests import oracles
 
@@ -196,7 +197,25 @@ def test_the_layers_of_a_sarm_are_counted_by_its_source_layer(sarm_dir):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type='mistral': only 'llama'"),
+        ({"model_type": "mistral"}, r"expected \['MistralForCausalLM'\]"),
+        *(
+            (
+                {"model_type": kind, "architectures": [name]},
+                f"model_type='{kind}' .{name}.: only 'llama', 'mistral', 'qwen2' and 'qwen3' are",
+            )
+            for kind, name in (
+                ("gemma2", "Gemma2ForCausalLM"),
+                ("mixtral", "MixtralForCausalLM"),
+                ("qwen2_moe", "Qwen2MoeForCausalLM"),
+                ("qwen3_moe", "Qwen3MoeForCausalLM"),
+                ("gpt2", "GPT2LMHeadModel"),
+            )
+        ),
+        ({"model_type": ["llama"]}, "model_type=.'llama'. .*: only 'llama'"),
+        ({"layer_types": ["full_attention", "x"], "num_hidden_layers": 2}, r"layer_types\[1\]='x'"),
+        ({"layer_types": ["sliding_attention"]}, "there is no window"),
+        ({"layer_types": [], "num_hidden_layers": 1}, "a list of 1 layers, found 0 entries"),
+        ({"use_sliding_window": True}, "use_sliding_window=True: unknown field"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"attention_bias": True}, "attention_bias=True: only False"),
         ({"mlp_bias": True}, "mlp_bias=True: only False"),
@@ -213,9 +232,29 @@ def test_the_layers_of_a_sarm_are_counted_by_its_source_layer(sarm_dir):
         ({"head_dim": 7}, "head_dim=7: must be even"),
         ({"head_dim": None, "hidden_size": 30}, "hidden_size=30: not a multiple of"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': expected true or false"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type='yarn': only"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4}}, "rope_type='longrope': only"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_type=.'yarn'.: only"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
+            "original_max_position_embeddings=None: expected a positive integer",
+        ),
+        *(
+            ({"rope_parameters": {**oracles.YARN_ROPE, name: value}}, f"{name}=")
+            for name, value in (
+                ("factor", None),
+                ("factor", "4"),
+                ("beta_fast", 0),
+                ("beta_slow", -1),
+                ("attention_factor", 0),
+                ("truncate", None),
+                ("truncate", 1),
+                ("mscale", 1.0),
+                ("rope_theta", 1.0),
+            )
+        ),
         ({"rope_parameters": {"rope_type": "default", "mrope": [1]}}, "rope_parameters.mrope"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "rope_type='linear'"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "factor=None"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "factor=None: expected a positive number"),
         ({"rope_scaling": {"rope_type": "linear"}}, "contradicts rope_parameters"),
         ({"rope_theta": 5.0}, "rope_theta=5.0 contradicts rope_parameters.rope_theta=10000.0"),
         ({"rope_parameters": {**oracles.LLAMA3_ROPE, "factor": None}}, "factor=None: expected a"),
@@ -239,24 +278,81 @@ def test_config_problems_are_reported_at_once_and_harmless_fields_are_not(policy
     assert str(policy_dir) in message
 
 
-@pytest.mark.parametrize("case", [{}, {"rope_parameters": oracles.LLAMA3_ROPE}])
-def test_a_written_config_reads_the_same(case):
-    config = llama_config(oracles.tiny_llama_config(**case).to_dict())
+@pytest.mark.parametrize("architecture", oracles.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "rope",
+    [
+        None,
+        oracles.LLAMA3_ROPE,
+        oracles.YARN_ROPE,
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    ],
+)
+def test_a_written_config_reads_the_same(architecture, rope):
+    case = oracles.ARCHITECTURES[architecture]
+    hf = oracles.tiny_llama_config(**case | ({"rope_parameters": rope} if rope else {})).to_dict()
+    config = llama_config(hf)
+    assert config.model_type == architecture
     assert llama_config(hf_llama_dict(config)) == config
-    assert (config.rope_scaling is not None) == bool(case)
+    assert (config.rope_scaling is not None) == bool(rope)
+    written = oracles.CONFIG_MAPPING[architecture](**hf_llama_dict(config)).to_dict()
+    for name in sorted(set(hf) & set(vars(config)) - {"rope_scaling"}):
+        assert written[name] == hf[name], name
 
 
-def test_absent_fields_have_transformers_defaults():
-    defaults = oracles.LlamaConfig()
-    config = llama_config(
-        {"model_type": "llama", "vocab_size": 9, "hidden_size": 64, "intermediate_size": 9,
-         "num_hidden_layers": 1, "num_attention_heads": 4}
-    )  # fmt: skip
-    assert config.rms_norm_eps == defaults.rms_norm_eps
-    assert config.max_position_embeddings == defaults.max_position_embeddings
-    assert config.rope_theta == defaults.rope_parameters["rope_theta"]
-    assert config.tie_word_embeddings == defaults.tie_word_embeddings
-    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+@pytest.mark.parametrize("architecture", oracles.ARCHITECTURES)
+def test_absent_fields_have_transformers_defaults(architecture):
+    sizes = {
+        "vocab_size": 9, "hidden_size": 128, "intermediate_size": 9, "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+    }  # fmt: skip
+    theirs = oracles.CONFIG_MAPPING[architecture](**sizes)
+    ours = llama_config({"model_type": architecture, **sizes})
+    window = getattr(theirs, "sliding_window", None)
+    head_dim = getattr(theirs, "head_dim", 128 // 32)
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.max_position_embeddings == (window or theirs.max_position_embeddings)
+    assert ours.positions.field == ("sliding_window" if window else "max_position_embeddings")
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert (ours.num_key_value_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
+    nothing = dict.fromkeys(("sliding_window", "layer_types"))
+    theirs = oracles.CONFIG_MAPPING[architecture](**sizes, **nothing)
+    ours = llama_config({"model_type": architecture, **sizes, **nothing})
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({"model_type": "mistral", "sliding_window": 16}, 16),
+        ({"model_type": "mistral", "sliding_window": 16, "layer_types": 3 * ["full_attention"]},
+         16),
+        ({"model_type": "mistral", "sliding_window": 4096}, 512),
+        ({"model_type": "mistral", "sliding_window": None}, 512),
+        ({"model_type": "qwen2", "sliding_window": 16}, 512),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True}, 512),
+        ({"model_type": "qwen3", "sliding_window": 16, "use_sliding_window": True,
+          "max_window_layers": 2}, 16),
+        ({"model_type": "qwen3", "sliding_window": 16, "use_sliding_window": True,
+          "max_window_layers": 0}, 16),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True,
+          "layer_types": ["full_attention"] * 3, "max_window_layers": 0}, 512),
+        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True,
+          "layer_types": ["full_attention", "sliding_attention", "full_attention"]}, 16),
+    ],
+)  # fmt: skip
+def test_a_sliding_window_limits_the_positions(fields, positions):
+    hf = {**oracles.tiny_llama_config(**oracles.ARCHITECTURES[fields["model_type"]]).to_dict()}
+    hf.pop("layer_types", None)
+    config = llama_config(hf | fields)
+    assert config.max_position_embeddings == positions
+    policy = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    tokens = np.zeros((1, positions + 1), np.int32)
+    message = refused(policy, tokens, np.ones_like(tokens))
+    assert f"{positions + 1} tokens exceed the {positions} positions" in message
+    assert ("sliding_window" in message) == (positions == 16)
 
 
 @pytest.mark.parametrize(

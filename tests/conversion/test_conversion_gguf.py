@@ -18,6 +18,7 @@ GGUF_NAMES = {
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm", "model.layers": "blk",
+    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
 }  # fmt: skip
 
 
@@ -36,7 +37,8 @@ def tensors_of(model):
             continue
         array = tensor.numpy()
         for projection, heads in (("q_proj", 4), ("k_proj", 2)):
-            array = permuted(array, heads) if projection in name else array
+            if projection in name and model.config.model_type == "llama":
+                array = permuted(array, heads)
         for hf, ours in GGUF_NAMES.items():
             name = name.replace(hf, ours)
         yield name, array
@@ -71,9 +73,17 @@ def write_gguf(path, model, changes=None, drop=(), extra=None, quantization=None
         "tokenizer.ggml.padding_token_id": ("uint32", 2),
         "tokenizer.ggml.add_bos_token": ("bool", False),
         "tokenizer.chat_template": ("string", tokenizer.chat_template),
-        **(changes or {}),
     }
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = model.config.model_type
+    if kind != "llama":
+        head_dim = getattr(model.config, "head_dim", 8)
+        metadata |= dict.fromkeys(
+            ("llama.attention.key_length", "llama.attention.value_length"), ("uint32", head_dim)
+        )
+        del metadata["llama.rope.dimension_count"]
+        metadata = {name.replace("llama.", f"{kind}."): v for name, v in metadata.items()}
+    metadata |= changes or {}
+    writer = gguf.GGUFWriter(path, kind)
     for key, entry in metadata.items():
         if entry is not None:
             getattr(writer, f"add_{entry[0]}")(key, entry[1])
@@ -93,20 +103,27 @@ def write_gguf(path, model, changes=None, drop=(), extra=None, quantization=None
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(tmp_path, request):
     config = oracles.tiny_llama_config(
-        vocab_size=260, rope_parameters={"rope_type": "default", "rope_theta": 5000.0}
+        vocab_size=260,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        **oracles.ARCHITECTURES[getattr(request, "param", "llama")],
     )
     return oracles.save_tiny_llama(tmp_path / "hf", config, oracles.chatml_tokenizer())
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("model", "tied"),
+    [("llama", False), ("llama", True), ("qwen2", False), ("qwen2", True), ("qwen3", False)],
+    indirect=["model"],
+)
 def test_logits_and_tokenizer_survive_gguf(tmp_path, model, tied):
     if tied:
         model.lm_head.weight.data = model.model.embed_tokens.weight.data
     file = write_gguf(tmp_path / "m.gguf", model, drop=["output.weight"] if tied else [])
     from_gguf.convert(file, tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(again) is type(model)
     assert again.config.tie_word_embeddings is tied
     assert again.config.rms_norm_eps == 1e-5
     ids = torch.tensor([[1, 50, 200, 3, 2]])
@@ -139,7 +156,12 @@ def test_quantised_weights_are_dequantised(tmp_path, model):
 
 @pytest.mark.parametrize(
     ("pre", "expected"),
-    [("smollm", ["1", "2", "Ġ", "1", "2"]), ("gpt-2", ["12", "Ġ", "12"]), ("llama-bpe", None)],
+    [
+        ("smollm", ["1", "2", "Ġ", "1", "2"]),
+        ("qwen2", ["1", "2", "Ġ", "1", "2"]),
+        ("gpt-2", ["12", "Ġ", "12"]),
+        ("llama-bpe", None),
+    ],
 )
 def test_digits_are_split_by_the_rule_of_the_file(tmp_path, model, pre, expected):
     changes = {"tokenizer.ggml.pre": ("string", pre)}
@@ -192,16 +214,24 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, model):
         assert text in str(error.value)
 
 
+@pytest.mark.parametrize("model", ["qwen2", "qwen3"], indirect=True)
+def test_missing_biases_and_norms_are_named(tmp_path, model):
+    name = "attn_q.bias" if model.config.model_type == "qwen2" else "attn_q_norm.weight"
+    file = write_gguf(tmp_path / "m.gguf", model, drop=[f"blk.1.{name}"])
+    with pytest.raises(InputError, match=f"blk.1.{name}: missing"):
+        from_gguf.convert(file, tmp_path / "out")
+
+
 def test_other_files_are_refused(tmp_path, model):
-    qwen = gguf.GGUFWriter(tmp_path / "qwen.gguf", "qwen2")
-    qwen.write_header_to_file()
-    qwen.write_kv_data_to_file()
-    qwen.close()
+    gemma = gguf.GGUFWriter(tmp_path / "gemma.gguf", "gemma2")
+    gemma.write_header_to_file()
+    gemma.write_kv_data_to_file()
+    gemma.close()
     content = write_gguf(tmp_path / "m.gguf", model).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
     (tmp_path / "text.gguf").write_text("hello, this is not a model at all")
     for name, message in (
-        ("qwen.gguf", "general.architecture='qwen2'"),
+        ("gemma.gguf", "architecture='gemma2': only 'llama', 'qwen2' and 'qwen3' are"),
         ("cut.gguf", "truncated"),
         ("text.gguf", "not a GGUF file"),
         ("none.gguf", "no such file"),

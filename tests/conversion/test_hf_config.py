@@ -2,16 +2,18 @@
 
 import json
 import logging
+import math
 
 import pytest
-from transformers import LlamaConfig
 
 from conversion import hf_config, load_policy, load_sarm
 from conversion.checkpoint import _warn_of_ignored
 from conversion.hf_config import ignored_fields, llama_config
+from conversion.keys import abstract_model, tensor_specs
 from conversion.load import read_policy_config
 from sarm_jax.io.errors import InputError
 from tests import oracles
+from tests.paths import ROOT
 
 # What other versions of transformers, and tools that save models, write beside the architecture.
 WRITTEN = {
@@ -64,12 +66,23 @@ def policy_dir(tmp_path_factory):
         {"torch_dtype": "float16"},
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_save_pretrained_writes_loads(tmp_path, fields, dtype):
-    config = oracles.tiny_llama_config(num_hidden_layers=1, **fields)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        ("llama", "float32"),
+        ("llama", "bfloat16"),
+        ("mistral", "float32"),
+        ("qwen2", "float32"),
+        ("qwen3", "bfloat16"),
+    ],
+)
+def test_what_save_pretrained_writes_loads(tmp_path, fields, architecture, dtype):
+    changes = oracles.ARCHITECTURES[architecture] | {"num_hidden_layers": 1} | fields
+    config = oracles.tiny_llama_config(**changes)
     oracles.save_tiny_llama(tmp_path, config, oracles.tiny_tokenizer(), dtype=dtype)
     policy, _ = load_policy(tmp_path)
-    assert policy.config.head_dim == config.head_dim
+    assert policy.config.model_type == architecture
+    assert policy.config.head_dim == getattr(config, "head_dim", 8)
     edit(tmp_path / "config.json", **WRITTEN)
     assert load_policy(tmp_path)[0].config == policy.config
 
@@ -96,9 +109,13 @@ def test_a_sarm_may_have_such_fields_too(tmp_path):
     assert load_sarm(tmp_path).model.config == before
 
 
-def test_every_field_of_transformers_is_handled_or_refused(policy_dir):
-    hf = json.loads((policy_dir / "config.json").read_text())
-    declared = set(vars(LlamaConfig())) | set(LlamaConfig().to_dict())
+@pytest.mark.parametrize("architecture", oracles.ARCHITECTURES)
+def test_every_field_of_transformers_is_handled_or_refused(architecture):
+    default = oracles.CONFIG_MAPPING[architecture]()
+    changes = oracles.ARCHITECTURES[architecture]
+    hf = oracles.tiny_llama_config(**changes).to_dict()
+    hf["architectures"] = None
+    declared = set(vars(default)) | set(default.to_dict())
     handled = hf_config._READ | set(hf_config._ONLY) | hf_config._HARMLESS
     assert len(declared) > 30
     for name in sorted(declared - handled) + sorted(hf_config._UNDECLARED):
@@ -106,7 +123,24 @@ def test_every_field_of_transformers_is_handled_or_refused(policy_dir):
             llama_config(hf | {name: "odd"})
         assert name not in ignored_fields(hf | {name: "odd"})
         assert llama_config(hf | {name: None}) == llama_config(hf)
-    assert llama_config(LlamaConfig().to_dict()).hidden_size == 4096
+        if name in declared:
+            assert llama_config(hf | {name: getattr(default, name)}) == llama_config(hf)
+    assert llama_config(default.to_dict()).hidden_size == 4096
+    full = ["full_attention"] * 3
+    assert llama_config(hf | {"layer_types": full}) == llama_config(hf | {"layer_types": None})
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
+def test_a_field_that_another_class_declares_is_ignored(architecture, name):
+    hf = oracles.tiny_llama_config(**oracles.ARCHITECTURES[architecture]).to_dict()
+    hf["architectures"] = None
+    if hasattr(oracles.CONFIG_MAPPING[architecture](), name):
+        with pytest.raises(InputError, match=f"{name}=True: only False is supported"):
+            llama_config(hf | {name: True})
+    else:
+        assert llama_config(hf | {name: True}) == llama_config(hf)
+        assert ignored_fields(hf | {name: True}) == {name: True}
 
 
 @pytest.mark.parametrize(
@@ -124,3 +158,17 @@ def test_quantised_weights_are_called_so(policy_dir, name, fields):
     with pytest.raises(InputError, match=f"{name}: the weights are quantised.*dequantize"):
         llama_config(hf | {name: fields})
     assert llama_config(hf | {name: None}) == llama_config(hf)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # as published with the models
+    [
+        ("llama_3_1_8b_instruct", 8_030_261_248),
+        ("llama_3_2_3b", 3_212_749_824),
+        ("qwen3_4b", 4_022_468_096),
+    ],
+)
+def test_the_architectures_for_plans_have_the_published_size(name, parameters):
+    config = read_policy_config(ROOT / "configs" / "architectures" / name)
+    specs = tensor_specs(abstract_model(config))
+    assert sum(math.prod(spec.shape) for spec in specs) == parameters

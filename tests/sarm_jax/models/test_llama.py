@@ -29,7 +29,7 @@ from sarm_jax.models.lora import (
 )
 from sarm_jax.models.rope import Llama3Scaling, inverse_frequencies
 from tests.closeness import assert_close
-from tests.tiny_models import scale_matrices
+from tests.tiny_models import MODEL_TYPES, scale_matrices
 
 DOT_PRODUCT_ATTENTION = jax.nn.dot_product_attention
 
@@ -39,6 +39,7 @@ def real_logits(policy, batch):
     return np.asarray(policy(jnp.asarray(batch.tokens), mask))[np.asarray(mask)]
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 def test_padding_side_and_place_do_not_matter(policy, batch_bt):
     left, right, middle = (
         real_logits(policy, b) for b in (batch_bt.left, batch_bt.right, batch_bt.middle)
@@ -123,6 +124,7 @@ def test_a_gpu_gets_fewer_blocks_of_queries_and_the_same_states(policy, monkeypa
     assert_close(policy.hidden(tokens, mask)[mask], expected[mask], 3e-6)
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 def test_remat_changes_nothing_but_memory(policy, batch_bt):
     tokens, mask = jnp.asarray(batch_bt.left.tokens), jnp.asarray(batch_bt.left.mask, bool)
 
@@ -139,6 +141,7 @@ def test_remat_changes_nothing_but_memory(policy, batch_bt):
             assert_close(a, b, 2e-6)
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 def test_program_size_does_not_grow_with_depth(architecture):
     def lines(layers):
         config = LlamaConfig(**{**vars(architecture), "num_hidden_layers": layers})
@@ -176,6 +179,7 @@ def test_fresh_adapter_is_the_base_model(policy, batch_bt):
     np.testing.assert_array_equal(real_logits(policy, batch_bt.left), before)
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 def test_adapter_equals_merged_weights(policy, batch_bt):
     config = LoRAConfig(rank=4, alpha=8.0, target_modules=("q_proj", "o_proj", "down_proj"))
     add_lora(policy, config, nnx.Rngs(3))
@@ -210,6 +214,7 @@ def test_folded_matmul_has_the_gradients_of_the_plain_form():
         assert_close(result, expected, 2e-6)
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 def test_fold_lora_keeps_the_function(policy, batch_bt):
     add_lora(policy, LoRAConfig(rank=4, target_modules=TARGET_MODULES), nnx.Rngs(3))
     for path, value in nnx.to_flat_state(nnx.state(policy, LoRAParam)):

@@ -46,8 +46,15 @@ def test_gradients_are_those_of_indexing():
     np.testing.assert_allclose(gradient, packing.pack(jnp.asarray(weight_bt)), rtol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("side", ["left", "right", "middle"])
+@pytest.mark.parametrize(
+    ("architecture", "side", "groups"),
+    [
+        *(("llama", side, groups) for side in ("left", "right", "middle") for groups in (1, 2)),
+        ("qwen2", "left", 2),
+        ("qwen3", "left", 2),
+    ],
+    indirect=["architecture"],
+)
 def test_packed_hidden_and_its_gradient_equal_those_with_padding(policy, batch_bt, side, groups):
     batch = getattr(batch_bt, side)
     tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask, bool)

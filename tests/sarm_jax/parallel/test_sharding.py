@@ -36,7 +36,7 @@ from tests.meshes import (
     place_parameters,
     train_on_mesh,
 )
-from tests.tiny_models import ALGORITHMS, scale_matrices
+from tests.tiny_models import ALGORITHMS, MODEL_TYPES, scale_matrices
 
 pytestmark = pytest.mark.slow
 
@@ -71,13 +71,17 @@ def test_ten_steps_equal_those_of_one_device(one_device, tokenizer, ppo_config, 
     assert shards["q_proj"].spec == split and len(shards["q_proj"].device_set) == np.prod(shape)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 2, 2)])
-def test_decoding_with_adapters_equals_that_of_one_device(tokenizer, shape):
+@pytest.mark.parametrize(
+    ("shape", "model_type"),
+    [((1, 1, 2), "llama"), ((1, 2, 2), "llama"), ((1, 2, 2), "qwen2"), ((1, 2, 2), "qwen3")],
+)
+def test_decoding_with_adapters_equals_that_of_one_device(tokenizer, shape, model_type):
     """In float32 a rollout folds its adapters into the kernels; in half precision it does not."""
     results = []
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, 200, (4, 7)))
     for placement in (Placement(), Placement(make_mesh(MeshConfig(*shape)))):
-        model = scale_matrices(Llama(divisible_llama_config(tokenizer), rngs=nnx.Rngs(0)))
+        config = divisible_llama_config(tokenizer, model_type=model_type)
+        model = scale_matrices(Llama(config, rngs=nnx.Rngs(0)))
         policy = place_parameters(model, placement)
         policy.placement = placement
         add_lora(policy, LoRAConfig(rank=4), nnx.Rngs(1))
@@ -124,9 +128,10 @@ def test_a_run_resumes_on_another_mesh(one_device, tokenizer, ppo_config, tmp_pa
         assert_close(a, b, TRAINED)
 
 
-def test_every_parameter_has_one_row_of_the_table(tokenizer):
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_parameter_has_one_row_of_the_table(tokenizer, model_type):
     mesh = make_mesh(MeshConfig(1, 2, 4))
-    trunk = divisible_llama_config(tokenizer, layers=2)
+    trunk = divisible_llama_config(tokenizer, layers=2, model_type=model_type)
     sarm = SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8))
     for model in (Llama(trunk, rngs=nnx.Rngs(0)), SARM(sarm, rngs=nnx.Rngs(0))):
         for path, variable in nnx.to_flat_state(nnx.state(model)):

@@ -16,6 +16,7 @@ from sarm_jax.parallel.sharding import ONE_DEVICE, MeshConfig, Placement, make_m
 from sarm_jax.sampling.fused_layers import FusedLinear, fuse_layers
 from tests.closeness import assert_close
 from tests.meshes import divisible_llama_config, place_parameters
+from tests.tiny_models import MODEL_TYPES, scale_matrices
 
 FUSED = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -25,9 +26,18 @@ FUSED = {
 }
 
 
-def make(tokenizer, placement=ONE_DEVICE, adapted=TARGET_MODULES, dtype=jnp.float32) -> Llama:
+def make(
+    tokenizer,
+    placement=ONE_DEVICE,
+    adapted=TARGET_MODULES,
+    dtype=jnp.float32,
+    model_type="llama",
+) -> Llama:
     """Returns a policy on the mesh with adapters that are not 0."""
-    model = Llama(divisible_llama_config(tokenizer), dtype=dtype, rngs=nnx.Rngs(0))
+    config = divisible_llama_config(tokenizer, model_type=model_type)
+    model = Llama(config, dtype=dtype, rngs=nnx.Rngs(0))
+    if model_type != "llama":
+        scale_matrices(model, 1.0)
     policy = place_parameters(model, placement)
     policy.placement = placement
     if adapted:
@@ -46,9 +56,17 @@ def mesh(*shape: int) -> Placement:
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 4), (1, 4, 1), (2, 2, 2)])
-@pytest.mark.parametrize("adapted", [TARGET_MODULES, ("k_proj", "down_proj"), ()])
-def test_fused_linear_layers_equal_the_linear_layers(tokenizer, shape, adapted):
-    policy = make(tokenizer, mesh(*shape), adapted)
+@pytest.mark.parametrize(
+    ("adapted", "model_type"),
+    [
+        (TARGET_MODULES, "llama"),
+        (("k_proj", "down_proj"), "qwen2"),
+        ((), "llama"),
+        ((), "qwen3"),
+    ],
+)
+def test_fused_linear_layers_equal_the_linear_layers(tokenizer, shape, adapted, model_type):
+    policy = make(tokenizer, mesh(*shape), adapted, model_type=model_type)
     inputs = {
         name: jax.random.normal(jax.random.key(3), (width, 5))
         for name, width in {"qkv": 32, "o": 32, "gate_up": 32, "down": 64}.items()
@@ -78,16 +96,24 @@ def test_fused_linear_layers_equal_the_linear_layers(tokenizer, shape, adapted):
                     )
                     weight_io = weight_io + 2.0 * a @ b
                 expected_ob = weight_io.T @ np.asarray(inputs[fused], np.float64)
+                if linear.bias is not None:
+                    expected_ob = expected_ob + np.asarray(linear.bias[...])[number][:, None]
                 assert_close(result_ob, expected_ob, 2e-6, name=name)
         norms = policy.layers.input_layernorm, policy.layers.post_attention_layernorm
         for scale_d, norm in zip((layer.attention_norm, layer.mlp_norm), norms, strict=True):
             np.testing.assert_array_equal(scale_d, norm.scale[...][number])
+        attn = policy.layers.attn
+        for scale_h, norm in ((layer.q_norm, attn.q_norm), (layer.k_norm, attn.k_norm)):
+            assert (scale_h is None) == (norm is None) == (model_type != "qwen3")
+            if norm is not None:
+                np.testing.assert_array_equal(scale_h, norm.scale[...][number])
 
 
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
-def test_planned_layers_equal_those_of_a_run(tokenizer, ppo_config, shape):
+def test_planned_layers_equal_those_of_a_run(tokenizer, ppo_config, shape, model_type):
     placement = mesh(*shape)
-    policy = make(tokenizer, placement, adapted=(), dtype=jnp.bfloat16)
+    policy = make(tokenizer, placement, (), jnp.bfloat16, model_type)
     learner, state, base = Learner.attach(ppo_config(), LoRAConfig(rank=4), policy, pad=0)
     planned = _Halves(learner, state, base, prompt=8)._layers()
     made = jax.jit(lambda params, base: fuse_layers(nnx.merge(learner.graphdef, params, base)))
@@ -104,9 +130,12 @@ def compiled_collectives(run, *arguments) -> list[str]:
     return re.findall(r" (all-[a-z]+|collective-[a-z]+|reduce-scatter)(?:-start)?\(", text)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 4, 1), (2, 2, 2)])
-def test_fusing_moves_no_weight_to_another_device(tokenizer, shape):
-    graphdef, state = nnx.split(make(tokenizer, mesh(*shape)))
+@pytest.mark.parametrize(
+    ("shape", "model_type"),
+    [((1, 1, 4), "llama"), ((1, 4, 1), "llama"), ((2, 2, 2), "llama"), ((2, 2, 2), "qwen2")],
+)
+def test_fusing_moves_no_weight_to_another_device(tokenizer, shape, model_type):
+    graphdef, state = nnx.split(make(tokenizer, mesh(*shape), model_type=model_type))
     assert compiled_collectives(lambda state: fuse_layers(nnx.merge(graphdef, state)), state) == []
 
 

@@ -16,6 +16,7 @@ from sarm_jax.sampling.generate import (
     keep_top,
 )
 from tests.closeness import assert_close
+from tests.tiny_models import MODEL_TYPES
 
 
 def arrays(batch):
@@ -30,6 +31,7 @@ def continuation_logits(policy, tokens, mask, out):
     return policy(full_tokens, full_mask)[:, length - 1 : -1]
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 def test_greedy_is_the_argmax_of_the_full_forward(policy, batch_bt):
     tokens, mask = arrays(batch_bt.left)
     out = generate(policy, tokens, mask, max_new_tokens=12, temperature=0.0)
@@ -49,6 +51,7 @@ def test_sampler_logprobs_are_those_of_the_full_forward(policy, batch_bt, temper
     assert_close(np.where(out.mask_br, out.logp_br, 0), np.where(out.mask_br, expected, 0), 3e-6)
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 def test_padding_side_does_not_matter(policy, batch_bt):
     key = jax.random.key(1)
     outs = [

@@ -12,7 +12,7 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.sampling.generate import Sampling, sample
 from sarm_jax.sampling.refilling import refill_size, sample_refilling
 from tests.closeness import assert_close
-from tests.tiny_models import scale_matrices
+from tests.tiny_models import MODEL_TYPES, scale_matrices
 
 PROMPTS, LENGTH, NEW = 12, 9, 14
 STOPS = tuple(range(0, 30))  # a ninth of the vocabulary, so that lengths vary
@@ -67,6 +67,7 @@ def test_a_response_does_not_depend_on_its_slot(policy, prompts, all_at_once, sl
     assert lengths.min() < 4 and lengths.max() == NEW and not few.ended_b.all()
 
 
+@pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
 @pytest.mark.parametrize("slots", [3, 12])
 def test_greedy_responses_are_those_of_rows_without_refilling(policy, prompts, slots):
     few = run(policy, prompts, slots=slots, temperature=0.0)
