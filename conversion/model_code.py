@@ -19,16 +19,19 @@ _REFERENCE = re.compile(
 _RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\w+)\s+import|import\s+\.(\w+))\b", re.MULTILINE)
 
 
-def copy_model_code(auto_map: Any, src: Path | None, dst: Path) -> dict[str, str]:
+def copy_model_code(
+    auto_map: Any, src: Path | None, dst: Path, model_type: str = "llama"
+) -> dict[str, str]:
     """Copies the files of `auto_map` and returns the entries that can be loaded.
 
     An entry whose file is missing is left out. The entry of the SARM itself then names the
-    published class, which reads every SARM that this project reads.
+    published class if the trunk is a Llama, which is all that class computes.
 
     Args:
         auto_map: the field of config.json.
         src: the directory of the files; None if there is none.
         dst: the directory to copy them to.
+        model_type: that of the trunk.
 
     Raises:
         InputError: a file is a link that leads out of `src`.
@@ -43,7 +46,8 @@ def copy_model_code(auto_map: Any, src: Path | None, dst: Path) -> dict[str, str
             result[auto_class] = entry
         for file in files:
             shutil.copyfile(file, dst / file.name)
-    return {AUTO_CLASS: PUBLISHED} | result
+    published = {AUTO_CLASS: PUBLISHED} if model_type == "llama" else {}
+    return published | result
 
 
 def name_repository(auto_map: Any, repository: str) -> Any:

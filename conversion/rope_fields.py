@@ -13,6 +13,7 @@ from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import SCALINGS, Llama3Scaling, RopeScaling, YarnScaling
 
 _DEFAULT_THETA = 10000.0
+_LEAST_TURNS = 1e-6  # with fewer turns in the original context YaRN's ramp could overflow
 
 Rope = tuple[float, RopeScaling | None]
 
@@ -86,8 +87,14 @@ def _read_dialect(parent: str, fields: dict[str, Any], theta: Any, problems: lis
     if kind == "default":
         return base, None
     scaling = _read_scaling(parent, SCALINGS[kind], fields, problems)
-    if isinstance(scaling, YarnScaling) and base <= 1:
-        problems.append(f"rope_theta={base}: must exceed 1 for rope_type='yarn'")
+    if isinstance(scaling, YarnScaling):
+        if base <= 1:
+            problems.append(f"rope_theta={base}: must exceed 1 for rope_type='yarn'")
+        for name in ("beta_fast", "beta_slow"):
+            if getattr(scaling, name) < _LEAST_TURNS:
+                problems.append(
+                    f"{parent}.{name}={fields[name]!r}: must be at least {_LEAST_TURNS}"
+                )
     return base, scaling
 
 

@@ -141,7 +141,9 @@ def _save(
             writer.add(spec.hf_name, spec.to_hf(array))
         writer.close()
         if isinstance(model, SARM):
-            hf["auto_map"] = copy_model_code(auto_map, None, directory)
+            model_type = model.config.trunk.model_type
+            code = copy_model_code(auto_map, None, directory, model_type)
+            hf |= {"auto_map": code} if code else {}
         write_hf_json(directory / "config.json", _with_token_ids(hf, tokenizer))
         save_tokenizer(tokenizer, directory)
 
@@ -161,7 +163,9 @@ def _hf_config(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
         return hf_policy_dict(checkpoint.config, checkpoint.hf_config)
     hf = hf_sarm_dict(checkpoint.config, checkpoint.hf_config)
     code = checkpoint.hf_config.get("auto_map")
-    hf["auto_map"] = copy_model_code(code, checkpoint.directory, directory)
+    model_type = checkpoint.config.trunk.model_type
+    copied = copy_model_code(code, checkpoint.directory, directory, model_type)
+    hf |= {"auto_map": copied} if copied else {}
     if (directory / "tokenizer.json").is_file() and any(hf.get(n) is None for n in TOKEN_IDS):
         hf = _with_token_ids(hf, load_hf_tokenizer(directory))
     return hf

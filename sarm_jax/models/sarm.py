@@ -3,7 +3,7 @@
     h = trunk(tokens) at the end-of-turn token;  z = SAE(standardise(h));  R = w · z'
 
 where z' is z after an optional intervention on chosen features. The trunk is the first
-`source_layer` layers of a Llama, without its final norm. Source: arXiv 2508.08746.
+`source_layer` layers of a decoder, without its final norm. Source: arXiv 2508.08746.
 
 Deliberate deviations: pooling reads the last position of the mask (the reference looks for the
 first pad token, which fails with left padding or if pad equals eos), and the SAE runs only on the

@@ -245,6 +245,7 @@ def test_the_layers_of_a_sarm_are_counted_by_its_source_layer(sarm_dir):
                 ("factor", "4"),
                 ("beta_fast", 0),
                 ("beta_slow", -1),
+                ("beta_fast", 1e-300),
                 ("attention_factor", 0),
                 ("truncate", None),
                 ("truncate", 1),

@@ -15,6 +15,7 @@ from conversion.directory import atomic_directory
 from conversion.load import read_policy_config
 from conversion.peft import save_adapter
 from sarm_jax.io.errors import InputError
+from sarm_jax.models.llama import MODEL_TYPES
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from tests import oracles
 
@@ -169,6 +170,23 @@ def test_sarms_are_written_for_the_published_class(tmp_path, sarm_dir, way, dial
     for missing in (["rope_parameters"], ["rope_theta", "rope_scaling"]):
         edit(out / "config.json", missing, **{n: config[n] for n in config if n not in missing})
         np.testing.assert_array_equal(load_sarm(out).score_tokens([ROW])[0], expected)
+
+
+@pytest.mark.parametrize("architecture", oracles.ARCHITECTURES)
+def test_a_sarm_is_named_after_its_trunk(tmp_path, architecture):
+    changes = oracles.ARCHITECTURES[architecture]
+    oracles.save_tiny_sarm(tmp_path / "other", oracles.tiny_tokenizer(), **changes)
+    for name, hf in (("bare", None), ("named", read(tmp_path / "other" / "config.json"))):
+        sarm = load_sarm(tmp_path / "other")
+        to_hf.save_sarm(tmp_path / name, sarm.model, sarm.tokenizer, hf)
+        written = read(tmp_path / name / "config.json")
+        assert written["model_type"] == architecture
+        assert "SARM" in written["architectures"][0]
+        # The published code computes a Llama; it would drop the biases and norms of another trunk.
+        assert (PUBLISHED in written.get("auto_map", {}).values()) == (architecture == "llama")
+        assert load_sarm(tmp_path / name).model.config.trunk == sarm.model.config.trunk
+    expected = f"{MODEL_TYPES[architecture]}SARM"
+    assert read(tmp_path / "bare" / "config.json")["architectures"] == [expected]
 
 
 def test_unscaled_models_are_written_in_both_dialects(tmp_path):

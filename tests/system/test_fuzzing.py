@@ -37,9 +37,10 @@ from sarm_jax.models.conversation_rows import (
     read_prompts,
 )
 from sarm_jax.models.llama import LlamaConfig
+from sarm_jax.models.rope import YarnScaling
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.rewards.options import reward_config
-from tests.oracles import LLAMA3_ROPE, tiny_llama_config
+from tests.oracles import ARCHITECTURES, LLAMA3_ROPE, YARN_ROPE, tiny_llama_config
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 MEMORY = 300 << 20  # bytes by which the process may grow
@@ -290,23 +291,35 @@ def test_records_of_trackers(folder, runs, data):
         assert isinstance(run, TrackedRun) and type(run.position) is int and len(run.id) == 8
 
 
-GOOD = tiny_llama_config(architectures=["LlamaForCausalLM"]).to_dict()
+GOOD = [
+    tiny_llama_config(**changes).to_dict() | {"architectures": None}
+    for changes in ARCHITECTURES.values()
+]
+ROPES = [LLAMA3_ROPE, YARN_ROPE | {"beta_fast": 8.0, "attention_factor": 1.3, "truncate": False}]
 PARAM = {"sae_source_layer": 2, "sae_latent_size": 64, "sae_k": 8, "sarm_use_activation": True}
 
 
 @bounded
 @given(
-    st.dictionaries(st.sampled_from(sorted(GOOD)) | st.text(max_size=6), values, max_size=4),
+    st.sampled_from(GOOD),
+    st.sampled_from(ROPES),
+    st.dictionaries(
+        st.sampled_from(sorted(set().union(*GOOD))) | st.text(max_size=6), values, max_size=4
+    ),
     st.dictionaries(st.sampled_from(sorted(PARAM)), values, max_size=2) | values,
-    st.dictionaries(st.sampled_from(sorted(LLAMA3_ROPE)), values, max_size=2),
+    st.dictionaries(st.sampled_from(sorted(set().union(*ROPES))), values, max_size=2),
 )
-def test_hf_configs(changes, param, rope):
-    for hf in (GOOD | changes, GOOD | {"rope_parameters": LLAMA3_ROPE | rope} | changes):
+def test_hf_configs(good, good_rope, changes, param, rope):
+    for hf in (good | changes, good | {"rope_parameters": good_rope | rope} | changes):
         config = result(llama_config, hf)
         assert config is None or isinstance(config, LlamaConfig)
         if config is not None:
             assert 0 < config.num_hidden_layers <= 4096 and config.head_dim % 2 == 0
             assert np.isfinite([config.rms_norm_eps, config.rope_theta]).all()
+            if isinstance(config.rope_scaling, YarnScaling):
+                scaling = config.rope_scaling
+                assert np.isfinite(scaling.interpolated(8, config.rope_theta)).all()
+                assert np.isfinite(scaling.magnitude)
         sarm = PARAM | param if isinstance(param, dict) else param
         config = result(sarm_config, hf | {"sarm_param": sarm}, "x_Latent64_Layer2_K8_")
         assert config is None or isinstance(config, SARMConfig)
