@@ -25,21 +25,24 @@ from conversion.hf_config import (
     llama_config,
     sarm_config,
 )
-from conversion.hub import MODEL_FILES, locate
+from conversion.hub import CONFIG_FILES, MODEL_FILES, locate
 from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.mistaken import describe_directory, describe_workdir, is_run
 from conversion.model_code import name_repository
 from conversion.problems import report
+from conversion.reward_config import hf_reward_dict, is_classifier, reward_config
 from conversion.safetensors_io import TensorFiles
 from sarm_jax.io.errors import InputError, printable
 from sarm_jax.io.json_files import read_json, short
+from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import SCALINGS, Llama3Scaling
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 
 LOG = logging.getLogger(__name__)
-Kind = Literal["policy", "sarm"]
+Kind = Literal["policy", "sarm", "reward"]
+ModelConfig = LlamaConfig | SARMConfig | LinearRewardConfig
 DESCRIPTION, FORMAT = "sarm_jax.json", 1
 OVERHEAD = 1 << 20  # bytes; an upper bound for headers, index and description
 _QUANTISED = re.compile(  # tensors of bitsandbytes, GPTQ, AWQ and compressed-tensors
@@ -59,7 +62,7 @@ class Checkpoint:
     name: str
     directory: Path
     kind: Kind
-    config: LlamaConfig | SARMConfig
+    config: ModelConfig
     hf_config: dict[str, Any]
     converted: bool
 
@@ -105,7 +108,7 @@ def open_checkpoint(
 
     Args:
         src: a directory or a repository id.
-        kind: "policy" or "sarm".
+        kind: "policy", "sarm" or "reward".
         patterns: the files to download if `src` is a repository.
 
     Raises:
@@ -125,7 +128,11 @@ def open_checkpoint(
         )
     try:
         full_name = repository or str(directory.resolve())
-        config = llama_config(hf) if kind == "policy" else sarm_config(hf, full_name)
+        config: ModelConfig
+        if kind == "policy":
+            config = llama_config(hf)
+        else:
+            config = reward_config(hf) if kind == "reward" else sarm_config(hf, full_name)
     except InputError as error:
         raise InputError(f"{src}: {error}") from error
     _warn_of_ignored(str(src), ", ".join(f"{k}={short(v)}" for k, v in ignored_fields(hf).items()))
@@ -133,6 +140,18 @@ def open_checkpoint(
         name=name, directory=directory, kind=kind, config=config, hf_config=hf, converted=False
     )
     return _with_repository(checkpoint, repository)
+
+
+def is_reward_model(src: str | Path, patterns: tuple[str, ...] = CONFIG_FILES) -> bool:
+    """Returns True if a model is of kind "reward": a classifier, with or without an SAE.
+
+    Raises:
+        InputError: there is no model, or its description cannot be read.
+    """
+    directory = locate(src, patterns)
+    if (directory / DESCRIPTION).is_file():
+        return read_json(directory / DESCRIPTION).get("kind") == "reward"
+    return is_classifier(_read_hf_config(src, directory))
 
 
 def verified_files(checkpoint: Checkpoint) -> TensorFiles:
@@ -166,7 +185,7 @@ def verified_files(checkpoint: Checkpoint) -> TensorFiles:
 
 
 def write_description(
-    directory: Path, checkpoint: Checkpoint, config: LlamaConfig | SARMConfig, dtype: str
+    directory: Path, checkpoint: Checkpoint, config: ModelConfig, dtype: str
 ) -> None:
     """Writes the `sarm_jax.json` of a converted directory."""
     write_hf_json(
@@ -211,13 +230,19 @@ def _open_converted(name: str, directory: Path, kind: Kind) -> Checkpoint:
         raise InputError(f"{path}: kind={description.get('kind')!r}, expected {kind!r}")
     try:
         fields = description["config"]
-        config: LlamaConfig | SARMConfig
+        config: ModelConfig
         if kind == "policy":
             config = _llama_from(fields)
-        else:
+        elif kind == "sarm":
             config = SARMConfig(_llama_from(fields["trunk"]), SAEConfig(**fields["sae"]))
+        else:
+            config = _linear_reward_from(fields)
         # The description of a converted directory has to pass the checks of a config.json.
-        llama_config(hf_llama_dict(config if isinstance(config, LlamaConfig) else config.trunk))
+        own = hf_llama_dict(config if isinstance(config, LlamaConfig) else config.trunk)
+        if isinstance(config, LinearRewardConfig):
+            reward_config(hf_reward_dict(own, config))
+        else:
+            llama_config(own)
         hf = dict(description["hf_config"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: config or hf_config is not usable ({error})") from error
@@ -243,6 +268,16 @@ def _described(config: LlamaConfig | SARMConfig) -> dict[str, Any]:
         own = fields if isinstance(config, LlamaConfig) else fields["trunk"]
         own["rope_scaling"]["rope_type"] = trunk.rope_scaling.rope_type
     return fields
+
+
+def _linear_reward_from(fields: dict[str, Any]) -> LinearRewardConfig:
+    """Reads the config of a reward model; raises ValueError for an SAE that does not fit."""
+    trunk, sae = _llama_from(fields["trunk"]), fields["sae"] and SAEConfig(**fields["sae"])
+    if sae is not None and sae.hidden_size != trunk.hidden_size:
+        raise ValueError(
+            f"sae.hidden_size={sae.hidden_size}: the states have {trunk.hidden_size} dimensions"
+        )
+    return LinearRewardConfig(trunk, fields["pad_token_id"], sae)
 
 
 def _llama_from(fields: dict[str, Any]) -> LlamaConfig:

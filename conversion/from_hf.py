@@ -1,6 +1,8 @@
 """Converts a Hugging Face directory (or repository) to our layout, one tensor at a time.
 
-    python -m conversion.from_hf --kind=policy|sarm --src=SRC --dst=DIR [--dtype=bfloat16|float32]
+    python -m conversion.from_hf --kind=KIND --src=SRC --dst=DIR [--dtype=bfloat16|float32]
+
+KIND is policy, sarm, or reward for a sequence classifier with one label.
 
 The result holds the weights in our orientation, `sarm_jax.json`, and the tokenizer. Without
 `--dtype` every tensor keeps its own dtype. Everything is checked before anything is written.
@@ -23,7 +25,8 @@ from conversion.safetensors_io import TensorWriter
 from sarm_jax.models.llama import LlamaConfig
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum("kind", None, ["policy", "sarm"], "Kind of model.", FLAGS, required=True)
+KINDS = ["policy", "sarm", "reward"]
+flags.DEFINE_enum("kind", None, KINDS, "Kind of model.", FLAGS, required=True)
 flags.DEFINE_string("src", None, "HF directory or repository id.", FLAGS, required=True)
 flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
 flags.DEFINE_enum(
@@ -39,7 +42,7 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
     Args:
         src: an HF directory or a repository id.
         dst: the new directory.
-        kind: "policy" or "sarm".
+        kind: "policy", "sarm" or "reward".
         dtype: the dtype of the weights; by default every tensor keeps its own.
 
     Raises:

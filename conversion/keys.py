@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sarm_jax.models.linear_reward import LinearReward, LinearRewardConfig
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.lora import LoRAParam
 from sarm_jax.models.sarm import SARM, SARMConfig
 
 Layout = Literal["same", "transposed", "row"]
+Model = Llama | SARM | LinearReward
 
 TABLE: dict[str, tuple[str, Layout]] = {  # our path without "trunk." → (HF name, its layout)
     "embed_tokens": ("model.embed_tokens.weight", "same"),
@@ -43,7 +45,7 @@ TABLE: dict[str, tuple[str, Layout]] = {  # our path without "trunk." → (HF na
     "sae.decoder": ("sae.decoder.weight", "transposed"),
     "sae.pre_bias": ("sae.pre_bias", "same"),
     "sae.latent_bias": ("sae.latent_bias", "same"),
-    "score": ("score.weight", "row"),  # HF [1, M], ours [M]
+    "score": ("score.weight", "row"),  # HF [1, M], ours [M]; of a classifier [1, D] and [D]
 }
 
 
@@ -98,12 +100,18 @@ class TensorSpec:
         return TABLE[".".join(self.path).removeprefix("trunk.")]
 
 
-def abstract_model(config: LlamaConfig | SARMConfig, dtype: str = "float32") -> Llama | SARM:
+def abstract_model(
+    config: LlamaConfig | SARMConfig | LinearRewardConfig, dtype: str = "float32"
+) -> Model:
     """Builds the model with shapes instead of weights, which costs nothing at any size."""
+    models: dict[type, Any] = {
+        LlamaConfig: Llama,
+        SARMConfig: SARM,
+        LinearRewardConfig: LinearReward,
+    }
 
-    def build() -> Llama | SARM:
-        model: Any = Llama if isinstance(config, LlamaConfig) else SARM
-        return model(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    def build() -> Model:
+        return models[type(config)](config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 
     return nnx.eval_shape(build)
 
@@ -113,18 +121,18 @@ def abstract_policy(config: LlamaConfig, dtype: str) -> Llama:
     return cast(Llama, abstract_model(config, dtype))
 
 
-def abstract_sarm(config: SARMConfig, dtype: str) -> SARM:
-    """Builds a SARM like `abstract_model`."""
-    return cast(SARM, abstract_model(config, dtype))
+def abstract_sarm(config: SARMConfig | LinearRewardConfig, dtype: str) -> SARM | LinearReward:
+    """Builds a SARM, or another reward model, like `abstract_model`."""
+    return cast(SARM | LinearReward, abstract_model(config, dtype))
 
 
-def parameters(model: Llama | SARM) -> dict[tuple[str, ...], nnx.Variable]:
+def parameters(model: Model) -> dict[tuple[str, ...], nnx.Variable]:
     """Returns the model's weights by path, without adapters."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Not(LoRAParam)))
     return {tuple(map(str, path)): variable for path, variable in flat}
 
 
-def tensor_specs(model: Llama | SARM) -> list[TensorSpec]:
+def tensor_specs(model: Model) -> list[TensorSpec]:
     """Lists the tensors that a model (abstract or not) is stored as, in a fixed order by layer."""
     specs = []
     for path, variable in parameters(model).items():

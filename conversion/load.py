@@ -13,15 +13,22 @@ import jax
 import numpy as np
 from flax import nnx
 
-from conversion.checkpoint import Checkpoint, open_checkpoint, verified_files
+from conversion.checkpoint import (
+    Checkpoint,
+    Kind,
+    is_reward_model,
+    open_checkpoint,
+    verified_files,
+)
 from conversion.hub import CONFIG_FILES, TOKENIZER_FILES, locate
-from conversion.keys import TensorSpec, abstract_model
+from conversion.keys import Model, TensorSpec, abstract_model
 from conversion.safetensors_io import TensorFiles, contiguous
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.libraries import as_input_error, native_messages_of_failure_dropped
 from sarm_jax.models.chat import decode, end_of_turn_id, stop_ids
 from sarm_jax.models.chat_template import chat_template
+from sarm_jax.models.linear_reward import LinearReward, LinearRewardConfig
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import SARM, SARMConfig
@@ -63,10 +70,27 @@ def load_policy(
 
 
 def load_sarm(src: str | Path, dtype: str = "float32", place: Place | None = None) -> RewardModel:
-    """Loads a SARM with its tokenizer; arguments and errors as in `load_policy`."""
+    """Loads a SARM, or a reward model with an SAE, and its tokenizer; see `load_policy`."""
     check_dtype(dtype)
-    checkpoint, files, tokenizer = _open_sarm(src)
-    return RewardModel(cast(SARM, _fill(checkpoint, files, dtype=dtype, place=place)), tokenizer)
+    return _reward_model(*_open_sarm(src), dtype=dtype, place=place)
+
+
+def load_reward_model(
+    src: str | Path, dtype: str = "float32", place: Place | None = None
+) -> RewardModel:
+    """Loads a sequence classifier with one label and its tokenizer; see `load_policy`.
+
+    It has no features unless an SAE was trained for it: `score` then returns no latents.
+    """
+    check_dtype(dtype)
+    return _reward_model(*_open_reward(src, "reward"), dtype=dtype, place=place)
+
+
+def _reward_model(
+    checkpoint: Checkpoint, files: TensorFiles, tokenizer: Any, *, dtype: str, place: Place | None
+) -> RewardModel:
+    model = _fill(checkpoint, files, dtype=dtype, place=place)
+    return RewardModel(cast(SARM | LinearReward, model), tokenizer)
 
 
 def check_models(policy: str | Path = "", sarm: str | Path = "") -> None:
@@ -86,9 +110,14 @@ def _open_policy(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any, tuple[i
 
 
 def _open_sarm(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any]:
-    checkpoint = open_checkpoint(src, "sarm")
+    read_sarm_config(src)
+    return _open_reward(src, _kind_of_sarm(src))
+
+
+def _open_reward(src: str | Path, kind: Kind) -> tuple[Checkpoint, TensorFiles, Any]:
+    checkpoint = open_checkpoint(src, kind)
     files = verified_files(checkpoint)
-    vocab_size = cast(SARMConfig, checkpoint.config).trunk.vocab_size
+    vocab_size = cast(SARMConfig | LinearRewardConfig, checkpoint.config).trunk.vocab_size
     tokenizer = load_hf_tokenizer(checkpoint.directory, vocab_size)
     chat_template(tokenizer)  # checks it: a response is scored at the end of its turn
     return checkpoint, files, tokenizer
@@ -99,9 +128,27 @@ def read_policy_config(src: str | Path) -> LlamaConfig:
     return cast(LlamaConfig, open_checkpoint(src, "policy", CONFIG_FILES).config)
 
 
-def read_sarm_config(src: str | Path) -> SARMConfig:
-    """Reads the architecture of a SARM without reading its weights."""
-    return cast(SARMConfig, open_checkpoint(src, "sarm", CONFIG_FILES).config)
+def read_reward_config(src: str | Path) -> LinearRewardConfig:
+    """Reads the architecture of a sequence classifier without reading its weights."""
+    return cast(LinearRewardConfig, open_checkpoint(src, "reward", CONFIG_FILES).config)
+
+
+def read_sarm_config(src: str | Path) -> SARMConfig | LinearRewardConfig:
+    """Reads the architecture of a SARM, or of a reward model with an SAE, without its weights."""
+    config = open_checkpoint(src, _kind_of_sarm(src), CONFIG_FILES).config
+    assert not isinstance(config, LlamaConfig)
+    if config.sae is None:
+        raise InputError(
+            f"{src}: not a SARM but a classifier without an SAE, whose score no latents explain; "
+            f"--stage=train_sae --config.train_sae.model={src} trains an SAE for it, and "
+            "--stage=train_sarm makes a SARM from a language model"
+        )
+    return config
+
+
+def _kind_of_sarm(src: str | Path) -> Kind:
+    """Returns the kind of a model that was given as a SARM: it may be a classifier with an SAE."""
+    return "reward" if is_reward_model(src) else "sarm"
 
 
 def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
@@ -149,9 +196,7 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
     return tokenizer
 
 
-def _fill(
-    checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place | None
-) -> Llama | SARM:
+def _fill(checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place | None) -> Model:
     """Builds the model of a checkpoint, loads its parameters one by one and checks their values."""
     place = ONE_DEVICE.load if place is None else place
     specs: dict[tuple[str, ...], list[TensorSpec]] = {}

@@ -1,11 +1,12 @@
 """Writes models and adapters in the layout of the Hugging Face libraries.
 
     python -m conversion.to_hf --src=WORKDIR_OR_DIR --dst=DIR [--merge]
-    python -m conversion.to_hf --kind=sarm --src=DIR --dst=DIR
+    python -m conversion.to_hf --kind=sarm|reward --src=DIR --dst=DIR
 
 WORKDIR is the working directory of a PPO run: its adapter is copied in the PEFT layout or, with
 --merge, added to the base model (W + α/r · B A in float32, stored in the dtype of the base). DIR is
-a converted directory, or a directory that holds an adapter itself.
+a converted directory, or a directory that holds an adapter itself. A reward model is written as
+the classifier that transformers has, which is without an SAE.
 """
 
 import shutil
@@ -35,16 +36,17 @@ from conversion.load import load_hf_tokenizer
 from conversion.model_code import copy_model_code
 from conversion.peft import CONFIG as ADAPTER_CONFIG
 from conversion.peft import Adapter, read_adapter
-from conversion.rope_fields import needs_transformers5
+from conversion.rope_fields import needs_transformers5, rope_fields
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
+from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.lora import merge_lora
-from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.models.sarm import SARM
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum("kind", "policy", ["policy", "sarm"], "Kind of model.", FLAGS)
+flags.DEFINE_enum("kind", "policy", ["policy", "sarm", "reward"], "Kind of model.", FLAGS)
 flags.DEFINE_string("src", None, "Working directory or model directory.", FLAGS, required=True)
 flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
 flags.DEFINE_bool("merge", False, "Write base + adapter as one model.", FLAGS)
@@ -58,7 +60,7 @@ def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool 
     Args:
         src: a working directory or a model directory, see the module's docstring.
         dst: the new directory.
-        kind: "policy" or "sarm".
+        kind: "policy", "sarm" or "reward".
         merge: add the adapter to the base model.
 
     Raises:
@@ -90,7 +92,7 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
         atomic_directory(dst, needed=checkpoint.bytes_stored(files)) as directory,
         TensorWriter(directory) as writer,
     ):
-        for spec in tqdm(checkpoint.specs(), desc=f"writing {dst}", unit="tensor"):
+        for spec in tqdm(_exported(checkpoint), desc=f"writing {dst}", unit="tensor"):
             array = checkpoint.mapped(files, spec)
             if adapter is not None and spec in adapter.factors:
                 array = _merged(array, adapter, spec)
@@ -104,6 +106,14 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
         write_hf_json(directory / "config.json", hf)
     seconds = time.perf_counter() - start
     return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
+
+
+def _exported(checkpoint: Checkpoint) -> list[TensorSpec]:
+    """Returns the tensors that the HF layout has, which are all but the SAE of a classifier."""
+    specs = checkpoint.specs()
+    if not isinstance(checkpoint.config, LinearRewardConfig):
+        return specs
+    return [spec for spec in specs if spec.path[0] != "sae"]
 
 
 def save_sarm(
@@ -159,7 +169,9 @@ def _hf_config(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
 
     The tokenizer must be in `directory` already.
     """
-    if not isinstance(checkpoint.config, SARMConfig):
+    if isinstance(checkpoint.config, LinearRewardConfig):
+        return checkpoint.hf_config | rope_fields(checkpoint.config.trunk)
+    if isinstance(checkpoint.config, LlamaConfig):
         return hf_policy_dict(checkpoint.config, checkpoint.hf_config)
     hf = hf_sarm_dict(checkpoint.config, checkpoint.hf_config)
     code = checkpoint.hf_config.get("auto_map")

@@ -25,7 +25,7 @@ def load_policy_model(config: ConfigDict) -> tuple[Llama, Any]:
 
 
 def load_reward_model(config: ConfigDict) -> RewardModel:
-    """Loads the SARM of the config onto its mesh, with the config's scoring options."""
+    """Loads the reward model of the config onto its mesh, with the config's scoring options."""
     mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
     placed = placement(config)
     model = load_sarm(config.sarm_model, config.dtype, placed.load)

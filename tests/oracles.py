@@ -23,6 +23,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
+    LlamaForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -202,6 +203,28 @@ def save_tiny_llama(
     tokenizer.save_pretrained(path)
     if dialect == "old":
         _write_old_dialect(Path(path) / "config.json")
+    return model
+
+
+def save_tiny_classifier(
+    path: str | Path,
+    config: LlamaConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int = 0,
+    **changes: Any,
+) -> LlamaForSequenceClassification:
+    """Writes a random classifier with one label and its tokenizer; `changes` are config fields.
+
+    Returns:
+      The model in float32 and eval mode.
+    """
+    config = _with_tokens(config, tokenizer)
+    for name, value in {"num_labels": 1, **changes}.items():
+        setattr(config, name, value)
+    model = LlamaForSequenceClassification(config).eval()
+    _randomize(model, seed, "float32")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return model
 
 

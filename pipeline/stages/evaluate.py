@@ -161,7 +161,7 @@ def steering_config(config: ConfigDict) -> SteeringConfig:
 def controls_of(config: ConfigDict) -> Controls:
     """Returns the clamps and penalties of the section reward, with those of the steering file."""
     reward = reward_config(config.reward)
-    size = read_sarm_config(config.sarm_model).sae.latent_size
+    size = read_sarm_config(config.sarm_model).latent_size
     reward.check_features(size)
     path = config.evaluate.steering_json
     steering = read_steering(path) if path else {}

@@ -29,7 +29,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Score human demonstrations and save the latents that the discriminator compares with."""
     reward = validate(config)
     demonstrations = read_demonstrations(config.human_latents.demos_jsonl)
-    reward.check_features(read_sarm_config(config.sarm_model).sae.latent_size)
+    reward.check_features(read_sarm_config(config.sarm_model).latent_size)
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
     path = workdir / FILE

@@ -47,7 +47,7 @@ def make_planner(config: ConfigDict) -> Planner:
     (options, shares), section = validate(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
     sarm = read_sarm_config(section.sarm_config or config.sarm_model)
-    options.reward.check_features(sarm.sae.latent_size)
+    options.reward.check_features(sarm.latent_size)
     return Planner(
         name=section.target,
         config=options.ppo,

@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Set or bound one feature at a time and write what the reward does."""
     options, path = validate(config), config.probe.data_jsonl
     rows = read_probe_rows(path, options.mode)
-    latent_size = read_sarm_config(config.sarm_model).sae.latent_size
+    latent_size = read_sarm_config(config.sarm_model).latent_size
     check_probe(options, latent_size, rows, path)
     check_conversations(config.sarm_model, {path: [row["prompt"] for row in rows]})
     folder = workdir / "probes"

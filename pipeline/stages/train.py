@@ -119,7 +119,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
     prompts = read_prompts(config.prompts_jsonl)
     mesh_config(config).check_model(read_policy_config(config.policy_model))
-    latent_size = read_sarm_config(config.sarm_model).sae.latent_size
+    latent_size = read_sarm_config(config.sarm_model).latent_size
     options.reward.check_features(latent_size)
     human = human_buffer(options.reward, config.reward.human_latents, latent_size)
     tokenizer = load_hf_tokenizer(config.policy_model)

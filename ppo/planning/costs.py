@@ -8,6 +8,7 @@ the keys and values before it. Activations do not count, since they could stay o
 import dataclasses
 
 from ppo.config import PPOConfig
+from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.sarm import SARMConfig
@@ -27,7 +28,7 @@ def step_costs(
     lora: LoRAConfig,
     *,
     policy: LlamaConfig,
-    sarm: SARMConfig,
+    sarm: SARMConfig | LinearRewardConfig,
     mesh: MeshConfig,
     score_rows: int,
     remat: str,
@@ -68,7 +69,7 @@ def step_costs(
     steps = (new - 1) * rows / running
     tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
     trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
-    encoder = sarm.sae.hidden_size * sarm.sae.latent_size
+    encoder = sarm.trunk.hidden_size * sarm.latent_size
     score_flops = forward_flops(sarm.trunk, score_rows, length) + 2 * score_rows * encoder
     reference_flops = forward_flops(policy, rows, length, logits=rows * new)
     reference = cost(reference_flops, whole + head, passes=config.pieces)

@@ -26,6 +26,7 @@ from ppo.planning.costs import Cost, step_costs
 from ppo.planning.hlo import Collective, by_kind, read_traffic
 from ppo.planning.programs import Program, step_programs, weight_bytes
 from sarm_jax.io.errors import InputError
+from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.sarm import SARM
@@ -76,7 +77,7 @@ class Planner:
     config: PPOConfig
     lora: LoRAConfig
     policy: Callable[[], Llama]
-    sarm: Callable[[], SARM]
+    sarm: Callable[[], SARM | LinearReward]
     score_batch: int
     watched: int
     shares: Mapping[int, float] = dataclasses.field(default_factory=dict)
@@ -111,7 +112,13 @@ class Planner:
         return self._programs(config, policy, sarm)
 
     def _rows_of(
-        self, config: PPOConfig, *, layout: Layout, policy: Llama, sarm: SARM, chip: Chip
+        self,
+        config: PPOConfig,
+        *,
+        layout: Layout,
+        policy: Llama,
+        sarm: SARM | LinearReward,
+        chip: Chip,
     ) -> list[dict]:
         """Compiles the programs under `config`; returns their rows of plan.json."""
         mesh, prompt_tokens = layout.mesh, config.max_prompt_tokens
@@ -154,7 +161,9 @@ class Planner:
             max_prompt_tokens=prompt_tokens,
         )
 
-    def _programs(self, config: PPOConfig, policy: Llama, sarm: SARM) -> Iterator[Program]:
+    def _programs(
+        self, config: PPOConfig, policy: Llama, sarm: SARM | LinearReward
+    ) -> Iterator[Program]:
         return step_programs(
             config,
             self.lora,
@@ -164,7 +173,7 @@ class Planner:
             watched=self.watched,
         )
 
-    def _models(self, config: PPOConfig, layout: Layout) -> tuple[Llama, SARM, Chip]:
+    def _models(self, config: PPOConfig, layout: Layout) -> tuple[Llama, SARM | LinearReward, Chip]:
         """Makes abstract models on the mesh; raises InputError if it cannot divide them evenly."""
         mesh, policy, sarm = layout.mesh, self.policy(), self.sarm()
         mesh.check_model(policy.config)

@@ -22,6 +22,7 @@ from ppo.learner import Learner, TrainState
 from ppo.slots import Slots
 from ppo.update import Updater
 from sarm_jax.models.chat import scored_length
+from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.reward_model import lower_score
@@ -57,7 +58,7 @@ def step_programs(
     lora: LoRAConfig,
     *,
     policy: Llama,
-    sarm: SARM,
+    sarm: SARM | LinearReward,
     score_batch: int,
     watched: int,
 ) -> Iterator[Program]:
@@ -107,7 +108,7 @@ def step_programs(
         yield Program(name, runs, lower, varies_with)
 
 
-def weight_bytes(model: Llama | SARM, placement: Placement) -> int:
+def weight_bytes(model: Llama | SARM | LinearReward, placement: Placement) -> int:
     """Returns the bytes of a model's weights on one device."""
     total = 0
     for path, variable in nnx.to_flat_state(nnx.state(model)):

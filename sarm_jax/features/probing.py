@@ -138,11 +138,11 @@ def probe(
     Raises:
         InputError: a feature or a row of the data is not valid.
     """
-    groups = check_probe(config, model.model.config.sae.latent_size, data)
+    groups = check_probe(config, model.latent_size, data)
     prompts = [row["prompt"] for row, group in zip(data, groups, strict=True) for _ in group]
     responses = [text for group in groups for text in group]
     score_b, latents = model.store(prompts, responses, "probe")
-    weight_f = np.asarray(model.model.score[...], np.float32)
+    weight_f = model.model.feature_weights()
     weight_n = weight_f[list(config.features)]
     z_bn = latents.columns(config.features)
     delta_bn = config.effects(weight_n, z_bn)

@@ -4,7 +4,8 @@
   them between the turns of a conversation.
 - A conversation is truncated on the left, so that the end-of-turn token is kept.
 - Text that a template writes after the end-of-turn token (ChatML's newline, or the header of
-  another turn) is dropped, so that a SARM pools the end-of-turn token itself.
+  another turn) is dropped for a SARM, so that it pools the end-of-turn token itself. A sequence
+  classifier reads all of it, as it does in transformers.
 - A special token that is spelled out in a prompt or a response is encoded as text.
 - Every turn of a conversation is encoded, once and unchanged.
 """
@@ -35,13 +36,22 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
 
 
 def encode_conversation(
-    tokenizer: Any, prompt: Prompt, response: str, max_length: int = 4096
+    tokenizer: Any,
+    prompt: Prompt,
+    response: str,
+    max_length: int = 4096,
+    ends_with_turn: bool = True,
 ) -> list[int]:
-    """Encodes a prompt and its response: at most `max_length` ids, the last one ends the turn."""
+    """Encodes a prompt and its response: at most `max_length` ids, the last one ends the turn.
+
+    With `ends_with_turn` False, what the template writes after the turn is kept as well.
+    """
     template = chat_template(tokenizer)
     pieces = template.exchange(prompt, response)
     ids = _encode(tokenizer, pieces)
-    ids = ids[: _ends(tokenizer, ids, pieces)[-template.ends_after_response] + 1]
+    end = _ends(tokenizer, ids, pieces)[-template.ends_after_response]
+    if ends_with_turn:
+        ids = ids[: end + 1]
     if len(ids) > max_length:
         bos = [tokenizer.bos_token_id] if _adds_bos(tokenizer) else []
         ids = bos + ids[len(ids) - max_length + len(bos) :]

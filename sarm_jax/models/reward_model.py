@@ -1,4 +1,4 @@
-"""A SARM with its tokenizer: computes scores and latents of texts.
+"""A reward model with its tokenizer: computes scores and latents of texts.
 
 Rows are sorted by length and run in padded batches of a few fixed shapes, so that there are few
 compilations. A score does not depend on the other rows of its batch.
@@ -22,6 +22,8 @@ from sarm_jax.models.chat import encode_conversation, pad_batch, pad_id, scored_
 from sarm_jax.models.checks import check_features, check_rows, is_index
 from sarm_jax.models.conversation import Conversation, PromptValue, parse_prompt
 from sarm_jax.models.latent_store import EncodedLatents, Latents, TopKLatents
+from sarm_jax.models.linear_reward import LinearReward
+from sarm_jax.models.sae import SAE
 from sarm_jax.models.sarm import SARM, Intervention, intervention
 from sarm_jax.parallel.compilation import compile_programs
 from sarm_jax.parallel.finite import require_finite
@@ -36,7 +38,7 @@ class RewardModel:
     after its first use.
 
     Args:
-        model: the SARM.
+        model: a SARM, or a reward model with a linear head on its last state.
         tokenizer: its tokenizer.
         max_length: tokens of a conversation, at most the positions of the model; a longer one loses
             its beginning.
@@ -46,7 +48,13 @@ class RewardModel:
         InputError: `max_length` is below 2, or `batch_size` below 1.
     """
 
-    def __init__(self, model: SARM, tokenizer: Any, max_length: int = 4096, batch_size: int = 16):
+    def __init__(
+        self,
+        model: SARM | LinearReward,
+        tokenizer: Any,
+        max_length: int = 4096,
+        batch_size: int = 16,
+    ):
         self.model, self.tokenizer = model, tokenizer
         for name, value, least in (("max_length", max_length, 2), ("batch_size", batch_size, 1)):
             if not is_index(value, sys.maxsize) or value < least:
@@ -57,6 +65,26 @@ class RewardModel:
     @property
     def _positions(self) -> int:
         return self.model.config.trunk.max_position_embeddings
+
+    @property
+    def _kind(self) -> str:
+        return "SARM" if isinstance(self.model, SARM) else "reward model"
+
+    @property
+    def sae(self) -> SAE:
+        """The SAE.
+
+        Raises:
+            InputError: the reward model has none.
+        """
+        if self.model.sae is None:
+            raise InputError("this reward model has no SAE, and so no features: train one for it")
+        return self.model.sae
+
+    @property
+    def latent_size(self) -> int:
+        """The number of features M; raises InputError without an SAE."""
+        return self.sae.config.latent_size
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -69,7 +97,7 @@ class RewardModel:
         responses: Sequence[str],
         clamp: Intervention | dict[int, float] | None = None,
         latent_indices: Sequence[int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, Any]:
         """Scores responses to prompts.
 
         Args:
@@ -80,7 +108,8 @@ class RewardModel:
             latent_indices: the features to return; by default all M.
 
         Returns:
-            (scores `[B]`, latents `[B, M]` before the change), float32, in the given order.
+            (scores `[B]`, latents `[B, M]` before the change), float32, in the given order. The
+            latents are None if the reward model has no SAE.
 
         Raises:
             InputError: there are not as many prompts as responses, or an argument is no text or
@@ -90,9 +119,20 @@ class RewardModel:
         return self.score_tokens(rows, clamp, latent_indices)
 
     def encode(self, prompt: PromptValue, response: str) -> list[int]:
-        """Encodes a prompt, as in `score`, and its response; it ends in the end-of-turn token."""
+        """Encodes a prompt, as in `score`, and its response.
+
+        For a SARM it ends in the end-of-turn token. A classifier reads all that its chat template
+        writes, as transformers does, which may end in a newline.
+        """
         prompt = parse_prompt(prompt, "prompt")
-        return encode_conversation(self.tokenizer, prompt, response, max_length=self.max_length)
+        is_sarm = isinstance(self.model, SARM)
+        return encode_conversation(
+            self.tokenizer,
+            prompt,
+            response,
+            max_length=self.max_length,
+            ends_with_turn=is_sarm,
+        )
 
     def programs(
         self,
@@ -128,7 +168,7 @@ class RewardModel:
         rows: Sequence[Sequence[int]],
         clamp: Intervention | dict[int, float] | None = None,
         latent_indices: Sequence[int] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, Any]:
         """Scores encoded conversations, without padding, like `score`.
 
         Raises:
@@ -137,11 +177,14 @@ class RewardModel:
         most = min(self.max_length, self._positions)
         check_rows(rows, vocab_size=self.model.config.trunk.vocab_size, most=most)
         arguments = self._score_arguments(clamp, latent_indices)
-        latent_size = self.model.config.sae.latent_size
-        width = latent_size if latent_indices is None else len(latent_indices)
-        score_b, z_bf = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
+        score_b, z_bf = np.zeros(len(rows), np.float32), None
+        if self.model.sae is not None:
+            width = self.latent_size if latent_indices is None else len(latent_indices)
+            z_bf = np.zeros((len(rows), width), np.float32)
         for batch, (scores, latents) in self._run_batches(_score, rows, arguments):
-            score_b[batch], z_bf[batch] = scores[: len(batch)], latents[: len(batch)]
+            score_b[batch] = scores[: len(batch)]
+            if z_bf is not None:
+                z_bf[batch] = latents[: len(batch)]
         return score_b, z_bf
 
     def store(
@@ -163,10 +206,10 @@ class RewardModel:
         Raises:
             InputError: a score or a latent is not finite; or as `score`.
         """
+        sae = self.sae.config
         encoded = [tuple(row) for row in self._encode_all(prompts, responses)]
         number = {row: n for n, row in enumerate(dict.fromkeys(encoded))}
         rows, number_n = list(number), np.asarray([number[row] for row in encoded], np.int64)
-        sae = self.model.config.sae
         width = sae.k if sae.use_topk else sae.hidden_size
         score_n, kept_nk = np.zeros(len(rows), np.float32), np.zeros((len(rows), width), np.float32)
         index_nk = np.zeros((len(rows), sae.k if sae.use_topk else 0), np.int32)
@@ -175,11 +218,11 @@ class RewardModel:
                 score_n[batch] = scores[: len(batch)]
                 kept_nk[batch], index_nk[batch] = kept[: len(batch)], indices[: len(batch)]
                 bar.update(len(batch))
-        require_finite({"scores": score_n, "latents": kept_nk}, f"the SARM, {label}")
+        require_finite({"scores": score_n, "latents": kept_nk}, f"the {self._kind}, {label}")
         score_n, kept_nk, index_nk = score_n[number_n], kept_nk[number_n], index_nk[number_n]
         if sae.use_topk:
             return score_n, TopKLatents(kept_nk, index_nk, sae.latent_size)
-        return score_n, EncodedLatents(kept_nk, self.model.sae)
+        return score_n, EncodedLatents(kept_nk, self.sae)
 
     def _encode_all(
         self, prompts: Sequence[PromptValue], responses: Sequence[str]
@@ -191,7 +234,9 @@ class RewardModel:
 
     def _score_arguments(self, clamp, latent_indices):
         """Returns the last arguments of `_score`: the intervention and the features to return."""
-        size = self.model.config.sae.latent_size
+        if clamp is None and latent_indices is None:
+            return None, None
+        size = self.latent_size
         if isinstance(clamp, dict):
             clamp = intervention(size, set_to=clamp)
         elif clamp is not None:
@@ -272,7 +317,7 @@ def _padded_rows(rows: int, batch_size: int) -> int:
 @partial(jax.jit, static_argnums=0)
 def _score(graphdef, state, tokens_bt, mask_bt, change, indices):
     score_b, z_bf = nnx.merge(graphdef, state)(tokens_bt, mask_bt, change)
-    return score_b, z_bf if indices is None else z_bf[:, indices]
+    return score_b, z_bf if indices is None or z_bf is None else z_bf[:, indices]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -281,11 +326,12 @@ def _code(graphdef, state, tokens_bt, mask_bt):
     model = nnx.merge(graphdef, state)
     x_bd = model.pooled(tokens_bt, mask_bt)
     z_bf = model.sae.encode(x_bd)
+    score_b = model.reward(x_bd, z_bf)
     if not model.config.sae.use_topk:
-        return model.head(z_bf), x_bd, jnp.zeros((len(tokens_bt), 0), jnp.int32)
+        return score_b, x_bd, jnp.zeros((len(tokens_bt), 0), jnp.int32)
     # A kept value may be negative; all others are 0.
     _, index_bk = jax.lax.top_k(jnp.abs(z_bf), model.config.sae.k)
-    return model.head(z_bf), jnp.take_along_axis(z_bf, index_bk, axis=1), index_bk
+    return score_b, jnp.take_along_axis(z_bf, index_bk, axis=1), index_bk
 
 
 def lower_score(
@@ -299,7 +345,7 @@ def lower_score(
     """Lowers the scoring program from shapes alone.
 
     Args:
-        graphdef: the split SARM.
+        graphdef: the split model.
         state: its state, of arrays or their descriptions.
         placement: the mesh.
         rows: conversations in a batch.

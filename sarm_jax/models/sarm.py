@@ -38,6 +38,11 @@ class SARMConfig:
     trunk: LlamaConfig
     sae: SAEConfig
 
+    @property
+    def latent_size(self) -> int:
+        """The number of features."""
+        return self.sae.latent_size
+
 
 @struct.dataclass
 class Intervention:
@@ -172,13 +177,25 @@ class SARM(nnx.Module):
         check_no_row_is_empty(length_b)
         if change is not None:
             change.check(self.config.sae.latent_size)
-        z_bf = self.sae.encode(self.pooled(tokens_bt, mask_bt))
-        return self.head(z_bf if change is None else change(z_bf)), z_bf
+        x_bd = self.pooled(tokens_bt, mask_bt)
+        z_bf = self.sae.encode(x_bd)
+        return self.reward(x_bd, z_bf, change), z_bf
 
     def pooled(self, tokens_bt: jax.Array, mask_bt: jax.Array) -> jax.Array:
         """Returns the standardised trunk state at each row's last real token, float32 `[B, D]`."""
         h_btd = self.trunk.hidden(tokens_bt, mask_bt)
         return standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
+
+    def reward(
+        self, x_bd: jax.Array, z_bf: jax.Array, change: Intervention | None = None
+    ) -> jax.Array:
+        """Computes the rewards `[B]` of latents, which alone decide it, under a change."""
+        del x_bd  # a reward model whose SAE leaves something out reads the states as well
+        return self.head(z_bf if change is None else change(z_bf))
+
+    def feature_weights(self) -> np.ndarray:
+        """Returns what a unit of every latent adds to the reward, float32 `[M]`."""
+        return np.asarray(self.score[...], np.float32)
 
     def head(self, z_bf: jax.Array) -> jax.Array:
         """Computes w · z `[B]` in full float32, on GPUs too."""

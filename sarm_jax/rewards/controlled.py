@@ -113,7 +113,7 @@ class ControlledReward:
         self.calls = 0
         self._normalise, self._missing_eos_penalty = normalise, missing_eos_penalty
         self._stop_ids = frozenset(stop_ids)
-        human = human_buffer(controls, human_latents, sarm.model.config.sae.latent_size)
+        human = human_buffer(controls, human_latents, sarm.latent_size)
         self._features = human.latent_indices if human else ()
         self._scorer = Scorer(sarm, controls, self._features)
         keys = jax.random.split(jax.random.key(seed), STREAMS)

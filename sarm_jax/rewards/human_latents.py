@@ -58,7 +58,7 @@ def collect_human_latents(
     Raises:
         InputError: the SARM does not have one of the features.
     """
-    size = reward_model.model.config.sae.latent_size
+    size = reward_model.latent_size
     missing = [i for i in latent_indices if i >= size]
     if missing:
         raise InputError(

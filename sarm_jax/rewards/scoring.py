@@ -39,7 +39,7 @@ class Scorer:
         config: RewardConfig,
         discriminator_features: Sequence[int] = (),
     ):
-        size = model.model.config.sae.latent_size
+        size = model.latent_size
         config.check_features(size)
         self._model, self._clamp = model, config.clamp(size)
         self._penalised = len(config.penalize_features)
