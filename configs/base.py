@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
     _add_human_latents(config)
     _add_prepare_data(config)
     _add_train_sarm(config)
+    _add_train_sae(config)
     _add_identify(config)
     _add_probe(config)
     _add_evaluate(config)
@@ -282,6 +283,31 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.weight_decay = 1e-3  # weight decay of AdamW
     config.train_sarm.warmup_fraction = 0.03  # share of the optimizer steps that is warm-up
     config.train_sarm.seed = 0  # seed of the held-out split, initial weights and batch order
+
+
+def _add_train_sae(config: ConfigDict) -> None:
+    # Stage train_sae: an SAE for a reward model that is a sequence classifier with one label.
+    config.train_sae = ConfigDict()
+    config.train_sae.model = ""  # the reward model: a directory, or a repository id on the hub
+    # Files of {"prompt", "response"} rows or of {"prompt", "chosen", "rejected"} pairs,
+    # comma-separated; both sides of a pair are responses.
+    config.train_sae.responses_jsonl = ""
+    config.train_sae.held_out_fraction = 0.2  # share of the prompts in the held-out set
+    # Longest conversation, in tokens; a longer one loses its beginning.
+    config.train_sae.max_length = 4096
+    # Most states of response tokens that the SAE learns from besides the pooled states, which the
+    # head reads; 0: only the pooled ones.
+    config.train_sae.token_states = 0
+    config.train_sae.latent_size = 16384  # latents of the SAE
+    config.train_sae.k = 64  # latents that TopK keeps
+    config.train_sae.steps = 1000  # optimizer steps
+    config.train_sae.batch_states = 512  # states per step
+    config.train_sae.learning_rate = 1e-3  # peak learning rate
+    config.train_sae.warmup_fraction = 0.03  # share of the optimizer steps that is warm-up
+    config.train_sae.dead_after_steps = 100  # steps without activity after which a latent is dead
+    config.train_sae.aux_k = 256  # dead latents that reconstruct the residual
+    config.train_sae.aux_weight = 1 / 32  # weight of that auxiliary loss
+    config.train_sae.seed = 0  # seed of the held-out split, initial weights and batch order
 
 
 def _add_identify(config: ConfigDict) -> None:

@@ -12,16 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from absl import flags
-from tqdm import tqdm
 
 from conversion import cli
-from conversion.checkpoint import Kind, open_checkpoint, verified_files, write_description
-from conversion.directory import atomic_directory, copy_tokenizer_files
+from conversion.checkpoint import Kind, open_checkpoint, verified_files
+from conversion.converted import write_converted
 from conversion.load import load_hf_tokenizer
-from conversion.model_code import copy_model_code
-from conversion.safetensors_io import TensorWriter
 from sarm_jax.models.llama import LlamaConfig
 
 FLAGS = flags.FlagValues()
@@ -54,23 +50,9 @@ def convert(src: str | Path, dst: str | Path, kind: Kind, dtype: str | None = No
     config = checkpoint.config
     trunk = config if isinstance(config, LlamaConfig) else config.trunk
     load_hf_tokenizer(checkpoint.directory, trunk.vocab_size)
-    dtypes = set()
-    with (
-        atomic_directory(dst, needed=checkpoint.bytes_stored(files, dtype)) as directory,
-        TensorWriter(directory) as writer,
-    ):
-        for spec in tqdm(checkpoint.specs(), desc=f"writing {dst}", unit="tensor"):
-            array = checkpoint.mapped(files, spec)
-            array = array if dtype is None else array.astype(jnp.dtype(dtype))
-            dtypes.add(array.dtype.name)
-            writer.add(spec.name, array)
-            del array  # frees it before the next tensor is converted
-        tensors = writer.close()
-        write_description(directory, checkpoint, config, dtype=",".join(sorted(dtypes)))
-        copy_tokenizer_files(checkpoint.directory, directory)
-        copy_model_code(checkpoint.hf_config.get("auto_map"), checkpoint.directory, directory)
+    tensors, size = write_converted(checkpoint, files, dst, dtype=dtype)
     seconds = time.perf_counter() - start
-    return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
+    return f"{dst}: {tensors} tensors, {size:,} bytes, {seconds:.1f} s"
 
 
 def main(values: Any) -> str:

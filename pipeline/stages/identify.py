@@ -146,6 +146,6 @@ STAGE = Stage(
         "probes/feature_scores.safetensors",
         "probes/gates.json",
     ),
-    after=("train_sarm",),
+    after=("train_sarm", "train_sae"),
     wanted=lambda config: bool(config.identify.pairs_jsonl),
 )

@@ -94,7 +94,7 @@ def compare(
     ]
     texts += [(HUMAN, prompt, text) for prompt, text in human]
     score_n, latents = model.store([t[1] for t in texts], [t[2] for t in texts], "scores")
-    weight_f = model.model.feature_weights()
+    weight_f = model.feature_weights()
     z_nc = latents.columns(controls.features)
     score_std = standard_deviation(score_n[:count])
     scores = {}

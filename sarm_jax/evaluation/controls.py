@@ -83,7 +83,7 @@ def score_variants(
         controls,
         plain_b=plain_b,
         z_bn=z_bn,
-        weight_f=model.model.feature_weights(),
+        weight_f=model.feature_weights(),
         score_std=standard_deviation(plain_b),
     )
     return ScoredVariants(variants, controls.features, z_bn)

@@ -147,7 +147,7 @@ def identify(
     source_p, sources = _number([pair.get("source") or "pairs" for pair in pairs])
     fold_p = assign_folds(prompt_p, config.seed)
     statistics = measure_contrast(contrast, prompt_p, source_p=source_p, fold_p=fold_p)
-    scores = _scores(config, statistics, reward_model.model.feature_weights())
+    scores = _scores(config, statistics, reward_model.feature_weights())
     methods = {name: select_features(scores[name], config.top_k) for name in METHODS}
     detection = _detect(config, contrast, fold_p)
     selected = _selected(

@@ -142,7 +142,7 @@ def probe(
     prompts = [row["prompt"] for row, group in zip(data, groups, strict=True) for _ in group]
     responses = [text for group in groups for text in group]
     score_b, latents = model.store(prompts, responses, "probe")
-    weight_f = model.model.feature_weights()
+    weight_f = model.feature_weights()
     weight_n = weight_f[list(config.features)]
     z_bn = latents.columns(config.features)
     delta_bn = config.effects(weight_n, z_bn)

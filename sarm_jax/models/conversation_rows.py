@@ -34,6 +34,7 @@ from sarm_jax.models.conversation import (
 Row = dict[str, Any]
 Parsed = TypeVar("Parsed")
 SIDES = ("chosen", "rejected")
+_ANSWERS = {"response", "completion", "messages"}  # the fields of a demonstration
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -48,6 +49,23 @@ def read_prompts(path: str) -> list[Prompt]:
 def read_demonstrations(path: str) -> list[Row]:
     """Reads demonstrations, as rows with "prompt" and "response"."""
     return _read(path, _demonstration)
+
+
+def read_responses(path: str) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """Reads demonstrations and preference pairs; a file may have rows of both forms.
+
+    Returns:
+        (prompt, its response or both sides of the pair) for each row.
+    """
+
+    def parse(row: Row) -> tuple[Prompt, tuple[str, ...]]:
+        if all(side in row for side in SIDES) and not _ANSWERS & set(row):
+            pair = _pair(row)
+            return pair["prompt"], tuple(pair[side] for side in SIDES)
+        parsed = _demonstration(row)
+        return parsed["prompt"], (parsed["response"],)
+
+    return _read(path, parse)
 
 
 def read_pairs(path: str, unequal: bool = False) -> list[Row]:

@@ -104,6 +104,14 @@ class LinearReward(nnx.Module):
         decoder_fd, weights_d = (p[...].astype(jnp.float32) for p in (self.sae.decoder, self.score))
         return np.asarray(jnp.dot(decoder_fd, weights_d, precision=HIGHEST))
 
+    def constant(self) -> float:
+        """Returns b_pre · w, which the SAE's bias adds to the reward of every response."""
+        assert self.sae is not None
+        bias_d, weights_d = (
+            np.asarray(p[...], np.float64) for p in (self.sae.pre_bias, self.score)
+        )
+        return float(bias_d @ weights_d)
+
 
 def pooled_position(
     tokens_bt: jax.Array, mask_bt: jax.Array, pad_token_id: int | None

@@ -86,6 +86,14 @@ class RewardModel:
         """The number of features M; raises InputError without an SAE."""
         return self.sae.config.latent_size
 
+    def feature_weights(self) -> np.ndarray:
+        """Returns what a unit of every latent adds to the score, float32 `[M]`.
+
+        Raises:
+            InputError: the reward model has no SAE.
+        """
+        return self.model.feature_weights() if self.latent_size else np.zeros(0, np.float32)
+
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:
         """The split model for compiled programs; splitting can take longer than running one."""

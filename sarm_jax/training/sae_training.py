@@ -43,7 +43,6 @@ from sarm_jax.training.divergence import check_loss, check_weights
 Log = Callable[[dict[str, Any]], None]
 TOKENS_PER_BATCH = 2048  # in one forward pass of the trunk
 STEPS_PER_CALL = 20  # minibatches on the device at a time
-LEARNING_RATE = "train_sarm.sae_learning_rate"
 # A reconstruction by 0 has a loss of 1, one that has the right length in a wrong direction of 4.
 LARGEST_LOSS = 10.0
 POOLED_FRACTION = 0.5  # of each minibatch; a random minibatch would have a few per cent
@@ -62,6 +61,7 @@ class SAETraining:
         aux_k: dead latents that reconstruct the residual.
         aux_weight: w_aux.
         seed: seed of the initialisation and of the minibatches.
+        rate_option: the option that gives the learning rate, for messages.
     """
 
     steps: int
@@ -72,6 +72,7 @@ class SAETraining:
     aux_k: int
     aux_weight: float
     seed: int
+    rate_option: str = "train_sarm.sae_learning_rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Activations:
-    """Standardised trunk states of tokens, in the order of the conversations.
+    """Trunk states of tokens, standardised for a SARM, in the order of the conversations.
 
     Attributes:
         x_nd: states `[N, D]` float32.
@@ -101,9 +102,15 @@ class Activations:
 
 
 def collect_activations(
-    trunk: Llama, rows: Sequence[Conversation], max_tokens: int, seed: int
+    trunk: Llama,
+    rows: Sequence[Conversation],
+    max_tokens: int,
+    seed: int,
+    standardised: bool = True,
 ) -> Activations:
     """Runs the trunk and keeps the states of tokens of the assistant turns.
+
+    With `standardised` False they are kept as they are.
 
     Every pooled token is kept. The other tokens are sampled without replacement, up to `max_tokens`
     tokens in all; if there are more conversations than that, only the pooled tokens are kept.
@@ -116,11 +123,12 @@ def collect_activations(
     offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])])
     x_nd = np.empty((offsets[-1], trunk.config.hidden_size), np.float32)
     graphdef, state = nnx.split(trunk)
+    states = _standardised if standardised else _states
     length_r = np.asarray([scored_length(len(row.ids)) for row in rows])
     batch_sizes = {length: max(TOKENS_PER_BATCH // length, 1) for length in np.unique(length_r)}
     examples = [pad_batch([[0]] * size, length, 0) for length, size in batch_sizes.items()]
     compile_programs(
-        partial(_standardised.lower, graphdef, state, tokens_bt, mask_bt)
+        partial(states.lower, graphdef, state, tokens_bt, mask_bt)
         for tokens_bt, mask_bt in examples
     )
     with tqdm(total=len(rows), desc="activations", unit="row") as bar:
@@ -131,13 +139,20 @@ def collect_activations(
                 ids = [rows[i].ids for i in batch]
                 ids += [ids[0]] * (size - len(ids))
                 tokens_bt, mask_bt = pad_batch(ids, length, 0)
-                x_btd = np.asarray(_standardised(graphdef, state, tokens_bt, mask_bt))
+                x_btd = np.asarray(states(graphdef, state, tokens_bt, mask_bt))
                 for x_td, i in zip(x_btd, batch, strict=False):
                     x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]
                 bar.update(len(batch))
     pooled_n = np.zeros(len(x_nd), bool)
     pooled_n[offsets[1:] - 1] = True
-    require_finite({"the states of the first layers": x_nd}, "the model")
+    require_finite(
+        {
+            "the states of its layers"
+            if not standardised
+            else "the states of the first layers": x_nd
+        },
+        "the model",
+    )
     return Activations(x_nd, pooled_n)
 
 
@@ -145,6 +160,12 @@ def collect_activations(
 def _standardised(graphdef, state, tokens_bt, mask_bt):
     """Computes the standardised trunk states `[B, T, D]` of a padded batch."""
     return standardise(nnx.merge(graphdef, state).hidden(tokens_bt, mask_bt))
+
+
+@partial(jax.jit, static_argnums=0)
+def _states(graphdef, state, tokens_bt, mask_bt):
+    """Computes the trunk states `[B, T, D]` of a padded batch in float32."""
+    return nnx.merge(graphdef, state).hidden(tokens_bt, mask_bt).astype(jnp.float32)
 
 
 def _sample_tokens(turn_lengths, max_tokens, rng):
@@ -204,13 +225,13 @@ def pretrain_sae(
                 x_sbd=train.x_nd[n_sb],
             )
             loss, dead = float(losses_s.mean()), float((idle_f >= options.dead_after_steps).mean())
-            check_loss(loss, "the SAE's loss", LEARNING_RATE)
+            check_loss(loss, "the SAE's loss", options.rate_option)
             log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
             bar.update(steps)
             bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
-    check_loss(loss, "the SAE's loss", LEARNING_RATE, LARGEST_LOSS)
+    check_loss(loss, "the SAE's loss", options.rate_option, LARGEST_LOSS)
     trained = nnx.merge(graphdef, params)
-    check_weights(trained, LEARNING_RATE)
+    check_weights(trained, options.rate_option)
     return trained, {
         **sae_metrics(trained, held_out),
         "dead_fraction": float((idle_f >= options.dead_after_steps).mean()),

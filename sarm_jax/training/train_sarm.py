@@ -326,12 +326,18 @@ def encode_pairs(
     )
 
 
-def encode_turn(tokenizer: Any, prompt: Prompt, response: str, max_length: int) -> Conversation:
+def encode_turn(
+    tokenizer: Any, prompt: Prompt, response: str, max_length: int, ends_with_turn: bool = True
+) -> Conversation:
     """Encodes an exchange; its assistant turn is the response with the end of turn.
 
-    A conversation of more than `max_length` tokens loses its beginning.
+    A conversation of more than `max_length` tokens loses its beginning. With `ends_with_turn` False
+    the turn includes what the chat template writes after it.
     """
-    ids = encode_conversation(tokenizer, prompt, response, max_length=sys.maxsize)
+    encode = partial(
+        encode_conversation, tokenizer, prompt, response, ends_with_turn=ends_with_turn
+    )
+    ids = encode(max_length=sys.maxsize)
     prompt_ids = encode_prompt(tokenizer, prompt)
     token_pairs = enumerate(zip(ids, prompt_ids, strict=False))
     first_difference = next((n for n, (a, b) in token_pairs if a != b), None)
@@ -339,7 +345,7 @@ def encode_turn(tokenizer: Any, prompt: Prompt, response: str, max_length: int) 
         first_difference = min(len(ids), len(prompt_ids))
     turn_length = len(ids) - first_difference
     if len(ids) > max_length:
-        ids = encode_conversation(tokenizer, prompt, response, max_length=max_length)
+        ids = encode(max_length=max_length)
     bos = int(ids[0] == tokenizer.bos_token_id)  # truncation keeps it; it is no part of the turn
     return Conversation(ids, min(turn_length, len(ids) - bos))
 

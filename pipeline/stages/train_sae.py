@@ -1,0 +1,110 @@
+"""Train an SAE for a reward model, so that it has features."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import cast
+
+from ml_collections import ConfigDict
+
+from conversion import load_reward_model
+from conversion.converted import save_with_sae
+from conversion.load import read_reward_config
+from pipeline.inputs import Input, Kind
+from pipeline.models import check_conversations, mesh_config
+from pipeline.options import required
+from pipeline.stage import Stage
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import write_json
+from sarm_jax.io.jsonl import write_jsonl
+from sarm_jax.io.path_lists import split_paths
+from sarm_jax.models.conversation_rows import read_responses
+from sarm_jax.models.linear_reward import LinearReward
+from sarm_jax.parallel.sharding import MeshConfig
+from sarm_jax.training.train_sae import TrainSAEConfig, train_sae
+
+LOG = logging.getLogger(__name__)
+OUTPUT = "reward_model"
+
+
+def validate(config: ConfigDict) -> TrainSAEConfig:
+    """Validates the section train_sae."""
+    required(config, "train_sae.model")
+    required(config, "train_sae.responses_jsonl")
+    section = config.train_sae.to_dict()
+    section["responses_jsonl"] = split_paths(section["responses_jsonl"])
+    mesh_config(config)
+    return TrainSAEConfig(**section)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Train an SAE on the states of responses; save the reward model with it."""
+    options = validate(config)
+    files = {path: read_responses(path) for path in options.responses_jsonl}
+    rows_read = [row for path in options.responses_jsonl for row in files[path]]
+    responses = [(prompt, text) for prompt, texts in rows_read for text in texts]
+    options.held_out([prompt for prompt, _ in responses])
+    prompts = {path: [prompt for prompt, _ in rows] for path, rows in files.items()}
+    check_conversations(options.model, prompts)
+    if (workdir / OUTPUT).exists():
+        raise InputError(f"{workdir / OUTPUT} exists already: delete it to train again")
+    LOG.info("training an SAE on %d responses, for %s", len(responses), workdir / OUTPUT)
+    positions = read_reward_config(options.model).trunk.max_position_embeddings
+    if options.max_length > positions:  # as in scoring, see `load_reward_model`
+        LOG.info(
+            "%s has %d positions: train_sae.max_length=%d", options.model, positions, positions
+        )
+        options = dataclasses.replace(options, max_length=positions)
+    if (mesh := mesh_config(config)) != MeshConfig():
+        LOG.info("train_sae runs on one device: %s is for the other stages", mesh)
+    if options.dead_after_steps >= options.steps:
+        LOG.warning(
+            "train_sae.dead_after_steps=%d: no latent counts as dead in steps=%d, and aux_k=%d "
+            "brings none back",
+            options.dead_after_steps, options.steps, options.aux_k,
+        )  # fmt: skip
+    model = load_reward_model(options.model, config.dtype)
+    rows: list[dict] = []
+    reward_model = cast(LinearReward, model.model)
+    sae, summary = train_sae(options, reward_model, model.tokenizer, responses, rows.append)
+    write_json(workdir / "sae_summary.json", summary)
+    write_jsonl(workdir / "sae_metrics.jsonl", rows)
+    # Last, because --stage=all takes it for the end of the stage.
+    save_with_sae(options.model, workdir / OUTPUT, sae)
+    _report(summary)
+    LOG.info("the reward model with its SAE is in %s: name it as sarm_model", workdir / OUTPUT)
+
+
+def _report(summary: dict) -> None:
+    """Logs what the SAE explains on held-out responses."""
+
+    def shown(value: float | None) -> str:
+        return "undefined" if value is None else f"{value:.3f}"
+
+    sae, reward = summary["sae"], summary["reward"]
+    LOG.info(
+        "held out: explained variance %s, dead latents %s, share of the reward's variance in the "
+        "features %s and in the error term %s",
+        shown(sae["explained_variance_pooled"]),
+        shown(sae["dead_fraction"]),
+        shown(reward["share_features"]),
+        shown(reward["share_error"]),
+    )
+
+
+STAGE = Stage(
+    name="train_sae",
+    summary="Responses and a reward model → the reward model with an SAE, for `sarm_model`.",
+    validate=validate,
+    run=run,
+    options=("train_sae", "dtype"),
+    inputs=(
+        Input("train_sae.responses_jsonl", Kind.FILES),
+        Input("train_sae.model", Kind.REWARD),
+    ),
+    output=OUTPUT,
+    makes=(f"{OUTPUT}/", "sae_summary.json", "sae_metrics.jsonl"),
+    after=("prepare_data",),
+    wanted=lambda config: bool(config.train_sae.responses_jsonl),
+    costly=lambda config: True,
+)

@@ -1,0 +1,269 @@
+"""Training of an SAE for a reward model that exists: states of responses → SAE → what it explains.
+
+    1. The states h of responses, after the final norm: those that the head reads, and on request
+       further ones of the responses.
+    2. A TopK SAE learns to reconstruct (h − μ) s, where μ is the mean of the pooled training states
+       and s scales their distance from μ to √D on average. Then μ and s are folded into the SAE's
+       biases: it reads and reconstructs h itself, and its decoder rows have length 1.
+    3. On held-out prompts: explained variance, dead latents, and the share of the variance of the
+       reward that the features carry, against the error term.
+
+The reward model is not changed. All randomness follows from `seed`.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.models.conversation import Prompt
+from sarm_jax.models.linear_reward import LinearReward
+from sarm_jax.models.sae import SAE, SAEConfig
+from sarm_jax.reporting.spread import is_constant
+from sarm_jax.training.divergence import check_summary, check_weights
+from sarm_jax.training.preference_training import cast
+from sarm_jax.training.sae_training import (
+    Activations,
+    Conversation,
+    Log,
+    SAETraining,
+    collect_activations,
+    pretrain_sae,
+    reconstruct,
+    sae_metrics,
+)
+from sarm_jax.training.train_sarm import encode_turn
+
+LOG = logging.getLogger(__name__)
+LEARNING_RATE = "train_sae.learning_rate"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSAEConfig:
+    """Options of the stage train_sae; `configs/base.py` describes them."""
+
+    model: str
+    responses_jsonl: tuple[str, ...]
+    held_out_fraction: float  # of the prompts
+    max_length: int  # in tokens; a longer conversation loses its beginning
+    token_states: int  # most states besides the pooled ones; 0: none
+    latent_size: int
+    k: int
+    steps: int
+    batch_states: int
+    learning_rate: float
+    warmup_fraction: float
+    dead_after_steps: int
+    aux_k: int
+    aux_weight: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        self._require("held_out_fraction", 0 < self.held_out_fraction < 1, "must lie in (0, 1)")
+        self._require("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)")
+        for name in ("latent_size", "k", "steps", "batch_states", "dead_after_steps", "aux_k"):
+            self._require(name, getattr(self, name) >= 1, "must be at least 1")
+        self._require("token_states", self.token_states >= 0, "must not be negative")
+        self._require("max_length", self.max_length >= 2, "must be at least 2")
+        self._require("learning_rate", 0 < self.learning_rate < np.inf, "must be positive")
+        self._require("aux_weight", 0 <= self.aux_weight < np.inf, "must not be negative")
+        self._require("seed", 0 <= self.seed < 2**31, "must lie in [0, 2^31)")
+        at_most = f"must be at most train_sae.latent_size={self.latent_size}"
+        self._require("k", self.k <= self.latent_size, at_most)
+        self._require("aux_k", self.aux_k <= self.latent_size, at_most)
+
+    def _require(self, name: str, condition: bool, rule: str) -> None:
+        """Raises InputError, naming the field and the rule, if the condition does not hold."""
+        if not condition:
+            raise InputError(f"train_sae.{name}={getattr(self, name)}: {rule}")
+
+    def held_out(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """Draws the held-out prompts and returns which rows have one, bool `[R]`.
+
+        Raises:
+            InputError: no prompt would be left for training or for evaluation.
+        """
+        distinct = list(dict.fromkeys(prompts))
+        order = np.random.default_rng(self.seed).permutation(len(distinct))
+        drawn = order[: round(self.held_out_fraction * len(distinct))]
+        if not 0 < len(drawn) < len(distinct):
+            raise InputError(
+                f"train_sae.held_out_fraction={self.held_out_fraction}: holds out {len(drawn)} of "
+                f"{len(distinct)} prompts; training and evaluation each need at least one"
+            )
+        held_out = {distinct[i] for i in drawn}
+        return np.asarray([prompt in held_out for prompt in prompts])
+
+    def sae_training(self) -> SAETraining:
+        """Returns the options of the optimizer."""
+        return SAETraining(
+            steps=self.steps,
+            batch_tokens=self.batch_states,
+            learning_rate=self.learning_rate,
+            warmup_fraction=self.warmup_fraction,
+            dead_after_steps=self.dead_after_steps,
+            aux_k=self.aux_k,
+            aux_weight=self.aux_weight,
+            seed=self.seed,
+            rate_option=LEARNING_RATE,
+        )
+
+
+def train_sae(
+    config: TrainSAEConfig,
+    model: LinearReward,
+    tokenizer: Any,
+    responses: Sequence[tuple[Prompt, str]],
+    log: Log,
+) -> tuple[SAE, dict[str, Any]]:
+    """Trains an SAE on the states of responses under a reward model.
+
+    Args:
+        config: options of the training.
+        model: the reward model; an SAE that it has already is not read.
+        tokenizer: its tokenizer.
+        responses: (prompt, response) of each response.
+        log: receives the metrics rows.
+
+    Returns:
+        (the SAE in the dtype of the model, the summary for sae_summary.json).
+
+    Raises:
+        InputError: the options do not fit the responses.
+        DivergedError: training diverged.
+    """
+    responses = list(dict.fromkeys(responses))
+    held_out_r = config.held_out([prompt for prompt, _ in responses])
+    rows = [
+        encode_response(model, tokenizer, prompt, response, config.max_length)
+        for prompt, response in responses
+    ]
+    train, held_out = (
+        collect_activations(
+            model.trunk,
+            [row for row, kept in zip(rows, keep_r, strict=True) if kept],
+            max_tokens=int(keep_r.sum()) + config.token_states,
+            seed=config.seed,
+            standardised=False,
+        )
+        for keep_r in (~held_out_r, held_out_r)
+    )
+    mean_d, scale = scaling(train.pooled_rd)
+    sae, metrics = pretrain_sae(
+        _new_sae(config, model),
+        train=_scaled(train, mean_d, scale),
+        held_out=_scaled(held_out, mean_d, scale),
+        options=config.sae_training(),
+        log=log,
+    )
+    sae = cast(folded(sae, mean_d, scale), model.score.dtype)
+    check_weights(sae, LEARNING_RATE)
+    summary = {
+        "responses_train": int((~held_out_r).sum()),
+        "responses_held_out": int(held_out_r.sum()),
+        "prompts_held_out": len({responses[n][0] for n in np.flatnonzero(held_out_r)}),
+        "states_train": len(train.x_nd),
+        "sae": sae_metrics(sae, held_out)
+        | {"dead_fraction": metrics["dead_fraction"]}
+        | {"silent_fraction_held_out": silent_fraction(sae, held_out.pooled_rd)},
+        "reward": reward_shares(model, sae, held_out.pooled_rd),
+    }
+    check_summary(summary, LEARNING_RATE)
+    return sae, summary
+
+
+def encode_response(
+    model: LinearReward, tokenizer: Any, prompt: Prompt, response: str, max_length: int
+) -> Conversation:
+    """Encodes a response up to the token that the head reads."""
+    row = encode_turn(tokenizer, prompt, response, max_length=max_length, ends_with_turn=False)
+    ids, pad = row.ids, model.config.pad_token_id
+    end = next((n for n in range(len(ids), 0, -1) if ids[n - 1] != pad), 1)
+    return Conversation(ids[:end], max(row.turn_length - (len(ids) - end), 1))
+
+
+def scaling(pooled_rd: np.ndarray) -> tuple[np.ndarray, float]:
+    """Returns the mean μ `[D]` of pooled states, and s that scales their distance from it to √D.
+
+    Raises:
+        InputError: the states are all equal.
+    """
+    if is_constant(pooled_rd, axis=0).all():
+        raise InputError(
+            f"the states of the {len(pooled_rd)} responses that the SAE would learn from are all "
+            "equal (is the reward model trained?)"
+        )
+    mean_d = pooled_rd.mean(axis=0, dtype=np.float64)
+    variance = np.square(pooled_rd - mean_d).mean()
+    return mean_d.astype(np.float32), float(1 / np.sqrt(variance))
+
+
+def folded(sae: SAE, mean_d: np.ndarray, scale: float) -> SAE:
+    """Returns the SAE of h that does what `sae` does with (h − μ) s.
+
+    With z / s for z, encoder and decoder stay as they are.
+    """
+    graphdef, state = nnx.split(sae)
+    new = nnx.merge(graphdef, state)
+    new.pre_bias[...] = jnp.asarray(mean_d) + new.pre_bias[...] / scale
+    new.latent_bias[...] = new.latent_bias[...] / scale
+    return new
+
+
+def reward_shares(model: LinearReward, sae: SAE, pooled_rd: np.ndarray) -> dict[str, float | None]:
+    """Splits the variance of the rewards of pooled states `[R, D]` into features and error.
+
+    With F = Σ_i z_i (W_dec,i · w) and E = e · w, which add up to R without its constant:
+        share_features   Cov(F, R) / Var(R)
+        share_error      Cov(E, R) / Var(R), which add up to 1
+        r2               1 − Var(E) / Var(R): how well F alone predicts R
+    All three are None if the rewards are equal.
+    """
+    weight_d = np.asarray(model.score[...], np.float64)
+    reward_r = pooled_rd.astype(np.float64) @ weight_d
+    x_hat_rd, _ = reconstruct(sae, pooled_rd)
+    feature_r = x_hat_rd.astype(np.float64) @ weight_d
+    parts: dict[str, float | None] = dict.fromkeys(("share_features", "share_error", "r2"))
+    if not is_constant(reward_r, axis=0):
+        centred_r, error_r = reward_r - reward_r.mean(), reward_r - feature_r
+        variance = np.square(centred_r).mean()
+        parts["share_features"] = float((centred_r * feature_r).mean() / variance)
+        parts["share_error"] = float((centred_r * error_r).mean() / variance)
+        parts["r2"] = float(1 - error_r.var() / variance)
+    return {"mean": float(reward_r.mean()), "std": float(reward_r.std()), **parts}
+
+
+def silent_fraction(sae: SAE, x_nd: np.ndarray, batch: int = 256) -> float:
+    """Returns the share of the latents that are 0 in all of the states `[N, D]`."""
+    graphdef, state = nnx.split(sae)
+    fired_f = np.zeros(sae.config.latent_size, bool)
+    for start in range(0, len(x_nd), batch):
+        x_bd = x_nd[start : start + batch]
+        padded = np.pad(x_bd, ((0, batch - len(x_bd)), (0, 0)), mode="edge")
+        fired_f |= np.asarray(_fired(graphdef, state, padded))
+    return float(1 - fired_f.mean())
+
+
+@partial(jax.jit, static_argnums=0)
+def _fired(graphdef, state, x_bd):
+    """Returns which latents are not 0 in some state of the batch, bool `[M]`."""
+    return nnx.merge(graphdef, state).encode(x_bd).astype(bool).any(axis=0)
+
+
+def _scaled(activations: Activations, mean_d: np.ndarray, scale: float) -> Activations:
+    x_nd = (activations.x_nd - mean_d) * np.float32(scale)
+    return Activations(x_nd, activations.pooled_n)
+
+
+def _new_sae(config: TrainSAEConfig, model: LinearReward) -> SAE:
+    """Makes an SAE of the configured size for the states of a reward model."""
+    size = model.config.trunk.hidden_size
+    sae_config = SAEConfig(hidden_size=size, latent_size=config.latent_size, k=config.k)
+    return SAE(sae_config, rngs=nnx.Rngs(config.seed))

@@ -1,0 +1,177 @@
+"""All stages on a sequence classifier with an SAE in place of a SARM, from training the SAE on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conversion import load_reward_model, load_sarm
+from sarm_jax.models.attribution import attribution
+from tests.command import run_main
+from tests.oracles import (
+    save_tiny_classifier,
+    save_tiny_llama,
+    tiny_llama_config,
+    tiny_tokenizer,
+)
+
+pytestmark = pytest.mark.slow
+
+PPO = (
+    "--config.ppo.total_steps=2 --config.ppo.batch_size=4 --config.ppo.max_new_tokens=6 "
+    "--config.ppo.calibration_batches=2 --config.ppo.max_prompt_tokens=120 --config.lora.rank=4"
+).split()
+TRAIN_SAE = "latent_size=64 k=8 aux_k=8 steps=60 batch_states=32 dead_after_steps=20".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A tiny policy, a tiny classifier, demonstrations and pairs."""
+    root, tokenizer = tmp_path_factory.mktemp("world"), tiny_tokenizer()
+    save_tiny_llama(root / "policy", tiny_llama_config(), tokenizer)
+    save_tiny_classifier(root / "classifier", tiny_llama_config(), tokenizer)
+    words = ["red", "green", "blue", "round", "tall", "old", "new", "warm"]
+    pairs = [
+        {"prompt": f"name {n} {w}", "chosen": f"it is {w}, {n} times.", "rejected": "no " * (n + 1)}
+        for n, w in enumerate(words)
+    ]
+    demos = [{"prompt": p["prompt"], "response": p["chosen"]} for p in pairs]
+    for name, rows in (("demos", demos), ("pairs", pairs)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def run(world, workdir, *options) -> int:
+    models = f"--policy_model={world / 'policy'}", f"--sarm_model={workdir / 'reward_model'}"
+    data = f"--prompts_jsonl={world / 'demos.jsonl'}"
+    base = f"--config={Path('configs/base.py').resolve()}", f"--workdir={workdir}"
+    return run_main(*base, *models, data, *PPO, *options)
+
+
+def train_sae(world, workdir, *options, states=0) -> int:
+    section = [
+        *TRAIN_SAE,
+        f"model={world / 'classifier'}",
+        f"responses_jsonl={world / 'pairs.jsonl'},{world / 'demos.jsonl'}",
+        f"token_states={states}",
+        *options,
+    ]
+    return run(world, workdir, "--stage=train_sae", *(f"--config.train_sae.{o}" for o in section))
+
+
+@pytest.fixture(scope="module")
+def workdir(world, tmp_path_factory):
+    """A working directory with an SAE that was trained on pooled and on token states."""
+    path = tmp_path_factory.mktemp("run") / "w"
+    assert train_sae(world, path, states=50) == 0
+    return path
+
+
+def test_the_sae_leaves_the_scores_and_explains_part_of_them(world, workdir):
+    plain, rm = load_reward_model(world / "classifier"), load_sarm(workdir / "reward_model")
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    prompts, responses = ([row[field] for row in rows] for field in ("prompt", "chosen"))
+    score_b, z_bf = rm.score(prompts, responses)
+    np.testing.assert_array_equal(score_b, plain.score(prompts, responses)[0])
+    assert ((z_bf != 0).sum(axis=1) == 8).all()
+
+    decoder_fd = np.asarray(rm.sae.decoder[...], np.float64)
+    np.testing.assert_allclose(np.linalg.norm(decoder_fd, axis=1), 1, rtol=1e-5)
+    summary = json.loads((workdir / "sae_summary.json").read_text())
+    assert summary["responses_train"] + summary["responses_held_out"] == 16
+    assert summary["states_train"] == summary["responses_train"] + 50
+    sae, reward = summary["sae"], summary["reward"]
+    assert sae["explained_variance_pooled"] > 0 and 0 <= sae["dead_fraction"] < 1
+    assert 0 <= sae["silent_fraction_held_out"] < 1 and sae["l0"] == 8
+    np.testing.assert_allclose(reward["share_features"] + reward["share_error"], 1, rtol=1e-6)
+    assert json.loads((workdir / "sae_metrics.jsonl").read_text().splitlines()[-1])["step"] == 60
+
+
+def test_attribution_adds_up_with_the_error_term_and_the_constant(world, workdir):
+    rm = load_sarm(workdir / "reward_model")
+    prompt, response = "name 3 round", "it is round"
+    rows = attribution(rm, prompt, response)
+    score_b, z_bf = rm.score([prompt], [response])
+    assert [row["part"] for row in rows] == ["feature"] * 8 + ["error", "constant"]
+    np.testing.assert_allclose(sum(row["reward"] for row in rows), score_b[0], rtol=1e-12)
+
+    w = np.asarray(rm.model.score[...], np.float64)
+    decoder_fd = np.asarray(rm.sae.decoder[...], np.float64)
+    bias_d = np.asarray(rm.sae.pre_bias[...], np.float64)
+    ids = np.array([rm.encode(prompt, response)])
+    h_d = np.asarray(rm.model.pooled(ids, np.ones(ids.shape, bool)), np.float64)[0]
+    error = (h_d - z_bf[0] @ decoder_fd - bias_d) @ w
+    np.testing.assert_allclose(rows[-2]["reward"], error, rtol=1e-4)
+    np.testing.assert_allclose(rows[-1]["reward"], bias_d @ w, rtol=1e-5)
+    for row in rows[:8]:
+        expected = z_bf[0, row["feature"]] * (decoder_fd[row["feature"]] @ w)
+        np.testing.assert_allclose(row["reward"], expected, rtol=1e-4)
+
+
+def test_every_later_stage_works_on_it(world, workdir):
+    selected, demos = f"@{workdir}/probes/selected_features.json", world / "demos.jsonl"
+    pairs = world / "pairs.jsonl"
+    features = f"--latent_indices={selected}:safety_harming"
+    reward = [
+        features,
+        f"--penalize_features={selected}:safety_harming[:2]",
+        f"--tau_values={selected}:tau_harming[:2]",
+        "--alpha_values=0.5,0.25",
+        f"--clamp_features={selected}:safety_promoting[:1]",
+        "--clamp_max_values=0.1",
+        "--config.reward.unit=sd",
+        "--beta=0.1",
+        f"--human_latents={workdir}/human_latents.safetensors",
+    ]
+    stages = {
+        "identify": [
+            f"--config.identify.pairs_jsonl={pairs}",
+            "--config.identify.top_k=4",
+        ],
+        "human_latents": [features, f"--config.human_latents.demos_jsonl={demos}"],
+        "probe": [
+            f"--config.probe.feature={selected}:safety_harming[:2]",
+            f"--config.probe.data_jsonl={pairs}",
+        ],
+        "train": reward,
+        "evaluate": [
+            *reward,
+            f"--config.evaluate.prompts_jsonl={demos}",
+            f"--config.evaluate.data_jsonl={demos}",
+            f"--config.evaluate.steering_json={workdir}/probes/steering_config.json",
+            "--config.evaluate.resamples=100",
+        ],
+        "report": [],
+    }
+    for stage, options in stages.items():
+        assert run(world, workdir, f"--stage={stage}", *options) == 0, stage
+    made = "probes/certificates.json adapter eval/policy.json eval/steering.json report.html"
+    for name in made.split():
+        assert (workdir / name).exists(), name
+
+
+REFUSED = {  # fields of train_sae → the message
+    "k=65": "train_sae.k=65: must be at most train_sae.latent_size=64",
+    "token_states=-1": "train_sae.token_states=-1: must not be negative",
+    "held_out_fraction=0.01": "train_sae.held_out_fraction=0.01: holds out 0 of 8 prompts",
+    "model={world}/policy": "LlamaForCausalLM",
+    "model=": "train_sae.model is empty",
+    "responses_jsonl={world}/bad.jsonl": "bad.jsonl:1: field 'response' is missing",
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_bad_options_are_refused_before_anything_is_written(world, tmp_path, capsys, option):
+    (world / "bad.jsonl").write_text('{"prompt": "a"}\n')
+    assert train_sae(world, tmp_path / "w", option.format(world=world)) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and REFUSED[option] in last, last
+    assert not (tmp_path / "w/reward_model").exists()
+
+
+def test_a_classifier_without_an_sae_is_no_sarm(world, tmp_path, capsys):
+    option = f"--sarm_model={world / 'classifier'}"
+    assert run(world, tmp_path / "w", "--stage=train", option) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--stage=train_sae" in last and str(world / "classifier") in last
