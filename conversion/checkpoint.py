@@ -234,7 +234,9 @@ def _open_converted(name: str, directory: Path, kind: Kind) -> Checkpoint:
         if kind == "policy":
             config = _llama_from(fields)
         elif kind == "sarm":
-            config = SARMConfig(_llama_from(fields["trunk"]), SAEConfig(**fields["sae"]))
+            config = SARMConfig(
+                trunk := _llama_from(fields["trunk"]), _sae_from(fields["sae"], trunk)
+            )
         else:
             config = _linear_reward_from(fields)
         # The description of a converted directory has to pass the checks of a config.json.
@@ -271,13 +273,27 @@ def _described(config: LlamaConfig | SARMConfig) -> dict[str, Any]:
 
 
 def _linear_reward_from(fields: dict[str, Any]) -> LinearRewardConfig:
-    """Reads the config of a reward model; raises ValueError for an SAE that does not fit."""
-    trunk, sae = _llama_from(fields["trunk"]), fields["sae"] and SAEConfig(**fields["sae"])
-    if sae is not None and sae.hidden_size != trunk.hidden_size:
+    trunk, sae = _llama_from(fields["trunk"]), fields["sae"]
+    own = None if sae is None else _sae_from(sae, trunk)
+    return LinearRewardConfig(trunk, fields["pad_token_id"], own)
+
+
+def _sae_from(fields: dict[str, Any], trunk: LlamaConfig) -> SAEConfig:
+    """Reads the config of an SAE; raises ValueError if it does not fit the trunk's states."""
+    config = SAEConfig(**fields)
+    for name in ("hidden_size", "latent_size", "k"):
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"sae.{name}={value!r}: expected a positive whole number")
+    if type(config.use_topk) is not bool:
+        raise ValueError(f"sae.use_topk={config.use_topk!r}: expected true or false")
+    if config.hidden_size != trunk.hidden_size:
         raise ValueError(
-            f"sae.hidden_size={sae.hidden_size}: the states have {trunk.hidden_size} dimensions"
+            f"sae.hidden_size={config.hidden_size}: the states have {trunk.hidden_size} dimensions"
         )
-    return LinearRewardConfig(trunk, fields["pad_token_id"], sae)
+    if config.k > config.latent_size:
+        raise ValueError(f"sae.k={config.k}: exceeds latent_size={config.latent_size}")
+    return config
 
 
 def _llama_from(fields: dict[str, Any]) -> LlamaConfig:

@@ -93,12 +93,14 @@ def _reward_model(
     return RewardModel(cast(SARM | LinearReward, model), tokenizer)
 
 
-def check_models(policy: str | Path = "", sarm: str | Path = "") -> None:
+def check_models(policy: str | Path = "", sarm: str | Path = "", reward: str | Path = "") -> None:
     """Checks the models that are named, as loading them does, without loading a weight."""
     if policy:
         _open_policy(policy)
     if sarm:
         _open_sarm(sarm)
+    if reward:
+        _open_reward(reward, "reward")
 
 
 def _open_policy(src: str | Path) -> tuple[Checkpoint, TensorFiles, Any, tuple[int, ...]]:

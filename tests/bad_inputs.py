@@ -313,6 +313,15 @@ def policy(name: str, damage: Damage, *messages: str) -> BadInput:
     return BadInput(name, "--policy_model={bad}", messages=messages, damage=damage)
 
 
+def reward_model(name: str, damage: Damage, *messages: str) -> BadInput:
+    """A case in which `train_sae` refuses the reward model."""
+    options = (
+        "--stage=train_sae --config.train_sae.model={bad} "
+        "--config.train_sae.responses_jsonl={world}/pairs.jsonl"
+    )
+    return BadInput(name, options, messages=messages, damage=damage)
+
+
 def prompts(name: str, text: bytes | str, *messages: str) -> BadInput:
     """A case in which `train` refuses the prompts."""
     return BadInput(name, "--prompts_jsonl={bad}", messages=messages, damage=file(text))
@@ -1032,6 +1041,60 @@ STAGES = [
     main("controls of a study", f"{ALL} --beta=1.0", "reward.beta=1.0", "lab.beta"),
 ]
 
+LABELS = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
+SAE = {"hidden_size": 32, "latent_size": 64, "k": 8, "use_topk": True}
+OTHER_SAES = {  # fields of an SAE → the message
+    "hidden_size": (16, "sae.hidden_size=16: the states have 32 dimensions"),
+    "latent_size": (63, "sae.encoder: shape [32, 64], expected [32, 63]"),
+    "k": (65, "sae.k=65: exceeds latent_size=64"),
+    "use_topk": (1, "sae.use_topk=1: expected true or false"),
+}
+REWARD_MODELS = [
+    reward_model(
+        "reward model with two labels",
+        json_fields("classifier", "config.json", **dict.fromkeys(LABELS, ...), num_labels=2),
+        "num_labels=2: expected 1",
+    ),
+    reward_model(
+        "reward model whose labels have names",
+        json_fields("classifier", "config.json", **LABELS),
+        "id2label=",
+        "expected one label",
+    ),
+    reward_model(
+        "reward model of another architecture",
+        json_fields("classifier", "config.json", architectures=["BertForSequenceClassification"]),
+        "BertForSequenceClassification",
+        "LlamaForSequenceClassification",
+    ),
+    reward_model(
+        "reward model without a head",
+        tensors("classifier", lambda t: t.pop("score.weight")),
+        "score.weight: missing",
+    ),
+    BadInput(
+        "policy converted as a reward model",
+        "--kind=reward --src={world}/policy --dst={bad}/new",
+        ("LlamaForCausalLM",),
+        command="from_hf",
+    ),
+    main(
+        "classifier without an SAE in the place of a SARM",
+        "--sarm_model={world}/classifier",
+        "without an SAE",
+        "--stage=train_sae",
+    ),
+    *(
+        main(
+            f"SAE of a reward model with another {name}",
+            "--sarm_model={bad}",
+            message,
+            damage=json_fields("reward", "sarm_jax.json", config={"sae": SAE | {name: value}}),
+        )
+        for name, (value, message) in OTHER_SAES.items()
+    ),
+]
+
 ROPE = "rope_parameters"
 HF_CONFIG = [
     main("no model", "--policy_model=/no/such/model", "/no/such/model: no such directory"),
@@ -1165,6 +1228,7 @@ HF_CONFIG = [
         "sarm_use_activation=1",
         damage=json_fields("sarm", "config.json", sarm_param={"sarm_use_activation": 1}),
     ),
+    *REWARD_MODELS,
     main(
         "converted with a format of the future",
         "--policy_model={bad}",

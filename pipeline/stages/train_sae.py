@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from conversion import load_reward_model
 from conversion.converted import save_with_sae
-from conversion.load import read_reward_config
+from conversion.load import check_models, read_reward_config
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, mesh_config
 from pipeline.options import required
@@ -45,6 +45,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     responses = [(prompt, text) for prompt, texts in rows_read for text in texts]
     options.held_out([prompt for prompt, _ in responses])
     prompts = {path: [prompt for prompt, _ in rows] for path, rows in files.items()}
+    check_models(reward=options.model)
     check_conversations(options.model, prompts)
     if (workdir / OUTPUT).exists():
         raise InputError(f"{workdir / OUTPUT} exists already: delete it to train again")

@@ -224,6 +224,8 @@ def everything(tmp_path):
     config.prompts_jsonl = config.prepare_data.demos_jsonl = f"{tmp_path}/data/prompts.jsonl"
     for section in ("train_sarm", "identify"):
         config[section].pairs_jsonl = f"{tmp_path}/data/pairs.jsonl"
+    config.train_sae.model = f"{tmp_path}/classifier"
+    config.train_sae.responses_jsonl = f"{tmp_path}/data/pairs.jsonl"
     config.human_latents.demos_jsonl = config.probe.data_jsonl = f"{tmp_path}/data/demos.jsonl"
     selected = f"@{tmp_path}/probes/selected_features.json"
     config.probe.feature = f"{selected}:detectors,3"
@@ -254,6 +256,8 @@ def everything(tmp_path):
         ("prepare_data.source", "somewhere", "prepare_data.source='somewhere'"),
         ("prepare_data.temperature", -1.0, "prepare_data.temperature=-1.0"),
         ("train_sarm.k", 0, "train_sarm.k=0"),
+        ("train_sae.k", 0, "train_sae.k=0"),
+        ("train_sae.model", "", "train_sae.model is empty"),
         ("identify.top_k", 0, "identify.top_k=0"),
         ("identify.naming_examples", -1, "identify.naming_examples=-1"),
         ("probe.mode", "dance", "probe.mode='dance'"),

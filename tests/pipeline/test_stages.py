@@ -22,9 +22,8 @@ def test_every_module_of_stages_is_a_stage(name):
 
 def test_stages_come_after_those_that_make_what_they_read():
     order = [loaded.name for loaded in stage.load_all() if loaded.output]
-    assert order == (
-        "prepare_data train_sarm identify human_latents probe train evaluate report".split()
-    )
+    names = "prepare_data train_sae train_sarm identify human_latents probe train evaluate report"
+    assert order == names.split()
 
 
 def test_options_and_inputs_are_fields_of_the_config():

@@ -17,11 +17,19 @@ from flax import nnx
 
 import conversion.load
 from conversion import cli, from_hf, load_policy, to_hf
+from conversion.converted import save_with_sae
 from conversion.peft import save_adapter
 from sarm_jax.models.lora import LoRAConfig, add_lora
+from sarm_jax.models.sae import SAE, SAEConfig
 from tests.bad_inputs import BAD_INPUTS, TRAINED, BadInput
 from tests.command import run_main
-from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
+from tests.oracles import (
+    save_tiny_classifier,
+    save_tiny_llama,
+    save_tiny_sarm,
+    tiny_llama_config,
+    tiny_tokenizer,
+)
 from tests.report_runs import write_run
 
 pytestmark = pytest.mark.slow
@@ -39,6 +47,9 @@ def root(tmp_path_factory):
     save_tiny_llama(world / "policy", tiny_llama_config(), tokenizer)
     save_tiny_llama(world / "sharded", tiny_llama_config(), tokenizer, max_shard_size="60KB")
     save_tiny_sarm(world / "sarm", tokenizer)
+    save_tiny_classifier(world / "classifier", tiny_llama_config(), tokenizer)
+    sae = SAE(SAEConfig(32, latent_size=64, k=8), rngs=nnx.Rngs(0))
+    save_with_sae(world / "classifier", world / "reward", sae)
     from_hf.convert(world / "policy", world / "ours", "policy")
     policy, _ = load_policy(world / "policy")
     lora = LoRAConfig(rank=2)
