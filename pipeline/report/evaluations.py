@@ -2,7 +2,7 @@
 
 The explanation of a score must add up to the score:
 
-    score = Σ z_i · w_i over the terms in the file + rest
+    score = Σ z_i · w_i over the terms in the file + rest + what is outside the features
 """
 
 import dataclasses
@@ -81,7 +81,10 @@ def _check_response(response: Any, place: str) -> None:
             raise InputError(f"{place}: a term must be [feature, z, w, z·w], found {term!r}")
     if not _is_number(response.get("rest")):
         raise InputError(f"{place}: field 'rest' must be a number")
-    summands = [term[3] for term in terms] + [response["rest"]]
+    outside = response.get("outside", {})
+    if not (isinstance(outside, dict) and all(map(_is_number, outside.values()))):
+        raise InputError(f"{place}: field 'outside' must map parts of the score to numbers")
+    summands = [term[3] for term in terms] + [response["rest"], *outside.values()]
     limit = TOLERANCE * sum(map(abs, summands)) + 1e-9
     wrong = next((term for term in terms if abs(term[1] * term[2] - term[3]) > limit), None)
     if wrong:

@@ -44,11 +44,13 @@
   // The rounded numbers in the table add up exactly: the rest is the rounded score minus the rounded
   // terms.
   function explanation(side) {
-    const largest = Math.max(...side.terms.map((term) => Math.abs(term[3])), Math.abs(side.score));
+    const outside = Object.entries(side.outside || {});
+    const parts = [...side.terms.map((term) => term[3]), ...outside.map(([, part]) => part)];
+    const largest = Math.max(...parts.map(Math.abs), Math.abs(side.score));
     const digits = Math.min(12, Math.max(0, 3 - Math.floor(Math.log10(largest || 1))));
     const unit = 10 ** digits;
     const score = Math.round(side.score * unit);
-    const rest = side.terms.reduce((sum, term) => sum - Math.round(term[3] * unit), score);
+    const rest = parts.reduce((sum, part) => sum - Math.round(part * unit), score);
     const table = make("table");
     const head = table.createTHead().insertRow();
     for (const [name, className] of [["feature"], ["z", "number"], ["w", "number"], ["z · w", "number"], [""]]) {
@@ -59,6 +61,9 @@
     const body = table.createTBody();
     for (const [feature, z, w, term] of side.terms) {
       addRow(body, String(feature), format(z), format(w), Math.round(term * unit) / unit);
+    }
+    for (const [name, part] of outside) {
+      addRow(body, name, "", "", Math.round(part * unit) / unit);
     }
     addRow(body, "rest", "", "", rest / unit);
     addRow(table.createTFoot(), "score", "", "", score / unit);

@@ -24,7 +24,8 @@ class Pair:
     """A prompt with the response of `run` and, if it exists, a response from before training.
 
     A response is {text, score, terms, rest, penalties, length, ended}; `terms` are
-    [feature, z, w, z·w], or None if the score has no explanation. `origin` describes the prompt.
+    [feature, z, w, z·w], or None if the score has no explanation. `outside` is there if parts of
+    the score are outside the features: {part: its contribution}. `origin` describes the prompt.
     """
 
     run: str
@@ -103,6 +104,7 @@ def _explained(response: Mapping[str, Any]) -> dict[str, Any]:
         "score": response["score"],
         "terms": terms,
         "rest": rest,
+        **({"outside": response["outside"]} if response.get("outside") else {}),
         "penalties": response.get("penalties") or {},
         "length": response.get("length"),
         "ended": response.get("ended"),

@@ -2,6 +2,7 @@
 
 principal_plane   the first two principal components, from the N × N products of centred latents
 largest_terms     the largest z_i · w_i in each score
+sum_of_terms      the sum of all z_i · w_i of each score
 """
 
 from collections.abc import Iterator
@@ -71,6 +72,14 @@ def largest_terms(latents: Latents, weight_f: np.ndarray, count: int) -> list[li
         ]
         for id_k, z_k, term_k in zip(id_nk, z_nk, term_nk, strict=True)
     ]
+
+
+def sum_of_terms(latents: Latents, weight_f: np.ndarray) -> np.ndarray:
+    """Returns Σ_i z_i w_i of every response, float64 `[N]`."""
+    sum_n = np.zeros(len(latents))
+    for ids, z_nb in _active_blocks(latents):
+        sum_n += z_nb @ weight_f[ids].astype(np.float64)
+    return sum_n
 
 
 def _active_blocks(latents: Latents) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from ppo.comparison import response_metrics as metrics
-from ppo.comparison.latent_map import largest_terms, principal_plane
+from ppo.comparison.latent_map import largest_terms, principal_plane, sum_of_terms
 from ppo.comparison.responses import Responses
 from sarm_jax.evaluation.controls import Controls, apply_controls, penalties
 from sarm_jax.models.conversation import Prompt, to_json
 from sarm_jax.models.latent_store import Latents
+from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import standard_deviation
 from sarm_jax.reporting.statistics import Interval
@@ -52,6 +53,8 @@ class Comparison:
 
     `responses` and `scores` are by policy name. `texts` holds (policy or "human", prompt, response)
     for every response, policy after policy and the human ones last; `latents` has a row for each.
+    `constant` is what the SAE's bias adds to every score; None if the features are the whole score,
+    as in a SARM.
     """
 
     prompts: Sequence[Prompt]
@@ -61,6 +64,7 @@ class Comparison:
     texts: list[tuple[str, Prompt, str]]
     latents: Latents
     weight_f: np.ndarray
+    constant: float | None = None
 
     @property
     def samples(self) -> int:
@@ -115,6 +119,7 @@ def compare(
         texts=texts,
         latents=latents,
         weight_f=weight_f,
+        constant=model.model.constant() if isinstance(model.model, LinearReward) else None,
     )
 
 
@@ -215,13 +220,23 @@ def _correlation(values: dict[str, np.ndarray], index_rp: np.ndarray) -> tuple[f
 def response_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     """Yields the rows of responses.jsonl: one per prompt and sample, with responses by policy.
 
-    The terms z · w that are written out and the rest add up to the score.
+    The terms z · w that are written out and the rest add up to the score, together with the parts
+    that are outside the features, if there are any: the error term of the SAE and its constant.
     """
     terms = largest_terms(comparison.latents, comparison.weight_f, SHOWN_TERMS)
+    explained_n = None
+    if comparison.constant is not None:
+        explained_n = sum_of_terms(comparison.latents, comparison.weight_f) + comparison.constant
     count = len(comparison.prompts) * comparison.samples
     for n in range(count):
         responses = {
-            name: _row(comparison, name, n=n, terms=terms[number * count + n])
+            name: _row(
+                comparison,
+                name,
+                n=n,
+                terms=terms[number * count + n],
+                explained=None if explained_n is None else float(explained_n[number * count + n]),
+            )
             for number, name in enumerate(comparison.responses)
         }
         prompt, sample = divmod(n, comparison.samples)
@@ -232,19 +247,29 @@ def response_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
         }
 
 
-def _row(comparison: Comparison, name: str, *, n: int, terms: list[list]) -> dict[str, Any]:
-    """Returns response number `n` of a policy, with its explanation."""
+def _row(
+    comparison: Comparison, name: str, *, n: int, terms: list[list], explained: float | None
+) -> dict[str, Any]:
+    """Returns response number `n` of a policy, with its explanation.
+
+    `explained` is the score without the error term, None if there is no such term.
+    """
     responses, own = comparison.responses[name], comparison.scores[name]
+    score = float(own.score_n[n])
+    outside: dict[str, float] = {}
+    if explained is not None and comparison.constant is not None:
+        outside = {"error": score - explained, "constant": comparison.constant}
     features = map(str, comparison.controls.penalize_features)
     return {
         "response": responses.texts[n],
-        "score": float(own.score_n[n]),
+        "score": score,
         "controlled_score": float(own.controlled_n[n]),
         "length": int(responses.length_n[n]),
         "ended": bool(responses.ended_n[n]),
         "kl": float(responses.kl_n[n]),
         "terms": terms,
-        "rest": float(own.score_n[n]) - sum(term[3] for term in terms),
+        "rest": score - sum(term[3] for term in terms) - sum(outside.values()),
+        **({"outside": outside} if outside else {}),
         "penalties": dict(zip(features, own.penalty_nj[n].tolist(), strict=True)),
     }
 

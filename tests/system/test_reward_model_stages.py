@@ -1,6 +1,7 @@
 """All stages on a sequence classifier with an SAE in place of a SARM, from training the SAE on."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,12 @@ def test_every_later_stage_works_on_it(world, workdir):
     made = "probes/certificates.json adapter eval/policy.json eval/steering.json report.html"
     for name in made.split():
         assert (workdir / name).exists(), name
+    row = json.loads((workdir / "eval/responses.jsonl").read_text().splitlines()[0])
+    for shown in row["responses"].values():
+        parts = [term[3] for term in shown["terms"]] + [*shown["outside"].values()]
+        np.testing.assert_allclose(math.fsum(parts) + shown["rest"], shown["score"], rtol=1e-9)
+        assert len(shown["terms"]) == 8 and abs(shown["rest"]) < 1e-9  # k is 8: no other features
+        assert shown["outside"].keys() == {"error", "constant"}
 
 
 REFUSED = {  # fields of train_sae → the message
