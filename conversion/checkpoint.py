@@ -262,7 +262,7 @@ def _with_repository(checkpoint: Checkpoint, repository: str | None) -> Checkpoi
     return dataclasses.replace(checkpoint, hf_config=named)
 
 
-def _described(config: LlamaConfig | SARMConfig) -> dict[str, Any]:
+def _described(config: LlamaConfig | SARMConfig | LinearRewardConfig) -> dict[str, Any]:
     """Returns the fields of a config, from which `_llama_from` makes it again."""
     fields = dataclasses.asdict(config)
     trunk = config if isinstance(config, LlamaConfig) else config.trunk

@@ -5,13 +5,15 @@ The decoder's own fields are read by `hf_config.llama_config`, as for a policy.
 
 from typing import Any
 
-from conversion.hf_config import is_sarm, llama_config
+from conversion.hf_config import MODEL_TYPES, is_sarm, llama_config
 from conversion.problems import report
 from sarm_jax.io.json_files import short
 from sarm_jax.models.linear_reward import LinearRewardConfig
 
 # Classifiers that transformers builds from GenericForSequenceClassification → their language model.
-ARCHITECTURES = {"LlamaForSequenceClassification": "LlamaForCausalLM"}
+ARCHITECTURES = {
+    f"{name}ForSequenceClassification": f"{name}ForCausalLM" for name in MODEL_TYPES.values()
+}
 _LABELS = 2  # of a config.json that does not give the number, in transformers
 
 

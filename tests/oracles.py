@@ -22,8 +22,8 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
-    LlamaForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -212,7 +212,7 @@ def save_tiny_classifier(
     tokenizer: PreTrainedTokenizerFast,
     seed: int = 0,
     **changes: Any,
-) -> LlamaForSequenceClassification:
+) -> PreTrainedModel:
     """Writes a random classifier with one label and its tokenizer; `changes` are config fields.
 
     Returns:
@@ -221,7 +221,7 @@ def save_tiny_classifier(
     config = _with_tokens(config, tokenizer)
     for name, value in {"num_labels": 1, **changes}.items():
         setattr(config, name, value)
-    model = LlamaForSequenceClassification(config).eval()
+    model = AutoModelForSequenceClassification.from_config(config).eval()
     _randomize(model, seed, "float32")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

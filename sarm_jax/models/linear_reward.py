@@ -68,7 +68,7 @@ class LinearReward(nnx.Module):
         """
         trunk = self.config.trunk
         length_b = check_batch(
-            tokens_bt, mask_bt, vocab_size=trunk.vocab_size, positions=trunk.max_position_embeddings
+            tokens_bt, mask_bt, vocab_size=trunk.vocab_size, positions=trunk.positions
         )
         check_no_row_is_empty(length_b)
         if change is not None:

@@ -24,7 +24,7 @@ PROMPTS = ["name a colour", "count to three, slowly", "hi"]
 RESPONSES = ["red", "one, two, three", "hello! what can I do for you today?"]
 ROWS = [[256, 5, 80, 3, 199, 42, 260, 17, 11], [256, 9, 9, 200, 260], [7, 61]]
 CASES = {
-    "llama3": ({}, {}),
+    **{name: (overrides, {}) for name, overrides in oracles.ARCHITECTURES.items()},
     "chatml": ({"tokenizer": oracles.chatml_tokenizer}, {}),
     "tied": ({"tie_word_embeddings": True}, {}),
     "scaled_rope": ({"rope_parameters": oracles.LLAMA3_ROPE}, {}),
