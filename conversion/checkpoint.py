@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from conversion.classifier_config import classifier_config, hf_classifier_dict, is_classifier
 from conversion.directory import tokenizer_bytes, write_hf_json
 from conversion.hf_config import (
     QUANTISED,
@@ -30,7 +31,6 @@ from conversion.keys import TensorSpec, abstract_model, tensor_specs
 from conversion.mistaken import describe_directory, describe_workdir, is_run
 from conversion.model_code import name_repository
 from conversion.problems import report
-from conversion.reward_config import hf_reward_dict, is_classifier, reward_config
 from conversion.safetensors_io import TensorFiles
 from sarm_jax.io.errors import InputError, printable
 from sarm_jax.io.json_files import read_json, short
@@ -132,7 +132,7 @@ def open_checkpoint(
         if kind == "policy":
             config = llama_config(hf)
         else:
-            config = reward_config(hf) if kind == "reward" else sarm_config(hf, full_name)
+            config = classifier_config(hf) if kind == "reward" else sarm_config(hf, full_name)
     except InputError as error:
         raise InputError(f"{src}: {error}") from error
     _warn_of_ignored(str(src), ", ".join(f"{k}={short(v)}" for k, v in ignored_fields(hf).items()))
@@ -242,7 +242,7 @@ def _open_converted(name: str, directory: Path, kind: Kind) -> Checkpoint:
         # The description of a converted directory has to pass the checks of a config.json.
         own = hf_llama_dict(config if isinstance(config, LlamaConfig) else config.trunk)
         if isinstance(config, LinearRewardConfig):
-            reward_config(hf_reward_dict(own, config))
+            classifier_config(hf_classifier_dict(own, config))
         else:
             llama_config(own)
         hf = dict(description["hf_config"])

@@ -10,8 +10,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from conversion import from_hf, load_policy, load_reward_model, load_sarm, to_hf
+from conversion.classifier_config import ARCHITECTURES
 from conversion.load import read_reward_config
-from conversion.reward_config import ARCHITECTURES
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat_template import DATE_STRING
 from sarm_jax.models.linear_reward import LinearReward, LinearRewardConfig
@@ -166,7 +166,10 @@ BAD_CONFIGS = [
     ({"num_labels": 2}, "num_labels=2: expected 1"),
     ({"num_labels": True}, "num_labels=true: expected 1"),
     (NO_LABELS, "num_labels and id2label are missing, which means 2 labels"),
+    ({"num_labels": 1.0}, "num_labels=1.0: expected 1"),
     ({"pad_token_id": "<pad>"}, 'pad_token_id="<pad>"'),
+    ({"pad_token_id": 2**31}, "pad_token_id=2147483648"),
+    ({"architectures": [["LlamaForSequenceClassification"]]}, "architectures=[["),
     ({"architectures": ["BertForSequenceClassification"]}, "BertForSequenceClassification"),
     ({"architectures": ["LlamaForCausalLM"]}, "LlamaForCausalLM"),
     ({"architectures": None}, "architectures=null"),

@@ -6,6 +6,7 @@ of examples is small and they are always the same. To run a long campaign with n
     FUZZ_EXAMPLES=100000 python -m pytest tests/system/test_fuzzing.py --hypothesis-show-statistics
 """
 
+import dataclasses
 import gzip
 import json
 import os
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 from pyarrow.parquet import write_table
 from safetensors.numpy import save
 
+from conversion.checkpoint import open_checkpoint
+from conversion.classifier_config import classifier_config
 from conversion.hf_config import llama_config, sarm_config
 from conversion.safetensors_io import INDEX, SINGLE, TensorFiles
 from ppo.tracking.metrics_csv import read_metrics
@@ -36,6 +39,7 @@ from sarm_jax.models.conversation_rows import (
     read_probe_rows,
     read_prompts,
 )
+from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import YarnScaling
 from sarm_jax.models.sarm import SARMConfig
@@ -323,6 +327,34 @@ def test_hf_configs(good, good_rope, changes, param, rope):
         sarm = PARAM | param if isinstance(param, dict) else param
         config = result(sarm_config, hf | {"sarm_param": sarm}, "x_Latent64_Layer2_K8_")
         assert config is None or isinstance(config, SARMConfig)
+
+
+CLASSIFIER = GOOD | {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 261}
+CLASSIFIER |= {"id2label": {"0": "LABEL_0"}, "num_labels": 1}
+OWN = ["architectures", "pad_token_id", "id2label", "num_labels"]
+SAE = {"hidden_size": 32, "latent_size": 64, "k": 8, "use_topk": True}
+
+
+@bounded
+@given(
+    st.dictionaries(st.sampled_from(OWN), values, max_size=2),
+    st.dictionaries(st.sampled_from(sorted(SAE)) | st.text(max_size=6), values, max_size=2)
+    | values,
+)
+def test_descriptions_of_reward_models(folder, changes, sae):
+    config = result(classifier_config, CLASSIFIER | changes)
+    assert config is None or isinstance(config, LinearRewardConfig)
+    fields = {
+        "trunk": dataclasses.asdict(classifier_config(CLASSIFIER).trunk),
+        "pad_token_id": changes.get("pad_token_id", 261),
+        "sae": SAE | sae if isinstance(sae, dict) else sae,
+    }
+    description = {"format": 1, "kind": "reward", "config": fields, "hf_config": CLASSIFIER}
+    (folder / "sarm_jax.json").write_text(json.dumps(description))
+    checkpoint = result(open_checkpoint, folder, "reward")
+    if checkpoint is not None and checkpoint.config.sae is not None:
+        own = checkpoint.config.sae
+        assert own.hidden_size == 32 and 1 <= own.k <= own.latent_size
 
 
 WHOLE = save({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)})

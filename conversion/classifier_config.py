@@ -14,6 +14,7 @@ from sarm_jax.models.linear_reward import LinearRewardConfig
 ARCHITECTURES = {
     f"{name}ForSequenceClassification": f"{name}ForCausalLM" for name in MODEL_TYPES.values()
 }
+_LARGEST_ID = 2**31 - 1
 _LABELS = 2  # of a config.json that does not give the number, in transformers
 
 
@@ -23,7 +24,7 @@ def is_classifier(hf: dict[str, Any]) -> bool:
     return isinstance(names, list) and any("SequenceClassification" in str(n) for n in names)
 
 
-def reward_config(hf: dict[str, Any]) -> LinearRewardConfig:
+def classifier_config(hf: dict[str, Any]) -> LinearRewardConfig:
     """Reads the architecture of a reward model.
 
     Raises:
@@ -33,19 +34,19 @@ def reward_config(hf: dict[str, Any]) -> LinearRewardConfig:
     problems: list[str] = []
     names = hf.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         what = "a SARM, whose kind is sarm" if is_sarm(hf) else f"architectures={short(names)}"
         report("config.json", [f"expected a reward model, {' or '.join(ARCHITECTURES)}: {what}"])
     _check_labels(hf, problems)
     pad = hf.get("pad_token_id")
-    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int)):
+    if pad is not None and not (type(pad) is int and abs(pad) <= _LARGEST_ID):
         problems.append(f"pad_token_id={short(pad)}: expected a token id or null")
     report("config.json", problems)
-    assert name is not None
+    assert isinstance(name, str)
     return LinearRewardConfig(llama_config(hf | {"architectures": [ARCHITECTURES[name]]}), pad)
 
 
-def hf_reward_dict(hf: dict[str, Any], config: LinearRewardConfig) -> dict[str, Any]:
+def hf_classifier_dict(hf: dict[str, Any], config: LinearRewardConfig) -> dict[str, Any]:
     """Adds what a reward model's `config.json` has beside that of its decoder."""
     causal_lm = hf["architectures"][0]
     name = next(n for n, language_model in ARCHITECTURES.items() if language_model == causal_lm)
@@ -60,5 +61,5 @@ def _check_labels(hf: dict[str, Any], problems: list[str]) -> None:
         problems.append(f"num_labels and id2label are missing, which means {_LABELS} labels")
     if names is not None and not (isinstance(names, dict) and len(names) == 1):
         problems.append(f"id2label={short(names)}: expected one label, the reward")
-    if count is not None and (count != 1 or isinstance(count, bool)):
+    if count is not None and not (type(count) is int and count == 1):
         problems.append(f"num_labels={short(count)}: expected 1, the reward")
