@@ -13,6 +13,7 @@ from sarm_jax.models.conversation_rows import (
     read_pairs,
     read_probe_rows,
     read_prompts,
+    read_responses,
 )
 from tests.oracles import tiny_tokenizer
 
@@ -268,3 +269,21 @@ def test_turns_that_a_template_refuses_are_named_by_line(save):
     with pytest.raises(InputError, match="one turn only") as error:
         check_turns(tokenizer, prompts, path)
     assert str(error.value).startswith(f"{path}:3: the chat template of")
+
+
+def test_responses_are_those_of_demonstrations_and_of_both_sides_of_pairs(tmp_path):
+    turn = [{"role": "user", "content": "a"}]
+    rows = [
+        {"prompt": "a", "response": "b"},
+        {"prompt": turn, "completion": "b"},
+        {"messages": [*turn, {"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "response": "d"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [texts for _, texts in read_responses(str(path))]
+    assert found == [("b",), ("b",), ("b",), ("b", "c"), ("d",)]
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": " "}))
+    with pytest.raises(InputError, match="1: field 'rejected' is empty"):
+        read_responses(str(path))
