@@ -329,7 +329,7 @@ def test_hf_configs(good, good_rope, changes, param, rope):
         assert config is None or isinstance(config, SARMConfig)
 
 
-CLASSIFIER = GOOD | {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 261}
+CLASSIFIER = GOOD[0] | {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 261}
 CLASSIFIER |= {"id2label": {"0": "LABEL_0"}, "num_labels": 1}
 OWN = ["architectures", "pad_token_id", "id2label", "num_labels"]
 SAE = {"hidden_size": 32, "latent_size": 64, "k": 8, "use_topk": True}
