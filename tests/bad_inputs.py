@@ -1995,7 +1995,12 @@ def export(name: str, options: str, *messages: str, damage: Damage | None = None
 NEW = "--dst={world}/../new"
 CONVERSION = [
     convert("no kind", f"--src={{world}}/policy {NEW}", "--kind"),
-    convert("unknown kind", f"--kind=reward --src={{world}}/policy {NEW}", "reward", "policy|sarm"),
+    convert(
+        "unknown kind",
+        f"--kind=critic --src={{world}}/policy {NEW}",
+        "critic",
+        "policy|sarm|reward",
+    ),
     convert("unknown dtype", f"--kind=policy --dtype=int4 --src={{world}}/policy {NEW}", "int4"),
     convert("unknown flag", f"--kind=policy --source={{world}}/policy {NEW}", "source"),
     convert("stray argument", f"--kind=policy --src=x {NEW} stray", "'stray'"),
