@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import pytest
 
-from conversion import cli, from_hf, to_hf
+from conversion import cli, converted, from_hf, to_hf
 from conversion.directory import atomic_directory
 from sarm_jax.io.errors import InputError
 from tests import oracles
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 # Converts once per row of MOMENTS, in a fork that kills itself at the n-th call of a function.
 KILLED = """
 import json, os, shutil, signal, sys
-from conversion import directory, from_hf, safetensors_io
+from conversion import converted, directory, from_hf, safetensors_io
 src, parent, moments = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 
 def kill_at(module, name, count, after):
@@ -38,7 +38,7 @@ def kill_at(module, name, count, after):
     setattr(module, name, wrapped)
 
 from_hf.load_hf_tokenizer(src)  # imports slow modules once, not in every fork
-modules = {"directory": directory, "from_hf": from_hf, "writer": safetensors_io.TensorWriter,
+modules = {"directory": directory, "converted": converted, "writer": safetensors_io.TensorWriter,
            "io": safetensors_io, "shutil": shutil, "os": os}
 for n, (module, name, count, after) in enumerate(moments):
     child = os.fork()
@@ -50,13 +50,13 @@ for n, (module, name, count, after) in enumerate(moments):
     print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "survived")
 """
 MOMENTS = [
-    ("from_hf", "TensorWriter", 1, True),  # the directory exists and is empty
+    ("converted", "TensorWriter", 1, True),  # the directory exists and is empty
     ("writer", "add", 1, False),
     ("writer", "add", 5, True),
     ("io", "save_file", 1, False),
     ("io", "save_file", 1, True),
-    ("from_hf", "write_description", 1, False),
-    ("from_hf", "write_description", 1, True),
+    ("converted", "write_description", 1, False),
+    ("converted", "write_description", 1, True),
     ("shutil", "copyfile", 1, True),
     ("os", "fsync", 1, True),
     ("directory", "_exchange", 1, False),
@@ -153,7 +153,9 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, leaving, capsys, number):
     options = ["from_hf", "--kind=policy", f"--src={source}", f"--dst={tmp_path}/dst"]
-    monkeypatch.setattr(from_hf, "write_description", lambda *_, **__: os.kill(os.getpid(), number))
+    monkeypatch.setattr(
+        converted, "write_description", lambda *_, **__: os.kill(os.getpid(), number)
+    )
     with pytest.raises(SystemExit) as stopped:
         cli.run(from_hf.main, from_hf.FLAGS, "", options)
     assert stopped.value.code == 128 + number
@@ -165,7 +167,7 @@ def test_the_error_for_a_full_disk_advises_to_free_space(source, tmp_path, monke
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", "x")
 
-    monkeypatch.setattr(from_hf, "write_description", full)
+    monkeypatch.setattr(converted, "write_description", full)
     options = ["from_hf", "--kind=policy", f"--src={source}", f"--dst={tmp_path}/dst"]
     with pytest.raises(SystemExit) as stopped:
         cli.run(from_hf.main, from_hf.FLAGS, "", options)

@@ -177,8 +177,8 @@ def poison(trainer):
     current = -1
     nan = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), trainer.base)  # same shapes and types
 
-    def poisoned_score(rollout):
-        scored = score(rollout)
+    def poisoned_score(*texts):
+        scored = score(*texts)
         score_b, z_bn, z_bs = map(np.array, dataclasses.astuple(scored))
         if current == 2:
             score_b[0] = np.inf

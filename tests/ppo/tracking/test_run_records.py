@@ -99,7 +99,7 @@ def test_held_out_latent_kl(make_trainer, tmp_path):
     texts = SimpleNamespace(
         prompts=[r["prompt"] for r in rows], responses=[r["response"] for r in rows]
     )
-    z_bs = jnp.asarray(trainer.scorer.score(texts).z_bs)
+    z_bs = jnp.asarray(trainer.scorer.score(texts.prompts, texts.responses).z_bs)
     d = trainer.density_ratio.read(trainer.state.density_ratio, z_bs)
     assert_close([r["kl_penalty"] for r in rows], REWARD.beta * np.asarray(d))
     assert np.abs(d).max() > 1e-4
@@ -118,7 +118,7 @@ def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path):
     texts = SimpleNamespace(
         prompts=[s["prompt"] for s in samples], responses=[s["response"] for s in samples]
     )
-    z_bs = jnp.asarray(trainer.scorer.score(texts).z_bs)
+    z_bs = jnp.asarray(trainer.scorer.score(texts.prompts, texts.responses).z_bs)
     d = trainer.density_ratio.read(trainer.state.density_ratio, z_bs)
     assert_close([s["kl_penalty"] for s in samples], 0.5 * np.asarray(d))
     assert np.abs(d).max() > 1e-4 and row["indicator_penalty"] > 0

@@ -28,7 +28,8 @@ PENALTY = Controls(penalize_features=(0,), tau_values=(0.5,), alpha_values=(1.5,
 class ScoresAsText:
     """A reward model that reads score and latent from the response: "2 1" has score 2, latent 1."""
 
-    model = SimpleNamespace(score=np.zeros(1, np.float32))
+    def feature_weights(self):
+        return np.zeros(1, np.float32)
 
     def store(self, prompts, responses, kind):
         table = np.array([response.split() for response in responses], np.float32)

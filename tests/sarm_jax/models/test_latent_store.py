@@ -51,6 +51,7 @@ def test_a_repeated_conversation_is_run_once(reward_model, monkeypatch):
 
 
 def test_new_shapes_are_compiled_side_by_side_and_once(reward_model, monkeypatch):
+    jax.clear_caches()  # other tests may have compiled the same programs
     requested, compiled = [], []
 
     def listen(event, *_, **__):
