@@ -6,6 +6,9 @@ the two runs differ in the algorithm alone.
 Before: make smollm2
 Command: python main.py --config=configs/smollm2_rloo.py --stage=all
 Hardware: 2 CPU cores, 8 GB of memory.
+Time: about that of PPO in `configs/smollm2.py`, 12 minutes.
+Expected result: run with one seed only. The total reward rises faster in the first steps than under
+        PPO and ended below it, at 1.0 against 1.4, at slightly less KL to the reference.
 """
 
 from ml_collections import ConfigDict

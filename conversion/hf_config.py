@@ -386,8 +386,8 @@ def _other_model(hf: dict[str, Any]) -> str:
     names = str(hf.get("architectures"))
     if "SequenceClassification" in names:
         return (
-            "a classifier without an SAE, whose score no latents explain; --stage=train_sarm makes "
-            f"a SARM from a language model (architectures={names})"
+            "a classifier without an SAE, whose score no latents explain; --stage=train_sae trains "
+            f"one for it (architectures={names})"
         )
     if "ForCausalLM" in names:
         return (

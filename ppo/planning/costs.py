@@ -68,9 +68,7 @@ def step_costs(
     decode = cost(decode_flops(policy, running, context), whole + head, cache=cache)
     steps = (new - 1) * rows / running
     tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
-    trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
-    encoder = sarm.trunk.hidden_size * sarm.latent_size
-    score_flops = forward_flops(sarm.trunk, score_rows, length) + 2 * score_rows * encoder
+    score_flops, score_weights = score_work(sarm, score_rows, length)
     reference_flops = forward_flops(policy, rows, length, logits=rows * new)
     reference = cost(reference_flops, whole + head, passes=config.pieces)
     passes = (3 if remat == "full" else 2) * config.gradient_accumulation_steps
@@ -79,12 +77,21 @@ def step_costs(
         "rollout": (prefill, tokens),
         "prefill": (prefill,),
         "decode": (decode,),
-        "score": (cost(score_flops, trunk + encoder),),
+        "score": (cost(score_flops, score_weights),),
         "reference": (reference,),
         "targets": (reference,),
         "first_step": (step,),
         "step": (step,),
     }
+
+
+def score_work(
+    sarm: SARMConfig | LinearRewardConfig, rows: int, length: int
+) -> tuple[float, float]:
+    """Returns the operations of scoring a batch, and the weights that it reads."""
+    trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
+    encoder = sarm.trunk.hidden_size * sarm.latent_size
+    return forward_flops(sarm.trunk, rows, length) + 2 * rows * encoder, trunk + encoder
 
 
 def decode_flops(config: LlamaConfig, rows: int, context: float) -> float:

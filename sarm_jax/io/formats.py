@@ -1,6 +1,9 @@
 """Names the format of a file that was expected to be another one, for messages."""
 
 import json
+from pathlib import Path
+
+from sarm_jax.io.errors import InputError
 
 _MAGIC = {
     b"PAR1": "a Parquet file",
@@ -23,6 +26,25 @@ _MAGIC = {
     b"\x80\x04": "a pickle",
     b"\x80\x05": "a pickle",
 }
+
+
+def decoded(content: bytes, name: str | Path, expected: str) -> str:
+    """Decodes the content of a text file.
+
+    Args:
+        content: the content.
+        name: what messages call the file.
+        expected: what messages say was expected.
+
+    Raises:
+        InputError: it is in another format, which is named, or not UTF-8.
+    """
+    if other := binary_format(content[:64]):
+        raise InputError(f"{name}: is {other}, {expected}")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: not UTF-8 (byte {error.start}: {error.reason})") from error
 
 
 def binary_format(content: bytes) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes, replacing
-from sarm_jax.io.formats import binary_format, is_json_array, is_json_object
+from sarm_jax.io.formats import decoded, is_json_array, is_json_object
 from sarm_jax.io.json_files import parse_json, short
 
 EXPECTED = "expected JSON Lines, one object per line"
@@ -40,12 +40,7 @@ def parse_jsonl(
     content: bytes, fields: Mapping[str, type], path: str | Path, lenient: bool = False
 ) -> list[dict[str, Any]]:
     """Parses the content of a file like `read_jsonl`; messages call the file `path`."""
-    if other := binary_format(content[:64]):
-        raise InputError(f"{path}: is {other}, {EXPECTED}")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}: {error.reason})") from error
+    text = decoded(content, path, EXPECTED)
     lines = numbered_lines(text)
     if not lines:
         raise InputError(f"{path}: the file is empty")

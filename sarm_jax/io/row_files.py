@@ -16,7 +16,7 @@ from typing import Any
 from sarm_jax.io.compression import check_unpacked_size, unpacked
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import MAX_BYTES, read_bytes
-from sarm_jax.io.formats import binary_format, is_json_array, is_json_object
+from sarm_jax.io.formats import decoded, is_json_array, is_json_object
 from sarm_jax.io.hub_files import LocalFile, local_files
 from sarm_jax.io.json_files import parse_json, short
 from sarm_jax.io.jsonl import check_fields, numbered_lines, parse_line
@@ -85,12 +85,7 @@ def parse_rows(content: bytes, name: str, max_bytes: int = MAX_BYTES) -> list[Ro
     content = unpacked(content, name, max_bytes)
     if content.startswith(b"PAR1"):
         return _numbered(_parse_parquet(content, name, max_bytes), name)
-    if other := binary_format(content[:64]):
-        raise InputError(f"{name}: is {other}, {EXPECTED}")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 (byte {error.start}: {error.reason})") from error
+    text = decoded(content, name, EXPECTED)
     if not text.strip():
         raise InputError(f"{name}: the file is empty")
     of_lines = re.search(r"(?i)\.(jsonl|ndjson)(\.\w+)?$", name)

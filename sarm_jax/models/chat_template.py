@@ -66,7 +66,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """What a template writes around the contents of turns.
+    """Text that a template writes around the contents of turns.
 
     Attributes:
         order: numbers of the turns, in the order in which their contents stand in the text.

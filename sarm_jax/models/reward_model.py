@@ -78,7 +78,9 @@ class RewardModel:
             InputError: the reward model has none.
         """
         if self.model.sae is None:
-            raise InputError("this reward model has no SAE, and so no features: train one for it")
+            raise InputError(
+                "this reward model has no SAE, and so no features: --stage=train_sae trains one"
+            )
         return self.model.sae
 
     @property

@@ -46,16 +46,9 @@ from sarm_jax.rewards.scoring import Scorer
 LOG = logging.getLogger(__name__)
 
 Completion = str | Sequence[Mapping[str, str]]
-# Streams of random keys, as PPO splits the seed: the initial discriminator, and its minibatches.
 NO_SCALE = ScoreScale(0.0, 1.0)
+# Streams of random keys, as PPO splits the seed: the initial discriminator, and its minibatches.
 STREAMS, DISCRIMINATOR_KEY, MINIBATCH_KEY = 5, 1, 3
-
-
-def controlled_reward(
-    sarm: RewardModel, controls: RewardConfig, **options: Any
-) -> "ControlledReward":
-    """Returns a function that rewards responses with R_total; see `ControlledReward`."""
-    return ControlledReward(sarm, controls, **options)
 
 
 class ControlledReward:
@@ -313,3 +306,6 @@ def _content(completion: Any) -> str | None:
         case [{"role": "assistant", "content": str(text), **others}]:
             return None if any(others.get(name) for name in UNSUPPORTED) else text
     return None
+
+
+controlled_reward = ControlledReward  # reads as the function that it makes

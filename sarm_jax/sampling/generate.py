@@ -110,10 +110,8 @@ def generate(
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p
     )
-    if key is None:
-        if temperature > 0:
-            raise InputError("key=None: sampling at temperature > 0 needs a PRNG key")
-        key = jax.random.key(0)
+    if key is None and temperature > 0:
+        raise InputError("key=None: sampling at temperature > 0 needs a PRNG key")
     stops = policy.stop_ids if stop_ids is None else tuple(stop_ids)
     size = policy.config.vocab_size
     check_token_ids("stop_ids", stops, size)
@@ -128,6 +126,27 @@ def generate(
     check_no_row_is_empty(length_b)
     if not len(tokens_bt):
         return _no_responses(max_new_tokens)
+    key = jax.random.key(0) if key is None else key
+    return _run_padded(
+        policy, tokens_bt, mask_bt, key=key, sampling=sampling, stops=stops, pad=pad_id
+    )
+
+
+def _run_padded(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    *,
+    key: jax.Array,
+    sampling: Sampling,
+    stops: tuple[int, ...],
+    pad: int,
+) -> Generation:
+    """Runs the compiled program on prompts that are padded to one of a few lengths.
+
+    Raises:
+        InputError: the policy's logits are not finite.
+    """
     extra = bucket_length(tokens_bt.shape[1]) - tokens_bt.shape[1]
     widths = ((0, 0), (extra, 0))
     tokens_bt, mask_bt = jnp.pad(tokens_bt, widths), jnp.pad(mask_bt, widths)
@@ -141,7 +160,7 @@ def generate(
         key=key,
         sampling=sampling,
         stops=stops,
-        pad=pad_id,
+        pad=pad,
     )
     if first_not_finite([("log-probabilities", generation.logp_br)]):
         raise InputError("the policy's logits are not finite: nothing can be sampled from them")

@@ -28,6 +28,7 @@ from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.reporting.spread import is_constant
 from sarm_jax.training.divergence import check_summary, check_weights
+from sarm_jax.training.held_out import draw_held_out
 from sarm_jax.training.preference_training import cast
 from sarm_jax.training.sae_training import (
     Activations,
@@ -90,15 +91,9 @@ class TrainSAEConfig:
         Raises:
             InputError: no prompt would be left for training or for evaluation.
         """
-        distinct = list(dict.fromkeys(prompts))
-        order = np.random.default_rng(self.seed).permutation(len(distinct))
-        drawn = order[: round(self.held_out_fraction * len(distinct))]
-        if not 0 < len(drawn) < len(distinct):
-            raise InputError(
-                f"train_sae.held_out_fraction={self.held_out_fraction}: holds out {len(drawn)} of "
-                f"{len(distinct)} prompts; training and evaluation each need at least one"
-            )
-        held_out = {distinct[i] for i in drawn}
+        held_out = draw_held_out(
+            prompts, fraction=self.held_out_fraction, seed=self.seed, stage="train_sae"
+        )
         return np.asarray([prompt in held_out for prompt in prompts])
 
     def sae_training(self) -> SAETraining:
@@ -145,16 +140,7 @@ def train_sae(
         encode_response(model, tokenizer, prompt, response, config.max_length)
         for prompt, response in responses
     ]
-    train, held_out = (
-        collect_activations(
-            model.trunk,
-            [row for row, kept in zip(rows, keep_r, strict=True) if kept],
-            max_tokens=int(keep_r.sum()) + config.token_states,
-            seed=config.seed,
-            standardised=False,
-        )
-        for keep_r in (~held_out_r, held_out_r)
-    )
+    train, held_out = (_collect(config, model, rows, r) for r in (~held_out_r, held_out_r))
     mean_d, scale = scaling(train.pooled_rd)
     sae, metrics = pretrain_sae(
         _new_sae(config, model),
@@ -177,6 +163,19 @@ def train_sae(
     }
     check_summary(summary, LEARNING_RATE)
     return sae, summary
+
+
+def _collect(
+    config: TrainSAEConfig, model: LinearReward, rows: Sequence[Conversation], keep_r: np.ndarray
+) -> Activations:
+    """Collects the states of the rows that `keep_r` marks: the pooled ones and `token_states`."""
+    return collect_activations(
+        model.trunk,
+        [row for row, kept in zip(rows, keep_r, strict=True) if kept],
+        max_tokens=int(keep_r.sum()) + config.token_states,
+        seed=config.seed,
+        standardised=False,
+    )
 
 
 def encode_response(

@@ -35,6 +35,7 @@ from sarm_jax.training.divergence import (
     check_summary,
     check_weights,
 )
+from sarm_jax.training.held_out import draw_held_out
 from sarm_jax.training.preference_training import (
     RATES,
     PreferenceTraining,
@@ -129,15 +130,12 @@ class TrainSARMConfig:
         Raises:
             InputError: no prompt would be left for training or for evaluation.
         """
-        prompts = list(dict.fromkeys(pair["prompt"] for pair in pairs))
-        order = np.random.default_rng(self.seed).permutation(len(prompts))
-        held_out = order[: round(self.held_out_fraction * len(prompts))]
-        if not 0 < len(held_out) < len(prompts):
-            raise InputError(
-                f"train_sarm.held_out_fraction={self.held_out_fraction}: holds out {len(held_out)} "
-                f"of {len(prompts)} prompts; training and evaluation each need at least one"
-            )
-        return {prompts[i] for i in held_out}
+        return draw_held_out(
+            (pair["prompt"] for pair in pairs),
+            fraction=self.held_out_fraction,
+            seed=self.seed,
+            stage="train_sarm",
+        )
 
     def sae_training(self) -> SAETraining:
         """Returns the options of SAE pretraining."""
@@ -203,8 +201,6 @@ def train_sarm(
     start = time.perf_counter()
     data = encode_pairs(tokenizer, pairs, config)
     trunk = truncate(policy, config.source_layer)
-    dtype = trunk.embed_tokens.dtype
-
     train_rows, held_out_rows = _split_rows(data)
     activations = collect_activations(
         trunk, data.rows, max_tokens=config.sae_tokens, seed=config.seed
@@ -224,21 +220,14 @@ def train_sarm(
     sarm = _learn_preferences(
         config, assemble(trunk, sae), data=data, activations=activations, log=log
     )
-    sarm = cast(sarm, dtype)
+    sarm = cast(sarm, policy.embed_tokens.dtype)
     check_weights(sarm, RATES)
     trained = time.perf_counter()
     if config.mode > 0:
-        try:
-            activations = collect_activations(
-                sarm.trunk, data.rows, max_tokens=config.sae_tokens, seed=config.seed
-            )
-        except InputError as error:  # its states were finite before training
-            raise DivergedError(f"{error}: training diverged; lower {RATES}") from None
+        activations = _collect_again(config, sarm, data)
         summary["sae_after"] = sae_metrics(sarm.sae, _select_rows(activations, held_out_rows))
     summary |= preference_summary(data, score_pooled(sarm, activations.pooled_rd))
-    check_summary(summary, RATES)
-    margin = max(abs(summary[f"margin_{part}"]) for part in ("train", "held_out"))
-    check_loss(margin, "the mean margin of a pair in nats", RATES, LARGEST_MARGIN)
+    _check_preferences(summary)
     summary["seconds"] = {
         "collect": collected - start,
         "sae": pretrained - collected,
@@ -246,6 +235,23 @@ def train_sarm(
         "total": time.perf_counter() - start,
     }
     return sarm, summary
+
+
+def _check_preferences(summary: Mapping[str, Any]) -> None:
+    """Raises DivergedError if the summary shows that training diverged."""
+    check_summary(summary, RATES)
+    margin = max(abs(summary[f"margin_{part}"]) for part in ("train", "held_out"))
+    check_loss(margin, "the mean margin of a pair in nats", RATES, LARGEST_MARGIN)
+
+
+def _collect_again(config: TrainSARMConfig, sarm: SARM, data: PairSet) -> Activations:
+    """Collects the states of the trained trunk; raises DivergedError if one is not finite."""
+    try:
+        return collect_activations(
+            sarm.trunk, data.rows, max_tokens=config.sae_tokens, seed=config.seed
+        )
+    except InputError as error:  # its states were finite before training
+        raise DivergedError(f"{error}: training diverged; lower {RATES}") from None
 
 
 def _learn_preferences(

@@ -1,1 +1,1 @@
-"""Where a run is shown while it trains: TensorBoard, Weights & Biases, Trackio."""
+"""Services that show a run while it trains: TensorBoard, Weights & Biases, Trackio."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What is logged at a time: the metrics of a step, or the means of an evaluation.
+    """One entry of the log: the metrics of a step, or the means of an evaluation.
 
     Attributes:
         step: number of the step, or of the steps before the evaluation.
