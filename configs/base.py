@@ -41,7 +41,7 @@ def _add_models(config: ConfigDict) -> None:
     # Activations kept for the backward pass: all ("none"), matrix products ("dots"), none ("full").
     config.remat = "dots"
     # File of {"prompt"} rows that PPO trains on. A prompt is a text or a conversation, here and in
-    # all files of demonstrations, pairs and probe data (docs/reference/files.md). Every file of
+    # most files of demonstrations, pairs and probe data (docs/reference/files.md). Every file of
     # rows may be JSON Lines, a JSON array or Parquet, also compressed (.gz, .zst), or
     # hf://datasets/OWNER/NAME[/PATH].
     config.prompts_jsonl = ""

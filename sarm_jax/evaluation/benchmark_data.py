@@ -43,6 +43,7 @@ from sarm_jax.evaluation.benchmark_files import (
     text,
 )
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.hub_files import single_files
 from sarm_jax.io.row_files import RowError, read_placed_rows
 from sarm_jax.io.secrets import redact
 
@@ -201,10 +202,10 @@ def collect(config: BenchmarkDataConfig) -> BenchmarkData:
         _read_steering(collector, Path(config.steering_dir))
     for name in config.rewardbench2:
         collector.read_file(name, take_choice)
-    for name in config.rm_bench:
+    for name in _single(config.rm_bench):
         collector.read_file(name, styled_taker(domain_of(name)))
     for files, safety in ((config.safety_pairs, True), (config.complement_pairs, False)):
-        for name in files:
+        for name in _single(files):
             source = Path(name).stem
             collector.read_file(name, pair_taker(source, safety, can_hold_out=True))
     _add_candidates_of_pairs(collector)
@@ -212,6 +213,11 @@ def collect(config: BenchmarkDataConfig) -> BenchmarkData:
     for row in (*outputs["probes_safety"], *outputs["probes_complement"]):
         collector.add("probes", row, (row["prompt"], row["chosen"], row["rejected"]))
     return BenchmarkData(outputs, _summary(collector))
+
+
+def _single(names: Sequence[str]) -> list[str]:
+    """Returns the single files of all names, since domain and source come from a file's name."""
+    return [file for name in names for file in single_files(name)]
 
 
 def pair_taker(source: str, safety: bool, can_hold_out: bool) -> TakeRow:

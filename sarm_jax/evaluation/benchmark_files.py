@@ -13,10 +13,12 @@ row; data preparation counts the row and continues.
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.hub_files import single_files
 from sarm_jax.io.json_files import short
 from sarm_jax.io.path_lists import named_path
 from sarm_jax.io.row_files import Row, RowError, read_placed_rows
@@ -120,8 +122,11 @@ def parse_all(rows: Sequence[Row], parse: Callable[[Any], Parsed]) -> list[Parse
 
 def read_rm_bench(source: str | Path) -> list[StyledRow]:
     """Reads a file of RM-Bench; raises InputError if any row cannot be used."""
-    domain = domain_of(str(source))
-    return parse_all(read_placed_rows(source), lambda content: parse_styled(content, domain))
+    return [
+        row
+        for name in single_files(source)
+        for row in parse_all(read_placed_rows(name), partial(parse_styled, domain=domain_of(name)))
+    ]
 
 
 def read_rewardbench2(source: str | Path) -> list[ChoiceRow]:

@@ -16,6 +16,7 @@ Source: SARM (arXiv 2508.08746) plots the two distributions; the number and its 
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from sarm_jax.evaluation.controls import (
     score_variants,
 )
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.hub_files import single_files
 from sarm_jax.io.row_files import read_placed_rows
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import mean_interval
@@ -129,15 +131,18 @@ def read_answers(path: str | Path, source: str = "") -> list[Answer]:
         path: the file.
         source: the name of the file; empty: its stem.
     """
-    stem = Path(path).stem
 
-    def parse(content: Any) -> Answer:
+    def parse(content: Any, stem: str) -> Answer:
         row = fields_of(content)
         kind = text({"file": stem} | row, "type", "label", "file")
         prompt, response = text(row, "question", "prompt"), text(row, "answer", "response")
         return Answer(prompt=prompt, response=response, kind=kind, source=source or stem)
 
-    return parse_all(read_placed_rows(path), parse)
+    return [
+        answer
+        for name in single_files(path)
+        for answer in parse_all(read_placed_rows(name), partial(parse, stem=Path(name).stem))
+    ]
 
 
 def check_steering(config: SteeringConfig, answers: Sequence[Answer], controls: Controls) -> None:

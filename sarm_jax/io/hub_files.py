@@ -34,6 +34,7 @@ TRAIN = re.compile(r"(?<![a-z])(train|training)(?![a-z])", re.IGNORECASE)
 OTHER_SPLIT = re.compile(
     r"(?<![a-z])(test|testing|eval|evaluation|validation|valid|val|dev)(?![a-z])", re.IGNORECASE
 )
+PARTIAL = re.compile(r"(?<![a-z])partial-", re.IGNORECASE)  # the hub's conversion was cut off
 # train-00000-of-00002.parquet, once with a hash before the suffix; 0000.parquet of a folder
 SHARD = re.compile(r"(\d{5})-of-(\d{5})(-[0-9a-f]{16})?(?=\.)|(?<=/)\d{4}(?=\.)")
 PROBLEM, ADVICE = "cannot be downloaded", "or give a local file"
@@ -51,6 +52,19 @@ class LocalFile:
 def is_on_hub(source: str | Path) -> bool:
     """Returns True for an address on the hub, False for a path."""
     return str(source).startswith("hf://")
+
+
+def single_files(source: str | Path) -> list[str]:
+    """Returns the path, or the addresses of the single files that an address stands for.
+
+    For formats in which the name of a file says what its rows are.
+
+    Raises:
+        InputError: as `local_files`.
+    """
+    if not is_on_hub(source):
+        return [str(source)]
+    return [file.name for file in local_files(source)]
 
 
 def local_files(source: str | Path) -> list[LocalFile]:
@@ -76,8 +90,10 @@ def local_files(source: str | Path) -> list[LocalFile]:
             )
         return [LocalFile(Path(copy), source)]
     with as_input_error(f"{source}: {PROBLEM}", ADVICE):
-        names = _file_names(repository, revision)
+        names, are_all = _file_names(repository, revision)
         chosen = matching_files(names, path, source) if path else training_files(names, source)
+        if not are_all:
+            _check_provable(chosen, source)
         folder = huggingface_hub.snapshot_download(
             repository,
             repo_type="dataset",
@@ -112,8 +128,8 @@ def training_files(names: Sequence[str], source: str) -> list[str]:
             the candidates.
     """
     data = [name for name in sorted(names) if _is_data(name)]
-    training = [name for name in data if TRAIN.search(name)]
-    unnamed = [name for name in data if not OTHER_SPLIT.search(name)]
+    training = [name for name in data if TRAIN.search(name) and not PARTIAL.search(name)]
+    unnamed = [n for n in data if not OTHER_SPLIT.search(n) and not PARTIAL.search(n)]
     chosen = training or (unnamed if len(unnamed) == len(data) else [])
     if not data:
         raise InputError(f"{source}: has no Parquet, JSON or JSON Lines file, name one as .../PATH")
@@ -127,17 +143,21 @@ def training_files(names: Sequence[str], source: str) -> list[str]:
     return chosen
 
 
-def _file_names(repository: str, revision: str | None) -> list[str]:
-    """Lists the files of a data set, or those in the cache if there is no connection."""
+def _file_names(repository: str, revision: str | None) -> tuple[list[str], bool]:
+    """Lists the files of a data set, or those in the cache if there is no connection.
+
+    Returns:
+        (the names, False if they are only those in the cache).
+    """
     try:
         info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)
     except HfHubHTTPError:  # the hub has answered
         raise
     except Exception:
         if cached := _cached_file_names(repository, revision or "main"):
-            return cached
+            return cached, False
         raise
-    return [file.rfilename for file in info.siblings or ()]
+    return [file.rfilename for file in info.siblings or ()], True
 
 
 def _cached_file_names(repository: str, revision: str) -> list[str]:
@@ -156,6 +176,16 @@ def _is_data(name: str) -> bool:
     hidden = any(part.startswith((".", "_")) for part in name.split("/"))
     base = name.rpartition("/")[2]
     return not hidden and base not in DESCRIPTIONS and bool(DATA.fullmatch(base))
+
+
+def _check_provable(names: Sequence[str], source: str) -> None:
+    """Raises InputError unless the names show that the cache holds all files of the set."""
+    unnumbered = [name for name in names if not (match := SHARD.search(name)) or not match[2]]
+    if unnumbered:
+        raise InputError(
+            f"{source}: there is no connection, and names such as {unnumbered[0]} do not show "
+            "whether the cache holds all files of the set: name a single file as .../PATH"
+        )
 
 
 def _check_shards(names: Sequence[str], source: str) -> None:

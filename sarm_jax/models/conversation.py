@@ -18,8 +18,10 @@ from sarm_jax.io.json_files import short
 ROLES = ("system", "user", "assistant")
 # Fields of a message that chat templates write into the text. Without them it would be another one.
 UNSUPPORTED = (
+    "tools",
     "tool_calls",
     "tool_call_id",
+    "images",
     "function_call",
     "reasoning_content",
     "reasoning",
@@ -85,7 +87,7 @@ def parse_reply(value: Any, name: str) -> str:
     """Parses a response from its JSON value: a text, or a list of one assistant message.
 
     Raises:
-        InputError: the value is something else, or says nothing.
+        InputError: the value is something else, or a message without a text.
     """
     if isinstance(value, str):
         return value

@@ -15,7 +15,8 @@ under "response", "chosen", "rejected" and "candidates"; further fields are kept
 Source: https://huggingface.co/docs/trl/dataset_formats
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import dropwhile
 from typing import Any, TypeVar
 
 from sarm_jax.io.errors import InputError
@@ -24,6 +25,7 @@ from sarm_jax.io.row_files import place_of, read_rows
 from sarm_jax.models.chat_template import chat_template
 from sarm_jax.models.conversation import (
     Conversation,
+    Message,
     Prompt,
     parse_messages,
     parse_prompt,
@@ -34,7 +36,10 @@ from sarm_jax.models.conversation import (
 Row = dict[str, Any]
 Parsed = TypeVar("Parsed")
 SIDES = ("chosen", "rejected")
-_ANSWERS = {"response", "completion", "messages"}  # the fields of a demonstration
+_ANSWERS = {"response", "completion"}  # a row with one of them is a demonstration
+_MESSAGES = {"prompt", "response", "completion", "messages", *SIDES}  # may be lists of messages
+# What a chat template or a processor would add to the text of a conversation.
+_CONTEXT = ("tools", "images", "image", "videos", "audios", "chat_template_kwargs")
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -125,11 +130,7 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     Raises:
         InputError: the field is missing, empty or no prompt.
     """
-    value = _field(row, "prompt")
-    prompt = parse_prompt(value, "field 'prompt'")
-    if isinstance(value, list):
-        _check_no_tools(row)
-    return _not_blank(prompt, "prompt")
+    return _not_blank(parse_prompt(_field(row, "prompt"), "field 'prompt'"), "prompt")
 
 
 def _read(path: str, parse: Callable[[Row], Parsed]) -> list[Parsed]:
@@ -137,6 +138,7 @@ def _read(path: str, parse: Callable[[Row], Parsed]) -> list[Parsed]:
     parsed = []
     for number, row in enumerate(read_rows(path, {}), 1):
         try:
+            _check_context(row)
             parsed.append(parse(row))
         except InputError as error:
             raise InputError(f"{place_of(path, number)}: {error}") from None
@@ -144,14 +146,30 @@ def _read(path: str, parse: Callable[[Row], Parsed]) -> list[Parsed]:
 
 
 def _demonstration(row: Row) -> Row:
-    if "messages" in row and "response" not in row and "completion" not in row:
-        _check_no_tools(row)
+    if "messages" in row and not _ANSWERS & set(row):
         messages = parse_messages(row["messages"], "field 'messages'")
         prompt, response = split_reply(messages, "field 'messages'")
+        if row.get("prompt") is not None and not _begins_with(messages, prompt_of(row)):
+            raise InputError("field 'messages' does not begin with field 'prompt'")
         return row | {"prompt": prompt, "response": response}
     prompt = prompt_of(row)
+    answers = [row.get(field) for field in _ANSWERS]
+    is_twice = all(isinstance(value, str) or _is_messages(value) for value in answers)
+    if is_twice and _reply(row, "response") != _reply(row, "completion"):
+        raise InputError("fields 'response' and 'completion' are both given and differ")
     field = "completion" if "completion" in row and "response" not in row else "response"
     return row | {"prompt": prompt, "response": _reply(row, field)}
+
+
+def _begins_with(messages: Sequence[Message], prompt: Prompt) -> bool:
+    """Returns True if the messages begin with a prompt, system turns at the start left out."""
+
+    def without_system(turns: Iterable[Message]) -> list[Message]:
+        return list(dropwhile(lambda turn: turn.role == "system", turns))
+
+    turns = [Message("user", prompt)] if isinstance(prompt, str) else prompt.messages
+    start = without_system(turns)
+    return without_system(messages)[: len(start)] == start
 
 
 def _pair(row: Row) -> Row:
@@ -163,7 +181,6 @@ def _pair(row: Row) -> Row:
         return row | {"prompt": given} | {side: _reply(row, side) for side in SIDES}
     if not all(are_lists):
         raise InputError("fields 'chosen' and 'rejected' must both be lists of messages")
-    _check_no_tools(row)
     exchanges = {
         side: split_reply(parse_messages(value, f"field {side!r}"), f"field {side!r}")
         for side, value in sides.items()
@@ -204,6 +221,11 @@ def _candidates(row: Row) -> Row:
     return row | {"prompt": prompt}
 
 
+def _is_messages(value: Any) -> bool:
+    """Returns True for a list that holds messages."""
+    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+
+
 def _is_whole(value: Any) -> bool:
     """Returns True for a list of messages that is more than one response."""
     return isinstance(value, list) and len(value) > 1
@@ -228,7 +250,9 @@ def _not_blank(value: Parsed, field: str) -> Parsed:
     return value
 
 
-def _check_no_tools(row: Mapping[str, Any]) -> None:
-    """Refuses tools, which a chat template would write into the text of a conversation."""
-    if row.get("tools"):
-        raise InputError(f"field 'tools': not supported, found {short(row['tools'])}")
+def _check_context(row: Mapping[str, Any]) -> None:
+    """Refuses a conversation that is read with tools or images, which no model here would get."""
+    if any(_is_messages(row.get(field)) for field in _MESSAGES):
+        for field in _CONTEXT:
+            if row.get(field):
+                raise InputError(f"field {field!r}: not supported, found {short(row[field])}")

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from sarm_jax.models.conversation import parse_prompt, plain_text
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -41,10 +43,16 @@ class Tracker(Protocol):
 
 
 def flat_samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns rows of samples.jsonl as rows of a table: each penalty has a column of its own."""
+    """Returns rows of samples.jsonl as rows of a table.
+
+    Each penalty has a column of its own, and a conversation is a text, as W&B's tables want one
+    type per column.
+    """
     rows = []
     for sample in samples:
         row = {name: value for name, value in sample.items() if name != "penalties"}
+        if "prompt" in row:
+            row["prompt"] = plain_text(parse_prompt(row["prompt"], "prompt"))
         penalties = sample.get("penalties", {})
         rows.append(row | {f"penalty_{feature}": x for feature, x in penalties.items()})
     return rows

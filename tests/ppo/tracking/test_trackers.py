@@ -19,6 +19,7 @@ from ppo.tracking.metrics import RunLog, columns_of
 from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.trackers.record import FILE, read_runs
 from ppo.tracking.trackers.start import SERVICES, TrackConfig, check_available
+from ppo.tracking.trackers.tracker import flat_samples
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel import processes
@@ -57,6 +58,8 @@ def run_log(workdir: Path, first_step: int, tracking: TrackConfig | None = ALL) 
 class FakeTable:
     def __init__(self, columns=None, data=None, rows=None, dataframe=None, dtype=None):
         self.columns, self.data = columns, data
+        for column in zip(*(data or ()), strict=True):  # W&B refuses a column of several types
+            assert len({isinstance(value, str) for value in column}) == 1
 
 
 class Services:
@@ -522,3 +525,11 @@ def test_trackio_local(tmp_path, monkeypatch, capsys):
     with sqlite3.connect(file) as database:
         runs = database.execute("SELECT DISTINCT run_id, run_name FROM metrics").fetchall()
     assert [run_name for _, run_name in runs] == [name]
+
+
+def test_samples_with_texts_and_conversations_make_one_table():
+    """W&B's table refuses a column of texts and lists, and would lose the metrics of the step."""
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "p"}]
+    rows = flat_samples([sample(0), sample(1) | {"prompt": talk}])
+    assert [row["prompt"] for row in rows] == ["p", "System: Be brief.\n\nUser: p"]
+    assert rows[0]["penalty_3"] == 0.5

@@ -142,6 +142,23 @@ def test_the_domain_of_a_file_is_used_if_a_row_names_none(tmp_path):
     assert domain_of("own.jsonl") == "own"
 
 
+def test_an_address_of_several_files_keeps_their_domains(tmp_path, monkeypatch):
+    """The name of each file counts, and not that of the address."""
+    row = {name: value for name, value in STYLED.items() if name != "domain"}
+    names = [save(tmp_path / f"{name}.json", [row]) for name in ("chat_1", "safety-refuse_1")]
+    address = "hf://datasets/o/n/*.json"
+
+    def single_files(source):
+        return names if source == address else [source]
+
+    for module in ("benchmark_data", "benchmark_files"):
+        monkeypatch.setattr(f"sarm_jax.evaluation.{module}.single_files", single_files)
+    domains = [domain_of(str(name)) for name in names]
+    assert len(set(domains)) == 2
+    assert [row.domain for row in read_rm_bench(address)] == domains
+    assert gather(rm_bench=[address]).outputs == gather(rm_bench=names).outputs
+
+
 def test_rewardbench2_gives_pairs_and_ties_give_candidates(tmp_path):
     path = save(tmp_path / "rb2.jsonl", [CHOICE, *TIES])
     data = gather(rewardbench2=[path])

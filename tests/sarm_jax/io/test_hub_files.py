@@ -12,7 +12,7 @@ import pytest
 from pyarrow import parquet
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.hub_files import local_files, training_files
+from sarm_jax.io.hub_files import local_files, single_files, training_files
 from sarm_jax.io.row_files import place_of, read_rows
 
 COMMIT = "a" * 40
@@ -31,6 +31,8 @@ FILES = {
     "data/train-00001-of-00002.parquet": table("c"),
     "data/test-00000-of-00001.parquet": table("t"),
     "more/lines.jsonl": b'{"prompt": "l"}\n',
+    "converted/default/0000.parquet": table("x"),
+    "converted/default/0001.parquet": table("y"),
 }
 
 
@@ -127,6 +129,30 @@ def test_a_partial_cache_is_never_taken_for_the_whole(hub):
     for source in ("hf://datasets/owner/other", "hf://datasets/owner/name@v2", f"{first}x"):
         with pytest.raises(InputError, match=f"^{source}: cannot be downloaded .*local file$"):
             prompts(source)
+
+
+def test_without_a_connection_names_must_show_that_a_set_is_whole(hub):
+    """Of files named 0000.parquet and so on, the cache may hold the last ones only."""
+    whole = "hf://datasets/owner/name/converted/default/*.parquet"
+    assert prompts(f"{whole[:-9]}0001.parquet") == ["y"]
+    hub()
+    with pytest.raises(InputError, match="names such as converted/default/0001"):
+        prompts(whole)
+    assert prompts(f"{whole[:-9]}0001.parquet") == ["y"]
+
+
+def test_single_files_of_an_address(hub):
+    """Readers that take the domain from a file's name read the files one by one."""
+    base = "hf://datasets/owner/name"
+    names = [f"{base}/converted/default/000{n}.parquet" for n in (0, 1)]
+    assert single_files(f"{base}/converted/*/*.parquet") == names
+    assert [prompts(name) for name in names] == [["x"], ["y"]]
+    assert single_files("a/*.jsonl") == ["a/*.jsonl"]
+
+
+def test_a_conversion_that_was_cut_off_is_no_training_split():
+    with pytest.raises(InputError, match="has no training split"):
+        training_files(["default/partial-train/0000.parquet"], "hf://datasets/o/n")
 
 
 def test_a_download_that_is_not_complete(hub, tmp_path, monkeypatch):

@@ -43,6 +43,9 @@ def messages(value) -> list:
     return [user(value)] if isinstance(value, str) else value
 
 
+TEXTS = {"response": "b", "chosen": "b", "rejected": "c"}
+
+
 @pytest.fixture
 def save(tmp_path):
     def write(*rows) -> str:
@@ -73,7 +76,7 @@ def test_demonstrations(save, kind, response):
         {"prompt": value, "response": reply, "id": 3},
         {"prompt": value, "completion": reply, "id": 3},
         {"messages": [*messages(value), assistant("figs")], "id": 3},
-        {"prompt": "its beginning", "messages": [*messages(value), assistant("figs")], "id": 3},
+        {"prompt": value, "messages": [*messages(value), assistant("figs")], "id": 3},
         {"prompt": value, "response": reply, "messages": 5, "completion": 5, "id": 3},
     ]
     for read in (read_demonstrations, lambda path: read_probe_rows(path, "pairs")):
@@ -254,6 +257,45 @@ def test_bad_pairs_are_refused(save, row, message):
 )
 def test_bad_demonstrations_are_refused(save, row, message):
     refused(read_demonstrations, save({"prompt": "a", "response": "b"}, row), message)
+
+
+@pytest.mark.parametrize("field", ["tools", "images", "chat_template_kwargs"])
+def test_a_conversation_with_tools_or_images_is_refused(save, field):
+    """Nothing here reads them; a row of texts keeps them as any other field."""
+    extra = {field: {"a": 1}}
+    for row, read in (
+        ({"prompt": [user("a")]}, read_prompts),
+        ({"prompt": "a", "completion": [assistant("b")]}, read_demonstrations),
+        ({"messages": [user("a"), assistant("b")]}, read_demonstrations),
+        ({"prompt": "a", "chosen": [assistant("b")], "rejected": [assistant("c")]}, read_pairs),
+    ):
+        assert read(save(row | {field: None}))
+        refused(read, save({"prompt": "a", **TEXTS}, row | extra), f"field '{field}': not supp")
+    assert read_prompts(save({"prompt": "a"} | extra)) == ["a"]
+
+
+def test_a_prompt_beside_messages_is_what_they_begin_with(save):
+    """A data set may repeat the first question beside a conversation of several turns."""
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    for prompt in ("a", [user("a")], turns[:3]):
+        for system in ([], [{"role": "system", "content": "s"}]):
+            (row,) = read_demonstrations(save({"prompt": prompt, "messages": system + turns}))
+            assert row["prompt"] == parsed(system + turns[:3]) and row["response"] == "d"
+    for prompt in ("x", [user("a"), assistant("x"), user("c")]):
+        message = "field 'messages' does not begin with field 'prompt'"
+        row = {"prompt": prompt, "messages": turns}
+        refused(read_demonstrations, save({"prompt": "a", **TEXTS}, row), message)
+    row = {"prompt": "a", "response": "b", "completion": "c"}
+    message = "fields 'response' and 'completion' are both given and differ"
+    refused(read_demonstrations, save({"prompt": "a", **TEXTS}, row), message)
+    assert read_demonstrations(save(row | {"completion": "b"}))[0]["response"] == "b"
+
+
+def test_messages_beside_a_pair_do_not_hide_its_sides(save):
+    """UltraFeedback's rows repeat the chosen conversation as `messages`."""
+    chosen, rejected = ([user("a"), assistant(text)] for text in "bc")
+    row = {"prompt": "a", "chosen": chosen, "rejected": rejected, "messages": chosen}
+    assert read_responses(save(row)) == [("a", ("b", "c"))]
 
 
 def test_turns_that_a_template_refuses_are_named_by_line(save):
