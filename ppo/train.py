@@ -187,6 +187,7 @@ class Trainer:
             algorithm=config.algorithm,
             tracking=self.config.tracking,
         )
+        processes.raise_on_all()  # a tracker that the primary process cannot start ends all of them
         with on_signal(self._remember_signal), log, self._summarising(watch, log):
             self._train(checkpoints, log, watch=watch, done=done)
         checkpoints.close()
