@@ -20,6 +20,7 @@ from conversion.classifier_config import classifier_config, hf_classifier_dict, 
 from conversion.directory import tokenizer_bytes, write_hf_json
 from conversion.hf_config import (
     QUANTISED,
+    facts_in_name,
     hf_llama_dict,
     ignored_fields,
     is_sarm,
@@ -151,7 +152,10 @@ def is_reward_model(src: str | Path, patterns: tuple[str, ...] = CONFIG_FILES) -
     directory = locate(src, patterns)
     if (directory / DESCRIPTION).is_file():
         return read_json(directory / DESCRIPTION).get("kind") == "reward"
-    return is_classifier(_read_hf_config(src, directory))
+    hf = _read_hf_config(src, directory)
+    # An older SARM says that it is a classifier, and has its sizes in its name.
+    full_name = str(directory.resolve()) if directory == Path(src) else str(src)
+    return is_classifier(hf) and not (is_sarm(hf) or facts_in_name(full_name))
 
 
 def verified_files(checkpoint: Checkpoint) -> TensorFiles:

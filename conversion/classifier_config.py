@@ -5,10 +5,11 @@ The decoder's own fields are read by `hf_config.llama_config`, as for a policy.
 
 from typing import Any
 
-from conversion.hf_config import MODEL_TYPES, is_sarm, llama_config
+from conversion.hf_config import is_sarm, llama_config
 from conversion.problems import report
 from sarm_jax.io.json_files import short
 from sarm_jax.models.linear_reward import LinearRewardConfig
+from sarm_jax.models.llama import MODEL_TYPES
 
 # Classifiers that transformers builds from GenericForSequenceClassification → their language model.
 ARCHITECTURES = {
@@ -58,7 +59,10 @@ def _check_labels(hf: dict[str, Any], problems: list[str]) -> None:
     """Reports every field that gives another number of labels than one."""
     names, count = hf.get("id2label"), hf.get("num_labels")
     if names is None and count is None:
-        problems.append(f"num_labels and id2label are missing, which means {_LABELS} labels")
+        problems.append(
+            f"num_labels and id2label are missing, which means {_LABELS} labels; if score.weight "
+            'has one row, add "num_labels": 1 to config.json'
+        )
     if names is not None and not (isinstance(names, dict) and len(names) == 1):
         problems.append(f"id2label={short(names)}: expected one label, the reward")
     if count is not None and not (type(count) is int and count == 1):

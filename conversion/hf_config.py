@@ -25,7 +25,7 @@ _READ = {
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
     "max_position_embeddings", "layer_types", "sliding_window", "use_sliding_window",
-    "max_window_layers",
+    "max_window_layers", "is_causal",
 }  # fmt: skip
 _DEFAULTS: dict[str, dict[str, int]] = {  # of absent fields; other sizes follow from the rest
     "llama": {"max_position_embeddings": 2048},
@@ -60,7 +60,7 @@ _HARMLESS = {  # names, bookkeeping, token ids (ours are the tokenizer's), initi
     "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
 }  # fmt: skip
 _UNDECLARED = {  # fields that transformers reads of any model though LlamaConfig has none of them
-    "auto_map", "attention_chunk_size", "distributed_config", "fusion_config", "is_causal",
+    "auto_map", "attention_chunk_size", "distributed_config", "fusion_config",
     "kv_sharing_modes", "logits_mup_width_multiplier", "pruned_heads", "transformers_weights",
     "unpadded_vocab_size",
 }  # fmt: skip
@@ -96,7 +96,8 @@ def llama_config(hf: dict[str, Any]) -> LlamaConfig:
     expected = [f"{name}ForCausalLM"]
     architectures = hf.get("architectures") or expected
     if name is not None and architectures != expected:
-        problems.append(f"architectures={architectures}: expected {expected}")
+        hint = " (a reward model?)" if "SequenceClassification" in str(architectures) else ""
+        problems.append(f"architectures={architectures}{hint}: expected {expected}")
     config = _read_llama(
         hf, layers=hf.get("num_hidden_layers"), also_allowed=set(), problems=problems
     )
@@ -217,7 +218,7 @@ def with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
 def _read_llama(
     hf: dict[str, Any], layers: Any, also_allowed: set[str], problems: list[str]
 ) -> LlamaConfig | None:
-    """Reads the fields of a Llama; `layers` replaces num_hidden_layers."""
+    """Reads the fields of a decoder; `layers` replaces num_hidden_layers."""
     model_type = hf.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
         problems.append(_unsupported(hf))
@@ -280,6 +281,9 @@ def _field_problems(hf: dict[str, Any], model_type: str, also_allowed: set[str])
         if name in _ONLY:
             if value is not None and value != expected and _is_read(name, model_type):
                 problems.append(f"{name}={value!r}: only {expected!r} is supported")
+        elif name == "is_causal":  # unlike other fields, it changes the model if it is off
+            if value is not True:
+                problems.append(f"{name}={value!r}: only True is supported")
         elif name in _QUANTISATION and not is_off(value):
             problems.append(f"{name}: {QUANTISED}")
         elif _is_unknown(name, value, also_allowed) and not (
@@ -366,7 +370,7 @@ def _sarm_param(hf: dict[str, Any], directory_name: str, problems: list[str]) ->
             if name not in _SARM_PARAM and not is_off(value):
                 problems.append(f"sarm_param.{name}={value!r}: unknown field")
         return param
-    facts = _facts_in_name(directory_name)
+    facts = facts_in_name(directory_name)
     if not facts and (what := _other_model(hf)):
         problems.append(f"not a SARM but {what}")
         return {}
@@ -397,7 +401,7 @@ def _other_model(hf: dict[str, Any]) -> str:
     return ""
 
 
-def _facts_in_name(directory_name: str) -> dict[str, Any]:
+def facts_in_name(directory_name: str) -> dict[str, Any]:
     """Reads the SAE's sizes from a name such as …_Latent65536_Layer16_K192_…; {} if it has none.
 
     With `-TopK-` in the name the head reads latents, with `-woTopK-` pre-activations.

@@ -77,7 +77,8 @@ def is_run(config: dict[str, Any]) -> bool:
 def describe_workdir(path: Path) -> str:
     """Describes the working directory of a run, and what in it is a model."""
     parts = "is the working directory of a run, not a model"
-    models = [str(path / part) for part in ("policy", "sarm") if (path / part).is_dir()]
+    folders = [path / part for part in ("policy", "sarm", "reward_model")]
+    models = [str(folder) for folder in folders if folder.is_dir()]
     if (path / "adapter").is_dir():
         return (
             f"{parts}: add its adapter to the base model with "

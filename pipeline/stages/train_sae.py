@@ -84,10 +84,10 @@ def _report(summary: dict) -> None:
 
     sae, reward = summary["sae"], summary["reward"]
     LOG.info(
-        "held out: explained variance %s, dead latents %s, share of the reward's variance in the "
+        "held out: explained variance %s, silent latents %s, share of the reward's variance in the "
         "features %s and in the error term %s",
         shown(sae["explained_variance_pooled"]),
-        shown(sae["dead_fraction"]),
+        shown(sae["silent_fraction_held_out"]),
         shown(reward["share_features"]),
         shown(reward["share_error"]),
     )

@@ -131,7 +131,7 @@ def check_features(name: str, ids: Any, latent_size: int) -> np.ndarray:
     wrong = array[(array < 0) | (array >= latent_size)]
     if len(wrong):
         raise InputError(
-            f"{name}: feature {wrong[0]} does not exist: this SARM has {latent_size} latents"
+            f"{name}: feature {wrong[0]} does not exist: the SAE has {latent_size} latents"
         )
     return array.astype(np.int32)
 

@@ -94,7 +94,8 @@ class RewardModel:
         Raises:
             InputError: the reward model has no SAE.
         """
-        return self.model.feature_weights() if self.latent_size else np.zeros(0, np.float32)
+        assert self.sae is not None  # raises without one
+        return self.model.feature_weights()
 
     @cached_property
     def _split(self) -> tuple[nnx.GraphDef, nnx.State]:

@@ -1,4 +1,6 @@
-"""The TopK sparse autoencoder between a SARM's trunk and its head.
+"""The TopK sparse autoencoder of a SARM, between trunk and head, or of another reward model.
+
+In a SARM it reads standardised states; in a reward model whose SAE came afterwards, x is h itself.
 
     x     = (h − mean(h)) / (std(h) + 1e-6)         per token, std with Bessel's correction
     a     = W_enc (x − b_pre) + b_latent            pre-activations
@@ -57,14 +59,14 @@ class SAE(nnx.Module):
         self.latent_bias = nnx.Param(jnp.zeros((m,), dtype))
 
     def pre_activations(self, x_bd: jax.Array) -> jax.Array:
-        """Computes a `[B, M]` of standardised inputs `[B, D]`, in float32."""
+        """Computes a `[B, M]` of inputs x `[B, D]`, in float32."""
         encoder = self.encoder[...]
         centred = (x_bd - self.pre_bias[...]).astype(encoder.dtype)
         a_bf = jnp.einsum("bd,df->bf", centred, encoder, preferred_element_type=jnp.float32)
         return a_bf + self.latent_bias[...]
 
     def encode(self, x_bd: jax.Array) -> jax.Array:
-        """Computes z `[B, M]` of standardised inputs `[B, D]`, in float32."""
+        """Computes z `[B, M]` of inputs x `[B, D]`, in float32."""
         a_bf = self.pre_activations(x_bd)
         return top_k(a_bf, self.config.k) if self.config.use_topk else a_bf
 

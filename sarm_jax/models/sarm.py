@@ -146,7 +146,7 @@ def _check_values(values: dict[int, float], latent_size: int) -> None:
     """Raises InputError for a feature that does not exist, or a value that is no float32."""
     for i, value in values.items():
         if not is_index(i, latent_size):
-            raise InputError(f"feature {i!r} does not exist: this SARM has {latent_size} latents")
+            raise InputError(f"feature {i!r} does not exist: the SAE has {latent_size} latents")
         number = np.asarray(value)
         is_number = number.ndim == 0 and np.issubdtype(number.dtype, np.number)
         if not (is_number and abs(float(value)) <= LARGEST):

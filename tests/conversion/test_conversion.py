@@ -275,6 +275,9 @@ def test_older_sarm_checkpoints_have_their_sizes_in_the_name_of_the_directory(
     del hf["sarm_param"]
     (source / "config.json").write_text(json.dumps({**hf, **field}))
     assert read_sarm_config(source) == expected
+    classifier = {**hf, **field, "architectures": ["LlamaForSequenceClassification"]}
+    (source / "config.json").write_text(json.dumps(classifier))
+    assert read_sarm_config(source) == expected
     assert expected.sae.use_topk is use_topk
     to_hf.export(
         source, tmp_path / "new", kind="sarm"

@@ -225,6 +225,8 @@ def test_the_layers_of_a_sarm_are_counted_by_its_source_layer(sarm_dir):
         ({"sliding_window": 4096}, "sliding_window=4096: unknown field"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: the weights are quantised"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map=.*: unknown field"),
+        ({"is_causal": False}, "is_causal=False: only True is supported"),
+        ({"is_causal": None}, "is_causal=None: only True is supported"),
         ({"vocab_size": 0}, "vocab_size=0: expected a positive integer"),
         ({"hidden_size": "32"}, "hidden_size='32': expected a positive integer"),
         ({"rms_norm_eps": -1}, "rms_norm_eps=-1: expected a positive number"),
@@ -271,7 +273,7 @@ def test_architectures_that_would_compute_something_else_are_refused(policy_dir,
 def test_config_problems_are_reported_at_once_and_harmless_fields_are_not(policy_dir):
     before = read_policy_config(policy_dir)
     edit_json(policy_dir / "config.json", pruned_heads={}, tokenizer_class="X", sliding_window=None,
-              rope_interleaved=False, is_llama_config=True, top_p=0.9)  # fmt: skip
+              rope_interleaved=False, is_llama_config=True, top_p=0.9, is_causal=True)  # fmt: skip
     assert read_policy_config(policy_dir) == before
     edit_json(policy_dir / "config.json", mlp_bias=True, is_causal=2, vocab_size=-4)
     message = refused(load_policy, policy_dir)

@@ -96,7 +96,7 @@ def test_new_interventions_do_not_recompile(reward_model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"set_to": {64: 0.0}}, "feature 64 does not exist: this SARM has 64 latents"),
+        ({"set_to": {64: 0.0}}, "feature 64 does not exist: the SAE has 64 latents"),
         ({"minimum": {1: 2.0}, "maximum": {1: 1.0}}, "minimum 2.0 exceeds its maximum 1.0"),
         ({"set_to": {1: 2.0}, "maximum": {1: 1.0}}, "feature 1 is set to 2.0"),
         ({"steer": {1: ("/", 2.0)}}, "operation '/'"),
