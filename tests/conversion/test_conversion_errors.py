@@ -226,7 +226,6 @@ def test_the_layers_of_a_sarm_are_counted_by_its_source_layer(sarm_dir):
         ({"quantization_config": {"bits": 4}}, "quantization_config: the weights are quantised"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map=.*: unknown field"),
         ({"is_causal": False}, "is_causal=False: only True is supported"),
-        ({"is_causal": None}, "is_causal=None: only True is supported"),
         ({"vocab_size": 0}, "vocab_size=0: expected a positive integer"),
         ({"hidden_size": "32"}, "hidden_size='32': expected a positive integer"),
         ({"rms_norm_eps": -1}, "rms_norm_eps=-1: expected a positive number"),
