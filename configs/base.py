@@ -162,11 +162,14 @@ def _add_reward(config: ConfigDict) -> None:
     # of the score; inf: no cap.
     config.reward.penalty_cap = 10.0
 
-    # The discriminator, whose logit estimates the latent KL.
+    # The discriminators, whose logits estimate the latent KL.
     config.discriminator = ConfigDict()
+    # Discriminators, each read on the rows that the others were trained on; 1: a single one, read
+    # on the rows that it was trained on, whose estimate is too large.
+    config.discriminator.folds = 4
     config.discriminator.learning_rate = 1e-3  # learning rate of AdamW
     config.discriminator.hidden_size = 64  # width of the hidden layer
-    config.discriminator.steps = 4  # minibatches per PPO step
+    config.discriminator.steps = 16  # minibatches per PPO step
     config.discriminator.batch_size = 32  # human rows per minibatch, and as many policy rows
     config.discriminator.weight_decay = 1e-2  # weight decay of AdamW
 

@@ -42,7 +42,6 @@ def get_config() -> ConfigDict:
     config.reward.human_latents = "{workdir}/human_latents.safetensors"
     config.reward.latent_indices = SELECTED + ":carriers"
     config.reward.beta = 1.0
-    config.discriminator.steps = 16  # it has only 20 PPO steps to learn in
 
     config.evaluate.rm_bench = f"{BASELINE}/data/held_out_rm_bench.jsonl"
     config.evaluate.prompts_jsonl = "configs/data/brief_held_out.jsonl"

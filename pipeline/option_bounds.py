@@ -26,6 +26,7 @@ LARGEST = dict.fromkeys(
         "ppo.gradient_accumulation_steps ppo.ppo_epochs ppo.max_new_tokens "
         "ppo.max_prompt_tokens ppo.calibration_batches ppo.pack_levels ppo.eval_batches "
         "discriminator.hidden_size discriminator.steps discriminator.batch_size "
+        "discriminator.folds "
         "prepare_data.samples_per_prompt prepare_data.max_new_tokens train_sarm.max_length "
         "train_sarm.latent_size train_sarm.k train_sarm.aux_k train_sarm.sae_batch_tokens "
         "train_sarm.epochs train_sarm.batch_size train_sae.max_length train_sae.latent_size "

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.stages import Lowered
 
@@ -91,7 +90,7 @@ class HeldOut:
         d_b = np.zeros_like(scored.score_b)
         if self.density_ratio is not None:
             assert state.density_ratio is not None
-            d_b = np.asarray(self.density_ratio.read(state.density_ratio, jnp.asarray(scored.z_bs)))
+            d_b = np.asarray(self.density_ratio.read(state.density_ratio, scored.z_bs))
         terms = compound_reward(
             self.reward,
             score_b=scored.score_b,

@@ -62,7 +62,12 @@ from sarm_jax.rewards.compound import (
     compound_reward,
     learned_reward,
 )
-from sarm_jax.rewards.density_ratio import DensityRatio, DensityRatioState, DiscriminatorConfig
+from sarm_jax.rewards.density_ratio import (
+    DensityRatio,
+    DensityRatioState,
+    DiscriminatorConfig,
+    groups_of,
+)
 from sarm_jax.rewards.human_latents import HumanLatents
 from sarm_jax.rewards.scoring import Scored, Scorer
 from sarm_jax.version import VERSION
@@ -88,6 +93,11 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     tracking: TrackConfig = dataclasses.field(default_factory=TrackConfig)
     experiment_name: str = ""
+
+    @property
+    def estimates_latent_kl(self) -> bool:
+        """True if the latent KL is estimated with an error bar, which needs folds."""
+        return self.reward.beta > 0 and self.discriminator.folds > 1
 
 
 class Trainer:
@@ -185,6 +195,7 @@ class Trainer:
             first_step=done,
             total_steps=config.total_steps,
             algorithm=config.algorithm,
+            latent_kl=self.config.estimates_latent_kl,
             tracking=self.config.tracking,
         )
         processes.raise_on_all()  # a tracker that the primary process cannot start ends all of them
@@ -296,7 +307,7 @@ class Trainer:
             )
         score_b, unclamped_b = np.concatenate(scores, axis=1)
         scale = ScoreScale.estimate(score_b, unclamped_b)
-        LOG.info("reference responses score %.4f ± %.4f", scale.mean, scale.std)
+        LOG.info("%s", scale.describe(len(score_b)))
         return scale
 
     def _roll_out(self, params: dict, number: int, key: jax.Array) -> Rollout:
@@ -322,7 +333,7 @@ class Trainer:
 
         with phase("score"):
             scored = self.scorer.score(rollout.prompts, rollout.responses)
-            terms, density_ratio_state, disc_metrics = self._reward(step, state, scored)
+            terms, density_ratio_state, disc_metrics = self._reward(step, state, rollout, scored)
             reward_b = learned_reward(
                 terms,
                 scale=self.scale,
@@ -393,11 +404,11 @@ class Trainer:
         raise SystemExit(128 + signal)
 
     def _reward(
-        self, step: int, state: RunState, scored: Scored
+        self, step: int, state: RunState, rollout: Rollout, scored: Scored
     ) -> tuple[RewardTerms, DensityRatioState | None, dict[str, np.ndarray]]:
-        """Returns (terms of the reward, new state of the discriminator, its metrics).
+        """Returns (terms of the reward, new state of the discriminators, their metrics).
 
-        The discriminator is trained on the latents of this step before it is read.
+        The discriminators are trained on the latents of this step before they are read.
         """
         d_b, density_ratio_state = np.zeros_like(scored.score_b), state.density_ratio
         metrics: dict[str, np.ndarray] = {}
@@ -405,7 +416,7 @@ class Trainer:
             assert state.density_ratio is not None
             key = jax.random.fold_in(self._disc_data_key, step)
             density_ratio_state, own_d_b, own_metrics = self.density_ratio.update(
-                state.density_ratio, jnp.asarray(scored.z_bs), key
+                state.density_ratio, scored.z_bs, key, groups_of(rollout.prompts)
             )
             d_b, metrics = _broadcast_primary(own_d_b, own_metrics)
         terms = compound_reward(

@@ -466,6 +466,7 @@ FLAGS = [
     main("infinite KL weight", "--config.ppo.kl_coef=inf", "ppo.kl_coef=inf"),
     main("no evaluation step", "--config.ppo.eval_every=0", "ppo.eval_every=0"),
     main("discriminator without a rate", "--disc_lr=inf", "discriminator.learning_rate=inf"),
+    main("no discriminator", "--config.discriminator.folds=0", "discriminator.folds=0"),
     main("discriminator of no width", "--config.discriminator.hidden_size=0", "hidden_size=0"),
     main("discriminator decay NaN", "--config.discriminator.weight_decay=nan", "weight_decay=nan"),
     main("no room for a conversation", "--config.sarm_max_length=0", "sarm_max_length=0"),

@@ -164,12 +164,14 @@ def _discriminator(runs: Sequence[Run]) -> Section:
     penalty = curves.over_steps(
         runs, "kl_penalty", title="Latent KL, β · D", unit="reward-model units"
     )
+    estimates = [run for run in runs if run.has("latent_kl")]
+    estimate = curves.over_steps(estimates, "latent_kl", title="Latent KL, mean D", unit="nats")
     return Section(
         anchor="discriminator",
         title="The discriminator",
         text="It tells human latents from those of the policy. At an accuracy of 0.5 and a loss of "
         "log 2 it cannot tell them apart. Its mean logit estimates the latent KL.",
-        pictures=[accuracy, loss, penalty],
+        pictures=[accuracy, loss, penalty, *([estimate] if estimates else [])],
         notes=notes,
     )
 

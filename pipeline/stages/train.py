@@ -153,6 +153,7 @@ def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenanc
             done=finished,
             checkpoint_every=options.ppo.checkpoint_every,
             algorithm=options.ppo.algorithm,
+            latent_kl=options.estimates_latent_kl,
         )
         if options.tracking.services:
             read_runs(workdir)  # raises if the file is damaged

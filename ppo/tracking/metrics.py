@@ -32,7 +32,8 @@ COLUMNS = (
     "time_update tokens_per_second"
 ).split()
 LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after the columns of the features
-GROUP_COLUMNS = ("zero_spread_groups",)  # of algorithms without a critic, last of all
+GROUP_COLUMNS = ("zero_spread_groups",)  # of algorithms without a critic
+LATENT_KL_COLUMNS = ("latent_kl", "latent_kl_se")  # of discriminators with folds, last of all
 
 
 class RunLog:
@@ -51,9 +52,10 @@ class RunLog:
         first_step: int,
         total_steps: int,
         algorithm: str = "ppo",
+        latent_kl: bool = False,
         tracking: TrackConfig | None = None,
     ):
-        self.columns = columns_of(features, algorithm)
+        self.columns = columns_of(features, algorithm, latent_kl=latent_kl)
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
         self._evaluations_path = workdir / EVALUATIONS
@@ -172,11 +174,17 @@ def _check_present(path: Path, opened: os.stat_result) -> None:
         raise InputError(f"{path}: was removed or exchanged while the run wrote it; restore it")
 
 
-def columns_of(features: Sequence[int], algorithm: str = "ppo") -> list[str]:
-    """Returns the columns of metrics.csv for a run that penalises these features."""
+def columns_of(
+    features: Sequence[int], algorithm: str = "ppo", *, latent_kl: bool = False
+) -> list[str]:
+    """Returns the columns of metrics.csv for a run that penalises these features.
+
+    `latent_kl`: the run estimates the latent KL with folds, see `sarm_jax.rewards.density_ratio`.
+    """
     per_feature = [f"feat_{i}_{name}" for i in features for name in ("activation", "above_tau")]
     of_groups = () if algorithm == "ppo" else GROUP_COLUMNS
-    return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups]
+    of_folds = LATENT_KL_COLUMNS if latent_kl else ()
+    return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups, *of_folds]
 
 
 def check_log(
@@ -185,6 +193,7 @@ def check_log(
     done: int,
     checkpoint_every: int,
     algorithm: str = "ppo",
+    latent_kl: bool = False,
 ) -> None:
     """Checks that metrics.csv belongs to the newest checkpoint, before a run rewrites it.
 
@@ -194,6 +203,7 @@ def check_log(
         algorithm: `ppo.algorithm`.
         done: steps of the newest checkpoint; 0 if there is none.
         checkpoint_every: steps between checkpoints.
+        latent_kl: as of `columns_of`.
 
     Raises:
         InputError: the columns are another run's, rows before the checkpoint are missing, or there
@@ -201,7 +211,7 @@ def check_log(
     """
     path = workdir / "metrics.csv"
     rows = read_metrics(path) if path.exists() else []
-    if rows and list(rows[0]) != columns_of(features, algorithm):
+    if rows and list(rows[0]) != columns_of(features, algorithm, latent_kl=latent_kl):
         raise InputError(f"{path}:1: does not have the columns of this run: restore its own file")
     steps = [row["step"] for row in rows]
     if steps[:done] != list(range(done)):

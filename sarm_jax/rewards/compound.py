@@ -222,6 +222,14 @@ class ScoreScale:
             )
         return cls(float(np.mean(score_b)), std)
 
+    def describe(self, responses: int) -> str:
+        """Describes μ and σ, and how uncertain σ of so many responses is, for the log."""
+        error = 1 / np.sqrt(2 * max(responses - 1, 1))  # of a normal distribution's σ
+        return (
+            f"{responses} reference responses score {self.mean:.4f} ± {self.std:.4f}; σ, the unit "
+            f"of α and β in sd, is uncertain by {error:.0%}"
+        )
+
     def normalise(self, total_b: np.ndarray) -> np.ndarray:
         """Returns (R_total − μ) / σ, float32."""
         return ((total_b - self.mean) / self.std).astype(np.float32)

@@ -39,7 +39,12 @@ from sarm_jax.rewards.compound import (
     compound_reward,
     learned_reward,
 )
-from sarm_jax.rewards.density_ratio import DensityRatio, DensityRatioState, DiscriminatorConfig
+from sarm_jax.rewards.density_ratio import (
+    DensityRatio,
+    DensityRatioState,
+    DiscriminatorConfig,
+    groups_of,
+)
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
 from sarm_jax.rewards.scoring import Scorer
 
@@ -154,7 +159,7 @@ class ControlledReward:
             key = jax.random.fold_in(self._key, self.calls)
             assert state is not None
             state, own_d_b, metrics = self._density_ratio.update(
-                state, jnp.asarray(scored.z_bs), key
+                state, scored.z_bs, key, groups_of(parsed)
             )
             d_b = np.asarray(own_d_b)
             if metrics["skipped"]:
@@ -237,11 +242,7 @@ class ControlledReward:
     def _calibrate(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> ScoreScale:
         score_b, unclamped_b = self._scorer.score_with_and_without_clamp(prompts, responses)
         scale = ScoreScale.estimate(score_b, unclamped_b)
-        error = 1 / np.sqrt(2 * max(len(responses) - 1, 1))
-        LOG.info(
-            "%d reference responses score %.4f ± %.4f; σ is uncertain by about %.0f %%",
-            len(responses), scale.mean, scale.std, 100 * error,
-        )  # fmt: skip
+        LOG.info("%s", scale.describe(len(responses)))
         return scale
 
     def _ended(self, completion_ids: Sequence[Sequence[int]] | None, count: int) -> np.ndarray:

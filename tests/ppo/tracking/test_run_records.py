@@ -13,6 +13,7 @@ from ppo.rollout import Sampler
 from ppo.tracking.metrics import COLUMNS, RunLog, columns_of, read_evaluations
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.models.chat import encode_prompt
+from sarm_jax.rewards.density_ratio import groups_of
 from sarm_jax.rewards.scoring import Scorer
 from sarm_jax.sampling.generate import Generation
 from tests.closeness import assert_close
@@ -112,15 +113,19 @@ def test_what_is_learned_is_the_whole_reward(make_trainer, tmp_path):
     trainer = make_trainer(
         tmp_path / "run", reward=reward, total_steps=1, samples_per_step=4, missing_eos_penalty=0.0
     )
+    fresh = trainer.state.density_ratio
     summary = trainer.run()
     (row,) = read_metrics(tmp_path / "run" / "metrics.csv")
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     texts = SimpleNamespace(
         prompts=[s["prompt"] for s in samples], responses=[s["response"] for s in samples]
     )
-    z_bs = jnp.asarray(trainer.scorer.score(texts.prompts, texts.responses).z_bs)
-    d = trainer.density_ratio.read(trainer.state.density_ratio, z_bs)
+    z_bs = trainer.scorer.score(texts.prompts, texts.responses).z_bs
+    key = jax.random.fold_in(trainer._disc_data_key, 0)
+    _, d, metrics = trainer.density_ratio.update(fresh, z_bs, key, groups_of(texts.prompts))
     assert_close([s["kl_penalty"] for s in samples], 0.5 * np.asarray(d))
+    for name in ("latent_kl", "latent_kl_se", "disc_loss", "disc_acc"):
+        assert_close(row[name], metrics[name])
     assert np.abs(d).max() > 1e-4 and row["indicator_penalty"] > 0
     expected = (row["total_reward"] - summary["score_mean_at_start"]) / summary[
         "score_std_at_start"

@@ -1,5 +1,7 @@
 """The discriminator estimates the log density ratio, and the buffer file is checked."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.rewards.density_ratio import DensityRatio, DiscriminatorConfig
+from sarm_jax.rewards.density_ratio import (
+    DensityRatio,
+    DiscriminatorConfig,
+    _variance_of_mean,
+    groups_of,
+)
 from sarm_jax.rewards.human_latents import (
     HumanLatents,
     collect_human_latents,
@@ -149,6 +156,7 @@ def test_a_discriminator_that_is_always_right_is_held_at_log_n():
     np.testing.assert_allclose(logits, np.log(50), rtol=1e-6)
     np.testing.assert_array_equal(logits, ratio.read(state, far))
     np.testing.assert_allclose(ratio.read(state, -far), -np.log(50), rtol=1e-6)
+    assert metrics["latent_kl"] == pytest.approx(np.log(50))
 
 
 def test_latents_that_are_not_finite_do_not_train_it():
@@ -161,7 +169,7 @@ def test_latents_that_are_not_finite_do_not_train_it():
         poisoned = policy.copy()
         poisoned[:, 1] = bad
         after, logits, metrics = ratio.update(state, jnp.asarray(poisoned), jax.random.key(2))
-        assert metrics["skipped"] == CONFIG.steps and np.isnan(logits).all()
+        assert metrics["skipped"] == CONFIG.folds * CONFIG.steps and np.isnan(logits).all()
         for a, b in zip(*map(jax.tree.leaves, (state, after)), strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -170,7 +178,7 @@ def test_read_gives_the_values_of_update():
     rng = np.random.default_rng(0)
     human = rng.normal(3, 2, size=(400, 2)).astype(np.float32)
     policy = rng.normal(4, 2, size=(64, 2)).astype(np.float32)
-    config = DiscriminatorConfig(1e-2, 16, 50, 64, 0.0)
+    config = DiscriminatorConfig(1e-2, 16, 50, 64, 0.0, folds=1)
     ratio = DensityRatio(config, human)
     state, logits, _ = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
     assert np.abs(logits).max() < np.log(400)
@@ -182,7 +190,89 @@ def test_weight_decay_of_the_discriminator():
     human, policy = rng.normal(size=(2, 50, 2)).astype(np.float32)
     norms = []
     for decay in (0.0, 10.0):
-        ratio = DensityRatio(DiscriminatorConfig(1e-2, 16, 50, 16, decay), human)
+        ratio = DensityRatio(DiscriminatorConfig(1e-2, 16, 50, 16, decay, folds=1), human)
         state, *_ = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
         norms.append(float(jnp.linalg.norm(state.params["hidden"]["kernel"][...])))
     assert norms[1] < 0.5 * norms[0]
+
+
+def gaussian_estimates(ratio, shift, steps=30, runs=4):
+    """Returns estimates and standard errors of the second half of some runs, `[run, step]`."""
+    found, errors = np.zeros((2, runs, steps))
+    for run in range(runs):
+        rng = np.random.default_rng(run)
+        state = ratio.init(jax.random.key(run))
+        for step in range(steps):
+            policy = rng.normal(size=(16, 20)).astype(np.float32)
+            policy[:, 0] += shift
+            state, d_b, metrics = ratio.update(state, policy, jax.random.key(step))
+            found[run, step], errors[run, step] = d_b.mean(), metrics.get("latent_kl_se", 0)
+    return found[:, steps // 2 :], errors[:, steps // 2 :]
+
+
+def test_the_cross_fitted_latent_kl_is_within_its_error_bar():
+    human = np.random.default_rng(99).normal(size=(240, 20)).astype(np.float32)
+    cross_fitted, alone = (
+        DensityRatio(DiscriminatorConfig(folds=folds), human) for folds in (4, 1)
+    )
+    for kl in (0.0, 0.9):
+        shift = np.sqrt(2 * kl)
+        found, errors = gaussian_estimates(cross_fitted, shift)
+        assert abs(found.mean() - kl) < errors.mean()
+        # The error bar is that of a step: the spread between the steps of a run.
+        assert 0.7 < found.std(axis=1).mean() / errors.mean() < 1.3
+        too_large, _ = gaussian_estimates(alone, shift)
+        assert too_large.mean() - kl > 0.15
+
+
+def test_responses_to_one_prompt_are_in_one_fold():
+    """Rows that are alike within a prompt teach a discriminator nothing about themselves."""
+    rng = np.random.default_rng(4)
+    human = rng.normal(size=(200, 8)).astype(np.float32)
+    centres = rng.normal(scale=3, size=(4, 8)).astype(np.float32)
+    policy = np.repeat(centres, 4, axis=0) + rng.normal(scale=0.01, size=(16, 8)).astype("f4")
+    ratio = DensityRatio(DiscriminatorConfig(1e-2, steps=50, weight_decay=0.0), human)
+    fresh, key = ratio.init(jax.random.key(0)), jax.random.key(1)
+    apart, known = (
+        float(ratio.update(fresh, policy, key, group_b)[2]["disc_loss"])
+        for group_b in (np.repeat(np.arange(4), 4), np.arange(16))
+    )
+    assert known < 0.8 * apart
+
+
+def test_groups_are_numbered_by_prompt():
+    np.testing.assert_array_equal(groups_of(["b", "a", "b", "c"]), [0, 1, 0, 2])
+    np.testing.assert_array_equal(groups_of(["a", "a", "a"]), [0, 1, 2])
+
+
+@pytest.mark.parametrize(("rows", "humans"), [(1, 50), (3, 50), (16, 3), (2, 2), (5, 4)])
+def test_fewer_rows_than_folds(rows, humans):
+    rng = np.random.default_rng(6)
+    human, policy = rng.normal(size=(humans, 3)), rng.normal(size=(rows, 3))
+    ratio = DensityRatio(CONFIG, human)
+    assert ratio.folds == min(4, humans)
+    for group_b in (None, np.zeros(rows, int)):
+        fresh = ratio.init(jax.random.key(0))
+        _, d_b, metrics = ratio.update(fresh, policy, jax.random.key(1), group_b)
+        assert np.isfinite(d_b).all() and all(np.isfinite(x) for x in metrics.values())
+
+
+def test_standard_error_of_correlated_rows():
+    """Rows of a prompt that are all alike count as one."""
+    rng = np.random.default_rng(8)
+    d_g = rng.normal(size=6).astype(np.float32)
+    variance = _variance_of_mean(jnp.repeat(jnp.asarray(d_g), 3), jnp.repeat(jnp.arange(6), 3))
+    assert float(variance) == pytest.approx(d_g.var(ddof=1) / 6, rel=1e-5)
+
+
+def test_a_held_out_loss_that_rises_stops_the_training():
+    """What no later state improves on is kept: here the one that knows nothing."""
+    rng = np.random.default_rng(9)
+    human, policy = rng.normal(size=(2, 16, 200)).astype(np.float32)
+    config = DiscriminatorConfig(1e-2, steps=300, weight_decay=0.0)
+    ratio = DensityRatio(config, human)
+    _, d_b, metrics = ratio.update(ratio.init(jax.random.key(0)), policy, jax.random.key(1))
+    assert metrics["disc_loss"] <= np.log(2) + 1e-6
+    alone = DensityRatio(dataclasses.replace(config, folds=1), human)
+    _, memorised_b, _ = alone.update(alone.init(jax.random.key(0)), policy, jax.random.key(1))
+    assert float(memorised_b.mean()) > 2 > 4 * abs(float(d_b.mean()))
