@@ -210,7 +210,7 @@ class DensityRatio:
             metrics = {"disc_loss": losses.mean(), "disc_acc": accuracies.mean()}
         else:
             state, finite, d_b, metrics = self._cross_fit(human.z_ns, state, z_bs, key, group_b)
-        metrics["skipped"] = jnp.where(finite, 0, self.config.steps * self.folds)
+        metrics["skipped"] = jnp.where(finite, 0, self.config.steps)
         return state, d_b, metrics
 
     def _cross_fit(self, human_ns, state, z_bs, key, group_b):

@@ -52,7 +52,7 @@ def test_a_run_writes_all_its_files(make_trainer, tmp_path):
     assert list(rows[0])[: len(COLUMNS)] == COLUMNS
     assert list(rows[0])[len(COLUMNS) :] == [
         "feat_3_activation", "feat_3_above_tau", "feat_5_activation", "feat_5_above_tau",
-        "skipped_updates", "distinct_responses",
+        "skipped_updates", "distinct_responses", "latent_kl", "latent_kl_se",
     ]  # fmt: skip
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert all(np.isfinite(float(cell)) for row in rows for cell in row.values())

@@ -169,7 +169,7 @@ def test_latents_that_are_not_finite_do_not_train_it():
         poisoned = policy.copy()
         poisoned[:, 1] = bad
         after, logits, metrics = ratio.update(state, jnp.asarray(poisoned), jax.random.key(2))
-        assert metrics["skipped"] == CONFIG.folds * CONFIG.steps and np.isnan(logits).all()
+        assert metrics["skipped"] == CONFIG.steps and np.isnan(logits).all()
         for a, b in zip(*map(jax.tree.leaves, (state, after)), strict=True):
             np.testing.assert_array_equal(a, b)
 
