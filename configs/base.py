@@ -303,6 +303,9 @@ def _add_train_sae(config: ConfigDict) -> None:
     config.train_sae.token_states = 0
     config.train_sae.latent_size = 16384  # latents of the SAE
     config.train_sae.k = 64  # latents that TopK keeps
+    # topk: a kept latent may be negative, as in a SARM; topk_relu: it then becomes 0, as in
+    # SAELens, in whose format only such an SAE can be written.
+    config.train_sae.activation = "topk"
     config.train_sae.steps = 1000  # optimizer steps
     config.train_sae.batch_states = 512  # states per step
     config.train_sae.learning_rate = 1e-3  # peak learning rate
@@ -391,7 +394,8 @@ def _add_plan(config: ConfigDict) -> None:
     config.plan.target = "host"
     # Directory with the policy's config.json; empty: policy_model.
     config.plan.policy_config = ""
-    # Directory with the SARM's config.json; empty: sarm_model.
+    # Directory with the config.json of the SARM, or of a classifier; empty: sarm_model. A
+    # classifier without an SAE is planned with one of train_sae.latent_size and train_sae.k.
     config.plan.sarm_config = ""
     # JSON file {"tokens": number of prompts of that length with the chat template, …}; the plan
     # covers the lengths that a run pads its batches to. Empty: all prompts have the length

@@ -38,7 +38,7 @@ from sarm_jax.io.json_files import read_json, short
 from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import SCALINGS, Llama3Scaling
-from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sae import ACTIVATIONS, SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 
 LOG = logging.getLogger(__name__)
@@ -51,6 +51,16 @@ _QUANTISED = re.compile(  # tensors of bitsandbytes, GPTQ, AWQ and compressed-te
     r"|(weight|input)_(format|scale|scale_inv|packed|shape|zero_point|g_idx))"
 )
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_ADVICE = {  # (kind of a converted directory, kind that was expected) → what to do
+    ("policy", "sarm"): (
+        "; --stage=train_sarm makes a SARM from a policy, or is it the model of the other option?"
+    ),
+    ("policy", "reward"): "; a policy has no head that scores: name a classifier with one label",
+    ("sarm", "policy"): "; is it the model of the other option?",
+    ("sarm", "reward"): "; a SARM has an SAE already: name it as sarm_model, or as --kind=sarm",
+    ("reward", "policy"): "; is it the model of the other option?",
+    ("reward", "sarm"): "; convert it with --kind=reward",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,16 +241,16 @@ def _open_converted(name: str, directory: Path, kind: Kind) -> Checkpoint:
     if description.get("format") != FORMAT:
         raise InputError(f"{path}: format={description.get('format')!r}, expected {FORMAT}")
     if description.get("kind") != kind:
-        raise InputError(f"{path}: kind={description.get('kind')!r}, expected {kind!r}")
+        found = description.get("kind")
+        advice = _ADVICE.get((str(found), kind), "")  # another kind has no advice
+        raise InputError(f"{path}: kind={found!r}, expected {kind!r}{advice}")
     try:
         fields = description["config"]
         config: ModelConfig
         if kind == "policy":
             config = _llama_from(fields)
         elif kind == "sarm":
-            config = SARMConfig(
-                trunk := _llama_from(fields["trunk"]), _sae_from(fields["sae"], trunk)
-            )
+            config = _sarm_from(fields)
         else:
             config = _linear_reward_from(fields)
         # The description of a converted directory has to pass the checks of a config.json.
@@ -282,15 +292,30 @@ def _linear_reward_from(fields: dict[str, Any]) -> LinearRewardConfig:
     return LinearRewardConfig(trunk, fields["pad_token_id"], own)
 
 
+def _sarm_from(fields: dict[str, Any]) -> SARMConfig:
+    trunk = _llama_from(fields["trunk"])
+    sae = _sae_from(fields["sae"], trunk)
+    if sae.activation not in ("topk", "identity"):
+        raise ValueError(f"sae.activation={sae.activation!r}: a SARM has topk or identity")
+    return SARMConfig(trunk, sae)
+
+
 def _sae_from(fields: dict[str, Any], trunk: LlamaConfig) -> SAEConfig:
     """Reads the config of an SAE; raises ValueError if it does not fit the trunk's states."""
+    fields = dict(fields)
+    if "activation" not in fields:  # once there were two activations
+        use_topk = fields.pop("use_topk")
+        if type(use_topk) is not bool:
+            raise ValueError(f"sae.use_topk={use_topk!r}: expected true or false")
+        fields["activation"] = "topk" if use_topk else "identity"
     config = SAEConfig(**fields)
     for name in ("hidden_size", "latent_size", "k"):
         value = getattr(config, name)
         if type(value) is not int or value < 1:
             raise ValueError(f"sae.{name}={value!r}: expected a positive whole number")
-    if type(config.use_topk) is not bool:
-        raise ValueError(f"sae.use_topk={config.use_topk!r}: expected true or false")
+    if config.activation not in ACTIVATIONS:
+        expected = ", ".join(ACTIVATIONS)
+        raise ValueError(f"sae.activation={config.activation!r}: expected one of {expected}")
     if config.hidden_size != trunk.hidden_size:
         raise ValueError(
             f"sae.hidden_size={config.hidden_size}: the states have {trunk.hidden_size} dimensions"

@@ -41,7 +41,7 @@ def write_converted(
     Raises:
         InputError: `dst` cannot be written.
     """
-    config, own = checkpoint.config, {} if sae is None else _tensors(sae)
+    config, own = checkpoint.config, {} if sae is None else _tensors(sae, dtype)
     if sae is not None:
         assert isinstance(config, LinearRewardConfig)
         config = dataclasses.replace(config, sae=sae.config)
@@ -80,6 +80,10 @@ def save_with_sae(src: str | Path, dst: str | Path, sae: SAE) -> None:
     write_converted(checkpoint, verified_files(checkpoint), dst, sae=sae)
 
 
-def _tensors(sae: SAE) -> dict[str, np.ndarray]:
+def _tensors(sae: SAE, dtype: str | None) -> dict[str, np.ndarray]:
+    """Returns the tensors of an SAE by name, in their own dtype if `dtype` is None."""
     flat = nnx.to_flat_state(nnx.state(sae))
-    return {".".join(("sae", *map(str, path))): np.asarray(value[...]) for path, value in flat}
+    arrays = {".".join(("sae", *map(str, path))): np.asarray(value[...]) for path, value in flat}
+    if dtype is None:
+        return arrays
+    return {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}

@@ -134,7 +134,8 @@ def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
     trunk = _read_llama(hf, layers=layers, also_allowed=_SARM_ONLY, problems=problems)
     report("config.json", problems)
     assert trunk is not None and isinstance(use_topk, bool)
-    sae = SAEConfig(hidden_size=trunk.hidden_size, latent_size=latent_size, k=k, use_topk=use_topk)
+    activation = "topk" if use_topk else "identity"
+    sae = SAEConfig(trunk.hidden_size, latent_size, k, activation=activation)
     return SARMConfig(trunk, sae)
 
 

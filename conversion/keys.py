@@ -45,6 +45,7 @@ TABLE: dict[str, tuple[str, Layout]] = {  # our path without "trunk." → (HF na
     "sae.decoder": ("sae.decoder.weight", "transposed"),
     "sae.pre_bias": ("sae.pre_bias", "same"),
     "sae.latent_bias": ("sae.latent_bias", "same"),
+    "sae.threshold": ("sae.threshold", "same"),
     "score": ("score.weight", "row"),  # HF [1, M], ours [M]; of a classifier [1, D] and [D]
 }
 

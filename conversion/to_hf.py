@@ -1,18 +1,19 @@
 """Writes models and adapters in the layout of the Hugging Face libraries.
 
     python -m conversion.to_hf --src=WORKDIR_OR_DIR --dst=DIR [--merge]
-    python -m conversion.to_hf --kind=sarm|reward --src=DIR --dst=DIR
+    python -m conversion.to_hf --kind=sarm|reward|sae --src=DIR --dst=DIR
 
 WORKDIR is the working directory of a PPO run: its adapter is copied in the PEFT layout or, with
 --merge, added to the base model (W + α/r · B A in float32, stored in the dtype of the base). DIR is
 a converted directory, or a directory that holds an adapter itself. A reward model is written as
-the classifier that transformers has, which is without an SAE.
+the classifier that transformers has, which is without an SAE. With --kind=sae the SAE of a reward
+model is written in SAELens' format.
 """
 
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ from conversion.model_code import copy_model_code
 from conversion.peft import CONFIG as ADAPTER_CONFIG
 from conversion.peft import Adapter, read_adapter
 from conversion.rope_fields import needs_transformers5, rope_fields
+from conversion.saelens import write_sae
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
@@ -46,7 +48,8 @@ from sarm_jax.models.lora import merge_lora
 from sarm_jax.models.sarm import SARM
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_enum("kind", "policy", ["policy", "sarm", "reward"], "Kind of model.", FLAGS)
+KINDS = ["policy", "sarm", "reward", "sae"]
+flags.DEFINE_enum("kind", "policy", KINDS, "What is written.", FLAGS)
 flags.DEFINE_string("src", None, "Working directory or model directory.", FLAGS, required=True)
 flags.DEFINE_string("dst", None, "New directory to write.", FLAGS, required=True)
 flags.DEFINE_bool("merge", False, "Write base + adapter as one model.", FLAGS)
@@ -54,13 +57,15 @@ flags.DEFINE_bool("merge", False, "Write base + adapter as one model.", FLAGS)
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool = False) -> str:
+def export(
+    src: str | Path, dst: str | Path, kind: Kind | Literal["sae"] = "policy", merge: bool = False
+) -> str:
     """Writes `dst` and returns a summary line.
 
     Args:
         src: a working directory or a model directory, see the module's docstring.
         dst: the new directory.
-        kind: "policy", "sarm" or "reward".
+        kind: "policy", "sarm", "reward", or "sae" for the SAE of a reward model.
         merge: add the adapter to the base model.
 
     Raises:
@@ -70,6 +75,8 @@ def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool 
     if adapter is None:
         if merge:
             raise InputError(f"--merge: {src} holds no adapter")
+        if kind == "sae":
+            return write_sae(src, dst)
         return write_model(open_checkpoint(src, kind), dst)
     checkpoint = open_checkpoint(_base_model(Path(src), adapter), "policy")
     factors = read_adapter(adapter, checkpoint.specs())
@@ -85,14 +92,14 @@ def export(src: str | Path, dst: str | Path, kind: Kind = "policy", merge: bool 
 
 def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None = None) -> str:
     """Writes a checkpoint in the HF layout, with the adapter added if there is one."""
-    start = time.perf_counter()
+    start, exported = time.perf_counter(), _exported(checkpoint)
     files = verified_files(checkpoint)
     dtypes: dict[str, int] = {}
     with (
         atomic_directory(dst, needed=checkpoint.bytes_stored(files)) as directory,
         TensorWriter(directory) as writer,
     ):
-        for spec in tqdm(_exported(checkpoint), desc=f"writing {dst}", unit="tensor"):
+        for spec in tqdm(exported, desc=f"writing {dst}", unit="tensor"):
             array = checkpoint.mapped(files, spec)
             if adapter is not None and spec in adapter.factors:
                 array = _merged(array, adapter, spec)
@@ -105,7 +112,8 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
         hf = with_dtype(_hf_config(checkpoint, directory), main_dtype)
         write_hf_json(directory / "config.json", hf)
     seconds = time.perf_counter() - start
-    return f"{dst}: {tensors} tensors, {writer.total_bytes:,} bytes, {seconds:.1f} s"
+    without = "" if len(exported) == len(checkpoint.specs()) else ", without its SAE"
+    return f"{dst}: {tensors} tensors{without}, {writer.total_bytes:,} bytes, {seconds:.1f} s"
 
 
 def _exported(checkpoint: Checkpoint) -> list[TensorSpec]:

@@ -1043,12 +1043,14 @@ STAGES = [
 ]
 
 LABELS = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
-SAE = {"hidden_size": 32, "latent_size": 64, "k": 8, "use_topk": True}
+SAE = {"hidden_size": 32, "latent_size": 64, "k": 8, "activation": "topk"}
+OLD_SAE = {"hidden_size": 32, "latent_size": 64, "k": 8}  # before there were other activations
 OTHER_SAES = {  # fields of an SAE → the message
     "hidden_size": (16, "sae.hidden_size=16: the states have 32 dimensions"),
     "latent_size": (63, "sae.encoder: shape [32, 64], expected [32, 63]"),
     "k": (65, "sae.k=65: exceeds latent_size=64"),
-    "use_topk": (1, "sae.use_topk=1: expected true or false"),
+    "activation": ("gelu", "sae.activation='gelu': expected one of topk, topk_relu, jumprelu"),
+    "threshold": (1, "threshold"),
 }
 REWARD_MODELS = [
     reward_model(
@@ -1093,6 +1095,27 @@ REWARD_MODELS = [
             damage=json_fields("reward", "sarm_jax.json", config={"sae": SAE | {name: value}}),
         )
         for name, (value, message) in OTHER_SAES.items()
+    ),
+    main(
+        "SAE of a reward model from an older version",
+        "--sarm_model={bad}",
+        "sae.use_topk=1: expected true or false",
+        damage=json_fields("reward", "sarm_jax.json", config={"sae": OLD_SAE | {"use_topk": 1}}),
+    ),
+    main(
+        "SAE of a reward model with thresholds",
+        "--sarm_model={bad}",
+        "sae.threshold: missing",
+        damage=json_fields(
+            "reward", "sarm_jax.json", config={"sae": SAE | {"activation": "jumprelu"}}
+        ),
+    ),
+    main(
+        "SAE of train_sae with thresholds",
+        "--stage=train_sae --config.train_sae.model={world}/classifier "
+        "--config.train_sae.responses_jsonl={world}/pairs.jsonl "
+        "--config.train_sae.activation=jumprelu",
+        "train_sae.activation=jumprelu: expected topk or topk_relu",
     ),
 ]
 
@@ -1993,8 +2016,70 @@ def export(name: str, options: str, *messages: str, damage: Damage | None = None
     return BadInput(name, options, messages=messages, damage=damage, command="to_hf")
 
 
+def sae_of(**fields: Any) -> Damage:
+    """Makes an SAE in SAELens' format of states of 48 dimensions, with other `fields`."""
+
+    def damage(world: Path, folder: Path) -> Path:
+        place = folder / "bad"
+        place.mkdir()
+        shapes = {"W_enc": (48, 8), "W_dec": (8, 48), "b_enc": (8,), "b_dec": (48,)}
+        arrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+        save_file(arrays, place / "sae_weights.safetensors")
+        content = {"architecture": "topk", "k": 4, "d_in": 48, "d_sae": 8} | fields
+        (place / "cfg.json").write_text(json.dumps(content))
+        return place
+
+    return damage
+
+
+def imported(name: str, *messages: str, damage: Damage | None = None) -> BadInput:
+    """A case in which `from_hf` refuses the SAE of a classifier."""
+    options = f"--kind=reward --sae={{bad}} --src={{world}}/classifier {NEW}"
+    return convert(name, options, *messages, damage=damage)
+
+
 NEW = "--dst={world}/../new"
 CONVERSION = [
+    imported("SAE of another width", "--sae={bad}", "48 dimensions", "have 32", damage=sae_of()),
+    imported(
+        "SAE of another architecture",
+        'cfg.json: architecture="gated": expected one of topk, jumprelu, standard',
+        damage=sae_of(architecture="gated"),
+    ),
+    imported(
+        "SAE of scaled states",
+        'normalize_activations="layer_norm"',
+        "depends on the state",
+        damage=sae_of(normalize_activations="layer_norm"),
+    ),
+    imported(
+        "SAE of another layer",
+        'hook_name="blocks.3.hook_resid_post"',
+        "after the final norm",
+        damage=sae_of(metadata={"hook_name": "blocks.3.hook_resid_post"}),
+    ),
+    convert(
+        "no SAE",
+        f"--kind=reward --sae={{world}}/policy --src={{world}}/classifier {NEW}",
+        "policy: no SAE in SAELens' format: cfg.json is missing",
+    ),
+    convert(
+        "SAE for a policy",
+        f"--kind=policy --sae={{world}}/policy --src={{world}}/policy {NEW}",
+        "--sae=",
+        "--kind=policy takes none",
+    ),
+    convert(
+        "reward model converted for a policy",
+        f"--kind=policy --src={{world}}/reward {NEW}",
+        "kind='reward', expected 'policy'; is it the model of the other option?",
+    ),
+    export("SAE of a classifier", f"--kind=sae --src={{world}}/classifier {NEW}", "without an SAE"),
+    export("SAE of a SARM", f"--kind=sae --src={{world}}/sarm {NEW}", "standardised states"),
+    export("SAE that is signed", f"--kind=sae --src={{world}}/reward {NEW}", "may be negative"),
+    export(
+        "SAE that is merged", f"--kind=sae --merge --src={{world}}/reward {NEW}", "holds no adapter"
+    ),
     convert("no kind", f"--src={{world}}/policy {NEW}", "--kind"),
     convert(
         "unknown kind",

@@ -1,10 +1,9 @@
 """Stores the pooled latents of many responses without an array of N × M.
 
 A TopK code of k values with their indices takes 8 k bytes per response and loses nothing. It is
-sorted by feature, so that a few columns at a time can be made dense. Without TopK every latent is
-active. The pooled trunk states x `[N, D]` are then kept, and columns are encoded on request:
-    z[:, ids] = (x − b_pre) W_enc[:, ids] + b_latent[ids]
-The trunk never runs twice. (Suffixes here: n response, f requested feature, p pair.)
+sorted by feature, so that a few columns at a time can be made dense. Without TopK any number of
+latents may be active. The pooled trunk states x `[N, D]` are then kept, and columns are encoded on
+request. The trunk never runs twice. (Suffixes here: n response, f requested feature, p pair.)
 """
 
 import dataclasses
@@ -54,7 +53,7 @@ class TopKLatents:
 
 
 class EncodedLatents:
-    """A store of pooled states `[N, D]`, for a SAE that keeps every pre-activation."""
+    """A store of pooled states `[N, D]`, for an SAE without TopK."""
 
     def __init__(self, x_nd: np.ndarray, sae: SAE):
         self.x_nd, self.sae, self.size = x_nd, sae, sae.config.latent_size
@@ -64,11 +63,8 @@ class EncodedLatents:
 
     def columns(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns dense columns `[N, f]`."""
-        index_f = jnp.asarray(ids, jnp.int32)
-        encoder = self.sae.encoder[...][:, index_f]
-        centred = (jnp.asarray(self.x_nd) - self.sae.pre_bias[...]).astype(encoder.dtype)
-        a_nf = jnp.einsum("nd,df->nf", centred, encoder, preferred_element_type=jnp.float32)
-        return np.asarray(a_nf + self.sae.latent_bias[...][index_f], np.float32)
+        z_nf = self.sae.columns(jnp.asarray(self.x_nd), jnp.asarray(ids, jnp.int32))
+        return np.asarray(z_nf, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

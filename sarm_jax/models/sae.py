@@ -1,14 +1,22 @@
-"""The TopK sparse autoencoder of a SARM, between trunk and head, or of another reward model.
+"""The sparse autoencoder of a SARM, between trunk and head, or of another reward model.
 
 In a SARM it reads standardised states; in a reward model whose SAE came afterwards, x is h itself.
 
     x     = (h − mean(h)) / (std(h) + 1e-6)         per token, std with Bessel's correction
     a     = W_enc (x − b_pre) + b_latent            pre-activations
-    z     = a where a is among the k largest, else 0      (no ReLU: a kept value may be negative)
+    z     = activation(a)
     x̂     = W_dec z + b_pre
     loss  = mean((x̂ − x)²) / mean(x²)               per token: the fraction of variance unexplained
 
-Source: SARM (arXiv 2508.08746); TopK autoencoders, Gao et al. 2406.04093.
+    activation   z
+    topk         a where a is among the k largest, else 0   (a kept value may be negative)
+    topk_relu    max(a, 0) where a is among the k largest, else 0
+    jumprelu     a where a > max(threshold, 0), else 0, with a threshold for each latent
+    relu         max(a, 0)
+    identity     a
+
+A SARM has topk or identity. Source: SARM (arXiv 2508.08746); TopK autoencoders, Gao et al.
+2406.04093; JumpReLU, Rajamanoharan et al. 2407.14435.
 """
 
 import dataclasses
@@ -19,16 +27,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 STANDARDISE_EPS = 1e-6
+TOPK = ("topk", "topk_relu")
+ACTIVATIONS = (*TOPK, "jumprelu", "relu", "identity")
 
 
 @dataclasses.dataclass(frozen=True)
 class SAEConfig:
-    """The SAE's sizes: `latent_size` M, `k` kept latents; without `use_topk`, z is a itself."""
+    """The SAE's sizes and its activation.
+
+    Attributes:
+        hidden_size: D, the dimensions of x.
+        latent_size: M, the number of latents.
+        k: latents that TopK keeps. Without TopK, only a SARM uses it, to reconstruct.
+        activation: one of `ACTIVATIONS`.
+    """
 
     hidden_size: int
     latent_size: int
     k: int
-    use_topk: bool = True
+    activation: str = "topk"
+
+    @property
+    def use_topk(self) -> bool:
+        """True if at most k latents are not 0."""
+        return self.activation in TOPK
 
 
 def standardise(h: jax.Array) -> jax.Array:
@@ -46,7 +68,10 @@ def top_k(a_bf: jax.Array, k: int) -> jax.Array:
 
 
 class SAE(nnx.Module):
-    """The autoencoder: encoder `[D, M]`, decoder `[M, D]`, `pre_bias [D]`, `latent_bias [M]`."""
+    """The autoencoder: encoder `[D, M]`, decoder `[M, D]`, `pre_bias [D]`, `latent_bias [M]`.
+
+    With the activation jumprelu it also has `threshold [M]`.
+    """
 
     def __init__(self, config: SAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         d, m = config.hidden_size, config.latent_size
@@ -57,6 +82,9 @@ class SAE(nnx.Module):
         self.decoder = nnx.Param(directions.astype(dtype))
         self.pre_bias = nnx.Param(jnp.zeros((d,), dtype))
         self.latent_bias = nnx.Param(jnp.zeros((m,), dtype))
+        self.threshold: nnx.Param | None = nnx.data(None)
+        if config.activation == "jumprelu":
+            self.threshold = nnx.Param(jnp.zeros((m,), dtype))
 
     def pre_activations(self, x_bd: jax.Array) -> jax.Array:
         """Computes a `[B, M]` of inputs x `[B, D]`, in float32."""
@@ -67,8 +95,29 @@ class SAE(nnx.Module):
 
     def encode(self, x_bd: jax.Array) -> jax.Array:
         """Computes z `[B, M]` of inputs x `[B, D]`, in float32."""
-        a_bf = self.pre_activations(x_bd)
-        return top_k(a_bf, self.config.k) if self.config.use_topk else a_bf
+        return self.activate(self.pre_activations(x_bd))
+
+    def activate(self, a_bf: jax.Array) -> jax.Array:
+        """Computes z `[B, M]` of pre-activations."""
+        if self.config.use_topk:
+            a_bf = top_k(a_bf, self.config.k)
+        return _rectified(a_bf, self.config.activation, self._threshold())
+
+    def reconstructing(self, a_bf: jax.Array) -> jax.Array:
+        """Computes the latents `[B, M]` that reconstruct x: z, or the k largest a for identity."""
+        identity = self.config.activation == "identity"
+        return top_k(a_bf, self.config.k) if identity else self.activate(a_bf)
+
+    def columns(self, x_nd: jax.Array, index_f: jax.Array) -> jax.Array:
+        """Computes the latents `[N, f]` of the features `index_f`; the SAE must have no TopK."""
+        encoder = self.encoder[...][:, index_f]
+        centred = (x_nd - self.pre_bias[...]).astype(encoder.dtype)
+        a_nf = jnp.einsum("nd,df->nf", centred, encoder, preferred_element_type=jnp.float32)
+        a_nf = a_nf + self.latent_bias[...][index_f]
+        return _rectified(a_nf, self.config.activation, self._threshold(index_f))
+
+    def _threshold(self, index_f: Any = slice(None)) -> jax.Array | None:
+        return None if self.threshold is None else self.threshold[...][index_f]
 
     def decode(self, z_bf: jax.Array) -> jax.Array:
         """Reconstructs x̂ `[B, D]` from z, in float32."""
@@ -77,6 +126,15 @@ class SAE(nnx.Module):
             "bf,fd->bd", z_bf.astype(decoder.dtype), decoder, preferred_element_type=jnp.float32
         )
         return x_bd + self.pre_bias[...]
+
+
+def _rectified(a_bf: jax.Array, activation: str, threshold_f: jax.Array | None) -> jax.Array:
+    """Applies the ReLU of an activation that has one, with its thresholds."""
+    if activation in ("topk", "identity"):
+        return a_bf
+    if threshold_f is None:
+        return jax.nn.relu(a_bf)
+    return jnp.where(a_bf > jnp.maximum(threshold_f, 0), a_bf, 0)
 
 
 def reconstruction_loss(x_bd: jax.Array, x_hat_bd: jax.Array) -> jax.Array:

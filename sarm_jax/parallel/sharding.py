@@ -46,7 +46,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"(trunk\.)?norm\.scale", P()),
     (r"sae\.encoder", P("fsdp", "tensor")),
     (r"sae\.decoder", P("tensor", "fsdp")),
-    (r"sae\.(pre|latent)_bias", P()),
+    (r"sae\.(pre_bias|latent_bias|threshold)", P()),
     (r"score", P()),
 )
 VOCABULARY = re.compile(r"(trunk\.)?(embed_tokens|lm_head)")

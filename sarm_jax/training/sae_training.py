@@ -314,7 +314,7 @@ def sae_loss(
         (loss with the auxiliary term, (reconstruction loss, which latents fired `[M]`)).
     """
     a_bf = sae.pre_activations(x_bd)
-    z_bf = top_k(a_bf, sae.config.k)
+    z_bf = sae.reconstructing(a_bf)
     x_hat_bd = sae.decode(z_bf)
     loss = reconstruction_loss(x_bd, x_hat_bd).mean()
     residual_bd = jax.lax.stop_gradient(x_bd - x_hat_bd)
@@ -404,5 +404,5 @@ def reconstruct(sae: SAE, x_nd: np.ndarray, batch: int = 1024) -> tuple[np.ndarr
 def _reconstruct(graphdef, state, x_bd):
     """Computes x̂ `[B, D]` and the number of latents `[B]` that are not 0."""
     sae = nnx.merge(graphdef, state)
-    z_bf = top_k(sae.pre_activations(x_bd), sae.config.k)
+    z_bf = sae.reconstructing(sae.pre_activations(x_bd))
     return sae.decode(z_bf), (z_bf != 0).sum(axis=1)

@@ -25,10 +25,11 @@ from flax import nnx
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.linear_reward import LinearReward
-from sarm_jax.models.sae import SAE, SAEConfig
+from sarm_jax.models.sae import SAE, TOPK, SAEConfig
 from sarm_jax.reporting.spread import is_constant
 from sarm_jax.training.divergence import check_summary, check_weights
 from sarm_jax.training.held_out import draw_held_out
+from sarm_jax.training.option_checks import OptionChecks
 from sarm_jax.training.preference_training import cast
 from sarm_jax.training.sae_training import (
     Activations,
@@ -57,6 +58,7 @@ class TrainSAEConfig:
     token_states: int  # most states besides the pooled ones; 0: none
     latent_size: int
     k: int
+    activation: str  # of sarm_jax.models.sae
     steps: int
     batch_states: int
     learning_rate: float
@@ -67,23 +69,13 @@ class TrainSAEConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        self._require("held_out_fraction", 0 < self.held_out_fraction < 1, "must lie in (0, 1)")
-        self._require("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)")
-        for name in ("latent_size", "k", "steps", "batch_states", "dead_after_steps", "aux_k"):
-            self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        self._require("token_states", self.token_states >= 0, "must not be negative")
-        self._require("max_length", self.max_length >= 2, "must be at least 2")
-        self._require("learning_rate", 0 < self.learning_rate < np.inf, "must be positive")
-        self._require("aux_weight", 0 <= self.aux_weight < np.inf, "must not be negative")
-        self._require("seed", 0 <= self.seed < 2**31, "must lie in [0, 2^31)")
-        at_most = f"must be at most train_sae.latent_size={self.latent_size}"
-        self._require("k", self.k <= self.latent_size, at_most)
-        self._require("aux_k", self.aux_k <= self.latent_size, at_most)
-
-    def _require(self, name: str, condition: bool, rule: str) -> None:
-        """Raises InputError, naming the field and the rule, if the condition does not hold."""
-        if not condition:
-            raise InputError(f"train_sae.{name}={getattr(self, name)}: {rule}")
+        check = OptionChecks("train_sae", self)
+        check.of_an_sae()
+        check.at_least(1, "steps", "batch_states")
+        check.not_negative("token_states")
+        check.positive("learning_rate")
+        expected = f"expected {' or '.join(TOPK)}"
+        check.require("activation", self.activation in TOPK, expected)
 
     def held_out(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Draws the held-out prompts and returns which rows have one, bool `[R]`.
@@ -95,6 +87,10 @@ class TrainSAEConfig:
             prompts, fraction=self.held_out_fraction, seed=self.seed, stage="train_sae"
         )
         return np.asarray([prompt in held_out for prompt in prompts])
+
+    def sae_config(self, hidden_size: int) -> SAEConfig:
+        """Returns the sizes and the activation of an SAE for states of so many dimensions."""
+        return SAEConfig(hidden_size, self.latent_size, self.k, activation=self.activation)
 
     def sae_training(self) -> SAETraining:
         """Returns the options of the optimizer."""
@@ -263,6 +259,5 @@ def _scaled(activations: Activations, mean_d: np.ndarray, scale: float) -> Activ
 
 def _new_sae(config: TrainSAEConfig, model: LinearReward) -> SAE:
     """Makes an SAE of the configured size for the states of a reward model."""
-    size = model.config.trunk.hidden_size
-    sae_config = SAEConfig(hidden_size=size, latent_size=config.latent_size, k=config.k)
+    sae_config = config.sae_config(model.config.trunk.hidden_size)
     return SAE(sae_config, rngs=nnx.Rngs(config.seed))

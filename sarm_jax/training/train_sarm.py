@@ -36,6 +36,7 @@ from sarm_jax.training.divergence import (
     check_weights,
 )
 from sarm_jax.training.held_out import draw_held_out
+from sarm_jax.training.option_checks import OptionChecks
 from sarm_jax.training.preference_training import (
     RATES,
     PreferenceTraining,
@@ -88,37 +89,13 @@ class TrainSARMConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        self._require("mode", self.mode in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
-        self._require("held_out_fraction", 0 < self.held_out_fraction < 1, "must lie in (0, 1)")
-        self._require("warmup_fraction", 0 <= self.warmup_fraction < 1, "must lie in [0, 1)")
-        for name in (
-            "source_layer",
-            "latent_size",
-            "k",
-            "max_length",
-            "sae_tokens",
-            "sae_steps",
-            "sae_batch_tokens",
-            "dead_after_steps",
-            "aux_k",
-            "epochs",
-            "batch_size",
-        ):
-            self._require(name, getattr(self, name) >= 1, "must be at least 1")
-        for name in ("sae_learning_rate", "learning_rate", "head_learning_rate"):
-            self._require(name, 0 < getattr(self, name) < np.inf, "must be positive")
-        for name in ("reconstruction_weight", "aux_weight", "weight_decay"):
-            self._require(name, 0 <= getattr(self, name) < np.inf, "must not be negative")
-        at_most = f"must be at most train_sarm.latent_size={self.latent_size}"
-        self._require("max_length", self.max_length >= 2, "must be at least 2")
-        self._require("seed", 0 <= self.seed < 2**31, "must lie in [0, 2^31)")
-        self._require("k", self.k <= self.latent_size, at_most)
-        self._require("aux_k", self.aux_k <= self.latent_size, at_most)
-
-    def _require(self, name: str, condition: bool, rule: str) -> None:
-        """Raises InputError, naming the field and the rule, if the condition does not hold."""
-        if not condition:
-            raise InputError(f"train_sarm.{name}={getattr(self, name)}: {rule}")
+        check = OptionChecks("train_sarm", self)
+        check.require("mode", self.mode in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
+        check.of_an_sae()
+        check.at_least(1, "source_layer", "sae_tokens", "sae_steps", "sae_batch_tokens")
+        check.at_least(1, "epochs", "batch_size")
+        check.positive("sae_learning_rate", "learning_rate", "head_learning_rate")
+        check.not_negative("reconstruction_weight", "weight_decay")
 
     def check_layers(self, layers: int) -> None:
         """Raises InputError if a model of so many layers does not contain the trunk."""
@@ -421,7 +398,7 @@ def _new_sae(config: TrainSARMConfig, trunk: Llama) -> SAE:
         hidden_size=trunk.config.hidden_size,
         latent_size=config.latent_size,
         k=config.k,
-        use_topk=config.use_topk,
+        activation="topk" if config.use_topk else "identity",
     )
     return SAE(sae_config, rngs=nnx.Rngs(config.seed))
 

@@ -11,12 +11,13 @@ from safetensors.numpy import load_file, save_file
 
 from conversion import from_hf, load_policy, load_reward_model, load_sarm, to_hf
 from conversion.classifier_config import ARCHITECTURES
+from conversion.converted import save_with_sae
 from conversion.load import read_reward_config
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat_template import DATE_STRING
 from sarm_jax.models.linear_reward import LinearReward, LinearRewardConfig
 from sarm_jax.models.reward_model import RewardModel
-from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sae import ACTIVATIONS, SAEConfig
 from sarm_jax.models.sarm import intervention
 from tests import oracles
 
@@ -115,25 +116,27 @@ def test_a_converted_directory_holds_the_same_bits_and_converts_back(tmp_path):
     assert len(config["id2label"]) == 1
 
 
-def with_sae(rm, use_topk=True, seed=5):
+def with_sae(rm, activation="topk", seed=5):
     """Returns the reward model with a random SAE, which explains nothing."""
     trunk = rm.model.config.trunk
-    sae = SAEConfig(trunk.hidden_size, latent_size=64, k=8, use_topk=use_topk)
+    sae = SAEConfig(trunk.hidden_size, latent_size=64, k=8, activation=activation)
     config = LinearRewardConfig(trunk, rm.model.config.pad_token_id, sae)
     model = LinearReward(config, rngs=nnx.Rngs(seed))
     model.trunk, model.score = rm.model.trunk, rm.model.score
     model.sae.pre_bias[...] = jnp.linspace(-1, 1, trunk.hidden_size)
     model.sae.latent_bias[...] = jnp.linspace(-0.5, 0.5, 64)
+    if activation == "jumprelu":
+        model.sae.threshold[...] = jnp.linspace(-1, 1, 64)
     return RewardModel(model, rm.tokenizer, batch_size=rm.batch_size)
 
 
-@pytest.mark.parametrize("use_topk", [True, False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_sae_leaves_every_bit_of_the_score_and_an_intervention_adds_its_own_part(
-    tmp_path, use_topk
+    tmp_path, activation
 ):
     save(tmp_path, {}, {})
     plain = load_reward_model(tmp_path)
-    rm = with_sae(plain, use_topk)
+    rm = with_sae(plain, activation)
     score_b, _ = plain.score(PROMPTS, RESPONSES)
     with_b, z_bf = rm.score(PROMPTS, RESPONSES)
     stored_b, latents = rm.store(PROMPTS, RESPONSES)
@@ -151,6 +154,33 @@ def test_an_sae_leaves_every_bit_of_the_score_and_an_intervention_adds_its_own_p
     changed_b, before_bf = rm.score(PROMPTS, RESPONSES, clamp=change)
     assert_close(changed_b, expected_b)
     np.testing.assert_array_equal(before_bf, z_bf)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_latents_are_those_of_the_formula_and_survive_storage(tmp_path, activation):
+    save(tmp_path / "hf", {}, {})
+    rm = with_sae(load_reward_model(tmp_path / "hf"), activation)
+    sae = rm.sae
+    h_bd = np.random.default_rng(0).standard_normal((7, 32)).astype(np.float32)
+    a_bf = np.asarray(sae.pre_activations(h_bd))
+    kept_bf = np.where(a_bf >= np.sort(a_bf)[:, [-8]], a_bf, 0)
+    expected_bf = {
+        "topk": kept_bf,
+        "topk_relu": np.maximum(kept_bf, 0),
+        "jumprelu": np.where(a_bf > np.linspace(-1, 1, 64), np.maximum(a_bf, 0), 0),
+        "relu": np.maximum(a_bf, 0),
+        "identity": a_bf,
+    }[activation]
+    np.testing.assert_array_equal(sae.encode(h_bd), expected_bf)
+    reconstructing_bf = kept_bf if activation == "identity" else expected_bf
+    np.testing.assert_array_equal(sae.reconstructing(a_bf), reconstructing_bf)
+
+    save_with_sae(tmp_path / "hf", tmp_path / "ours", sae)
+    again = load_sarm(tmp_path / "ours")
+    assert again.model.config == rm.model.config
+    np.testing.assert_array_equal(again.sae.encode(h_bd), expected_bf)
+    line = to_hf.export(tmp_path / "ours", tmp_path / "back", "reward")
+    assert "without its SAE" in line and read_reward_config(tmp_path / "back").sae is None
 
 
 def damaged(path, name, fields):

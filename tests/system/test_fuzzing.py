@@ -24,6 +24,7 @@ from safetensors.numpy import save
 from conversion.checkpoint import open_checkpoint
 from conversion.classifier_config import classifier_config
 from conversion.hf_config import llama_config, sarm_config
+from conversion.saelens import read_sae
 from conversion.safetensors_io import INDEX, SINGLE, TensorFiles
 from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.trackers.record import FIELDS, FILE, TrackedRun, read_runs
@@ -42,6 +43,7 @@ from sarm_jax.models.conversation_rows import (
 from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import YarnScaling
+from sarm_jax.models.sae import ACTIVATIONS
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.rewards.options import reward_config
 from tests.oracles import ARCHITECTURES, LLAMA3_ROPE, YARN_ROPE, tiny_llama_config
@@ -332,13 +334,19 @@ def test_hf_configs(good, good_rope, changes, param, rope):
 CLASSIFIER = GOOD[0] | {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 261}
 CLASSIFIER |= {"id2label": {"0": "LABEL_0"}, "num_labels": 1}
 OWN = ["architectures", "pad_token_id", "id2label", "num_labels"]
-SAE = {"hidden_size": 32, "latent_size": 64, "k": 8, "use_topk": True}
+SAE = {"hidden_size": 32, "latent_size": 64, "k": 8, "activation": "topk"}
+SAELENS = {
+    "architecture": "topk", "k": 2, "d_in": 4, "d_sae": 6, "apply_b_dec_to_input": True,
+    "normalize_activations": "none", "reshape_activations": "none", "activation_fn": "relu",
+    "activation_fn_kwargs": {"k": 2}, "rescale_acts_by_decoder_norm": True, "dtype": "float32",
+    "metadata": {"hook_name": "norm"}, "finetuning_scaling_factor": False,
+}  # fmt: skip
 
 
 @bounded
 @given(
     st.dictionaries(st.sampled_from(OWN), values, max_size=2),
-    st.dictionaries(st.sampled_from(sorted(SAE)) | st.text(max_size=6), values, max_size=2)
+    st.dictionaries(st.sampled_from([*SAE, "use_topk"]) | st.text(max_size=6), values, max_size=2)
     | values,
 )
 def test_descriptions_of_reward_models(folder, changes, sae):
@@ -355,6 +363,21 @@ def test_descriptions_of_reward_models(folder, changes, sae):
     if checkpoint is not None and checkpoint.config.sae is not None:
         own = checkpoint.config.sae
         assert own.hidden_size == 32 and 1 <= own.k <= own.latent_size
+        assert own.activation in ACTIVATIONS
+
+
+@bounded
+@given(st.dictionaries(st.sampled_from(list(SAELENS)), values, max_size=3), st.data())
+def test_saes_of_saelens(folder, changes, data):
+    directory = folder / "sae"
+    directory.mkdir(exist_ok=True)
+    shapes = {"W_enc": (4, 6), "W_dec": (6, 4), "b_enc": (6,), "b_dec": (4,)}
+    content = save({name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+    (directory / "sae_weights.safetensors").write_bytes(damaged(data.draw, content))
+    text = json.dumps(SAELENS | changes).encode("utf-8", "surrogatepass")
+    (directory / "cfg.json").write_bytes(damaged(data.draw, text))
+    sae = result(read_sae, directory)
+    assert sae is None or (sae.encoder.shape == (4, 6) and sae.config.k <= 6)
 
 
 WHOLE = save({"a": np.ones((2, 3), np.float32), "b": np.ones(4, np.float16)})

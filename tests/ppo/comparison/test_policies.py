@@ -153,7 +153,7 @@ def test_comparison_against_scores_one_by_one(reward_model):
 
 def test_without_controls_and_without_topk(reward_model):
     reward_model.model.config = sarm = SARMConfig(
-        reward_model.model.config.trunk, SAEConfig(32, latent_size=64, k=8, use_topk=False)
+        reward_model.model.config.trunk, SAEConfig(32, latent_size=64, k=8, activation="identity")
     )
     reward_model.model.sae.config = sarm.sae
     answers = ["a", "bb", "ccc"]

@@ -78,7 +78,7 @@ def test_new_shapes_are_compiled_side_by_side_and_once(reward_model, monkeypatch
 
 def test_without_topk_columns_are_encoded_again(reward_model):
     sarm = nnx.clone(reward_model.model)
-    sae = dataclasses.replace(sarm.config.sae, use_topk=False)
+    sae = dataclasses.replace(sarm.config.sae, activation="identity")
     sarm.config = dataclasses.replace(sarm.config, sae=sae)
     sarm.sae.config = sae
     model = type(reward_model)(sarm, reward_model.tokenizer, 64, 4)

@@ -26,7 +26,7 @@ OPTIONS = PreferenceTraining(
 
 
 def tiny_sarm(policy, use_topk=True):
-    sae_config = SAEConfig(32, 64, 8, use_topk=use_topk)
+    sae_config = SAEConfig(32, 64, 8, activation="topk" if use_topk else "identity")
     sarm = assemble(truncate(policy, 2), SAE(sae_config, rngs=nnx.Rngs(3)))
     sarm.sae.pre_bias[...] = 0.1 * jax.random.normal(jax.random.key(5), (32,))
     sarm.score[...] = jax.random.normal(jax.random.key(4), (64,))
@@ -176,7 +176,7 @@ def test_reconstruction_loss_agrees_with_the_oracle(tmp_path):
     oracle = oracles.save_tiny_sarm(tmp_path, oracles.tiny_tokenizer())
     ids = torch.randint(1, 200, (1, 11))
     expected = oracle(ids).rec_loss_t.detach().numpy()
-    sae = SAE(SAEConfig(32, 64, 8, use_topk=False), rngs=nnx.Rngs(0))
+    sae = SAE(SAEConfig(32, 64, 8, activation="identity"), rngs=nnx.Rngs(0))
     weights = {name: value.detach().numpy() for name, value in oracle.sae.named_parameters()}
     sae.encoder[...] = jnp.asarray(weights["encoder.weight"].T)
     sae.decoder[...] = jnp.asarray(weights["decoder.weight"].T)
