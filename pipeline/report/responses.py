@@ -33,7 +33,10 @@ def distributions(pairs: Sequence[Pair], positions: Mapping[str, int]) -> list[P
     """
     compared = [pair for pair in pairs if pair.before is not None]
     pictures = []
-    for field, title in (("score", "SARM score"), ("length", "response length, tokens")):
+    for field, title in (
+        ("score", "score of the reward model"),
+        ("length", "response length, tokens"),
+    ):
         sides = {}
         for run in dict.fromkeys(pair.run for pair in compared):
             own = [pair for pair in compared if pair.run == run]
@@ -152,7 +155,7 @@ def steering_pictures(evaluation: Evaluation) -> list[Picture]:
             figure = before_and_after(
                 f"steering_{evaluation.name}_{name}",
                 subject=f"steering, {name}",
-                title="SARM score",
+                title="score of the reward model",
                 sides=np.array([before, after], float),
                 position=position,
             )

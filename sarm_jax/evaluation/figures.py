@@ -37,7 +37,7 @@ def before_after(name: str, answer_set: Mapping[str, Any]) -> bytes:
         )
         _draw_density(axes, grid_x, values=scores["after"], label="after", colour=AFTER, style="--")
         change, count = answer_set["change"]["mean"], answer_set["responses"]
-        axes.set(xlabel="SARM score", ylabel="density", ylim=(0, None))
+        axes.set(xlabel="score of the reward model", ylabel="density", ylim=(0, None))
         title = f"{name}\n{count} responses, mean change {change:+.3g}"
         axes.set_title(title, parse_math=False)  # a name may contain "$"
         axes.grid(visible=True)

@@ -22,10 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sarm_jax.models.checks import check_batch, check_no_row_is_empty
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.sae import SAE, SAEConfig
-from sarm_jax.models.sarm import Intervention, last_position
+from sarm_jax.models.sarm import Intervention, check_inputs, last_position
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -66,13 +65,7 @@ class LinearReward(nnx.Module):
         Raises:
             InputError: a shape, a dtype, a token id, a length or the change is wrong.
         """
-        trunk = self.config.trunk
-        length_b = check_batch(
-            tokens_bt, mask_bt, vocab_size=trunk.vocab_size, positions=trunk.positions
-        )
-        check_no_row_is_empty(length_b)
-        if change is not None:
-            change.check(self.config.latent_size)
+        check_inputs(self.config, tokens_bt, mask_bt, change)
         h_bd = self.pooled(tokens_bt, mask_bt)
         z_bf = None if self.sae is None else self.sae.encode(h_bd)
         return self.reward(h_bd, z_bf, change), z_bf

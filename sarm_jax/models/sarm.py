@@ -11,7 +11,7 @@ pooled token (the reference runs it on every token and drops the others).
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,16 @@ class SARMConfig:
     def latent_size(self) -> int:
         """The number of features."""
         return self.sae.latent_size
+
+
+class RewardArchitecture(Protocol):
+    """The fields of every reward model's config that its inputs are checked against."""
+
+    @property
+    def trunk(self) -> LlamaConfig: ...
+
+    @property
+    def latent_size(self) -> int: ...
 
 
 @struct.dataclass
@@ -170,13 +180,7 @@ class SARM(nnx.Module):
         Raises:
             InputError: a shape, a dtype, a token id, a length or the change is wrong.
         """
-        trunk = self.config.trunk
-        length_b = check_batch(
-            tokens_bt, mask_bt, vocab_size=trunk.vocab_size, positions=trunk.positions
-        )
-        check_no_row_is_empty(length_b)
-        if change is not None:
-            change.check(self.config.sae.latent_size)
+        check_inputs(self.config, tokens_bt, mask_bt, change)
         x_bd = self.pooled(tokens_bt, mask_bt)
         z_bf = self.sae.encode(x_bd)
         return self.reward(x_bd, z_bf, change), z_bf
@@ -201,6 +205,26 @@ class SARM(nnx.Module):
         """Computes w · z `[B]` in full float32, on GPUs too."""
         weights_f = self.score[...].astype(jnp.float32)
         return jnp.dot(z_bf, weights_f, precision=jax.lax.Precision.HIGHEST)
+
+
+def check_inputs(
+    config: RewardArchitecture,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    change: Intervention | None,
+) -> None:
+    """Checks what a reward model is called with; inside a program little of it is known.
+
+    Raises:
+        InputError: a shape, a dtype, a token id, a length or the change is wrong.
+    """
+    trunk = config.trunk
+    length_b = check_batch(
+        tokens_bt, mask_bt, vocab_size=trunk.vocab_size, positions=trunk.positions
+    )
+    check_no_row_is_empty(length_b)
+    if change is not None:
+        change.check(config.latent_size)
 
 
 def last_position(mask_bt: jax.Array) -> jax.Array:
