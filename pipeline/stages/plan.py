@@ -1,12 +1,14 @@
 """Plan a PPO step: compile it for this machine, or for one that is not there."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from conversion.checkpoint import is_reward_model
 from conversion.keys import abstract_policy, abstract_sarm
-from conversion.load import read_policy_config, read_sarm_config
+from conversion.load import read_policy_config, read_reward_config, read_sarm_config
 from pipeline.inputs import Input
 from pipeline.models import check_remat, mesh_config
 from pipeline.options import required
@@ -18,6 +20,9 @@ from ppo.planning.plan import Layout, Planner, candidates, layouts_for, search, 
 from ppo.prompt_lengths import batch_shares, fitting_lengths, read_lengths
 from ppo.train import TrainConfig
 from sarm_jax.io.json_files import write_json
+from sarm_jax.models.linear_reward import LinearRewardConfig
+from sarm_jax.models.sarm import SARMConfig
+from sarm_jax.training.train_sae import TrainSAEConfig
 
 LOG = logging.getLogger(__name__)
 
@@ -46,7 +51,7 @@ def make_planner(config: ConfigDict) -> Planner:
     """Builds a planner for the config's target and the architectures of its models."""
     (options, shares), section = validate(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
-    sarm = read_sarm_config(section.sarm_config or config.sarm_model)
+    sarm = reward_config(config)
     options.reward.check_features(sarm.latent_size)
     return Planner(
         name=section.target,
@@ -58,6 +63,25 @@ def make_planner(config: ConfigDict) -> Planner:
         watched=len(options.reward.penalize_features) + len(options.reward.latent_indices),
         shares=shares,
     )
+
+
+def reward_config(config: ConfigDict) -> SARMConfig | LinearRewardConfig:
+    """Reads the architecture of the reward model that is planned.
+
+    A classifier without an SAE gets one of the size that `train_sae` would give it.
+    """
+    src = config.plan.sarm_config or config.sarm_model
+    if not is_reward_model(src):
+        return read_sarm_config(src)
+    reward = read_reward_config(src)
+    if reward.sae is not None:
+        return reward
+    options = TrainSAEConfig(**config.train_sae.to_dict() | {"responses_jsonl": ()})
+    LOG.info(
+        "%s has no SAE: planned with one of train_sae.latent_size=%d and train_sae.k=%d",
+        src, options.latent_size, options.k,
+    )  # fmt: skip
+    return dataclasses.replace(reward, sae=options.sae_config(reward.trunk.hidden_size))
 
 
 def layout(config: ConfigDict) -> Layout:
@@ -85,7 +109,19 @@ STAGE = Stage(
     summary="Architectures and options → memory, traffic and time of a PPO step on a machine.",
     validate=validate,
     run=run,
-    options=("plan", "ppo", "lora", "reward", "mesh", "remat", "dtype", "sarm_batch_size"),
+    options=(
+        "plan",
+        "ppo",
+        "lora",
+        "reward",
+        "mesh",
+        "remat",
+        "dtype",
+        "sarm_batch_size",
+        "train_sae.latent_size",
+        "train_sae.k",
+        "train_sae.activation",
+    ),
     inputs=(
         Input("plan.policy_config"),
         Input("plan.sarm_config"),
