@@ -7,8 +7,8 @@ SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN     := outputs/smollm2
 NOTEBOOK := docs/notebooks/explore_features.ipynb
 
-.PHONY: help demo study smollm2 verbosity verbosity-seeds reference reference-small plan-h100 \
-  benchmark test test-fast lint types imports docs clean
+.PHONY: help demo study smollm2 smollm2-classifier verbosity verbosity-seeds reference \
+  reference-small plan-h100 benchmark test test-fast lint types imports docs clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -24,6 +24,14 @@ study: $(VENV)/.run ## the lab, ten seeds that nothing was tuned on, all conditi
 smollm2: $(SMOLLM2)/config.json ## a real 135M model: a SARM from it, PPO, evaluation, report
 	$(BIN)/python main.py --config=configs/smollm2.py --stage=all
 	test -e $(RUN)/merged || $(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
+
+ORDINARY := outputs/smollm2_classifier
+smollm2-classifier: $(VENV)/.dev $(SMOLLM2)/config.json ## the same with an ordinary reward model and an SAE for it
+	test -e $(ORDINARY)/classifier || { \
+	  $(BIN)/python main.py --config=configs/smollm2_classifier.py --stage=prepare_data && \
+	  $(BIN)/python -m benchmarks.classification_head --model=$(SMOLLM2) \
+	    --pairs=$(ORDINARY)/data/pairs.jsonl --dst=$(ORDINARY)/classifier; }
+	$(BIN)/python main.py --config=configs/smollm2_classifier.py --stage=all
 
 # RM_BENCH=chat_filtered.json,code_filtered.json names RM-Bench's files.
 verbosity: $(SMOLLM2)/config.json ## a taste for detail, trained without and with controls; needs RM_BENCH=

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from conversion import load_reward_model, load_sarm
+from conversion.from_hf import convert
+from conversion.saelens import read_sae
+from conversion.to_hf import export
 from sarm_jax.models.attribution import attribution
 from tests.command import run_main
 from tests.oracles import (
@@ -110,7 +114,8 @@ def test_attribution_adds_up_with_the_error_term_and_the_constant(world, workdir
         np.testing.assert_allclose(row["reward"], expected, rtol=1e-4)
 
 
-def test_every_later_stage_works_on_it(world, workdir):
+def run_later_stages(world, workdir):
+    """Runs all stages after `train_sae`, each of which must succeed."""
     selected, demos = f"@{workdir}/probes/selected_features.json", world / "demos.jsonl"
     pairs = world / "pairs.jsonl"
     features = f"--latent_indices={selected}:safety_harming"
@@ -147,6 +152,10 @@ def test_every_later_stage_works_on_it(world, workdir):
     }
     for stage, options in stages.items():
         assert run(world, workdir, f"--stage={stage}", *options) == 0, stage
+
+
+def test_every_later_stage_works_on_it(world, workdir):
+    run_later_stages(world, workdir)
     made = "probes/certificates.json adapter eval/policy.json eval/steering.json report.html"
     for name in made.split():
         assert (workdir / name).exists(), name
@@ -158,7 +167,35 @@ def test_every_later_stage_works_on_it(world, workdir):
         assert shown["outside"].keys() == {"error", "constant"}
 
 
+def test_every_later_stage_works_on_an_sae_from_elsewhere(world, tmp_path):
+    rng, d, m = np.random.default_rng(0), 32, 64
+    shapes = {"W_enc": (d, m), "W_dec": (m, d), "b_enc": (m,), "b_dec": (d,), "threshold": (m,)}
+    tensors = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    fields = {"architecture": "jumprelu", "d_in": d, "d_sae": m}
+    (tmp_path / "cfg.json").write_text(json.dumps(fields))
+    workdir = tmp_path / "w"
+    convert(world / "classifier", workdir / "reward_model", "reward", sae=tmp_path)
+    run_later_stages(world, workdir)
+    certificates = json.loads((workdir / "probes/certificates.json").read_text())["features"]
+    assert any(row["effect"]["mean"] != 0 for row in certificates)
+    assert (workdir / "adapter").exists() and (workdir / "report.html").exists()
+
+
+def test_an_sae_with_a_relu_is_written_for_saelens(world, tmp_path):
+    assert train_sae(world, tmp_path / "w", "activation=topk_relu", "steps=20") == 0
+    own = load_sarm(tmp_path / "w/reward_model").sae
+    export(tmp_path / "w/reward_model", tmp_path / "sae", "sae")
+    written = read_sae(tmp_path / "sae")
+    x_bd = 5 * np.random.default_rng(0).standard_normal((9, 32), np.float32)
+    z_bf = np.asarray(own.encode(x_bd))
+    assert own.config == written.config and (z_bf >= 0).all() and (z_bf > 0).any()
+    np.testing.assert_array_equal(written.encode(x_bd), z_bf)
+    np.testing.assert_array_equal(written.decode(z_bf), own.decode(z_bf))
+
+
 REFUSED = {  # fields of train_sae → the message
+    "activation=relu": "train_sae.activation=relu: expected topk or topk_relu",
     "k=65": "train_sae.k=65: must be at most train_sae.latent_size=64",
     "token_states=-1": "train_sae.token_states=-1: must not be negative",
     "held_out_fraction=0.01": "train_sae.held_out_fraction=0.01: holds out 0 of 8 prompts",

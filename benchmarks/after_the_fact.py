@@ -1,0 +1,99 @@
+"""Compare reward models on held-out pairs: what features carry, and what clamping carriers does.
+
+    python -m benchmarks.after_the_fact --pairs=HELD_OUT.jsonl NAME=REWARD_MODEL:WORKDIR …
+
+REWARD_MODEL is a SARM or a classifier with an SAE, and WORKDIR the working directory in which
+`identify` and `probe` were run on it, with probe.feature=…:carriers. With F = Σ_i w_i z_i and R the
+score, over all responses to the held-out prompts:
+
+    share_features   Cov(F, R) / Var(R), which is 1 for a SARM; the rest is the SAE's error
+    clamped          all certified carriers are set to 0
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conversion import load_sarm
+from sarm_jax.io.json_files import read_json
+from sarm_jax.models.conversation_rows import read_pairs
+from sarm_jax.reporting.statistics import count_wins, mean_interval
+
+SIDES = ("chosen", "rejected")
+
+
+def main() -> None:
+    """Prints one JSON object with the figures of every reward model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", required=True)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("models", nargs="+", metavar="NAME=REWARD_MODEL:WORKDIR")
+    args = parser.parse_args()
+    pairs = read_pairs(args.pairs)
+    result = {}
+    for entry in args.models:
+        name, _, paths = entry.partition("=")
+        src, _, workdir = paths.rpartition(":")
+        result[name] = measure(src, Path(workdir), pairs, args.max_length)
+    print(json.dumps(result, indent=2))
+
+
+def measure(
+    src: str, workdir: Path, pairs: list[dict[str, Any]], max_length: int
+) -> dict[str, Any]:
+    """Measures one reward model."""
+    rm = load_sarm(src)
+    rm.max_length = max_length
+    texts = list(dict.fromkeys((pair["prompt"], pair[side]) for pair in pairs for side in SIDES))
+    row = {text: n for n, text in enumerate(texts)}
+    pairs_p2 = np.array([[row[pair["prompt"], pair[side]] for side in SIDES] for pair in pairs])
+    prompts, responses = (list(column) for column in zip(*texts, strict=True))
+    score_n, z_nf = rm.score(prompts, responses)
+    features_n = z_nf.astype(np.float64) @ rm.feature_weights()
+    centred_n = score_n - score_n.mean(dtype=np.float64)
+    variance = np.square(centred_n).mean()
+    probed = read_json(workdir / "probes" / "certificates.json")["features"]
+    certified = [entry["feature"] for entry in probed if entry["certified"]]
+    clamped_n, _ = rm.score(prompts, responses, clamp=dict.fromkeys(certified, 0.0))
+    plain, clamped = (pair_figures(x_n, pairs, pairs_p2) for x_n in (score_n, clamped_n))
+    return {
+        "responses": len(texts),
+        "pairs": len(pairs),
+        "score_sd": float(np.sqrt(variance)),
+        "share_features": float((centred_n * features_n).mean() / variance),
+        "latents_active": float((z_nf != 0).sum(axis=1).mean()),
+        "carriers": len(probed),
+        "certified": len(certified),
+        "plain": plain,
+        "clamped": clamped,
+    }
+
+
+def pair_figures(
+    score_n: np.ndarray, pairs: list[dict[str, Any]], pairs_p2: np.ndarray
+) -> dict[str, Any]:
+    """Returns accuracy and margin with intervals over prompts, and the accuracy by source."""
+    margin_p = score_n[pairs_p2[:, 0]].astype(np.float64) - score_n[pairs_p2[:, 1]]
+    right_p = count_wins(margin_p)
+    prompt_p = np.unique([str(pair["prompt"]) for pair in pairs], return_inverse=True)[1]
+    source_p = np.array([pair.get("source", "") for pair in pairs])
+    by_prompt = [
+        [x_p[prompt_p == n].mean() for n in range(prompt_p.max() + 1)]
+        for x_p in (right_p, margin_p)
+    ]
+    return {
+        "accuracy": float(right_p.mean()),
+        "accuracy_over_prompts": mean_interval(np.array(by_prompt[0])),
+        "margin": float(margin_p.mean()),
+        "margin_over_prompts": mean_interval(np.array(by_prompt[1])),
+        "accuracy_by_source": {
+            str(source): float(right_p[source_p == source].mean()) for source in np.unique(source_p)
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()
