@@ -29,7 +29,7 @@ ORDINARY := outputs/smollm2_classifier
 smollm2-classifier: $(VENV)/.dev $(SMOLLM2)/config.json ## the same with an ordinary reward model and an SAE for it
 	test -e $(ORDINARY)/classifier || { \
 	  $(BIN)/python main.py --config=configs/smollm2_classifier.py --stage=prepare_data && \
-	  $(BIN)/python -m benchmarks.classification_head --model=$(SMOLLM2) \
+	  $(BIN)/python -m benchmarks.classification_head --model=$(SMOLLM2) --layers=15 \
 	    --pairs=$(ORDINARY)/data/pairs.jsonl --dst=$(ORDINARY)/classifier; }
 	$(BIN)/python main.py --config=configs/smollm2_classifier.py --stage=all
 

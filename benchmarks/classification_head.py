@@ -1,8 +1,9 @@
 """Train a classification head on a language model: an ordinary reward model, without features.
 
-    python -m benchmarks.classification_head --model=DIR --pairs=PAIRS.jsonl --dst=NEW_DIR
+    python -m benchmarks.classification_head --model=DIR --layers=15 --pairs=PAIRS.jsonl --dst=NEW_DIR
 
-The language model stays as it is. The head w is the minimum of
+The language model stays as it is, but can be cut after some of its layers, as a SARM's trunk is;
+its final norm is kept. The head w is the minimum of
 
     −mean log σ(w · (h_chosen − h_rejected) / s) + ridge / 2 ‖w‖²        s: deviation of the h
 
@@ -36,6 +37,7 @@ def main() -> None:
     """Trains the head, writes the classifier, and prints its accuracies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="language model, a Hugging Face directory")
+    parser.add_argument("--layers", type=int, help="first layers to keep; by default all")
     parser.add_argument("--pairs", required=True, type=Path)
     parser.add_argument("--dst", required=True, type=Path)
     parser.add_argument("--held_out_fraction", type=float, default=0.2)
@@ -62,8 +64,9 @@ def main() -> None:
                 ends_with_turn=False,
             )
             pair[side, "row"] = rows.setdefault(tuple(ids), len(rows))
+    sizes = {} if args.layers is None else {"num_hidden_layers": args.layers}
     model = AutoModelForSequenceClassification.from_pretrained(
-        args.model, num_labels=1, dtype=torch.float32
+        args.model, num_labels=1, dtype=torch.float32, **sizes
     ).eval()
     h_rd = states(model, list(rows))
     difference_pd = torch.stack(
