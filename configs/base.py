@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     _add_train_sarm(config)
     _add_train_sae(config)
     _add_identify(config)
+    _add_train_probe(config)
     _add_probe(config)
     _add_evaluate(config)
     _add_plan(config)
@@ -158,9 +159,13 @@ def _add_reward(config: ConfigDict) -> None:
     config.reward.human_latents = ""  # safetensors file written by --stage=human_latents
     # Unit of α and β: "score", the SARM's own unit, or "sd", standard deviations of its score.
     config.reward.unit = "score"
-    # Largest deduction from a response by penalties and latent KL together, in standard deviations
-    # of the score; inf: no cap.
+    # Largest deduction from a response by penalties, of features and of the probe, and latent KL
+    # together, in standard deviations of the score; inf: no cap.
     config.reward.penalty_cap = 10.0
+    # Dense probe: safetensors file written by --stage=train_probe, a direction p with its
+    # threshold τ on the pooled state h. It needs no SAE.
+    config.reward.probe = ""
+    config.reward.probe_penalty = 0.0  # penalty, in `unit`, for a response with p · h > τ
 
     # The discriminator, whose logit estimates the latent KL.
     config.discriminator = ConfigDict()
@@ -330,6 +335,15 @@ def _add_identify(config: ConfigDict) -> None:
     # Responses per prompt of naming_prompts.jsonl; 0: the file is not written.
     config.identify.naming_examples = 10
     config.identify.seed = 0  # seed of everything that this stage draws at random
+
+
+def _add_train_probe(config: ConfigDict) -> None:
+    # Stage train_probe: dense probes of the reward model's pooled states, from the pairs of
+    # identify.pairs_jsonl with identify.false_alarm_budget and identify.seed, so that they can be
+    # compared with the detectors. A reward model without an SAE can have them, too.
+    config.train_probe = ConfigDict()
+    # λ of the logistic regression: weight of ½ |w|² beside the mean loss of a response.
+    config.train_probe.l2 = 1e-3
 
 
 def _add_probe(config: ConfigDict) -> None:

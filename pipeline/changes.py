@@ -29,7 +29,11 @@ DEFAULTS = {
         "scale_advantages": True,
         "loss_average": "tokens",
         "rollout_slots": 0,
-    }
+    },
+    "reward": {
+        "probe": "",
+        "probe_penalty": 0.0,
+    },
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

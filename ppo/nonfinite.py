@@ -50,6 +50,8 @@ def dump_step(
         "scored.penalised_bn": scored.z_bn,
         "scored.subset_bs": scored.z_bs,
     }
+    if scored.states.margin_b is not None:
+        arrays["scored.probe_margin_b"] = scored.states.margin_b
     arrays |= {f"state.{name}": value for name, value in named_arrays(state).items()}
     arrays["sampler.logp_br"] = rollout.generation.logp_br
     prompts = [plain_text(prompt) for prompt in rollout.prompts]

@@ -65,6 +65,7 @@ from sarm_jax.rewards.compound import (
 from sarm_jax.rewards.density_ratio import DensityRatio, DensityRatioState, DiscriminatorConfig
 from sarm_jax.rewards.human_latents import HumanLatents
 from sarm_jax.rewards.scoring import Scored, Scorer
+from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 from sarm_jax.version import VERSION
 
 LOG = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Trainer:
         reward_model: the SARM.
         deck: prompts to train on.
         human: human latents for the latent KL; None if β = 0.
+        states: what the reward reads from the pooled states of the reward model.
         workdir: where the run is written.
         eval_deck: held-out prompts, on which the policy is evaluated; None: it is not.
         profile: the steps that are traced.
@@ -120,6 +122,7 @@ class Trainer:
         deck: PromptDeck,
         human: HumanLatents | None,
         workdir: Path,
+        states: StateControls = NO_STATES,
         eval_deck: PromptDeck | None = None,
         profile: ProfileConfig = NO_PROFILE,
         made_from: Mapping[str, Any] | None = None,
@@ -130,7 +133,8 @@ class Trainer:
         self.density_ratio = None
         if human is not None:
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
-        self.scorer = Scorer(reward_model, config.reward, human.latent_indices if human else ())
+        features = human.latent_indices if human else ()
+        self.scorer = Scorer(reward_model, config.reward, features, states)
         self.learner, fresh, self.base = Learner.attach(
             config.ppo, config.lora, policy=policy, pad=pad_id(tokenizer, policy.stop_ids)
         )
@@ -185,6 +189,7 @@ class Trainer:
             first_step=done,
             total_steps=config.total_steps,
             algorithm=config.algorithm,
+            further=self.config.reward.further_columns,
             tracking=self.config.tracking,
         )
         processes.raise_on_all()  # a tracker that the primary process cannot start ends all of them
@@ -414,6 +419,7 @@ class Trainer:
             z_bn=scored.z_bn,
             d_b=d_b,
             score_std=self.scale.std,
+            states=scored.states,
         )
         return terms, density_ratio_state, metrics
 
@@ -470,6 +476,8 @@ class Trainer:
             z_b = scored.z_bn[:, column]
             row[f"feat_{feature}_activation"] = z_b.mean()
             row[f"feat_{feature}_above_tau"] = (z_b > reward.tau_values[column]).mean()
+        row |= {name: taken_b.mean() for name, taken_b in terms.further.items()}
+        row |= scored.states.columns
         return {name: float(value) for name, value in row.items()} | {"step": step}
 
     def _samples(self, step: int, rollout: Rollout, terms: RewardTerms) -> list[dict]:
@@ -485,6 +493,7 @@ class Trainer:
                     str(i): float(p) for i, p in zip(features, terms.penalty_bn[b], strict=True)
                 },
                 "kl_penalty": float(terms.kl_penalty_b[b]),
+                **terms.further_of(b),
                 "total_reward": float(terms.total_b[b]),
             }
             for b in range(min(self.config.ppo.samples_per_step, len(rollout.prompts)))

@@ -20,6 +20,7 @@ GLANCE = {
     "rm_score": "R_SARM",
     "indicator_penalty": "penalties",
     "kl_penalty": "latent KL, β · D",
+    "probe_penalty": "penalty of the dense probe",
     "ref_kl": "KL to the reference, nats",
     "response_length_mean": "length, tokens",
     "eos_fraction": "share that ended",
@@ -33,6 +34,7 @@ OPTIONS = (
     "reward.alpha_values reward.clamp_features reward.beta reward.latent_indices "
     "reward.penalty_cap"
 ).split()
+FURTHER_OPTIONS = "reward.probe reward.probe_penalty".split()  # shown if they are on
 POLICY = {
     "score": "R_SARM",
     "controlled_score": "R_SARM under the controls",
@@ -109,6 +111,7 @@ def options(runs: Sequence[Run]) -> Table | None:
         names = [n for n in names if len({repr(own.get(n, "")) for own in flat}) > 1]
     else:
         names = [n for n in OPTIONS if any(own.get(n, "") != "" for own in flat)]
+        names += [n for n in FURTHER_OPTIONS if any(own.get(n) for own in flat)]
     if not names:
         return None
     rows = [[n, *(str(own.get(n, NOTHING)) or NOTHING for own in flat)] for n in names]

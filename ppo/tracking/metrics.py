@@ -32,7 +32,7 @@ COLUMNS = (
     "time_update tokens_per_second"
 ).split()
 LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after the columns of the features
-GROUP_COLUMNS = ("zero_spread_groups",)  # of algorithms without a critic, last of all
+GROUP_COLUMNS = ("zero_spread_groups",)  # of algorithms without a critic
 
 
 class RunLog:
@@ -51,9 +51,10 @@ class RunLog:
         first_step: int,
         total_steps: int,
         algorithm: str = "ppo",
+        further: Sequence[str] = (),
         tracking: TrackConfig | None = None,
     ):
-        self.columns = columns_of(features, algorithm)
+        self.columns = columns_of(features, algorithm, further)
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
         self._evaluations_path = workdir / EVALUATIONS
@@ -172,11 +173,19 @@ def _check_present(path: Path, opened: os.stat_result) -> None:
         raise InputError(f"{path}: was removed or exchanged while the run wrote it; restore it")
 
 
-def columns_of(features: Sequence[int], algorithm: str = "ppo") -> list[str]:
-    """Returns the columns of metrics.csv for a run that penalises these features."""
+def columns_of(
+    features: Sequence[int], algorithm: str = "ppo", further: Sequence[str] = ()
+) -> list[str]:
+    """Returns the columns of metrics.csv.
+
+    Args:
+        features: the penalised features.
+        algorithm: `ppo.algorithm`.
+        further: the columns of further terms of the reward, `RewardConfig.further_columns`.
+    """
     per_feature = [f"feat_{i}_{name}" for i in features for name in ("activation", "above_tau")]
     of_groups = () if algorithm == "ppo" else GROUP_COLUMNS
-    return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups]
+    return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups, *further]
 
 
 def check_log(
@@ -185,6 +194,7 @@ def check_log(
     done: int,
     checkpoint_every: int,
     algorithm: str = "ppo",
+    further: Sequence[str] = (),
 ) -> None:
     """Checks that metrics.csv belongs to the newest checkpoint, before a run rewrites it.
 
@@ -192,6 +202,7 @@ def check_log(
         workdir: working directory of the run.
         features: the penalised features.
         algorithm: `ppo.algorithm`.
+        further: the columns of further terms of the reward.
         done: steps of the newest checkpoint; 0 if there is none.
         checkpoint_every: steps between checkpoints.
 
@@ -201,7 +212,7 @@ def check_log(
     """
     path = workdir / "metrics.csv"
     rows = read_metrics(path) if path.exists() else []
-    if rows and list(rows[0]) != columns_of(features, algorithm):
+    if rows and list(rows[0]) != columns_of(features, algorithm, further):
         raise InputError(f"{path}:1: does not have the columns of this run: restore its own file")
     steps = [row["step"] for row in rows]
     if steps[:done] != list(range(done)):
@@ -230,10 +241,8 @@ def read_evaluations(workdir: Path) -> list[dict]:
 
 def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
     """Returns the means over the responses of an evaluation."""
-    means = {
-        name: float(np.mean([row[name] for row in rows]))
-        for name in ("total_reward", "rm_score", "kl_penalty", "ref_kl")
-    }
+    names = ("total_reward", "rm_score", "kl_penalty", "ref_kl", *FURTHER_TERMS)
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names if name in rows[0]}
     means["indicator_penalty"] = float(np.mean([sum(row["penalties"].values()) for row in rows]))
     means["eos_fraction"] = float(np.mean([row["ended"] for row in rows]))
     return means

@@ -1,9 +1,11 @@
 """The compound reward, term by term.
 
-    R_total = R_SARM(clamp(z)) − Σ_i α_i · 1[z_i > τ_i] − β · D(z_S)
+    R_total = R_SARM(clamp(z)) − Σ_i α_i · 1[z_i > τ_i] − β · D(z_S) − further terms
 
 The indicator reads the latents *before* the clamp. D is the logit of the discriminator in
-`sarm_jax.rewards.density_ratio`.
+`sarm_jax.rewards.density_ratio`. The further terms are off by default:
+
+    probe_penalty · 1[p · h > τ]     a dense probe p on the pooled state h, `features.dense_probe`
 
 Units: R_SARM is in the reward model's own units; for Llama-SARM-4B its standard deviation is about
 0.05. α and β are in the same units with `unit="score"`, or in standard deviations σ of the
@@ -12,7 +14,8 @@ learns from (R_total − μ) / σ, where μ and σ are measured on reference res
 
 Two bounds keep a policy from escaping its penalties:
 
-- The penalties and the latent KL together take at most `penalty_cap` · σ from a response.
+- The penalties, of features and of the probe, and the latent KL together take at most
+  `penalty_cap` · σ from a response.
 - A response that does not end has no end-of-turn token, which is where its latents are read.
   `learned_reward` therefore charges it the largest penalty of its batch, and gives it no credit for
   a score above μ.
@@ -22,6 +25,7 @@ every comparison with NaN is false, and would otherwise waive the penalty.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -35,6 +39,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.sarm import Intervention, intervention
 from sarm_jax.reporting.spread import standard_deviation
 
+FURTHER_TERMS = ("probe_penalty",)  # besides score, feature penalties and latent KL
 CLAMP_VALUES = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
 
 
@@ -45,7 +50,7 @@ class RewardConfig:
     `tau_values` and `alpha_values` have one value per penalised feature. Each list of clamp values
     is empty or has one value per clamped feature. None among them leaves that bound open, and a
     feature that is set can have no bounds. `penalty_cap` is in σ of the reference responses'
-    scores, whatever the `unit` of α and β.
+    scores, whatever the `unit` of α and β. `probe` names a file of `--stage=train_probe`.
 
     Raises:
         InputError: an option is invalid; the message names `reward.<field>` and its value.
@@ -62,6 +67,8 @@ class RewardConfig:
     latent_indices: tuple[int, ...] = ()
     unit: str = "score"
     penalty_cap: float = 10.0
+    probe: str = ""
+    probe_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -76,8 +83,16 @@ class RewardConfig:
                     raise InputError(
                         f"reward.{name}: {value} must be a number that is not negative"
                     )
-        if not 0 <= self.beta < float("inf"):
-            raise InputError(f"reward.beta={self.beta}: must be a number that is not negative")
+        for name in ("beta", "probe_penalty"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(
+                    f"reward.{name}={getattr(self, name)}: must be a number that is not negative"
+                )
+        if self.probe_penalty and not self.probe:
+            raise InputError(
+                f"reward.probe_penalty={self.probe_penalty} needs a probe: make one with "
+                "--stage=train_probe and name its file with --config.reward.probe"
+            )
         if self.unit not in ("score", "sd"):
             raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
         if not self.penalty_cap > 0:
@@ -104,6 +119,32 @@ class RewardConfig:
                 f"reward.{name} has {count} values for {expected} reward.{features}: "
                 "give one value per feature"
             )
+
+    @property
+    def reads_features(self) -> bool:
+        """True if the reward depends on features beyond the score itself."""
+        return bool(self.penalize_features or self.clamp_features) or self.beta > 0
+
+    @property
+    def reads_probe(self) -> bool:
+        """True if the reward depends on the dense probe."""
+        return self.probe_penalty > 0
+
+    @property
+    def has_controls(self) -> bool:
+        """True if anything is taken from the score."""
+        return bool(self.penalize_features) or self.beta > 0 or bool(self.further_terms)
+
+    @property
+    def further_terms(self) -> tuple[str, ...]:
+        """Names of the terms besides score, feature penalties and latent KL that are on."""
+        return tuple(name for name in FURTHER_TERMS if getattr(self, name))
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """Columns of metrics.csv that a run has only if a further term is on."""
+        readings = ("probe_margin", "probe_above_tau") if self.reads_probe else ()
+        return (*self.further_terms, *readings)
 
     def alphas_sd(self, score_std: float) -> list[float]:
         """Returns α in σ of the reference responses' scores, `score_std`."""
@@ -144,27 +185,59 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StateReadings:
+    """Numbers that terms read from the pooled states of B responses; None if no term reads them.
+
+    `margin_b` is p · h − τ of the dense probe.
+    """
+
+    margin_b: np.ndarray | None = None
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """The means over the responses, by the names of metrics.csv."""
+        if self.margin_b is None:
+            return {}
+        return {
+            "probe_margin": float(self.margin_b.mean()),
+            "probe_above_tau": float((self.margin_b > 0).mean()),
+        }
+
+
+NO_READINGS = StateReadings()
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardTerms:
     """The terms of R_total for B responses, in the reward model's units, float32.
 
     `score_b` is R_SARM. `penalty_bn` has a column per penalised feature: α_i if the feature fired,
-    otherwise 0. If penalties and latent KL together exceed the cap, both `penalty_bn` and
-    `kl_penalty_b` are scaled down to it.
+    otherwise 0. `further` has what each term of `RewardConfig.further_terms` takes, `[B]` by name.
+    If the terms within the cap together exceed it, they are all scaled down to it.
     """
 
     score_b: np.ndarray
     penalty_bn: np.ndarray
     kl_penalty_b: np.ndarray
+    further: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def controls_b(self) -> np.ndarray:
-        """Penalties and latent KL, which are taken from the score of each response, `[B]`."""
-        return self.penalty_bn.sum(axis=1) + self.kl_penalty_b
+        """The sum of the terms that are taken from the score of each response, `[B]`."""
+        own_b = self.penalty_bn.sum(axis=1) + self.kl_penalty_b
+        return sum(self.further.values(), start=own_b)
 
     @property
     def total_b(self) -> np.ndarray:
         """R_total `[B]`."""
-        return self.score_b - self.penalty_bn.sum(axis=1) - self.kl_penalty_b
+        total_b = self.score_b - self.penalty_bn.sum(axis=1) - self.kl_penalty_b
+        for taken_b in self.further.values():
+            total_b = total_b - taken_b
+        return total_b
+
+    def further_of(self, b: int) -> dict[str, float]:
+        """Returns the further terms of response b, by name."""
+        return {name: float(taken_b[b]) for name, taken_b in self.further.items()}
 
 
 def compound_reward(
@@ -174,24 +247,43 @@ def compound_reward(
     z_bn: np.ndarray,
     d_b: np.ndarray,
     score_std: float,
+    states: StateReadings = NO_READINGS,
 ) -> RewardTerms:
     """Returns the terms of R_total.
 
     Args:
-        config: α, β, τ, their unit, and the cap.
+        config: α, β, τ, their unit, the cap, and the further terms.
         score_b: R_SARM of each response.
         z_bn: latents of the penalised features, before the clamp.
         d_b: D(z_S), the discriminator's log density ratio of each response.
         score_std: σ of the reference responses' scores, in which the cap and `unit="sd"` are given.
+        states: what the further terms read from the pooled states.
     """
     scale = unit_scale(config.unit, score_std)
     penalty_bn = fired_penalties(
         z_bn, tau_values=config.tau_values, alpha_values=config.alpha_values, scale=scale
     )
     kl_penalty_b = scale * np.float32(config.beta) * d_b
+    further = {}
+    if config.probe_penalty:
+        assert states.margin_b is not None
+        further["probe_penalty"] = _probe_penalty(states.margin_b, config.probe_penalty, scale)
     cap = cap_in_score(config.penalty_cap, score_std)
-    share_b = share_within_cap(penalty_bn.sum(axis=1) + kl_penalty_b, cap)
-    return RewardTerms(score_b, penalty_bn * share_b[:, None], kl_penalty_b * share_b)
+    sum_b = sum(further.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
+    share_b = share_within_cap(sum_b, cap)
+    return RewardTerms(
+        score_b,
+        penalty_bn * share_b[:, None],
+        kl_penalty_b * share_b,
+        {name: taken_b * share_b for name, taken_b in further.items()},
+    )
+
+
+def _probe_penalty(margin_b: np.ndarray, alpha: float, scale: np.float32) -> np.ndarray:
+    """Returns α · 1[p · h − τ > 0] in the reward model's units, NaN if it is not finite."""
+    return fired_penalties(
+        margin_b[:, None], tau_values=(0.0,), alpha_values=(alpha,), scale=scale
+    )[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,8 @@ from sarm_jax.rewards.compound import (
 )
 from sarm_jax.rewards.density_ratio import DensityRatio, DensityRatioState, DiscriminatorConfig
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
-from sarm_jax.rewards.scoring import Scorer
+from sarm_jax.rewards.scoring import Scorer, feature_count
+from sarm_jax.rewards.state_controls import state_controls
 
 LOG = logging.getLogger(__name__)
 
@@ -106,9 +107,10 @@ class ControlledReward:
         self.calls = 0
         self._normalise, self._missing_eos_penalty = normalise, missing_eos_penalty
         self._stop_ids = frozenset(stop_ids)
-        human = human_buffer(controls, human_latents, sarm.latent_size)
+        human = human_buffer(controls, human_latents, feature_count(sarm, controls))
         self._features = human.latent_indices if human else ()
-        self._scorer = Scorer(sarm, controls, self._features)
+        states = state_controls(controls, sarm.state_size)
+        self._scorer = Scorer(sarm, controls, self._features, states)
         keys = jax.random.split(jax.random.key(seed), STREAMS)
         self._key = keys[MINIBATCH_KEY]
         self._density_ratio: DensityRatio | None = None
@@ -162,7 +164,12 @@ class ControlledReward:
                     f"call {self.calls}: the discriminator's update is not finite", "not finite"
                 )
         terms = compound_reward(
-            self.controls, score_b=scored.score_b, z_bn=scored.z_bn, d_b=d_b, score_std=scale.std
+            self.controls,
+            score_b=scored.score_b,
+            z_bn=scored.z_bn,
+            d_b=d_b,
+            score_std=scale.std,
+            states=scored.states,
         )
         reward_b = self._reward(terms, scale, ended_b)
         wrong = np.flatnonzero(~np.isfinite(reward_b))
@@ -181,8 +188,7 @@ class ControlledReward:
     @property
     def _needs_scale(self) -> bool:
         """True if μ or σ affects the reward."""
-        controls = self.controls
-        has_controls = bool(controls.penalize_features) or controls.beta > 0
+        has_controls = self.controls.has_controls
         return has_controls or self._normalise or self._missing_eos_penalty > 0
 
     def calibrate(self, prompts: Sequence[PromptValue], responses: Sequence[str]) -> ScoreScale:
@@ -275,6 +281,7 @@ class ControlledReward:
             "rm_score": terms.score_b,
             "indicator_penalty": terms.penalty_bn.sum(axis=1),
             "kl_penalty": terms.kl_penalty_b,
+            **terms.further,
         }
         means = {name: float(value_b.mean()) for name, value_b in columns.items()}
         if self.log is not None:

@@ -1,0 +1,55 @@
+"""What the terms of the reward that read the pooled state need: a dense probe.
+
+The state is the one that the SAE reads (`RewardModel.score_with_states`). It is returned by the
+forward pass that scores the responses, and only if one of these terms is on.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from sarm_jax.features.dense_probe import DenseProbe, load_probe
+from sarm_jax.io.errors import InputError
+from sarm_jax.rewards.compound import RewardConfig, StateReadings
+
+
+@dataclasses.dataclass(frozen=True)
+class StateControls:
+    """The probe of a run; None if no term reads it."""
+
+    probe: DenseProbe | None = None
+
+    @property
+    def read_states(self) -> bool:
+        """True if a term reads the pooled states."""
+        return self.probe is not None
+
+    def read(self, x_bd: np.ndarray) -> StateReadings:
+        """Reads the states `[B, D]` of B responses."""
+        return StateReadings(margin_b=None if self.probe is None else self.probe.margin(x_bd))
+
+
+NO_STATES = StateControls()
+
+
+def state_controls(reward: RewardConfig, state_size: int) -> StateControls:
+    """Reads the files of the terms that are on.
+
+    Args:
+        reward: the options.
+        state_size: the number of dimensions of a state of the reward model.
+
+    Raises:
+        InputError: a file is missing or bad, or was made with another reward model.
+    """
+    return StateControls(probe=_probe(reward.probe, state_size) if reward.reads_probe else None)
+
+
+def _probe(path: str, state_size: int) -> DenseProbe:
+    probe = load_probe(path)
+    if len(probe.direction_d) != state_size:
+        raise InputError(
+            f"reward.probe={path}: a direction of {len(probe.direction_d)} dimensions for states "
+            f"of {state_size}: was it made with another reward model?"
+        )
+    return probe
