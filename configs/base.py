@@ -166,6 +166,10 @@ def _add_reward(config: ConfigDict) -> None:
     # threshold τ on the pooled state h. It needs no SAE.
     config.reward.probe = ""
     config.reward.probe_penalty = 0.0  # penalty, in `unit`, for a response with p · h > τ
+    # True: a response on which a feature of penalize_features or the probe fires is not penalised
+    # but left out of the update, as if it had not been sampled; without alpha_values and
+    # probe_penalty.
+    config.reward.screen = False
 
     # The discriminator, whose logit estimates the latent KL.
     config.discriminator = ConfigDict()

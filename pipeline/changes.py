@@ -33,6 +33,7 @@ DEFAULTS = {
     "reward": {
         "probe": "",
         "probe_penalty": 0.0,
+        "screen": False,
     },
 }
 # A file with one of these in its path may lack a digest in older records.

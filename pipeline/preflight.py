@@ -72,6 +72,7 @@ def without_future_lists(config: ConfigDict, workdir: Path) -> ConfigDict:
             if name not in waiting:
                 parse(f"reward.{name}", config.reward[name])
             config.reward[name] = ""
+        config.reward.screen = False  # which needs the features
     if _is_future(config.probe.feature, workdir):
         config.probe.feature = "0"
     return config

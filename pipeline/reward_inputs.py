@@ -11,7 +11,7 @@ REWARD_LISTS = tuple(Input(f"reward.{name}", Kind.LIST) for name in PARSERS)
 
 def reads_probe(config: ConfigDict) -> bool:
     """Returns whether a run with this config reads the dense probe."""
-    return config.reward.probe_penalty != 0
+    return config.reward.probe_penalty != 0 or config.reward.screen
 
 
 # Files that a PPO run reads.

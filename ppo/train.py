@@ -139,7 +139,7 @@ class Trainer:
             config.ppo, config.lora, policy=policy, pad=pad_id(tokenizer, policy.stop_ids)
         )
         self.sampler = Sampler(self.learner, self.base, tokenizer)
-        self.updater = Updater(self.learner)
+        self.updater = Updater(self.learner, screens=config.reward.screen)
         keys = jax.random.split(jax.random.key(config.ppo.seed), 5)
         self._rollout_key, disc_key, self._calibration_key, self._disc_data_key, eval_key = keys
         disc_state = None if self.density_ratio is None else self.density_ratio.init(disc_key)
@@ -340,7 +340,7 @@ class Trainer:
             order = order_of_rows(self.config.ppo, step)
             plan = self._slot_plans[self.deck.padded_length(step)]
             slots = plan.slots_for(rollout.lengths_b, order)
-            batch = self._batch(rollout, reward_b, slots)
+            batch = self._batch(rollout, reward_b, terms.screened_b, slots)
             train_state, targets, scalars = self.updater.update(
                 state.train, self.base, batch, order=order, slots=slots
             )
@@ -423,7 +423,13 @@ class Trainer:
         )
         return terms, density_ratio_state, metrics
 
-    def _batch(self, rollout: Rollout, reward_b: np.ndarray, slots: Slots | None) -> Batch:
+    def _batch(
+        self,
+        rollout: Rollout,
+        reward_b: np.ndarray,
+        screened_b: np.ndarray | None,
+        slots: Slots | None,
+    ) -> Batch:
         """Puts the scored rollout on the mesh, with log π_ref."""
         place = self.learner.placement.rows
         tokens_bt, mask_bt, mask_br = place(
@@ -437,6 +443,7 @@ class Trainer:
             mask_br=mask_br,
             ref_logp_br=ref_logp_br,
             reward_b=placed_reward_b,
+            keep_b=None if screened_b is None else place(jnp.asarray(~screened_b)),
         )
 
     def _row(
@@ -476,8 +483,7 @@ class Trainer:
             z_b = scored.z_bn[:, column]
             row[f"feat_{feature}_activation"] = z_b.mean()
             row[f"feat_{feature}_above_tau"] = (z_b > reward.tau_values[column]).mean()
-        row |= {name: taken_b.mean() for name, taken_b in terms.further.items()}
-        row |= scored.states.columns
+        row |= terms.further_columns | scored.states.columns
         return {name: float(value) for name, value in row.items()} | {"step": step}
 
     def _samples(self, step: int, rollout: Rollout, terms: RewardTerms) -> list[dict]:

@@ -21,6 +21,7 @@ GLANCE = {
     "indicator_penalty": "penalties",
     "kl_penalty": "latent KL, β · D",
     "probe_penalty": "penalty of the dense probe",
+    "screened_fraction": "share that is screened",
     "ref_kl": "KL to the reference, nats",
     "response_length_mean": "length, tokens",
     "eos_fraction": "share that ended",
@@ -34,7 +35,7 @@ OPTIONS = (
     "reward.alpha_values reward.clamp_features reward.beta reward.latent_indices "
     "reward.penalty_cap"
 ).split()
-FURTHER_OPTIONS = "reward.probe reward.probe_penalty".split()  # shown if they are on
+FURTHER_OPTIONS = "reward.probe reward.probe_penalty reward.screen".split()  # shown if they are on
 POLICY = {
     "score": "R_SARM",
     "controlled_score": "R_SARM under the controls",

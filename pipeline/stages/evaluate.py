@@ -164,11 +164,11 @@ def controls_of(config: ConfigDict) -> Controls:
     reward = reward_config(config.reward)
     size = read_sarm_config(config.sarm_model).latent_size
     reward.check_features(size)
-    if reward.further_terms:
+    further = [*reward.further_terms, *(["screen"] if reward.screen else [])]
+    if further:
         LOG.info(
-            "evaluate: of the reward's terms only clamps and penalties of features count here, not "
-            "%s",
-            ", ".join(reward.further_terms),
+            "of section reward, only clamps and penalties of features are evaluated, not %s",
+            ", ".join(further),
         )
     path = config.evaluate.steering_json
     steering = read_steering(path) if path else {}
@@ -178,8 +178,8 @@ def controls_of(config: ConfigDict) -> Controls:
         raise InputError(f"evaluate.steering_json={path}: {error}") from None
     return Controls(
         intervention=change,
-        penalize_features=reward.penalize_features,
-        tau_values=reward.tau_values,
+        penalize_features=() if reward.screen else reward.penalize_features,
+        tau_values=() if reward.screen else reward.tau_values,
         alpha_values=reward.alpha_values,
         unit=reward.unit,
         penalty_cap=reward.penalty_cap,

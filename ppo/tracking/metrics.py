@@ -245,6 +245,8 @@ def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
     means = {name: float(np.mean([row[name] for row in rows])) for name in names if name in rows[0]}
     means["indicator_penalty"] = float(np.mean([sum(row["penalties"].values()) for row in rows]))
     means["eos_fraction"] = float(np.mean([row["ended"] for row in rows]))
+    if "screened" in rows[0]:
+        means["screened_fraction"] = float(np.mean([row["screened"] for row in rows]))
     return means
 
 

@@ -51,6 +51,7 @@ class RewardConfig:
     is empty or has one value per clamped feature. None among them leaves that bound open, and a
     feature that is set can have no bounds. `penalty_cap` is in σ of the reference responses'
     scores, whatever the `unit` of α and β. `probe` names a file of `--stage=train_probe`.
+    With `screen` there are no `alpha_values`: features and probe screen responses instead.
 
     Raises:
         InputError: an option is invalid; the message names `reward.<field>` and its value.
@@ -69,6 +70,7 @@ class RewardConfig:
     penalty_cap: float = 10.0
     probe: str = ""
     probe_penalty: float = 0.0
+    screen: bool = False
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -93,6 +95,7 @@ class RewardConfig:
                 f"reward.probe_penalty={self.probe_penalty} needs a probe: make one with "
                 "--stage=train_probe and name its file with --config.reward.probe"
             )
+        self._check_screen()
         if self.unit not in ("score", "sd"):
             raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
         if not self.penalty_cap > 0:
@@ -100,7 +103,7 @@ class RewardConfig:
 
     def _check_lengths(self) -> None:
         """Raises InputError unless lists that belong together have equal lengths."""
-        for name in ("tau_values", "alpha_values"):
+        for name in ("tau_values",) if self.screen else ("tau_values", "alpha_values"):
             self._check_length(name, "penalize_features")
         bounds = [name for name in CLAMP_VALUES if getattr(self, name)]
         if bool(self.clamp_features) != bool(bounds):
@@ -111,6 +114,24 @@ class RewardConfig:
             )
         for name in bounds:
             self._check_length(name, "clamp_features")
+
+    def _check_screen(self) -> None:
+        """Raises InputError unless a screen has something to read, and no penalty beside it."""
+        if not self.screen:
+            return
+        if not (self.penalize_features or self.probe):
+            raise InputError("reward.screen=True: needs reward.penalize_features or reward.probe")
+        if self.alpha_values:
+            values = ",".join(map(str, self.alpha_values))
+            raise InputError(
+                f"reward.alpha_values={values}: reward.screen=True leaves responses out instead of "
+                "penalising them; leave out reward.alpha_values"
+            )
+        if self.probe_penalty:
+            raise InputError(
+                f"reward.probe_penalty={self.probe_penalty}: reward.screen=True leaves responses "
+                "out instead of penalising them; leave out reward.probe_penalty"
+            )
 
     def _check_length(self, name: str, features: str) -> None:
         count, expected = len(getattr(self, name)), len(getattr(self, features))
@@ -128,7 +149,7 @@ class RewardConfig:
     @property
     def reads_probe(self) -> bool:
         """True if the reward depends on the dense probe."""
-        return self.probe_penalty > 0
+        return self.probe_penalty > 0 or (self.screen and bool(self.probe))
 
     @property
     def has_controls(self) -> bool:
@@ -144,7 +165,8 @@ class RewardConfig:
     def further_columns(self) -> tuple[str, ...]:
         """Columns of metrics.csv that a run has only if a further term is on."""
         readings = ("probe_margin", "probe_above_tau") if self.reads_probe else ()
-        return (*self.further_terms, *readings)
+        screen = ("screened_fraction", "screened_updates") if self.screen else ()
+        return (*self.further_terms, *readings, *screen)
 
     def alphas_sd(self, score_std: float) -> list[float]:
         """Returns α in σ of the reference responses' scores, `score_std`."""
@@ -213,13 +235,15 @@ class RewardTerms:
 
     `score_b` is R_SARM. `penalty_bn` has a column per penalised feature: α_i if the feature fired,
     otherwise 0. `further` has what each term of `RewardConfig.further_terms` takes, `[B]` by name.
-    If the terms within the cap together exceed it, they are all scaled down to it.
+    If the terms within the cap together exceed it, they are all scaled down to it. `screened_b` is
+    True for responses that the policy does not learn from; None without `screen`.
     """
 
     score_b: np.ndarray
     penalty_bn: np.ndarray
     kl_penalty_b: np.ndarray
     further: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    screened_b: np.ndarray | None = None
 
     @property
     def controls_b(self) -> np.ndarray:
@@ -235,9 +259,20 @@ class RewardTerms:
             total_b = total_b - taken_b
         return total_b
 
-    def further_of(self, b: int) -> dict[str, float]:
-        """Returns the further terms of response b, by name."""
-        return {name: float(taken_b[b]) for name, taken_b in self.further.items()}
+    @property
+    def further_columns(self) -> dict[str, float]:
+        """The means of the further terms over the responses, by the names of metrics.csv."""
+        means = {name: float(taken_b.mean()) for name, taken_b in self.further.items()}
+        if self.screened_b is not None:
+            means["screened_fraction"] = float(self.screened_b.mean())
+        return means
+
+    def further_of(self, b: int) -> dict[str, float | bool]:
+        """Returns the further terms of response b by name, and whether it is screened."""
+        terms: dict[str, float | bool] = {
+            name: float(taken_b[b]) for name, taken_b in self.further.items()
+        }
+        return terms if self.screened_b is None else terms | {"screened": bool(self.screened_b[b])}
 
 
 def compound_reward(
@@ -260,8 +295,9 @@ def compound_reward(
         states: what the further terms read from the pooled states.
     """
     scale = unit_scale(config.unit, score_std)
+    alphas = (0.0,) * len(config.penalize_features) if config.screen else config.alpha_values
     penalty_bn = fired_penalties(
-        z_bn, tau_values=config.tau_values, alpha_values=config.alpha_values, scale=scale
+        z_bn, tau_values=config.tau_values, alpha_values=alphas, scale=scale
     )
     kl_penalty_b = scale * np.float32(config.beta) * d_b
     further = {}
@@ -271,12 +307,30 @@ def compound_reward(
     cap = cap_in_score(config.penalty_cap, score_std)
     sum_b = sum(further.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
     share_b = share_within_cap(sum_b, cap)
-    return RewardTerms(
+    terms = RewardTerms(
         score_b,
         penalty_bn * share_b[:, None],
         kl_penalty_b * share_b,
         {name: taken_b * share_b for name, taken_b in further.items()},
     )
+    return _screened(config, terms, z_bn, states) if config.screen else terms
+
+
+def _screened(
+    config: RewardConfig, terms: RewardTerms, z_bn: np.ndarray, states: StateReadings
+) -> RewardTerms:
+    """Adds which responses are screened: those on which a feature or the probe fires.
+
+    One whose total is not finite never is, so that it is not overlooked.
+    """
+    fires_b = (z_bn > np.asarray(config.tau_values, np.float32)).any(axis=1)
+    if states.margin_b is not None:
+        fires_b = fires_b | (states.margin_b > 0)
+        finite_b = np.isfinite(states.margin_b)
+        terms = dataclasses.replace(
+            terms, score_b=np.where(finite_b, terms.score_b, np.float32("nan"))
+        )
+    return dataclasses.replace(terms, screened_b=fires_b & np.isfinite(terms.total_b))
 
 
 def _probe_penalty(margin_b: np.ndarray, alpha: float, scale: np.float32) -> np.ndarray:
@@ -327,15 +381,18 @@ def learned_reward(
     ended        (R_total − μ) / σ
     not ended    min((R_SARM − μ) / σ, 0) − c / σ − missing_eos_penalty
 
-    c is the most that penalties and latent KL take from any response of the batch, so the same text
-    with an end is always worth more. With `missing_eos_penalty` = 0 responses need not end, and the
-    first line holds for all of them.
+    c is the most that the terms take from any response of the batch that is not screened, so the
+    same text with an end is always worth more. With `missing_eos_penalty` = 0 responses need not
+    end, and the first line holds for all of them.
     """
     ended_reward_b = scale.normalise(terms.total_b)
     ended_reward_b = np.where(np.isfinite(ended_reward_b), ended_reward_b, np.float32("nan"))
     if missing_eos_penalty == 0:
         return ended_reward_b
-    most = np.maximum(terms.controls_b.max(), 0) / scale.std
+    controls_b = terms.controls_b
+    if terms.screened_b is not None:  # which would not be learned from, nor bound others
+        controls_b = np.append(controls_b[~terms.screened_b], np.float32(0))
+    most = np.maximum(controls_b.max(), 0) / scale.std
     credited_b = np.minimum(scale.normalise(terms.score_b), 0)
     cut_off_reward_b = credited_b - np.float32(most + missing_eos_penalty)
     keeps_b = ended_b | np.isnan(ended_reward_b)

@@ -102,6 +102,11 @@ class ControlledReward:
                 f"missing_eos_penalty={missing_eos_penalty}: needs stop_ids, the tokens that end a "
                 "response of the policy"
             )
+        if controls.screen:
+            raise InputError(
+                "reward.screen=True: the trainer takes a number for every response and cannot "
+                "leave one out; use penalties, or PPO, RLOO and GRPO of this project"
+            )
         self.controls, self.scale, self.log = controls, scale, log
         self.terms: RewardTerms | None = None
         self.calls = 0
