@@ -159,8 +159,8 @@ def _add_reward(config: ConfigDict) -> None:
     config.reward.human_latents = ""  # safetensors file written by --stage=human_latents
     # Unit of α and β: "score", the SARM's own unit, or "sd", standard deviations of its score.
     config.reward.unit = "score"
-    # Largest deduction from a response by penalties, of features and of the probe, and latent KL
-    # together, in standard deviations of the score; inf: no cap.
+    # Largest deduction from a response by penalties of features, latent KL, probe_penalty and
+    # distance_penalty together, in standard deviations of the score; inf: no cap.
     config.reward.penalty_cap = 10.0
     # Dense probe: safetensors file written by --stage=train_probe, a direction p with its
     # threshold τ on the pooled state h. It needs no SAE.
@@ -170,6 +170,12 @@ def _add_reward(config: ConfigDict) -> None:
     # but left out of the update, as if it had not been sampled; without alpha_values and
     # probe_penalty.
     config.reward.screen = False
+    # Mean and covariance of the states of human responses: safetensors file written by
+    # --stage=human_latents with human_latents.states=True. They need no SAE.
+    config.reward.human_states = ""
+    # Penalty, in `unit`, per unit of the Mahalanobis distance of the pooled state from those of
+    # human responses (Miao et al. 2510.13694).
+    config.reward.distance_penalty = 0.0
 
     # The discriminator, whose logit estimates the latent KL.
     config.discriminator = ConfigDict()
@@ -224,10 +230,12 @@ def _add_profile(config: ConfigDict) -> None:
 
 
 def _add_human_latents(config: ConfigDict) -> None:
-    # Stage human_latents: latents of human responses, for the latent KL.
+    # Stage human_latents: latents of human responses, for the latent KL and distance_penalty.
     config.human_latents = ConfigDict()
     # File of {"prompt", "response"} rows written by people.
     config.human_latents.demos_jsonl = ""
+    # True: also writes human_states.safetensors, for reward.distance_penalty.
+    config.human_latents.states = False
 
 
 def _add_prepare_data(config: ConfigDict) -> None:

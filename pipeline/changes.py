@@ -34,7 +34,10 @@ DEFAULTS = {
         "probe": "",
         "probe_penalty": 0.0,
         "screen": False,
+        "human_states": "",
+        "distance_penalty": 0.0,
     },
+    "human_latents": {"states": False},
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

@@ -18,4 +18,5 @@ def reads_probe(config: ConfigDict) -> bool:
 REWARD_FILES = (
     Input("reward.human_latents", read_if=lambda config: config.reward.beta != 0),
     Input("reward.probe", read_if=reads_probe),
+    Input("reward.human_states", read_if=lambda config: config.reward.distance_penalty != 0),
 )

@@ -21,6 +21,7 @@ GLANCE = {
     "indicator_penalty": "penalties",
     "kl_penalty": "latent KL, β · D",
     "probe_penalty": "penalty of the dense probe",
+    "distance_penalty": "penalty of the distance from human responses",
     "screened_fraction": "share that is screened",
     "ref_kl": "KL to the reference, nats",
     "response_length_mean": "length, tokens",
@@ -35,7 +36,9 @@ OPTIONS = (
     "reward.alpha_values reward.clamp_features reward.beta reward.latent_indices "
     "reward.penalty_cap"
 ).split()
-FURTHER_OPTIONS = "reward.probe reward.probe_penalty reward.screen".split()  # shown if they are on
+FURTHER_OPTIONS = (  # shown if they are on
+    "reward.probe reward.probe_penalty reward.screen reward.human_states reward.distance_penalty"
+).split()
 POLICY = {
     "score": "R_SARM",
     "controlled_score": "R_SARM under the controls",

@@ -232,6 +232,8 @@ def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
         LOG.info("beta is 0: human_latents and latent_indices are not used")
     if config.reward.probe and not options.reward.reads_probe:
         LOG.info("probe_penalty is 0: the probe is not used")
+    if config.reward.human_states and not options.reward.distance_penalty:
+        LOG.info("distance_penalty is 0: human_states are not used")
     if ppo.unused:
         names = ", ".join(f"ppo.{name}" for name in ppo.unused)
         LOG.info("ppo.algorithm=%s does not use %s", ppo.algorithm, names)

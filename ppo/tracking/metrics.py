@@ -241,8 +241,9 @@ def read_evaluations(workdir: Path) -> list[dict]:
 
 def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
     """Returns the means over the responses of an evaluation."""
-    names = ("total_reward", "rm_score", "kl_penalty", "ref_kl", *FURTHER_TERMS)
-    means = {name: float(np.mean([row[name] for row in rows])) for name in names if name in rows[0]}
+    names = ["total_reward", "rm_score", "kl_penalty", "ref_kl"]
+    names += [n for n, value in rows[0].items() if isinstance(value, float) and n not in names]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     means["indicator_penalty"] = float(np.mean([sum(row["penalties"].values()) for row in rows]))
     means["eos_fraction"] = float(np.mean([row["ended"] for row in rows]))
     if "screened" in rows[0]:

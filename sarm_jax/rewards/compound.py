@@ -6,6 +6,7 @@ The indicator reads the latents *before* the clamp. D is the logit of the discri
 `sarm_jax.rewards.density_ratio`. The further terms are off by default:
 
     probe_penalty · 1[p · h > τ]     a dense probe p on the pooled state h, `features.dense_probe`
+    distance_penalty · d(h)          distance of h from human responses, `rewards.human_states`
 
 Units: R_SARM is in the reward model's own units; for Llama-SARM-4B its standard deviation is about
 0.05. α and β are in the same units with `unit="score"`, or in standard deviations σ of the
@@ -14,8 +15,8 @@ learns from (R_total − μ) / σ, where μ and σ are measured on reference res
 
 Two bounds keep a policy from escaping its penalties:
 
-- The penalties, of features and of the probe, and the latent KL together take at most
-  `penalty_cap` · σ from a response.
+- The penalties of features, the latent KL, and the penalties on probe and distance together take
+  at most `penalty_cap` · σ from a response.
 - A response that does not end has no end-of-turn token, which is where its latents are read.
   `learned_reward` therefore charges it the largest penalty of its batch, and gives it no credit for
   a score above μ.
@@ -39,7 +40,8 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.sarm import Intervention, intervention
 from sarm_jax.reporting.spread import standard_deviation
 
-FURTHER_TERMS = ("probe_penalty",)  # besides score, feature penalties and latent KL
+# Besides score, feature penalties and latent KL.
+FURTHER_TERMS = ("probe_penalty", "distance_penalty")
 CLAMP_VALUES = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
 
 
@@ -52,6 +54,7 @@ class RewardConfig:
     feature that is set can have no bounds. `penalty_cap` is in σ of the reference responses'
     scores, whatever the `unit` of α and β. `probe` names a file of `--stage=train_probe`.
     With `screen` there are no `alpha_values`: features and probe screen responses instead.
+    `human_states` names a file of `--stage=human_latents`.
 
     Raises:
         InputError: an option is invalid; the message names `reward.<field>` and its value.
@@ -71,6 +74,8 @@ class RewardConfig:
     probe: str = ""
     probe_penalty: float = 0.0
     screen: bool = False
+    human_states: str = ""
+    distance_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -85,7 +90,7 @@ class RewardConfig:
                     raise InputError(
                         f"reward.{name}: {value} must be a number that is not negative"
                     )
-        for name in ("beta", "probe_penalty"):
+        for name in ("beta", "probe_penalty", "distance_penalty"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(
                     f"reward.{name}={getattr(self, name)}: must be a number that is not negative"
@@ -94,6 +99,12 @@ class RewardConfig:
             raise InputError(
                 f"reward.probe_penalty={self.probe_penalty} needs a probe: make one with "
                 "--stage=train_probe and name its file with --config.reward.probe"
+            )
+        if self.distance_penalty and not self.human_states:
+            raise InputError(
+                f"reward.distance_penalty={self.distance_penalty} needs human states: make them "
+                "with --stage=human_latents --config.human_latents.states=True and name their file "
+                "with --config.reward.human_states"
             )
         self._check_screen()
         if self.unit not in ("score", "sd"):
@@ -165,6 +176,7 @@ class RewardConfig:
     def further_columns(self) -> tuple[str, ...]:
         """Columns of metrics.csv that a run has only if a further term is on."""
         readings = ("probe_margin", "probe_above_tau") if self.reads_probe else ()
+        readings += ("state_distance",) if self.distance_penalty else ()
         screen = ("screened_fraction", "screened_updates") if self.screen else ()
         return (*self.further_terms, *readings, *screen)
 
@@ -210,20 +222,22 @@ class RewardConfig:
 class StateReadings:
     """Numbers that terms read from the pooled states of B responses; None if no term reads them.
 
-    `margin_b` is p · h − τ of the dense probe.
+    `margin_b` is p · h − τ of the dense probe, `distance_b` the distance from human responses.
     """
 
     margin_b: np.ndarray | None = None
+    distance_b: np.ndarray | None = None
 
     @property
     def columns(self) -> dict[str, float]:
         """The means over the responses, by the names of metrics.csv."""
-        if self.margin_b is None:
-            return {}
-        return {
-            "probe_margin": float(self.margin_b.mean()),
-            "probe_above_tau": float((self.margin_b > 0).mean()),
-        }
+        means = {}
+        if self.margin_b is not None:
+            means["probe_margin"] = float(self.margin_b.mean())
+            means["probe_above_tau"] = float((self.margin_b > 0).mean())
+        if self.distance_b is not None:
+            means["state_distance"] = float(self.distance_b.mean())
+        return means
 
 
 NO_READINGS = StateReadings()
@@ -304,6 +318,11 @@ def compound_reward(
     if config.probe_penalty:
         assert states.margin_b is not None
         further["probe_penalty"] = _probe_penalty(states.margin_b, config.probe_penalty, scale)
+    if config.distance_penalty:
+        assert states.distance_b is not None
+        further["distance_penalty"] = (
+            scale * np.float32(config.distance_penalty) * states.distance_b
+        )
     cap = cap_in_score(config.penalty_cap, score_std)
     sum_b = sum(further.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
     share_b = share_within_cap(sum_b, cap)

@@ -1,4 +1,4 @@
-"""What the terms of the reward that read the pooled state need: a dense probe.
+"""What the terms of the reward that read the pooled state need: a dense probe, human states.
 
 The state is the one that the SAE reads (`RewardModel.score_with_states`). It is returned by the
 forward pass that scores the responses, and only if one of these terms is on.
@@ -11,22 +11,27 @@ import numpy as np
 from sarm_jax.features.dense_probe import DenseProbe, load_probe
 from sarm_jax.io.errors import InputError
 from sarm_jax.rewards.compound import RewardConfig, StateReadings
+from sarm_jax.rewards.human_states import HumanStates, load_human_states
 
 
 @dataclasses.dataclass(frozen=True)
 class StateControls:
-    """The probe of a run; None if no term reads it."""
+    """The probe, and mean and covariance of human states; None if no term reads them."""
 
     probe: DenseProbe | None = None
+    human: HumanStates | None = None
 
     @property
     def read_states(self) -> bool:
         """True if a term reads the pooled states."""
-        return self.probe is not None
+        return self.probe is not None or self.human is not None
 
     def read(self, x_bd: np.ndarray) -> StateReadings:
         """Reads the states `[B, D]` of B responses."""
-        return StateReadings(margin_b=None if self.probe is None else self.probe.margin(x_bd))
+        return StateReadings(
+            margin_b=None if self.probe is None else self.probe.margin(x_bd),
+            distance_b=None if self.human is None else self.human.distance(x_bd),
+        )
 
 
 NO_STATES = StateControls()
@@ -42,7 +47,10 @@ def state_controls(reward: RewardConfig, state_size: int) -> StateControls:
     Raises:
         InputError: a file is missing or bad, or was made with another reward model.
     """
-    return StateControls(probe=_probe(reward.probe, state_size) if reward.reads_probe else None)
+    return StateControls(
+        probe=_probe(reward.probe, state_size) if reward.reads_probe else None,
+        human=_human(reward.human_states, state_size) if reward.distance_penalty else None,
+    )
 
 
 def _probe(path: str, state_size: int) -> DenseProbe:
@@ -53,3 +61,13 @@ def _probe(path: str, state_size: int) -> DenseProbe:
             f"of {state_size}: was it made with another reward model?"
         )
     return probe
+
+
+def _human(path: str, state_size: int) -> HumanStates:
+    human = load_human_states(path)
+    if len(human.mean_d) != state_size:
+        raise InputError(
+            f"reward.human_states={path}: states of {len(human.mean_d)} dimensions, the reward "
+            f"model's have {state_size}: were they collected with another reward model?"
+        )
+    return human
