@@ -176,6 +176,11 @@ def _add_reward(config: ConfigDict) -> None:
     # Penalty, in `unit`, per unit of the Mahalanobis distance of the pooled state from those of
     # human responses (Miao et al. 2510.13694).
     config.reward.distance_penalty = 0.0
+    # Penalty, in `unit`, per token of a response; it does not count for penalty_cap.
+    config.reward.length_penalty = 0.0
+    # sigmoid: the score is replaced by a sigmoid of its distance from the reference responses' mean
+    # score (PAR, 2502.18770), which is bounded to ± half a `unit`; empty: no bound.
+    config.reward.bound = ""
 
     # The discriminator, whose logit estimates the latent KL.
     config.discriminator = ConfigDict()

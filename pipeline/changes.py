@@ -36,6 +36,8 @@ DEFAULTS = {
         "screen": False,
         "human_states": "",
         "distance_penalty": 0.0,
+        "length_penalty": 0.0,
+        "bound": "",
     },
     "human_latents": {"states": False},
 }

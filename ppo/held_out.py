@@ -98,7 +98,9 @@ class HeldOut:
             z_bn=scored.z_bn,
             d_b=d_b,
             score_std=scale.std,
+            score_mean=scale.mean,
             states=scored.states,
+            lengths_b=rollout.lengths_b,
         )
         ref_kl_b = self._reference_kl(rollout, plan)
         features = [str(i) for i in self.reward.penalize_features]

@@ -327,7 +327,9 @@ class Trainer:
 
         with phase("score"):
             scored = self.scorer.score(rollout.prompts, rollout.responses)
-            terms, density_ratio_state, disc_metrics = self._reward(step, state, scored)
+            terms, density_ratio_state, disc_metrics = self._reward(
+                step, state, scored, rollout.lengths_b
+            )
             reward_b = learned_reward(
                 terms,
                 scale=self.scale,
@@ -398,7 +400,7 @@ class Trainer:
         raise SystemExit(128 + signal)
 
     def _reward(
-        self, step: int, state: RunState, scored: Scored
+        self, step: int, state: RunState, scored: Scored, lengths_b: np.ndarray
     ) -> tuple[RewardTerms, DensityRatioState | None, dict[str, np.ndarray]]:
         """Returns (terms of the reward, new state of the discriminator, its metrics).
 
@@ -419,7 +421,9 @@ class Trainer:
             z_bn=scored.z_bn,
             d_b=d_b,
             score_std=self.scale.std,
+            score_mean=self.scale.mean,
             states=scored.states,
+            lengths_b=lengths_b,
         )
         return terms, density_ratio_state, metrics
 

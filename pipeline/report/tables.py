@@ -22,6 +22,8 @@ GLANCE = {
     "kl_penalty": "latent KL, β · D",
     "probe_penalty": "penalty of the dense probe",
     "distance_penalty": "penalty of the distance from human responses",
+    "length_penalty": "penalty of the length",
+    "bound_deduction": "deduction by the bound",
     "screened_fraction": "share that is screened",
     "ref_kl": "KL to the reference, nats",
     "response_length_mean": "length, tokens",
@@ -37,7 +39,8 @@ OPTIONS = (
     "reward.penalty_cap"
 ).split()
 FURTHER_OPTIONS = (  # shown if they are on
-    "reward.probe reward.probe_penalty reward.screen reward.human_states reward.distance_penalty"
+    "reward.probe reward.probe_penalty reward.screen reward.human_states reward.distance_penalty "
+    "reward.length_penalty reward.bound"
 ).split()
 POLICY = {
     "score": "R_SARM",

@@ -7,6 +7,13 @@ The indicator reads the latents *before* the clamp. D is the logit of the discri
 
     probe_penalty · 1[p · h > τ]     a dense probe p on the pooled state h, `features.dense_probe`
     distance_penalty · d(h)          distance of h from human responses, `rewards.human_states`
+    length_penalty · T               response tokens T
+    R_SARM − B(R_SARM)               B(R) = μ + u · (1 / (1 + exp(−(R − μ) / u)) − ½)   bounded
+
+B is the reward of PAR (Fu et al. 2502.18770), the sigmoid of the score minus that of reference
+responses. u is 1 with `unit="score"`, as there, or σ with `unit="sd"`. Deliberate deviations: μ is
+the mean over reference responses to many prompts, not the score of one to the same prompt, and ½ is
+taken off, so that reference responses have the reward μ on average, as without the bound.
 
 Units: R_SARM is in the reward model's own units; for Llama-SARM-4B its standard deviation is about
 0.05. α and β are in the same units with `unit="score"`, or in standard deviations σ of the
@@ -16,7 +23,8 @@ learns from (R_total − μ) / σ, where μ and σ are measured on reference res
 Two bounds keep a policy from escaping its penalties:
 
 - The penalties of features, the latent KL, and the penalties on probe and distance together take
-  at most `penalty_cap` · σ from a response.
+  at most `penalty_cap` · σ from a response. The length penalty is beside the cap: within it, a
+  response that reaches the cap could grow for free.
 - A response that does not end has no end-of-turn token, which is where its latents are read.
   `learned_reward` therefore charges it the largest penalty of its batch, and gives it no credit for
   a score above μ.
@@ -29,6 +37,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+from scipy.special import expit
 
 from sarm_jax.features.penalties import (
     cap_in_score,
@@ -41,7 +50,12 @@ from sarm_jax.models.sarm import Intervention, intervention
 from sarm_jax.reporting.spread import standard_deviation
 
 # Besides score, feature penalties and latent KL.
-FURTHER_TERMS = ("probe_penalty", "distance_penalty")
+FURTHER_TERMS = {  # name → the option that switches the term on
+    "probe_penalty": "probe_penalty",
+    "distance_penalty": "distance_penalty",
+    "length_penalty": "length_penalty",
+    "bound_deduction": "bound",
+}
 CLAMP_VALUES = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
 
 
@@ -76,6 +90,8 @@ class RewardConfig:
     screen: bool = False
     human_states: str = ""
     distance_penalty: float = 0.0
+    length_penalty: float = 0.0
+    bound: str = ""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -90,7 +106,7 @@ class RewardConfig:
                     raise InputError(
                         f"reward.{name}: {value} must be a number that is not negative"
                     )
-        for name in ("beta", "probe_penalty", "distance_penalty"):
+        for name in ("beta", "probe_penalty", "distance_penalty", "length_penalty"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(
                     f"reward.{name}={getattr(self, name)}: must be a number that is not negative"
@@ -109,6 +125,8 @@ class RewardConfig:
         self._check_screen()
         if self.unit not in ("score", "sd"):
             raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
+        if self.bound not in ("", "sigmoid"):
+            raise InputError(f"reward.bound={self.bound!r}: expected 'sigmoid', or '' for none")
         if not self.penalty_cap > 0:
             raise InputError(f"reward.penalty_cap={self.penalty_cap}: must be positive (inf: none)")
 
@@ -170,7 +188,7 @@ class RewardConfig:
     @property
     def further_terms(self) -> tuple[str, ...]:
         """Names of the terms besides score, feature penalties and latent KL that are on."""
-        return tuple(name for name in FURTHER_TERMS if getattr(self, name))
+        return tuple(name for name, option in FURTHER_TERMS.items() if getattr(self, option))
 
     @property
     def further_columns(self) -> tuple[str, ...]:
@@ -261,9 +279,19 @@ class RewardTerms:
 
     @property
     def controls_b(self) -> np.ndarray:
-        """The sum of the terms that are taken from the score of each response, `[B]`."""
-        own_b = self.penalty_bn.sum(axis=1) + self.kl_penalty_b
-        return sum(self.further.values(), start=own_b)
+        """The sum of the terms that are taken from the bounded score of each response, `[B]`."""
+        controls_b = self.penalty_bn.sum(axis=1) + self.kl_penalty_b
+        for name, taken_b in self.further.items():
+            if name != "bound_deduction":
+                controls_b = controls_b + taken_b
+        return controls_b
+
+    @property
+    def bounded_b(self) -> np.ndarray:
+        """The score after its bound, `[B]`; the score itself if there is no bound."""
+        if "bound_deduction" not in self.further:
+            return self.score_b
+        return self.score_b - self.further["bound_deduction"]
 
     @property
     def total_b(self) -> np.ndarray:
@@ -296,7 +324,9 @@ def compound_reward(
     z_bn: np.ndarray,
     d_b: np.ndarray,
     score_std: float,
+    score_mean: float = 0.0,
     states: StateReadings = NO_READINGS,
+    lengths_b: np.ndarray | None = None,
 ) -> RewardTerms:
     """Returns the terms of R_total.
 
@@ -306,7 +336,9 @@ def compound_reward(
         z_bn: latents of the penalised features, before the clamp.
         d_b: D(z_S), the discriminator's log density ratio of each response.
         score_std: σ of the reference responses' scores, in which the cap and `unit="sd"` are given.
+        score_mean: μ of the reference responses' scores, around which the bound is.
         states: what the further terms read from the pooled states.
+        lengths_b: tokens of each response, if they have a penalty.
     """
     scale = unit_scale(config.unit, score_std)
     alphas = (0.0,) * len(config.penalize_features) if config.screen else config.alpha_values
@@ -314,25 +346,47 @@ def compound_reward(
         z_bn, tau_values=config.tau_values, alpha_values=alphas, scale=scale
     )
     kl_penalty_b = scale * np.float32(config.beta) * d_b
-    further = {}
+    capped = _state_penalties(config, states, scale)
+    cap = cap_in_score(config.penalty_cap, score_std)
+    sum_b = sum(capped.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
+    share_b = share_within_cap(sum_b, cap)
+    further = {name: taken_b * share_b for name, taken_b in capped.items()}
+    if config.length_penalty:
+        assert lengths_b is not None
+        further["length_penalty"] = (scale * config.length_penalty * lengths_b).astype(np.float32)
+    if config.bound:
+        further["bound_deduction"] = _bound_deduction(score_b, mean=score_mean, scale=scale)
+    terms = RewardTerms(score_b, penalty_bn * share_b[:, None], kl_penalty_b * share_b, further)
+    return _screened(config, terms, z_bn, states) if config.screen else terms
+
+
+def _state_penalties(
+    config: RewardConfig, states: StateReadings, scale: np.float32
+) -> dict[str, np.ndarray]:
+    """Returns what the terms on the pooled state take before the cap, by name.
+
+    A probe whose margin is not finite takes NaN, as features do.
+    """
+    taken = {}
     if config.probe_penalty:
         assert states.margin_b is not None
-        further["probe_penalty"] = _probe_penalty(states.margin_b, config.probe_penalty, scale)
+        taken["probe_penalty"] = fired_penalties(
+            states.margin_b[:, None],
+            tau_values=(0.0,),
+            alpha_values=(config.probe_penalty,),
+            scale=scale,
+        )[:, 0]
     if config.distance_penalty:
         assert states.distance_b is not None
-        further["distance_penalty"] = (
-            scale * np.float32(config.distance_penalty) * states.distance_b
-        )
-    cap = cap_in_score(config.penalty_cap, score_std)
-    sum_b = sum(further.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
-    share_b = share_within_cap(sum_b, cap)
-    terms = RewardTerms(
-        score_b,
-        penalty_bn * share_b[:, None],
-        kl_penalty_b * share_b,
-        {name: taken_b * share_b for name, taken_b in further.items()},
-    )
-    return _screened(config, terms, z_bn, states) if config.screen else terms
+        taken["distance_penalty"] = scale * np.float32(config.distance_penalty) * states.distance_b
+    return taken
+
+
+def _bound_deduction(score_b: np.ndarray, *, mean: float, scale: np.float32) -> np.ndarray:
+    """Returns R − B(R), which is negative below μ; NaN if the score is not finite."""
+    centred_b = score_b.astype(np.float64) - mean
+    bounded_b = float(scale) * (expit(centred_b / float(scale)) - 0.5)
+    return (centred_b - bounded_b).astype(np.float32)
 
 
 def _screened(
@@ -412,7 +466,7 @@ def learned_reward(
     if terms.screened_b is not None:  # which would not be learned from, nor bound others
         controls_b = np.append(controls_b[~terms.screened_b], np.float32(0))
     most = np.maximum(controls_b.max(), 0) / scale.std
-    credited_b = np.minimum(scale.normalise(terms.score_b), 0)
+    credited_b = np.minimum(scale.normalise(terms.bounded_b), 0)
     cut_off_reward_b = credited_b - np.float32(most + missing_eos_penalty)
     keeps_b = ended_b | np.isnan(ended_reward_b)
     return np.where(keeps_b, ended_reward_b, cut_off_reward_b).astype(np.float32)

@@ -140,7 +140,8 @@ class ControlledReward:
         Args:
             prompts: texts or conversations, one for each completion.
             completions: texts, or lists of one assistant message.
-            completion_ids: tokens of the completions, without padding.
+            completion_ids: tokens of the completions, without padding; `missing_eos_penalty` and
+                `length_penalty` need them.
             log_metric: called with the name and the mean of every term; TRL passes it.
             log_extra: called with the name and the values of every term; TRL passes it.
             **kwargs: other columns of the data set; not used.
@@ -174,7 +175,9 @@ class ControlledReward:
             z_bn=scored.z_bn,
             d_b=d_b,
             score_std=scale.std,
+            score_mean=scale.mean,
             states=scored.states,
+            lengths_b=self._lengths(completion_ids, len(responses)),
         )
         reward_b = self._reward(terms, scale, ended_b)
         wrong = np.flatnonzero(~np.isfinite(reward_b))
@@ -259,15 +262,18 @@ class ControlledReward:
         """Returns which responses end with a stop token, `[B]`; all, if they need not."""
         if self._missing_eos_penalty == 0:
             return np.ones(count, bool)
-        if completion_ids is None or len(completion_ids) != count:
-            found = "none" if completion_ids is None else len(completion_ids)
-            raise InputError(
-                f"missing_eos_penalty={self._missing_eos_penalty}: needs completion_ids of "
-                f"{count} completions, found {found}"
-            )
-        return np.asarray(
-            [len(ids) > 0 and int(ids[-1]) in self._stop_ids for ids in completion_ids]
-        )
+        option = f"missing_eos_penalty={self._missing_eos_penalty}"
+        rows = _tokens(completion_ids, count, option)
+        return np.asarray([len(ids) > 0 and int(ids[-1]) in self._stop_ids for ids in rows])
+
+    def _lengths(
+        self, completion_ids: Sequence[Sequence[int]] | None, count: int
+    ) -> np.ndarray | None:
+        """Returns the tokens of each response, `[B]`; None if they have no penalty."""
+        if not self.controls.length_penalty:
+            return None
+        option = f"reward.length_penalty={self.controls.length_penalty}"
+        return np.asarray([len(ids) for ids in _tokens(completion_ids, count, option)])
 
     def _reward(self, terms: RewardTerms, scale: ScoreScale, ended_b: np.ndarray) -> np.ndarray:
         if not (self._normalise or self._missing_eos_penalty):
@@ -296,6 +302,16 @@ class ControlledReward:
                 log_metric(name, means[name])
             if log_extra is not None:
                 log_extra(name, value_b.tolist())
+
+
+def _tokens(
+    completion_ids: Sequence[Sequence[int]] | None, count: int, option: str
+) -> Sequence[Sequence[int]]:
+    """Returns the tokens of `count` completions; raises InputError if `option` lacks them."""
+    if completion_ids is None or len(completion_ids) != count:
+        found = "none" if completion_ids is None else len(completion_ids)
+        raise InputError(f"{option}: needs completion_ids of {count} completions, found {found}")
+    return completion_ids
 
 
 def _texts(completions: Sequence[Completion]) -> list[str]:
