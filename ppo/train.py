@@ -342,7 +342,7 @@ class Trainer:
             order = order_of_rows(self.config.ppo, step)
             plan = self._slot_plans[self.deck.padded_length(step)]
             slots = plan.slots_for(rollout.lengths_b, order)
-            batch = self._batch(rollout, reward_b, terms.screened_b, slots)
+            batch = self._screened(self._batch(rollout, reward_b, slots), terms)
             train_state, targets, scalars = self.updater.update(
                 state.train, self.base, batch, order=order, slots=slots
             )
@@ -427,13 +427,13 @@ class Trainer:
         )
         return terms, density_ratio_state, metrics
 
-    def _batch(
-        self,
-        rollout: Rollout,
-        reward_b: np.ndarray,
-        screened_b: np.ndarray | None,
-        slots: Slots | None,
-    ) -> Batch:
+    def _screened(self, batch: Batch, terms: RewardTerms) -> Batch:
+        """Adds which responses are not screened, if any can be."""
+        if terms.screened_b is None:
+            return batch
+        return batch.replace(keep_b=self.learner.placement.rows(jnp.asarray(~terms.screened_b)))
+
+    def _batch(self, rollout: Rollout, reward_b: np.ndarray, slots: Slots | None) -> Batch:
         """Puts the scored rollout on the mesh, with log π_ref."""
         place = self.learner.placement.rows
         tokens_bt, mask_bt, mask_br = place(
@@ -447,7 +447,6 @@ class Trainer:
             mask_br=mask_br,
             ref_logp_br=ref_logp_br,
             reward_b=placed_reward_b,
-            keep_b=None if screened_b is None else place(jnp.asarray(~screened_b)),
         )
 
     def _row(

@@ -346,11 +346,11 @@ def compound_reward(
         z_bn, tau_values=config.tau_values, alpha_values=alphas, scale=scale
     )
     kl_penalty_b = scale * np.float32(config.beta) * d_b
-    capped = _state_penalties(config, states, scale)
+    within_cap = _state_penalties(config, states, scale)
     cap = cap_in_score(config.penalty_cap, score_std)
-    sum_b = sum(capped.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
+    sum_b = sum(within_cap.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
     share_b = share_within_cap(sum_b, cap)
-    further = {name: taken_b * share_b for name, taken_b in capped.items()}
+    further = {name: taken_b * share_b for name, taken_b in within_cap.items()}
     if config.length_penalty:
         assert lengths_b is not None
         further["length_penalty"] = (scale * config.length_penalty * lengths_b).astype(np.float32)
@@ -406,13 +406,6 @@ def _screened(
     return dataclasses.replace(terms, screened_b=fires_b & np.isfinite(terms.total_b))
 
 
-def _probe_penalty(margin_b: np.ndarray, alpha: float, scale: np.float32) -> np.ndarray:
-    """Returns α · 1[p · h − τ > 0] in the reward model's units, NaN if it is not finite."""
-    return fired_penalties(
-        margin_b[:, None], tau_values=(0.0,), alpha_values=(alpha,), scale=scale
-    )[:, 0]
-
-
 @dataclasses.dataclass(frozen=True)
 class ScoreScale:
     """μ and σ of the reward model's scores on reference responses.
@@ -463,7 +456,7 @@ def learned_reward(
     if missing_eos_penalty == 0:
         return ended_reward_b
     controls_b = terms.controls_b
-    if terms.screened_b is not None:  # which would not be learned from, nor bound others
+    if terms.screened_b is not None:
         controls_b = np.append(controls_b[~terms.screened_b], np.float32(0))
     most = np.maximum(controls_b.max(), 0) / scale.std
     credited_b = np.minimum(scale.normalise(terms.bounded_b), 0)

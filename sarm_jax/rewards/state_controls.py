@@ -10,6 +10,7 @@ import numpy as np
 
 from sarm_jax.features.dense_probe import DenseProbe, load_probe
 from sarm_jax.io.errors import InputError
+from sarm_jax.parallel import processes
 from sarm_jax.rewards.compound import RewardConfig, StateReadings
 from sarm_jax.rewards.human_states import HumanStates, load_human_states
 
@@ -27,14 +28,19 @@ class StateControls:
         return self.probe is not None or self.human is not None
 
     def read(self, x_bd: np.ndarray) -> StateReadings:
-        """Reads the states `[B, D]` of B responses."""
+        """Reads the states `[B, D]` of B responses; the result is the same in every process."""
         return StateReadings(
-            margin_b=None if self.probe is None else self.probe.margin(x_bd),
-            distance_b=None if self.human is None else self.human.distance(x_bd),
+            margin_b=None if self.probe is None else _of_primary(self.probe.margin(x_bd)),
+            distance_b=None if self.human is None else _of_primary(self.human.distance(x_bd)),
         )
 
 
 NO_STATES = StateControls()
+
+
+def _of_primary(own_b: np.ndarray) -> np.ndarray:
+    """Returns the primary process's numbers, since other CPUs may round sums differently."""
+    return processes.broadcast_array(own_b, own_b if processes.is_primary() else None)
 
 
 def state_controls(reward: RewardConfig, state_size: int) -> StateControls:
