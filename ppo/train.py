@@ -431,7 +431,8 @@ class Trainer:
         """Adds which responses are not screened, if any can be."""
         if terms.screened_b is None:
             return batch
-        return batch.replace(keep_b=self.learner.placement.rows(jnp.asarray(~terms.screened_b)))
+        keep_b = self.learner.placement.rows(jnp.asarray(~terms.screened_b))
+        return dataclasses.replace(batch, keep_b=keep_b)
 
     def _batch(self, rollout: Rollout, reward_b: np.ndarray, slots: Slots | None) -> Batch:
         """Puts the scored rollout on the mesh, with log π_ref."""

@@ -81,15 +81,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
     folder.mkdir(exist_ok=True)
     for kind, result in fitted.items():
         save_probe(folder / file_name(kind), result.probe)
+    probes = {kind: described(result) for kind, result in fitted.items()}
     summary = {
         "pairs": len(pairs),
         "prompts": int(prompt_p.max()) + 1,
         "options": dataclasses.asdict(options),
-        "probes": {kind: described(result) for kind, result in fitted.items()},
+        "probes": probes,
     }
     # Last, because --stage=all takes it for the end of the stage.
     write_json(folder / SUMMARY, summary)
-    for kind, content in summary["probes"].items():
+    for kind, content in probes.items():
         _report(kind, content, budget)
     LOG.info("probes in %s: name one of them as reward.probe", folder)
 

@@ -50,16 +50,11 @@ class DenseProbe:
         return (projection(x_nd, self.direction_d) - self.tau).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
 class States:
     """A store of pooled states `[N, D]`, whose columns are the dimensions."""
 
-    x_nd: np.ndarray
-
-    @property
-    def size(self) -> int:
-        """The number of dimensions."""
-        return self.x_nd.shape[1]
+    def __init__(self, x_nd: np.ndarray):
+        self.x_nd, self.size = x_nd, x_nd.shape[1]
 
     def __len__(self) -> int:
         return len(self.x_nd)

@@ -193,10 +193,10 @@ class RewardConfig:
     @property
     def further_columns(self) -> tuple[str, ...]:
         """Columns of metrics.csv that a run has only if a further term is on."""
-        readings = ("probe_margin", "probe_above_tau") if self.reads_probe else ()
-        readings += ("state_distance",) if self.distance_penalty else ()
+        probe = ("probe_margin", "probe_above_tau") if self.reads_probe else ()
+        distance = ("state_distance",) if self.distance_penalty else ()
         screen = ("screened_fraction", "screened_updates") if self.screen else ()
-        return (*self.further_terms, *readings, *screen)
+        return (*self.further_terms, *probe, *distance, *screen)
 
     def alphas_sd(self, score_std: float) -> list[float]:
         """Returns α in σ of the reference responses' scores, `score_std`."""

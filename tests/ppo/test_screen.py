@@ -18,12 +18,14 @@ from tests.tiny_models import scale_matrices
 PROMPT, RESPONSE, ROWS = 5, 6, 8
 SCREENED = [2, 6]  # one of each group of four, and of each minibatch
 KEPT = [row for row in range(ROWS) if row not in SCREENED]
-GROUPS = {"rloo": {}, "grpo": {"loss_average": "tokens", "kl_coef": 0.3}}
-GROUPS |= {
-    f"grpo {average}": {"loss_average": average, "scale_advantages": False, "kl_coef": 0.3}
-    for average in ("responses", "constant")
+OPTIONS = {
+    "ppo": {},
+    "rloo": {},
+    "grpo": {"kl_coef": 0.3},
+    "grpo responses": {"loss_average": "responses", "scale_advantages": False, "kl_coef": 0.3},
+    "grpo constant": {"loss_average": "constant", "kl_coef": 0.3},
 }
-VARIANTS = {"ppo": {}, "ppo unwhitened": {"whiten_advantages": False}, **GROUPS}
+CUT = [("ppo", 2), ("rloo", 1), ("grpo", 1), ("grpo responses", 2), ("grpo constant", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def make_setup(architecture, ppo_config):
 
     def make(variant, copies, rows, **changes):
         algorithm = variant.split()[0]
-        options = {"batch_size": rows, "algorithm": algorithm, **VARIANTS[variant], **changes}
+        options = {"batch_size": rows, "algorithm": algorithm, **OPTIONS[variant], **changes}
         if algorithm != "ppo":
             options["samples_per_prompt"] = copies
         policy = scale_matrices(Llama(architecture, rngs=nnx.Rngs(0), stop_ids=(3,)))
@@ -69,8 +71,7 @@ def noisy(state):
     return jax.tree.unflatten(tree, changed)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize(("variant", "minibatches"), CUT)
 def test_the_update_without_the_screened_rows(make_setup, batch, variant, minibatches):
     """For groups it is that of k − 1 samples; in several epochs, and in minibatches."""
     options = {"num_minibatches": minibatches, "ppo_epochs": 2}
@@ -97,7 +98,7 @@ def test_the_update_without_the_screened_rows(make_setup, batch, variant, miniba
             assert_close(more[name], more_expected[name], 1e-4, terms=1e-2, name=name)
 
 
-@pytest.mark.parametrize("variant", ["ppo", "rloo", "grpo responses"])
+@pytest.mark.parametrize("variant", ["ppo", "grpo responses"])
 def test_accumulation_changes_only_the_order_of_summation(make_setup, batch, variant):
     screened = batch.replace(keep_b=jnp.asarray(np.isin(np.arange(ROWS), [0, 1, 3, 7])))
     states = []
@@ -109,7 +110,7 @@ def test_accumulation_changes_only_the_order_of_summation(make_setup, batch, var
         assert_close(a, b, 2e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["ppo", "rloo", "grpo responses"])
 def test_nothing_is_updated_if_all_are_screened(make_setup, batch, variant):
     """Neither by Adam's moments, which are not 0 here, nor with NaN in a metric."""
     updater, state, base = make_setup(variant, 4, ROWS, ppo_epochs=2)
@@ -132,18 +133,6 @@ def test_a_minibatch_of_screened_rows_alone_is_passed_over(make_setup, batch):
     assert metrics["screened_updates"] == 1 and metrics["skipped_updates"] == 0
 
 
-@pytest.mark.parametrize("variant", ["ppo", "rloo", "grpo"])
-def test_nan_in_a_row_that_is_kept_is_not_applied(make_setup, batch, variant):
-    updater, state, base = make_setup(variant, 4, ROWS, ppo_epochs=1)
-    before = jax.tree.map(np.asarray, state)
-    keep_b = jnp.asarray(np.isin(np.arange(ROWS), KEPT))
-    poisoned = batch.replace(reward_b=batch.reward_b.at[0].set(jnp.nan), keep_b=keep_b)
-    state, _, metrics = updater.update(state, base, poisoned, order=np.arange(ROWS)[None])
-    assert metrics["skipped_updates"] == 1 and metrics["screened_updates"] == 0
-    for a, b in zip(*map(jax.tree.leaves, (before, state)), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
 def test_advantages_within_what_is_left_of_a_group():
     reward = jnp.array([1.0, 3.0, 99.0, 8.0, 5.0, 7.0, 7.0, 99.0, 9.0, 9.0, 9.0, 9.0])
     keep = jnp.array([1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0], bool)  # three, one and none of four
@@ -156,6 +145,11 @@ def test_advantages_within_what_is_left_of_a_group():
     np.testing.assert_allclose(ours, [*expected, *[0] * 8], rtol=1e-6)
     spread = has_no_spread(reward.reshape(3, 4), keep.reshape(3, 4))
     assert spread.tolist() == [False, True, True]
+    for function, more in ((leave_one_out, {}), (group_normalised, {"scale": True})):
+        poisoned = function(reward.at[0].set(jnp.nan), 4, **more, keep_b=keep)
+        assert np.isnan(poisoned[np.array([0, 1, 3])]).all() and not np.isnan(poisoned[4:]).any()
+        unread = function(reward.at[2].set(jnp.nan), 4, **more, keep_b=keep)
+        np.testing.assert_array_equal(unread, function(reward, 4, **more, keep_b=keep))
     everything = jnp.ones(12, bool)
     for function, more in ((leave_one_out, {}), (group_normalised, {"scale": True})):
         np.testing.assert_allclose(
