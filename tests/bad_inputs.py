@@ -1089,7 +1089,6 @@ REWARD_MODELS = [
             "penalties": "--penalize_features=1 --tau_values=1 --alpha_values=1",
             "clamps": "--clamp_features=1 --clamp_set_values=1",
             "latent KL": "--beta=1 --human_latents=x",
-            "identify": "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl",
             "human latents": "--stage=human_latents "
             "--config.human_latents.demos_jsonl={world}/demos.jsonl",
         }.items()
@@ -1615,7 +1614,7 @@ STATE_FILES = [
         "other model",
         "states of 16 dimensions, the reward model's have 32",
         mean=UNIT[:16],
-        axes=SPHERE["axes"][:, :16],
+        axes=np.eye(3, 16, dtype=np.float32),
     ),
 ]
 FURTHER = [
@@ -1660,9 +1659,8 @@ FURTHER = [
         "--stage=human_latents --config.human_latents.states=True "
         "--config.human_latents.demos_jsonl={bad}",
         "human_latents.demos_jsonl=",
-        "the states of 1 responses have no covariance",
+        "has 1 demonstrations: human_latents.states=True needs at least 3",
         damage=file('{"prompt": "a", "response": "b"}'),
-        loads=True,
     ),
 ]
 

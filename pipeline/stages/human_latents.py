@@ -10,6 +10,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
 from pipeline.stage import Stage
+from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation_rows import read_demonstrations
 from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import (
@@ -21,6 +22,7 @@ from sarm_jax.rewards.human_states import fit_human_states, save_human_states
 from sarm_jax.rewards.options import reward_config
 
 LOG = logging.getLogger(__name__)
+FEWEST = 3  # states that have a shrunk covariance
 FILE, STATES = "human_latents.safetensors", "human_states.safetensors"
 
 
@@ -38,6 +40,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """
     reward, states = validate(config), config.human_latents.states
     demonstrations = read_demonstrations(config.human_latents.demos_jsonl)
+    if states and len(demonstrations) < FEWEST:
+        raise InputError(
+            f"human_latents.demos_jsonl={config.human_latents.demos_jsonl}: has "
+            f"{len(demonstrations)} demonstrations: human_latents.states=True needs at least "
+            f"{FEWEST}"
+        )
     if needs_features := not states or reward.reads_features or bool(reward.latent_indices):
         reward.check_features(read_sarm_config(config.sarm_model).latent_size)
     prompts = [row["prompt"] for row in demonstrations]
