@@ -20,17 +20,19 @@ GLANCE = {
     "rm_score": "R_SARM",
     "indicator_penalty": "penalties",
     "kl_penalty": "latent KL, β · D",
-    "probe_penalty": "penalty of the dense probe",
-    "distance_penalty": "penalty of the distance from human responses",
-    "length_penalty": "penalty of the length",
-    "bound_deduction": "deduction by the bound",
-    "screened_fraction": "share that is screened",
     "ref_kl": "KL to the reference, nats",
     "response_length_mean": "length, tokens",
     "eos_fraction": "share that ended",
     "entropy": "entropy, nats per token",
     "zero_spread_groups": "groups whose responses all have the same reward",
     "disc_acc": "discriminator accuracy",
+}
+FURTHER_GLANCE = {  # columns that a run has only if its further terms are on
+    "probe_penalty": "penalty of the dense probe",
+    "distance_penalty": "penalty of the distance from human responses",
+    "length_penalty": "penalty of the length",
+    "bound_deduction": "deduction by the bound",
+    "screened_fraction": "share that is screened",
 }
 OPTIONS = (
     "ppo.algorithm ppo.total_steps ppo.batch_size ppo.samples_per_prompt ppo.learning_rate "
@@ -88,7 +90,7 @@ class Table:
 def glance(runs: Sequence[Run]) -> Table:
     """Returns the start and the end of every run."""
     rows = [["steps", *(number(run.steps) for run in runs)]]
-    for name, title in GLANCE.items():
+    for name, title in (GLANCE | FURTHER_GLANCE).items():
         if any(run.has(name) for run in runs):
             cells = (_ends(run, name) if run.has(name) else NOTHING for run in runs)
             rows.append([title, *cells])
