@@ -1,6 +1,6 @@
 """Train a classification head on a language model: an ordinary reward model, without features.
 
-    python -m benchmarks.classification_head --model=DIR --layers=15 --pairs=PAIRS.jsonl --dst=NEW_DIR
+    python -m benchmarks.classification_head --model=DIR --layers=15 --pairs=PAIRS.jsonl --dst=DIR
 
 The language model stays as it is, but can be cut after some of its layers, as a SARM's trunk is;
 its final norm is kept. The head w is the minimum of

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     _add_train_sarm(config)
     _add_train_sae(config)
     _add_identify(config)
+    _add_train_probe(config)
     _add_probe(config)
     _add_evaluate(config)
     _add_plan(config)
@@ -158,9 +159,28 @@ def _add_reward(config: ConfigDict) -> None:
     config.reward.human_latents = ""  # safetensors file written by --stage=human_latents
     # Unit of α and β: "score", the SARM's own unit, or "sd", standard deviations of its score.
     config.reward.unit = "score"
-    # Largest deduction from a response by penalties and latent KL together, in standard deviations
-    # of the score; inf: no cap.
+    # Largest deduction from a response by penalties of features, latent KL, probe_penalty and
+    # distance_penalty together, in standard deviations of the score; inf: no cap.
     config.reward.penalty_cap = 10.0
+    # Dense probe: safetensors file written by --stage=train_probe, a direction p with its
+    # threshold τ on the pooled state h. It needs no SAE.
+    config.reward.probe = ""
+    config.reward.probe_penalty = 0.0  # penalty, in `unit`, for a response with p · h > τ
+    # True: a response on which a feature of penalize_features or the probe fires is not penalised
+    # but left out of the update, as if it had not been sampled; without alpha_values and
+    # probe_penalty.
+    config.reward.screen = False
+    # Mean and covariance of the states of human responses: safetensors file written by
+    # --stage=human_latents with human_latents.states=True. They need no SAE.
+    config.reward.human_states = ""
+    # Penalty, in `unit`, per unit of the Mahalanobis distance of the pooled state from those of
+    # human responses (Miao et al. 2510.13694).
+    config.reward.distance_penalty = 0.0
+    # Penalty, in `unit`, per token of a response; it does not count for penalty_cap.
+    config.reward.length_penalty = 0.0
+    # sigmoid: the score is replaced by a sigmoid of its distance from the reference responses' mean
+    # score (PAR, 2502.18770), which is bounded to ± half a `unit`; empty: no bound.
+    config.reward.bound = ""
 
     # The discriminators, whose logits estimate the latent KL.
     config.discriminator = ConfigDict()
@@ -218,10 +238,12 @@ def _add_profile(config: ConfigDict) -> None:
 
 
 def _add_human_latents(config: ConfigDict) -> None:
-    # Stage human_latents: latents of human responses, for the latent KL.
+    # Stage human_latents: latents of human responses, for the latent KL and distance_penalty.
     config.human_latents = ConfigDict()
     # File of {"prompt", "response"} rows written by people.
     config.human_latents.demos_jsonl = ""
+    # True: also writes human_states.safetensors, for reward.distance_penalty.
+    config.human_latents.states = False
 
 
 def _add_prepare_data(config: ConfigDict) -> None:
@@ -336,6 +358,15 @@ def _add_identify(config: ConfigDict) -> None:
     # Responses per prompt of naming_prompts.jsonl; 0: the file is not written.
     config.identify.naming_examples = 10
     config.identify.seed = 0  # seed of everything that this stage draws at random
+
+
+def _add_train_probe(config: ConfigDict) -> None:
+    # Stage train_probe: dense probes of the reward model's pooled states, from the pairs of
+    # identify.pairs_jsonl with identify.false_alarm_budget and identify.seed, so that they can be
+    # compared with the detectors. A reward model without an SAE can have them, too.
+    config.train_probe = ConfigDict()
+    # λ of the logistic regression: weight of ½ |w|² beside the mean loss of a response.
+    config.train_probe.l2 = 1e-3
 
 
 def _add_probe(config: ConfigDict) -> None:

@@ -75,6 +75,12 @@ def load_sarm(src: str | Path, dtype: str = "float32", place: Place | None = Non
     return _reward_model(*_open_sarm(src), dtype=dtype, place=place)
 
 
+def load_scorer(src: str | Path, dtype: str = "float32", place: Place | None = None) -> RewardModel:
+    """Loads a SARM, or a reward model with or without an SAE; see `load_policy`."""
+    check_dtype(dtype)
+    return _reward_model(*_open_reward(src, _kind_of_sarm(src)), dtype=dtype, place=place)
+
+
 def load_reward_model(
     src: str | Path, dtype: str = "float32", place: Place | None = None
 ) -> RewardModel:
@@ -93,12 +99,19 @@ def _reward_model(
     return RewardModel(cast(SARM | LinearReward, model), tokenizer)
 
 
-def check_models(policy: str | Path = "", sarm: str | Path = "", reward: str | Path = "") -> None:
+def check_models(
+    policy: str | Path = "",
+    sarm: str | Path = "",
+    reward: str | Path = "",
+    scorer: str | Path = "",
+) -> None:
     """Checks the models that are named, as loading them does, without loading a weight."""
     if policy:
         _open_policy(policy)
     if sarm:
         _open_sarm(sarm)
+    if scorer:
+        _open_reward(scorer, _kind_of_sarm(scorer))
     if reward:
         _open_reward(reward, "reward")
 
@@ -137,14 +150,20 @@ def read_reward_config(src: str | Path) -> LinearRewardConfig:
 
 def read_sarm_config(src: str | Path) -> SARMConfig | LinearRewardConfig:
     """Reads the architecture of a SARM, or of a reward model with an SAE, without its weights."""
-    config = open_checkpoint(src, _kind_of_sarm(src), CONFIG_FILES).config
-    assert not isinstance(config, LlamaConfig)
+    config = read_scorer_config(src)
     if config.sae is None:
         raise InputError(
             f"{src}: not a SARM but a classifier without an SAE, whose score no latents explain; "
             f"--stage=train_sae --config.train_sae.model={src} trains an SAE for it, and "
             "--stage=train_sarm makes a SARM from a language model"
         )
+    return config
+
+
+def read_scorer_config(src: str | Path) -> SARMConfig | LinearRewardConfig:
+    """Reads the architecture of a SARM, or of a reward model with or without an SAE."""
+    config = open_checkpoint(src, _kind_of_sarm(src), CONFIG_FILES).config
+    assert not isinstance(config, LlamaConfig)
     return config
 
 

@@ -31,6 +31,16 @@ DEFAULTS = {
         "rollout_slots": 0,
     },
     "discriminator": {"folds": 1},
+    "reward": {
+        "probe": "",
+        "probe_penalty": 0.0,
+        "screen": False,
+        "human_states": "",
+        "distance_penalty": 0.0,
+        "length_penalty": 0.0,
+        "bound": "",
+    },
+    "human_latents": {"states": False},
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

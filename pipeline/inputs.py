@@ -12,7 +12,12 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from conversion.hub import MODEL_FILES, is_repository
-from conversion.load import read_policy_config, read_reward_config, read_sarm_config
+from conversion.load import (
+    read_policy_config,
+    read_reward_config,
+    read_sarm_config,
+    read_scorer_config,
+)
 from pipeline.options import field_value
 from sarm_jax.evaluation.benchmark_files import named_files
 from sarm_jax.io.hub_files import is_on_hub
@@ -35,6 +40,7 @@ class Kind(enum.Enum):
     NAMED_FILES = "comma-separated FILE or NAME=FILE"
     POLICY = "a policy: a directory, or a repository id on the hub"
     SARM = "a SARM: a directory, or a repository id on the hub"
+    SCORER = "a SARM, or a reward model without an SAE: a directory, or a repository id on the hub"
     REWARD = "a reward model: a directory, or a repository id on the hub"
     RUNS = "comma-separated DIR or NAME=DIR; if it is empty, the working directory"
     LIST = 'a comma-separated list, parts of which may be read from a file: "@FILE:key[:n]"'
@@ -45,6 +51,7 @@ LISTS = (Kind.FILES, Kind.NAMED_FILES, Kind.RUNS, Kind.LIST)
 MODELS = {
     Kind.POLICY: read_policy_config,
     Kind.SARM: read_sarm_config,
+    Kind.SCORER: read_scorer_config,
     Kind.REWARD: read_reward_config,
 }
 # What is read of a model's directory; a README or a cache beside the weights changes nothing.

@@ -6,7 +6,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from conversion import load_policy, load_sarm
-from conversion.load import check_dtype, load_hf_tokenizer, read_policy_config, read_sarm_config
+from conversion.load import (
+    check_dtype,
+    load_hf_tokenizer,
+    load_scorer,
+    read_policy_config,
+    read_sarm_config,
+    read_scorer_config,
+)
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.conversation_rows import check_turns
@@ -24,11 +31,18 @@ def load_policy_model(config: ConfigDict) -> tuple[Llama, Any]:
     return model, tokenizer
 
 
-def load_reward_model(config: ConfigDict) -> RewardModel:
-    """Loads the reward model of the config onto its mesh, with the config's scoring options."""
-    mesh_config(config).check_model(read_sarm_config(config.sarm_model).trunk)
+def load_reward_model(config: ConfigDict, needs_features: bool = True) -> RewardModel:
+    """Loads the reward model of the config onto its mesh, with the config's scoring options.
+
+    Raises:
+        InputError: the reward model has no SAE, but `needs_features`; or as `load_sarm`.
+    """
+    read, load = (
+        (read_sarm_config, load_sarm) if needs_features else (read_scorer_config, load_scorer)
+    )
+    mesh_config(config).check_model(read(config.sarm_model).trunk)
     placed = placement(config)
-    model = load_sarm(config.sarm_model, config.dtype, placed.load)
+    model = load(config.sarm_model, config.dtype, placed.load)
     positions = model.model.config.trunk.max_position_embeddings
     model.max_length = min(config.sarm_max_length, positions)
     model.batch_size = config.sarm_batch_size

@@ -27,7 +27,9 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
             going to write it, or something is in the way of what a stage writes.
     """
     for item in inputs():
-        check_input(item, config, workdir)
+        needed = any(item.kind is i.kind for stage in wanted for i in stage.inputs)
+        if item.kind is not Kind.SARM or needed:  # only some stages need the features of an SAE
+            check_input(item, config, workdir)
     check_remat(config.remat)
     make_mesh(mesh_config(config))
     for stage in wanted:
@@ -38,9 +40,13 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
 
 
 def inputs() -> list[Input]:
-    """Returns the declared inputs of all stages that `--stage=all` can run, each field once."""
+    """Returns the declared inputs of all stages that `--stage=all` can run.
+
+    Each field is there once, or twice if some stages need more of a model than others.
+    """
     used = [stage for stage in stages.load_all() if stage.output]
-    return list({item.field: item for stage in used for item in stage.inputs}.values())
+    items = [item for stage in used for item in stage.inputs]
+    return list({(item.field, item.kind): item for item in items}.values())
 
 
 def check_input(item: Input, config: ConfigDict, workdir: Path) -> None:
@@ -66,6 +72,7 @@ def without_future_lists(config: ConfigDict, workdir: Path) -> ConfigDict:
             if name not in waiting:
                 parse(f"reward.{name}", config.reward[name])
             config.reward[name] = ""
+        config.reward.screen = False  # which needs the features
     if _is_future(config.probe.feature, workdir):
         config.probe.feature = "0"
     return config

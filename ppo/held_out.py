@@ -97,6 +97,9 @@ class HeldOut:
             z_bn=scored.z_bn,
             d_b=d_b,
             score_std=scale.std,
+            score_mean=scale.mean,
+            states=scored.states,
+            lengths_b=rollout.lengths_b,
         )
         ref_kl_b = self._reference_kl(rollout, plan)
         features = [str(i) for i in self.reward.penalize_features]
@@ -109,6 +112,7 @@ class HeldOut:
                 "rm_score": float(terms.score_b[b]),
                 "penalties": dict(zip(features, terms.penalty_bn[b].tolist(), strict=True)),
                 "kl_penalty": float(terms.kl_penalty_b[b]),
+                **terms.further_of(b),
                 "total_reward": float(terms.total_b[b]),
             }
             for b in range(len(rollout.prompts))

@@ -50,6 +50,12 @@ def dump_step(
         "scored.penalised_bn": scored.z_bn,
         "scored.subset_bs": scored.z_bs,
     }
+    further = {
+        "batch.keep_b": batch.keep_b,
+        "scored.probe_margin_b": scored.states.margin_b,
+        "scored.state_distance_b": scored.states.distance_b,
+    }
+    arrays |= {name: array for name, array in further.items() if array is not None}
     arrays |= {f"state.{name}": value for name, value in named_arrays(state).items()}
     arrays["sampler.logp_br"] = rollout.generation.logp_br
     prompts = [plain_text(prompt) for prompt in rollout.prompts]

@@ -38,13 +38,23 @@ from ppo.losses import (
 
 @struct.dataclass
 class Batch:
-    """A scored rollout. `tokens_bt` and `mask_bt` hold prompt and response, `[B, P + R]`."""
+    """A scored rollout. `tokens_bt` and `mask_bt` hold prompt and response, `[B, P + R]`.
+
+    `keep_b` is False for responses that are screened: nothing is learned from them, as if they had
+    not been sampled. None: none is.
+    """
 
     tokens_bt: jax.Array
     mask_bt: jax.Array
     mask_br: jax.Array
     ref_logp_br: jax.Array
     reward_b: jax.Array
+    keep_b: Any = None
+
+    @property
+    def learned_br(self) -> jax.Array:
+        """The mask of the response tokens that are learned from."""
+        return self.mask_br if self.keep_b is None else self.mask_br & self.keep_b[:, None]
 
 
 @struct.dataclass
@@ -77,7 +87,12 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(
-        self, now: Evaluation, targets: Targets, batch: Batch, count: jax.Array
+        self,
+        now: Evaluation,
+        targets: Targets,
+        batch: Batch,
+        count: jax.Array,
+        responses: Any = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the loss of a microbatch and its parts.
 
@@ -87,7 +102,8 @@ class Objective(ABC):
             now: log-probabilities and values of the current parameters.
             targets: the targets of these rows.
             batch: the rows.
-            count: mean number of response tokens in a minibatch.
+            count: mean number of response tokens in a minibatch, without those that are screened.
+            responses: mean number of responses in a minibatch that are not screened; None: all.
 
         Returns:
             The loss, and its parts by the names of their metrics.
@@ -121,7 +137,7 @@ class PPO(Objective):
 
     def targets(self, batch: Batch, old: Evaluation) -> Targets:
         """Computes advantages and returns by GAE."""
-        config, mask_br = self.config, batch.mask_br
+        config, mask_br = self.config, batch.learned_br
         kl_br = old.logp_br - batch.ref_logp_br
         rewards_br = token_rewards(batch.reward_b, kl_br, mask_br, kl_coef=config.kl_coef)
         advantages_br, returns_br = gae(
@@ -132,10 +148,15 @@ class PPO(Objective):
         return Targets(old.logp_br, advantages_br, old.values_br, returns_br)
 
     def loss(
-        self, now: Evaluation, targets: Targets, batch: Batch, count: jax.Array
+        self,
+        now: Evaluation,
+        targets: Targets,
+        batch: Batch,
+        count: jax.Array,
+        _responses: Any = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes L_π + vf_coef · L_V."""
-        config, mask_br = self.config, batch.mask_br
+        config, mask_br = self.config, batch.learned_br
         log_ratio_br = log_ratio(now.logp_br, targets.logp_br, mask_br)
         policy = policy_loss(
             log_ratio_br,
@@ -175,14 +196,16 @@ class GroupObjective(Objective):
     def metrics(self, batch: Batch, targets: Targets) -> dict[str, jax.Array]:
         """Counts the groups whose rewards are all equal, so that nothing is learned from them."""
         reward_b = self.group_reward(batch, targets.logp_br)
-        return {"zero_spread_groups": has_no_spread(self._groups(reward_b)).sum()}
+        keep_gk = None if batch.keep_b is None else self._groups(batch.keep_b)
+        return {"zero_spread_groups": has_no_spread(self._groups(reward_b), keep_gk).sum()}
 
     def _groups(self, reward_b: jax.Array) -> jax.Array:
         return reward_b.reshape(-1, self.config.samples_per_prompt)
 
-    @property
-    def _rows(self) -> int:
-        """Responses in a minibatch."""
+    def _rows(self, responses: Any) -> Any:
+        """Returns the number of responses in a minibatch, of those that are not screened."""
+        if responses is not None:
+            return responses
         return self.config.batch_size // self.config.num_minibatches
 
 
@@ -197,17 +220,24 @@ class RLOO(GroupObjective):
     def targets(self, batch: Batch, old: Evaluation) -> Targets:
         """Computes the advantages against the mean of the other responses."""
         reward_b = self.group_reward(batch, old.logp_br)
-        advantages_b = leave_one_out(reward_b, self.config.samples_per_prompt)
+        advantages_b = leave_one_out(reward_b, self.config.samples_per_prompt, batch.keep_b)
         return Targets(old.logp_br, advantages_b[:, None])
 
     def loss(
-        self, now: Evaluation, targets: Targets, batch: Batch, _count: jax.Array
+        self,
+        now: Evaluation,
+        targets: Targets,
+        batch: Batch,
+        _count: jax.Array,
+        responses: Any = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the mean over responses of the clipped loss with one ratio per response."""
-        log_ratio_b = response_log_ratio(now.logp_br, targets.logp_br, batch.mask_br)
+        # A screened response has the ratio 1 and the advantage 0, and so no loss.
+        log_ratio_b = response_log_ratio(now.logp_br, targets.logp_br, batch.learned_br)
         loss_b = clipped_loss(log_ratio_b, targets.advantages_br[:, 0], self.clip)
-        policy = loss_b.sum() / self._rows
-        clipped = beyond_clip(log_ratio_b, self.clip).sum() / self._rows
+        rows = self._rows(responses)
+        policy = loss_b.sum() / rows
+        clipped = beyond_clip(log_ratio_b, self.clip).sum() / rows
         return policy, {"policy_loss": policy, "clip_fraction": clipped}
 
 
@@ -222,22 +252,32 @@ class GRPO(GroupObjective):
         """Computes the advantages relative to the group."""
         config = self.config
         advantages_b = group_normalised(
-            batch.reward_b, config.samples_per_prompt, scale=config.scale_advantages
+            batch.reward_b,
+            config.samples_per_prompt,
+            scale=config.scale_advantages,
+            keep_b=batch.keep_b,
         )
         return Targets(old.logp_br, advantages_b[:, None])
 
     def loss(
-        self, now: Evaluation, targets: Targets, batch: Batch, count: jax.Array
+        self,
+        now: Evaluation,
+        targets: Targets,
+        batch: Batch,
+        count: jax.Array,
+        responses: Any = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Computes the average of the clipped loss and of c · k3 over the tokens."""
-        config, mask_br = self.config, batch.mask_br
+        config, mask_br = self.config, batch.learned_br
+        # A screened response has the ratio 1, the advantage 0 and no KL, and so no loss; its tokens
+        # are counted, so that its own mean is not 0 / 0.
 
         def mean(loss_br):
             return average(
                 loss_br,
-                mask_br,
+                batch.mask_br,
                 over=config.loss_average,
-                rows=self._rows,
+                rows=self._rows(responses),
                 tokens=count,
                 max_tokens=config.max_new_tokens,
             )

@@ -63,6 +63,7 @@ from sarm_jax.rewards.compound import (
     learned_reward,
 )
 from sarm_jax.rewards.density_ratio import (
+    LATENT_KL_COLUMNS,
     DensityRatio,
     DensityRatioState,
     DiscriminatorConfig,
@@ -70,6 +71,7 @@ from sarm_jax.rewards.density_ratio import (
 )
 from sarm_jax.rewards.human_latents import HumanLatents
 from sarm_jax.rewards.scoring import Scored, Scorer
+from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 from sarm_jax.version import VERSION
 
 LOG = logging.getLogger(__name__)
@@ -95,9 +97,10 @@ class TrainConfig:
     experiment_name: str = ""
 
     @property
-    def estimates_latent_kl(self) -> bool:
-        """True if the latent KL is estimated with an error bar, which needs folds."""
-        return self.reward.beta > 0 and self.discriminator.folds > 1
+    def further_columns(self) -> tuple[str, ...]:
+        """The columns of metrics.csv that only some runs have, of the reward's further terms."""
+        has_error_bar = self.reward.beta > 0 and self.discriminator.folds > 1
+        return (*self.reward.further_columns, *(LATENT_KL_COLUMNS if has_error_bar else ()))
 
 
 class Trainer:
@@ -112,6 +115,7 @@ class Trainer:
         reward_model: the SARM.
         deck: prompts to train on.
         human: human latents for the latent KL; None if β = 0.
+        states: what the reward reads from the pooled states of the reward model.
         workdir: where the run is written.
         eval_deck: held-out prompts, on which the policy is evaluated; None: it is not.
         profile: the steps that are traced.
@@ -130,6 +134,7 @@ class Trainer:
         deck: PromptDeck,
         human: HumanLatents | None,
         workdir: Path,
+        states: StateControls = NO_STATES,
         eval_deck: PromptDeck | None = None,
         profile: ProfileConfig = NO_PROFILE,
         made_from: Mapping[str, Any] | None = None,
@@ -140,12 +145,13 @@ class Trainer:
         self.density_ratio = None
         if human is not None:
             self.density_ratio = DensityRatio(config.discriminator, human.z_ns)
-        self.scorer = Scorer(reward_model, config.reward, human.latent_indices if human else ())
+        features = human.latent_indices if human else ()
+        self.scorer = Scorer(reward_model, config.reward, features, states)
         self.learner, fresh, self.base = Learner.attach(
             config.ppo, config.lora, policy=policy, pad=pad_id(tokenizer, policy.stop_ids)
         )
         self.sampler = Sampler(self.learner, self.base, tokenizer)
-        self.updater = Updater(self.learner)
+        self.updater = Updater(self.learner, screens=config.reward.screen)
         keys = jax.random.split(jax.random.key(config.ppo.seed), 5)
         self._rollout_key, disc_key, self._calibration_key, self._disc_data_key, eval_key = keys
         disc_state = None if self.density_ratio is None else self.density_ratio.init(disc_key)
@@ -195,7 +201,7 @@ class Trainer:
             first_step=done,
             total_steps=config.total_steps,
             algorithm=config.algorithm,
-            latent_kl=self.config.estimates_latent_kl,
+            further=self.config.further_columns,
             tracking=self.config.tracking,
         )
         processes.raise_on_all()  # a tracker that the primary process cannot start ends all of them
@@ -346,7 +352,7 @@ class Trainer:
             order = order_of_rows(self.config.ppo, step)
             plan = self._slot_plans[self.deck.padded_length(step)]
             slots = plan.slots_for(rollout.lengths_b, order)
-            batch = self._batch(rollout, reward_b, slots)
+            batch = self._screened(self._batch(rollout, reward_b, slots), terms)
             train_state, targets, scalars = self.updater.update(
                 state.train, self.base, batch, order=order, slots=slots
             )
@@ -425,8 +431,18 @@ class Trainer:
             z_bn=scored.z_bn,
             d_b=d_b,
             score_std=self.scale.std,
+            score_mean=self.scale.mean,
+            states=scored.states,
+            lengths_b=rollout.lengths_b,
         )
         return terms, density_ratio_state, metrics
+
+    def _screened(self, batch: Batch, terms: RewardTerms) -> Batch:
+        """Adds which responses are not screened, if any can be."""
+        if terms.screened_b is None:
+            return batch
+        keep_b = self.learner.placement.rows(jnp.asarray(~terms.screened_b))
+        return dataclasses.replace(batch, keep_b=keep_b)
 
     def _batch(self, rollout: Rollout, reward_b: np.ndarray, slots: Slots | None) -> Batch:
         """Puts the scored rollout on the mesh, with log π_ref."""
@@ -481,6 +497,7 @@ class Trainer:
             z_b = scored.z_bn[:, column]
             row[f"feat_{feature}_activation"] = z_b.mean()
             row[f"feat_{feature}_above_tau"] = (z_b > reward.tau_values[column]).mean()
+        row |= terms.further_columns | scored.states.columns
         return {name: float(value) for name, value in row.items()} | {"step": step}
 
     def _samples(self, step: int, rollout: Rollout, terms: RewardTerms) -> list[dict]:
@@ -496,6 +513,7 @@ class Trainer:
                     str(i): float(p) for i, p in zip(features, terms.penalty_bn[b], strict=True)
                 },
                 "kl_penalty": float(terms.kl_penalty_b[b]),
+                **terms.further_of(b),
                 "total_reward": float(terms.total_b[b]),
             }
             for b in range(min(self.config.ppo.samples_per_step, len(rollout.prompts)))

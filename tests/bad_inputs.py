@@ -1081,11 +1081,20 @@ REWARD_MODELS = [
         ("LlamaForCausalLM",),
         command="from_hf",
     ),
-    main(
-        "classifier without an SAE in the place of a SARM",
-        "--sarm_model={world}/classifier",
-        "without an SAE",
-        "--stage=train_sae",
+    *(
+        main(
+            f"classifier without an SAE in the place of a SARM, {name}",
+            f"--sarm_model={{world}}/classifier {options}",
+            "without an SAE",
+            "--stage=train_sae",
+        )
+        for name, options in {
+            "penalties": "--penalize_features=1 --tau_values=1 --alpha_values=1",
+            "clamps": "--clamp_features=1 --clamp_set_values=1",
+            "latent KL": "--beta=1 --human_latents=x",
+            "human latents": "--stage=human_latents "
+            "--config.human_latents.demos_jsonl={world}/demos.jsonl",
+        }.items()
     ),
     *(
         main(
@@ -1558,6 +1567,124 @@ HUMAN = [
         "--beta=0.5 --human_latents={bad} --latent_indices=3",
         "feature 3 is not in the human latents",
         damage=latents(z=Z, latent_indices=I),
+    ),
+]
+
+FILE_OF = {"probe": "--stage=train_probe", "human_states": "human_latents.states=True"}
+PENALTY_OF = {"probe": "probe_penalty", "human_states": "distance_penalty"}
+UNIT = np.eye(1, 32, dtype=np.float32)[0]
+SPHERE = {
+    "mean": 0 * UNIT,
+    "axes": np.eye(3, 32, dtype=np.float32),
+    "variance": np.ones(3, np.float32),
+    "floor": np.ones(1, np.float32),
+}
+ALONG = {"direction": UNIT, "tau": np.zeros(1, np.float32)}
+
+
+def state_file(field: str, name: str, *messages: str, **arrays: Any) -> BadInput:
+    """A case in which `train` refuses the file of a term that reads the pooled state."""
+    good = ALONG if field == "probe" else SPHERE
+    tensors = {key: value for key, value in (good | arrays).items() if value is not ...}
+    return BadInput(
+        f"{field}: {name}",
+        f"--config.reward.{field}={{bad}} --config.reward.{PENALTY_OF[field]}=0.5",
+        messages=("reward." + field, *messages),
+        damage=latents(**tensors),
+    )
+
+
+STATE_FILES = [
+    *(
+        main(
+            f"{field}: no file",
+            f"--config.reward.{field}=nowhere --config.reward.{PENALTY_OF[field]}=0.5",
+            f"reward.{field}=nowhere: no such file",
+            maker,
+        )
+        for field, maker in FILE_OF.items()
+    ),
+    *(
+        main(
+            f"{field}: no safetensors",
+            f"--config.reward.{field}={{bad}} --config.reward.{PENALTY_OF[field]}=0.5",
+            f"reward.{field}=",
+            "not a safetensors file",
+            damage=file("no", "bad.safetensors"),
+        )
+        for field in FILE_OF
+    ),
+    state_file("probe", "no τ", "holds ['direction'], expected ['direction', 'tau']", tau=...),
+    state_file("probe", "more", "holds ['direction', 'more', 'tau']", more=UNIT),
+    state_file(
+        "probe",
+        "integers",
+        "direction must hold floats, found int64",
+        direction=np.eye(1)[0].astype(int),
+    ),
+    state_file("probe", "rank", "direction has the shape (1, 32)", direction=UNIT[None]),
+    state_file("probe", "no direction", "direction has the shape (0,)", direction=UNIT[:0]),
+    state_file("probe", "NaN", "direction holds numbers that are not", direction=UNIT * np.nan),
+    state_file("probe", "two τ", "tau has the shape (2,), expected (1,)", tau=UNIT[:2]),
+    state_file("probe", "long direction", "direction has the length 2,", direction=2 * UNIT),
+    state_file("probe", "other model", "16 dimensions for states of 32", direction=UNIT[:16]),
+    state_file("human_states", "no floor", "expected ['axes', 'floor', 'mean'", floor=...),
+    state_file("human_states", "shapes", "do not belong together", variance=UNIT[:1] + 1),
+    state_file("human_states", "floor 0", "floor holds 0, expected positive", floor=UNIT[1:2]),
+    state_file("human_states", "variance", "variance holds -1", variance=-SPHERE["variance"]),
+    state_file("human_states", "long axes", "axes has a row of length", axes=2 * SPHERE["axes"]),
+    state_file(
+        "human_states",
+        "other model",
+        "states of 16 dimensions, the reward model's have 32",
+        mean=UNIT[:16],
+        axes=np.eye(3, 16, dtype=np.float32),
+    ),
+]
+FURTHER = [
+    main("negative probe penalty", "--config.reward.probe_penalty=-1", "reward.probe_penalty=-1.0"),
+    main("no probe", "--config.reward.probe_penalty=1", "reward.probe_penalty=1.0 needs a probe"),
+    main("negative distance", "--config.reward.distance_penalty=-1", "reward.distance_penalty=-1"),
+    main("no states", "--config.reward.distance_penalty=1", "needs human states"),
+    main("negative length", "--config.reward.length_penalty=-1", "reward.length_penalty=-1.0"),
+    main("unknown bound", "--config.reward.bound=tanh", "reward.bound='tanh'", "sigmoid"),
+    main("nothing to screen with", "--config.reward.screen=True", "reward.screen=True: needs"),
+    main(
+        "screen with penalties",
+        "--config.reward.screen=True --penalize_features=1 --tau_values=1 --alpha_values=2",
+        "reward.alpha_values=2.0: reward.screen=True",
+    ),
+    main(
+        "screen with a probe's penalty",
+        "--config.reward.screen=True --config.reward.probe=x --config.reward.probe_penalty=2",
+        "reward.probe_penalty=2.0: reward.screen=True",
+    ),
+    main("no pairs for a probe", "--stage=train_probe", "identify.pairs_jsonl is empty"),
+    main(
+        "negative λ",
+        "--stage=train_probe --config.identify.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_probe.l2=0",
+        "train_probe.l2=0.0: must be positive",
+    ),
+    main(
+        "budget of a probe",
+        "--stage=train_probe --config.identify.pairs_jsonl={world}/pairs.jsonl "
+        "--config.identify.false_alarm_budget=1",
+        "identify.false_alarm_budget=1.0",
+    ),
+    main(
+        "probe on bad pairs",
+        "--stage=train_probe --config.identify.pairs_jsonl={bad}",
+        "bad.jsonl:1",
+        damage=file("{}"),
+    ),
+    main(
+        "states of one response",
+        "--stage=human_latents --config.human_latents.states=True "
+        "--config.human_latents.demos_jsonl={bad}",
+        "human_latents.demos_jsonl=",
+        "has 1 demonstrations: human_latents.states=True needs at least 3",
+        damage=file('{"prompt": "a", "response": "b"}'),
     ),
 ]
 
@@ -2184,6 +2311,8 @@ BAD_INPUTS = [
     *SAFETENSORS,
     *ADAPTERS,
     *HUMAN,
+    *STATE_FILES,
+    *FURTHER,
     *BENCHMARKS,
     *ROW_FILES,
     *REPORT,

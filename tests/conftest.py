@@ -28,6 +28,7 @@ from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import HumanLatents, collect_human_latents, save_human_latents
+from sarm_jax.rewards.state_controls import state_controls
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.tiny_models import (
     ACTIVE,
@@ -178,6 +179,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
             reward_model=reward_model,
             deck=deck,
             human=human,
+            states=state_controls(reward, reward_model.state_size),
             workdir=workdir,
             eval_deck=PromptDeck(held_out, tokenizer, ppo) if evaluate else None,
             profile=profile,

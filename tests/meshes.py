@@ -19,7 +19,9 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.sharding import Placement
+from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import collect_human_latents
+from sarm_jax.rewards.state_controls import state_controls
 from tests.tiny_models import DISCRIMINATOR, PROMPTS, REWARD, guard_options, scale_matrices
 
 # Columns of metrics.csv that must be the same on every mesh.
@@ -61,12 +63,14 @@ def train_on_mesh(
     ppo_config: Callable[..., PPOConfig],
     placement: Placement,
     workdir: Path,
+    reward: RewardConfig = REWARD,
     **changes,
 ) -> Trainer:
     """Trains ten steps with penalties and latent KL, with models and data on the mesh.
 
     Args:
         ppo_config: makes a PPOConfig with the given fields changed, as the fixture does.
+        reward: options of the reward.
         changes: further changed fields of the PPOConfig.
     """
     workdir.mkdir(exist_ok=True)
@@ -83,7 +87,7 @@ def train_on_mesh(
     options = TrainConfig(
         ppo=ppo,
         lora=LoRAConfig(rank=4),
-        reward=REWARD,
+        reward=reward,
         discriminator=DISCRIMINATOR,
         guards=guard_options(),
         checkpoint=CheckpointConfig(keep_every=0),
@@ -95,6 +99,7 @@ def train_on_mesh(
         reward_model=model,
         deck=PromptDeck(PROMPTS, tokenizer, ppo),
         human=collect_human_latents(model, demos, ACTIVE),
+        states=state_controls(reward, model.state_size),
         workdir=workdir,
     )
     trainer.run()

@@ -18,6 +18,7 @@ from pipeline.report.pictures import (
 )
 from pipeline.report.runs import Run, ends
 from sarm_jax.reporting.plotting import by_step, spread_of_axis
+from sarm_jax.rewards.compound import FURTHER_TERMS
 
 MAX_PENALTIES = 5  # lines of penalties in a figure; more are drawn as a sum of the smallest
 LOG_2 = float(np.log(2))
@@ -67,7 +68,7 @@ def _limits(terms_of_runs: Sequence[dict[str, np.ndarray]]) -> tuple[float, floa
 
 
 def terms(run: Run) -> dict[str, np.ndarray]:
-    """Returns R_total and its terms by label; penalties and the latent KL have a minus sign."""
+    """Returns R_total and its terms by label; what is taken from the score has a minus sign."""
     score = "R_SARM(clamp z)" if run.clamps else "R_SARM"
     lines = {"R_total": run.column("total_reward"), score: run.column("rm_score")}
     penalties = run.penalties()
@@ -83,6 +84,9 @@ def terms(run: Run) -> dict[str, np.ndarray]:
             lines["− other penalties"] = -np.sum(others, axis=0)
     if _is_charged(run, "kl_penalty"):
         lines["− β · D"] = -run.column("kl_penalty")
+    for name in FURTHER_TERMS:
+        if _is_charged(run, name):
+            lines[f"− {name.replace('_', ' ')}"] = -run.column(name)
     return lines
 
 

@@ -100,6 +100,12 @@ class Run:
         return isinstance(reward, Mapping) and bool(reward.get("clamp_features"))
 
     @property
+    def screens(self) -> bool:
+        """True if the features screen responses instead of penalising them."""
+        reward = self.options.get("reward", {})
+        return isinstance(reward, Mapping) and bool(reward.get("screen"))
+
+    @property
     def seconds(self) -> float:
         """Duration of all steps in seconds; NaN if it is not recorded."""
         if self.origin == recordings.REFERENCE:
@@ -115,7 +121,12 @@ class Run:
         return ends(self.column(name))
 
     def penalties(self) -> dict[int, np.ndarray] | None:
-        """Returns each feature's share of the indicator penalty `[T]`; None if α is unknown."""
+        """Returns each feature's share of the indicator penalty `[T]`; None if α is unknown.
+
+        Features that screen responses instead have no share.
+        """
+        if self.screens:
+            return {}
         if self.alphas is None or not self.features:
             return None if self.features else {}
         fired_nt = np.array([self.column(f"feat_{i}_above_tau") for i in self.features])

@@ -82,7 +82,7 @@ def _reward(runs: Sequence[Run]) -> Section:
         text="R_total = R_SARM − penalties − β · D, means over the responses of a step.",
         pictures=curves.reward_terms(runs),
         notes=_grouped(
-            [run for run in runs if run.features and run.alphas is None],
+            [run for run in runs if run.features and run.alphas is None and not run.screens],
             lambda run: (
                 _unreadable(run, "alpha_values", "α") + ", so the penalties are shown together."
             ),

@@ -27,11 +27,22 @@ GLANCE = {
     "zero_spread_groups": "groups whose responses all have the same reward",
     "disc_acc": "discriminator accuracy",
 }
+FURTHER_GLANCE = {  # columns that a run has only if its further terms are on
+    "probe_penalty": "penalty of the dense probe",
+    "distance_penalty": "penalty of the distance from human responses",
+    "length_penalty": "penalty of the length",
+    "bound_deduction": "deduction by the bound",
+    "screened_fraction": "share that is screened",
+}
 OPTIONS = (
     "ppo.algorithm ppo.total_steps ppo.batch_size ppo.samples_per_prompt ppo.learning_rate "
     "ppo.kl_coef ppo.seed reward.unit reward.penalize_features reward.tau_values "
     "reward.alpha_values reward.clamp_features reward.beta reward.latent_indices "
     "reward.penalty_cap"
+).split()
+FURTHER_OPTIONS = (  # shown if they are on
+    "reward.probe reward.probe_penalty reward.screen reward.human_states reward.distance_penalty "
+    "reward.length_penalty reward.bound"
 ).split()
 POLICY = {
     "score": "R_SARM",
@@ -79,7 +90,7 @@ class Table:
 def glance(runs: Sequence[Run]) -> Table:
     """Returns the start and the end of every run."""
     rows = [["steps", *(number(run.steps) for run in runs)]]
-    for name, title in GLANCE.items():
+    for name, title in (GLANCE | FURTHER_GLANCE).items():
         if any(run.has(name) for run in runs):
             cells = (_ends(run, name) if run.has(name) else NOTHING for run in runs)
             rows.append([title, *cells])
@@ -109,6 +120,7 @@ def options(runs: Sequence[Run]) -> Table | None:
         names = [n for n in names if len({repr(own.get(n, "")) for own in flat}) > 1]
     else:
         names = [n for n in OPTIONS if any(own.get(n, "") != "" for own in flat)]
+        names += [n for n in FURTHER_OPTIONS if any(own.get(n) for own in flat)]
     if not names:
         return None
     rows = [[n, *(str(own.get(n, NOTHING)) or NOTHING for own in flat)] for n in names]

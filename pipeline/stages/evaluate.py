@@ -1,5 +1,6 @@
 """Evaluate a SARM on benchmarks and under steering, and trained policies against their base."""
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.policy_evaluation import evaluate_policies, policy_inputs, response_config
-from pipeline.reward_inputs import REWARD_LISTS
+from pipeline.reward_inputs import REWARD_FILES, REWARD_LISTS
 from pipeline.stage import Stage, never
 from sarm_jax.evaluation import figures
 from sarm_jax.evaluation.benchmark_files import (
@@ -163,6 +164,12 @@ def controls_of(config: ConfigDict) -> Controls:
     reward = reward_config(config.reward)
     size = read_sarm_config(config.sarm_model).latent_size
     reward.check_features(size)
+    further = [*reward.further_terms, *(["screen"] if reward.screen else [])]
+    if further:
+        LOG.info(
+            "of section reward, only clamps and penalties of features are evaluated, not %s",
+            ", ".join(further),
+        )
     path = config.evaluate.steering_json
     steering = read_steering(path) if path else {}
     try:
@@ -171,8 +178,8 @@ def controls_of(config: ConfigDict) -> Controls:
         raise InputError(f"evaluate.steering_json={path}: {error}") from None
     return Controls(
         intervention=change,
-        penalize_features=reward.penalize_features,
-        tau_values=reward.tau_values,
+        penalize_features=() if reward.screen else reward.penalize_features,
+        tau_values=() if reward.screen else reward.tau_values,
         alpha_values=reward.alpha_values,
         unit=reward.unit,
         penalty_cap=reward.penalty_cap,
@@ -235,7 +242,7 @@ STAGE = Stage(
             read_if=lambda config: compares_policies(config) and not config.evaluate.prompts_jsonl,
         ),
         *REWARD_LISTS,
-        Input("reward.human_latents", read_if=never),
+        *(dataclasses.replace(item, read_if=never) for item in REWARD_FILES),
         Input("policy_model", Kind.POLICY, read_if=compares_policies),
         Input("sarm_model", Kind.SARM),
     ),

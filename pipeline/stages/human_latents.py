@@ -1,4 +1,4 @@
-"""Collect the human side of the latent KL."""
+"""Collect the human side of the latent KL, and of the distance from human responses."""
 
 import logging
 from pathlib import Path
@@ -10,13 +10,20 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
 from pipeline.stage import Stage
+from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation_rows import read_demonstrations
 from sarm_jax.rewards.compound import RewardConfig
-from sarm_jax.rewards.human_latents import collect_human_latents, save_human_latents
+from sarm_jax.rewards.human_latents import (
+    collect_human_latents,
+    collect_with_states,
+    save_human_latents,
+)
+from sarm_jax.rewards.human_states import fit_human_states, save_human_states
 from sarm_jax.rewards.options import reward_config
 
 LOG = logging.getLogger(__name__)
-FILE = "human_latents.safetensors"
+FEWEST = 3  # states that have a shrunk covariance
+FILE, STATES = "human_latents.safetensors", "human_states.safetensors"
 
 
 def validate(config: ConfigDict) -> RewardConfig:
@@ -26,18 +33,38 @@ def validate(config: ConfigDict) -> RewardConfig:
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Score human demonstrations and save the latents that the discriminator compares with."""
-    reward = validate(config)
+    """Score human demonstrations and save the latents that the discriminator compares with.
+
+    With `human_latents.states`, mean and covariance of the pooled states are saved as well. A
+    reward model without an SAE has these alone.
+    """
+    reward, states = validate(config), config.human_latents.states
     demonstrations = read_demonstrations(config.human_latents.demos_jsonl)
-    reward.check_features(read_sarm_config(config.sarm_model).latent_size)
+    if states and len(demonstrations) < FEWEST:
+        raise InputError(
+            f"human_latents.demos_jsonl={config.human_latents.demos_jsonl}: has "
+            f"{len(demonstrations)} demonstrations: human_latents.states=True needs at least "
+            f"{FEWEST}"
+        )
+    if needs_features := not states or reward.reads_features or bool(reward.latent_indices):
+        reward.check_features(read_sarm_config(config.sarm_model).latent_size)
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
     path = workdir / FILE
     LOG.info("latents of %d demonstrations, for %s", len(demonstrations), path)
-    model = load_reward_model(config)
-    human = collect_human_latents(model, demonstrations, reward.latent_indices)
-    save_human_latents(path, human)
-    LOG.info("latents %s in %s", human.z_ns.shape, path)
+    model = load_reward_model(config, needs_features)
+    if states:
+        human, x_nd = collect_with_states(model, demonstrations, reward.latent_indices)
+        source = f"human_latents.demos_jsonl={config.human_latents.demos_jsonl}"
+        fitted = fit_human_states(x_nd, source)
+    else:
+        human = collect_human_latents(model, demonstrations, reward.latent_indices)
+    if human is not None:
+        save_human_latents(path, human)
+        LOG.info("latents %s in %s", human.z_ns.shape, path)
+    if states:
+        save_human_states(workdir / STATES, fitted)
+        LOG.info("mean and covariance of the states in %s", workdir / STATES)
 
 
 STAGE = Stage(
@@ -55,10 +82,10 @@ STAGE = Stage(
     inputs=(
         Input("human_latents.demos_jsonl", Kind.ROWS),
         Input("reward.latent_indices", Kind.LIST),
-        Input("sarm_model", Kind.SARM),
+        Input("sarm_model", Kind.SCORER),
     ),
-    output=FILE,
-    makes=(FILE,),
+    output=lambda config: STATES if config.human_latents.states else FILE,
+    makes=(FILE, STATES),
     after=("identify",),
     wanted=lambda config: bool(config.human_latents.demos_jsonl),
 )

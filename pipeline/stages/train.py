@@ -11,7 +11,13 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from conversion.load import check_models, load_hf_tokenizer, read_policy_config, read_sarm_config
+from conversion.load import (
+    check_models,
+    load_hf_tokenizer,
+    read_policy_config,
+    read_sarm_config,
+    read_scorer_config,
+)
 from conversion.peft import save_adapter
 from pipeline.changes import Provenance, change
 from pipeline.inputs import Input, Kind
@@ -24,7 +30,7 @@ from pipeline.models import (
 )
 from pipeline.options import required
 from pipeline.provenance import check_claim, claim_workdir, provenance
-from pipeline.reward_inputs import REWARD_LISTS
+from pipeline.reward_inputs import REWARD_FILES, REWARD_LISTS
 from pipeline.stage import Stage
 from ppo.config import PPOConfig
 from ppo.options import track_config, train_config
@@ -46,13 +52,17 @@ from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
+from sarm_jax.rewards.state_controls import StateControls, state_controls
 
 LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """Everything that a run reads except weights, checked; `human` is None if beta is 0."""
+    """Everything that a run reads except weights, checked.
+
+    `human` is None if beta is 0. `states` is what the reward reads from pooled states.
+    """
 
     options: TrainConfig
     profile: ProfileConfig
@@ -60,6 +70,7 @@ class RunInputs:
     deck: PromptDeck
     eval_deck: PromptDeck | None
     human: HumanLatents | None
+    states: StateControls
 
 
 def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
@@ -90,9 +101,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
             config=inputs.options,
             policy=policy,
             tokenizer=tokenizer,
-            reward_model=load_reward_model(config),
+            reward_model=load_reward_model(config, inputs.options.reward.reads_features),
             deck=inputs.deck,
             human=inputs.human,
+            states=inputs.states,
             workdir=workdir,
             eval_deck=inputs.eval_deck,
             profile=inputs.profile,
@@ -119,9 +131,11 @@ def read_inputs(config: ConfigDict) -> RunInputs:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
     prompts = read_prompts(config.prompts_jsonl)
     mesh_config(config).check_model(read_policy_config(config.policy_model))
-    latent_size = read_sarm_config(config.sarm_model).latent_size
-    options.reward.check_features(latent_size)
-    human = human_buffer(options.reward, config.reward.human_latents, latent_size)
+    read_config = read_sarm_config if options.reward.reads_features else read_scorer_config
+    scorer = read_config(config.sarm_model)
+    options.reward.check_features(scorer.latent_size)
+    human = human_buffer(options.reward, config.reward.human_latents, scorer.latent_size)
+    states = state_controls(options.reward, scorer.trunk.hidden_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
     deck = PromptDeck(prompts, tokenizer, options.ppo, config.prompts_jsonl)
     eval_deck, eval_prompts = None, []
@@ -129,10 +143,10 @@ def read_inputs(config: ConfigDict) -> RunInputs:
         eval_prompts = read_prompts(path)
         eval_deck = PromptDeck(eval_prompts, tokenizer, options.ppo, path)
     check_context(config, deck, *([eval_deck] if eval_deck else []))
-    check_models(config.policy_model, config.sarm_model)
+    check_models(config.policy_model, scorer=config.sarm_model)
     files = {config.eval_prompts_jsonl: eval_prompts, config.prompts_jsonl: prompts}
     check_conversations(config.sarm_model, files)
-    return RunInputs(options, profile, tokenizer, deck, eval_deck, human)
+    return RunInputs(options, profile, tokenizer, deck, eval_deck, human, states)
 
 
 def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenance:
@@ -153,7 +167,7 @@ def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenanc
             done=finished,
             checkpoint_every=options.ppo.checkpoint_every,
             algorithm=options.ppo.algorithm,
-            latent_kl=options.estimates_latent_kl,
+            further=options.further_columns,
         )
         if options.tracking.services:
             read_runs(workdir)  # raises if the file is damaged
@@ -216,6 +230,10 @@ def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
         )  # fmt: skip
     if not options.reward.beta and (config.reward.human_latents or options.reward.latent_indices):
         LOG.info("beta is 0: human_latents and latent_indices are not used")
+    if config.reward.probe and not options.reward.reads_probe:
+        LOG.info("probe_penalty is 0: the probe is not used")
+    if config.reward.human_states and not options.reward.distance_penalty:
+        LOG.info("distance_penalty is 0: human_states are not used")
     if ppo.unused:
         names = ", ".join(f"ppo.{name}" for name in ppo.unused)
         LOG.info("ppo.algorithm=%s does not use %s", ppo.algorithm, names)
@@ -371,20 +389,20 @@ STAGE = Stage(
     ),
     inputs=(
         Input("policy_model", Kind.POLICY),
-        Input("sarm_model", Kind.SARM),
+        Input("sarm_model", Kind.SCORER),
         Input("prompts_jsonl", Kind.ROWS),
         Input("eval_prompts_jsonl", Kind.ROWS),
         *REWARD_LISTS,
-        Input("reward.human_latents", read_if=lambda config: config.reward.beta != 0),
+        *REWARD_FILES,
     ),
     output="adapter/adapter_config.json",
     makes=("adapter/", "experiments/", "*.csv", "summary.json", "samples.jsonl", "checkpoints/"),
     writes=writes,
-    after=("identify", "human_latents", "probe"),
+    after=("identify", "train_probe", "human_latents", "probe"),
     wanted=lambda config: bool(config.prompts_jsonl),
     costly=lambda config: True,
     per_experiment=True,
     begun=begun,
     continued=continued,
-    made_from=("identify", "human_latents"),
+    made_from=("identify", "train_probe", "human_latents"),
 )

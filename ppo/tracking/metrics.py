@@ -33,7 +33,6 @@ COLUMNS = (
 ).split()
 LAST_COLUMNS = ("skipped_updates", "distinct_responses")  # after the columns of the features
 GROUP_COLUMNS = ("zero_spread_groups",)  # of algorithms without a critic
-LATENT_KL_COLUMNS = ("latent_kl", "latent_kl_se")  # of discriminators with folds, last of all
 
 
 class RunLog:
@@ -52,10 +51,10 @@ class RunLog:
         first_step: int,
         total_steps: int,
         algorithm: str = "ppo",
-        latent_kl: bool = False,
+        further: Sequence[str] = (),
         tracking: TrackConfig | None = None,
     ):
-        self.columns = columns_of(features, algorithm, latent_kl=latent_kl)
+        self.columns = columns_of(features, algorithm, further)
         self._metrics_path = workdir / "metrics.csv"
         self._samples_path = workdir / "samples.jsonl"
         self._evaluations_path = workdir / EVALUATIONS
@@ -175,16 +174,18 @@ def _check_present(path: Path, opened: os.stat_result) -> None:
 
 
 def columns_of(
-    features: Sequence[int], algorithm: str = "ppo", *, latent_kl: bool = False
+    features: Sequence[int], algorithm: str = "ppo", further: Sequence[str] = ()
 ) -> list[str]:
-    """Returns the columns of metrics.csv for a run that penalises these features.
+    """Returns the columns of metrics.csv.
 
-    `latent_kl`: the run estimates the latent KL with folds, see `sarm_jax.rewards.density_ratio`.
+    Args:
+        features: the penalised features.
+        algorithm: `ppo.algorithm`.
+        further: the columns of further terms of the reward, `RewardConfig.further_columns`.
     """
     per_feature = [f"feat_{i}_{name}" for i in features for name in ("activation", "above_tau")]
     of_groups = () if algorithm == "ppo" else GROUP_COLUMNS
-    of_folds = LATENT_KL_COLUMNS if latent_kl else ()
-    return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups, *of_folds]
+    return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups, *further]
 
 
 def check_log(
@@ -193,7 +194,7 @@ def check_log(
     done: int,
     checkpoint_every: int,
     algorithm: str = "ppo",
-    latent_kl: bool = False,
+    further: Sequence[str] = (),
 ) -> None:
     """Checks that metrics.csv belongs to the newest checkpoint, before a run rewrites it.
 
@@ -201,9 +202,9 @@ def check_log(
         workdir: working directory of the run.
         features: the penalised features.
         algorithm: `ppo.algorithm`.
+        further: the columns of further terms of the reward.
         done: steps of the newest checkpoint; 0 if there is none.
         checkpoint_every: steps between checkpoints.
-        latent_kl: as of `columns_of`.
 
     Raises:
         InputError: the columns are another run's, rows before the checkpoint are missing, or there
@@ -211,7 +212,7 @@ def check_log(
     """
     path = workdir / "metrics.csv"
     rows = read_metrics(path) if path.exists() else []
-    if rows and list(rows[0]) != columns_of(features, algorithm, latent_kl=latent_kl):
+    if rows and list(rows[0]) != columns_of(features, algorithm, further):
         raise InputError(f"{path}:1: does not have the columns of this run: restore its own file")
     steps = [row["step"] for row in rows]
     if steps[:done] != list(range(done)):
@@ -240,12 +241,13 @@ def read_evaluations(workdir: Path) -> list[dict]:
 
 def _held_out_means(rows: Sequence[dict]) -> dict[str, float]:
     """Returns the means over the responses of an evaluation."""
-    means = {
-        name: float(np.mean([row[name] for row in rows]))
-        for name in ("total_reward", "rm_score", "kl_penalty", "ref_kl")
-    }
+    names = ["total_reward", "rm_score", "kl_penalty", "ref_kl"]
+    names += [n for n, value in rows[0].items() if isinstance(value, float) and n not in names]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in names}
     means["indicator_penalty"] = float(np.mean([sum(row["penalties"].values()) for row in rows]))
     means["eos_fraction"] = float(np.mean([row["ended"] for row in rows]))
+    if "screened" in rows[0]:
+        means["screened_fraction"] = float(np.mean([row["screened"] for row in rows]))
     return means
 
 

@@ -21,7 +21,7 @@ reward, so that zeroing it changes nothing, and still be the right feature to pe
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -119,12 +119,8 @@ def held_out_rates(
     Returns:
         (detection rate, false-positive rate); NaN if there is only one fold.
     """
-    folds = np.unique(fold_p)
-    if len(folds) < 2:
-        return float("nan"), float("nan")
-    hits, alarms = 0.0, 0.0
-    for fold in folds:
-        training, held_out = contrast.subset(fold_p != fold), contrast.subset(fold_p == fold)
+
+    def rates(training: Contrast, held_out: Contrast) -> tuple[float, float]:
         detectors = find_detectors(
             training,
             contrast_tau(training, quantile),
@@ -133,8 +129,36 @@ def held_out_rates(
         )
         clean_nb, marked_nb = held_out.columns(np.asarray(detectors.features, np.int64))
         tau_b = np.asarray(detectors.tau, np.float32)
-        hits += len(held_out) * _share_firing(marked_nb, tau_b)
-        alarms += len(held_out) * _share_firing(clean_nb, tau_b)
+        return _share_firing(marked_nb, tau_b), _share_firing(clean_nb, tau_b)
+
+    return cross_validated_rates(contrast, fold_p, rates)
+
+
+def cross_validated_rates(
+    contrast: Contrast,
+    fold_p: np.ndarray,
+    rates: Callable[[Contrast, Contrast], tuple[float, float]],
+) -> tuple[float, float]:
+    """Averages the rates on every fold of what was found on the other folds.
+
+    Args:
+        contrast: all pairs.
+        fold_p: number of the fold of each pair.
+        rates: given the pairs of the other folds and those of a fold, finds something on the former
+            and returns its (detection rate, false-positive rate) on the latter.
+
+    Returns:
+        (detection rate, false-positive rate) over all pairs; NaN if there is only one fold.
+    """
+    folds = np.unique(fold_p)
+    if len(folds) < 2:
+        return float("nan"), float("nan")
+    hits, alarms = 0.0, 0.0
+    for fold in folds:
+        held_out = contrast.subset(fold_p == fold)
+        hit_rate, alarm_rate = rates(contrast.subset(fold_p != fold), held_out)
+        hits += len(held_out) * hit_rate
+        alarms += len(held_out) * alarm_rate
     return hits / len(contrast), alarms / len(contrast)
 
 

@@ -143,8 +143,8 @@ def identify(
 ) -> Identified:
     """Finds the features that tell the sides of preference pairs apart, and describes them."""
     texts, contrast = pair_latents(reward_model, pairs)
-    prompt_p, _ = _number([pair["prompt"] for pair in pairs])
-    source_p, sources = _number([pair.get("source") or "pairs" for pair in pairs])
+    prompt_p, _ = number_values([pair["prompt"] for pair in pairs])
+    source_p, sources = number_values([pair.get("source") or "pairs" for pair in pairs])
     fold_p = assign_folds(prompt_p, config.seed)
     statistics = measure_contrast(contrast, prompt_p, source_p=source_p, fold_p=fold_p)
     scores = _scores(config, statistics, reward_model.feature_weights())
@@ -233,7 +233,7 @@ def verbose_features(
         `tau_verbosity`, for selected_features.json.
     """
     _, contrast = pair_latents(reward_model, pairs)
-    prompt_p, _ = _number([pair["prompt"] for pair in pairs])
+    prompt_p, _ = number_values([pair["prompt"] for pair in pairs])
     statistics = measure_contrast(
         contrast,
         prompt_p,
@@ -369,7 +369,7 @@ def _held_out(detection: float, false_positives: float) -> dict[str, float | Non
     return {name: rate if np.isfinite(rate) else None for name, rate in rates.items()}
 
 
-def _number(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+def number_values(values: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     """Numbers the distinct values from 0: (the number of each value, the distinct values)."""
     number = {value: i for i, value in enumerate(dict.fromkeys(values))}
     return np.array([number[value] for value in values]), list(number)

@@ -84,9 +84,19 @@ class RewardModel:
         return self.model.sae
 
     @property
+    def has_features(self) -> bool:
+        """True if the reward model has an SAE."""
+        return self.model.sae is not None
+
+    @property
     def latent_size(self) -> int:
         """The number of features M; raises InputError without an SAE."""
         return self.sae.config.latent_size
+
+    @property
+    def state_size(self) -> int:
+        """The number of dimensions D of a pooled state."""
+        return self.model.config.trunk.hidden_size
 
     def feature_weights(self) -> np.ndarray:
         """Returns what a unit of every latent adds to the score, float32 `[M]`.
@@ -129,6 +139,35 @@ class RewardModel:
         rows = self._encode_all(prompts, responses)
         return self.score_tokens(rows, clamp, latent_indices)
 
+    def score_with_states(
+        self,
+        prompts: Sequence[PromptValue],
+        responses: Sequence[str],
+        clamp: Intervention | dict[int, float] | None = None,
+        latent_indices: Sequence[int] | None = None,
+    ) -> tuple[np.ndarray, Any, np.ndarray]:
+        """Scores responses, and returns their pooled states from the same forward pass.
+
+        Args:
+            prompts: as in `score`, like all arguments.
+            responses: one response to each prompt.
+            clamp: changes latents before the head reads them.
+            latent_indices: the features to return.
+
+        Returns:
+            (scores, latents) as in `score`, and the states `[B, D]` float32 that an SAE reads: of a
+            SARM the standardised ones, of a classifier those that its head reads.
+
+        Raises:
+            InputError: as `score`.
+        """
+        rows = self._encode_all(prompts, responses)
+        arguments = self._score_arguments(clamp, latent_indices)
+        x_bd = np.zeros((len(rows), self.state_size), np.float32)
+        score_b, z_bf = self._empty_results(len(rows), latent_indices)
+        self._fill(_score_with_states, rows, arguments, (score_b, z_bf, x_bd))
+        return score_b, z_bf, x_bd
+
     def encode(self, prompt: PromptValue, response: str) -> list[int]:
         """Encodes a prompt, as in `score`, and its response.
 
@@ -151,6 +190,7 @@ class RewardModel:
         extra: int,
         clamp: Intervention | None = None,
         latent_indices: Sequence[int] | None = None,
+        states: bool = False,
     ) -> Iterator[Callable[[], Lowered]]:
         """Yields functions that lower what `score` runs, one for every shape that it can pad to.
 
@@ -159,6 +199,7 @@ class RewardModel:
             extra: the maximum number of tokens of a response.
             clamp: as in `score`.
             latent_indices: as in `score`.
+            states: lower what `score_with_states` runs instead.
         """
         shapes: set[tuple[int, int]] = set()
         for lengths in batches:
@@ -172,7 +213,8 @@ class RewardModel:
                     length = min(scored_length(length + 1), self.max_length)
                     shapes.add((rows, length))
         arguments = self._score_arguments(clamp, latent_indices)
-        yield from self._new_programs(_score, sorted(shapes), arguments)
+        program = _score_with_states if states else _score
+        yield from self._new_programs(program, sorted(shapes), arguments)
 
     def score_tokens(
         self,
@@ -188,15 +230,26 @@ class RewardModel:
         most = min(self.max_length, self._positions)
         check_rows(rows, vocab_size=self.model.config.trunk.vocab_size, most=most)
         arguments = self._score_arguments(clamp, latent_indices)
-        score_b, z_bf = np.zeros(len(rows), np.float32), None
-        if self.model.sae is not None:
-            width = self.latent_size if latent_indices is None else len(latent_indices)
-            z_bf = np.zeros((len(rows), width), np.float32)
-        for batch, (scores, latents) in self._run_batches(_score, rows, arguments):
-            score_b[batch] = scores[: len(batch)]
-            if z_bf is not None:
-                z_bf[batch] = latents[: len(batch)]
+        score_b, z_bf = self._empty_results(len(rows), latent_indices)
+        self._fill(_score, rows, arguments, (score_b, z_bf))
         return score_b, z_bf
+
+    def _empty_results(
+        self, rows: int, latent_indices: Sequence[int] | None
+    ) -> tuple[np.ndarray, Any]:
+        """Returns arrays for scores and latents; None in place of latents without an SAE."""
+        score_b, z_bf = np.zeros(rows, np.float32), None
+        if self.has_features:
+            width = self.latent_size if latent_indices is None else len(latent_indices)
+            z_bf = np.zeros((rows, width), np.float32)
+        return score_b, z_bf
+
+    def _fill(self, program, rows, arguments, arrays) -> None:
+        """Runs a program on all rows and writes its results into `arrays`, in the given order."""
+        for batch, results in self._run_batches(program, rows, arguments):
+            for array, result in zip(arrays, results, strict=True):
+                if array is not None:
+                    array[batch] = result[: len(batch)]
 
     def store(
         self, prompts: Sequence[PromptValue], responses: Sequence[str], label: str = "responses"
@@ -329,6 +382,16 @@ def _padded_rows(rows: int, batch_size: int) -> int:
 def _score(graphdef, state, tokens_bt, mask_bt, change, indices):
     score_b, z_bf = nnx.merge(graphdef, state)(tokens_bt, mask_bt, change)
     return score_b, z_bf if indices is None or z_bf is None else z_bf[:, indices]
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_with_states(graphdef, state, tokens_bt, mask_bt, change, indices):
+    """Returns what `_score` returns, and the pooled states `[B, D]`."""
+    model = nnx.merge(graphdef, state)
+    x_bd = model.pooled(tokens_bt, mask_bt)
+    z_bf = None if model.sae is None else model.sae.encode(x_bd)
+    score_b = model.reward(x_bd, z_bf, change)
+    return score_b, z_bf if indices is None or z_bf is None else z_bf[:, indices], x_bd
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,9 +1,19 @@
 """The compound reward, term by term.
 
-    R_total = R_SARM(clamp(z)) − Σ_i α_i · 1[z_i > τ_i] − β · D(z_S)
+    R_total = R_SARM(clamp(z)) − Σ_i α_i · 1[z_i > τ_i] − β · D(z_S) − further terms
 
 The indicator reads the latents *before* the clamp. D is the logit of the discriminator in
-`sarm_jax.rewards.density_ratio`.
+`sarm_jax.rewards.density_ratio`. The further terms are off by default:
+
+    probe_penalty · 1[p · h > τ]     a dense probe p on the pooled state h, `features.dense_probe`
+    distance_penalty · d(h)          distance of h from human responses, `rewards.human_states`
+    length_penalty · T               response tokens T
+    R_SARM − B(R_SARM)               B(R) = μ + u · (1 / (1 + exp(−(R − μ) / u)) − ½)   bounded
+
+B is the reward of PAR (Fu et al. 2502.18770), the sigmoid of the score minus that of reference
+responses. u is 1 with `unit="score"`, as there, or σ with `unit="sd"`. Deliberate deviations: μ is
+the mean over reference responses to many prompts, not the score of one to the same prompt, and ½ is
+taken off, so that reference responses have the reward μ on average, as without the bound.
 
 Units: R_SARM is in the reward model's own units; for Llama-SARM-4B its standard deviation is about
 0.05. α and β are in the same units with `unit="score"`, or in standard deviations σ of the
@@ -12,7 +22,9 @@ learns from (R_total − μ) / σ, where μ and σ are measured on reference res
 
 Two bounds keep a policy from escaping its penalties:
 
-- The penalties and the latent KL together take at most `penalty_cap` · σ from a response.
+- The penalties of features, the latent KL, and the penalties on probe and distance together take
+  at most `penalty_cap` · σ from a response. The length penalty is beside the cap: within it, a
+  response that reaches the cap could grow for free.
 - A response that does not end has no end-of-turn token, which is where its latents are read.
   `learned_reward` therefore charges it the largest penalty of its batch, and gives it no credit for
   a score above μ.
@@ -22,8 +34,10 @@ every comparison with NaN is false, and would otherwise waive the penalty.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
+from scipy.special import expit
 
 from sarm_jax.features.penalties import (
     cap_in_score,
@@ -35,6 +49,13 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.sarm import Intervention, intervention
 from sarm_jax.reporting.spread import standard_deviation
 
+# Besides score, feature penalties and latent KL.
+FURTHER_TERMS = {  # name → the option that switches the term on
+    "probe_penalty": "probe_penalty",
+    "distance_penalty": "distance_penalty",
+    "length_penalty": "length_penalty",
+    "bound_deduction": "bound",
+}
 CLAMP_VALUES = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
 
 
@@ -45,7 +66,9 @@ class RewardConfig:
     `tau_values` and `alpha_values` have one value per penalised feature. Each list of clamp values
     is empty or has one value per clamped feature. None among them leaves that bound open, and a
     feature that is set can have no bounds. `penalty_cap` is in σ of the reference responses'
-    scores, whatever the `unit` of α and β.
+    scores, whatever the `unit` of α and β. `probe` names a file of `--stage=train_probe`.
+    With `screen` there are no `alpha_values`: features and probe screen responses instead.
+    `human_states` names a file of `--stage=human_latents`.
 
     Raises:
         InputError: an option is invalid; the message names `reward.<field>` and its value.
@@ -62,6 +85,13 @@ class RewardConfig:
     latent_indices: tuple[int, ...] = ()
     unit: str = "score"
     penalty_cap: float = 10.0
+    probe: str = ""
+    probe_penalty: float = 0.0
+    screen: bool = False
+    human_states: str = ""
+    distance_penalty: float = 0.0
+    length_penalty: float = 0.0
+    bound: str = ""
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -76,16 +106,33 @@ class RewardConfig:
                     raise InputError(
                         f"reward.{name}: {value} must be a number that is not negative"
                     )
-        if not 0 <= self.beta < float("inf"):
-            raise InputError(f"reward.beta={self.beta}: must be a number that is not negative")
+        for name in ("beta", "probe_penalty", "distance_penalty", "length_penalty"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(
+                    f"reward.{name}={getattr(self, name)}: must be a number that is not negative"
+                )
+        if self.probe_penalty and not self.probe:
+            raise InputError(
+                f"reward.probe_penalty={self.probe_penalty} needs a probe: make one with "
+                "--stage=train_probe and name its file with --config.reward.probe"
+            )
+        if self.distance_penalty and not self.human_states:
+            raise InputError(
+                f"reward.distance_penalty={self.distance_penalty} needs human states: make them "
+                "with --stage=human_latents --config.human_latents.states=True and name their file "
+                "with --config.reward.human_states"
+            )
+        self._check_screen()
         if self.unit not in ("score", "sd"):
             raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
+        if self.bound not in ("", "sigmoid"):
+            raise InputError(f"reward.bound={self.bound!r}: expected 'sigmoid', or '' for none")
         if not self.penalty_cap > 0:
             raise InputError(f"reward.penalty_cap={self.penalty_cap}: must be positive (inf: none)")
 
     def _check_lengths(self) -> None:
         """Raises InputError unless lists that belong together have equal lengths."""
-        for name in ("tau_values", "alpha_values"):
+        for name in ("tau_values",) if self.screen else ("tau_values", "alpha_values"):
             self._check_length(name, "penalize_features")
         bounds = [name for name in CLAMP_VALUES if getattr(self, name)]
         if bool(self.clamp_features) != bool(bounds):
@@ -97,6 +144,24 @@ class RewardConfig:
         for name in bounds:
             self._check_length(name, "clamp_features")
 
+    def _check_screen(self) -> None:
+        """Raises InputError unless a screen has something to read, and no penalty beside it."""
+        if not self.screen:
+            return
+        if not (self.penalize_features or self.probe):
+            raise InputError("reward.screen=True: needs reward.penalize_features or reward.probe")
+        if self.alpha_values:
+            values = ",".join(map(str, self.alpha_values))
+            raise InputError(
+                f"reward.alpha_values={values}: reward.screen=True leaves responses out instead of "
+                "penalising them; leave out reward.alpha_values"
+            )
+        if self.probe_penalty:
+            raise InputError(
+                f"reward.probe_penalty={self.probe_penalty}: reward.screen=True leaves responses "
+                "out instead of penalising them; leave out reward.probe_penalty"
+            )
+
     def _check_length(self, name: str, features: str) -> None:
         count, expected = len(getattr(self, name)), len(getattr(self, features))
         if count != expected:
@@ -104,6 +169,34 @@ class RewardConfig:
                 f"reward.{name} has {count} values for {expected} reward.{features}: "
                 "give one value per feature"
             )
+
+    @property
+    def reads_features(self) -> bool:
+        """True if the reward depends on features beyond the score itself."""
+        return bool(self.penalize_features or self.clamp_features) or self.beta > 0
+
+    @property
+    def reads_probe(self) -> bool:
+        """True if the reward depends on the dense probe."""
+        return self.probe_penalty > 0 or (self.screen and bool(self.probe))
+
+    @property
+    def has_controls(self) -> bool:
+        """True if anything is taken from the score."""
+        return bool(self.penalize_features) or self.beta > 0 or bool(self.further_terms)
+
+    @property
+    def further_terms(self) -> tuple[str, ...]:
+        """Names of the terms besides score, feature penalties and latent KL that are on."""
+        return tuple(name for name, option in FURTHER_TERMS.items() if getattr(self, option))
+
+    @property
+    def further_columns(self) -> tuple[str, ...]:
+        """Columns of metrics.csv that a run has only if a further term is on."""
+        probe = ("probe_margin", "probe_above_tau") if self.reads_probe else ()
+        distance = ("state_distance",) if self.distance_penalty else ()
+        screen = ("screened_fraction", "screened_updates") if self.screen else ()
+        return (*self.further_terms, *probe, *distance, *screen)
 
     def alphas_sd(self, score_std: float) -> list[float]:
         """Returns α in σ of the reference responses' scores, `score_std`."""
@@ -144,27 +237,84 @@ class RewardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StateReadings:
+    """Numbers that terms read from the pooled states of B responses; None if no term reads them.
+
+    `margin_b` is p · h − τ of the dense probe, `distance_b` the distance from human responses.
+    """
+
+    margin_b: np.ndarray | None = None
+    distance_b: np.ndarray | None = None
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """The means over the responses, by the names of metrics.csv."""
+        means = {}
+        if self.margin_b is not None:
+            means["probe_margin"] = float(self.margin_b.mean())
+            means["probe_above_tau"] = float((self.margin_b > 0).mean())
+        if self.distance_b is not None:
+            means["state_distance"] = float(self.distance_b.mean())
+        return means
+
+
+NO_READINGS = StateReadings()
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardTerms:
     """The terms of R_total for B responses, in the reward model's units, float32.
 
     `score_b` is R_SARM. `penalty_bn` has a column per penalised feature: α_i if the feature fired,
-    otherwise 0. If penalties and latent KL together exceed the cap, both `penalty_bn` and
-    `kl_penalty_b` are scaled down to it.
+    otherwise 0. `further` has what each term of `RewardConfig.further_terms` takes, `[B]` by name.
+    If the terms within the cap together exceed it, they are all scaled down to it. `screened_b` is
+    True for responses that the policy does not learn from; None without `screen`.
     """
 
     score_b: np.ndarray
     penalty_bn: np.ndarray
     kl_penalty_b: np.ndarray
+    further: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    screened_b: np.ndarray | None = None
 
     @property
     def controls_b(self) -> np.ndarray:
-        """Penalties and latent KL, which are taken from the score of each response, `[B]`."""
-        return self.penalty_bn.sum(axis=1) + self.kl_penalty_b
+        """The sum of the terms that are taken from the bounded score of each response, `[B]`."""
+        controls_b = self.penalty_bn.sum(axis=1) + self.kl_penalty_b
+        for name, taken_b in self.further.items():
+            if name != "bound_deduction":
+                controls_b = controls_b + taken_b
+        return controls_b
+
+    @property
+    def bounded_b(self) -> np.ndarray:
+        """The score after its bound, `[B]`; the score itself if there is no bound."""
+        if "bound_deduction" not in self.further:
+            return self.score_b
+        return self.score_b - self.further["bound_deduction"]
 
     @property
     def total_b(self) -> np.ndarray:
         """R_total `[B]`."""
-        return self.score_b - self.penalty_bn.sum(axis=1) - self.kl_penalty_b
+        total_b = self.score_b - self.penalty_bn.sum(axis=1) - self.kl_penalty_b
+        for taken_b in self.further.values():
+            total_b = total_b - taken_b
+        return total_b
+
+    @property
+    def further_columns(self) -> dict[str, float]:
+        """The means of the further terms over the responses, by the names of metrics.csv."""
+        means = {name: float(taken_b.mean()) for name, taken_b in self.further.items()}
+        if self.screened_b is not None:
+            means["screened_fraction"] = float(self.screened_b.mean())
+        return means
+
+    def further_of(self, b: int) -> dict[str, float | bool]:
+        """Returns the further terms of response b by name, and whether it is screened."""
+        terms: dict[str, float | bool] = {
+            name: float(taken_b[b]) for name, taken_b in self.further.items()
+        }
+        return terms if self.screened_b is None else terms | {"screened": bool(self.screened_b[b])}
 
 
 def compound_reward(
@@ -174,24 +324,86 @@ def compound_reward(
     z_bn: np.ndarray,
     d_b: np.ndarray,
     score_std: float,
+    score_mean: float = 0.0,
+    states: StateReadings = NO_READINGS,
+    lengths_b: np.ndarray | None = None,
 ) -> RewardTerms:
     """Returns the terms of R_total.
 
     Args:
-        config: α, β, τ, their unit, and the cap.
+        config: α, β, τ, their unit, the cap, and the further terms.
         score_b: R_SARM of each response.
         z_bn: latents of the penalised features, before the clamp.
         d_b: D(z_S), the discriminator's log density ratio of each response.
         score_std: σ of the reference responses' scores, in which the cap and `unit="sd"` are given.
+        score_mean: μ of the reference responses' scores, around which the bound is.
+        states: what the further terms read from the pooled states.
+        lengths_b: tokens of each response, if they have a penalty.
     """
     scale = unit_scale(config.unit, score_std)
+    alphas = (0.0,) * len(config.penalize_features) if config.screen else config.alpha_values
     penalty_bn = fired_penalties(
-        z_bn, tau_values=config.tau_values, alpha_values=config.alpha_values, scale=scale
+        z_bn, tau_values=config.tau_values, alpha_values=alphas, scale=scale
     )
     kl_penalty_b = scale * np.float32(config.beta) * d_b
+    within_cap = _state_penalties(config, states, scale)
     cap = cap_in_score(config.penalty_cap, score_std)
-    share_b = share_within_cap(penalty_bn.sum(axis=1) + kl_penalty_b, cap)
-    return RewardTerms(score_b, penalty_bn * share_b[:, None], kl_penalty_b * share_b)
+    sum_b = sum(within_cap.values(), start=penalty_bn.sum(axis=1) + kl_penalty_b)
+    share_b = share_within_cap(sum_b, cap)
+    further = {name: taken_b * share_b for name, taken_b in within_cap.items()}
+    if config.length_penalty:
+        assert lengths_b is not None
+        further["length_penalty"] = (scale * config.length_penalty * lengths_b).astype(np.float32)
+    if config.bound:
+        further["bound_deduction"] = _bound_deduction(score_b, mean=score_mean, scale=scale)
+    terms = RewardTerms(score_b, penalty_bn * share_b[:, None], kl_penalty_b * share_b, further)
+    return _screened(config, terms, z_bn, states) if config.screen else terms
+
+
+def _state_penalties(
+    config: RewardConfig, states: StateReadings, scale: np.float32
+) -> dict[str, np.ndarray]:
+    """Returns what the terms on the pooled state take before the cap, by name.
+
+    A probe whose margin is not finite takes NaN, as features do.
+    """
+    taken = {}
+    if config.probe_penalty:
+        assert states.margin_b is not None
+        taken["probe_penalty"] = fired_penalties(
+            states.margin_b[:, None],
+            tau_values=(0.0,),
+            alpha_values=(config.probe_penalty,),
+            scale=scale,
+        )[:, 0]
+    if config.distance_penalty:
+        assert states.distance_b is not None
+        taken["distance_penalty"] = scale * np.float32(config.distance_penalty) * states.distance_b
+    return taken
+
+
+def _bound_deduction(score_b: np.ndarray, *, mean: float, scale: np.float32) -> np.ndarray:
+    """Returns R − B(R), which is negative below μ; NaN if the score is not finite."""
+    centred_b = score_b.astype(np.float64) - mean
+    bounded_b = float(scale) * (expit(centred_b / float(scale)) - 0.5)
+    return (centred_b - bounded_b).astype(np.float32)
+
+
+def _screened(
+    config: RewardConfig, terms: RewardTerms, z_bn: np.ndarray, states: StateReadings
+) -> RewardTerms:
+    """Adds which responses are screened: those on which a feature or the probe fires.
+
+    One whose total is not finite never is, so that it is not overlooked.
+    """
+    fires_b = (z_bn > np.asarray(config.tau_values, np.float32)).any(axis=1)
+    if states.margin_b is not None:
+        fires_b = fires_b | (states.margin_b > 0)
+        finite_b = np.isfinite(states.margin_b)
+        terms = dataclasses.replace(
+            terms, score_b=np.where(finite_b, terms.score_b, np.float32("nan"))
+        )
+    return dataclasses.replace(terms, screened_b=fires_b & np.isfinite(terms.total_b))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,16 +455,19 @@ def learned_reward(
     ended        (R_total − μ) / σ
     not ended    min((R_SARM − μ) / σ, 0) − c / σ − missing_eos_penalty
 
-    c is the most that penalties and latent KL take from any response of the batch, so the same text
-    with an end is always worth more. With `missing_eos_penalty` = 0 responses need not end, and the
-    first line holds for all of them.
+    c is the most that the terms take from any response of the batch that is not screened, so the
+    same text with an end is always worth more. With `missing_eos_penalty` = 0 responses need not
+    end, and the first line holds for all of them.
     """
     ended_reward_b = scale.normalise(terms.total_b)
     ended_reward_b = np.where(np.isfinite(ended_reward_b), ended_reward_b, np.float32("nan"))
     if missing_eos_penalty == 0:
         return ended_reward_b
-    most = np.maximum(terms.controls_b.max(), 0) / scale.std
-    credited_b = np.minimum(scale.normalise(terms.score_b), 0)
+    controls_b = terms.controls_b
+    if terms.screened_b is not None:
+        controls_b = np.append(controls_b[~terms.screened_b], np.float32(0))
+    most = np.maximum(controls_b.max(), 0) / scale.std
+    credited_b = np.minimum(scale.normalise(terms.bounded_b), 0)
     cut_off_reward_b = credited_b - np.float32(most + missing_eos_penalty)
     keeps_b = ended_b | np.isnan(ended_reward_b)
     return np.where(keeps_b, ended_reward_b, cut_off_reward_b).astype(np.float32)

@@ -46,7 +46,8 @@ from sarm_jax.rewards.density_ratio import (
     groups_of,
 )
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
-from sarm_jax.rewards.scoring import Scorer
+from sarm_jax.rewards.scoring import Scorer, feature_count
+from sarm_jax.rewards.state_controls import state_controls
 
 LOG = logging.getLogger(__name__)
 
@@ -106,14 +107,20 @@ class ControlledReward:
                 f"missing_eos_penalty={missing_eos_penalty}: needs stop_ids, the tokens that end a "
                 "response of the policy"
             )
+        if controls.screen:
+            raise InputError(
+                "reward.screen=True: the trainer takes a number for every response and cannot "
+                "leave one out; use penalties, or PPO, RLOO and GRPO of this project"
+            )
         self.controls, self.scale, self.log = controls, scale, log
         self.terms: RewardTerms | None = None
         self.calls = 0
         self._normalise, self._missing_eos_penalty = normalise, missing_eos_penalty
         self._stop_ids = frozenset(stop_ids)
-        human = human_buffer(controls, human_latents, sarm.latent_size)
+        human = human_buffer(controls, human_latents, feature_count(sarm, controls))
         self._features = human.latent_indices if human else ()
-        self._scorer = Scorer(sarm, controls, self._features)
+        states = state_controls(controls, sarm.state_size)
+        self._scorer = Scorer(sarm, controls, self._features, states)
         keys = jax.random.split(jax.random.key(seed), STREAMS)
         self._key = keys[MINIBATCH_KEY]
         self._density_ratio: DensityRatio | None = None
@@ -138,7 +145,8 @@ class ControlledReward:
         Args:
             prompts: texts or conversations, one for each completion.
             completions: texts, or lists of one assistant message.
-            completion_ids: tokens of the completions, without padding.
+            completion_ids: tokens of the completions, without padding; `missing_eos_penalty` and
+                `length_penalty` need them.
             log_metric: called with the name and the mean of every term; TRL passes it.
             log_extra: called with the name and the values of every term; TRL passes it.
             **kwargs: other columns of the data set; not used.
@@ -167,7 +175,14 @@ class ControlledReward:
                     f"call {self.calls}: the discriminator's update is not finite", "not finite"
                 )
         terms = compound_reward(
-            self.controls, score_b=scored.score_b, z_bn=scored.z_bn, d_b=d_b, score_std=scale.std
+            self.controls,
+            score_b=scored.score_b,
+            z_bn=scored.z_bn,
+            d_b=d_b,
+            score_std=scale.std,
+            score_mean=scale.mean,
+            states=scored.states,
+            lengths_b=self._lengths(completion_ids, len(responses)),
         )
         reward_b = self._reward(terms, scale, ended_b)
         wrong = np.flatnonzero(~np.isfinite(reward_b))
@@ -186,8 +201,7 @@ class ControlledReward:
     @property
     def _needs_scale(self) -> bool:
         """True if μ or σ affects the reward."""
-        controls = self.controls
-        has_controls = bool(controls.penalize_features) or controls.beta > 0
+        has_controls = self.controls.has_controls
         return has_controls or self._normalise or self._missing_eos_penalty > 0
 
     def calibrate(self, prompts: Sequence[PromptValue], responses: Sequence[str]) -> ScoreScale:
@@ -249,15 +263,18 @@ class ControlledReward:
         """Returns which responses end with a stop token, `[B]`; all, if they need not."""
         if self._missing_eos_penalty == 0:
             return np.ones(count, bool)
-        if completion_ids is None or len(completion_ids) != count:
-            found = "none" if completion_ids is None else len(completion_ids)
-            raise InputError(
-                f"missing_eos_penalty={self._missing_eos_penalty}: needs completion_ids of "
-                f"{count} completions, found {found}"
-            )
-        return np.asarray(
-            [len(ids) > 0 and int(ids[-1]) in self._stop_ids for ids in completion_ids]
-        )
+        option = f"missing_eos_penalty={self._missing_eos_penalty}"
+        rows = _tokens(completion_ids, count, option)
+        return np.asarray([len(ids) > 0 and int(ids[-1]) in self._stop_ids for ids in rows])
+
+    def _lengths(
+        self, completion_ids: Sequence[Sequence[int]] | None, count: int
+    ) -> np.ndarray | None:
+        """Returns the tokens of each response, `[B]`; None if they have no penalty."""
+        if not self.controls.length_penalty:
+            return None
+        option = f"reward.length_penalty={self.controls.length_penalty}"
+        return np.asarray([len(ids) for ids in _tokens(completion_ids, count, option)])
 
     def _reward(self, terms: RewardTerms, scale: ScoreScale, ended_b: np.ndarray) -> np.ndarray:
         if not (self._normalise or self._missing_eos_penalty):
@@ -276,6 +293,7 @@ class ControlledReward:
             "rm_score": terms.score_b,
             "indicator_penalty": terms.penalty_bn.sum(axis=1),
             "kl_penalty": terms.kl_penalty_b,
+            **terms.further,
         }
         means = {name: float(value_b.mean()) for name, value_b in columns.items()}
         if self.log is not None:
@@ -285,6 +303,16 @@ class ControlledReward:
                 log_metric(name, means[name])
             if log_extra is not None:
                 log_extra(name, value_b.tolist())
+
+
+def _tokens(
+    completion_ids: Sequence[Sequence[int]] | None, count: int, option: str
+) -> Sequence[Sequence[int]]:
+    """Returns the tokens of `count` completions; raises InputError if `option` lacks them."""
+    if completion_ids is None or len(completion_ids) != count:
+        found = "none" if completion_ids is None else len(completion_ids)
+        raise InputError(f"{option}: needs completion_ids of {count} completions, found {found}")
+    return completion_ids
 
 
 def _texts(completions: Sequence[Completion]) -> list[str]:

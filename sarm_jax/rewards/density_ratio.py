@@ -40,6 +40,8 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.finite import first_not_finite
 from sarm_jax.reporting.spread import ROUNDING
 
+LATENT_KL_COLUMNS = ("latent_kl", "latent_kl_se")  # metrics that need folds
+
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:

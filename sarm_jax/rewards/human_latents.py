@@ -58,16 +58,35 @@ def collect_human_latents(
     Raises:
         InputError: the SARM does not have one of the features.
     """
+    indices = _indices(reward_model, latent_indices)
+    prompts, responses = [d["prompt"] for d in demos], [d["response"] for d in demos]
+    _, z_ns = reward_model.score(prompts, responses, latent_indices=indices)
+    return HumanLatents(z_ns, indices)
+
+
+def collect_with_states(
+    reward_model: RewardModel,
+    demos: Sequence[Mapping[str, Any]],
+    latent_indices: tuple[int, ...] = (),
+) -> tuple[HumanLatents | None, np.ndarray]:
+    """Computes latents and pooled states `[N, D]` of demonstrations in one pass.
+
+    The arguments are those of `collect_human_latents`. The latents are None without an SAE.
+    """
+    indices = _indices(reward_model, latent_indices) if reward_model.has_features else None
+    prompts, responses = [d["prompt"] for d in demos], [d["response"] for d in demos]
+    _, z_ns, x_nd = reward_model.score_with_states(prompts, responses, latent_indices=indices)
+    return None if indices is None else HumanLatents(z_ns, indices), x_nd
+
+
+def _indices(reward_model: RewardModel, latent_indices: tuple[int, ...]) -> tuple[int, ...]:
     size = reward_model.latent_size
     missing = [i for i in latent_indices if i >= size]
     if missing:
         raise InputError(
             f"reward.latent_indices: feature {missing[0]} of a SARM with {size} latents"
         )
-    indices = latent_indices or tuple(range(size))
-    prompts, responses = [d["prompt"] for d in demos], [d["response"] for d in demos]
-    _, z_ns = reward_model.score(prompts, responses, latent_indices=indices)
-    return HumanLatents(z_ns, indices)
+    return latent_indices or tuple(range(size))
 
 
 def save_human_latents(path: str | Path, human: HumanLatents) -> None:

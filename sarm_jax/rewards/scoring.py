@@ -9,7 +9,8 @@ from jax.stages import Lowered
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
-from sarm_jax.rewards.compound import RewardConfig
+from sarm_jax.rewards.compound import NO_READINGS, RewardConfig, StateReadings
+from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +18,22 @@ class Scored:
     """Scores of the clamped latents `[B]`, and latents before the clamp.
 
     `z_bn` are the latents of the penalised features, `z_bs` those that the discriminator reads.
+    `states` has what was read from the pooled states.
     """
 
     score_b: np.ndarray
     z_bn: np.ndarray
     z_bs: np.ndarray
+    states: StateReadings = NO_READINGS
+
+
+def feature_count(model: RewardModel, config: RewardConfig) -> int:
+    """Returns the number of features of a reward model; 0 if it has none and none is read.
+
+    Raises:
+        InputError: the reward reads features, and the reward model has no SAE.
+    """
+    return model.latent_size if model.has_features or config.reads_features else 0
 
 
 class Scorer:
@@ -31,6 +43,7 @@ class Scorer:
         model: the SARM.
         config: the clamp and the penalised features.
         discriminator_features: the features that the discriminator reads.
+        states: what the reward reads from pooled states.
     """
 
     def __init__(
@@ -38,19 +51,27 @@ class Scorer:
         model: RewardModel,
         config: RewardConfig,
         discriminator_features: Sequence[int] = (),
+        states: StateControls = NO_STATES,
     ):
-        size = model.latent_size
+        size = feature_count(model, config)
         config.check_features(size)
-        self._model, self._clamp = model, config.clamp(size)
+        self._model, self._clamp, self._states = model, config.clamp(size), states
         self._penalised = len(config.penalize_features)
         # One gather per response: the penalised features first, then the discriminator's.
-        self._features = (*config.penalize_features, *discriminator_features)
+        self._features: tuple[int, ...] | None = None
+        if model.has_features:
+            self._features = (*config.penalize_features, *discriminator_features)
         self._lengths: dict[Prompt, int] = {}  # tokens of a prompt and an empty response
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> Scored:
         """Scores the texts, which the reward model encodes with its own tokenizer."""
-        score_b, z_bm = self._score(prompts, responses, self._clamp)
-        return Scored(score_b, z_bn=z_bm[:, : self._penalised], z_bs=z_bm[:, self._penalised :])
+        score_b, z_bm, states = self._score(prompts, responses, self._clamp)
+        return Scored(
+            score_b,
+            z_bn=z_bm[:, : self._penalised],
+            z_bs=z_bm[:, self._penalised :],
+            states=states,
+        )
 
     def score_with_and_without_clamp(
         self, prompts: Sequence[Prompt], responses: Sequence[str]
@@ -59,7 +80,7 @@ class Scorer:
         score_b = self.score(prompts, responses).score_b
         if self._clamp is None:
             return score_b, score_b
-        unclamped_b, _ = self._score(prompts, responses, self._clamp.neutral())
+        unclamped_b, _, _ = self._score(prompts, responses, self._clamp.neutral())
         return score_b, unclamped_b
 
     def programs(
@@ -71,14 +92,30 @@ class Scorer:
         """
         lengths = [[self._length(prompt) for prompt in prompts] for prompts in batches]
         return self._model.programs(
-            lengths, max_new_tokens, clamp=self._clamp, latent_indices=self._features
+            lengths,
+            max_new_tokens,
+            clamp=self._clamp,
+            latent_indices=self._features,
+            states=self._states.read_states,
         )
 
     def _score(
         self, prompts: Sequence[Prompt], responses: Sequence[str], clamp: Intervention | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the scores `[B]` under a clamp, and the latents of all features that are read."""
-        return self._model.score(prompts, responses, clamp=clamp, latent_indices=self._features)
+    ) -> tuple[np.ndarray, np.ndarray, StateReadings]:
+        """Returns scores `[B]` under a clamp, latents of all features that are read, readings."""
+        features, readings = self._features, NO_READINGS
+        if self._states.read_states:
+            score_b, z_bm, x_bd = self._model.score_with_states(
+                prompts, responses, clamp=clamp, latent_indices=features
+            )
+            readings = self._states.read(x_bd)
+        else:
+            score_b, z_bm = self._model.score(
+                prompts, responses, clamp=clamp, latent_indices=features
+            )
+        if z_bm is None:
+            z_bm = np.zeros((len(score_b), 0), np.float32)
+        return score_b, z_bm, readings
 
     def _length(self, prompt: Prompt) -> int:
         if prompt not in self._lengths:

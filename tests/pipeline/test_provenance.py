@@ -233,6 +233,9 @@ def everything(tmp_path):
     config.reward.penalize_features = f"{selected}:detectors"
     config.reward.tau_values = f"{selected}:tau_detectors"
     config.reward.alpha_values = "1,1"
+    config.reward.probe = f"{tmp_path}/probes/dense_probe_logistic.safetensors"
+    config.reward.human_states = f"{tmp_path}/human_states.safetensors"
+    config.reward.probe_penalty = config.reward.distance_penalty = 0.1
     config.evaluate.data_jsonl = f"{tmp_path}/data/demos.jsonl"
     config.evaluate.steering_json = f"{tmp_path}/probes/steering_config.json"
     return config
@@ -250,6 +253,9 @@ def everything(tmp_path):
         ("reward.unit", "points", "reward.unit='points'"),
         ("reward.beta", -1.0, "reward.beta=-1.0"),
         ("reward.penalty_cap", -1.0, "reward.penalty_cap=-1.0"),
+        ("reward.probe", "gone.safetensors", "reward.probe=gone.safetensors: no"),
+        ("reward.human_states", "gone.safetensors", "reward.human_states=gone.safetensors: no"),
+        ("train_probe.l2", 0.0, "train_probe.l2=0.0"),
         ("reward.alpha_values", "1,x", "reward.alpha_values: found 'x'"),
         ("reward.penalize_features", "@gone.json:a", "gone.json"),
         ("reward.human_latents", "gone.safetensors", "reward.human_latents=gone.safetensors: no"),
@@ -350,6 +356,10 @@ def test_every_experiment_passes_the_preflight(name, arguments, tmp_path, monkey
     [
         ("identify", "sarm_max_length", 100),
         ("human_latents", "sarm_max_length", 100),
+        ("human_latents", "human_latents.states", True),
+        ("train_probe", "identify.false_alarm_budget", 0.1),
+        ("train_probe", "train_probe.l2", 0.1),
+        ("train", "reward.screen", True),
         ("probe", "sarm_max_length", 100),
         ("evaluate", "sarm_max_length", 100),
         ("evaluate", "reward.alpha_values", "1"),
@@ -378,6 +388,9 @@ def test_a_file_that_is_not_there_is_refused_first(tmp_path, everything, field):
         preflight.check(everything, tmp_path, ALL)
 
 
+REWARD_FILES = ("human_latents", "probe", "human_states")
+
+
 def test_every_file_option_is_looked_for():
     flat = base.get_config().to_dict()
     names = [
@@ -385,7 +398,7 @@ def test_every_file_option_is_looked_for():
         for s, part in [("", flat), *((k, v) for k, v in flat.items() if isinstance(v, dict))]
         for n in part
         if n.endswith("_jsonl")
-        or (n in ("steering_json", "human_latents") and not isinstance(part[n], dict))
+        or (n in ("steering_json", *REWARD_FILES) and not isinstance(part[n], dict))
     ]
     assert set(names) <= set(FILE_FIELDS), set(names) - set(FILE_FIELDS)
 

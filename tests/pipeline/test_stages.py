@@ -22,8 +22,21 @@ def test_every_module_of_stages_is_a_stage(name):
 
 def test_stages_come_after_those_that_make_what_they_read():
     order = [loaded.name for loaded in stage.load_all() if loaded.output]
-    names = "prepare_data train_sae train_sarm identify human_latents probe train evaluate report"
-    assert order == names.split()
+    names = "prepare_data train_sae train_sarm identify train_probe human_latents probe train"
+    assert order == [*names.split(), "evaluate", "report"]
+
+
+def test_a_probe_is_trained_for_the_runs_that_read_one():
+    config, wanted = base.get_config(), stage.load("train_probe").wanted
+    assert not wanted(config)
+    with config.unlocked():
+        config.experiments.a = {"reward": {"beta": 1.0}}
+        assert not wanted(config)
+        config.experiments.b = {"reward": {"probe": "x"}}
+    assert wanted(config)
+    config = base.get_config()
+    config.reward.probe = "x"
+    assert wanted(config)
 
 
 def test_options_and_inputs_are_fields_of_the_config():

@@ -29,6 +29,7 @@ from conversion.safetensors_io import INDEX, SINGLE, TensorFiles
 from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.trackers.record import FIELDS, FILE, TrackedRun, read_runs
 from sarm_jax.evaluation.controls import read_steering
+from sarm_jax.features.dense_probe import DenseProbe, load_probe
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import parse_jsonl
@@ -45,6 +46,7 @@ from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import YarnScaling
 from sarm_jax.models.sae import ACTIVATIONS
 from sarm_jax.models.sarm import SARMConfig
+from sarm_jax.rewards.human_states import load_human_states
 from sarm_jax.rewards.options import reward_config
 from tests.oracles import ARCHITECTURES, LLAMA3_ROPE, YARN_ROPE, tiny_llama_config
 
@@ -417,6 +419,37 @@ def test_safetensors(tmp_path_factory, folder, content):
     result(read_all, directory)
 
 
+STATE_FILES = {
+    load_probe: {"direction": np.eye(1, 3, dtype=np.float32)[0], "tau": np.ones(1, np.float32)},
+    load_human_states: {
+        "mean": np.ones(3, np.float32),
+        "axes": np.eye(2, 3, dtype=np.float32),
+        "variance": np.ones(2, np.float32),
+        "floor": np.ones(1, np.float32),
+    },
+}
+shapes = st.sampled_from([(), (0,), (1,), (2,), (3,), (1, 3), (2, 3), (3, 3)])
+
+
+@bounded
+@given(st.sampled_from(list(STATE_FILES)), st.data())
+def test_files_of_terms_on_states(folder, load, data):
+    """Damaged files, and whole ones whose tensors have other shapes, types and values."""
+    tensors, path = dict(STATE_FILES[load]), folder / "states.safetensors"
+    for name in data.draw(st.lists(st.sampled_from([*tensors, "x"]), max_size=2)):
+        value = data.draw(st.sampled_from([0.0, 0.5, 1.0, -1.0, np.nan, 1e30]))
+        dtype = data.draw(st.sampled_from([np.float32, np.float64, np.float16, np.int32]))
+        with np.errstate(invalid="ignore", over="ignore"):
+            tensors[name] = np.full(data.draw(shapes), value).astype(dtype)
+    content = save(tensors)
+    path.write_bytes(damaged(data.draw, content) if data.draw(st.booleans()) else content)
+    loaded = result(load, path)
+    if isinstance(loaded, DenseProbe):
+        assert np.isfinite(loaded.margin(np.ones((2, len(loaded.direction_d))))).all()
+    elif loaded is not None:
+        assert (loaded.distance(np.zeros((2, len(loaded.mean_d)))) >= 0).all()
+
+
 names = st.sampled_from(["a.safetensors", "b.safetensors", "../single/model.safetensors", "x.bin"])
 
 
@@ -442,17 +475,31 @@ lists = st.lists(st.integers(-1, 70) | st.floats() | st.just("none"), max_size=3
 )
 
 
+FURTHER = {
+    "probe": st.sampled_from(["", "x"]),
+    "human_states": st.sampled_from(["", "x"]),
+    "screen": st.booleans(),
+    "bound": st.sampled_from(["", "sigmoid", "x"]),
+    **dict.fromkeys(["probe_penalty", "distance_penalty", "length_penalty"], st.floats()),
+}
+
+
 @bounded
 @given(
     st.dictionaries(st.sampled_from(sorted(SECTION)), lists),
     st.floats(),
     st.floats(),
     st.sampled_from(["sd", "score", "x"]),
+    st.fixed_dictionaries({}, optional=FURTHER),
 )
-def test_config_values(changes, beta, cap, unit):
-    section = SECTION | changes | {"beta": beta, "penalty_cap": cap, "unit": unit}
+def test_config_values(changes, beta, cap, unit, further):
+    section = SECTION | changes | {"beta": beta, "penalty_cap": cap, "unit": unit} | further
     config = result(reward_config, section)
     if config is not None:
-        assert len(config.tau_values) == len(config.alpha_values) == len(config.penalize_features)
+        assert len(config.tau_values) == len(config.penalize_features)
+        assert len(config.alpha_values) == (0 if config.screen else len(config.tau_values))
+        assert config.probe or not (
+            config.probe_penalty or (config.screen and not config.tau_values)
+        )
         assert config.beta >= 0 and config.penalty_cap > 0
         result(config.check_features, 64)

@@ -25,6 +25,7 @@ from ppo.tracking.manifest import DamagedCheckpointError, check_manifest
 from ppo.tracking.metrics import check_log, read_evaluations
 from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.trackers.record import read_runs
+from sarm_jax.features.dense_probe import load_probe
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import open_file, read_bytes
 from sarm_jax.io.json_files import read_json
@@ -33,6 +34,7 @@ from sarm_jax.io.row_files import read_placed_rows
 from sarm_jax.io.workdir import read_settings
 from sarm_jax.models.lora import LoRAConfig, add_lora
 from sarm_jax.rewards.human_latents import load_human_latents
+from sarm_jax.rewards.human_states import load_human_states
 from tests.command import run_main
 from tests.report_runs import write_run
 
@@ -162,7 +164,7 @@ READERS = {
     "x.parquet": (read_placed_rows,),
     "x.pt": (read_object,),
     "x.gguf": (lambda path: from_gguf.convert(path, f"{path}.out"),),
-    "x.safetensors": (load_human_latents,),
+    "x.safetensors": (load_human_latents, load_probe, load_human_states),
     "metrics.csv": (read_metrics, lambda path: check_log(path.parent, (), 0, 1)),
     "config.json": (lambda path: read_settings(path.parent),),
     "stages.json": (lambda path: Records(path.parent),),
@@ -220,6 +222,9 @@ OPTIONS = (
     "--config.prepare_data.rm_bench={odd}.json",
     "--stage=prepare_data --config.prepare_data.source=benchmarks "
     "--config.prepare_data.rewardbench2={odd}.parquet",
+    "--config.reward.probe_penalty=1 --config.reward.probe={odd}.safetensors",
+    "--config.reward.distance_penalty=1 --config.reward.human_states={odd}.safetensors",
+    "--stage=train_probe --config.identify.pairs_jsonl={odd}",
     "--stage=train_sarm --config.train_sarm.pairs_jsonl={odd}",
     "--stage=identify --config.identify.pairs_jsonl={odd}",
     "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl "

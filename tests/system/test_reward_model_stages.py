@@ -12,6 +12,8 @@ from conversion import load_reward_model, load_sarm
 from conversion.from_hf import convert
 from conversion.saelens import read_sae
 from conversion.to_hf import export
+from ppo.tracking.metrics_csv import read_metrics
+from sarm_jax.features.dense_probe import load_probe
 from sarm_jax.models.attribution import attribution
 from tests.command import run_main
 from tests.oracles import (
@@ -216,6 +218,60 @@ def test_bad_options_are_refused_before_anything_is_written(world, tmp_path, cap
 
 def test_a_classifier_without_an_sae_is_no_sarm(world, tmp_path, capsys):
     option = f"--sarm_model={world / 'classifier'}"
-    assert run(world, tmp_path / "w", "--stage=train", option) == 2
+    features = "--penalize_features=1", "--tau_values=1", "--alpha_values=1"
+    assert run(world, tmp_path / "w", "--stage=train", option, *features) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "--stage=train_sae" in last and str(world / "classifier") in last
+
+
+def test_rivals_of_features_need_no_sae(world, tmp_path, caplog):
+    """A probe, human states, a bound and a length penalty on the classifier itself."""
+    w = tmp_path / "w"
+    common = [
+        f"--sarm_model={world / 'classifier'}",
+        f"--config.identify.pairs_jsonl={world / 'pairs.jsonl'}",
+        f"--config.human_latents.demos_jsonl={world / 'demos.jsonl'}",
+        "--config.human_latents.states=True",
+        f"--config.reward.probe={w}/probes/dense_probe_logistic.safetensors",
+        "--config.reward.probe_penalty=0.5",
+        f"--config.reward.human_states={w}/human_states.safetensors",
+        "--config.reward.distance_penalty=0.01",
+        "--config.reward.length_penalty=0.01",
+        "--config.reward.bound=sigmoid",
+        "--config.reward.unit=sd",
+    ]
+    for stage in ("train_probe", "human_latents", "train", "report"):
+        assert run(world, w, f"--stage={stage}", *common) == 0, stage
+    summary = json.loads((w / "probes/dense_probes.json").read_text())
+    assert summary["pairs"] == summary["prompts"] == 8 and summary["options"]["l2"] == 1e-3
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    rm = load_reward_model(world / "classifier")
+    prompts = [pair["prompt"] for pair in pairs]
+    sides = [
+        rm.score_with_states(prompts, [p[s] for p in pairs])[2] for s in ("chosen", "rejected")
+    ]
+    for kind, content in summary["probes"].items():
+        probe = load_probe(w / f"probes/dense_probe_{kind}.safetensors")
+        alarms, hits = ((probe.margin(x_nd) > 0).mean() for x_nd in sides)
+        assert content["false_alarms"] == alarms <= 0.05 + 1 / 8
+        assert content["detection"] == hits and content["tau"] == probe.tau
+        assert 0 <= content["detection_held_out"] <= 1
+    assert not (w / "human_latents.safetensors").exists()
+    row = read_metrics(w / "metrics.csv")[-1]
+    assert row["state_distance"] > 0 and row["length_penalty"] > 0 and row["bound_deduction"]
+    assert "penalty of the dense probe" in (w / "report.html").read_text()
+    recorded = json.loads((w / "stages.json").read_text())
+    assert any(path.endswith("logistic.safetensors") for path in recorded["train"]["inputs"])
+
+
+def test_scores_and_states_come_from_one_pass(world, workdir):
+    prompts, responses = ["name 1 red", "name 2"], ["it is red.", "no no no no"]
+    plain, rm = load_reward_model(world / "classifier"), load_sarm(workdir / "reward_model")
+    score_b, z_bf, x_bd = rm.score_with_states(prompts, responses, latent_indices=(3, 5))
+    np.testing.assert_array_equal(score_b, plain.score(prompts, responses)[0])
+    np.testing.assert_allclose(z_bf, rm.score(prompts, responses)[1][:, [3, 5]], atol=1e-6)
+    np.testing.assert_allclose(x_bd @ np.asarray(rm.model.score[...]), score_b, rtol=1e-4)
+    own_b, none, own_bd = plain.score_with_states(prompts, responses)
+    assert none is None
+    np.testing.assert_array_equal(own_b, score_b)
+    np.testing.assert_allclose(own_bd, x_bd, rtol=1e-6)

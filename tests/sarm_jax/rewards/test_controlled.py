@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.models.chat import stop_ids
 from sarm_jax.rewards import RewardConfig, ScoreScale, controlled_reward, reward_config
 from sarm_jax.rewards.human_latents import collect_human_latents, save_human_latents
+from sarm_jax.rewards.scoring import Scored
 from tests.tiny_models import ACTIVE, ALGORITHMS, DISCRIMINATOR, PROMPTS, REWARD
 
 PENALTIES = RewardConfig(penalize_features=(3, 5), tau_values=(0.1, 0.2), alpha_values=(0.2, 0.1))
@@ -211,9 +211,8 @@ def test_wrong_options(reward_model, human, tmp_path):
 def test_reward_that_is_not_finite(reward_model, monkeypatch):
     """A score that is not finite stops the training, since trainers would read it as a number."""
     function = controlled_reward(reward_model, PENALTIES, scale=SCALE)
-    scores = SimpleNamespace(
-        score_b=np.asarray([1.0, np.nan], np.float32), z_bn=np.zeros((2, 2), np.float32)
-    )
+    zeros = np.zeros((2, 2), np.float32)
+    scores = Scored(np.asarray([1.0, np.nan], np.float32), z_bn=zeros, z_bs=zeros)
     monkeypatch.setattr(function._scorer, "score", lambda *texts: scores)
     with pytest.raises(TrainingStoppedError, match="the reward of response 1 is nan"):
         function(PROMPTS[:2], RESPONSES[:2])
