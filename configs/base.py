@@ -255,6 +255,12 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.model = ""  # model that the layers are taken from; empty: policy_model
     # Files of {"prompt", "chosen", "rejected"} pairs, comma-separated.
     config.train_sarm.pairs_jsonl = ""
+    # Files of pairs, as in identify.pairs_jsonl, that enter training as ties: both sides are equally
+    # good, and the rejected one has a shortcut which the reward must not pay for. Comma-separated;
+    # empty: no ties. Pairs in pairs_jsonl teach the reward to prefer the chosen side instead.
+    config.train_sarm.tie_pairs_jsonl = ""
+    # Weight of a tie in the loss; a preference pair has the weight 1.
+    config.train_sarm.tie_weight = 1.0
     config.train_sarm.held_out_fraction = 0.2  # share of the prompts in the held-out set
     # Longest conversation, in tokens; a longer one loses its beginning.
     config.train_sarm.max_length = 4096

@@ -29,7 +29,8 @@ DEFAULTS = {
         "scale_advantages": True,
         "loss_average": "tokens",
         "rollout_slots": 0,
-    }
+    },
+    "train_sarm": {"tie_pairs_jsonl": "", "tie_weight": 1.0},
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

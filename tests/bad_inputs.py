@@ -825,6 +825,32 @@ STAGES = [
         damage=file('{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
     ),
     main(
+        "tie of equals",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_pairs_jsonl={bad}",
+        "bad.jsonl:1: fields 'chosen' and 'rejected' are the same",
+        damage=file('{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+    ),
+    main(
+        "ties file with no name",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_pairs_jsonl=a.jsonl,",
+        "'a.jsonl,'",
+    ),
+    main(
+        "weight of ties without ties",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_weight=2.0",
+        "train_sarm.tie_weight=2.0: train_sarm.tie_pairs_jsonl names no ties",
+    ),
+    main(
+        "negative weight of ties",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_weight=-1.0",
+        "train_sarm.tie_weight=-1.0: must be positive",
+    ),
+    main(
         "source that is no text",
         "--stage=identify --config.identify.pairs_jsonl={bad}",
         "bad.jsonl:1: field 'source' must be str",

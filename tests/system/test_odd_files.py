@@ -221,6 +221,8 @@ OPTIONS = (
     "--stage=prepare_data --config.prepare_data.source=benchmarks "
     "--config.prepare_data.rewardbench2={odd}.parquet",
     "--stage=train_sarm --config.train_sarm.pairs_jsonl={odd}",
+    "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+    "--config.train_sarm.tie_pairs_jsonl={odd}",
     "--stage=identify --config.identify.pairs_jsonl={odd}",
     "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl "
     "--config.identify.verbosity_jsonl={odd}",

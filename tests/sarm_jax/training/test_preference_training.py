@@ -59,10 +59,129 @@ def test_bradley_terry_by_hand():
     np.testing.assert_allclose(huge, 2e4)
 
 
+CHOSEN, REJECTED = np.asarray([1.0, 0.0, 2.0, -0.5]), np.asarray([0.0, 0.0, 5.0, 1.0])
+KINDS = {
+    "preferences": [False] * 4,
+    "ties": [True] * 4,
+    "both": [True, False, True, False],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
+def test_ties_by_hand_and_in_torch(kind, weight):
+    """A tie has the label ½ and the gradient weight · (σ(Δ) − ½); that of a preference is −σ(−Δ)."""
+    tie_b = np.asarray(KINDS[kind])
+    value_and_grad = jax.value_and_grad(preference_training.bradley_terry_loss, argnums=(0, 1))
+    loss, (of_chosen, of_rejected) = value_and_grad(
+        jnp.asarray(CHOSEN), jnp.asarray(REJECTED), jnp.asarray(tie_b), weight
+    )
+    margin = CHOSEN - REJECTED
+    sigma = 1 / (1 + np.exp(-margin))
+    tied = weight * (-0.5 * np.log(sigma) - 0.5 * np.log(1 - sigma))
+    np.testing.assert_allclose(loss, np.where(tie_b, tied, -np.log(sigma)).mean(), rtol=1e-6)
+    expected = np.where(tie_b, weight * (sigma - 0.5), sigma - 1) / 4
+    np.testing.assert_allclose(of_chosen, expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(of_rejected, -expected, rtol=1e-5, atol=1e-8)
+
+    logits = torch.tensor(margin, requires_grad=True)
+    oracle = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits,
+        torch.tensor(np.where(tie_b, 0.5, 1.0)),
+        weight=torch.tensor(np.where(tie_b, weight, 1.0)),
+    )
+    oracle.backward()
+    np.testing.assert_allclose(loss, oracle.item(), rtol=1e-6)
+    np.testing.assert_allclose(of_chosen, logits.grad.numpy(), rtol=1e-5, atol=1e-8)
+    if kind == "preferences":
+        assert loss == preference_training.bradley_terry_loss(
+            jnp.asarray(CHOSEN), jnp.asarray(REJECTED)
+        )
+
+
+def test_a_tie_of_equal_scores_is_least_and_huge_scores_stay_finite():
+    tie = jnp.asarray([True])
+    losses = [
+        float(preference_training.bradley_terry_loss(jnp.asarray([d]), jnp.zeros(1), tie))
+        for d in (-1e4, -1.0, 0.0, 1.0, 1e4)
+    ]
+    assert losses[2] == min(losses) == pytest.approx(np.log(2)) and losses[1] == losses[3]
+    assert losses[0] == losses[4] == pytest.approx(5e3)
+
+
+def test_metrics_are_of_their_own_kind_of_pairs():
+    chosen, rejected = jnp.asarray(CHOSEN), jnp.asarray(REJECTED)
+
+    def metrics(kind):
+        tie_b = jnp.asarray(KINDS[kind])
+        return preference_training.pair_metrics(chosen, rejected, tie_b)
+
+    assert metrics("both")["accuracy"] == 0.25 and metrics("both")["tie_margin"] == 2.0
+    assert metrics("preferences")["accuracy"] == 0.375
+    assert np.isnan(metrics("preferences")["tie_margin"]) and np.isnan(metrics("ties")["accuracy"])
+    assert preference_training.pair_metrics(chosen, rejected, None).keys() == {"accuracy"}
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_ties_in_every_mode_that_trains_the_trunk(policy, mode):
+    """A tie's sides, exchanged, have the same loss; those of a preference do not."""
+    sarm, options = tiny_sarm(policy), dataclasses.replace(OPTIONS, mode=mode, tie_weight=2.0)
+    tokens_bt, mask_bt, turn_bt, _ = tiny_batch()
+    exchanged = [np.roll(array, 2, axis=0) for array in (tokens_bt, mask_bt, turn_bt)]
+
+    @jax.jit
+    def loss(tokens_bt, mask_bt, turn_bt, tie_b):
+        return preference_training.preference_loss(
+            sarm, tokens_bt, mask_bt, turn_bt=turn_bt, mode=mode, reconstruction_weight=0.5,
+            tie_b=tie_b, tie_weight=2.0,
+        )  # fmt: skip
+
+    for ties in ([True, True], [False, False]):
+        plain, metrics = loss(tokens_bt, mask_bt, turn_bt, jnp.asarray(ties))
+        other, _ = loss(*exchanged, jnp.asarray(ties))
+        assert np.isclose(plain, other, rtol=1e-6) == all(ties)
+        assert np.isnan(metrics["accuracy"]) == all(ties)
+    log: list[dict] = []
+    tie_p = np.asarray([True, False, False, True])
+    preference_training.fine_tune(
+        sarm, tiny_rows(), PAIRS, options=options, log=log.append, tie_p=tie_p
+    )
+    for row in log:
+        assert row["accuracy"] is not None or row["tie_margin"] is not None
+        assert all(
+            value is None or np.isfinite(value) for value in row.values() if value != row["stage"]
+        )
+
+
+def test_ties_take_the_shortcut_out_of_the_head(policy):
+    """Chosen sides have dimensions 0 and 1; ties say that dimension 1 is worth nothing."""
+    sarm, rng = tiny_sarm(policy, use_topk=False), np.random.default_rng(0)
+    x_rd = rng.normal(size=(120, 32)).astype(np.float32)
+    x_rd[:30, :2] += 2
+    x_rd[90:] = x_rd[60:90]
+    x_rd[90:, 1] += 4
+    pairs_p2 = np.arange(120).reshape(2, 2, 30).transpose(0, 2, 1).reshape(60, 2)
+    options = dataclasses.replace(OPTIONS, mode=0, epochs=60, batch_size=10)
+    margins, log = {}, []
+    for weight in (None, 1.0, 20.0):
+        tie_p = None if weight is None else np.arange(60) >= 30
+        log = []
+        weights_m = preference_training.train_head(
+            sarm.sae, x_rd, pairs_p2[: 30 if weight is None else 60],
+            options=dataclasses.replace(options, tie_weight=weight or 1.0), log=log.append,
+            tie_p=tie_p,
+        )  # fmt: skip
+        score_r = np.asarray(sarm.sae.encode(jnp.asarray(x_rd))) @ np.asarray(weights_m)
+        assert np.mean(score_r[:30] > score_r[30:60]) > 0.9
+        margins[weight] = np.abs(score_r[90:] - score_r[60:90]).mean()
+    assert margins[20.0] < margins[1.0] / 2 < margins[None] / 8
+    assert log[-1]["tie_margin"] == pytest.approx(margins[20.0], abs=0.2)
+
+
 @partial(jax.jit, static_argnames=("graphdef", "mode"))
 def _gradients(graphdef, state, mode, weight, batch):
     def loss_fn(state):
-        tokens_bt, mask_bt, turn_bt = batch
+        tokens_bt, mask_bt, turn_bt, _ = batch
         loss, _ = preference_training.preference_loss(
             nnx.merge(graphdef, state),
             tokens_bt,
@@ -192,8 +311,9 @@ def test_reconstruction_loss_agrees_with_the_oracle(tmp_path):
 def test_batches_contain_each_pair_once_with_its_turns():
     rows = tiny_rows()
     seen = []
-    for tokens_bt, mask_bt, turn_bt in preference_training.pair_batches(
-        rows, PAIRS, batch_size=2, rng=np.random.default_rng(1)
+    tie_p = np.asarray([True, False, False, True])
+    for tokens_bt, mask_bt, turn_bt, tie_b in preference_training.pair_batches(
+        rows, PAIRS, batch_size=2, rng=np.random.default_rng(1), tie_p=tie_p
     ):
         assert tokens_bt.shape == mask_bt.shape == turn_bt.shape and len(tokens_bt) == 4
         numbers = []
@@ -202,8 +322,9 @@ def test_batches_contain_each_pair_once_with_its_turns():
             number = next(i for i, r in enumerate(rows) if r.ids == ids)
             assert turn_t.sum() == rows[number].turn_length and turn_t[: len(ids)].tolist()[-1]
             numbers.append(number)
-        seen += [(numbers[0], numbers[2]), (numbers[1], numbers[3])]
-    assert sorted(seen) == sorted(map(tuple, PAIRS.tolist()))
+        seen += [(*numbers[::2], tie_b[0]), (*numbers[1::2], tie_b[1])]
+    expected = [(*pair, tie) for pair, tie in zip(PAIRS.tolist(), tie_p, strict=True)]
+    assert sorted(seen) == sorted(expected)
 
 
 @pytest.mark.parametrize("use_topk", [True, False])

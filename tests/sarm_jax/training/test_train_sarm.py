@@ -44,7 +44,8 @@ def tiny_pairs(count=16):
     [
         ("mode", 4), ("held_out_fraction", 0.0), ("k", 0), ("k", 49), ("aux_k", 49),
         ("warmup_fraction", 1.0), ("learning_rate", 0.0), ("epochs", 0), ("aux_weight", -1.0),
-        ("sae_learning_rate", float("inf")), ("batch_size", 0),
+        ("sae_learning_rate", float("inf")), ("batch_size", 0), ("tie_weight", 2.0),
+        ("tie_weight", 0.0),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(name, value):
@@ -142,6 +143,71 @@ def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
     }  # fmt: skip
     assert ("sae_after" in summary) == (mode > 0)
     assert {row["stage"] for row in log} == {"sae", "preferences" if mode else "head"}
+
+
+def tiny_ties(count=8):
+    """Half of them are of prompts that the pairs have."""
+    return [
+        {
+            "prompt": f"Question {i}?",
+            "chosen": f"A plain answer {i}.",
+            "rejected": f"A plain answer {i}, dear friend.",
+            "source": "friend" if i % 2 else "dear",
+        }
+        for i in range(4, 4 + count)
+    ]
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3])
+def test_ties_are_reported_beside_the_preferences(policy, tokenizer, mode):
+    config = dataclasses.replace(
+        SMALL, mode=mode, epochs=10 if mode == 0 else 1, tie_pairs_jsonl=("t",), tie_weight=2.0
+    )
+    pairs, ties, log = tiny_pairs(), tiny_ties(), []
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append, ties)
+    plain = dataclasses.replace(config, tie_pairs_jsonl=(), tie_weight=1.0)
+    without, of_pairs = training.train_sarm(plain, policy, tokenizer, pairs, lambda row: None)
+    for name in ("pairs_train", "pairs_held_out", "prompts_held_out", "sae"):
+        assert summary[name] == of_pairs[name]  # the SAE and the split do not depend on ties
+    assert "ties" not in of_pairs
+    if mode == 0:
+        np.testing.assert_array_equal(sarm.sae.encoder[...], without.sae.encoder[...])
+
+    model = RewardModel(sarm, tokenizer, max_length=200)
+    chosen, rejected = (
+        model.score([p["prompt"] for p in ties], [p[side] for p in ties])[0]
+        for side in ("chosen", "rejected")
+    )
+    held_out = training.encode_pairs(tokenizer, pairs, config, ties).held_out_p[len(pairs) :]
+    assert 0 < held_out.sum() < len(ties)
+    for part, keep in (("train", ~held_out), ("held_out", held_out)):
+        own = summary["ties"][part]
+        assert own["pairs"] == own["prompts"] == keep.sum()
+        assert_close(own["margin_abs"], np.abs(chosen - rejected)[keep].mean(), terms=chosen)
+        assert own["prefers_rejected"] == np.mean(rejected[keep] > chosen[keep])
+    by_source = summary["ties"]["held_out_by_source"]
+    assert sum(own["pairs"] for own in by_source.values()) == held_out.sum()
+    assert all("tie_margin" in row for row in log if row["stage"] != "sae")
+
+
+def test_the_split_of_ties(tokenizer):
+    pairs, config = tiny_pairs(), dataclasses.replace(SMALL, tie_pairs_jsonl=("t",))
+    alone = config.held_out(pairs)
+    assert config.held_out(pairs, tiny_ties()) >= alone
+    one = [{"prompt": "new", "chosen": "a", "rejected": "b"}]
+    assert config.held_out(pairs, one) == alone  # too few for a share of their own
+    data = training.encode_pairs(tokenizer, pairs, config, one)
+    assert data.tie_p.tolist() == [False] * 16 + [True] and not data.held_out_p[-1]
+    assert len(data.rows) == len(data.preferences.rows) + 2
+    summary = training.tie_summary(data.ties, np.zeros(len(data.rows), np.float32))
+    assert summary["held_out"]["pairs"] == 0 and summary["held_out"]["margin_abs"] is None
+    assert summary["train"]["prefers_rejected"] == 0.5
+    gone = [{"prompt": next(iter(alone)), "chosen": "a", "rejected": "b"}]
+    with pytest.raises(InputError, match="the prompts of all 1 ties are held out"):
+        config.held_out(pairs, gone)
+    equal = [{"prompt": "new", "chosen": "a", "rejected": "a"}]
+    with pytest.raises(InputError, match="tie_pairs_jsonl: pair 1: chosen and rejected are equal"):
+        training.encode_pairs(tokenizer, pairs, config, equal)
 
 
 def test_training_is_deterministic_in_the_seed(policy, tokenizer):
