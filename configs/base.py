@@ -161,6 +161,9 @@ def _add_reward(config: ConfigDict) -> None:
     # Largest deduction from a response by penalties and latent KL together, in standard deviations
     # of the score; inf: no cap.
     config.reward.penalty_cap = 10.0
+    # How the scores of a SARM with several heads (train_sarm.heads) become one, in train and in
+    # evaluate: "mean", or "min", the least of them. identify and probe read the mean.
+    config.reward.ensemble = "mean"
 
     # The discriminator, whose logit estimates the latent KL.
     config.discriminator = ConfigDict()
@@ -255,9 +258,9 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.model = ""  # model that the layers are taken from; empty: policy_model
     # Files of {"prompt", "chosen", "rejected"} pairs, comma-separated.
     config.train_sarm.pairs_jsonl = ""
-    # Files of pairs, as in identify.pairs_jsonl, that enter training as ties: both sides are equally
-    # good, and the rejected one has a shortcut which the reward must not pay for. Comma-separated;
-    # empty: no ties. Pairs in pairs_jsonl teach the reward to prefer the chosen side instead.
+    # Files of pairs, as in identify.pairs_jsonl, that enter training as ties: both sides are
+    # equally good, and the rejected one has a shortcut which the reward must not pay for. Pairs in
+    # pairs_jsonl teach the reward to prefer the chosen side instead. Empty: no ties.
     config.train_sarm.tie_pairs_jsonl = ""
     # Weight of a tie in the loss; a preference pair has the weight 1.
     config.train_sarm.tie_weight = 1.0
@@ -288,6 +291,9 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.head_learning_rate = 1e-3  # peak learning rate of the head
     config.train_sarm.weight_decay = 1e-3  # weight decay of AdamW
     config.train_sarm.warmup_fraction = 0.03  # share of the optimizer steps that is warm-up
+    # Heads of an ensemble, each trained on pairs drawn with replacement from the training pairs;
+    # 1: one head, trained on the pairs themselves. Mode 0 only. reward.ensemble combines them.
+    config.train_sarm.heads = 1
     config.train_sarm.seed = 0  # seed of the held-out split, initial weights and batch order
 
 

@@ -30,7 +30,8 @@ DEFAULTS = {
         "loss_average": "tokens",
         "rollout_slots": 0,
     },
-    "train_sarm": {"tie_pairs_jsonl": "", "tie_weight": 1.0},
+    "train_sarm": {"tie_pairs_jsonl": "", "tie_weight": 1.0, "heads": 1},
+    "reward": {"ensemble": "mean"},
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

@@ -165,5 +165,6 @@ def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
     run_stages(config, workdir, [stages.load("train")])
     summary, features = read_json(workdir / "summary.json"), read_json(selected)
     rows = read_evaluations(workdir)
-    result = run_result(rows, load_reward_model(config), features, summary["seconds"])
+    model = load_reward_model(config).with_ensemble(config.reward.ensemble)
+    result = run_result(rows, model, features, summary["seconds"])
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -42,6 +42,7 @@ from sarm_jax.lab.gates import require_gates
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.models.llama import Llama
+from sarm_jax.models.sarm import check_ensemble
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
 from sarm_jax.parallel.sharding import make_mesh
@@ -119,8 +120,10 @@ def read_inputs(config: ConfigDict) -> RunInputs:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
     prompts = read_prompts(config.prompts_jsonl)
     mesh_config(config).check_model(read_policy_config(config.policy_model))
-    latent_size = read_sarm_config(config.sarm_model).latent_size
+    sarm_config = read_sarm_config(config.sarm_model)
+    latent_size = sarm_config.latent_size
     options.reward.check_features(latent_size)
+    check_ensemble(options.reward.ensemble, sarm_config)
     human = human_buffer(options.reward, config.reward.human_latents, latent_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
     deck = PromptDeck(prompts, tokenizer, options.ppo, config.prompts_jsonl)

@@ -32,7 +32,7 @@ from sarm_jax.features.penalties import (
     unit_scale,
 )
 from sarm_jax.io.errors import InputError
-from sarm_jax.models.sarm import Intervention, intervention
+from sarm_jax.models.sarm import ENSEMBLES, Intervention, intervention
 from sarm_jax.reporting.spread import standard_deviation
 
 CLAMP_VALUES = ("clamp_set_values", "clamp_min_values", "clamp_max_values")
@@ -45,7 +45,8 @@ class RewardConfig:
     `tau_values` and `alpha_values` have one value per penalised feature. Each list of clamp values
     is empty or has one value per clamped feature. None among them leaves that bound open, and a
     feature that is set can have no bounds. `penalty_cap` is in σ of the reference responses'
-    scores, whatever the `unit` of α and β.
+    scores, whatever the `unit` of α and β. `ensemble` says how the scores of several heads become
+    R_SARM (`sarm_jax.models.sarm`); the latents are the same for all heads.
 
     Raises:
         InputError: an option is invalid; the message names `reward.<field>` and its value.
@@ -62,6 +63,7 @@ class RewardConfig:
     latent_indices: tuple[int, ...] = ()
     unit: str = "score"
     penalty_cap: float = 10.0
+    ensemble: str = "mean"
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -80,6 +82,8 @@ class RewardConfig:
             raise InputError(f"reward.beta={self.beta}: must be a number that is not negative")
         if self.unit not in ("score", "sd"):
             raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
+        if self.ensemble not in ENSEMBLES:
+            raise InputError(f"reward.ensemble={self.ensemble!r}: expected 'mean' or 'min'")
         if not self.penalty_cap > 0:
             raise InputError(f"reward.penalty_cap={self.penalty_cap}: must be positive (inf: none)")
 

@@ -41,7 +41,7 @@ class Scorer:
     ):
         size = model.latent_size
         config.check_features(size)
-        self._model, self._clamp = model, config.clamp(size)
+        self._model, self._clamp = model.with_ensemble(config.ensemble), config.clamp(size)
         self._penalised = len(config.penalize_features)
         # One gather per response: the penalised features first, then the discriminator's.
         self._features = (*config.penalize_features, *discriminator_features)

@@ -21,7 +21,7 @@ Deliberate deviation: the head, which starts at 0, has its own learning rate.
 import dataclasses
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import chex
@@ -172,7 +172,67 @@ def train_head(
     Raises:
         DivergedError: training diverged.
     """
-    values_rk, indices_rk = sparse_latents(sae, pooled_rd)
+    return _train_head(
+        sparse_latents(sae, pooled_rd),
+        sae.config.latent_size,
+        pairs_p2=pairs_p2,
+        options=options,
+        log=log,
+        tie_p=tie_p,
+    )
+
+
+def train_heads(
+    sae: SAE,
+    pooled_rd: np.ndarray,
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    log: Log,
+    heads: int,
+    tie_p: np.ndarray | None = None,
+) -> jax.Array:
+    """Trains an ensemble of heads, each as `train_head` does on its own `resampled_pairs`.
+
+    A row of the log has the number of its head under "head".
+
+    Returns:
+        Head weights `[H, M]`.
+
+    Raises:
+        DivergedError: training diverged.
+    """
+    latents, weights = sparse_latents(sae, pooled_rd), []
+    for head in range(heads):
+        drawn_p = resampled_pairs(len(pairs_p2), options.seed, head)
+        weights.append(
+            _train_head(
+                latents,
+                sae.config.latent_size,
+                pairs_p2=pairs_p2[drawn_p],
+                options=options,
+                log=lambda row, head=head: log({**row, "head": head}),
+                tie_p=None if tie_p is None else tie_p[drawn_p],
+            )
+        )
+    return jnp.stack(weights)
+
+
+def resampled_pairs(count: int, seed: int, head: int) -> np.ndarray:
+    """Draws as many of `count` pairs as there are, with replacement, for one head (bootstrap)."""
+    return np.random.default_rng([seed, head]).integers(count, size=count)
+
+
+def _train_head(
+    latents: tuple[jax.Array, jax.Array],
+    latent_size: int,
+    *,
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    log: Log,
+    tie_p: np.ndarray | None,
+) -> jax.Array:
+    """Trains a head on `sparse_latents`, see `train_head`."""
+    values_rk, indices_rk = latents
     rng = np.random.default_rng(options.seed)
     batch = min(options.batch_size, len(pairs_p2))
     per_epoch = len(pairs_p2) // batch
@@ -186,7 +246,7 @@ def train_head(
         pairs_sb2=jnp.asarray(pairs_p2[order_sb]),
         tie_sb=None if tie_p is None else jnp.asarray(tie_p[order_sb]),
         tie_weight=options.tie_weight,
-        latent_size=sae.config.latent_size,
+        latent_size=latent_size,
     )
     by_epoch = {name: np.asarray(m).reshape(options.epochs, -1) for name, m in metrics.items()}
     for epoch, loss in enumerate(by_epoch.pop("loss").mean(1)):
@@ -333,8 +393,12 @@ def make_optimizer(options: PreferenceTraining, steps: int) -> optax.GradientTra
     )
 
 
+@cache
 def _adamw(learning_rate, options, steps):
-    """Makes AdamW with warm-up, cosine schedule and the weight decay of the options."""
+    """Makes AdamW with warm-up, cosine schedule and the weight decay of the options.
+
+    Equal arguments give the same object, so that the heads of an ensemble share a program.
+    """
 
     def decays(params):
         undecayed = {"scale", "pre_bias", "latent_bias"}

@@ -31,7 +31,7 @@ from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
-from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.models.sarm import SARM, SARMConfig, centre_heads
 from sarm_jax.reporting.statistics import count_wins, wilson_interval
 from sarm_jax.training.divergence import (
     DivergedError,
@@ -46,6 +46,7 @@ from sarm_jax.training.preference_training import (
     cast,
     fine_tune,
     train_head,
+    train_heads,
 )
 from sarm_jax.training.sae_training import (
     Activations,
@@ -92,6 +93,7 @@ class TrainSARMConfig:
     seed: int
     tie_pairs_jsonl: tuple[str, ...] = ()
     tie_weight: float = 1.0
+    heads: int = 1
 
     def __post_init__(self) -> None:
         self._require("mode", self.mode in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
@@ -109,11 +111,15 @@ class TrainSARMConfig:
             "aux_k",
             "epochs",
             "batch_size",
+            "heads",
         ):
             self._require(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("sae_learning_rate", "learning_rate", "head_learning_rate"):
             self._require(name, 0 < getattr(self, name) < np.inf, "must be positive")
         self._require("tie_weight", 0 < self.tie_weight < np.inf, "must be positive")
+        if self.mode > 0:
+            rule = f"train_sarm.mode={self.mode} trains the trunk; several heads need mode=0"
+            self._require("heads", self.heads == 1, rule)
         if self.tie_weight != 1 and not self.tie_pairs_jsonl:
             self._require("tie_weight", False, "train_sarm.tie_pairs_jsonl names no ties")
         for name in ("reconstruction_weight", "aux_weight", "weight_decay"):
@@ -266,7 +272,7 @@ def train_sarm(
     summary: dict[str, Any] = {"sae": metrics}
 
     sarm = _learn_preferences(
-        config, assemble(trunk, sae), data=data, activations=activations, log=log
+        config, assemble(trunk, sae, config.heads), data=data, activations=activations, log=log
     )
     sarm = cast(sarm, policy.embed_tokens.dtype)
     check_weights(sarm, RATES)
@@ -276,6 +282,9 @@ def train_sarm(
         summary["sae_after"] = sae_metrics(sarm.sae, _select_rows(activations, held_out_rows))
     score_r = score_pooled(sarm, _pooled(sarm.trunk, data, activations))
     summary |= preference_summary(data.preferences, score_r)
+    if config.heads > 1:
+        score_rh = score_by_head(sarm, activations.pooled_rd)
+        summary["heads"] = head_summary(data.preferences, score_rh)
     if data.ties is not None:
         summary["ties"] = tie_summary(data.ties, score_r)
     _check_preferences(summary)
@@ -314,9 +323,16 @@ def _learn_preferences(
     if config.mode > 0:
         return fine_tune(sarm, data.rows, train_pairs, options=options, log=log, tie_p=tie_p)
     pooled_rd = _pooled(sarm.trunk, data, activations)
-    sarm.score[...] = train_head(
-        sarm.sae, pooled_rd, train_pairs, options=options, log=log, tie_p=tie_p
+    if config.heads == 1:
+        sarm.score[...] = train_head(
+            sarm.sae, pooled_rd, train_pairs, options=options, log=log, tie_p=tie_p
+        )
+        return sarm
+    sarm.score[...] = train_heads(
+        sarm.sae, pooled_rd, train_pairs, options=options, log=log, heads=config.heads, tie_p=tie_p
     )
+    train_rows, _ = _split_rows(data.preferences)
+    sarm.score_bias[...] = centre_heads(score_by_head(sarm, pooled_rd[train_rows]))
     return sarm
 
 
@@ -358,12 +374,14 @@ def check_source_layer(source_layer: int, layers: int) -> None:
         raise InputError(f"train_sarm.source_layer={source_layer}: the model has {layers} layers")
 
 
-def assemble(trunk: Llama, sae: SAE) -> SARM:
-    """Joins trunk and SAE, which are not copied, with a head of zeros."""
-    config = SARMConfig(trunk.config, sae.config)
+def assemble(trunk: Llama, sae: SAE, heads: int = 1) -> SARM:
+    """Joins trunk and SAE, which are not copied, with heads of zeros."""
+    config = SARMConfig(trunk.config, sae.config, heads)
     sarm = nnx.eval_shape(lambda: SARM(config, rngs=nnx.Rngs(0)))
     sarm.trunk, sarm.sae = trunk, sae
-    sarm.score = nnx.Param(jnp.zeros((sae.config.latent_size,), jnp.float32))
+    sarm.score = nnx.Param(jnp.zeros(sarm.score.shape, jnp.float32))
+    if heads > 1:
+        sarm.score_bias = nnx.Param(jnp.zeros(sarm.score_bias.shape, jnp.float32))
     return sarm
 
 
@@ -446,6 +464,47 @@ def _score_pooled(graphdef, state, x_bd):
     """Computes the scores `[B]` of one batch."""
     sarm = nnx.merge(graphdef, state)
     return sarm.head(sarm.sae.encode(x_bd))
+
+
+def score_by_head(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndarray:
+    """Computes the scores `[R, H]` that the heads of an ensemble give to pooled states `[R, D]`."""
+    graphdef, state = nnx.split(sarm)
+    starts = range(0, len(pooled_rd), batch)
+    return np.concatenate(
+        [
+            np.asarray(_score_by_head(graphdef, state, pooled_rd[start : start + batch]))
+            for start in starts
+        ]
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _score_by_head(graphdef, state, x_bd):
+    """Computes the scores `[B, H]` of one batch."""
+    sarm = nnx.merge(graphdef, state)
+    return sarm.scores_by_head(sarm.sae.encode(x_bd))
+
+
+def head_summary(data: PairSet, score_rh: np.ndarray) -> dict[str, Any]:
+    """Summarises the heads of an ensemble by their scores `[R, H]`, on held-out pairs.
+
+    Returns:
+        By head: `accuracy` and `worst_share`, the share of the responses to which the head gives
+        the least score of all heads. `accuracy_min` is the accuracy of that least score, and
+        `margin_std` the standard deviation of a pair's margin over the heads, mean over pairs.
+    """
+    pairs_p2 = data.pairs_p2[data.held_out_p]
+    margin_ph = score_rh[pairs_p2[:, 0]] - score_rh[pairs_p2[:, 1]]
+    least_r = score_rh.min(axis=1)
+    worst_r = score_rh[np.unique(pairs_p2)].argmin(axis=1)
+    shares = np.bincount(worst_r, minlength=score_rh.shape[1]) / len(worst_r)
+    least_margin_p = least_r[pairs_p2[:, 0]] - least_r[pairs_p2[:, 1]]
+    return {
+        "accuracy": count_wins(margin_ph).mean(axis=0).tolist(),
+        "worst_share": shares.tolist(),
+        "accuracy_min": float(count_wins(least_margin_p).mean()),
+        "margin_std": float(margin_ph.std(axis=1).mean()),
+    }
 
 
 def preference_summary(data: PairSet, score_r: np.ndarray) -> dict[str, Any]:

@@ -70,7 +70,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
 def test_ties_by_hand_and_in_torch(kind, weight):
-    """A tie has the label ½ and the gradient weight · (σ(Δ) − ½); that of a preference is −σ(−Δ)."""
+    """A tie has the gradient weight · (σ(Δ) − ½), a preference −σ(−Δ)."""
     tie_b = np.asarray(KINDS[kind])
     value_and_grad = jax.value_and_grad(preference_training.bradley_terry_loss, argnums=(0, 1))
     loss, (of_chosen, of_rejected) = value_and_grad(
@@ -344,6 +344,39 @@ def test_the_head_learns_separable_pairs(policy, use_topk):
     assert len(log) == 30 and log[-1]["accuracy"] == 1.0
     values, indices = preference_training.sparse_latents(sarm.sae, x_rd)
     assert_close((weights_m[indices] * values).sum(axis=1), score_r, 2e-6)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_heads_are_those_that_are_trained_alone_on_their_pairs(policy, ties):
+    sarm, rng = tiny_sarm(policy), np.random.default_rng(0)
+    x_rd = rng.normal(size=(40, 32)).astype(np.float32)
+    pairs_p2, tie_p = np.arange(40).reshape(20, 2), np.arange(20) >= 12 if ties else None
+    options = dataclasses.replace(OPTIONS, mode=0, epochs=3, batch_size=4, seed=5)
+    log: list[dict] = []
+    weights_hm = preference_training.train_heads(
+        sarm.sae, x_rd, pairs_p2, options=options, log=log.append, heads=3, tie_p=tie_p
+    )
+    drawn = [preference_training.resampled_pairs(20, 5, head) for head in range(3)]
+    for head, drawn_p in enumerate(drawn):
+        rows: list[dict] = []
+        alone = preference_training.train_head(
+            sarm.sae,
+            x_rd,
+            pairs_p2[drawn_p],
+            options=options,
+            log=rows.append,
+            tie_p=tie_p[drawn_p] if ties else None,
+        )
+        np.testing.assert_array_equal(weights_hm[head], alone)
+        assert [row for row in log if row["head"] == head] == [r | {"head": head} for r in rows]
+    assert len({tuple(drawn_p) for drawn_p in drawn}) == 3
+    again = preference_training.resampled_pairs(20, 5, 1)
+    np.testing.assert_array_equal(again, drawn[1])
+    assert not np.array_equal(preference_training.resampled_pairs(20, 6, 1), again)
+    # A bootstrap sample has about 1 − 1/e of the pairs.
+    large = preference_training.resampled_pairs(10_000, 0, 0)
+    assert large.min() >= 0 and large.max() < 10_000
+    assert abs(len(np.unique(large)) / 10_000 - 0.632) < 0.02
 
 
 def test_no_mode_trains_the_unused_norm(policy):

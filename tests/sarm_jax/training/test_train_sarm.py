@@ -45,7 +45,7 @@ def tiny_pairs(count=16):
         ("mode", 4), ("held_out_fraction", 0.0), ("k", 0), ("k", 49), ("aux_k", 49),
         ("warmup_fraction", 1.0), ("learning_rate", 0.0), ("epochs", 0), ("aux_weight", -1.0),
         ("sae_learning_rate", float("inf")), ("batch_size", 0), ("tie_weight", 2.0),
-        ("tie_weight", 0.0),
+        ("tie_weight", 0.0), ("heads", 0),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(name, value):
@@ -188,6 +188,52 @@ def test_ties_are_reported_beside_the_preferences(policy, tokenizer, mode):
     by_source = summary["ties"]["held_out_by_source"]
     assert sum(own["pairs"] for own in by_source.values()) == held_out.sum()
     assert all("tie_margin" in row for row in log if row["stage"] != "sae")
+
+
+def test_an_ensemble_of_heads(policy, tokenizer):
+    config = dataclasses.replace(SMALL, heads=3)
+    pairs, log = tiny_pairs(), []
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append)
+    again, _ = training.train_sarm(config, policy, tokenizer, pairs, lambda row: None)
+    chex.assert_trees_all_equal(*(jax.tree.map(np.array, nnx.state(run)) for run in (sarm, again)))
+    one, of_one = training.train_sarm(SMALL, policy, tokenizer, pairs, lambda row: None)
+    np.testing.assert_array_equal(one.sae.encoder[...], sarm.sae.encoder[...])
+    assert one.score.shape == (48,) and sarm.score.shape == (3, 48)
+    assert summary["sae"] == of_one["sae"] and "heads" not in of_one
+    assert {row["head"] for row in log if row["stage"] == "head"} == {0, 1, 2}
+
+    model = RewardModel(sarm, tokenizer, max_length=200)
+    data = training.encode_pairs(tokenizer, pairs, config)
+    held_out = [pair for pair, held in zip(pairs, data.held_out_p, strict=True) if held]
+    train = [pair for pair, held in zip(pairs, data.held_out_p, strict=True) if not held]
+
+    def by_head(prompts, texts):
+        return np.asarray(sarm.scores_by_head(jnp.asarray(model.score(prompts, texts)[1])))
+
+    def sides(rows, scores):
+        prompts = [row["prompt"] for row in rows]
+        return [scores(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")]
+
+    chosen, rejected = sides(held_out, by_head)
+    assert summary["heads"]["accuracy"] == (chosen > rejected).mean(axis=0).tolist()
+    right = chosen.min(axis=1) > rejected.min(axis=1)
+    assert summary["heads"]["accuracy_min"] == right.mean()
+    assert sum(summary["heads"]["worst_share"]) == pytest.approx(1)
+    spread = (chosen - rejected).std(axis=1).mean()
+    assert_close(summary["heads"]["margin_std"], spread, 1e-4)
+    right = np.subtract(*sides(held_out, lambda *texts: model.score(*texts)[0])) > 0
+    assert summary["accuracy_held_out"] == right.mean()
+    # On the distinct training responses all heads have the same mean score.
+    texts = dict.fromkeys((row["prompt"], row[side]) for row in train for side in training.SIDES)
+    means = by_head(*map(list, zip(*texts, strict=True))).mean(axis=0)
+    assert_close(means, np.full(3, means.mean()), 1e-4, chosen)
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_several_heads_need_a_frozen_trunk(mode):
+    message = rf"train_sarm.heads=2: train_sarm.mode={mode} trains the trunk; several heads need"
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SMALL, mode=mode, heads=2)
 
 
 def test_the_split_of_ties(tokenizer):
