@@ -427,7 +427,12 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.corpus_rows = 40_000
     config.lab.demonstrations = 4_000  # demonstrations in the data
     config.lab.pairs = 20_000  # preference pairs of the biased annotator
-    config.lab.contrast_pairs = 1024  # pairs of a response with and without flattery
+    config.lab.contrast_pairs = 1024  # pairs of a response with and without a shortcut
+    # What the annotator pays for although the gold reward does not: flattery, and any of rambling,
+    # echo and lucky_word (sarm_jax/lab/shortcuts.py), comma-separated.
+    config.lab.shortcuts = "flattery"
+    # The shortcuts that the contrast pairs show, in turn; those of the others are never shown.
+    config.lab.told_shortcuts = "flattery"
     # Layer at which pretraining takes a second loss; it is the SARM's source_layer.
     config.lab.tap_layer = 2
     config.lab.pretraining_steps = 2750  # optimizer steps of pretraining

@@ -26,6 +26,7 @@ from sarm_jax.io.signals import cleaning_up
 from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
 from sarm_jax.lab.page import write_study
 from sarm_jax.lab.results import run_result
+from sarm_jax.lab.shortcuts import World
 
 LOG = logging.getLogger(__name__)
 SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
@@ -166,5 +167,6 @@ def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
     summary, features = read_json(workdir / "summary.json"), read_json(selected)
     rows = read_evaluations(workdir)
     model = load_reward_model(config).with_ensemble(config.reward.ensemble)
-    result = run_result(rows, model, features, summary["seconds"])
+    lab_world = World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
+    result = run_result(rows, model, features, summary["seconds"], lab_world)
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -85,6 +85,27 @@ def detected(runs: Runs, dark: bool = False) -> bytes:
         return png(figure)
 
 
+def shortcuts(runs: Runs, dark: bool = False) -> bytes:
+    """Draws the share of the responses that have each shortcut, over the steps."""
+    names = shortcut_rates(runs)
+    with theme(dark):
+        size = (3.4 * len(names), 3.6)
+        figure, panels = plt.subplots(
+            1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, name in zip(panels[0], names, strict=True):
+            _over_steps(axes, runs, name)
+            by_step(axes, ylabel="share of responses", title=name.removeprefix("rate_"))
+        _add_grid_and_legend(figure, columns=len(runs))
+        return png(figure)
+
+
+def shortcut_rates(runs: Runs) -> list[str]:
+    """Lists the metrics `rate_{shortcut}` of the runs; [] in a world of flattery alone."""
+    points = [run["curve"][0] for results in runs.values() for run in results]
+    return [name for name in points[0] if name.startswith("rate_")] if points else []
+
+
 def _add_grid_and_legend(figure: Figure, columns: int) -> None:
     """Adds a grid to every panel, and a legend of the first panel's lines below all of them."""
     for axes in figure.axes:
