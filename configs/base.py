@@ -449,6 +449,12 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.processes = 1  # seeds that run at the same time, each in a process of its own
     config.lab.alpha = 2.0  # penalty per detector that fires, in reward.unit
     config.lab.beta = 0.1  # weight of the latent KL on the carriers, in reward.unit per nat
+    # Weight of a contrast pair in the condition ties. At about pairs / contrast_pairs all ties
+    # together weigh as much as all preference pairs.
+    config.lab.tie_weight = 20.0
+    # True: in train, the reward model has a further feature for each of the lab's shortcuts, which
+    # counts it in the words of a response. The condition oracle penalises these.
+    config.lab.oracle = False
     # File of gates written by identify; PPO refuses to start if a gate failed.
     config.lab.gates_json = ""
     config.lab.ignore_failed_gates = False  # True: PPO starts anyway and reports the failed gates

@@ -32,7 +32,7 @@ DEFAULTS = {
     },
     "train_sarm": {"tie_pairs_jsonl": "", "tie_weight": 1.0, "heads": 1},
     "reward": {"ensemble": "mean"},
-    "lab": {"shortcuts": "flattery", "told_shortcuts": "flattery"},
+    "lab": {"shortcuts": "flattery", "told_shortcuts": "flattery", "oracle": False},
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

@@ -39,9 +39,12 @@ from ppo.train import TrainConfig, Trainer, run_slots
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir, read_settings
 from sarm_jax.lab.gates import require_gates
+from sarm_jax.lab.oracle import OracleRewardModel
+from sarm_jax.lab.shortcuts import World
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.models.llama import Llama
+from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import check_ensemble
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
@@ -91,7 +94,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             config=inputs.options,
             policy=policy,
             tokenizer=tokenizer,
-            reward_model=load_reward_model(config),
+            reward_model=reward_model_of(config),
             deck=inputs.deck,
             human=inputs.human,
             workdir=workdir,
@@ -122,6 +125,8 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     mesh_config(config).check_model(read_policy_config(config.policy_model))
     sarm_config = read_sarm_config(config.sarm_model)
     latent_size = sarm_config.latent_size
+    if config.lab.oracle:
+        latent_size += len(world_of(config).shortcuts)
     options.reward.check_features(latent_size)
     check_ensemble(options.reward.ensemble, sarm_config)
     human = human_buffer(options.reward, config.reward.human_latents, latent_size)
@@ -136,6 +141,17 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     files = {config.eval_prompts_jsonl: eval_prompts, config.prompts_jsonl: prompts}
     check_conversations(config.sarm_model, files)
     return RunInputs(options, profile, tokenizer, deck, eval_deck, human)
+
+
+def reward_model_of(config: ConfigDict) -> RewardModel:
+    """Loads the reward model; with `lab.oracle` its last features count the lab's shortcuts."""
+    model = load_reward_model(config)
+    return OracleRewardModel(model, world_of(config)) if config.lab.oracle else model
+
+
+def world_of(config: ConfigDict) -> World:
+    """Returns the lab's world with its shortcuts."""
+    return World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
 
 
 def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenance:
@@ -370,6 +386,8 @@ STAGE = Stage(
         "ppo",
         "reward",
         "discriminator",
+        "lab.oracle",
+        "lab.shortcuts",
     ),
     inputs=(
         Input("policy_model", Kind.POLICY),

@@ -17,7 +17,7 @@ from sarm_jax.features.detectors import Detectors, firing_rate
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.lab import world
-from sarm_jax.lab.shortcuts import SHORTCUTS, World, contrast_pair
+from sarm_jax.lab.shortcuts import FLATTERY_ALONE, SHORTCUTS, World, contrast_pair
 from sarm_jax.models.chat import encode_conversation
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import is_constant
@@ -34,7 +34,6 @@ LIMITS = {
     "false_alarms": ("<=", 0.06),
     "accuracy_below_annotator": ("<=", 0.03),
 }
-FLATTERY_ALONE = World()
 _COMPARE = {">=": operator.ge, "<=": operator.le}
 
 

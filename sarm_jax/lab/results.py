@@ -13,8 +13,7 @@ import numpy as np
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab import world
-from sarm_jax.lab.gates import FLATTERY_ALONE
-from sarm_jax.lab.shortcuts import World
+from sarm_jax.lab.shortcuts import FLATTERY_ALONE, World
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import standard_deviation
 

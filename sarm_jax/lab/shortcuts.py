@@ -211,6 +211,9 @@ class World:
         return response
 
 
+FLATTERY_ALONE = World()
+
+
 def contrast_pair(
     rng: np.random.Generator, prompt: str, shortcut: Shortcut, units: int
 ) -> dict[str, str]:

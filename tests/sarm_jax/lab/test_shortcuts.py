@@ -14,6 +14,7 @@ from sarm_jax.features.detectors import Detectors
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab import gates, world
 from sarm_jax.lab.build import LabConfig, architecture, make_data
+from sarm_jax.lab.oracle import OracleRewardModel
 from sarm_jax.lab.page import write_study
 from sarm_jax.lab.results import run_result
 from sarm_jax.lab.shortcuts import LUCKY, SHORTCUTS, World, contrast_pair
@@ -21,6 +22,9 @@ from sarm_jax.lab.tokenizer import word_tokenizer
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.rewards import RewardConfig, ScoreScale, controlled_reward
+from sarm_jax.rewards.scoring import Scorer
+from tests.closeness import assert_close
 from tests.pipeline.test_study import run
 from tests.sarm_jax.lab.test_lab import SMALL
 
@@ -217,3 +221,33 @@ def test_rates_of_the_results_and_their_page(untrained, tmp_path):
     assert (tmp_path / "several" / "figures" / "shortcuts.png").stat().st_size > 5000
     assert "<h2>Shortcuts</h2>" not in (tmp_path / "alone" / "lab.html").read_text()
     assert not (tmp_path / "alone" / "figures" / "shortcuts.png").exists()
+
+
+def test_the_oracle_counts_shortcuts_as_features(untrained):
+    """Its score and its latents are the SARM's; a penalty on a count is one of a rule on words."""
+    oracle = OracleRewardModel(untrained, EVERY)
+    responses = [CLEAN, *(EXAMPLES[name][0] for name in EVERY.shortcuts)]
+    prompts = [PROMPT] * len(responses)
+    score_b, z_bf = oracle.score(prompts, responses)
+    plain_b, latents_bf = untrained.score(prompts, responses)
+    assert oracle.latent_size == 68 and z_bf.shape == (5, 68)
+    np.testing.assert_array_equal(score_b, plain_b)
+    np.testing.assert_array_equal(z_bf[:, :64], latents_bf)
+    units = np.diag([EXAMPLES[name][1] for name in EVERY.shortcuts])
+    np.testing.assert_array_equal(z_bf[1:, 64:], units)
+    _, some_bf = oracle.score(prompts, responses, {5: 1.0}, [66, 3, 64])
+    np.testing.assert_array_equal(some_bf, z_bf[:, [66, 3, 64]])
+
+    controls = RewardConfig(
+        penalize_features=(64, 65, 66, 67), tau_values=(0.0,) * 4, alpha_values=(0.5,) * 4
+    )
+    rewards = controlled_reward(oracle, controls, scale=ScoreScale(0.0, 1.0))(prompts, responses)
+    assert_close(rewards, plain_b - np.asarray([0, 0.5, 0.5, 0.5, 0.5]), 1e-6)
+    scorer = Scorer(oracle, controls)
+    assert len(list(scorer.programs([prompts], 15))) > 0
+    with pytest.raises(InputError, match="feature 64 counts a shortcut and is no latent"):
+        oracle.score(prompts, responses, {64: 0.0})
+    with pytest.raises(InputError, match="feature 68 of a SARM with 68 latents"):
+        Scorer(oracle, RewardConfig((68,), (0.0,), (0.5,)))
+    with pytest.raises(InputError, match="one head"):
+        oracle.with_ensemble("min")
