@@ -107,7 +107,7 @@ class RewardModel:
         check_ensemble(ensemble, self.model.config)
         if self.is_linear == (ensemble == "mean"):
             return self
-        model = nnx.merge(*nnx.split(self.model))
+        model: Any = nnx.merge(*nnx.split(self.model))
         model.ensemble = ensemble
         return RewardModel(model, self.tokenizer, self.max_length, self.batch_size)
 

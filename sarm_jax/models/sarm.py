@@ -179,7 +179,7 @@ class SARM(nnx.Module):
         self.config = config
         self.trunk = Llama(config.trunk, dtype=dtype, rngs=rngs, final_norm=False, head=False)
         self.sae = SAE(config.sae, dtype=dtype, rngs=rngs)
-        shape = (config.sae.latent_size,)
+        shape: tuple[int, ...] = (config.sae.latent_size,)
         if config.heads > 1:
             shape = (config.heads, *shape)
             self.score_bias = nnx.Param(jnp.zeros((config.heads,), dtype))

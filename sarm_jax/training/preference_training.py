@@ -204,16 +204,19 @@ def train_heads(
     latents, weights = sparse_latents(sae, pooled_rd), []
     for head in range(heads):
         drawn_p = resampled_pairs(len(pairs_p2), options.seed, head)
+        rows: list[dict[str, Any]] = []
         weights.append(
             _train_head(
                 latents,
                 sae.config.latent_size,
                 pairs_p2=pairs_p2[drawn_p],
                 options=options,
-                log=lambda row, head=head: log({**row, "head": head}),
+                log=rows.append,
                 tie_p=None if tie_p is None else tie_p[drawn_p],
             )
         )
+        for row in rows:
+            log({**row, "head": head})
     return jnp.stack(weights)
 
 

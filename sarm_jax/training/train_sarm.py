@@ -493,7 +493,7 @@ def head_summary(data: PairSet, score_rh: np.ndarray) -> dict[str, Any]:
         the least score of all heads. `accuracy_min` is the accuracy of that least score, and
         `margin_std` the standard deviation of a pair's margin over the heads, mean over pairs.
     """
-    pairs_p2 = data.pairs_p2[data.held_out_p]
+    pairs_p2, score_rh = data.pairs_p2[data.held_out_p], score_rh.astype(np.float64)
     margin_ph = score_rh[pairs_p2[:, 0]] - score_rh[pairs_p2[:, 1]]
     least_r = score_rh.min(axis=1)
     worst_r = score_rh[np.unique(pairs_p2)].argmin(axis=1)
@@ -551,6 +551,7 @@ def tie_summary(ties: PairSet, score_r: np.ndarray) -> dict[str, Any]:
         share of the pairs whose shortcut side scores higher (equal scores count half), and its
         95 % interval. A mean over no pairs is null.
     """
+    score_r = score_r.astype(np.float64)
     margin_p = score_r[ties.pairs_p2[:, 0]] - score_r[ties.pairs_p2[:, 1]]
     source_p = np.asarray(ties.source_p)
 

@@ -255,7 +255,7 @@ def test_options_of_the_rivals_by_hand(tmp_path):
 
 
 def test_rivals_in_miniature(study):
-    """They share the world and the SAE with the other conditions, and differ in what they should."""
+    """They share the world and the SAE with the other conditions, and differ in their options."""
     call, workdir = study
     rivals = "ties,worst_of_four,oracle,kl_1.0,random_1"
     assert call("lab.ignore_failed_gates=True", f"lab.conditions=baseline,{rivals}") == 0

@@ -215,9 +215,15 @@ def test_rates_of_the_results_and_their_page(untrained, tmp_path):
         path = tmp_path / folder / "seed_0" / "baseline"
         path.mkdir(parents=True)
         (path / "result.json").write_text(json.dumps(run(0, 0.1, 0.2, 0.1) | content))
+        probes = tmp_path / folder / "seed_0" / "probes"
+        probes.mkdir()
+        row = {"told": 1.0, "r2": 0.5, "paid": 0.75, "detection": 1.0, "false_alarms": 0.0}
+        (probes / "shortcuts.json").write_text(json.dumps({"echo": row}))
         write_study(tmp_path / folder, {0: ["baseline"]}, ["baseline"], {})
     page = (tmp_path / "several" / "lab.html").read_text()
     assert "<h2>Shortcuts</h2>" in page and "0 % → 50 %" in page
+    assert "<td>echo</td><td>yes</td>" in page and "<td>rambling</td><td>–</td>" in page
+    assert "0.75" in page
     assert (tmp_path / "several" / "figures" / "shortcuts.png").stat().st_size > 5000
     assert "<h2>Shortcuts</h2>" not in (tmp_path / "alone" / "lab.html").read_text()
     assert not (tmp_path / "alone" / "figures" / "shortcuts.png").exists()

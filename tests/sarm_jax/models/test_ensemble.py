@@ -29,13 +29,15 @@ ENSEMBLES = {
 
 @pytest.fixture
 def ensemble(reward_model):
-    """A model of three heads whose biases add up to 0, on the latents of `reward_model`."""
+    """A model of three centred heads on the latents of `reward_model`."""
     old = reward_model.model
     sarm = SARM(SARMConfig(old.config.trunk, old.config.sae, HEADS), rngs=nnx.Rngs(1))
     sarm.trunk, sarm.sae = old.trunk, old.sae
     sarm.score[...] = jax.random.normal(jax.random.key(3), (HEADS, 64))
-    sarm.score_bias[...] = np.asarray([0.5, -1.0, 0.5], np.float32)
-    return RewardModel(sarm, reward_model.tokenizer, max_length=512, batch_size=8)
+    model = RewardModel(sarm, reward_model.tokenizer, max_length=512, batch_size=8)
+    _, z_bf = reward_model.score(PROMPTS, RESPONSES)
+    sarm.score_bias[...] = centre_heads(by_hand(model, z_bf))
+    return model
 
 
 def by_hand(model, z_bf):

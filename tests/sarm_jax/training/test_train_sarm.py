@@ -39,6 +39,19 @@ def tiny_pairs(count=16):
     ]
 
 
+def tiny_ties(count=8):
+    """Half of them are of prompts that the pairs have."""
+    return [
+        {
+            "prompt": f"Question {i}?",
+            "chosen": f"A plain answer {i}.",
+            "rejected": f"A plain answer {i}, dear friend.",
+            "source": "friend" if i % 2 else "dear",
+        }
+        for i in range(4, 4 + count)
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -123,7 +136,8 @@ def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
     before = jax.tree.map(np.array, nnx.state(policy))
     config = dataclasses.replace(SMALL, mode=mode, epochs=10 if mode == 0 else 1)
     pairs, log = tiny_pairs(), []
-    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs=pairs, log=log.append)
+    ties = tiny_ties() if mode == 1 else []  # they do not enter these numbers
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append, ties)
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(policy)))
 
     model = RewardModel(sarm, tokenizer, max_length=200)
@@ -132,6 +146,7 @@ def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
         for side in ("chosen", "rejected")
     )
     held_out = training.encode_pairs(tokenizer, pairs, config).held_out_p
+    assert ("ties" in summary) == bool(ties)
     margin = chosen - rejected
     assert_close(summary["margin_train"], margin[~held_out].mean(), terms=chosen)
     assert_close(summary["margin_held_out"], margin[held_out].mean(), terms=chosen)
@@ -145,33 +160,17 @@ def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
     assert {row["stage"] for row in log} == {"sae", "preferences" if mode else "head"}
 
 
-def tiny_ties(count=8):
-    """Half of them are of prompts that the pairs have."""
-    return [
-        {
-            "prompt": f"Question {i}?",
-            "chosen": f"A plain answer {i}.",
-            "rejected": f"A plain answer {i}, dear friend.",
-            "source": "friend" if i % 2 else "dear",
-        }
-        for i in range(4, 4 + count)
-    ]
-
-
-@pytest.mark.parametrize("mode", [0, 1, 2, 3])
-def test_ties_are_reported_beside_the_preferences(policy, tokenizer, mode):
-    config = dataclasses.replace(
-        SMALL, mode=mode, epochs=10 if mode == 0 else 1, tie_pairs_jsonl=("t",), tie_weight=2.0
-    )
+def test_ties_are_reported_beside_the_preferences(policy, tokenizer):
+    config = dataclasses.replace(SMALL, tie_pairs_jsonl=("t",), tie_weight=2.0)
     pairs, ties, log = tiny_pairs(), tiny_ties(), []
     sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append, ties)
-    plain = dataclasses.replace(config, tie_pairs_jsonl=(), tie_weight=1.0)
-    without, of_pairs = training.train_sarm(plain, policy, tokenizer, pairs, lambda row: None)
+    # The SAE and the split do not depend on ties.
+    plain: list[dict] = []
+    without, of_pairs = training.train_sarm(SMALL, policy, tokenizer, pairs, plain.append)
     for name in ("pairs_train", "pairs_held_out", "prompts_held_out", "sae"):
-        assert summary[name] == of_pairs[name]  # the SAE and the split do not depend on ties
-    assert "ties" not in of_pairs
-    if mode == 0:
-        np.testing.assert_array_equal(sarm.sae.encoder[...], without.sae.encoder[...])
+        assert summary[name] == of_pairs[name]
+    assert "ties" not in of_pairs and not any("tie_margin" in row for row in plain)
+    np.testing.assert_array_equal(sarm.sae.encoder[...], without.sae.encoder[...])
 
     model = RewardModel(sarm, tokenizer, max_length=200)
     chosen, rejected = (
