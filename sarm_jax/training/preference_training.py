@@ -20,7 +20,7 @@ Deliberate deviation: the head, which starts at 0, has its own learning rate.
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -367,11 +367,16 @@ def fine_tune(
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", acc=f"{acc:.2f}")
             last.append(row)
+    _check_last_losses(last, options)
+    return nnx.merge(graphdef, params, frozen)
+
+
+def _check_last_losses(last: Sequence[Mapping[str, Any]], options: PreferenceTraining) -> None:
+    """Raises DivergedError if the mean loss of the last steps is that of a divergence."""
     largest = {"bradley_terry": options.largest_loss, "reconstruction": LARGEST_LOSS}
     for name, limit in largest.items():
         loss = sum(row[name] for row in last) / len(last)
         check_loss(loss, f"the loss {name}", RATES, limit)
-    return nnx.merge(graphdef, params, frozen)
 
 
 def trainable(mode: int) -> nnx.filterlib.Filter:

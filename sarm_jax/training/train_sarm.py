@@ -280,13 +280,7 @@ def train_sarm(
     if config.mode > 0:
         activations = _collect_again(config, sarm, data)
         summary["sae_after"] = sae_metrics(sarm.sae, _select_rows(activations, held_out_rows))
-    score_r = score_pooled(sarm, _pooled(sarm.trunk, data, activations))
-    summary |= preference_summary(data.preferences, score_r)
-    if config.heads > 1:
-        score_rh = score_by_head(sarm, activations.pooled_rd)
-        summary["heads"] = head_summary(data.preferences, score_rh)
-    if data.ties is not None:
-        summary["ties"] = tie_summary(data.ties, score_r)
+    summary |= _summary_of_pairs(sarm, data, activations)
     _check_preferences(summary)
     summary["seconds"] = {
         "collect": collected - start,
@@ -295,6 +289,18 @@ def train_sarm(
         "total": time.perf_counter() - start,
     }
     return sarm, summary
+
+
+def _summary_of_pairs(sarm: SARM, data: PairSet, activations: Activations) -> dict[str, Any]:
+    """Summarises the scores of preferences and, if there are any, of ties and of several heads."""
+    score_r = score_pooled(sarm, _pooled(sarm.trunk, data, activations))
+    summary = preference_summary(data.preferences, score_r)
+    if sarm.config.heads > 1:
+        score_rh = score_by_head(sarm, activations.pooled_rd)
+        summary["heads"] = head_summary(data.preferences, score_rh)
+    if data.ties is not None:
+        summary["ties"] = tie_summary(data.ties, score_r)
+    return summary
 
 
 def _check_preferences(summary: Mapping[str, Any]) -> None:
