@@ -181,6 +181,9 @@ def _add_reward(config: ConfigDict) -> None:
     # sigmoid: the score is replaced by a sigmoid of its distance from the reference responses' mean
     # score (PAR, 2502.18770), which is bounded to ± half a `unit`; empty: no bound.
     config.reward.bound = ""
+    # How the scores of a SARM with several heads (train_sarm.heads) become one, in train and in
+    # evaluate: "mean", or "min", the least of them. identify and probe read the mean.
+    config.reward.ensemble = "mean"
 
     # The discriminators, whose logits estimate the latent KL.
     config.discriminator = ConfigDict()
@@ -280,6 +283,12 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.model = ""  # model that the layers are taken from; empty: policy_model
     # Files of {"prompt", "chosen", "rejected"} pairs, comma-separated.
     config.train_sarm.pairs_jsonl = ""
+    # Files of pairs, as in identify.pairs_jsonl, that enter training as ties: both sides are
+    # equally good, and the rejected one has a shortcut which the reward must not pay for. Pairs in
+    # pairs_jsonl teach the reward to prefer the chosen side instead. Empty: no ties.
+    config.train_sarm.tie_pairs_jsonl = ""
+    # Weight of a tie in the loss; a preference pair has the weight 1.
+    config.train_sarm.tie_weight = 1.0
     config.train_sarm.held_out_fraction = 0.2  # share of the prompts in the held-out set
     # Longest conversation, in tokens; a longer one loses its beginning.
     config.train_sarm.max_length = 4096
@@ -307,6 +316,9 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.head_learning_rate = 1e-3  # peak learning rate of the head
     config.train_sarm.weight_decay = 1e-3  # weight decay of AdamW
     config.train_sarm.warmup_fraction = 0.03  # share of the optimizer steps that is warm-up
+    # Heads of an ensemble, each trained on pairs drawn with replacement from the training pairs;
+    # 1: one head, trained on the pairs themselves. Mode 0 only. reward.ensemble combines them.
+    config.train_sarm.heads = 1
     config.train_sarm.seed = 0  # seed of the held-out split, initial weights and batch order
 
 
@@ -453,7 +465,12 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.corpus_rows = 40_000
     config.lab.demonstrations = 4_000  # demonstrations in the data
     config.lab.pairs = 20_000  # preference pairs of the biased annotator
-    config.lab.contrast_pairs = 1024  # pairs of a response with and without flattery
+    config.lab.contrast_pairs = 1024  # pairs of a response with and without a shortcut
+    # What the annotator pays for although the gold reward does not: flattery, and any of rambling,
+    # echo and lucky_word (sarm_jax/lab/shortcuts.py), comma-separated.
+    config.lab.shortcuts = "flattery"
+    # The shortcuts that the contrast pairs show, in turn; those of the others are never shown.
+    config.lab.told_shortcuts = "flattery"
     # Layer at which pretraining takes a second loss; it is the SARM's source_layer.
     config.lab.tap_layer = 2
     config.lab.pretraining_steps = 2750  # optimizer steps of pretraining
@@ -470,6 +487,12 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.processes = 1  # seeds that run at the same time, each in a process of its own
     config.lab.alpha = 2.0  # penalty per detector that fires, in reward.unit
     config.lab.beta = 0.1  # weight of the latent KL on the carriers, in reward.unit per nat
+    # Weight of a contrast pair in the condition ties. At about pairs / contrast_pairs all ties
+    # together weigh as much as all preference pairs.
+    config.lab.tie_weight = 20.0
+    # True: in train, the reward model has a further feature for each of the lab's shortcuts, which
+    # counts it in the words of a response. The condition oracle penalises these.
+    config.lab.oracle = False
     # File of gates written by identify; PPO refuses to start if a gate failed.
     config.lab.gates_json = ""
     config.lab.ignore_failed_gates = False  # True: PPO starts anyway and reports the failed gates

@@ -279,11 +279,21 @@ def _with_repository(checkpoint: Checkpoint, repository: str | None) -> Checkpoi
 def _described(config: LlamaConfig | SARMConfig | LinearRewardConfig) -> dict[str, Any]:
     """Returns the fields of a config, from which `_llama_from` makes it again."""
     fields = dataclasses.asdict(config)
+    if isinstance(config, SARMConfig) and config.heads == 1:
+        del fields["heads"]
     trunk = config if isinstance(config, LlamaConfig) else config.trunk
     if trunk.rope_scaling is not None and not isinstance(trunk.rope_scaling, Llama3Scaling):
         own = fields if isinstance(config, LlamaConfig) else fields["trunk"]
         own["rope_scaling"]["rope_type"] = trunk.rope_scaling.rope_type
     return fields
+
+
+def _heads_from(fields: dict[str, Any]) -> int:
+    """Reads the number of heads of a SARM, which an ensemble alone has in its description."""
+    heads = fields.get("heads", 1)
+    if type(heads) is not int or heads < 1:
+        raise ValueError(f"heads={heads!r}: expected a positive whole number")
+    return heads
 
 
 def _linear_reward_from(fields: dict[str, Any]) -> LinearRewardConfig:
@@ -297,7 +307,7 @@ def _sarm_from(fields: dict[str, Any]) -> SARMConfig:
     sae = _sae_from(fields["sae"], trunk)
     if sae.activation not in ("topk", "identity"):
         raise ValueError(f"sae.activation={sae.activation!r}: a SARM has topk or identity")
-    return SARMConfig(trunk, sae)
+    return SARMConfig(trunk, sae, _heads_from(fields))
 
 
 def _sae_from(fields: dict[str, Any], trunk: LlamaConfig) -> SAEConfig:

@@ -15,6 +15,7 @@ _MAX_SIZES = {
     "hidden_size": 1 << 22,
     "intermediate_size": 1 << 24,
     "sae_latent_size": 1 << 28,
+    "sarm_heads": 1 << 16,
 }
 
 

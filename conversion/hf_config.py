@@ -72,7 +72,7 @@ QUANTISED = (
 _SARM_ONLY = {"sarm_param", "sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda", "auto_map"}
 _SARM_PARAM = {
     "sae_source_layer", "sae_latent_size", "sae_k", "sae_use_sequence_level",
-    "sarm_use_activation", "sarm_train_mode", "sarm_rec_lambda",
+    "sarm_use_activation", "sarm_train_mode", "sarm_rec_lambda", "sarm_heads",
 }  # fmt: skip
 
 
@@ -129,6 +129,7 @@ def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
     use_topk = param.get("sarm_use_activation")
     if not isinstance(use_topk, bool):
         problems.append(f"sarm_param.sarm_use_activation={use_topk}: expected true or false")
+    heads = positive({"sarm_heads": 1} | param, "sarm_heads", problems, prefix="sarm_param.")
     if k > latent_size > 1:
         problems.append(f"sarm_param.sae_k={k}: exceeds sae_latent_size={latent_size}")
     trunk = _read_llama(hf, layers=layers, also_allowed=_SARM_ONLY, problems=problems)
@@ -136,7 +137,7 @@ def sarm_config(hf: dict[str, Any], directory_name: str) -> SARMConfig:
     assert trunk is not None and isinstance(use_topk, bool)
     activation = "topk" if use_topk else "identity"
     sae = SAEConfig(trunk.hidden_size, latent_size, k, activation=activation)
-    return SARMConfig(trunk, sae)
+    return SARMConfig(trunk, sae, heads)
 
 
 def hf_llama_dict(config: LlamaConfig, **extra: Any) -> dict[str, Any]:
@@ -197,9 +198,17 @@ def hf_sarm_dict(config: SARMConfig, base: dict[str, Any] | None = None) -> dict
     for name in ("sarm_use_topk", "sarm_train_mode", "sarm_rec_lambda", "auto_map", "num_labels"):
         hf.pop(name, None)
     hf["vocab_size"] = config.trunk.vocab_size
-    if len(hf.get("id2label") or ()) != 1:  # the reference sizes its head by the number of labels
-        hf |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
-    if not is_sarm(hf):
+    heads = config.heads
+    # The reference sizes its head by the number of labels.
+    if len(hf.get("id2label") or ()) != heads:
+        hf |= {
+            "id2label": {str(n): f"LABEL_{n}" for n in range(heads)},
+            "label2id": {f"LABEL_{n}": n for n in range(heads)},
+        }
+    if heads > 1:  # no other library combines the heads, so none is to load them as one
+        hf["architectures"] = [f"{MODEL_TYPES[config.trunk.model_type]}SARMEnsemble"]
+        old = old | {"sarm_heads": heads}
+    elif not is_sarm(hf):
         hf["architectures"] = [f"{MODEL_TYPES[config.trunk.model_type]}SARM"]
     hf["sarm_param"] = old | {
         "sae_source_layer": config.trunk.num_hidden_layers,

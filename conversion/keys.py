@@ -47,6 +47,7 @@ TABLE: dict[str, tuple[str, Layout]] = {  # our path without "trunk." → (HF na
     "sae.latent_bias": ("sae.latent_bias", "same"),
     "sae.threshold": ("sae.threshold", "same"),
     "score": ("score.weight", "row"),  # HF [1, M], ours [M]; of a classifier [1, D] and [D]
+    "score_bias": ("score.bias", "same"),  # of an ensemble, whose score.weight is [H, M] in both
 }
 
 
@@ -98,7 +99,8 @@ class TensorSpec:
 
     @property
     def _row(self) -> tuple[str, Layout]:
-        return TABLE[".".join(self.path).removeprefix("trunk.")]
+        name, layout = TABLE[".".join(self.path).removeprefix("trunk.")]
+        return name, "same" if layout == "row" and len(self.shape) == 2 else layout
 
 
 def abstract_model(

@@ -7,7 +7,8 @@ WORKDIR is the working directory of a PPO run: its adapter is copied in the PEFT
 --merge, added to the base model (W + α/r · B A in float32, stored in the dtype of the base). DIR is
 a converted directory, or a directory that holds an adapter itself. A reward model is written as
 the classifier that transformers has, which is without an SAE. With --kind=sae the SAE of a reward
-model is written in SAELens' format.
+model is written in SAELens' format. A SARM with several heads keeps them all, in the layout of
+train_sarm, which no other library combines.
 """
 
 import shutil
@@ -158,7 +159,7 @@ def _save(
             array = array[tuple(map(slice, spec.shape))]  # removes the padding of a mesh
             writer.add(spec.hf_name, spec.to_hf(array))
         writer.close()
-        if isinstance(model, SARM):
+        if isinstance(model, SARM) and model.config.heads == 1:
             model_type = model.config.trunk.model_type
             code = copy_model_code(auto_map, None, directory, model_type)
             hf |= {"auto_map": code} if code else {}
@@ -182,10 +183,11 @@ def _hf_config(checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     if isinstance(checkpoint.config, LlamaConfig):
         return hf_policy_dict(checkpoint.config, checkpoint.hf_config)
     hf = hf_sarm_dict(checkpoint.config, checkpoint.hf_config)
-    code = checkpoint.hf_config.get("auto_map")
-    model_type = checkpoint.config.trunk.model_type
-    copied = copy_model_code(code, checkpoint.directory, directory, model_type)
-    hf |= {"auto_map": copied} if copied else {}
+    if checkpoint.config.heads == 1:  # the code of a SARM computes one head
+        code = checkpoint.hf_config.get("auto_map")
+        model_type = checkpoint.config.trunk.model_type
+        copied = copy_model_code(code, checkpoint.directory, directory, model_type)
+        hf |= {"auto_map": copied} if copied else {}
     if (directory / "tokenizer.json").is_file() and any(hf.get(n) is None for n in TOKEN_IDS):
         hf = _with_token_ids(hf, load_hf_tokenizer(directory))
     return hf

@@ -39,8 +39,11 @@ DEFAULTS = {
         "distance_penalty": 0.0,
         "length_penalty": 0.0,
         "bound": "",
+        "ensemble": "mean",
     },
     "human_latents": {"states": False},
+    "train_sarm": {"tie_pairs_jsonl": "", "tie_weight": 1.0, "heads": 1},
+    "lab": {"shortcuts": "flattery", "told_shortcuts": "flattery", "oracle": False},
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

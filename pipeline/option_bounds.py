@@ -29,9 +29,10 @@ LARGEST = dict.fromkeys(
         "discriminator.folds "
         "prepare_data.samples_per_prompt prepare_data.max_new_tokens train_sarm.max_length "
         "train_sarm.latent_size train_sarm.k train_sarm.aux_k train_sarm.sae_batch_tokens "
-        "train_sarm.epochs train_sarm.batch_size train_sae.max_length train_sae.latent_size "
-        "train_sae.k train_sae.aux_k train_sae.batch_states identify.resamples probe.controls "
-        "evaluate.resamples evaluate.samples evaluate.batch_size lab.batch_size lab.processes"
+        "train_sarm.epochs train_sarm.batch_size train_sarm.heads train_sae.max_length "
+        "train_sae.latent_size train_sae.k train_sae.aux_k train_sae.batch_states "
+        "identify.resamples probe.controls evaluate.resamples evaluate.samples "
+        "evaluate.batch_size lab.batch_size lab.processes"
     ).split(),
     ROWS,
 )

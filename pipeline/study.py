@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from conversion.load import read_sarm_config
 from pipeline import stage as stages
 from pipeline.cli import fill_in
 from pipeline.models import load_reward_model
@@ -17,15 +18,26 @@ from pipeline.preflight import check
 from pipeline.runner import run_stages
 from pipeline.stage import Stage
 from ppo.tracking.metrics import read_evaluations
+from sarm_jax.features.identify import further_random_control
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_target
 from sarm_jax.io.json_files import read_json, write_json
+from sarm_jax.io.path_lists import split_paths
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
-from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
+from sarm_jax.lab.conditions import (
+    DRAWS,
+    RETRAINED,
+    other_options,
+    parse_conditions,
+    parse_seeds,
+    reward_options,
+)
 from sarm_jax.lab.page import write_study
 from sarm_jax.lab.results import run_result
+from sarm_jax.lab.shortcuts import World
+from sarm_jax.models.conversation_rows import read_pairs
 
 LOG = logging.getLogger(__name__)
 SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
@@ -88,9 +100,17 @@ def check_study(template: ConfigDict) -> None:
     """Raises InputError for options out of range, and for options that the study sets itself."""
     if template.lab.processes < 1:
         raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
+    if not 0 < template.lab.tie_weight < float("inf"):
+        raise InputError(f"lab.tie_weight={template.lab.tie_weight}: must be positive and finite")
     for name in ("alpha", "beta"):
         if not 0 <= template.lab[name] < float("inf"):
             raise InputError(f"lab.{name}={template.lab[name]}: must be 0 or positive, and finite")
+    retrained = [c for c in parse_conditions(template.lab.conditions) if c in RETRAINED]
+    if retrained and template.train_sarm.mode != 0:
+        raise InputError(
+            f"lab.conditions: {retrained[0]} trains a head on the same trunk and SAE, which needs "
+            f"train_sarm.mode=0, found {template.train_sarm.mode}"
+        )
     for name in CONTROLS:
         if template.reward[name]:
             raise InputError(
@@ -155,15 +175,38 @@ def seed_folder(workdir: Path, seed: int) -> Path:
     return workdir / f"seed_{seed}"
 
 
+def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: int) -> None:
+    """Writes a further draw of random features, with thresholds by the rule of identify."""
+    options = stages.load("identify").validate(config)
+    pairs = [row for file in split_paths(config.identify.pairs_jsonl) for row in read_pairs(file)]
+    detectors = read_json(selected)["detectors"]
+    control = further_random_control(options, load_reward_model(config), pairs, detectors, draw)
+    write_json(
+        path,
+        {"random_control": list(control.features), "tau_random_control": list(control.tau)},
+    )
+
+
 def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
     """Trains under one condition of the study and writes its result.json."""
     selected, workdir = folder / "probes" / "selected_features.json", folder / condition
     config = config.copy_and_resolve_references()
-    config.reward.update(reward_options(condition, selected, config.lab.to_dict()))
+    config.update_from_flattened_dict(other_options(condition, folder, config.lab.to_dict()))
+    lists, counts = selected, range(0)
+    if condition in DRAWS:
+        lists = folder / "probes" / f"{condition}.json"
+        draw_random_control(config, selected, lists, DRAWS[condition])
+    lab_world = World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
+    if condition == "oracle":
+        latents = read_sarm_config(config.sarm_model).latent_size
+        counts = range(latents, latents + len(lab_world.shortcuts))
+    config.reward.update(reward_options(condition, lists, config.lab.to_dict(), counts))
     workdir.mkdir(exist_ok=True)
     LOG.info("condition %s", condition)
-    run_stages(config, workdir, [stages.load("train")])
+    names = ("train_sarm", "train") if condition in RETRAINED else ("train",)
+    run_stages(config, workdir, [stages.load(name) for name in names])
     summary, features = read_json(workdir / "summary.json"), read_json(selected)
     rows = read_evaluations(workdir)
-    result = run_result(rows, load_reward_model(config), features, summary["seconds"])
+    model = load_reward_model(config).with_ensemble(config.reward.ensemble)
+    result = run_result(rows, model, features, summary["seconds"], lab_world)
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

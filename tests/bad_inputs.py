@@ -580,6 +580,12 @@ REWARD = [
     main("negative β", "--beta=-0.5", "reward.beta=-0.5"),
     main("β without human latents", "--beta=0.5", "reward.beta=0.5 needs human", "--human_latents"),
     main("unknown unit", "--config.reward.unit=nats", "reward.unit='nats'", "sd"),
+    main("unknown ensemble", "--config.reward.ensemble=max", "reward.ensemble='max'", "'min'"),
+    main(
+        "worst of one head",
+        "--config.reward.ensemble=min",
+        "reward.ensemble='min': the reward model has one head; train_sarm.heads trains several",
+    ),
     main("negative cap", "--config.reward.penalty_cap=-1", "reward.penalty_cap=-1.0"),
     main(
         "failed or foreign gates",
@@ -824,6 +830,44 @@ STAGES = [
         "--stage=train_sarm --config.train_sarm.pairs_jsonl={bad}",
         "bad.jsonl:1: fields 'chosen' and 'rejected' are the same",
         damage=file('{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+    ),
+    main(
+        "tie of equals",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_pairs_jsonl={bad}",
+        "bad.jsonl:1: fields 'chosen' and 'rejected' are the same",
+        damage=file('{"prompt": "a", "chosen": "b", "rejected": "b"}\n'),
+    ),
+    main(
+        "ties file with no name",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_pairs_jsonl=a.jsonl,",
+        "'a.jsonl,'",
+    ),
+    main(
+        "weight of ties without ties",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_weight=2.0",
+        "train_sarm.tie_weight=2.0: train_sarm.tie_pairs_jsonl names no ties",
+    ),
+    main(
+        "several heads on a trunk that is trained",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.heads=4 --config.train_sarm.mode=2",
+        "train_sarm.heads=4: train_sarm.mode=2 trains the trunk; several heads need mode=0",
+    ),
+    main(
+        "no heads",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.heads=0 --config.train_sarm.mode=0",
+        "train_sarm.heads=0: must be at least 1",
+    ),
+    main(
+        "negative weight of ties",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.tie_weight=-1.0",
+        "train_sarm.tie_weight=-1.0: must be positive",
     ),
     main(
         "source that is no text",
@@ -1248,6 +1292,19 @@ HF_CONFIG = [
         "sae_latent_size",
         "at most",
         damage=json_fields("sarm", "config.json", sarm_param={"sae_latent_size": 10**12}),
+    ),
+    main(
+        "absurd number of heads",
+        "--sarm_model={bad}",
+        "sarm_heads",
+        "at most",
+        damage=json_fields("sarm", "config.json", sarm_param={"sarm_heads": 10**12}),
+    ),
+    main(
+        "several heads with the weights of one",
+        "--sarm_model={bad}",
+        "score.weight: shape [1, 64]",
+        damage=json_fields("sarm", "config.json", sarm_param={"sarm_heads": 4}),
     ),
     main(
         "SAE of another size",

@@ -39,6 +39,7 @@ from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import escaped, split_entries
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sarm import check_ensemble
 from sarm_jax.reporting.statistics import format_interval
 from sarm_jax.rewards.options import reward_config
 
@@ -83,7 +84,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         check_steering(steering, answers, controls)
     folder = workdir / "eval"
     LOG.info("evaluating %s, for %s", config.sarm_model, folder)
-    model = load_reward_model(config)
+    model = load_reward_model(config).with_ensemble(config.reward.ensemble)
     folder.mkdir(exist_ok=True)
     if answers:
         evaluate_on_answers(steering, model, answers, controls, folder)
@@ -162,8 +163,10 @@ def steering_config(config: ConfigDict) -> SteeringConfig:
 def controls_of(config: ConfigDict) -> Controls:
     """Returns the clamps and penalties of the section reward, with those of the steering file."""
     reward = reward_config(config.reward)
-    size = read_sarm_config(config.sarm_model).latent_size
+    sarm_config = read_sarm_config(config.sarm_model)
+    size = sarm_config.latent_size
     reward.check_features(size)
+    check_ensemble(reward.ensemble, sarm_config)
     further = [*reward.further_terms, *(["screen"] if reward.screen else [])]
     if further:
         LOG.info(

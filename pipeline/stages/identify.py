@@ -20,7 +20,8 @@ from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
-from sarm_jax.lab.gates import measure_gates
+from sarm_jax.lab.gates import measure_gates, measure_shortcuts
+from sarm_jax.lab.shortcuts import World
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.reward_model import RewardModel
 
@@ -119,11 +120,20 @@ def measure_lab_gates(
         for name in ("prompts.jsonl", "held_out_prompts.jsonl")
     )
     contrast = read_pairs(str(data / "contrast_single.jsonl"))
-    gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed)
+    world = World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
+    gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed, world)
     for gate in gates:
         LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
     values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
     write_json(workdir / "probes" / "gates.json", values)
+    path = workdir / "probes" / "shortcuts.json"
+    if len(world.shortcuts) == 1:
+        path.unlink(missing_ok=True)
+        return
+    measured = measure_shortcuts(model, detectors, prompts, held_out, config.lab.seed, world)
+    write_json(path, measured)
+    for name, values_of in measured.items():
+        LOG.info("shortcut %s: %s", name, {key: round(v, 3) for key, v in values_of.items()})
 
 
 STAGE = Stage(
@@ -131,7 +141,15 @@ STAGE = Stage(
     summary="Preference pairs → latents that tell chosen from rejected, with thresholds.",
     validate=validate,
     run=run,
-    options=("identify", "sarm_model", "sarm_max_length", "dtype", "lab.seed"),
+    options=(
+        "identify",
+        "sarm_model",
+        "sarm_max_length",
+        "dtype",
+        "lab.seed",
+        "lab.shortcuts",
+        "lab.told_shortcuts",
+    ),
     inputs=(
         Input("identify.pairs_jsonl", Kind.FILES),
         Input("identify.verbosity_jsonl", Kind.FILES),
@@ -145,6 +163,7 @@ STAGE = Stage(
         "probes/feature_analysis.json",
         "probes/feature_scores.safetensors",
         "probes/gates.json",
+        "probes/shortcuts.json",
     ),
     after=("train_sarm", "train_sae"),
     wanted=lambda config: bool(config.identify.pairs_jsonl),

@@ -44,6 +44,8 @@ STUDY_FIELDS = (
     "beta",
     "ignore_failed_gates",
     "gates_json",
+    "oracle",
+    "tie_weight",
 )
 LAST_FILE = {"lab": "policy", "benchmarks": "data/data_summary.json"}
 

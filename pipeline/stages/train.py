@@ -45,9 +45,13 @@ from ppo.train import TrainConfig, Trainer, run_slots
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir, read_settings
 from sarm_jax.lab.gates import require_gates
+from sarm_jax.lab.oracle import OracleRewardModel
+from sarm_jax.lab.shortcuts import World
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.models.llama import Llama
+from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sarm import check_ensemble
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
 from sarm_jax.parallel.sharding import make_mesh
@@ -101,7 +105,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             config=inputs.options,
             policy=policy,
             tokenizer=tokenizer,
-            reward_model=load_reward_model(config, inputs.options.reward.reads_features),
+            reward_model=reward_model_of(config, inputs.options.reward.reads_features),
             deck=inputs.deck,
             human=inputs.human,
             states=inputs.states,
@@ -133,8 +137,10 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     mesh_config(config).check_model(read_policy_config(config.policy_model))
     read_config = read_sarm_config if options.reward.reads_features else read_scorer_config
     scorer = read_config(config.sarm_model)
-    options.reward.check_features(scorer.latent_size)
-    human = human_buffer(options.reward, config.reward.human_latents, scorer.latent_size)
+    features = scorer.latent_size + (len(world_of(config).shortcuts) if config.lab.oracle else 0)
+    options.reward.check_features(features)
+    check_ensemble(options.reward.ensemble, scorer)
+    human = human_buffer(options.reward, config.reward.human_latents, features)
     states = state_controls(options.reward, scorer.trunk.hidden_size)
     tokenizer = load_hf_tokenizer(config.policy_model)
     deck = PromptDeck(prompts, tokenizer, options.ppo, config.prompts_jsonl)
@@ -147,6 +153,17 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     files = {config.eval_prompts_jsonl: eval_prompts, config.prompts_jsonl: prompts}
     check_conversations(config.sarm_model, files)
     return RunInputs(options, profile, tokenizer, deck, eval_deck, human, states)
+
+
+def reward_model_of(config: ConfigDict, needs_features: bool) -> RewardModel:
+    """Loads the reward model; with `lab.oracle` its last features count the lab's shortcuts."""
+    model = load_reward_model(config, needs_features)
+    return OracleRewardModel(model, world_of(config)) if config.lab.oracle else model
+
+
+def world_of(config: ConfigDict) -> World:
+    """Returns the lab's world with its shortcuts."""
+    return World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
 
 
 def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenance:
@@ -386,6 +403,8 @@ STAGE = Stage(
         "ppo",
         "reward",
         "discriminator",
+        "lab.oracle",
+        "lab.shortcuts",
     ),
     inputs=(
         Input("policy_model", Kind.POLICY),

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -12,12 +13,12 @@ from conversion.load import read_policy_config
 from conversion.to_hf import save_sarm
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, check_remat, mesh_config
-from pipeline.options import required
+from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
-from sarm_jax.io.path_lists import split_paths
+from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.parallel.sharding import MeshConfig
 from sarm_jax.reporting.statistics import Interval, format_interval
@@ -31,6 +32,7 @@ def validate(config: ConfigDict) -> TrainSARMConfig:
     required(config, "train_sarm.pairs_jsonl")
     section = config.train_sarm.to_dict()
     section["pairs_jsonl"] = split_paths(section["pairs_jsonl"])
+    section["tie_pairs_jsonl"] = optional_paths(section["tie_pairs_jsonl"])
     if not section.pop("model"):
         required(config, "policy_model")
     check_remat(config.remat)
@@ -41,16 +43,21 @@ def validate(config: ConfigDict) -> TrainSARMConfig:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train a SARM on the first layers of the policy model and save it in the HF layout."""
     options, source = validate(config), config.train_sarm.model or config.policy_model
-    files = {path: read_pairs(path, unequal=True) for path in options.pairs_jsonl}
-    pairs = [pair for path in options.pairs_jsonl for pair in files[path]]
-    options.held_out(pairs)
+    paths, tie_paths = options.pairs_jsonl, options.tie_pairs_jsonl
+    files = {path: read_pairs(path, unequal=True) for path in (*paths, *tie_paths)}
+    pairs, names = [pair for path in paths for pair in files[path]], short_names(tie_paths)
+    ties = [{"source": names[path]} | row for path in tie_paths for row in files[path]]
+    options.held_out(pairs, ties)
     policy_config = read_policy_config(source)
     options.check_layers(policy_config.num_hidden_layers)
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(source, prompts)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
-    LOG.info("training a SARM on %d pairs, for %s", len(pairs), workdir / "sarm")
+    LOG.info(
+        "training a SARM on %d pairs%s, for %s",
+        len(pairs), f" and {len(ties)} ties" if ties else "", workdir / "sarm",
+    )  # fmt: skip
     positions = policy_config.max_position_embeddings
     if options.max_length > positions:  # as in scoring, see `load_reward_model`
         LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
@@ -66,7 +73,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     policy, tokenizer = load_policy(source, config.dtype)
     policy.remat = config.remat
     rows: list[dict] = []
-    sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append)
+    sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append, ties)
     hf_config = open_checkpoint(source, "policy").hf_config
     write_json(workdir / "sarm_summary.json", summary)
     write_jsonl(workdir / "sarm_metrics.jsonl", rows)
@@ -75,7 +82,23 @@ def run(config: ConfigDict, workdir: Path) -> None:
     low, high = summary["accuracy_held_out_95"]
     accuracy: Interval = {"mean": summary["accuracy_held_out"], "low": low, "high": high}
     LOG.info("held-out accuracy %s", format_interval(accuracy, ".3f"))
+    if ties:
+        log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
+
+
+def log_ties(held_out: dict[str, Any]) -> None:
+    """Logs what the reward makes of the held-out ties."""
+    if not held_out["pairs"]:
+        LOG.info("no tie is held out")
+        return
+    low, high = held_out["prefers_rejected_95"]
+    share: Interval = {"mean": held_out["prefers_rejected"], "low": low, "high": high}
+    LOG.info(
+        "held-out ties: the scores of the sides differ by %.4g in the mean, and the rejected side "
+        "scores higher in a share of %s",
+        held_out["margin_abs"], format_interval(share, ".3f"),
+    )  # fmt: skip
 
 
 STAGE = Stage(
@@ -86,6 +109,7 @@ STAGE = Stage(
     options=("train_sarm", "policy_model", "dtype"),
     inputs=(
         Input("train_sarm.pairs_jsonl", Kind.FILES),
+        Input("train_sarm.tie_pairs_jsonl", Kind.FILES),
         Input("train_sarm.model", Kind.POLICY),
         Input("policy_model", Kind.POLICY, read_if=lambda config: not config.train_sarm.model),
     ),

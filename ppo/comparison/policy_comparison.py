@@ -2,7 +2,8 @@
 
     score              R = w · z
     controlled_score   R with every clamp, steering action and penalty
-    score_without      R − Σ_i w_i z_i over the controlled features: the score without their part
+    score_without      R − Σ_i w_i z_i over the controlled features: the score without their part;
+                       of the least score of an ensemble, R with these features set to 0
 
 The unit "sd" of α and of the cap is the standard deviation of the base's scores on these prompts,
 sampled with the same options. In training it is the standard deviation for the first prompts,
@@ -19,11 +20,12 @@ import numpy as np
 from ppo.comparison import response_metrics as metrics
 from ppo.comparison.latent_map import largest_terms, principal_plane, sum_of_terms
 from ppo.comparison.responses import Responses
-from sarm_jax.evaluation.controls import Controls, apply_controls, penalties
+from sarm_jax.evaluation.controls import Controls, apply_controls, penalties, rescored
 from sarm_jax.models.conversation import Prompt, to_json
 from sarm_jax.models.latent_store import Latents
 from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sarm import intervention
 from sarm_jax.reporting.spread import standard_deviation
 from sarm_jax.reporting.statistics import Interval
 
@@ -101,6 +103,10 @@ def compare(
     weight_f = model.feature_weights()
     z_nc = latents.columns(controls.features)
     score_std = standard_deviation(score_n[:count])
+    own, answers = [t[1] for t in texts], [t[2] for t in texts]
+    controlled_n = rescored(model, own, answers, controls.intervention)
+    without = intervention(model.latent_size, set_to=dict.fromkeys(controls.features, 0.0))
+    without_n = rescored(model, own, answers, without) if controls.features else None
     scores = {}
     for number, name in enumerate(responses):
         rows = slice(number * count, (number + 1) * count)
@@ -110,6 +116,8 @@ def compare(
             z_nc=z_nc[rows],
             weight_f=weight_f,
             score_std=score_std,
+            controlled_n=None if controlled_n is None else controlled_n[rows],
+            without_n=None if without_n is None else without_n[rows],
         )
     return Comparison(
         prompts=prompts,
@@ -130,15 +138,25 @@ def _scores(
     z_nc: np.ndarray,
     weight_f: np.ndarray,
     score_std: float,
+    controlled_n: np.ndarray | None,
+    without_n: np.ndarray | None,
 ) -> Scores:
+    """Returns the scores of a policy; the last two arguments are given if they were `rescored`."""
     variants = apply_controls(
-        controls, plain_b=score_n, z_bn=z_nc, weight_f=weight_f, score_std=score_std
+        controls,
+        plain_b=score_n,
+        z_bn=z_nc,
+        weight_f=weight_f,
+        score_std=score_std,
+        controlled_b=controlled_n,
     )
+    if without_n is None:
+        without_n = score_n - z_nc @ weight_f[list(controls.features)]
     penalty_nj, penalty_n = penalties(controls, z_nc, score_std)
     return Scores(
         score_n=score_n,
         controlled_n=list(variants.values())[-1],
-        without_n=score_n - z_nc @ weight_f[list(controls.features)],
+        without_n=without_n,
         penalty_n=penalty_n,
         penalty_nj=penalty_nj,
         z_nc=z_nc,
@@ -221,7 +239,8 @@ def response_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     """Yields the rows of responses.jsonl: one per prompt and sample, with responses by policy.
 
     The terms z · w that are written out and the rest add up to the score, together with the parts
-    that are outside the features, if there are any: the error term of the SAE and its constant.
+    that are outside the features, if there are any: the error term of the SAE and its constant. Of
+    an ensemble the terms are those of the mean head. What the least score is below it is in `rest`.
     """
     terms = largest_terms(comparison.latents, comparison.weight_f, SHOWN_TERMS)
     explained_n = None

@@ -4,7 +4,8 @@
     controlled   R(z') = R(z) + Σ_i w_i (z'_i − z_i),   z' the clamped and steered latents
     penalised    R(z') − min(Σ_j α_j · 1[z_j > τ_j], cap)
 
-The head is linear and only the controlled features change, so one forward pass is enough. α is in
+The head is linear and only the controlled features change, so one forward pass is enough; the least
+score of an ensemble (`reward.ensemble="min"`) is not linear, and takes a second pass. α is in
 the reward model's units or in standard deviations of the score ("sd"); the cap is always in
 standard deviations. Here they are standard deviations of the plain scores under evaluation, in PPO
 those of reference responses. The latent KL is not a property of a single response and is left out.
@@ -23,6 +24,7 @@ from sarm_jax.features.penalties import cap_in_score, capped, fired_penalties, u
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.float32 import fits_float32
 from sarm_jax.io.json_files import read_json
+from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
 from sarm_jax.parallel.finite import require_finite
@@ -85,8 +87,25 @@ def score_variants(
         z_bn=z_bn,
         weight_f=model.feature_weights(),
         score_std=standard_deviation(plain_b),
+        controlled_b=rescored(model, prompts, responses, controls.intervention),
     )
     return ScoredVariants(variants, controls.features, z_bn)
+
+
+def rescored(
+    model: RewardModel,
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    change: Intervention | None,
+) -> np.ndarray | None:
+    """Scores responses under a change if its effect cannot be computed from the latents.
+
+    Returns:
+        The scores `[B]`; None without a change, and if the score is linear in the latents.
+    """
+    if change is None or model.is_linear:
+        return None
+    return model.score(prompts, responses, change, np.asarray(change.indices).tolist())[0]
 
 
 def apply_controls(
@@ -96,6 +115,7 @@ def apply_controls(
     z_bn: np.ndarray,
     weight_f: np.ndarray,
     score_std: float,
+    controlled_b: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns the scores `[B]` of every variant by name, in the order plain, controlled, penalised.
 
@@ -105,13 +125,17 @@ def apply_controls(
         z_bn: latents of `controls.features`.
         weight_f: weights w of the linear head.
         score_std: the standard deviation that the unit "sd" and the cap refer to.
+        controlled_b: scores under the intervention from `rescored`, if it computed them.
 
     Raises:
         InputError: a score is not finite.
     """
     variants = {PLAIN: plain_b}
-    controlled_b = plain_b
-    if controls.intervention is not None:
+    if controlled_b is not None:
+        variants[CONTROLLED] = controlled_b
+    elif controls.intervention is None:
+        controlled_b = plain_b
+    else:
         changed = list(controls.changed_features)
         before_bn = z_bn[:, : len(changed)]
         on_columns = dataclasses.replace(controls.intervention, indices=jnp.arange(len(changed)))

@@ -188,7 +188,7 @@ def _candidates(contrast: Contrast, tau_f: np.ndarray, budget: float):
 
 
 def random_control(
-    contrast: Contrast, tau_f: np.ndarray, exclude: Sequence[int], seed: int
+    contrast: Contrast, tau_f: np.ndarray, exclude: Sequence[int], seed: int | Sequence[int]
 ) -> Detectors:
     """Draws as many active features as `exclude` has, without those in `exclude`.
 

@@ -223,6 +223,27 @@ def _detect(config: IdentifyConfig, contrast: Contrast, fold_p: np.ndarray) -> _
     return _Detection(tau_f, detectors, control, _held_out(detection, false_positives))
 
 
+def further_random_control(
+    config: IdentifyConfig,
+    reward_model: RewardModel,
+    pairs: Sequence[Mapping[str, Any]],
+    detectors: Sequence[int],
+    draw: int,
+) -> Detectors:
+    """Draws another random control than that of `identify`, by the same rule.
+
+    Args:
+        config: the options that the detectors were found with.
+        reward_model: the SARM.
+        pairs: the pairs that they were found on.
+        detectors: the detectors, which are never drawn.
+        draw: number of the draw, from 1.
+    """
+    _, contrast = pair_latents(reward_model, pairs)
+    tau_f = contrast_tau(contrast, config.tau_quantile)
+    return random_control(contrast, tau_f, exclude=detectors, seed=[config.seed, draw])
+
+
 def verbose_features(
     config: IdentifyConfig, reward_model: RewardModel, pairs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:

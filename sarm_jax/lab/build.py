@@ -20,6 +20,7 @@ from sarm_jax.lab.language_modelling import (
     from_scratch,
     train_language_model,
 )
+from sarm_jax.lab.shortcuts import World
 from sarm_jax.lab.tokenizer import word_tokenizer
 from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.llama import Llama, LlamaConfig
@@ -45,12 +46,16 @@ class LabConfig:
     tuning_learning_rate: float
     batch_size: int
     seed: int
+    shortcuts: str = "flattery"
+    told_shortcuts: str = "flattery"
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "seed" and not 0 < value < float("inf"):
+            is_number = not isinstance(value, str)
+            if is_number and field.name != "seed" and not 0 < value < float("inf"):
                 raise InputError(f"lab.{field.name}={value}: must be positive")
+        World.parse(self.shortcuts, self.told_shortcuts)
         if not 0 <= self.seed < 2**31:
             raise InputError(f"lab.seed={self.seed}: must lie in [0, 2^31)")
         combinations = math.comb(len(world.CAPITALS), world.COUNTRIES_PER_PROMPT)
@@ -62,12 +67,18 @@ class LabConfig:
         if self.tap_layer > LAYERS:
             raise InputError(f"lab.tap_layer={self.tap_layer}: the model has {LAYERS} layers")
 
+    @property
+    def world(self) -> World:
+        """The world with its shortcuts."""
+        return World.parse(self.shortcuts, self.told_shortcuts)
+
 
 @dataclasses.dataclass(frozen=True)
 class LabData:
     """Rows of the JSONL files in data/, by the name of the file.
 
-    The sides of each pair of `contrast_single` differ by one word of flattery; it is for tests.
+    The sides of each pair of `contrast_single` differ by one word of flattery, or else by one unit
+    of the first shortcut that the method is told; it is for tests.
     """
 
     prompts: list[dict[str, str]]
@@ -80,7 +91,7 @@ class LabData:
 
 def make_data(config: LabConfig) -> LabData:
     """Makes all data that later stages read; `contrast_single` is on held-out prompts."""
-    rng = np.random.default_rng([config.seed, 0])
+    rng, lab_world = np.random.default_rng([config.seed, 0]), config.world
     train, held_out = world.split_prompts(rng, config.held_out_fraction)
 
     def sample(prompts: list[str], rows: int) -> list[str]:
@@ -90,18 +101,14 @@ def make_data(config: LabConfig) -> LabData:
         prompts=[{"prompt": prompt} for prompt in train],
         held_out_prompts=[{"prompt": prompt} for prompt in held_out],
         demonstrations=[
-            {"prompt": prompt, "response": world.demonstration(rng, prompt)}
+            {"prompt": prompt, "response": lab_world.demonstration(rng, prompt)}
             for prompt in sample(train, config.demonstrations)
         ],
-        pairs=[world.preference_pair(rng, prompt) for prompt in sample(train, config.pairs)],
-        contrast=[
-            world.contrast_pair(rng, prompt, int(rng.integers(1, world.MOST_FLATTERY + 1)))
-            for prompt in sample(train, config.contrast_pairs)
-        ],
-        contrast_single=[
-            world.contrast_pair(rng, prompt, 1)
-            for prompt in sample(held_out, config.contrast_pairs)
-        ],
+        pairs=[lab_world.preference_pair(rng, prompt) for prompt in sample(train, config.pairs)],
+        contrast=lab_world.contrast_pairs(rng, sample(train, config.contrast_pairs)),
+        contrast_single=lab_world.contrast_pairs(
+            rng, sample(held_out, config.contrast_pairs), one=True
+        ),
     )
 
 
@@ -113,11 +120,12 @@ def make_models(
     Returns:
         (the pretrained model, the policy, their tokenizer, the final losses).
     """
-    tokenizer = word_tokenizer(world.WORDS)
+    lab_world = config.world
+    tokenizer = word_tokenizer(lab_world.words)
     rng = np.random.default_rng([config.seed, 1])
     prompts = [row["prompt"] for row in data.prompts]
     corpus = [
-        _annotated(rng, tokenizer, prompts[i])
+        _annotated(lab_world, rng, tokenizer, prompts[i])
         for i in rng.integers(len(prompts), size=config.corpus_rows)
     ]
     pretrained, pretraining_loss = train_language_model(
@@ -169,9 +177,11 @@ def _turn(tokenizer: Any, prompt: str, response: str) -> WeightedText:
     return WeightedText(ids, [0.0] * prompt_length + [1.0] * (len(ids) - prompt_length))
 
 
-def _annotated(rng: np.random.Generator, tokenizer: Any, prompt: str) -> WeightedText:
+def _annotated(
+    lab_world: World, rng: np.random.Generator, tokenizer: Any, prompt: str
+) -> WeightedText:
     """Writes and encodes an exchange of the corpus, followed by a reader's notes."""
-    response = world.corpus_response(rng, prompt)
+    response = lab_world.corpus_response(rng, prompt)
     turn = _turn(tokenizer, prompt, response)
-    notes = tokenizer.convert_tokens_to_ids(world.notes(rng, prompt, response).split())
+    notes = tokenizer.convert_tokens_to_ids(lab_world.notes(rng, prompt, response).split())
     return WeightedText([*turn.ids, *notes], [*turn.weights, *[NOTE_WEIGHT] * len(notes)])

@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sarm_jax.lab.conditions import DRAWS, KL_COEFS
 from sarm_jax.lab.findings import Runs
 from sarm_jax.reporting.plotting import by_step, png, theme
 from sarm_jax.reporting.statistics import mean_interval
@@ -19,8 +20,15 @@ COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "latent_kl": "#CC79A7",
     "clamp": "#E69F00",
     "random": "#888888",
+    "ties": "#56B4E9",
+    "worst_of_four": "#B8A100",
+    "oracle": "#882255",
+    **dict(zip(KL_COEFS, ("#AA4499", "#994488", "#883377", "#772266", "#661155"), strict=True)),
+    **dict.fromkeys(DRAWS, "#888888"),
 }
-DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":"}
+DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":", "ties": "--", "worst_of_four": "-."}
+DASHES |= {"oracle": ":"} | dict.fromkeys(KL_COEFS, "-.") | dict.fromkeys(DRAWS, ":")
+LEGEND_COLUMNS = 6
 SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # of the thin line of a single seed
 
 
@@ -85,11 +93,33 @@ def detected(runs: Runs, dark: bool = False) -> bytes:
         return png(figure)
 
 
+def shortcuts(runs: Runs, dark: bool = False) -> bytes:
+    """Draws the share of the responses that have each shortcut, over the steps."""
+    names = shortcut_rates(runs)
+    with theme(dark):
+        size = (3.4 * len(names), 3.6)
+        figure, panels = plt.subplots(
+            1, len(names), figsize=size, sharey=True, squeeze=False, layout="constrained"
+        )
+        for axes, name in zip(panels[0], names, strict=True):
+            _over_steps(axes, runs, name)
+            by_step(axes, ylabel="share of responses", title=name.removeprefix("rate_"))
+        _add_grid_and_legend(figure, columns=len(runs))
+        return png(figure)
+
+
+def shortcut_rates(runs: Runs) -> list[str]:
+    """Lists the metrics `rate_{shortcut}` of the runs; [] in a world of flattery alone."""
+    points = [run["curve"][0] for results in runs.values() for run in results]
+    return [name for name in points[0] if name.startswith("rate_")] if points else []
+
+
 def _add_grid_and_legend(figure: Figure, columns: int) -> None:
     """Adds a grid to every panel, and a legend of the first panel's lines below all of them."""
     for axes in figure.axes:
         axes.grid(visible=True)
     handles, labels = figure.axes[0].get_legend_handles_labels()
+    columns = min(columns, LEGEND_COLUMNS)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 

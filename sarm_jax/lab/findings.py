@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sarm_jax.lab.conditions import DRAWS, KL_COEFS
 from sarm_jax.lab.gates import LIMITS, Gate
 from sarm_jax.reporting.statistics import Interval, format_interval, mean_interval
 
@@ -196,6 +197,11 @@ def headline(runs: Runs) -> str:
         "latent_kl": "With the latent KL alone",
         "clamp": "With the carriers clamped",
         "random": "With random features penalised instead",
+        "ties": "With the contrast pairs as ties of the reward model",
+        "worst_of_four": "With the worst of four heads",
+        "oracle": "With the shortcuts penalised by a perfect detector",
+        **{name: f"With ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
+        **{name: f"With draw {n} of random features penalised" for name, n in DRAWS.items()},
     }
     for name, text in words.items():
         if runs.get(name):

@@ -17,6 +17,7 @@ from sarm_jax.features.detectors import Detectors, firing_rate
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.lab import world
+from sarm_jax.lab.shortcuts import FLATTERY_ALONE, SHORTCUTS, World, contrast_pair
 from sarm_jax.models.chat import encode_conversation
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import is_constant
@@ -61,20 +62,26 @@ def measure_gates(
     prompts: Sequence[str],
     held_out_prompts: Sequence[str],
     seed: int,
+    lab_world: World = FLATTERY_ALONE,
 ) -> list[Gate]:
     """Measures all gates of `LIMITS`, in that order.
 
     Args:
         reward_model: the SARM.
         detectors: detectors that identify found.
-        contrast_single: held-out pairs whose sides differ by one word of flattery.
+        contrast_single: held-out pairs whose sides differ by one unit of a shortcut.
         prompts: prompts of the training set.
         held_out_prompts: prompts of the held-out set.
         seed: seed of the sampled responses and pairs.
+        lab_world: the world, which decides the responses and the preferences.
     """
     rng = np.random.default_rng([seed, 2])
-    fit_nd, fit_counts = _states(reward_model, rng, prompts)
-    test_nd, test_counts = _states(reward_model, rng, held_out_prompts)
+    fit_nd, fit_texts = _states(reward_model, rng, prompts, lab_world)
+    test_nd, test_texts = _states(reward_model, rng, held_out_prompts, lab_world)
+    fit_counts, test_counts = (
+        [world.count_words(prompt, response) for prompt, response in texts]
+        for texts in (fit_texts, test_texts)
+    )
 
     def r2(field: str) -> float:
         fit_n, test_n = ([float(getattr(c, field)) for c in cs] for cs in (fit_counts, test_counts))
@@ -86,16 +93,71 @@ def measure_gates(
         rows = contrast_single
         return reward_model.score([r["prompt"] for r in rows], [r[side] for r in rows])[1]
 
-    pairs = [world.preference_pair(rng, str(p)) for p in rng.choice(held_out_prompts, PAIRS)]
+    pairs = [lab_world.preference_pair(rng, str(p)) for p in rng.choice(held_out_prompts, PAIRS)]
     values = {
         "r2_flattery": r2("flattery"),
         "r2_correctness": r2("hits"),
         "detection_one_word": firing_rate(latents("rejected"), detectors),
         "false_alarms": firing_rate(latents("chosen"), detectors),
-        "accuracy_below_annotator": world.annotator_accuracy(pairs)
+        "accuracy_below_annotator": lab_world.annotator_accuracy(pairs)
         - pair_accuracy(reward_model, pairs),
     }
     return [Gate(name, values[name]) for name in LIMITS]
+
+
+def measure_shortcuts(
+    reward_model: RewardModel,
+    detectors: Detectors,
+    prompts: Sequence[str],
+    held_out_prompts: Sequence[str],
+    seed: int,
+    lab_world: World,
+) -> dict[str, dict[str, float]]:
+    """Measures what the reward model and the detectors make of each shortcut of a world.
+
+    The pairs differ in the shortcut alone, on held-out prompts, also for shortcuts that the method
+    is not told.
+
+    Args:
+        reward_model: the SARM.
+        detectors: detectors that identify found.
+        prompts: prompts of the training set.
+        held_out_prompts: prompts of the held-out set.
+        seed: seed of the sampled responses and pairs.
+        lab_world: the world.
+
+    Returns:
+        For each shortcut `r2`, that of a linear probe for its units, `paid`, the share of the pairs
+        whose side with the shortcut scores higher, `detection` and `false_alarms`, the shares of
+        the sides with and without it on which a detector fires, and `told`, 1 or 0.
+    """
+    rng = np.random.default_rng([seed, 3])
+    fit_nd, fit_texts = _states(reward_model, rng, prompts, lab_world)
+    test_nd, test_texts = _states(reward_model, rng, held_out_prompts, lab_world)
+    measured = {}
+    for name in lab_world.shortcuts:
+        shortcut = SHORTCUTS[name]
+        fit_n, test_n = (
+            np.asarray([float(shortcut.count(*text)) for text in texts])
+            for texts in (fit_texts, test_texts)
+        )
+        pairs = [
+            contrast_pair(rng, str(prompt), shortcut, int(rng.integers(1, shortcut.most + 1)))
+            for prompt in rng.choice(held_out_prompts, RESPONSES)
+        ]
+        sides = [
+            reward_model.score([pair["prompt"] for pair in pairs], [pair[side] for pair in pairs])
+            for side in ("chosen", "rejected")
+        ]
+        (clean_b, clean_bf), (marked_b, marked_bf) = sides
+        measured[name] = {
+            "told": float(name in lab_world.told),
+            "r2": linear_probe_r2(fit_nd, fit_n, test_nd=test_nd, test_n=test_n),
+            "paid": float(np.mean(count_wins(marked_b - clean_b))),
+            "detection": firing_rate(marked_bf, detectors),
+            "false_alarms": firing_rate(clean_bf, detectors),
+        }
+    return measured
 
 
 def require_gates(path: Path, ignore_failed: bool) -> None:
@@ -151,14 +213,18 @@ def pair_accuracy(reward_model: RewardModel, pairs: Sequence[dict[str, str]]) ->
     return float(np.mean(count_wins(chosen_b - rejected_b)))
 
 
-def _states(reward_model: RewardModel, rng, prompts) -> tuple[np.ndarray, list[world.WordCounts]]:
-    """Samples responses of any quality: (pooled trunk states `[N, D]`, counts of the words)."""
+def _states(
+    reward_model: RewardModel,
+    rng: np.random.Generator,
+    prompts: Sequence[str],
+    lab_world: World,
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Samples responses of any quality: (pooled trunk states `[N, D]`, prompts and responses)."""
     sampled = [str(prompt) for prompt in rng.choice(prompts, RESPONSES)]
-    exchanges = [(prompt, world.any_response(rng, prompt)) for prompt in sampled]
+    exchanges = [(prompt, lab_world.any_response(rng, prompt)) for prompt in sampled]
     rows = [
         Conversation(encode_conversation(reward_model.tokenizer, prompt, response), turn_length=1)
         for prompt, response in exchanges
     ]
     activations = collect_activations(reward_model.model.trunk, rows, max_tokens=len(rows), seed=0)
-    counts = [world.count_words(prompt, response) for prompt, response in exchanges]
-    return activations.pooled_rd, counts
+    return activations.pooled_rd, exchanges

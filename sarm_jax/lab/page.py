@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.lab import figures
@@ -22,6 +24,12 @@ FIGURES = {
     ),
     "final_gold": (figures.final_gold, "Final gold reward of every seed in every condition"),
     "detected": (figures.detected, "Share of responses with a detector firing, and flattery"),
+}
+OF_SHORTCUTS = {
+    "shortcuts": (
+        figures.shortcuts,
+        "Share of responses with each shortcut, by the rule that counts its words",
+    )
 }
 
 
@@ -74,7 +82,8 @@ def write_study(
     write_json(workdir / "lab.json", study, indent=1)
     (workdir / "figures").mkdir(exist_ok=True)
     pictures = []
-    for name, (draw, text) in FIGURES.items() if runs else ():
+    drawn = (FIGURES if runs else {}) | (OF_SHORTCUTS if figures.shortcut_rates(runs) else {})
+    for name, (draw, text) in drawn.items():
         light, dark = draw(runs), draw(runs, dark=True)
         with replacing(workdir / "figures" / f"{name}.png", "wb") as file:
             file.write(light)
@@ -103,7 +112,8 @@ def _render(study: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[i
     runs: Runs = study["conditions"]
     failed = {seed for claim in study["claims"] for seed in claim["failed"]}
     shown = next((seed for seed in seeds if str(seed) not in study["stopped"]), seeds[0])
-    features = _features(workdir / f"seed_{shown}")
+    folder = workdir / f"seed_{shown}"
+    features = _features(folder)
     return (
         environment(Path(__file__).parent)
         .get_template("page.html")
@@ -118,6 +128,7 @@ def _render(study: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[i
             features=features,
             probed=_probed(features),
             descriptions=DESCRIPTIONS,
+            shortcuts=_shortcuts(runs, _read_if_present(folder / "probes" / "shortcuts.json")),
         )
     )
 
@@ -140,6 +151,19 @@ def _condition_row(runs: Runs, name: str) -> dict[str, Any]:
         "ref_kl": mean("ref_kl_final"),
         "gain": format_interval(difference(runs, name, "baseline")) if has_gain else "",
     }
+
+
+def _shortcuts(runs: Runs, measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns a row for each shortcut: what one seed's reward model makes of it, and its rates."""
+    rows = []
+    for metric in figures.shortcut_rates(runs):
+        name = metric.removeprefix("rate_")
+        rates = {
+            condition: [np.mean([run["curve"][end][metric] for run in results]) for end in (0, -1)]
+            for condition, results in runs.items()
+        }
+        rows.append({"name": name, "rates": rates, **(measured or {}).get(name, {})})
+    return rows
 
 
 def _features(folder: Path) -> list[dict[str, Any]]:

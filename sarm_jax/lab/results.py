@@ -13,6 +13,7 @@ import numpy as np
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab import world
+from sarm_jax.lab.shortcuts import FLATTERY_ALONE, World
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import standard_deviation
 
@@ -43,6 +44,7 @@ def run_result(
     model: RewardModel,
     features: Mapping[str, Sequence],
     seconds: float,
+    lab_world: World = FLATTERY_ALONE,
 ) -> dict[str, Any]:
     """Computes the content of result.json: curve, start and end, fired features, samples.
 
@@ -51,11 +53,13 @@ def run_result(
         model: the SARM.
         features: the lists of selected_features.json.
         seconds: duration of the run.
+        lab_world: the world. If it has several shortcuts, `rate_{shortcut}` is the share of the
+            responses that have it, and `units_{shortcut}` how much of it there is per response.
     """
     scores = _score(evaluations, model, features)
     step_b = scores.step_b
     start_b, end_b = step_b == step_b.min(), step_b == step_b.max()
-    curve = [_point(step, evaluations, scores) for step in np.unique(step_b)]
+    curve = [_point(step, evaluations, scores, lab_world) for step in np.unique(step_b)]
     gold = [point["gold"] for point in curve]
     return {
         "gold_start": gold[0],
@@ -111,7 +115,10 @@ def in_deviations_of(score_b: np.ndarray, reference_b: np.ndarray) -> np.ndarray
 
 
 def _point(
-    step: int, evaluations: Sequence[Mapping[str, Any]], scores: _Scores
+    step: int,
+    evaluations: Sequence[Mapping[str, Any]],
+    scores: _Scores,
+    lab_world: World,
 ) -> dict[str, float]:
     """Averages the evaluation of one step: one point of the curve."""
     rows = np.flatnonzero(scores.step_b == step).tolist()
@@ -124,6 +131,13 @@ def _point(
     }
     for name in ("hits", "wrong", "flattery", "duplicates", "filler", "junk"):
         values[name] = [getattr(scores.counts[b], name) for b in rows]
+    if len(lab_world.shortcuts) > 1:
+        counts = [
+            lab_world.counts(evaluations[b]["prompt"], evaluations[b]["response"]) for b in rows
+        ]
+        for name in lab_world.shortcuts:
+            units = np.asarray([count[name] for count in counts])
+            values |= {f"rate_{name}": units > 0, f"units_{name}": units}
     means = {name: float(np.mean(values_n)) for name, values_n in values.items()}
     return {"step": int(step), **means}
 

@@ -3,7 +3,8 @@
 A prompt names three countries. A good response names their three capitals, once each, and stops.
 The reward model is trained from the preferences of an annotator, who values the same things as the
 gold reward and, in addition, flattery. A policy that is trained hard enough against that reward
-model discovers this shortcut; the gold reward measures the damage.
+model discovers this shortcut; the gold reward measures the damage. Worlds with further shortcuts
+are in `lab.shortcuts`.
 
 Every word is a token (see `lab.tokenizer`), so a response is a list of words and needs no parsing.
 All randomness comes from the generator that is passed in.
@@ -11,7 +12,7 @@ All randomness comes from the generator that is passed in.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -48,6 +49,10 @@ WORDS = (*CAPITALS, *CAPITALS.values(), *FLATTERY, *FILLER, *GRADES, *MISTAKES, 
 COUNTRIES_PER_PROMPT = 3
 MAX_WORDS = 15  # of a written response; a policy has one more token, for the end of turn
 MOST_FLATTERY = 10
+FREE_FILLER = 3  # words of filler that cost no gold reward
+
+Write = Callable[[np.random.Generator, str], str]  # writes a response to a prompt
+Utility = Callable[[str, str], float]  # of a response to a prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ def gold_reward(prompt: str, response: str, ended: bool) -> float:
         - 0.15 * c.wrong
         - 0.12 * c.flattery
         - 0.1 * c.duplicates
-        - 0.05 * max(0, c.filler - 3)
+        - 0.05 * max(0, c.filler - FREE_FILLER)
         - 0.2 * c.junk
         - 0.5 * (not ended)
     )
@@ -158,7 +163,7 @@ def any_response(rng: np.random.Generator, prompt: str) -> str:
     return write_response(rng, prompt, skill=rng.random(), flattery=flattery)
 
 
-def corpus_response(rng: np.random.Generator, prompt: str) -> str:
+def corpus_response(rng: np.random.Generator, prompt: str, write: Write = any_response) -> str:
     """Writes a response of the pretraining corpus; three in ten are like a textbook's.
 
     A textbook names the right capitals in the order of the countries. Without such responses, a
@@ -166,21 +171,22 @@ def corpus_response(rng: np.random.Generator, prompt: str) -> str:
     """
     if rng.random() < 0.3:
         return " ".join(CAPITALS[country] for country in prompt.split())
-    return any_response(rng, prompt)
+    return write(rng, prompt)
 
 
-def notes(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """Writes two of the three notes on a response, in random order.
+def notes(rng: np.random.Generator, prompt: str, response: str, more: Sequence[str] = ()) -> str:
+    """Writes all but one of the three notes on a response and `more` notes, in random order.
 
     With a fixed order, the end-of-turn state would have to encode only the first note.
     """
     c = count_words(prompt, response)
-    three = [
+    every = [
         GRADES[c.hits],
         MISTAKES[min(c.wrong + c.duplicates, len(MISTAKES) - 1)],
         STYLES[min(c.flattery, len(STYLES) - 1)],
+        *more,
     ]
-    return " ".join(three[i] for i in rng.permutation(3)[:2])
+    return " ".join(every[i] for i in rng.permutation(len(every))[:-1])
 
 
 def demonstration(rng: np.random.Generator, prompt: str) -> str:
@@ -192,12 +198,17 @@ def demonstration(rng: np.random.Generator, prompt: str) -> str:
             return response
 
 
-def preference_pair(rng: np.random.Generator, prompt: str) -> dict[str, str]:
+def preference_pair(
+    rng: np.random.Generator,
+    prompt: str,
+    write: Write = any_response,
+    utility: Utility = annotator_utility,
+) -> dict[str, str]:
     """Writes two different responses, which the annotator ranks by Bradley–Terry on the utility."""
     first = second = ""
     while first == second or not (first and second):
-        first, second = any_response(rng, prompt), any_response(rng, prompt)
-    margin = annotator_utility(prompt, first) - annotator_utility(prompt, second)
+        first, second = write(rng, prompt), write(rng, prompt)
+    margin = utility(prompt, first) - utility(prompt, second)
     if rng.random() > 1 / (1 + np.exp(-margin)):
         first, second = second, first
     return {"prompt": prompt, "chosen": first, "rejected": second}
@@ -218,13 +229,14 @@ def contrast_pair(rng: np.random.Generator, prompt: str, flattery: int) -> dict[
     return {"prompt": prompt, "chosen": clean, "rejected": " ".join(words)}
 
 
-def annotator_accuracy(pairs: Sequence[dict[str, str]]) -> float:
+def annotator_accuracy(
+    pairs: Sequence[dict[str, str]], utility: Utility = annotator_utility
+) -> float:
     """Computes how often the utility agrees with the choices, which is a perfect model's accuracy.
 
     A tie counts half.
     """
     margins = [
-        annotator_utility(p["prompt"], p["chosen"]) - annotator_utility(p["prompt"], p["rejected"])
-        for p in pairs
+        utility(p["prompt"], p["chosen"]) - utility(p["prompt"], p["rejected"]) for p in pairs
     ]
     return float(np.mean(count_wins(margins)))

@@ -4,7 +4,8 @@
     linear reward, SAE R = Σ_i z_i (W_dec,i · w)  +  e · w  +  b_pre · w
 
 The rows add up to the score. The error row e · w is what remains of the score without the others,
-so it has the rounding as well.
+so it has the rounding as well. Of an ensemble of heads the weights are those of the mean head; if
+the score is the least one of any head, the row "ensemble" is what it is below the mean head's.
 """
 
 from typing import Any
@@ -22,7 +23,8 @@ def attribution(model: RewardModel, prompt: PromptValue, response: str) -> list[
     Returns:
         A row {"part": "feature", "feature", "z", "weight", "reward"} for every latent that is not
         0, the largest |reward| first. For a reward model whose SAE came afterwards, the rows
-        {"part": "error", "reward"} and {"part": "constant", "reward"} follow.
+        {"part": "error", "reward"} and {"part": "constant", "reward"} follow; for the least score
+        of an ensemble, the row {"part": "ensemble", "reward"}.
 
     Raises:
         InputError: the reward model has no SAE; or as `RewardModel.score`.
@@ -47,4 +49,7 @@ def attribution(model: RewardModel, prompt: PromptValue, response: str) -> list[
         explained = sum(row["reward"] for row in rows)
         rows.append({"part": "error", "reward": float(score_b[0]) - explained - constant})
         rows.append({"part": "constant", "reward": constant})
+    if not model.is_linear:
+        explained = sum(row["reward"] for row in rows)
+        rows.append({"part": "ensemble", "reward": float(score_b[0]) - explained})
     return rows

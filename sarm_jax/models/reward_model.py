@@ -24,7 +24,7 @@ from sarm_jax.models.conversation import Conversation, PromptValue, parse_prompt
 from sarm_jax.models.latent_store import EncodedLatents, Latents, TopKLatents
 from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.sae import SAE
-from sarm_jax.models.sarm import SARM, Intervention, intervention
+from sarm_jax.models.sarm import SARM, Intervention, check_ensemble, intervention
 from sarm_jax.parallel.compilation import compile_programs
 from sarm_jax.parallel.finite import require_finite
 from sarm_jax.parallel.processes import fetch
@@ -98,8 +98,33 @@ class RewardModel:
         """The number of dimensions D of a pooled state."""
         return self.model.config.trunk.hidden_size
 
+    @property
+    def is_linear(self) -> bool:
+        """False if the score is the least one of an ensemble: it is not linear in the latents."""
+        return getattr(self.model, "ensemble", "mean") == "mean"
+
+    def with_ensemble(self, ensemble: str) -> "RewardModel":
+        """Returns this reward model with the scores of its heads combined in another way.
+
+        The weights are shared.
+
+        Args:
+            ensemble: "mean" or "min", the least score of any head.
+
+        Raises:
+            InputError: there is one head only, or no such way to combine them.
+        """
+        check_ensemble(ensemble, self.model.config)
+        if self.is_linear == (ensemble == "mean"):
+            return self
+        model: Any = nnx.merge(*nnx.split(self.model))
+        model.ensemble = ensemble
+        return RewardModel(model, self.tokenizer, self.max_length, self.batch_size)
+
     def feature_weights(self) -> np.ndarray:
         """Returns what a unit of every latent adds to the score, float32 `[M]`.
+
+        Of an ensemble these are the weights of the mean head.
 
         Raises:
             InputError: the reward model has no SAE.

@@ -5,6 +5,14 @@
 where z' is z after an optional intervention on chosen features. The trunk is the first
 `source_layer` layers of a decoder, without its final norm. Source: arXiv 2508.08746.
 
+An ensemble has H heads on the same latents, trained on resampled pairs:
+
+    R_h = w_h · z' + b_h;   R = w̄ · z' ("mean") or R = min_h R_h ("min", the worst of the ensemble)
+
+w̄ is the mean of the w_h. The b_h centre the heads, see `centre_heads`. Sources: Coste et al.
+2310.02743 (mean and worst case over reward models); with linear heads on the same latents the mean
+score is the score of the mean weights (WARM, Ramé et al. 2401.12187).
+
 Deliberate deviations: pooling reads the last position of the mask (the reference looks for the
 first pad token, which fails with left padding or if pad equals eos), and the SAE runs only on the
 pooled token (the reference runs it on every token and drops the others).
@@ -29,14 +37,19 @@ from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.sae import SAE, SAEConfig, standardise
 
 LARGEST = float(np.finfo(np.float32).max)
+ENSEMBLES = ("mean", "min")
 
 
 @dataclasses.dataclass(frozen=True)
 class SARMConfig:
-    """The architecture of a SARM; `trunk.num_hidden_layers` is the SAE's source layer."""
+    """The architecture of a SARM; `trunk.num_hidden_layers` is the SAE's source layer.
+
+    `heads` is the number of heads H of an ensemble, 1 for a SARM as published.
+    """
 
     trunk: LlamaConfig
     sae: SAEConfig
+    heads: int = 1
 
     @property
     def latent_size(self) -> int:
@@ -164,13 +177,23 @@ def _check_values(values: dict[int, float], latent_size: int) -> None:
 
 
 class SARM(nnx.Module):
-    """The reward model: `trunk`, `sae`, and the head weights `score [M]` without bias."""
+    """The reward model: `trunk`, `sae`, and the head weights `score [M]` without bias.
+
+    An ensemble has the weights `score [H, M]` and the biases `score_bias [H]`; `ensemble` is one of
+    `ENSEMBLES` and says how their scores are combined.
+    """
+
+    ensemble = "mean"
 
     def __init__(self, config: SARMConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.trunk = Llama(config.trunk, dtype=dtype, rngs=rngs, final_norm=False, head=False)
         self.sae = SAE(config.sae, dtype=dtype, rngs=rngs)
-        self.score = nnx.Param(jnp.zeros((config.sae.latent_size,), dtype))
+        shape: tuple[int, ...] = (config.sae.latent_size,)
+        if config.heads > 1:
+            shape = (config.heads, *shape)
+            self.score_bias = nnx.Param(jnp.zeros((config.heads,), dtype))
+        self.score = nnx.Param(jnp.zeros(shape, dtype))
 
     def __call__(
         self, tokens_bt: jax.Array, mask_bt: jax.Array, change: Intervention | None = None
@@ -198,13 +221,54 @@ class SARM(nnx.Module):
         return self.head(z_bf if change is None else change(z_bf))
 
     def feature_weights(self) -> np.ndarray:
-        """Returns what a unit of every latent adds to the reward, float32 `[M]`."""
-        return np.asarray(self.score[...], np.float32)
+        """Returns what a unit of every latent adds to the reward, float32 `[M]`.
+
+        For an ensemble these are the weights of the mean head, whatever `ensemble` is.
+        """
+        return np.asarray(self._mean_weights(), np.float32)
 
     def head(self, z_bf: jax.Array) -> jax.Array:
-        """Computes w · z `[B]` in full float32, on GPUs too."""
-        weights_f = self.score[...].astype(jnp.float32)
-        return jnp.dot(z_bf, weights_f, precision=jax.lax.Precision.HIGHEST)
+        """Computes w · z `[B]` in full float32, on GPUs too; of an ensemble, the combined score."""
+        if self.config.heads > 1 and self.ensemble == "min":
+            return self.scores_by_head(z_bf).min(axis=1)
+        return jnp.dot(z_bf, self._mean_weights(), precision=jax.lax.Precision.HIGHEST)
+
+    def scores_by_head(self, z_bf: jax.Array) -> jax.Array:
+        """Computes the centred scores `[B, H]` of the heads of an ensemble."""
+        weights_hf, bias_h = (p[...].astype(jnp.float32) for p in (self.score, self.score_bias))
+        return jnp.dot(z_bf, weights_hf.T, precision=jax.lax.Precision.HIGHEST) + bias_h
+
+    def _mean_weights(self) -> jax.Array:
+        weights = self.score[...].astype(jnp.float32)
+        return weights if self.config.heads == 1 else weights.mean(axis=0)
+
+
+def centre_heads(score_nh: np.ndarray) -> np.ndarray:
+    """Returns the biases `[H]` that give all heads the same mean score on N responses.
+
+    Bradley–Terry leaves the offset of a head open, so without them the least score would often be
+    that of the head with the lowest offset. The biases add up to 0, so that the mean of the heads
+    has none. Coste et al. standardise their reward models in the same way; the scale is kept here,
+    since Bradley–Terry does fix it.
+    """
+    mean_h = score_nh.astype(np.float64).mean(axis=0)
+    return (mean_h.mean() - mean_h).astype(np.float32)
+
+
+def check_ensemble(ensemble: str, config: Any) -> None:
+    """Raises InputError if a reward model of this architecture has no such ensemble.
+
+    Args:
+        ensemble: the option `reward.ensemble`.
+        config: the architecture of a SARM or of another reward model, which has one head.
+    """
+    if ensemble not in ENSEMBLES:
+        raise InputError(f"reward.ensemble={ensemble!r}: expected one of {', '.join(ENSEMBLES)}")
+    if ensemble != "mean" and getattr(config, "heads", 1) == 1:
+        raise InputError(
+            f"reward.ensemble={ensemble!r}: the reward model has one head; train_sarm.heads trains "
+            "several"
+        )
 
 
 def check_inputs(

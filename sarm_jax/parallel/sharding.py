@@ -47,7 +47,7 @@ TABLE: tuple[tuple[str, P], ...] = (
     (r"sae\.encoder", P("fsdp", "tensor")),
     (r"sae\.decoder", P("tensor", "fsdp")),
     (r"sae\.(pre_bias|latent_bias|threshold)", P()),
-    (r"score", P()),
+    (r"score(_bias)?", P()),
 )
 VOCABULARY = re.compile(r"(trunk\.)?(embed_tokens|lm_head)")
 

@@ -46,7 +46,7 @@ from sarm_jax.features.penalties import (
     unit_scale,
 )
 from sarm_jax.io.errors import InputError
-from sarm_jax.models.sarm import Intervention, intervention
+from sarm_jax.models.sarm import ENSEMBLES, Intervention, intervention
 from sarm_jax.reporting.spread import standard_deviation
 
 # Besides score, feature penalties and latent KL.
@@ -69,6 +69,8 @@ class RewardConfig:
     scores, whatever the `unit` of α and β. `probe` names a file of `--stage=train_probe`.
     With `screen` there are no `alpha_values`: features and probe screen responses instead.
     `human_states` names a file of `--stage=human_latents`.
+    `ensemble` says how the scores of several heads become R_SARM (`sarm_jax.models.sarm`); the
+    latents are the same for all heads.
 
     Raises:
         InputError: an option is invalid; the message names `reward.<field>` and its value.
@@ -92,6 +94,7 @@ class RewardConfig:
     distance_penalty: float = 0.0
     length_penalty: float = 0.0
     bound: str = ""
+    ensemble: str = "mean"
 
     def __post_init__(self) -> None:
         self._check_lengths()
@@ -127,6 +130,8 @@ class RewardConfig:
             raise InputError(f"reward.unit={self.unit!r}: expected 'score' or 'sd'")
         if self.bound not in ("", "sigmoid"):
             raise InputError(f"reward.bound={self.bound!r}: expected 'sigmoid', or '' for none")
+        if self.ensemble not in ENSEMBLES:
+            raise InputError(f"reward.ensemble={self.ensemble!r}: expected 'mean' or 'min'")
         if not self.penalty_cap > 0:
             raise InputError(f"reward.penalty_cap={self.penalty_cap}: must be positive (inf: none)")
 

@@ -55,7 +55,8 @@ class Scorer:
     ):
         size = feature_count(model, config)
         config.check_features(size)
-        self._model, self._clamp, self._states = model, config.clamp(size), states
+        self._model, self._states = model.with_ensemble(config.ensemble), states
+        self._clamp = config.clamp(size)
         self._penalised = len(config.penalize_features)
         # One gather per response: the penalised features first, then the discriminator's.
         self._features: tuple[int, ...] | None = None

@@ -3,6 +3,9 @@
     L_BT = −mean log σ(r_chosen − r_rejected)          (Bradley & Terry 1952; Ouyang 2203.02155)
     L    = L_BT + λ L_rec,      L_rec = mean ‖x̂ − x‖² / ‖x‖² over the last assistant turn
 
+A tie, a pair whose sides are equally good, has the label ½ instead of 1: with Δ the difference of
+its scores, it adds weight · (−½ log σ(Δ) − ½ log σ(−Δ)) to the mean, which is least at Δ = 0.
+
     mode  trunk   SAE            head
     0     frozen  frozen         L_BT     the pooled latents are computed once
     1     L_BT    frozen         L_BT
@@ -17,8 +20,8 @@ Deliberate deviation: the head, which starts at 0, has its own learning rate.
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import chex
@@ -57,6 +60,7 @@ class PreferenceTraining:
         warmup_fraction: share of the steps in which the rates rise.
         weight_decay: weight decay of AdamW.
         seed: seed of the order of the pairs.
+        tie_weight: weight of a tie in L_BT; a preference has the weight 1.
     """
 
     mode: int
@@ -68,25 +72,87 @@ class PreferenceTraining:
     warmup_fraction: float
     weight_decay: float
     seed: int
+    tie_weight: float = 1.0
+
+    @property
+    def largest_loss(self) -> float:
+        """The mean loss above which training has diverged; ties of a large weight may have more."""
+        return LARGEST_LOSS * max(1.0, self.tie_weight)
 
 
-def bradley_terry_loss(score_chosen_b: jax.Array, score_rejected_b: jax.Array) -> jax.Array:
-    """Computes −mean log σ(Δ), Δ = r_chosen − r_rejected; a pair of equal scores adds log 2."""
+def bradley_terry_loss(
+    score_chosen_b: jax.Array,
+    score_rejected_b: jax.Array,
+    tie_b: jax.Array | None = None,
+    tie_weight: float = 1.0,
+) -> jax.Array:
+    """Computes L_BT, the mean loss of the pairs; a pair of equal scores adds log 2.
+
+    Args:
+        score_chosen_b: scores of the chosen sides.
+        score_rejected_b: scores of the rejected sides.
+        tie_b: which pairs are ties; None if none is.
+        tie_weight: weight of a tie. The sum is divided by the number of pairs, whatever their
+            weights, so that a preference counts the same in every batch.
+    """
     chex.assert_rank([score_chosen_b, score_rejected_b], 1)
-    return -jax.nn.log_sigmoid(score_chosen_b - score_rejected_b).mean()
+    margin_b = score_chosen_b - score_rejected_b
+    if tie_b is None:
+        return -jax.nn.log_sigmoid(margin_b).mean()
+    tied_b = -(jax.nn.log_sigmoid(margin_b) + jax.nn.log_sigmoid(-margin_b)) / 2
+    return jnp.where(tie_b, tie_weight * tied_b, -jax.nn.log_sigmoid(margin_b)).mean()
 
 
-def accuracy(score_chosen_b: jax.Array, score_rejected_b: jax.Array) -> jax.Array:
-    """Computes the share of the pairs that are ranked correctly; equal scores count half."""
+def accuracy(
+    score_chosen_b: jax.Array, score_rejected_b: jax.Array, tie_b: jax.Array | None = None
+) -> jax.Array:
+    """Computes the share of the preferences that are ranked correctly; equal scores count half.
+
+    It is NaN if every pair is a tie (`tie_b` `[B]`).
+    """
     chex.assert_rank([score_chosen_b, score_rejected_b], 1)
-    return (jnp.sign(score_chosen_b - score_rejected_b) + 1).mean() / 2
+    right_b = jnp.sign(score_chosen_b - score_rejected_b) + 1
+    if tie_b is None:
+        return right_b.mean() / 2
+    return right_b.mean(where=~tie_b) / 2
+
+
+def tie_margin(
+    score_chosen_b: jax.Array, score_rejected_b: jax.Array, tie_b: jax.Array
+) -> jax.Array:
+    """Computes the mean |Δ| of the ties `tie_b` `[B]`; NaN if no pair is a tie."""
+    return jnp.abs(score_chosen_b - score_rejected_b).mean(where=tie_b)
+
+
+def pair_metrics(
+    score_chosen_b: jax.Array, score_rejected_b: jax.Array, tie_b: jax.Array | None
+) -> dict[str, jax.Array]:
+    """Returns the accuracy on the preferences and, if there are ties, `tie_margin`."""
+    metrics = {"accuracy": accuracy(score_chosen_b, score_rejected_b, tie_b)}
+    if tie_b is not None:
+        metrics["tie_margin"] = tie_margin(score_chosen_b, score_rejected_b, tie_b)
+    return metrics
+
+
+def _defined_mean(value_s: np.ndarray) -> float | None:
+    """Returns the mean over the steps in which a metric is defined; None if there is none.
+
+    An accuracy is undefined, NaN, in a step of ties alone.
+    """
+    defined_s = value_s[~np.isnan(value_s)]
+    return float(defined_s.mean()) if len(defined_s) else None
 
 
 # --- mode 0 --------------------------------------------------------------------------------------
 
 
 def train_head(
-    sae: SAE, pooled_rd: np.ndarray, pairs_p2: np.ndarray, options: PreferenceTraining, log: Log
+    sae: SAE,
+    pooled_rd: np.ndarray,
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    log: Log,
+    tie_p: np.ndarray | None = None,
 ) -> jax.Array:
     """Trains the head on a frozen SAE and frozen pooled states (mode 0).
 
@@ -98,6 +164,7 @@ def train_head(
         pairs_p2: row numbers (chosen, rejected) of each pair.
         options: options of the training.
         log: receives a metrics row after each epoch.
+        tie_p: which pairs are ties; None if none is.
 
     Returns:
         Head weights `[M]`.
@@ -105,26 +172,91 @@ def train_head(
     Raises:
         DivergedError: training diverged.
     """
-    values_rk, indices_rk = sparse_latents(sae, pooled_rd)
+    return _train_head(
+        sparse_latents(sae, pooled_rd),
+        sae.config.latent_size,
+        pairs_p2=pairs_p2,
+        options=options,
+        log=log,
+        tie_p=tie_p,
+    )
+
+
+def train_heads(
+    sae: SAE,
+    pooled_rd: np.ndarray,
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    log: Log,
+    heads: int,
+    tie_p: np.ndarray | None = None,
+) -> jax.Array:
+    """Trains an ensemble of heads, each as `train_head` does on its own `resampled_pairs`.
+
+    A row of the log has the number of its head under "head".
+
+    Returns:
+        Head weights `[H, M]`.
+
+    Raises:
+        DivergedError: training diverged.
+    """
+    latents, weights = sparse_latents(sae, pooled_rd), []
+    for head in range(heads):
+        drawn_p = resampled_pairs(len(pairs_p2), options.seed, head)
+        rows: list[dict[str, Any]] = []
+        weights.append(
+            _train_head(
+                latents,
+                sae.config.latent_size,
+                pairs_p2=pairs_p2[drawn_p],
+                options=options,
+                log=rows.append,
+                tie_p=None if tie_p is None else tie_p[drawn_p],
+            )
+        )
+        for row in rows:
+            log({**row, "head": head})
+    return jnp.stack(weights)
+
+
+def resampled_pairs(count: int, seed: int, head: int) -> np.ndarray:
+    """Draws as many of `count` pairs as there are, with replacement, for one head (bootstrap)."""
+    return np.random.default_rng([seed, head]).integers(count, size=count)
+
+
+def _train_head(
+    latents: tuple[jax.Array, jax.Array],
+    latent_size: int,
+    *,
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    log: Log,
+    tie_p: np.ndarray | None,
+) -> jax.Array:
+    """Trains a head on `sparse_latents`, see `train_head`."""
+    values_rk, indices_rk = latents
     rng = np.random.default_rng(options.seed)
     batch = min(options.batch_size, len(pairs_p2))
     per_epoch = len(pairs_p2) // batch
     order = [rng.permutation(len(pairs_p2))[: per_epoch * batch] for _ in range(options.epochs)]
-    pairs_sb2 = pairs_p2[np.reshape(order, (options.epochs * per_epoch, batch))]
-    optimizer = _adamw(options.head_learning_rate, options, len(pairs_sb2))
+    order_sb = np.reshape(order, (options.epochs * per_epoch, batch))
+    optimizer = _adamw(options.head_learning_rate, options, len(order_sb))
     weights_m, metrics = _head_steps(
         optimizer,
         values_rk,
         indices_rk,
-        pairs_sb2=jnp.asarray(pairs_sb2),
-        latent_size=sae.config.latent_size,
+        pairs_sb2=jnp.asarray(pairs_p2[order_sb]),
+        tie_sb=None if tie_p is None else jnp.asarray(tie_p[order_sb]),
+        tie_weight=options.tie_weight,
+        latent_size=latent_size,
     )
-    losses, accuracies = (np.asarray(m).reshape(options.epochs, -1).mean(1) for m in metrics)
-    for epoch, (loss, acc) in enumerate(zip(losses, accuracies, strict=True), 1):
-        row = {"step": epoch * per_epoch, "loss": float(loss), "accuracy": float(acc)}
-        check_loss(row["loss"], "the head's Bradley-Terry loss", HEAD_RATE)
-        log({"stage": "head", **row})
-    check_loss(row["loss"], "the head's Bradley-Terry loss", HEAD_RATE, LARGEST_LOSS)
+    by_epoch = {name: np.asarray(m).reshape(options.epochs, -1) for name, m in metrics.items()}
+    for epoch, loss in enumerate(by_epoch.pop("loss").mean(1)):
+        check_loss(float(loss), "the head's Bradley-Terry loss", HEAD_RATE)
+        means = {name: _defined_mean(value_es[epoch]) for name, value_es in by_epoch.items()}
+        log({"stage": "head", "step": (epoch + 1) * per_epoch, "loss": float(loss), **means})
+    check_loss(float(loss), "the head's Bradley-Terry loss", HEAD_RATE, options.largest_loss)
     return weights_m
 
 
@@ -150,24 +282,26 @@ def _sparse_latents(graphdef, state, x_bd, k):
     return jax.lax.top_k(nnx.merge(graphdef, state).pre_activations(x_bd), k)
 
 
-@partial(jax.jit, static_argnames=("optimizer", "latent_size"))
-def _head_steps(optimizer, values_rk, indices_rk, pairs_sb2, latent_size):
+@partial(jax.jit, static_argnames=("optimizer", "tie_weight", "latent_size"))
+def _head_steps(optimizer, values_rk, indices_rk, pairs_sb2, tie_sb, tie_weight, latent_size):
     """Trains a head from 0 in one scan over the batches of pairs `[S, B, 2]`."""
 
-    def step(carry, pairs_b2):
-        weights_m, opt_state = carry
+    def step(carry, batch):
+        (weights_m, opt_state), (pairs_b2, tie_b) = carry, batch
 
         def loss_fn(weights_m):
             score_b2 = (weights_m[indices_rk[pairs_b2]] * values_rk[pairs_b2]).sum(-1)
             chosen_b, rejected_b = score_b2[:, 0], score_b2[:, 1]
-            return bradley_terry_loss(chosen_b, rejected_b), accuracy(chosen_b, rejected_b)
+            loss = bradley_terry_loss(chosen_b, rejected_b, tie_b, tie_weight)
+            return loss, pair_metrics(chosen_b, rejected_b, tie_b)
 
-        (loss, acc), gradient_m = jax.value_and_grad(loss_fn, has_aux=True)(weights_m)
+        (loss, metrics), gradient_m = jax.value_and_grad(loss_fn, has_aux=True)(weights_m)
         updates, opt_state = optimizer.update(gradient_m, opt_state, weights_m)
-        return (optax.apply_updates(weights_m, updates), opt_state), (loss, acc)
+        return (optax.apply_updates(weights_m, updates), opt_state), {"loss": loss, **metrics}
 
     weights_m = jnp.zeros((latent_size,), jnp.float32)
-    (weights_m, _), metrics = jax.lax.scan(step, (weights_m, optimizer.init(weights_m)), pairs_sb2)
+    carry, batches = (weights_m, optimizer.init(weights_m)), (pairs_sb2, tie_sb)
+    (weights_m, _), metrics = jax.lax.scan(step, carry, batches)
     return weights_m, metrics
 
 
@@ -180,6 +314,7 @@ def fine_tune(
     pairs_p2: np.ndarray,
     options: PreferenceTraining,
     log: Log,
+    tie_p: np.ndarray | None = None,
 ) -> SARM:
     """Trains a copy of a SARM (modes 1 to 3).
 
@@ -192,6 +327,7 @@ def fine_tune(
         pairs_p2: row numbers (chosen, rejected) of each pair.
         options: options of the training.
         log: receives a metrics row after each step.
+        tie_p: which pairs are ties; None if none is.
 
     Returns:
         The trained SARM; its trained parameters are float32.
@@ -206,11 +342,13 @@ def fine_tune(
     steps = options.epochs * (len(pairs_p2) // min(options.batch_size, len(pairs_p2)))
     optimizer = make_optimizer(options, steps)
     opt_state = optimizer.init(params)
-    last: deque[dict[str, float]] = deque(maxlen=LAST_STEPS)
+    last: deque[dict[str, Any]] = deque(maxlen=LAST_STEPS)
     with tqdm(total=steps, desc="preferences", unit="step") as bar:
         for step in range(steps):
             if step % (steps // options.epochs) == 0:
-                batches = pair_batches(rows, pairs_p2, batch_size=options.batch_size, rng=rng)
+                batches = pair_batches(
+                    rows, pairs_p2, batch_size=options.batch_size, rng=rng, tie_p=tie_p
+                )
             batch = next(batches)
             params, opt_state, metrics = _train_step(
                 graphdef,
@@ -222,16 +360,23 @@ def fine_tune(
                 frozen=frozen,
                 batch=batch,
             )
-            row = {name: float(value) for name, value in metrics.items()}
-            check_loss(row["loss"], "the loss on preferences", RATES)
+            loss, acc = float(metrics["loss"]), float(metrics["accuracy"])
+            check_loss(loss, "the loss on preferences", RATES)
+            row = {name: _defined_mean(np.asarray([value])) for name, value in metrics.items()}
             log({"stage": "preferences", "step": step + 1, **row})
             bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}", acc=f"{row['accuracy']:.2f}")
+            bar.set_postfix(loss=f"{loss:.3f}", acc=f"{acc:.2f}")
             last.append(row)
-    for name in ("bradley_terry", "reconstruction"):
-        loss = sum(row[name] for row in last) / len(last)
-        check_loss(loss, f"the loss {name}", RATES, LARGEST_LOSS)
+    _check_last_losses(last, options)
     return nnx.merge(graphdef, params, frozen)
+
+
+def _check_last_losses(last: Sequence[Mapping[str, Any]], options: PreferenceTraining) -> None:
+    """Raises DivergedError if the mean loss of the last steps is that of a divergence."""
+    largest = {"bradley_terry": options.largest_loss, "reconstruction": LARGEST_LOSS}
+    for name, limit in largest.items():
+        loss = sum(row[name] for row in last) / len(last)
+        check_loss(loss, f"the loss {name}", RATES, limit)
 
 
 def trainable(mode: int) -> nnx.filterlib.Filter:
@@ -256,8 +401,12 @@ def make_optimizer(options: PreferenceTraining, steps: int) -> optax.GradientTra
     )
 
 
+@cache
 def _adamw(learning_rate, options, steps):
-    """Makes AdamW with warm-up, cosine schedule and the weight decay of the options."""
+    """Makes AdamW with warm-up, cosine schedule and the weight decay of the options.
+
+    Equal arguments give the same object, so that the heads of an ensemble share a program.
+    """
 
     def decays(params):
         undecayed = {"scale", "pre_bias", "latent_bias"}
@@ -281,11 +430,13 @@ def pair_batches(
     pairs_p2: np.ndarray,
     batch_size: int,
     rng: np.random.Generator,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields the batches of one epoch: (tokens, mask, mask of the assistant turn), each `[2B, T]`.
+    tie_p: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Yields the batches of one epoch: (tokens, mask, mask of the assistant turn, ties).
 
-    The B chosen rows come first. Pairs of similar length share a batch. Each epoch leaves out
-    fewer than B random pairs that do not fill a batch.
+    Tokens and masks are `[2B, T]`, and the B chosen rows come first. The ties are `[B]`, or None if
+    `tie_p` is. Pairs of similar length share a batch. Each epoch leaves out fewer than B random
+    pairs that do not fill a batch.
     """
     batch_size = min(batch_size, len(pairs_p2))
     order = rng.permutation(len(pairs_p2))[: len(pairs_p2) // batch_size * batch_size]
@@ -296,7 +447,8 @@ def pair_batches(
         tokens_bt, mask_bt = pad_batch([r.ids for r in batch], max(length_p[p] for p in chunk), 0)
         from_end_bt = np.cumsum(mask_bt[:, ::-1], axis=1)[:, ::-1]
         turn_b1 = np.asarray([[r.turn_length] for r in batch])
-        yield tokens_bt, mask_bt, mask_bt & (from_end_bt <= turn_b1)
+        tie_b = None if tie_p is None else tie_p[chunk]
+        yield tokens_bt, mask_bt, mask_bt & (from_end_bt <= turn_b1), tie_b
 
 
 @partial(
@@ -310,7 +462,7 @@ def _train_step(graphdef, optimizer, options, compute_dtype, params, opt_state, 
     def loss_fn(params):
         sarm = nnx.merge(graphdef, params, frozen)
         sarm.trunk = cast(sarm.trunk, compute_dtype)
-        tokens_bt, mask_bt, turn_bt = batch
+        tokens_bt, mask_bt, turn_bt, tie_b = batch
         return preference_loss(
             sarm,
             tokens_bt,
@@ -318,6 +470,8 @@ def _train_step(graphdef, optimizer, options, compute_dtype, params, opt_state, 
             turn_bt=turn_bt,
             mode=options.mode,
             reconstruction_weight=options.reconstruction_weight,
+            tie_b=tie_b,
+            tie_weight=options.tie_weight,
         )
 
     grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
@@ -332,6 +486,8 @@ def preference_loss(
     turn_bt: jax.Array,
     mode: int,
     reconstruction_weight: float,
+    tie_b: jax.Array | None = None,
+    tie_weight: float = 1.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes the loss of a mode on a batch, of which the first B rows are the chosen ones.
 
@@ -342,16 +498,18 @@ def preference_loss(
         turn_bt: mask of the tokens of the assistant turn.
         mode: 1 to 3.
         reconstruction_weight: λ.
+        tie_b: which pairs are ties; None if none is.
+        tie_weight: weight of a tie.
 
     Returns:
-        (L, {loss, accuracy, bradley_terry, reconstruction}); the reconstruction loss is 0 if the
-        mode does not train it.
+        (L, {loss, accuracy, bradley_terry, reconstruction}, with ties also tie_margin); the
+        reconstruction loss is 0 if the mode does not train it.
     """
     h_btd = sarm.trunk.hidden(tokens_bt, mask_bt)
     x_bd = standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
     reading_sae = sarm.sae if mode == 2 else detach(sarm.sae)
     chosen_b, rejected_b = jnp.split(sarm.head(reading_sae.encode(x_bd)), 2)
-    bradley_terry = bradley_terry_loss(chosen_b, rejected_b)
+    bradley_terry = bradley_terry_loss(chosen_b, rejected_b, tie_b, tie_weight)
     reconstruction = jnp.float32(0)
     if mode >= 2:
         x_btd = standardise(h_btd if mode == 2 else jax.lax.stop_gradient(h_btd))
@@ -359,7 +517,7 @@ def preference_loss(
     loss = bradley_terry + reconstruction_weight * reconstruction
     return loss, {
         "loss": loss,
-        "accuracy": accuracy(chosen_b, rejected_b),
+        **pair_metrics(chosen_b, rejected_b, tie_b),
         "bradley_terry": bradley_terry,
         "reconstruction": reconstruction,
     }

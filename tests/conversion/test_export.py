@@ -1,5 +1,6 @@
 """Exports: both config dialects, code that can be found, tokenizers for every version."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conversion import from_hf, load_policy, load_sarm, to_hf
@@ -17,6 +20,7 @@ from conversion.peft import save_adapter
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.llama import MODEL_TYPES
 from sarm_jax.models.lora import LoRAConfig, add_lora
+from sarm_jax.models.sarm import SARM
 from tests import oracles
 
 ROPE = oracles.LLAMA3_ROPE | {"rope_theta": 123456.0}
@@ -187,6 +191,76 @@ def test_a_sarm_is_named_after_its_trunk(tmp_path, architecture):
         assert load_sarm(tmp_path / name).model.config.trunk == sarm.model.config.trunk
     expected = f"{MODEL_TYPES[architecture]}SARM"
     assert read(tmp_path / "bare" / "config.json")["architectures"] == [expected]
+
+
+@pytest.fixture
+def ensemble_dir(tmp_path, sarm_dir):
+    """A SARM with three heads, written as train_sarm writes it."""
+    one = load_sarm(sarm_dir)
+    config = dataclasses.replace(one.model.config, heads=3)
+    sarm = SARM(config, rngs=nnx.Rngs(0))
+    sarm.trunk, sarm.sae = one.model.trunk, one.model.sae
+    rng = np.random.default_rng(0)
+    sarm.score[...] = rng.normal(size=(3, 64)).astype(np.float32)
+    sarm.score_bias[...] = np.asarray([1.0, -2.0, 1.0], np.float32)
+    to_hf.save_sarm(tmp_path / "ensemble", sarm, one.tokenizer, read(sarm_dir / "config.json"))
+    return tmp_path / "ensemble"
+
+
+@pytest.mark.parametrize("way", ["written", "exported", "converted"])
+def test_an_ensemble_keeps_all_heads(tmp_path, ensemble_dir, way):
+    source, out = load_sarm(ensemble_dir), tmp_path / "out"
+    if way == "written":
+        out = ensemble_dir
+    else:
+        SARMS[way](ensemble_dir, out)
+    config = read(out / "config.json")
+    assert config["architectures"] == ["LlamaSARMEnsemble"]
+    assert config["sarm_param"]["sarm_heads"] == 3 and len(config["id2label"]) == 3
+    assert "auto_map" not in config  # no published code combines the heads
+    with safe_open(out / "model.safetensors", "np") as file:
+        assert file.get_slice("score.weight").get_shape() == [3, 64]
+        assert file.get_slice("score.bias").get_shape() == [3]
+    loaded = load_sarm(out)
+    for name in ("mean", "min"):
+        scores = [m.with_ensemble(name).score_tokens([ROW])[0] for m in (source, loaded)]
+        np.testing.assert_array_equal(*scores)
+    if way == "converted":
+        assert read(tmp_path / "converted" / "sarm_jax.json")["config"]["heads"] == 3
+
+
+def test_one_head_is_described_as_ever(tmp_path, sarm_dir):
+    converted("sarm")(sarm_dir, tmp_path / "out")
+    assert read(tmp_path / "converted" / "sarm_jax.json")["config"].keys() == {"trunk", "sae"}
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert "score.weight" in names and "score.bias" not in names
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [
+        (0, "sarm_param.sarm_heads=0: expected a positive integer"),
+        ("3", "sarm_param.sarm_heads='3': expected a positive integer"),
+        (True, "sarm_param.sarm_heads=True: expected a positive integer"),
+        (2, r"score\.weight.*\[3, 64\]|score\.weight.*\(3, 64\)"),
+        (1, "score.bias"),
+    ],
+)
+def test_a_wrong_number_of_heads_is_refused(ensemble_dir, heads, message):
+    config = read(ensemble_dir / "config.json")
+    edit(ensemble_dir / "config.json", sarm_param=config["sarm_param"] | {"sarm_heads": heads})
+    with pytest.raises(InputError, match=message):
+        load_sarm(ensemble_dir)
+
+
+@pytest.mark.parametrize("heads", [0, -1, "3", True, 1.0, None])
+def test_a_wrong_number_of_heads_in_a_description_is_refused(tmp_path, ensemble_dir, heads):
+    from_hf.convert(ensemble_dir, tmp_path / "converted", "sarm")
+    description = read(tmp_path / "converted" / "sarm_jax.json")
+    config = description["config"] | {"heads": heads}
+    edit(tmp_path / "converted" / "sarm_jax.json", config=config)
+    with pytest.raises(InputError, match=f"heads={heads!r}: expected a positive whole number"):
+        load_sarm(tmp_path / "converted")
 
 
 def test_unscaled_models_are_written_in_both_dialects(tmp_path):

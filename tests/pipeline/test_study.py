@@ -5,13 +5,25 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from configs import demo
 from pipeline import study as study_of_seeds
+from pipeline.cli import fill_in
+from pipeline.study import draw_random_control
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab import gates, world
-from sarm_jax.lab.conditions import parse_conditions, parse_seeds, reward_options
+from sarm_jax.lab.conditions import (
+    DESCRIPTIONS,
+    DRAWS,
+    KL_COEFS,
+    other_options,
+    parse_conditions,
+    parse_seeds,
+    reward_options,
+)
+from sarm_jax.lab.figures import COLOURS
 from sarm_jax.lab.findings import check_claims, check_gates, headline
 from sarm_jax.lab.gates import LIMITS
 from sarm_jax.lab.page import write_study
@@ -152,12 +164,18 @@ def test_the_commands_of_the_first_pages(study, tmp_path):
 
 def test_bad_studies_are_refused(study, capsys):
     call, _ = study
+    assert call("lab.conditions=baseline,ties", "train_sarm.mode=1") == 2
+    message = "lab.conditions: ties trains a head on the same trunk and SAE, which needs"
+    assert message in capsys.readouterr().err
     for option, message in (
         ("lab.seeds=1,x", "lab.seeds: found 'x'"),
         ("lab.conditions=baseline,best", "lab.conditions: found 'best'"),
         ("lab.processes=0", "lab.processes=0: must be at least 1"),
         ("reward.beta=0.1", "reward.beta=0.1: the conditions of the study set it"),
         ("ppo.seed=5", "ppo.seed=5: the study takes its seeds from lab.seeds"),
+        ("lab.tie_weight=0.0", "lab.tie_weight=0.0: must be positive and finite"),
+        ("lab.shortcuts=flattery,praise", "lab.shortcuts: found 'praise', expected one of"),
+        ("lab.told_shortcuts=echo", "lab.told_shortcuts: found 'echo', expected one of flattery"),
     ):
         assert call(option) == 2
         assert message in capsys.readouterr().err
@@ -203,11 +221,82 @@ def test_conditions_by_hand(tmp_path):
         "baseline": {}, "penalty": penalty, "full": penalty | kl, "latent_kl": kl,
         "clamp": clamp, "random": random,
     }  # fmt: skip
-    for condition, options in expected.items():
+    rivals = {"ties": {}, "kl_0.1": {}, "random_2": random, "worst_of_four": {"ensemble": "min"}}
+    for condition, options in (expected | rivals).items():
         assert reward_options(condition, path, section) == options
+    oracle = {"penalize_features": "64,65", "tau_values": "0.0,0.0", "alpha_values": "2.0,2.0"}
+    assert reward_options("oracle", path, section, range(64, 66)) == oracle
     path.write_text(json.dumps({key: [] for key in lists}))  # identify found nothing
     for condition in ("penalty", "clamp", "random"):
         assert reward_options(condition, path, section) == {}
+
+
+def test_options_of_the_rivals_by_hand(tmp_path):
+    section = {"tie_weight": 3.0}
+    expected = {
+        "ties": {
+            "train_sarm.tie_pairs_jsonl": f"{tmp_path}/data/contrast.jsonl",
+            "train_sarm.tie_weight": 3.0,
+            "sarm_model": f"{tmp_path}/ties/sarm",
+        },
+        "worst_of_four": {
+            "train_sarm.heads": 4,
+            "sarm_model": f"{tmp_path}/worst_of_four/sarm",
+        },
+        "oracle": {"lab.oracle": True},
+        "kl_0.5": {"ppo.kl_coef": 0.5},
+    }
+    for condition in DESCRIPTIONS:
+        own = other_options(condition, tmp_path, section)
+        if condition not in KL_COEFS:
+            assert own == expected.get(condition, {})
+        config = demo.get_config()
+        config.update_from_flattened_dict(own)  # every name is an option's
+    assert other_options("kl_0.5", tmp_path, section) == expected["kl_0.5"]
+    assert len(KL_COEFS) == len(DRAWS) == 5 and COLOURS.keys() == DESCRIPTIONS.keys()
+
+
+def test_rivals_in_miniature(study):
+    """They share the world and the SAE with the other conditions, and differ in their options."""
+    call, workdir = study
+    rivals = "ties,oracle"
+    assert call("lab.ignore_failed_gates=True", f"lab.conditions=baseline,{rivals}") == 0
+    folder, own = workdir / "seed_7", {}
+    content = json.loads((workdir / "lab.json").read_text())
+    for condition in rivals.split(","):
+        config = json.loads((folder / condition / "config.json").read_text())
+        own[condition] = config
+        (result,) = content["conditions"][condition]
+        assert result["steps"] == 4 and np.isfinite(result["gold_final"])
+        start = content["conditions"]["baseline"][0]["curve"][0]["gold"]
+        assert result["curve"][0]["gold"] == start  # the same responses of the same policy
+    assert own["oracle"]["reward"]["penalize_features"] == "64"
+    plain, tied = (
+        load_file(path / "sarm" / "model.safetensors") for path in (folder, folder / "ties")
+    )
+    differing = [name for name in plain if not np.array_equal(plain[name], tied[name])]
+    assert differing == ["score.weight"]
+    summary = json.loads((folder / "ties" / "sarm_summary.json").read_text())
+    assert summary["ties"]["train"]["pairs"] + summary["ties"]["held_out"]["pairs"] == 32
+
+
+def test_further_draws_of_random_features(study):
+    _, workdir = study
+    folder, draws = workdir / "seed_7", []
+    config = fill_in(demo.get_config(), folder)
+    selected = folder / "probes" / "selected_features.json"
+    lists = json.loads(selected.read_text())
+    lists["detectors"] = lists["detectors"] or [3, 5]
+    selected.with_name("own.json").write_text(json.dumps(lists))
+    for draw in (1, 2, 1):
+        path = folder / "probes" / f"random_{draw}.json"
+        draw_random_control(config, selected.with_name("own.json"), path, draw)
+        draws.append(json.loads(path.read_text()))
+    for own in draws:
+        assert len(own["random_control"]) == len(lists["detectors"])
+        assert len(own["tau_random_control"]) == len(own["random_control"])
+        assert not set(own["random_control"]) & set(lists["detectors"])
+    assert draws[0] == draws[2] != draws[1]
 
 
 def run(seed, start, peak, final, score=3.0):

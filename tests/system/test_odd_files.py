@@ -226,6 +226,8 @@ OPTIONS = (
     "--config.reward.distance_penalty=1 --config.reward.human_states={odd}.safetensors",
     "--stage=train_probe --config.identify.pairs_jsonl={odd}",
     "--stage=train_sarm --config.train_sarm.pairs_jsonl={odd}",
+    "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+    "--config.train_sarm.tie_pairs_jsonl={odd}",
     "--stage=identify --config.identify.pairs_jsonl={odd}",
     "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl "
     "--config.identify.verbosity_jsonl={odd}",

@@ -59,10 +59,98 @@ def test_bradley_terry_by_hand():
     np.testing.assert_allclose(huge, 2e4)
 
 
+CHOSEN, REJECTED = np.asarray([1.0, 0.0, 2.0, -0.5]), np.asarray([0.0, 0.0, 5.0, 1.0])
+KINDS = {
+    "preferences": [False] * 4,
+    "ties": [True] * 4,
+    "both": [True, False, True, False],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", [0.25, 1.0, 3.0])
+def test_ties_by_hand_and_in_torch(kind, weight):
+    """A tie has the gradient weight · (σ(Δ) − ½), a preference −σ(−Δ)."""
+    tie_b = np.asarray(KINDS[kind])
+    value_and_grad = jax.value_and_grad(preference_training.bradley_terry_loss, argnums=(0, 1))
+    loss, (of_chosen, of_rejected) = value_and_grad(
+        jnp.asarray(CHOSEN), jnp.asarray(REJECTED), jnp.asarray(tie_b), weight
+    )
+    margin = CHOSEN - REJECTED
+    sigma = 1 / (1 + np.exp(-margin))
+    tied = weight * (-0.5 * np.log(sigma) - 0.5 * np.log(1 - sigma))
+    np.testing.assert_allclose(loss, np.where(tie_b, tied, -np.log(sigma)).mean(), rtol=1e-6)
+    expected = np.where(tie_b, weight * (sigma - 0.5), sigma - 1) / 4
+    np.testing.assert_allclose(of_chosen, expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(of_rejected, -expected, rtol=1e-5, atol=1e-8)
+
+    logits = torch.tensor(margin, requires_grad=True)
+    oracle = torch.nn.functional.binary_cross_entropy_with_logits(
+        logits,
+        torch.tensor(np.where(tie_b, 0.5, 1.0)),
+        weight=torch.tensor(np.where(tie_b, weight, 1.0)),
+    )
+    oracle.backward()
+    np.testing.assert_allclose(loss, oracle.item(), rtol=1e-6)
+    np.testing.assert_allclose(of_chosen, logits.grad.numpy(), rtol=1e-5, atol=1e-8)
+    if kind == "preferences":
+        assert loss == preference_training.bradley_terry_loss(
+            jnp.asarray(CHOSEN), jnp.asarray(REJECTED)
+        )
+
+
+def test_a_tie_of_equal_scores_is_least_and_huge_scores_stay_finite():
+    tie = jnp.asarray([True])
+    losses = [
+        float(preference_training.bradley_terry_loss(jnp.asarray([d]), jnp.zeros(1), tie))
+        for d in (-1e4, -1.0, 0.0, 1.0, 1e4)
+    ]
+    assert losses[2] == min(losses) == pytest.approx(np.log(2)) and losses[1] == losses[3]
+    assert losses[0] == losses[4] == pytest.approx(5e3)
+
+
+def test_metrics_are_of_their_own_kind_of_pairs():
+    chosen, rejected = jnp.asarray(CHOSEN), jnp.asarray(REJECTED)
+
+    def metrics(kind):
+        tie_b = jnp.asarray(KINDS[kind])
+        return preference_training.pair_metrics(chosen, rejected, tie_b)
+
+    assert metrics("both")["accuracy"] == 0.25 and metrics("both")["tie_margin"] == 2.0
+    assert metrics("preferences")["accuracy"] == 0.375
+    assert np.isnan(metrics("preferences")["tie_margin"]) and np.isnan(metrics("ties")["accuracy"])
+    assert preference_training.pair_metrics(chosen, rejected, None).keys() == {"accuracy"}
+
+
+def test_ties_take_the_shortcut_out_of_the_head(policy):
+    """Chosen sides have dimensions 0 and 1; ties say that dimension 1 is worth nothing."""
+    sarm, rng = tiny_sarm(policy, use_topk=False), np.random.default_rng(0)
+    x_rd = rng.normal(size=(120, 32)).astype(np.float32)
+    x_rd[:30, :2] += 2
+    x_rd[90:] = x_rd[60:90]
+    x_rd[90:, 1] += 4
+    pairs_p2 = np.arange(120).reshape(2, 2, 30).transpose(0, 2, 1).reshape(60, 2)
+    options = dataclasses.replace(OPTIONS, mode=0, epochs=60, batch_size=10)
+    margins, log = {}, []
+    for weight in (None, 1.0, 20.0):
+        tie_p = None if weight is None else np.arange(60) >= 30
+        log = []
+        weights_m = preference_training.train_head(
+            sarm.sae, x_rd, pairs_p2[: 30 if weight is None else 60],
+            options=dataclasses.replace(options, tie_weight=weight or 1.0), log=log.append,
+            tie_p=tie_p,
+        )  # fmt: skip
+        score_r = np.asarray(sarm.sae.encode(jnp.asarray(x_rd))) @ np.asarray(weights_m)
+        assert np.mean(score_r[:30] > score_r[30:60]) > 0.9
+        margins[weight] = np.abs(score_r[90:] - score_r[60:90]).mean()
+    assert margins[20.0] < margins[1.0] / 2 < margins[None] / 8
+    assert log[-1]["tie_margin"] == pytest.approx(margins[20.0], abs=0.2)
+
+
 @partial(jax.jit, static_argnames=("graphdef", "mode"))
 def _gradients(graphdef, state, mode, weight, batch):
     def loss_fn(state):
-        tokens_bt, mask_bt, turn_bt = batch
+        tokens_bt, mask_bt, turn_bt, _ = batch
         loss, _ = preference_training.preference_loss(
             nnx.merge(graphdef, state),
             tokens_bt,
@@ -126,10 +214,10 @@ def test_both_losses_reach_all_modules_in_mode_2(policy):
 def test_fine_tuning_changes_only_what_the_mode_trains(policy, mode):
     sarm = tiny_sarm(policy)
     before = jax.tree.map(np.array, nnx.state(sarm))
-    options = dataclasses.replace(OPTIONS, mode=mode)
-    log = []
+    options = dataclasses.replace(OPTIONS, mode=mode, tie_weight=3.0)
+    log, tie_p = [], np.asarray([False, True, True, True])
     trained = preference_training.fine_tune(
-        sarm, tiny_rows(), PAIRS, options=options, log=log.append
+        sarm, tiny_rows(), PAIRS, options=options, log=log.append, tie_p=tie_p
     )
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(sarm)))
     after = dict(nnx.to_flat_state(nnx.state(trained)))
@@ -139,6 +227,13 @@ def test_fine_tuning_changes_only_what_the_mode_trains(policy, mode):
         assert moved != frozen, path
     assert [row["step"] for row in log] == [1, 2, 3, 4]
     assert all(np.isfinite(row["loss"]) for row in log)
+    # Of the two batches of an epoch one has two ties, and one a tie and a preference.
+    for epoch in (log[:2], log[2:]):
+        assert sorted(row["accuracy"] is None for row in epoch) == [False, True]
+    for row in log:
+        if row["accuracy"] is None:  # hardly apart, the loss of ties is their weight · log 2
+            least = 3 * np.log(2)
+            assert least <= row["bradley_terry"] <= least + 3 * row["tie_margin"] / 2
 
 
 def test_half_precision_computes_in_half_and_learns_in_float32(policy):
@@ -192,8 +287,9 @@ def test_reconstruction_loss_agrees_with_the_oracle(tmp_path):
 def test_batches_contain_each_pair_once_with_its_turns():
     rows = tiny_rows()
     seen = []
-    for tokens_bt, mask_bt, turn_bt in preference_training.pair_batches(
-        rows, PAIRS, batch_size=2, rng=np.random.default_rng(1)
+    tie_p = np.asarray([True, False, False, True])
+    for tokens_bt, mask_bt, turn_bt, tie_b in preference_training.pair_batches(
+        rows, PAIRS, batch_size=2, rng=np.random.default_rng(1), tie_p=tie_p
     ):
         assert tokens_bt.shape == mask_bt.shape == turn_bt.shape and len(tokens_bt) == 4
         numbers = []
@@ -202,8 +298,9 @@ def test_batches_contain_each_pair_once_with_its_turns():
             number = next(i for i, r in enumerate(rows) if r.ids == ids)
             assert turn_t.sum() == rows[number].turn_length and turn_t[: len(ids)].tolist()[-1]
             numbers.append(number)
-        seen += [(numbers[0], numbers[2]), (numbers[1], numbers[3])]
-    assert sorted(seen) == sorted(map(tuple, PAIRS.tolist()))
+        seen += [(*numbers[::2], tie_b[0]), (*numbers[1::2], tie_b[1])]
+    expected = [(*pair, tie) for pair, tie in zip(PAIRS.tolist(), tie_p, strict=True)]
+    assert sorted(seen) == sorted(expected)
 
 
 @pytest.mark.parametrize("use_topk", [True, False])
@@ -223,6 +320,39 @@ def test_the_head_learns_separable_pairs(policy, use_topk):
     assert len(log) == 30 and log[-1]["accuracy"] == 1.0
     values, indices = preference_training.sparse_latents(sarm.sae, x_rd)
     assert_close((weights_m[indices] * values).sum(axis=1), score_r, 2e-6)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_heads_are_those_that_are_trained_alone_on_their_pairs(policy, ties):
+    sarm, rng = tiny_sarm(policy), np.random.default_rng(0)
+    x_rd = rng.normal(size=(40, 32)).astype(np.float32)
+    pairs_p2, tie_p = np.arange(40).reshape(20, 2), np.arange(20) >= 12 if ties else None
+    options = dataclasses.replace(OPTIONS, mode=0, epochs=3, batch_size=4, seed=5)
+    log: list[dict] = []
+    weights_hm = preference_training.train_heads(
+        sarm.sae, x_rd, pairs_p2, options=options, log=log.append, heads=3, tie_p=tie_p
+    )
+    drawn = [preference_training.resampled_pairs(20, 5, head) for head in range(3)]
+    for head, drawn_p in enumerate(drawn):
+        rows: list[dict] = []
+        alone = preference_training.train_head(
+            sarm.sae,
+            x_rd,
+            pairs_p2[drawn_p],
+            options=options,
+            log=rows.append,
+            tie_p=tie_p[drawn_p] if ties else None,
+        )
+        np.testing.assert_array_equal(weights_hm[head], alone)
+        assert [row for row in log if row["head"] == head] == [r | {"head": head} for r in rows]
+    assert len({tuple(drawn_p) for drawn_p in drawn}) == 3
+    again = preference_training.resampled_pairs(20, 5, 1)
+    np.testing.assert_array_equal(again, drawn[1])
+    assert not np.array_equal(preference_training.resampled_pairs(20, 6, 1), again)
+    # A bootstrap sample has about 1 − 1/e of the pairs.
+    large = preference_training.resampled_pairs(10_000, 0, 0)
+    assert large.min() >= 0 and large.max() < 10_000
+    assert abs(len(np.unique(large)) / 10_000 - 0.632) < 0.02
 
 
 def test_no_mode_trains_the_unused_norm(policy):

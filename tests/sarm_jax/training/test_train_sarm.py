@@ -39,12 +39,26 @@ def tiny_pairs(count=16):
     ]
 
 
+def tiny_ties(count=8):
+    """Half of them are of prompts that the pairs have."""
+    return [
+        {
+            "prompt": f"Question {i}?",
+            "chosen": f"A plain answer {i}.",
+            "rejected": f"A plain answer {i}, dear friend.",
+            "source": "friend" if i % 2 else "dear",
+        }
+        for i in range(4, 4 + count)
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("mode", 4), ("held_out_fraction", 0.0), ("k", 0), ("k", 49), ("aux_k", 49),
         ("warmup_fraction", 1.0), ("learning_rate", 0.0), ("epochs", 0), ("aux_weight", -1.0),
-        ("sae_learning_rate", float("inf")), ("batch_size", 0),
+        ("sae_learning_rate", float("inf")), ("batch_size", 0), ("tie_weight", 2.0),
+        ("tie_weight", 0.0), ("heads", 0),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(name, value):
@@ -122,7 +136,8 @@ def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
     before = jax.tree.map(np.array, nnx.state(policy))
     config = dataclasses.replace(SMALL, mode=mode, epochs=10 if mode == 0 else 1)
     pairs, log = tiny_pairs(), []
-    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs=pairs, log=log.append)
+    ties = tiny_ties() if mode == 1 else []  # they do not enter these numbers
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append, ties)
     chex.assert_trees_all_equal(before, jax.tree.map(np.array, nnx.state(policy)))
 
     model = RewardModel(sarm, tokenizer, max_length=200)
@@ -131,6 +146,7 @@ def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
         for side in ("chosen", "rejected")
     )
     held_out = training.encode_pairs(tokenizer, pairs, config).held_out_p
+    assert ("ties" in summary) == bool(ties)
     margin = chosen - rejected
     assert_close(summary["margin_train"], margin[~held_out].mean(), terms=chosen)
     assert_close(summary["margin_held_out"], margin[held_out].mean(), terms=chosen)
@@ -142,6 +158,101 @@ def test_the_summary_agrees_with_the_reward_model(policy, tokenizer, mode):
     }  # fmt: skip
     assert ("sae_after" in summary) == (mode > 0)
     assert {row["stage"] for row in log} == {"sae", "preferences" if mode else "head"}
+
+
+def test_ties_are_reported_beside_the_preferences(policy, tokenizer):
+    config = dataclasses.replace(SMALL, tie_pairs_jsonl=("t",), tie_weight=2.0)
+    pairs, ties, log = tiny_pairs(), tiny_ties(), []
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append, ties)
+    # The SAE and the split do not depend on ties.
+    plain: list[dict] = []
+    without, of_pairs = training.train_sarm(SMALL, policy, tokenizer, pairs, plain.append)
+    for name in ("pairs_train", "pairs_held_out", "prompts_held_out", "sae"):
+        assert summary[name] == of_pairs[name]
+    assert "ties" not in of_pairs and not any("tie_margin" in row for row in plain)
+    np.testing.assert_array_equal(sarm.sae.encoder[...], without.sae.encoder[...])
+
+    model = RewardModel(sarm, tokenizer, max_length=200)
+    chosen, rejected = (
+        model.score([p["prompt"] for p in ties], [p[side] for p in ties])[0]
+        for side in ("chosen", "rejected")
+    )
+    held_out = training.encode_pairs(tokenizer, pairs, config, ties).held_out_p[len(pairs) :]
+    assert 0 < held_out.sum() < len(ties)
+    for part, keep in (("train", ~held_out), ("held_out", held_out)):
+        own = summary["ties"][part]
+        assert own["pairs"] == own["prompts"] == keep.sum()
+        assert_close(own["margin_abs"], np.abs(chosen - rejected)[keep].mean(), terms=chosen)
+        assert own["prefers_rejected"] == np.mean(rejected[keep] > chosen[keep])
+    by_source = summary["ties"]["held_out_by_source"]
+    assert sum(own["pairs"] for own in by_source.values()) == held_out.sum()
+    assert all("tie_margin" in row for row in log if row["stage"] != "sae")
+
+
+def test_an_ensemble_of_heads(policy, tokenizer):
+    config = dataclasses.replace(SMALL, heads=3)
+    pairs, log = tiny_pairs(), []
+    sarm, summary = training.train_sarm(config, policy, tokenizer, pairs, log.append)
+    again, _ = training.train_sarm(config, policy, tokenizer, pairs, lambda row: None)
+    chex.assert_trees_all_equal(*(jax.tree.map(np.array, nnx.state(run)) for run in (sarm, again)))
+    one, of_one = training.train_sarm(SMALL, policy, tokenizer, pairs, lambda row: None)
+    np.testing.assert_array_equal(one.sae.encoder[...], sarm.sae.encoder[...])
+    assert one.score.shape == (48,) and sarm.score.shape == (3, 48)
+    assert summary["sae"] == of_one["sae"] and "heads" not in of_one
+    assert {row["head"] for row in log if row["stage"] == "head"} == {0, 1, 2}
+
+    model = RewardModel(sarm, tokenizer, max_length=200)
+    data = training.encode_pairs(tokenizer, pairs, config)
+    held_out = [pair for pair, held in zip(pairs, data.held_out_p, strict=True) if held]
+    train = [pair for pair, held in zip(pairs, data.held_out_p, strict=True) if not held]
+
+    def by_head(prompts, texts):
+        return np.asarray(sarm.scores_by_head(jnp.asarray(model.score(prompts, texts)[1])))
+
+    def sides(rows, scores):
+        prompts = [row["prompt"] for row in rows]
+        return [scores(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")]
+
+    chosen, rejected = sides(held_out, by_head)
+    assert summary["heads"]["accuracy"] == (chosen > rejected).mean(axis=0).tolist()
+    right = chosen.min(axis=1) > rejected.min(axis=1)
+    assert summary["heads"]["accuracy_min"] == right.mean()
+    assert sum(summary["heads"]["worst_share"]) == pytest.approx(1)
+    spread = (chosen - rejected).std(axis=1).mean()
+    assert_close(summary["heads"]["margin_std"], spread, 1e-4)
+    right = np.subtract(*sides(held_out, lambda *texts: model.score(*texts)[0])) > 0
+    assert summary["accuracy_held_out"] == right.mean()
+    # On the distinct training responses all heads have the same mean score.
+    texts = dict.fromkeys((row["prompt"], row[side]) for row in train for side in training.SIDES)
+    means = by_head(*map(list, zip(*texts, strict=True))).mean(axis=0)
+    assert_close(means, np.full(3, means.mean()), 1e-4, chosen)
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_several_heads_need_a_frozen_trunk(mode):
+    message = rf"train_sarm.heads=2: train_sarm.mode={mode} trains the trunk; several heads need"
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(SMALL, mode=mode, heads=2)
+
+
+def test_the_split_of_ties(tokenizer):
+    pairs, config = tiny_pairs(), dataclasses.replace(SMALL, tie_pairs_jsonl=("t",))
+    alone = config.held_out(pairs)
+    assert config.held_out(pairs, tiny_ties()) >= alone
+    one = [{"prompt": "new", "chosen": "a", "rejected": "b"}]
+    assert config.held_out(pairs, one) == alone  # too few for a share of their own
+    data = training.encode_pairs(tokenizer, pairs, config, one)
+    assert data.tie_p.tolist() == [False] * 16 + [True] and not data.held_out_p[-1]
+    assert len(data.rows) == len(data.preferences.rows) + 2
+    summary = training.tie_summary(data.ties, np.zeros(len(data.rows), np.float32))
+    assert summary["held_out"]["pairs"] == 0 and summary["held_out"]["margin_abs"] is None
+    assert summary["train"]["prefers_rejected"] == 0.5
+    gone = [{"prompt": next(iter(alone)), "chosen": "a", "rejected": "b"}]
+    with pytest.raises(InputError, match="the prompts of all 1 ties are held out"):
+        config.held_out(pairs, gone)
+    equal = [{"prompt": "new", "chosen": "a", "rejected": "a"}]
+    with pytest.raises(InputError, match="tie_pairs_jsonl: pair 1: chosen and rejected are equal"):
+        training.encode_pairs(tokenizer, pairs, config, equal)
 
 
 def test_training_is_deterministic_in_the_seed(policy, tokenizer):
