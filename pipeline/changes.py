@@ -29,7 +29,8 @@ DEFAULTS = {
         "scale_advantages": True,
         "loss_average": "tokens",
         "rollout_slots": 0,
-    }
+    },
+    "identify.feature_names": "",
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

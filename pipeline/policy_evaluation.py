@@ -23,6 +23,7 @@ from ppo.comparison.policy_comparison import (
 from ppo.comparison.responses import ResponseConfig, Responses, respond
 from ppo.prompts import encode_prompts
 from sarm_jax.evaluation.controls import Controls
+from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import write_jsonl
@@ -129,7 +130,13 @@ def _check_adapters(config: ConfigDict, adapters: dict[str, Path]) -> None:
 
 
 def evaluate_policies(
-    config: ConfigDict, model: RewardModel, controls: Controls, inputs: PolicyInputs, folder: Path
+    config: ConfigDict,
+    model: RewardModel,
+    inputs: PolicyInputs,
+    *,
+    controls: Controls,
+    names: FeatureNames,
+    folder: Path,
 ) -> None:
     """Samples and compares responses; writes policy.json, responses.jsonl and latent_map.json."""
     responses = responses_of(config, inputs)
@@ -139,6 +146,7 @@ def evaluate_policies(
     section = config.evaluate
     content = summary(comparison, section.resamples, section.seed)
     content["temperature"], content["seed"] = section.temperature, section.seed
+    content |= names.field(controls.features)
     write_jsonl(folder / "responses.jsonl", response_rows(comparison))
     write_json(folder / "latent_map.json", latent_map(comparison))
     write_json(folder / "policy.json", content)

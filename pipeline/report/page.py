@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pipeline.report.evaluations import EVALUATE, Evaluation, read_evaluation
 from pipeline.report.pictures import file_name
 from pipeline.report.runs import Run, read_run
-from pipeline.report.samples import browser_rows, pairs_of
+from pipeline.report.samples import browser_rows, features_of, pairs_of
 from pipeline.report.sections import (
     PROMPTS,
     Section,
@@ -22,6 +22,7 @@ from pipeline.report.sections import (
     response_sections,
     run_sections,
 )
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 from sarm_jax.io.secrets import redact
@@ -49,8 +50,13 @@ class ReportConfig:
             raise InputError(f"report.samples={self.samples}: must not be negative (0: all)")
 
 
-def write_report(config: ReportConfig, workdir: Path) -> Path:
+def write_report(config: ReportConfig, workdir: Path, names: FeatureNames = NO_NAMES) -> Path:
     """Writes the figures and, last, the page.
+
+    Args:
+        config: the options.
+        workdir: the working directory of the report.
+        names: names of features, which stand behind their numbers.
 
     Returns:
         The path of the page.
@@ -59,8 +65,14 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
         InputError: a run or an evaluation is missing or malformed; nothing is written.
     """
     named = named_workdirs(config.runs, workdir, "report.runs")
-    runs = [read_run(name, path, position) for position, (name, path) in enumerate(named.items())]
-    evaluations = find_evaluations(named, workdir)
+    runs = [
+        dataclasses.replace(read_run(name, path, position), names=names)
+        for position, (name, path) in enumerate(named.items())
+    ]
+    evaluations = [
+        dataclasses.replace(evaluation, names=names)
+        for evaluation in find_evaluations(named, workdir)
+    ]
     pairs = pairs_of(runs, evaluations)
     sections = [
         *run_sections(runs),
@@ -69,7 +81,7 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
     ]
     sections = _with_unique_names(sections)
     rows = browser_rows(pairs, config.samples)
-    page = render(runs, sections, rows=rows, pairs=len(pairs), workdir=workdir)
+    page = render(runs, sections, rows=rows, pairs=len(pairs), workdir=workdir, names=names)
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     for section in sections:
@@ -100,6 +112,7 @@ def render(
     rows: Sequence[dict],
     pairs: int,
     workdir: Path,
+    names: FeatureNames = NO_NAMES,
 ) -> str:
     """Renders the page.
 
@@ -109,13 +122,15 @@ def render(
         rows: the rows of the browser of responses.
         pairs: the number of pairs that the rows were selected from.
         workdir: the working directory of the report, for commands in notes.
+        names: names of features.
     """
     unexplained = dict.fromkeys(row["run"] for row in rows if row["after"]["terms"] is None)
     notes = []
     if unexplained:
-        names = ", ".join(unexplained)
         command = f"{EVALUATE}{workdir}{PROMPTS}"
-        notes = [f"The scores of {names} have no explanation; {command} makes one."]
+        notes = [
+            f"The scores of {', '.join(unexplained)} have no explanation; {command} makes one."
+        ]
     style = (SHARED / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")
     script = (HERE / "page.js").read_text("utf-8")
     return (
@@ -128,7 +143,7 @@ def render(
             style=Markup(style),
             script=Markup(script),
             policy=content_policy(style, script),
-            data=json_in_html({"rows": rows}),
+            data=json_in_html({"rows": rows, "names": names.of(features_of(rows))}),
             shown=len(rows),
             explained=any(row["after"]["terms"] for row in rows),
             sample_notes=notes,

@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.report import recordings
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.features.feature_lists import parse_values
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes
 from sarm_jax.io.json_files import read_json
@@ -53,6 +54,7 @@ class Run:
         warnings: warnings of the guards, as in summary.json.
         missing: sentences on missing files, each with the command that makes the file.
         origin: the program that wrote the metrics, from `recordings.origin_of`.
+        names: names of features.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Run:
     warnings: Sequence[Mapping[str, Any]]
     missing: tuple[str, ...]
     origin: str = recordings.OURS
+    names: FeatureNames = NO_NAMES
 
     @property
     def mark(self) -> str:

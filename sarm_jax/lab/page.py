@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.lab import figures
@@ -30,6 +31,7 @@ def write_study(
     finished: Mapping[int, Sequence[str]],
     conditions: Sequence[str],
     stopped: Mapping[int, str],
+    names: FeatureNames = NO_NAMES,
 ) -> tuple[Path, str]:
     """Reads the results of the seeds under `workdir` and writes the files of the study.
 
@@ -39,6 +41,7 @@ def write_study(
             may stem from other options, are left out.
         conditions: all conditions of the study, in order.
         stopped: why seeds did not finish.
+        names: names of the reward model's features, if there is one seed.
 
     Returns:
         (path of the page, the result in one paragraph).
@@ -80,7 +83,7 @@ def write_study(
             file.write(light)
         pictures.append({"light": picture_uri(light), "dark": picture_uri(dark), "text": text})
     with replacing(workdir / "lab.html") as file:
-        file.write(_render(study, pictures, workdir=workdir, seeds=seeds))
+        file.write(_render(study, pictures, workdir=workdir, seeds=seeds, names=names))
     return workdir / "lab.html", study["headline"]
 
 
@@ -98,7 +101,14 @@ def _read_runs(
     return runs
 
 
-def _render(study: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[int]) -> str:
+def _render(
+    study: Mapping[str, Any],
+    pictures: Sequence[Mapping[str, str]],
+    *,
+    workdir: Path,
+    seeds: Sequence[int],
+    names: FeatureNames,
+) -> str:
     """Renders the page; the first seed that finished is shown in detail."""
     runs: Runs = study["conditions"]
     failed = {seed for claim in study["claims"] for seed in claim["failed"]}
@@ -118,6 +128,7 @@ def _render(study: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[i
             features=features,
             probed=_probed(features),
             descriptions=DESCRIPTIONS,
+            names=names,
         )
     )
 
