@@ -1,4 +1,32 @@
 "use strict";
+// The search among the pages of features.
+(() => {
+  const form = document.getElementById("find");
+  if (!form) return;
+  const field = form.elements.feature;
+  const cards = [...document.querySelectorAll(".feature")];
+  const items = [...document.querySelectorAll("[data-find]")];
+
+  function update() {
+    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const item of items) item.hidden = !words.every((word) => item.dataset.find.includes(word));
+    const count = cards.filter((card) => !card.hidden).length;
+    document.getElementById("found").textContent = words.length ? count + " of " + cards.length + " shown" : "";
+  }
+
+  // A link may lead to a feature that the search hides.
+  window.addEventListener("hashchange", () => {
+    const target = document.getElementById(location.hash.slice(1));
+    if (!target || !target.hidden) return;
+    field.value = "";
+    update();
+    target.scrollIntoView();
+  });
+  form.addEventListener("input", update);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.hidden = false;
+})();
+
 // The browser of samples. All text enters the page through textContent and cannot become markup.
 (() => {
   const list = document.getElementById("list");

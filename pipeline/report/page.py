@@ -12,6 +12,9 @@ from pathlib import Path
 from markupsafe import Markup
 
 from pipeline.report.evaluations import EVALUATE, Evaluation, read_evaluation
+from pipeline.report.feature_pages import FeaturePages, read_feature_pages
+from pipeline.report.invisible import visible
+from pipeline.report.numbers import number
 from pipeline.report.pictures import file_name
 from pipeline.report.runs import Run, read_run
 from pipeline.report.samples import browser_rows, features_of, pairs_of
@@ -36,6 +39,7 @@ from sarm_jax.reporting.page import (
 )
 
 HERE = Path(__file__).parent
+IDENTIFY = "python main.py --config=CONFIG --stage=identify --workdir="
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +84,17 @@ def write_report(config: ReportConfig, workdir: Path, names: FeatureNames = NO_N
         *benchmark_sections(evaluations, workdir),
     ]
     sections = _with_unique_names(sections)
+    features = read_feature_pages(folders_of(named, workdir), runs, names)
     rows = browser_rows(pairs, config.samples)
-    page = render(runs, sections, rows=rows, pairs=len(pairs), workdir=workdir, names=names)
+    page = render(
+        runs,
+        sections,
+        features=features,
+        rows=rows,
+        pairs=len(pairs),
+        workdir=workdir,
+        names=names,
+    )
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     for section in sections:
@@ -96,19 +109,25 @@ def write_report(config: ReportConfig, workdir: Path, names: FeatureNames = NO_N
 
 def find_evaluations(named: Mapping[str, Path], workdir: Path) -> list[Evaluation]:
     """Reads the evaluations of the runs and of `workdir`, which may compare several runs."""
-    folders = {folder.resolve(): (name, folder) for name, folder in named.items()}
-    folders.setdefault(workdir.resolve(), (workdir.resolve().name, workdir))
     return [
         read_evaluation(name, folder)
-        for name, folder in folders.values()
+        for name, folder in folders_of(named, workdir).items()
         if (folder / "eval").is_dir()
     ]
+
+
+def folders_of(named: Mapping[str, Path], workdir: Path) -> dict[str, Path]:
+    """Returns the working directories of the runs, and `workdir` itself, each once."""
+    places = {folder.resolve() for folder in named.values()}
+    own = {} if workdir.resolve() in places else {workdir.resolve().name: workdir}
+    return dict(named) | own
 
 
 def render(
     runs: Sequence[Run],
     sections: Sequence[Section],
     *,
+    features: Sequence[FeaturePages] = (),
     rows: Sequence[dict],
     pairs: int,
     workdir: Path,
@@ -119,6 +138,7 @@ def render(
     Args:
         runs: the runs.
         sections: the sections in their order.
+        features: the pages on features, by working directory.
         rows: the rows of the browser of responses.
         pairs: the number of pairs that the rows were selected from.
         workdir: the working directory of the report, for commands in notes.
@@ -133,22 +153,23 @@ def render(
         ]
     style = (SHARED / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")
     script = (HERE / "page.js").read_text("utf-8")
-    return (
-        environment(HERE)
-        .get_template("page.html")
-        .render(
-            names=[run.name for run in runs],
-            sections=sections,
-            picture_uri=picture_uri,
-            style=Markup(style),
-            script=Markup(script),
-            policy=content_policy(style, script),
-            data=json_in_html({"rows": rows, "names": names.of(features_of(rows))}),
-            shown=len(rows),
-            explained=any(row["after"]["terms"] for row in rows),
-            sample_notes=notes,
-            pairs=pairs,
-        )
+    templates = environment(HERE)
+    templates.filters |= {"visible": visible, "number": number}
+    return templates.get_template("page.html").render(
+        names=[run.name for run in runs],
+        sections=sections,
+        features=features,
+        feature_names=names,
+        identify=f"{IDENTIFY}{workdir}",
+        picture_uri=picture_uri,
+        style=Markup(style),
+        script=Markup(script),
+        policy=content_policy(style, script),
+        data=json_in_html({"rows": rows, "names": names.of(features_of(rows))}),
+        shown=len(rows),
+        explained=any(row["after"]["terms"] for row in rows),
+        sample_notes=notes,
+        pairs=pairs,
     )
 
 

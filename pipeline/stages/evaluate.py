@@ -47,7 +47,7 @@ LOG = logging.getLogger(__name__)
 NUMBER_FORMAT = "+.4f"  # of logged means and intervals
 FILES = (
     "steering.json steering_rows.jsonl rm_bench.json rm_bench.png rewardbench2.json "
-    "rewardbench2.png policy.json responses.jsonl latent_map.json"
+    "rewardbench2.png policy.json responses.jsonl latent_map.json feature_pages.json"
 ).split()
 FORMAT = 2  # of eval/: 2 pools RM-Bench's safety rows and has a steering set for each file
 

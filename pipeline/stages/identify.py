@@ -16,6 +16,7 @@ from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
 from sarm_jax.features.detectors import Detectors
 from sarm_jax.features.feature_names import FeatureNames
+from sarm_jax.features.feature_pages import PAGES, ResponseGroups, feature_pages
 from sarm_jax.features.identify import Identified, IdentifyConfig, identify, verbose_features
 from sarm_jax.features.naming_prompts import naming_prompts
 from sarm_jax.features.strong_responses import StrongResponses
@@ -28,6 +29,17 @@ from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.reward_model import RewardModel
 
 LOG = logging.getLogger(__name__)
+# Lists of selected_features.json, those whose features come first in feature_pages.json first.
+ROLES = {
+    "detectors": "detector",
+    "carriers": "carrier",
+    "safety_harming": "harming",
+    "safety_promoting": "promoting",
+    "verbosity_features": "verbosity",
+    "random_control": "random control",
+    "alternative_safety_harming": "harming, other method",
+    "alternative_safety_promoting": "promoting, other method",
+}
 STEERED = 5  # harming features that steering_config.json sets to 0
 
 
@@ -61,6 +73,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         selected |= verbose_features(options, model, verbosity_pairs)
     folder.mkdir(exist_ok=True)
     write_features(folder, features, options, names)
+    write_pages(folder, model, features, options.examples)
     if config.prepare_data.source == "lab":
         rates = features.analysis["detectors"]
         detectors = Detectors(
@@ -90,6 +103,23 @@ def write_features(
     write_naming_prompts(path, features.strongest, options.naming_examples, names)
     steering = {str(i): ["*", 0.0] for i in features.selected["safety_harming"][:STEERED]}
     write_json(folder / "steering_config.json", steering)
+
+
+def write_pages(folder: Path, model: RewardModel, features: Identified, examples: int) -> None:
+    """Writes feature_pages.json: what the features of all lists read, token by token."""
+    roles: dict[int, list[str]] = {}
+    for name, role in ROLES.items():
+        for i in features.selected.get(name, ()):
+            roles.setdefault(i, []).append(role)
+    contrast = features.contrast
+    responses = ResponseGroups(
+        texts=features.texts,
+        latents=contrast.latents,
+        groups={"chosen": contrast.chosen_p, "rejected": contrast.rejected_p},
+    )
+    tau = {i: float(features.tau_f[i]) for i in roles}
+    pages = feature_pages(model, responses, roles, tau=tau, examples=examples)
+    write_json(folder / PAGES, pages, indent=1)
 
 
 def write_naming_prompts(
@@ -164,6 +194,7 @@ STAGE = Stage(
         "probes/selected_features.json",
         "probes/steering_config.json",
         "probes/naming_prompts.jsonl",
+        f"probes/{PAGES}",
         "probes/feature_analysis.json",
         "probes/feature_scores.safetensors",
         "probes/gates.json",

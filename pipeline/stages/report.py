@@ -7,11 +7,13 @@ from ml_collections import ConfigDict
 
 from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
+from pipeline.report.feature_files import CERTIFICATES, FILES
 from pipeline.report.page import ReportConfig, write_report
 from pipeline.stage import Stage
 from sarm_jax.io.path_lists import escaped
 
 LOG = logging.getLogger(__name__)
+PROBES = (FILES[0], CERTIFICATES)  # files of other stages beside runs and evaluations
 
 
 def validate(config: ConfigDict) -> ReportConfig:
@@ -46,10 +48,10 @@ STAGE = Stage(
         Input(
             "report.runs",
             Kind.RUNS,
-            ("*metrics.csv", "*.jsonl", "*summary.json", "config.json", "eval/*.json*"),
+            ("*metrics.csv", "*.jsonl", "*summary.json", "config.json", "eval/*.json*", *PROBES),
         ),
     ),
-    own_inputs=("eval/*",),
+    own_inputs=("eval/*", *PROBES),
     output="report.html",
     makes=("report.html", "figures/"),
     after=("evaluate",),

@@ -189,9 +189,9 @@ def columns_of(features: Sequence[int], algorithm: str = "ppo") -> list[str]:
 
 def descriptions_of(features: Sequence[int], names: FeatureNames) -> dict[str, str]:
     """Returns what the columns of the features that have a name mean, for trackers."""
-    meanings = {"activation": "mean z of feature", "above_tau": "share of responses above τ of"}
+    meanings = {"activation": "mean z of", "above_tau": "share of responses above τ of"}
     return {
-        f"feat_{i}_{column}": f"{meaning} {names.show(i)}"
+        f"feat_{i}_{column}": f"{meaning} feature {names.show(i)}"
         for i in features
         if names.of([i])
         for column, meaning in meanings.items()
