@@ -69,6 +69,16 @@ class Piece:
     level: int = 0
     left_out: int = 0
 
+    @property
+    def word(self) -> str:
+        """The text without the blanks before it."""
+        return self.text.lstrip() or self.text
+
+    @property
+    def blank(self) -> str:
+        """The blanks before a word."""
+        return self.text.removesuffix(self.word)
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -137,7 +147,7 @@ def read_feature_pages(
     Raises:
         InputError: a file is malformed, or a name belongs to no feature.
     """
-    result = []
+    result: list[FeaturePages] = []
     for name, folder in folders.items():
         contents = {path: content for path in FILES if (content := read_pages(folder / path))}
         if contents:
@@ -203,7 +213,7 @@ def _page(
     ends = [end for group in groups.values() for end in group["range"]]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
     tau = next((row["tau"] for row in reversed(rows) if row["tau"] is not None), None)
-    examples = [example for row in rows for example in row["examples"]]
+    examples = _distinct([example for row in rows for example in row["examples"]])
     largest = max((z for e in examples for _, z in _pieces(e)), default=0.0)
     return FeaturePage(
         feature=feature,
@@ -246,6 +256,16 @@ def _strip(
         bars=bars,
         tau=place,
     )
+
+
+def _distinct(examples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Returns every response once, with the groups of both files."""
+    distinct: dict[tuple, dict[str, Any]] = {}
+    for example in examples:
+        key = example["prompt"], tuple(text for text, _ in _pieces(example))
+        own = distinct.setdefault(key, {**example, "groups": []})
+        own["groups"] += [name for name in example["groups"] if name not in own["groups"]]
+    return list(distinct.values())
 
 
 def _example(example: Mapping[str, Any], largest: float) -> Example:

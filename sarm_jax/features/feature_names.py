@@ -14,7 +14,6 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from sarm_jax.features.feature_lists import LARGEST_ID
@@ -38,7 +37,7 @@ EXPECTED = 'expected names by feature, as in {"987": "flattery"}'
 class FeatureNames:
     """The names of some features; `source` says where they come from, for messages."""
 
-    by_feature: Mapping[int, str] = MappingProxyType({})
+    by_feature: Mapping[int, str] = dataclasses.field(default_factory=dict)
     source: str = ""
 
     def __bool__(self) -> bool:
@@ -105,7 +104,7 @@ def read_feature_names(path: str, option: str = OPTION) -> FeatureNames:
         names = _of_object(content, source)
     else:
         names = _of_rows(parse_rows(content, source), source)
-    return FeatureNames(MappingProxyType(names), source)
+    return FeatureNames(names, source)
 
 
 def shown_name(text: str) -> str:

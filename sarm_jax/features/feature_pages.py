@@ -145,16 +145,14 @@ def _tokens(tokenizer: Any, latents: TokenLatents, column: int) -> list[Any]:
     stop = latents.pooled + 1
     start = min(latents.response, latents.pooled)
     z_t = latents.z_ts[start:stop, column]
-    pieces, row, position = token_texts(tokenizer, latents.ids[start:stop]), [], 0
-    for text, count in pieces:
-        row.append([text[:PIECE_CHARACTERS], _short(z_t[position : position + count].max())])
-        position += count
-    strongest = max(range(len(row)), key=lambda n: row[n][1])
-    kept = [n >= len(row) - TOKENS or abs(n - strongest) <= AROUND for n in range(len(row))]
+    pieces = token_texts(tokenizer, latents.ids[start:stop])
+    ends = np.cumsum([count for _, count in pieces])
+    z_n = np.maximum.reduceat(z_t, [0, *ends[:-1]])
+    strongest = int(np.argmax(z_n))
     shown: list[Any] = []
-    for piece, is_kept in zip(row, kept, strict=True):
-        if is_kept:
-            shown.append(piece)
+    for n, ((text, _), z) in enumerate(zip(pieces, z_n, strict=True)):
+        if n >= len(pieces) - TOKENS or abs(n - strongest) <= AROUND:
+            shown.append([text[:PIECE_CHARACTERS], _short(z)])
         elif shown and isinstance(shown[-1], dict):
             shown[-1]["left_out"] += 1
         else:

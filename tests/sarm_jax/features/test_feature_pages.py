@@ -53,7 +53,7 @@ def test_every_number_of_a_page(reward_model, responses):
         for example, n in zip(row["examples"], best, strict=True):
             prompt, response = TEXTS[n]
             assert example["prompt"] == prompt
-            assert "".join(text for text, _ in example["tokens"]) == f"{response}<|eot_id|>"
+            assert "".join(text for text, _ in example["tokens"]) == f"{response.strip()}<|eot_id|>"
             assert example["tokens"][-1][1] == pytest.approx(z_n[n], rel=1e-3, abs=1e-5)
             assert example["groups"] == [g for g, rows in responses.groups.items() if n in rows]
         cosine = unit @ unit[i]
