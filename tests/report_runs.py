@@ -1,7 +1,9 @@
 """Synthetic runs and evaluations for the tests of the report, with texts that try to break it."""
 
 import csv
+import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +134,17 @@ def write_feature_pages(folder: Path, features: tuple[int, ...] = (*FEATURES, 5)
     certificate = {"feature": features[-1], "certified": True, "reason": f"it is real {HOSTILE[1]}"}
     (folder / "probes" / "certificates.json").write_text(json.dumps({"features": [certificate]}))
     return folder
+
+
+def mentions_of_features(page: str) -> list[tuple[str, str]]:
+    """Returns each feature that a page mentions outside its data, and up to 12 characters after it.
+
+    A row of a table that is called by a bare number counts as well.
+    """
+    body = page.split("<body>")[1].split('<script type="application/json"')[0]
+    body = html.unescape(re.sub('="data:[^"]*"', "", body))
+    cells = r"<(?:th scope=\"row\"|td)>(?:<a[^>]*>)?(\d+)(</[^>]*)"
+    return re.findall(r"(?i)\b(?:feature|penalty) (\d+)(.{0,12})", body) + re.findall(cells, body)
 
 
 def _activations(rng: np.random.Generator, strong: bool) -> dict:

@@ -142,10 +142,11 @@ def _groups(
 
 def _tokens(tokenizer: Any, latents: TokenLatents, column: int) -> list[Any]:
     """Returns the response as [text, z] of each piece, and what the end and gaps are."""
-    stop = latents.pooled + 1
-    start = min(latents.response, latents.pooled)
-    z_t = latents.z_ts[start:stop, column]
-    pieces = token_texts(tokenizer, latents.ids[start:stop])
+    start, pooled = min(latents.response, latents.pooled), latents.pooled
+    z_t = latents.z_ts[start : pooled + 1, column]
+    # Apart, since a character that the response leaves incomplete would take the token with it.
+    ids = latents.ids
+    pieces = token_texts(tokenizer, ids[start:pooled]) + token_texts(tokenizer, [ids[pooled]])
     ends = np.cumsum([count for _, count in pieces])
     z_n = np.maximum.reduceat(z_t, [0, *ends[:-1]])
     strongest = int(np.argmax(z_n))

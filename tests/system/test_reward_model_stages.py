@@ -16,6 +16,7 @@ from tests.oracles import (
     tiny_llama_config,
     tiny_tokenizer,
 )
+from tests.report_runs import mentions_of_features
 
 pytestmark = pytest.mark.slow
 
@@ -145,8 +146,12 @@ def test_every_later_stage_works_on_it(world, workdir):
         ],
         "report": [],
     }
+    names = {str(i): f"name of {i}" for i in range(64)}
+    (world / "names.json").write_text(json.dumps(names))
+    named = f"--config.identify.feature_names={world / 'names.json'}"
     for stage, options in stages.items():
-        assert run(world, workdir, f"--stage={stage}", *options) == 0, stage
+        assert run(world, workdir, f"--stage={stage}", *options, named) == 0, stage
+    check_pages(workdir)
     made = "probes/certificates.json adapter eval/policy.json eval/steering.json report.html"
     for name in made.split():
         assert (workdir / name).exists(), name
@@ -156,6 +161,29 @@ def test_every_later_stage_works_on_it(world, workdir):
         np.testing.assert_allclose(math.fsum(parts) + shown["rest"], shown["score"], rtol=1e-9)
         assert len(shown["terms"]) == 8 and abs(shown["rest"]) < 1e-9  # k is 8: no other features
         assert shown["outside"].keys() == {"error", "constant"}
+
+
+def check_pages(workdir) -> None:
+    """Checks the pages on features of both stages, and that the report shows names everywhere."""
+    rm = load_sarm(workdir / "reward_model")
+    weight_f = rm.feature_weights()
+    selected = json.loads((workdir / "probes/selected_features.json").read_text())
+    for place, groups in (("probes", "chosen rejected"), ("eval", "base w")):
+        content = json.loads((workdir / place / "feature_pages.json").read_text())
+        assert content["latents"] == 64 and content["features"]
+        for page in content["features"]:
+            assert list(page["groups"]) == groups.split()
+            np.testing.assert_allclose(page["weight"], weight_f[page["feature"]], rtol=1e-6)
+            for example in page["examples"]:
+                assert example["tokens"][-1][1] == pytest.approx(example["z"], rel=1e-3, abs=1e-5)
+    roles = {page["feature"]: page["roles"] for page in content["features"]}
+    assert all("penalised" in roles[i] for i in selected["safety_harming"][:2])
+    assert "clamped" in roles[selected["safety_promoting"][0]]
+    assert all("latent KL" in roles[i] for i in selected["safety_harming"])
+    mentions = mentions_of_features((workdir / "report.html").read_text("utf-8"))
+    assert len(mentions) > 20
+    for number, after in mentions:
+        assert after.startswith(f' "name of {number}'[:12]), number + after
 
 
 REFUSED = {  # fields of train_sae → the message

@@ -82,6 +82,14 @@ def test_a_response_that_occurs_twice_is_shown_once(reward_model):
         assert row["groups"]["base"] == row["groups"]["trained"]
 
 
+def test_the_token_that_is_read_is_a_piece_of_its_own(tokenizer):
+    half = tokenizer("é", add_special_tokens=False)["input_ids"][0]
+    ids = [half, half, tokenizer.eos_token_id]
+    z_ts = np.array([[3], [2], [1]], np.float32)
+    shown = _tokens(tokenizer, TokenLatents(ids, z_ts, response=0, pooled=2), 0)
+    assert shown[-1] == ["<|eot_id|>", 1.0] and max(z for _, z in shown) == 3
+
+
 @pytest.mark.parametrize("strongest", [0, 100, 300, 399])
 def test_of_a_long_response_the_end_and_the_strongest_tokens_are_kept(tokenizer, strongest):
     ids = tokenizer("x" * 400, add_special_tokens=False)["input_ids"]
