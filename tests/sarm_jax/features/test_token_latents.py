@@ -11,7 +11,10 @@ from sarm_jax.features.token_latents import token_latents, token_texts
 from sarm_jax.models.linear_reward import LinearReward, LinearRewardConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
+from sarm_jax.models.sarm import SARM, SARMConfig
+from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from tests.closeness import assert_close
+from tests.meshes import divisible_llama_config, place_parameters
 from tests.tiny_models import scale_matrices
 
 TEXTS = [("say hi", "hi there"), ("Ça va ?", "naïve 😊"), ("p", "x" * 60)]
@@ -36,7 +39,7 @@ def test_a_latent_at_a_token_is_that_of_the_conversation_up_to_it(kind, request)
     for row, z_f, (prompt, response) in zip(rows, z_bf, TEXTS, strict=True):
         assert row.ids == model.encode(prompt, response)
         assert_close(row.z_ts[row.pooled], z_f, 1e-5)
-        places = range(row.response, len(row.ids), 7)
+        places = range(row.response, len(row.ids), 31)
         _, before = model.score_tokens([row.ids[: t + 1] for t in places], None, FEATURES)
         assert_close(row.z_ts[list(places)], before, 1e-5)
     assert any(row.z_ts.any() for row in rows)
@@ -77,3 +80,15 @@ def test_one_row_has_the_same_latents_in_any_batch(reward_model):
     for one, row in zip(alone, token_latents(reward_model, TEXTS, FEATURES), strict=True):
         assert one.ids == row.ids and dataclasses.astuple(one)[2:] == dataclasses.astuple(row)[2:]
         np.testing.assert_allclose(one.z_ts, row.z_ts, atol=1e-5)
+
+
+def test_a_mesh_gives_the_same_latents(tokenizer):
+    trunk = divisible_llama_config(tokenizer, layers=2)
+    sarm = SARM(SARMConfig(trunk, SAEConfig(32, latent_size=64, k=8)), rngs=nnx.Rngs(1))
+    scale_matrices(sarm.trunk)
+    single = token_latents(RewardModel(sarm, tokenizer, 512, batch_size=4), TEXTS, FEATURES)
+    placement = Placement(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    sarm.trunk.placement = placement
+    model = RewardModel(place_parameters(sarm, placement), tokenizer, 512, batch_size=4)
+    for row, other in zip(single, token_latents(model, TEXTS, FEATURES), strict=True):
+        assert_close(other.z_ts, row.z_ts, 1e-5)
