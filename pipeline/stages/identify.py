@@ -37,8 +37,8 @@ ROLES = {
     "safety_promoting": "promoting",
     "verbosity_features": "verbosity",
     "random_control": "random control",
-    "alternative_safety_harming": "harming, other method",
-    "alternative_safety_promoting": "promoting, other method",
+    "alternative_safety_harming": "harming (other method)",
+    "alternative_safety_promoting": "promoting (other method)",
 }
 STEERED = 5  # harming features that steering_config.json sets to 0
 
