@@ -370,6 +370,10 @@ def _add_identify(config: ConfigDict) -> None:
     # Responses per prompt of naming_prompts.jsonl; 0: the file is not written.
     config.identify.naming_examples = 10
     config.identify.seed = 0  # seed of everything that this stage draws at random
+    # File of names of latents, which every stage shows beside their numbers: {"987": "flattery"},
+    # the answers to naming_prompts.jsonl, or an export of Neuronpedia's explanations. Names change
+    # no result: only the report is made again for them. Empty: no names.
+    config.identify.feature_names = ""
 
 
 def _add_train_probe(config: ConfigDict) -> None:

@@ -44,6 +44,7 @@ DEFAULTS = {
     "human_latents": {"states": False},
     "train_sarm": {"tie_pairs_jsonl": "", "tie_weight": 1.0, "heads": 1},
     "lab": {"shortcuts": "flattery", "told_shortcuts": "flattery", "oracle": False},
+    "identify.feature_names": "",
 }
 # A file with one of these in its path may lack a digest in older records.
 UNRECORDED = set(",=:@[] ")

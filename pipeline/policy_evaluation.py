@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from ml_collections import ConfigDict
@@ -12,9 +13,11 @@ from conversion.load import load_hf_tokenizer, read_policy_config
 from conversion.peft import CONFIG, load_adapter, read_adapter
 from pipeline.models import check_conversations, load_policy_model, mesh_config
 from pipeline.options import required
+from ppo.comparison.movers import movers, rows_by_group
 from ppo.comparison.policy_comparison import (
     BASE,
     HUMAN,
+    Comparison,
     compare,
     latent_map,
     response_rows,
@@ -23,6 +26,8 @@ from ppo.comparison.policy_comparison import (
 from ppo.comparison.responses import ResponseConfig, Responses, respond
 from ppo.prompts import encode_prompts
 from sarm_jax.evaluation.controls import Controls
+from sarm_jax.features.feature_names import FeatureNames
+from sarm_jax.features.feature_pages import PAGES, ResponseGroups, feature_pages
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import write_jsonl
@@ -32,9 +37,11 @@ from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.conversation_rows import read_demonstrations, read_prompts
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.rewards.options import reward_config
 from sarm_jax.sampling.generate import Sampling, check_temperature
 
 LOG = logging.getLogger(__name__)
+MOVERS = 16  # features that moved the score most, with a page each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +136,13 @@ def _check_adapters(config: ConfigDict, adapters: dict[str, Path]) -> None:
 
 
 def evaluate_policies(
-    config: ConfigDict, model: RewardModel, controls: Controls, inputs: PolicyInputs, folder: Path
+    config: ConfigDict,
+    model: RewardModel,
+    inputs: PolicyInputs,
+    *,
+    controls: Controls,
+    names: FeatureNames,
+    folder: Path,
 ) -> None:
     """Samples and compares responses; writes policy.json, responses.jsonl and latent_map.json."""
     responses = responses_of(config, inputs)
@@ -139,14 +152,41 @@ def evaluate_policies(
     section = config.evaluate
     content = summary(comparison, section.resamples, section.seed)
     content["temperature"], content["seed"] = section.temperature, section.seed
+    content |= names.field(controls.features)
     write_jsonl(folder / "responses.jsonl", response_rows(comparison))
     write_json(folder / "latent_map.json", latent_map(comparison))
+    write_json(folder / PAGES, pages_of(config, model, comparison), indent=1)
     write_json(folder / "policy.json", content)
     for name, means in content["runs"].items():
         shown = ("score", "penalty", "kl", "length", "ended")
         text = ", ".join(f"{key} {means[key]['mean']:.3g}" for key in shown)
         LOG.info("policy %s: %s", name, text)
     LOG.info("policies in %s", folder / "policy.json")
+
+
+def pages_of(config: ConfigDict, model: RewardModel, comparison: Comparison) -> dict[str, Any]:
+    """Describes the controlled features and the top movers on the responses of all policies."""
+    reward, controls = reward_config(config.reward), comparison.controls
+    roles: dict[int, list[str]] = {}
+    for role, features in (
+        ("penalised", controls.penalize_features),
+        ("clamped", reward.clamp_features),
+        ("steered", set(controls.changed_features) - set(reward.clamp_features)),
+        ("top mover", movers(comparison, MOVERS)),
+        ("latent KL", reward.latent_indices if reward.beta else ()),
+    ):
+        for i in features:
+            roles.setdefault(i, []).append(role)
+    return feature_pages(
+        model,
+        ResponseGroups(
+            texts=[(prompt, response) for _, prompt, response in comparison.texts],
+            latents=comparison.latents,
+            groups=rows_by_group(comparison),
+        ),
+        roles,
+        tau=dict(zip(controls.penalize_features, controls.tau_values, strict=True)),
+    )
 
 
 def responses_of(config: ConfigDict, inputs: PolicyInputs) -> dict[str, Responses]:

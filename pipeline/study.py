@@ -13,11 +13,13 @@ from ml_collections import ConfigDict
 from conversion.load import read_sarm_config
 from pipeline import stage as stages
 from pipeline.cli import fill_in
+from pipeline.feature_names import feature_names
 from pipeline.models import load_reward_model
 from pipeline.preflight import check
 from pipeline.runner import run_stages
 from pipeline.stage import Stage
 from ppo.tracking.metrics import read_evaluations
+from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.features.identify import further_random_control
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_target
@@ -62,6 +64,7 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     seeds = parse_seeds(template.lab.seeds)
     conditions = parse_conditions(template.lab.conditions)
     check_study(template)
+    names = study_names(template, seeds)
     for name, is_folder in (("lab.json", False), ("lab.html", False), ("figures", True)):
         check_target(workdir / name, folder=is_folder)
     if template.lab.processes > 1:
@@ -80,7 +83,7 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     finished = {seed: outcome.finished for seed, outcome in by_seed.items()}
     stopped = {seed: outcome for seed, outcome in by_seed.items() if outcome.stopped}
     reasons = {seed: redact(outcome.stopped) for seed, outcome in stopped.items()}
-    page, result = write_study(workdir, finished, conditions, reasons)
+    page, result = write_study(workdir, finished, conditions, reasons, names)
     print(f"{result}\nThe page: {page}")
     if stopped:
         first = next(iter(stopped))
@@ -122,6 +125,17 @@ def check_study(template: ConfigDict) -> None:
             raise InputError(
                 f"{section}.seed={template[section].seed}: the study takes its seeds from lab.seeds"
             )
+
+
+def study_names(template: ConfigDict, seeds: Sequence[int]) -> FeatureNames:
+    """Reads the names of features; raises InputError if there are several reward models."""
+    names = feature_names(template)
+    if names and len(seeds) > 1:
+        raise InputError(
+            f"identify.feature_names={template.identify.feature_names}: names the latents of one "
+            f"reward model, and lab.seeds={template.lab.seeds} trains one for each seed"
+        )
+    return names
 
 
 def run_seeds(

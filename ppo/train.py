@@ -45,6 +45,7 @@ from ppo.tracking.metrics import (
 from ppo.tracking.profiling import NO_PROFILE, ProfileConfig, Profiler, phase
 from ppo.tracking.trackers.start import TrackConfig
 from ppo.update import Updater, batch_metrics
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.signals import on_signal
@@ -83,8 +84,8 @@ LOOK_AHEAD = 10_000  # batches whose shapes are compiled before the first step
 class TrainConfig:
     """Options of the stage `train`, by section of the config.
 
-    `guards`, `checkpoint`, `tracking` and `experiment_name` do not affect results, and may differ
-    when a run is resumed.
+    `guards`, `checkpoint`, `tracking`, `experiment_name` and `names`, those of features, do not
+    affect results, and may differ when a run is resumed.
     """
 
     ppo: PPOConfig
@@ -95,6 +96,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig
     tracking: TrackConfig = dataclasses.field(default_factory=TrackConfig)
     experiment_name: str = ""
+    names: FeatureNames = NO_NAMES
 
     @property
     def further_columns(self) -> tuple[str, ...]:
@@ -170,6 +172,13 @@ class Trainer:
         self._slot_plans = run_slots(config.ppo, deck, policy.placement.parts)
         self._expected_batches = run_batches(config.ppo)[:LOOK_AHEAD]
         profile.check_steps(config.ppo.total_steps)
+        self._controlled_features = dict.fromkeys(
+            (
+                *config.reward.penalize_features,
+                *config.reward.clamp_features,
+                *(human.latent_indices if human else ()),
+            )
+        )
         self._profiler = Profiler(profile, workdir)
         self._stop_signal = 0  # 0: none
         self.scale = ScoreScale(0.0, 1.0)
@@ -203,6 +212,7 @@ class Trainer:
             algorithm=config.algorithm,
             further=self.config.further_columns,
             tracking=self.config.tracking,
+            names=self.config.names,
         )
         processes.raise_on_all()  # a tracker that the primary process cannot start ends all of them
         with on_signal(self._remember_signal), log, self._summarising(watch, log):
@@ -265,6 +275,7 @@ class Trainer:
         if self.config.experiment_name:
             summary["experiment_name"] = self.config.experiment_name
         summary["warnings"] = watch.warnings
+        summary |= self.config.names.field(self._controlled_features)
         if self.held_out is not None and (not stopped or has_evaluations(self.workdir)):
             summary["held_out"] = summarise_evaluations(read_evaluations(self.workdir))
         write_json(self.workdir / "summary.json", summary)

@@ -1947,6 +1947,45 @@ BENCHMARKS = [
 ]
 
 # Every option that names rows, with `{bad}` for their file.
+# Every stage that shows features, with `{bad}` for the file of their names.
+NAMED_STAGES = {
+    "train": "",
+    "identify": "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl",
+    "probe": f"{PROBE} --config.probe.data_jsonl={{world}}/pairs.jsonl",
+    "evaluate": (
+        "--stage=evaluate --config.evaluate.runs={world}/adapter "
+        "--config.evaluate.prompts_jsonl={world}/demos.jsonl"
+    ),
+    "report": "--stage=report",
+    "all stages": ALL,
+}
+NAME_DAMAGES = [
+    ("no JSON", '{"1": "a"', "not JSON"),
+    ("no latent", '{"flattery": "1"}', '"flattery": expected a feature id'),
+    ("a number for a name", '{"1": 2}', "the name of feature 1 must be a text, found 2"),
+    ("a latent twice", '{"1": "a", "01": "b"}', "feature 1 is named twice"),
+    ("a latent that does not exist", '{"64": "a"}', "64: the reward model has 64 latents"),
+]
+NAMES = [
+    main(
+        f"names for {stage}: {name}",
+        f"{options} --config.identify.feature_names={{bad}}",
+        f"identify.feature_names={{bad}}: {message}",
+        damage=file(content, "names.json"),
+    )
+    for stage, options in NAMED_STAGES.items()
+    for name, content, message in NAME_DAMAGES
+    if not (stage in ("report", "all stages") and "does not exist" in name)
+]
+NAMES += [
+    main(
+        f"no file of names for {stage}",
+        f"{options} --config.identify.feature_names=none.json",
+        "identify.feature_names=none.json",
+    )
+    for stage, options in NAMED_STAGES.items()
+]
+
 BENCHMARK_DATA = "--stage=prepare_data --config.prepare_data.source=benchmarks"
 COMPARISON = "--stage=evaluate --config.evaluate.runs={world}/adapter"
 ROW_OPTIONS = (
@@ -2372,6 +2411,7 @@ BAD_INPUTS = [
     *FURTHER,
     *BENCHMARKS,
     *ROW_FILES,
+    *NAMES,
     *REPORT,
     *WORKDIRS,
     *CHECKPOINTS,

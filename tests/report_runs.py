@@ -1,7 +1,9 @@
 """Synthetic runs and evaluations for the tests of the report, with texts that try to break it."""
 
 import csv
+import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +104,60 @@ def write_evaluation(folder: Path, prompts: int = 30) -> Path:
     for name, content in files.items():
         (eval_folder / f"{name}.json").write_text(json.dumps(content))
     return folder
+
+
+def write_feature_pages(folder: Path, features: tuple[int, ...] = (*FEATURES, 5)) -> Path:
+    """Writes feature_pages.json of identify and evaluate, and a certificate of the last feature."""
+    rng = np.random.default_rng(2)
+    for place, groups, roles in (
+        ("probes", ("chosen", "rejected"), ["detector", "carrier"]),
+        ("eval", ("human", "base", *NAMES), ["penalised", "top mover"]),
+    ):
+        rows = [
+            {
+                "feature": i,
+                "roles": roles[: 1 + (i == features[0])],
+                "weight": 0.25 * i,
+                "weight_rank": i,
+                "tau": 0.4 if place == "eval" else None,
+                "groups": {name: _activations(rng, place == "eval") for name in groups},
+                "neighbours": [
+                    {"feature": n, "cosine": c}
+                    for n, c in zip((3, 9, 11), (0.9, 0.5, 0.01), strict=True)
+                ],
+                "examples": [_page_example(rng, text, groups[:1]) for text in HOSTILE],
+            }
+            for i in features
+        ]
+        (folder / place).mkdir(parents=True, exist_ok=True)
+        write_lines(folder / place / "feature_pages.json", [{"latents": 64, "features": rows}])
+    certificate = {"feature": features[-1], "certified": True, "reason": f"it is real {HOSTILE[1]}"}
+    (folder / "probes" / "certificates.json").write_text(json.dumps({"features": [certificate]}))
+    return folder
+
+
+def mentions_of_features(page: str) -> list[tuple[str, str]]:
+    """Returns each feature that a page mentions outside its data, and up to 12 characters after it.
+
+    A row of a table that is called by a bare number counts as well.
+    """
+    body = page.split("<body>")[1].split('<script type="application/json"')[0]
+    body = html.unescape(re.sub('="data:[^"]*"', "", body))
+    cells = r"<(?:th scope=\"row\"|td)>(?:<a[^>]*>)?(\d+)(</[^>]*)"
+    return re.findall(r"(?i)\b(?:feature|penalty) (\d+)(.{0,12})", body) + re.findall(cells, body)
+
+
+def _activations(rng: np.random.Generator, strong: bool) -> dict:
+    counts = rng.integers(0, 40, 24).tolist()
+    shares = {"fires": 0.4, "above_tau": 0.1 if strong else None, "mean": 0.2}
+    return {"responses": 100, "range": [0.0, 2.0 if strong else 1.0], "counts": counts} | shares
+
+
+def _page_example(rng: np.random.Generator, text: str, groups: tuple[str, ...]) -> dict:
+    words = text.replace(" ", "\n ").split("\n")
+    tokens: list = [[word, float(max(0.0, rng.normal()))] for word in words]
+    tokens = [{"left_out": 17}, *tokens, ["<|eot_id|>", 1.5]]
+    return {"z": 1.5, "groups": list(groups), "prompt": f"asked {text}", "tokens": tokens}
 
 
 def interval(mean: float) -> dict[str, float]:

@@ -39,7 +39,7 @@ def reward_terms(runs: Sequence[Run]) -> list[Picture]:
         def draw(axes: Axes) -> None:
             for position, (name, values_t) in enumerate(own.items()):
                 style = line_style(position) | {"linewidth": 4.0 if name == "R_total" else 2.2}
-                axes.plot(run.column("step"), values_t, label=name, **style)
+                axes.plot(run.column("step"), values_t, label=label(name), **style)
             by_step(axes, ylabel="reward-model units", ylim=limits[run.origin])
             legend(axes, len(own))
 
@@ -78,7 +78,7 @@ def terms(run: Run) -> dict[str, np.ndarray]:
         by_size = sorted(penalties, key=lambda i: -np.nansum(penalties[i]))
         drawn = by_size if len(by_size) <= MAX_PENALTIES else by_size[: MAX_PENALTIES - 1]
         for feature in sorted(drawn, key=list(penalties).index):
-            lines[f"− penalty {feature}"] = -penalties[feature]
+            lines[f"− penalty {run.names.show(feature)}"] = -penalties[feature]
         if len(drawn) < len(by_size):
             others = [penalties[i] for i in by_size[len(drawn) :]]
             lines["− other penalties"] = -np.sum(others, axis=0)
@@ -205,7 +205,12 @@ def features(run: Run) -> list[Picture]:
         def draw(axes: Axes) -> None:
             for position, i in enumerate(chosen):
                 style = line_style(position)
-                axes.plot(run.column("step"), column(i), label=f"feature {i}", **style)
+                axes.plot(
+                    run.column("step"),
+                    column(i),
+                    label=label(f"feature {run.names.show(i)}"),
+                    **style,
+                )
                 if taus and run.taus is not None:
                     tau = run.taus[run.features.index(i)]
                     axes.axhline(tau, color=COLOURS[position], linestyle=":", linewidth=1.4)
@@ -216,7 +221,7 @@ def features(run: Run) -> list[Picture]:
 
     def figure(measure: str, *, title: str, unit: str, taus: bool) -> Picture:
         changes = "; ".join(
-            f"feature {i} {change(run.ends(f'feat_{i}_{measure}'))}" for i in chosen
+            f"feature {run.names.show(i)} {change(run.ends(f'feat_{i}_{measure}'))}" for i in chosen
         )
         return picture(
             f"{measure}_{run.name}",

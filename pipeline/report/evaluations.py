@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.report.runs import read_object
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import line_of, read_jsonl
 from sarm_jax.models.conversation_rows import prompt_of
@@ -26,13 +27,14 @@ EVALUATE = "python main.py --config=CONFIG --stage=evaluate --workdir="
 class Evaluation:
     """The content of `folder`/eval: the JSON files by name, and the rows of responses.jsonl.
 
-    The prompts of the rows are parsed.
+    The prompts of the rows are parsed. `names` are those of features.
     """
 
     name: str
     folder: Path
     parts: Mapping[str, Mapping[str, Any]]
     responses: Sequence[Mapping[str, Any]]
+    names: FeatureNames = NO_NAMES
 
     @property
     def missing(self) -> list[str]:

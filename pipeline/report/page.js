@@ -1,4 +1,32 @@
 "use strict";
+// The search among the pages of features.
+(() => {
+  const form = document.getElementById("find");
+  if (!form) return;
+  const field = form.elements.feature;
+  const cards = [...document.querySelectorAll(".feature")];
+  const items = [...document.querySelectorAll("[data-find]")];
+
+  function update() {
+    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const item of items) item.hidden = !words.every((word) => item.dataset.find.includes(word));
+    const count = cards.filter((card) => !card.hidden).length;
+    document.getElementById("found").textContent = words.length ? count + " of " + cards.length + " shown" : "";
+  }
+
+  // A link may lead to a feature that the search hides.
+  window.addEventListener("hashchange", () => {
+    const target = document.getElementById(location.hash.slice(1));
+    if (!target || !target.hidden) return;
+    field.value = "";
+    update();
+    target.scrollIntoView();
+  });
+  form.addEventListener("input", update);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.hidden = false;
+})();
+
 // The browser of samples. All text enters the page through textContent and cannot become markup.
 (() => {
   const list = document.getElementById("list");
@@ -6,7 +34,7 @@
   const form = document.getElementById("filters");
   const count = document.getElementById("count");
   const more = document.getElementById("more");
-  const rows = JSON.parse(document.getElementById("data").textContent).rows;
+  const { rows, names } = JSON.parse(document.getElementById("data").textContent);
   const PAGE_SIZE = 20;
   const INVISIBLE = /([\u0000-\u0008\u000b-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069\ufeff])/;
   let matching = [];
@@ -39,6 +67,8 @@
   const change = (row) => (row.before && row.before.score !== null && row.after.score !== null
     ? row.after.score - row.before.score : null);
   const sides = (row) => (row.before ? [row.before, row.after] : [row.after]);
+  // A feature: its number, followed by its name if it has one.
+  const shown = (id) => (Object.hasOwn(names, id) ? id + ' "' + names[id] + '"' : String(id));
   const fired = (side) => Object.keys(side.penalties).filter((id) => side.penalties[id] > 0);
 
   // The rounded numbers in the table add up exactly: the rest is the rounded score minus the rounded
@@ -60,7 +90,7 @@
     }
     const body = table.createTBody();
     for (const [feature, z, w, term] of side.terms) {
-      addRow(body, String(feature), format(z), format(w), Math.round(term * unit) / unit);
+      addRow(body, shown(feature), format(z), format(w), Math.round(term * unit) / unit);
     }
     for (const [name, part] of outside) {
       addRow(body, name, "", "", Math.round(part * unit) / unit);
@@ -93,7 +123,7 @@
     panel.append(appendText(make("p", "model-text"), side.text || "(nothing)"));
     const ids = fired(side);
     if (ids.length) {
-      const penalties = ids.map((id) => "feature " + id + " (−" + format(side.penalties[id]) + ")");
+      const penalties = ids.map((id) => "feature " + shown(id) + " (−" + format(side.penalties[id]) + ")");
       panel.append(make("p", "fired", "Penalty fired: " + penalties.join(", ")));
     } else if (Object.keys(side.penalties).length) {
       panel.append(make("p", "note", "No penalty fired."));
@@ -162,15 +192,15 @@
 
   function addOptions(name, values, prefix, label) {
     for (const value of values) {
-      const option = make("option", "", label + value);
+      const option = make("option", "", label(value));
       option.value = prefix + value;
       form.elements[name].append(option);
     }
   }
 
   const ids = new Set(rows.flatMap((row) => sides(row).flatMap((side) => Object.keys(side.penalties))));
-  addOptions("run", new Set(rows.map((row) => row.run)), "", "");
-  addOptions("penalty", [...ids].sort((a, b) => a - b), "f", "feature ");
+  addOptions("run", new Set(rows.map((row) => row.run)), "", (run) => run);
+  addOptions("penalty", [...ids].sort((a, b) => a - b), "f", (id) => "feature " + shown(id));
   form.addEventListener("input", update);
   form.addEventListener("submit", (event) => event.preventDefault());
   more.addEventListener("click", () => {

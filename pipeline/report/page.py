@@ -12,9 +12,12 @@ from pathlib import Path
 from markupsafe import Markup
 
 from pipeline.report.evaluations import EVALUATE, Evaluation, read_evaluation
+from pipeline.report.feature_pages import FeaturePages, read_feature_pages
+from pipeline.report.invisible import visible
+from pipeline.report.numbers import number
 from pipeline.report.pictures import file_name
 from pipeline.report.runs import Run, read_run
-from pipeline.report.samples import browser_rows, pairs_of
+from pipeline.report.samples import browser_rows, features_of, pairs_of
 from pipeline.report.sections import (
     PROMPTS,
     Section,
@@ -22,6 +25,7 @@ from pipeline.report.sections import (
     response_sections,
     run_sections,
 )
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 from sarm_jax.io.secrets import redact
@@ -35,6 +39,7 @@ from sarm_jax.reporting.page import (
 )
 
 HERE = Path(__file__).parent
+IDENTIFY = "python main.py --config=CONFIG --stage=identify --workdir="
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +54,13 @@ class ReportConfig:
             raise InputError(f"report.samples={self.samples}: must not be negative (0: all)")
 
 
-def write_report(config: ReportConfig, workdir: Path) -> Path:
+def write_report(config: ReportConfig, workdir: Path, names: FeatureNames = NO_NAMES) -> Path:
     """Writes the figures and, last, the page.
+
+    Args:
+        config: the options.
+        workdir: the working directory of the report.
+        names: names of features, which stand behind their numbers.
 
     Returns:
         The path of the page.
@@ -59,8 +69,14 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
         InputError: a run or an evaluation is missing or malformed; nothing is written.
     """
     named = named_workdirs(config.runs, workdir, "report.runs")
-    runs = [read_run(name, path, position) for position, (name, path) in enumerate(named.items())]
-    evaluations = find_evaluations(named, workdir)
+    runs = [
+        dataclasses.replace(read_run(name, path, position), names=names)
+        for position, (name, path) in enumerate(named.items())
+    ]
+    evaluations = [
+        dataclasses.replace(evaluation, names=names)
+        for evaluation in find_evaluations(named, workdir)
+    ]
     pairs = pairs_of(runs, evaluations)
     sections = [
         *run_sections(runs),
@@ -68,8 +84,17 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
         *benchmark_sections(evaluations, workdir),
     ]
     sections = _with_unique_names(sections)
+    features = read_feature_pages(folders_of(named, workdir), runs, names)
     rows = browser_rows(pairs, config.samples)
-    page = render(runs, sections, rows=rows, pairs=len(pairs), workdir=workdir)
+    page = render(
+        runs,
+        sections,
+        features=features,
+        rows=rows,
+        pairs=len(pairs),
+        workdir=workdir,
+        names=names,
+    )
     folder = workdir / "figures"
     folder.mkdir(exist_ok=True)
     for section in sections:
@@ -84,56 +109,67 @@ def write_report(config: ReportConfig, workdir: Path) -> Path:
 
 def find_evaluations(named: Mapping[str, Path], workdir: Path) -> list[Evaluation]:
     """Reads the evaluations of the runs and of `workdir`, which may compare several runs."""
-    folders = {folder.resolve(): (name, folder) for name, folder in named.items()}
-    folders.setdefault(workdir.resolve(), (workdir.resolve().name, workdir))
     return [
         read_evaluation(name, folder)
-        for name, folder in folders.values()
+        for name, folder in folders_of(named, workdir).items()
         if (folder / "eval").is_dir()
     ]
+
+
+def folders_of(named: Mapping[str, Path], workdir: Path) -> dict[str, Path]:
+    """Returns the working directories of the runs, and `workdir` itself, each once."""
+    places = {folder.resolve() for folder in named.values()}
+    own = {} if workdir.resolve() in places else {workdir.resolve().name: workdir}
+    return dict(named) | own
 
 
 def render(
     runs: Sequence[Run],
     sections: Sequence[Section],
     *,
+    features: Sequence[FeaturePages] = (),
     rows: Sequence[dict],
     pairs: int,
     workdir: Path,
+    names: FeatureNames = NO_NAMES,
 ) -> str:
     """Renders the page.
 
     Args:
         runs: the runs.
         sections: the sections in their order.
+        features: the pages on features, by working directory.
         rows: the rows of the browser of responses.
         pairs: the number of pairs that the rows were selected from.
         workdir: the working directory of the report, for commands in notes.
+        names: names of features.
     """
     unexplained = dict.fromkeys(row["run"] for row in rows if row["after"]["terms"] is None)
     notes = []
     if unexplained:
-        names = ", ".join(unexplained)
         command = f"{EVALUATE}{workdir}{PROMPTS}"
-        notes = [f"The scores of {names} have no explanation; {command} makes one."]
+        notes = [
+            f"The scores of {', '.join(unexplained)} have no explanation; {command} makes one."
+        ]
     style = (SHARED / "page.css").read_text("utf-8") + (HERE / "page.css").read_text("utf-8")
     script = (HERE / "page.js").read_text("utf-8")
-    return (
-        environment(HERE)
-        .get_template("page.html")
-        .render(
-            names=[run.name for run in runs],
-            sections=sections,
-            picture_uri=picture_uri,
-            style=Markup(style),
-            script=Markup(script),
-            policy=content_policy(style, script),
-            data=json_in_html({"rows": rows}),
-            shown=len(rows),
-            explained=any(row["after"]["terms"] for row in rows),
-            sample_notes=notes,
-            pairs=pairs,
-        )
+    templates = environment(HERE)
+    templates.filters |= {"visible": visible, "number": number}
+    return templates.get_template("page.html").render(
+        names=[run.name for run in runs],
+        sections=sections,
+        features=features,
+        feature_names=names,
+        identify=f"{IDENTIFY}{workdir}",
+        picture_uri=picture_uri,
+        style=Markup(style),
+        script=Markup(script),
+        policy=content_policy(style, script),
+        data=json_in_html({"rows": rows, "names": names.of(features_of(rows))}),
+        shown=len(rows),
+        explained=any(row["after"]["terms"] for row in rows),
+        sample_notes=notes,
+        pairs=pairs,
     )
 
 

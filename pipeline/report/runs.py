@@ -12,15 +12,16 @@ scaled down to reward.penalty_cap. The shares add up to the penalty.
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from pipeline.report import recordings
 from ppo.tracking.metrics_csv import read_metrics
-from sarm_jax.features.feature_lists import parse_values
+from sarm_jax.features.feature_lists import parse_features, parse_values
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes
 from sarm_jax.io.json_files import read_json
@@ -30,6 +31,7 @@ from sarm_jax.io.workdir import VERSION_KEY
 from sarm_jax.models.conversation_rows import prompt_of
 
 SAMPLE = {"step": int, "rm_score": float, "penalties": dict, "total_reward": float}
+Number = TypeVar("Number", int, float)
 EDGE = 5  # steps whose mean stands for the start, or the end, of a run; at most half of the run
 TRAIN = "python main.py --config=CONFIG --stage=train --workdir="
 
@@ -53,6 +55,8 @@ class Run:
         warnings: warnings of the guards, as in summary.json.
         missing: sentences on missing files, each with the command that makes the file.
         origin: the program that wrote the metrics, from `recordings.origin_of`.
+        names: names of features.
+        clamped: the clamped features, as far as the options can be read.
     """
 
     name: str
@@ -69,6 +73,8 @@ class Run:
     warnings: Sequence[Mapping[str, Any]]
     missing: tuple[str, ...]
     origin: str = recordings.OURS
+    names: FeatureNames = NO_NAMES
+    clamped: tuple[int, ...] = ()
 
     @property
     def mark(self) -> str:
@@ -195,6 +201,7 @@ def read_run(name: str, folder: Path, position: int = 0) -> Run:
         warnings=_objects(summary.get("warnings")),
         missing=tuple(missing),
         origin=origin,
+        clamped=_read_list(reward, "clamp_features", folder=folder, parse=parse_features) or (),
     )
 
 
@@ -320,7 +327,19 @@ def _features(names: Mapping[str, np.ndarray]) -> tuple[int, ...]:
 def _read_values(
     reward: Mapping[str, Any], name: str, *, folder: Path, count: int
 ) -> tuple[float, ...] | None:
-    """Returns an option of `count` values, one per feature; None if it cannot be read.
+    """Returns an option of `count` values, one per feature; None if it cannot be read."""
+    values = _read_list(reward, name, folder=folder, parse=parse_values)
+    return values if values is not None and len(values) == count else None
+
+
+def _read_list(
+    reward: Mapping[str, Any],
+    name: str,
+    *,
+    folder: Path,
+    parse: Callable[[str, str], tuple[Number, ...]],
+) -> tuple[Number, ...] | None:
+    """Returns an option that is a list; None if it cannot be read.
 
     A relative path in the option is relative to the directory that the run was started in. The
     parents of the run's directory are tried first, the current directory last.
@@ -332,10 +351,9 @@ def _read_values(
 
     try:
         text = relocated(str(reward.get(name, "")), locate)
-        values = parse_values(f"reward.{name}", text)
+        return parse(f"reward.{name}", text)
     except InputError:  # a file that the option names has been moved
         return None
-    return values if len(values) == count else None
 
 
 def _scale(summary: Mapping[str, Any]) -> tuple[float, float] | None:

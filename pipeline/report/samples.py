@@ -63,6 +63,14 @@ def browser_rows(pairs: Sequence[Pair], max_rows: int) -> list[dict[str, Any]]:
     return rows
 
 
+def features_of(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the features that rows of the page show, as penalties or as terms of a score."""
+    sides = [side for row in rows for side in (row["before"], row["after"]) if side]
+    penalised = (i for side in sides for i in side["penalties"] if i.isdecimal())
+    terms = (term[0] for side in sides for term in side["terms"] or ())
+    return list(dict.fromkeys([*map(int, penalised), *(i for i in terms if isinstance(i, int))]))
+
+
 def _evaluated(evaluation: Evaluation, evaluations: Sequence[Evaluation]) -> list[Pair]:
     """Returns the pairs of an evaluation.
 

@@ -14,6 +14,7 @@ from pipeline.report import recordings
 from pipeline.report.evaluations import BASE, Evaluation
 from pipeline.report.numbers import NOTHING, change, estimate, number
 from pipeline.report.runs import Run
+from sarm_jax.features.feature_names import FeatureNames
 
 GLANCE = {
     "total_reward": "R_total",
@@ -138,7 +139,7 @@ def features(run: Run) -> Table | None:
 
     rows = [
         [
-            str(feature),
+            run.names.show(feature),
             cell(run.taus, index),
             cell(run.alphas, index),
             change(run.ends(f"feat_{feature}_above_tau")),
@@ -165,12 +166,15 @@ def policy(evaluation: Evaluation) -> list[Table]:
         of_features = [m for m in measures if FEATURE.fullmatch(m)]
         overall = {name: _without(column, of_features) for name, column in columns.items()}
         tables.append(_table_of(overall, title, titles=POLICY))
-        tables += [_feature_table(columns, measure, title) for measure in FEATURE_MEASURES]
+        tables += [
+            _feature_table(columns, measure, title, evaluation.names)
+            for measure in FEATURE_MEASURES
+        ]
     return [table for table in tables if table]
 
 
 def _feature_table(
-    columns: Mapping[str, Mapping[str, Any]], measure: str, title: str
+    columns: Mapping[str, Mapping[str, Any]], measure: str, title: str, names: FeatureNames
 ) -> Table | None:
     """Returns a measure of every controlled feature; features that are always 0 are only named."""
     by_name: dict[str, dict[str, Any]] = {name: {} for name in columns}
@@ -178,13 +182,14 @@ def _feature_table(
         for full_name, value in column.items():
             match = FEATURE.fullmatch(full_name)
             if match and match[1] == measure:
-                by_name[name][f"feature {match[2]}"] = value
+                by_name[name][f"feature {names.show(int(match[2]))}"] = value
     features = dict.fromkeys(i for column in by_name.values() for i in column)
     silent = [i for i in features if all(_is_zero(c[i]) for c in by_name.values() if i in c)]
     caption = f"{title}: {FEATURE_MEASURES[measure]}"
     if silent:
         caption += f"; 0 everywhere: {', '.join(silent)}"
-    return _table_of({n: _without(column, silent) for n, column in by_name.items()}, caption)
+    shown = {name: _without(column, silent) for name, column in by_name.items()}
+    return _table_of(shown, caption, titles={i: i for i in features})
 
 
 def rm_bench(evaluation: Evaluation) -> list[Table]:

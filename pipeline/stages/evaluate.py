@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from conversion.load import read_sarm_config
+from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import load_reward_model
 from pipeline.options import optional_paths, required
@@ -33,6 +34,7 @@ from sarm_jax.evaluation.steering import (
     parse_targets,
     read_answer_sets,
 )
+from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import write_json
@@ -47,7 +49,7 @@ LOG = logging.getLogger(__name__)
 NUMBER_FORMAT = "+.4f"  # of logged means and intervals
 FILES = (
     "steering.json steering_rows.jsonl rm_bench.json rm_bench.png rewardbench2.json "
-    "rewardbench2.png policy.json responses.jsonl latent_map.json"
+    "rewardbench2.png policy.json responses.jsonl latent_map.json feature_pages.json"
 ).split()
 FORMAT = 2  # of eval/: 2 pools RM-Bench's safety rows and has a steering set for each file
 
@@ -55,6 +57,7 @@ FORMAT = 2  # of eval/: 2 pools RM-Bench's safety rows and has a steering set fo
 def validate(config: ConfigDict) -> SteeringConfig:
     """Validates the section evaluate and returns its steering part."""
     required(config, "sarm_model")
+    feature_names(config)  # raises for a malformed file
     reward_config(config.reward)
     response_config(config)
     return steering_config(config)
@@ -80,6 +83,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         )
     check_ties(choices, f"evaluate.rewardbench2={section.rewardbench2}")
     controls = controls_of(config)
+    names = feature_names(config, read_sarm_config(config.sarm_model).latent_size)
     if answers:
         check_steering(steering, answers, controls)
     folder = workdir / "eval"
@@ -87,20 +91,22 @@ def run(config: ConfigDict, workdir: Path) -> None:
     model = load_reward_model(config).with_ensemble(config.reward.ensemble)
     folder.mkdir(exist_ok=True)
     if answers:
-        evaluate_on_answers(steering, model, answers, controls, folder)
+        evaluate_on_answers(steering, model, answers, controls=controls, names=names, folder=folder)
     if styled:
         evaluate_on_rm_bench(model, styled, controls, folder)
     if choices:
         evaluate_on_rewardbench2(model, choices, controls, folder)
     if policies:
-        evaluate_policies(config, model, controls, policies, folder)
+        evaluate_policies(config, model, policies, controls=controls, names=names, folder=folder)
 
 
 def evaluate_on_answers(
     config: SteeringConfig,
     model: RewardModel,
     answers: Sequence[Answer],
+    *,
     controls: Controls,
+    names: FeatureNames,
     folder: Path,
 ) -> None:
     """Writes scores before and after steering: steering.json, steering_rows.jsonl, figures."""
@@ -111,7 +117,8 @@ def evaluate_on_answers(
         change = format_interval(content["change"], NUMBER_FORMAT)
         LOG.info("%s: %d responses, %s", name, content["responses"], change)
     write_jsonl(folder / "steering_rows.jsonl", result.rows)
-    write_json(folder / "steering.json", result.summary)
+    named = names.field(controls.changed_features)
+    write_json(folder / "steering.json", result.summary | named)
     specificity = result.summary["specificity"]
     if specificity["mean"] is None:
         LOG.info("no specificity: %s", specificity["why"])

@@ -8,11 +8,15 @@ from typing import Any
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
+from conversion.load import read_sarm_config
+from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
 from sarm_jax.features.detectors import Detectors
+from sarm_jax.features.feature_names import FeatureNames
+from sarm_jax.features.feature_pages import PAGES, ResponseGroups, feature_pages
 from sarm_jax.features.identify import Identified, IdentifyConfig, identify, verbose_features
 from sarm_jax.features.naming_prompts import naming_prompts
 from sarm_jax.features.strong_responses import StrongResponses
@@ -26,14 +30,26 @@ from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.reward_model import RewardModel
 
 LOG = logging.getLogger(__name__)
+# Lists of selected_features.json, those whose features come first in feature_pages.json first.
+ROLES = {
+    "detectors": "detector",
+    "carriers": "carrier",
+    "safety_harming": "harming",
+    "safety_promoting": "promoting",
+    "verbosity_features": "verbosity",
+    "random_control": "random control",
+    "alternative_safety_harming": "harming (other method)",
+    "alternative_safety_promoting": "promoting (other method)",
+}
 STEERED = 5  # harming features that steering_config.json sets to 0
 
 
 def validate(config: ConfigDict) -> IdentifyConfig:
     """Validates the section identify, except for its files."""
     required(config, "identify.pairs_jsonl", "sarm_model")
+    feature_names(config)  # raises for a malformed file
     section = config.identify.to_dict()
-    del section["pairs_jsonl"], section["verbosity_jsonl"]
+    del section["pairs_jsonl"], section["verbosity_jsonl"], section["feature_names"]
     return IdentifyConfig(**section)
 
 
@@ -41,13 +57,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     """Find the latents that tell chosen from rejected responses, with thresholds."""
     options = validate(config)
     paths = split_paths(config.identify.pairs_jsonl)
-    names = short_names(paths)
+    sources = short_names(paths)
     verbosity_paths = optional_paths(config.identify.verbosity_jsonl)
     files = {path: read_pairs(path) for path in (*paths, *verbosity_paths)}
-    pairs = [{"source": names[path]} | row for path in paths for row in files[path]]
+    pairs = [{"source": sources[path]} | row for path in paths for row in files[path]]
     verbosity_pairs = [row for path in verbosity_paths for row in files[path]]
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(config.sarm_model, prompts)
+    names = feature_names(config, read_sarm_config(config.sarm_model).latent_size)
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     model = load_reward_model(config)
@@ -56,7 +73,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if verbosity_pairs:
         selected |= verbose_features(options, model, verbosity_pairs)
     folder.mkdir(exist_ok=True)
-    write_features(folder, features, options)
+    write_features(folder, features, options, names)
+    write_pages(folder, model, features, options.examples)
     if config.prepare_data.source == "lab":
         rates = features.analysis["detectors"]
         detectors = Detectors(
@@ -72,20 +90,47 @@ def run(config: ConfigDict, workdir: Path) -> None:
     LOG.info("features in %s", folder / "selected_features.json")
 
 
-def write_features(folder: Path, features: Identified, options: IdentifyConfig) -> None:
-    """Writes all files of the stage except the last one, selected_features.json."""
-    write_json(folder / "feature_analysis.json", features.analysis)
+def write_features(
+    folder: Path, features: Identified, options: IdentifyConfig, names: FeatureNames
+) -> None:
+    """Writes all files of the stage except the last one, selected_features.json.
+
+    That file has no names: runs of PPO depend on its content.
+    """
+    write_json(folder / "feature_analysis.json", names.annotated(features.analysis))
     with replacing(folder / "feature_scores.safetensors", "wb") as file:
         file.write(save(features.scores))
     path = folder / "naming_prompts.jsonl"
-    write_naming_prompts(path, features.strongest, options.naming_examples)
+    write_naming_prompts(path, features.strongest, options.naming_examples, names)
     steering = {str(i): ["*", 0.0] for i in features.selected["safety_harming"][:STEERED]}
     write_json(folder / "steering_config.json", steering)
 
 
-def write_naming_prompts(path: Path, strongest: Sequence[StrongResponses], most: int) -> None:
-    """Writes a prompt per feature with at most `most` responses; no prompts, no file."""
-    rows = naming_prompts(strongest, most) if most else []
+def write_pages(folder: Path, model: RewardModel, features: Identified, examples: int) -> None:
+    """Writes feature_pages.json: what the features of all lists read, token by token."""
+    roles: dict[int, list[str]] = {}
+    for name, role in ROLES.items():
+        for i in features.selected.get(name, ()):
+            roles.setdefault(i, []).append(role)
+    contrast = features.contrast
+    responses = ResponseGroups(
+        texts=features.texts,
+        latents=contrast.latents,
+        groups={"chosen": contrast.chosen_p, "rejected": contrast.rejected_p},
+    )
+    tau = {i: float(features.tau_f[i]) for i in roles}
+    pages = feature_pages(model, responses, roles, tau=tau, examples=examples)
+    write_json(folder / PAGES, pages, indent=1)
+
+
+def write_naming_prompts(
+    path: Path, strongest: Sequence[StrongResponses], most: int, names: FeatureNames
+) -> None:
+    """Writes a prompt per feature with at most `most` responses; no prompts, no file.
+
+    A name that a feature has already stands beside its prompt. It would bias an answer within it.
+    """
+    rows = names.annotated(naming_prompts(strongest, most)) if most else []
     if not rows:
         path.unlink(missing_ok=True)
         return
@@ -136,6 +181,13 @@ def measure_lab_gates(
         LOG.info("shortcut %s: %s", name, {key: round(v, 3) for key, v in values_of.items()})
 
 
+def records(config: ConfigDict, workdir: Path) -> dict:
+    """Returns the section without the names of features, which change no result."""
+    section = config.identify.to_dict()
+    del section["feature_names"]
+    return {"identify": section}
+
+
 STAGE = Stage(
     name="identify",
     summary="Preference pairs → latents that tell chosen from rejected, with thresholds.",
@@ -160,6 +212,7 @@ STAGE = Stage(
         "probes/selected_features.json",
         "probes/steering_config.json",
         "probes/naming_prompts.jsonl",
+        f"probes/{PAGES}",
         "probes/feature_analysis.json",
         "probes/feature_scores.safetensors",
         "probes/gates.json",
@@ -167,4 +220,5 @@ STAGE = Stage(
     ),
     after=("train_sarm", "train_sae"),
     wanted=lambda config: bool(config.identify.pairs_jsonl),
+    records=records,
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from conversion.load import read_sarm_config
+from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
@@ -38,6 +39,7 @@ def validate(config: ConfigDict) -> ProbeConfig:
         rank=section.rank,
     )
     required(config, "probe.data_jsonl", "sarm_model")
+    feature_names(config)  # raises for a malformed file
     return options
 
 
@@ -47,6 +49,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     rows = read_probe_rows(path, options.mode)
     latent_size = read_sarm_config(config.sarm_model).latent_size
     check_probe(options, latent_size, rows, path)
+    names = feature_names(config, latent_size)
     check_conversations(config.sarm_model, {path: [row["prompt"] for row in rows]})
     folder = workdir / "probes"
     LOG.info("probing %d features on %d rows, for %s", len(options.features), len(rows), folder)
@@ -54,11 +57,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     folder.mkdir(exist_ok=True)
     write_probes(folder, probes)
     content = {"options": dataclasses.asdict(options), "features": certificates}
-    write_json(folder / "certificates.json", content)
+    write_json(folder / "certificates.json", names.annotated(content))
     # Last, because --stage=all takes it for the end of the stage.
-    write_json(folder / "probe_summary.json", {"features": [result.summary for result in probes]})
-    certified = sum(row["certified"] for row in certificates)
-    LOG.info("%d of %d features certified", certified, len(certificates))
+    summary = {"features": [result.summary for result in probes]}
+    write_json(folder / "probe_summary.json", names.annotated(summary))
+    certified = [row["feature"] for row in certificates if row["certified"]]
+    LOG.info("%d of %d features certified", len(certified), len(certificates))
+    if names.of(certified):
+        LOG.info("certified: %s", names.show_all(certified))
     LOG.info("%d features probed; summary in %s", len(probes), folder / "probe_summary.json")
 
 

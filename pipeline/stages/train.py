@@ -20,6 +20,7 @@ from conversion.load import (
 )
 from conversion.peft import save_adapter
 from pipeline.changes import Provenance, change
+from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import (
     check_conversations,
@@ -83,6 +84,7 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     profile.check_steps(options.ppo.total_steps)
     check_remat(config.remat)
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
+    feature_names(config)  # raises for a malformed file
     check_available(options.tracking)
     mesh = mesh_config(config)
     make_mesh(mesh)  # raises if there are too few devices
@@ -142,6 +144,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     check_ensemble(options.reward.ensemble, scorer)
     human = human_buffer(options.reward, config.reward.human_latents, features)
     states = state_controls(options.reward, scorer.trunk.hidden_size)
+    options = dataclasses.replace(options, names=feature_names(config, features))
     tokenizer = load_hf_tokenizer(config.policy_model)
     deck = PromptDeck(prompts, tokenizer, options.ppo, config.prompts_jsonl)
     eval_deck, eval_prompts = None, []
@@ -240,6 +243,7 @@ def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
         ppo.algorithm.upper(), ppo.total_steps, batch, len(inputs.deck.prompts),
         describe_devices(mesh.devices), workdir,
     )  # fmt: skip
+    log_names(options)
     if ppo.warmup_steps >= ppo.total_steps:
         LOG.warning(
             "ppo.warmup_steps=%d: the learning rate never gets to ppo.learning_rate=%g in %d steps",
@@ -257,6 +261,18 @@ def log_start(config: ConfigDict, workdir: Path, inputs: RunInputs) -> None:
     if options.lora.dropout:
         dropout = options.lora.dropout
         LOG.info("lora.dropout=%g is only recorded: PPO runs without dropout", dropout)
+
+
+def log_names(options: TrainConfig) -> None:
+    """Logs the features that the reward penalises, clamps or holds to human data, if named."""
+    reward = options.reward
+    for what, features in (
+        ("penalised", reward.penalize_features),
+        ("clamped", reward.clamp_features),
+        ("held to human latents", reward.latent_indices if reward.beta else ()),
+    ):
+        if options.names.of(features):
+            LOG.info("%s: %s", what, options.names.show_all(features))
 
 
 def log_end(workdir: Path, summary: dict) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.trackers.start import TrackConfig, start_trackers
 from ppo.tracking.trackers.tracker import Entry
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import read_bytes, replacing
 
@@ -53,6 +54,7 @@ class RunLog:
         algorithm: str = "ppo",
         further: Sequence[str] = (),
         tracking: TrackConfig | None = None,
+        names: FeatureNames = NO_NAMES,
     ):
         self.columns = columns_of(features, algorithm, further)
         self._metrics_path = workdir / "metrics.csv"
@@ -67,7 +69,13 @@ class RunLog:
             self._writer.writeheader()
             self.flush()
         self.rows = read_metrics(self._metrics_path)
-        self._trackers = start_trackers(tracking or TrackConfig(), workdir, first_step, begun=begun)
+        self._trackers = start_trackers(
+            tracking or TrackConfig(),
+            workdir,
+            first_step,
+            begun=begun,
+            descriptions=descriptions_of(features, names),
+        )
         self._bar = tqdm(total=total_steps, initial=first_step, desc=algorithm.upper(), unit="step")
 
     def __enter__(self) -> "RunLog":
@@ -186,6 +194,17 @@ def columns_of(
     per_feature = [f"feat_{i}_{name}" for i in features for name in ("activation", "above_tau")]
     of_groups = () if algorithm == "ppo" else GROUP_COLUMNS
     return [*COLUMNS, *per_feature, *LAST_COLUMNS, *of_groups, *further]
+
+
+def descriptions_of(features: Sequence[int], names: FeatureNames) -> dict[str, str]:
+    """Returns what the columns of the features that have a name mean, for trackers."""
+    meanings = {"activation": "mean z of", "above_tau": "share of responses above τ of"}
+    return {
+        f"feat_{i}_{column}": f"{meaning} feature {names.show(i)}"
+        for i in features
+        if names.of([i])
+        for column, meaning in meanings.items()
+    }
 
 
 def check_log(

@@ -46,6 +46,7 @@ from sarm_jax.features.feature_methods import (
     rank_features,
     select_features,
 )
+from sarm_jax.features.neighbours import nearest_features
 from sarm_jax.features.strong_responses import StrongResponses, Text, strong_responses
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.latent_store import Contrast
@@ -53,7 +54,6 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAE
 from sarm_jax.parallel.finite import require_finite
 
-NEIGHBOURS = 5
 DETECTOR_FOLDS = 5  # of the prompts, for the detectors' held-out rates
 # Lists of selected_features.json: feature_analysis.json describes the features of the first ones.
 DESCRIBED = ("safety_harming", "safety_promoting", "detectors", "random_control", "carriers")
@@ -130,12 +130,18 @@ class Identified:
         selected: content of selected_features.json.
         scores: scores of all features `[M]` by name, for feature_scores.safetensors.
         strongest: the strongest responses of every feature in a list of `selected`.
+        texts: the distinct responses with their prompts.
+        contrast: the latents of `texts`, and which of them are chosen or rejected.
+        tau_f: the threshold of every feature `[M]`.
     """
 
     analysis: dict[str, Any]
     selected: dict[str, Any]
     scores: dict[str, np.ndarray]
     strongest: list[StrongResponses]
+    texts: list[Text]
+    contrast: Contrast
+    tau_f: np.ndarray
 
 
 def identify(
@@ -193,7 +199,15 @@ def identify(
         ],
         **describe_methods(**methods),
     }
-    return Identified(analysis=analysis, selected=selected, scores=scores, strongest=listed)
+    return Identified(
+        analysis=analysis,
+        selected=selected,
+        scores=scores,
+        strongest=listed,
+        texts=texts,
+        contrast=contrast,
+        tau_f=detection.tau_f,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -468,26 +482,18 @@ def _sources(
 def _neighbours(
     ids: list[int], sae: SAE, differential_f: np.ndarray, weight_f: np.ndarray
 ) -> list[dict[str, list[dict[str, float]]]]:
-    """Finds the features with the most similar decoder rows, which a policy may turn to instead."""
-    decoder_fd = np.asarray(sae.decoder[...], np.float32)
-    # By a power of two, so that no square overflows or vanishes and no digit changes.
-    exponent_f1 = np.frexp(np.abs(decoder_fd).max(axis=1, keepdims=True))[1]
-    decoder_fd = np.ldexp(decoder_fd, -exponent_f1)
-    decoder_fd = decoder_fd / np.maximum(np.linalg.norm(decoder_fd, axis=1, keepdims=True), 1e-12)
-    neighbours = []
-    for i in ids:
-        cosine_f = decoder_fd @ decoder_fd[i]
-        cosine_f[i] = -np.inf
-        nearest = np.argsort(-cosine_f, kind="stable")[:NEIGHBOURS]
-        rows = [
-            {
-                "feature": int(n),
-                "cosine": float(cosine_f[n]),
-                "differential": float(differential_f[n]),
-                "head_weight": float(weight_f[n]),
-            }
-            for n in nearest
-            if n != i
-        ]
-        neighbours.append({"neighbours": rows})
-    return neighbours
+    """Describes the features with the most similar decoder rows."""
+    return [
+        {
+            "neighbours": [
+                {
+                    "feature": n,
+                    "cosine": cosine,
+                    "differential": float(differential_f[n]),
+                    "head_weight": float(weight_f[n]),
+                }
+                for n, cosine in nearest
+            ]
+        }
+        for nearest in nearest_features(sae, ids)
+    ]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.lab import figures
@@ -38,6 +39,7 @@ def write_study(
     finished: Mapping[int, Sequence[str]],
     conditions: Sequence[str],
     stopped: Mapping[int, str],
+    names: FeatureNames = NO_NAMES,
 ) -> tuple[Path, str]:
     """Reads the results of the seeds under `workdir` and writes the files of the study.
 
@@ -47,6 +49,7 @@ def write_study(
             may stem from other options, are left out.
         conditions: all conditions of the study, in order.
         stopped: why seeds did not finish.
+        names: names of the reward model's features, if there is one seed.
 
     Returns:
         (path of the page, the result in one paragraph).
@@ -89,7 +92,7 @@ def write_study(
             file.write(light)
         pictures.append({"light": picture_uri(light), "dark": picture_uri(dark), "text": text})
     with replacing(workdir / "lab.html") as file:
-        file.write(_render(study, pictures, workdir=workdir, seeds=seeds))
+        file.write(_render(study, pictures, workdir=workdir, seeds=seeds, names=names))
     return workdir / "lab.html", study["headline"]
 
 
@@ -107,7 +110,14 @@ def _read_runs(
     return runs
 
 
-def _render(study: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[int]) -> str:
+def _render(
+    study: Mapping[str, Any],
+    pictures: Sequence[Mapping[str, str]],
+    *,
+    workdir: Path,
+    seeds: Sequence[int],
+    names: FeatureNames,
+) -> str:
     """Renders the page; the first seed that finished is shown in detail."""
     runs: Runs = study["conditions"]
     failed = {seed for claim in study["claims"] for seed in claim["failed"]}
@@ -129,6 +139,7 @@ def _render(study: Mapping[str, Any], pictures, workdir: Path, seeds: Sequence[i
             probed=_probed(features),
             descriptions=DESCRIPTIONS,
             shortcuts=_shortcuts(runs, _read_if_present(folder / "probes" / "shortcuts.json")),
+            names=names,
         )
     )
 

@@ -143,3 +143,57 @@ def test_naming_examples_are_as_many_as_asked_for_or_there_is_no_file(run):
     assert max(len(row["examples"]) for row in described) == 3
     run("--config.identify.naming_examples=0")
     assert not (folder / "naming_prompts.jsonl").exists()
+
+
+def features_in(value) -> list[dict]:
+    """Returns all objects with a feature, at any depth."""
+    if isinstance(value, dict):
+        own = [value] if "feature" in value else []
+        return own + [item for inner in value.values() for item in features_in(inner)]
+    return (
+        [item for inner in value for item in features_in(inner)] if isinstance(value, list) else []
+    )
+
+
+def test_names_stand_beside_features_and_change_nothing_else(run, tmp_path):
+    folder = run()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    names = {str(i): f"name of {i}" for i in range(64)}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    run(f"--config.identify.feature_names={tmp_path / 'names.json'}")
+    for name in ("feature_analysis.json", "naming_prompts.jsonl"):
+        text = (folder / name).read_text()
+        content = [json.loads(line) for line in text.split("\n") if name.endswith("l") and line]
+        found = features_in(content or json.loads(text))
+        assert len(found) > 5
+        assert all(row["name"] == f"name of {row['feature']}" for row in found)
+        assert "name of" not in "".join(row.get("prompt", "") for row in found)
+        assert files.pop(name).decode() == re.sub(r'"name": "name of \d+",\s+', "", text)
+    for name, before in files.items():  # among them selected_features.json, which runs depend on
+        assert (folder / name).read_bytes() == before
+
+
+def test_the_features_of_all_lists_have_pages(run, world, pairs):
+    folder = run("--config.identify.examples=2")
+    pages = content(folder / "feature_pages.json")
+    selected = content(folder / "selected_features.json")
+    roles = {row["feature"]: row["roles"] for row in pages["features"]}
+    assert pages["latents"] == 64 and len(roles) == len(pages["features"])
+    assert list(roles)[: len(selected["detectors"])] == selected["detectors"]
+    for key, role in (("carriers", "carrier"), ("safety_harming", "harming")):
+        assert [i for i in roles if role in roles[i]] and set(selected[key]) == {
+            i for i in roles if role in roles[i]
+        }
+    analysis = content(folder / "feature_analysis.json")
+    described = {row["feature"]: row for row in features_in(analysis["harming"]) if "tau" in row}
+    for page in pages["features"]:
+        row = described.get(page["feature"])
+        if row:
+            chosen, rejected = page["groups"]["chosen"], page["groups"]["rejected"]
+            assert chosen["fires"] == pytest.approx(row["fires_chosen"])
+            assert rejected["above_tau"] == pytest.approx(row["above_tau_rejected"])
+            assert page["weight"] == row["head_weight"] and page["tau"] == row["tau"]
+            assert [e["z"] for e in page["examples"]] == [e["z"] for e in row["examples"]]
+            assert [n["feature"] for n in page["neighbours"]] == [
+                n["feature"] for n in row["neighbours"]
+            ]

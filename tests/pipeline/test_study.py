@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 from configs import demo
 from pipeline import study as study_of_seeds
 from pipeline.cli import fill_in
-from pipeline.study import draw_random_control
+from pipeline.study import draw_random_control, study_names
+from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab import gates, world
@@ -369,8 +370,20 @@ def test_the_page_says_what_was_done_to_features(tmp_path, change, says):
     row |= {f"delta_{side}": {"mean": 0.5} for side in ("chosen", "rejected")} | change
     (folder / "probe_summary.json").write_text(json.dumps({"features": [row]}))
     (folder / "selected_features.json").write_text('{"detectors": [3], "carriers": []}')
-    write_study(tmp_path, {0: []}, [], {})
-    assert says in " ".join((tmp_path / "lab.html").read_text().split())
+    write_study(tmp_path, {0: []}, [], {}, FeatureNames({3: "<b>flattery</b>"}))
+    page = " ".join((tmp_path / "lab.html").read_text().split())
+    assert says in page and "<td>3 &#34;&lt;b&gt;flattery&lt;/b&gt;&#34;</td>" in page
+
+
+def test_names_of_features_belong_to_one_seed(base_config, tmp_path):
+    path = tmp_path / "names.json"
+    path.write_text('{"3": "flattery"}')
+    assert not study_names(base_config, [0, 1])
+    base_config.identify.feature_names = str(path)
+    assert study_names(base_config, [4]).show(3) == '3 "flattery"'
+    base_config.lab.seeds = "0,1"
+    with pytest.raises(InputError, match=r"names the latents of one reward model, and lab\.seeds="):
+        study_names(base_config, [0, 1])
 
 
 def test_hostile_text_is_shown_as_text(tmp_path):

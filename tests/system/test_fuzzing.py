@@ -26,11 +26,13 @@ from conversion.classifier_config import classifier_config
 from conversion.hf_config import llama_config, sarm_config
 from conversion.saelens import read_sae
 from conversion.safetensors_io import INDEX, SINGLE, TensorFiles
+from pipeline.report.feature_pages import LEVELS, read_feature_pages
 from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.trackers.record import FIELDS, FILE, TrackedRun, read_runs
 from sarm_jax.evaluation.controls import read_steering
 from sarm_jax.features.dense_probe import DenseProbe, load_probe
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
+from sarm_jax.features.feature_names import MAX_CHARACTERS, NO_NAMES, read_feature_names
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.jsonl import parse_jsonl
 from sarm_jax.io.row_files import read_placed_rows, read_rows
@@ -263,6 +265,69 @@ def test_steering_files(folder, content):
     path.write_bytes(content)
     for feature, (operation, value) in (result(read_steering, path) or {}).items():
         assert 0 <= feature < 2**31 and operation in "*+" and np.isfinite(np.float32(value))
+
+
+name_rows = st.fixed_dictionaries(
+    {},
+    optional={
+        "feature": st.integers(-1, 10**11) | scalars,
+        "index": st.integers(-1, 10**11).map(str) | scalars,
+        "name": st.text(max_size=100) | scalars,
+        "description": st.text(max_size=100) | scalars,
+        "layer": st.sampled_from(["1", "2"]),
+        "explanationModelName": st.just("x"),
+    },
+)
+
+
+@st.composite
+def name_files(draw):
+    keys = st.integers(-1, 10**11).map(str) | st.text(max_size=4)
+    value = draw(st.dictionaries(keys, st.text(max_size=9) | values) | st.lists(name_rows))
+    lines = [json.dumps(row) for row in value] if isinstance(value, list) else []
+    text = "\n".join(lines) if lines and draw(st.booleans()) else json.dumps(value)
+    return damaged(draw, text.encode("utf-8", "surrogatepass"))
+
+
+@bounded
+@given(name_files(), st.sampled_from(["n.json", "n.jsonl", "n"]))
+def test_feature_names(folder, content, name):
+    path = folder / name
+    path.write_bytes(content)
+    names = result(read_feature_names, str(path))
+    for feature, shown in names.by_feature.items() if names else ():
+        assert 0 <= feature < 2**31 and 0 < len(shown) <= MAX_CHARACTERS and shown.isprintable()
+
+
+@st.composite
+def feature_files(draw):
+    """A good file with some values, at any depth, replaced."""
+    group = {"responses": 4, "fires": 0.5, "above_tau": None, "range": [0, 1], "counts": [1, 2]}
+    example = {"z": 1.0, "groups": ["a"], "prompt": "p", "tokens": [{"left_out": 1}, ["t", 1.0]]}
+    row = {"feature": 3, "roles": ["x"], "weight": 1.0, "weight_rank": 1, "tau": 0.5}
+    row |= {"groups": {"a": group}, "examples": [example]}
+    content = {"latents": 9, "features": [row | {"neighbours": [{"feature": 1, "cosine": 0.5}]}]}
+
+    def change(value):
+        if draw(st.integers(0, 25)) == 0:
+            return draw(values | scalars)
+        if isinstance(value, dict):
+            return {k: change(v) for k, v in value.items() if draw(st.integers(0, 40))}
+        return [change(v) for v in value] if isinstance(value, list) else value
+
+    return damaged(draw, json.dumps(change(content)).encode("utf-8", "surrogatepass"))
+
+
+@bounded
+@given(feature_files(), feature_files())
+def test_feature_pages(folder, probes, evaluated):
+    for name, content in (("probes", probes), ("eval", evaluated)):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "feature_pages.json").write_bytes(content)
+    for pages in result(read_feature_pages, {"x": folder}, [], NO_NAMES) or ():
+        for page in pages.pages:
+            assert all(0 <= bar.height <= 1 for strip in page.strips for bar in strip.bars)
+            assert all(0 <= p.level <= LEVELS for e in page.examples for p in e.pieces)
 
 
 cells = st.one_of(st.floats().map(str), st.text(max_size=6), st.just("step"), st.just('"'))

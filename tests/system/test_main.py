@@ -186,6 +186,8 @@ def check_all_stages(run, workdir: Path, options: list[str], capsys) -> None:
     again = outcomes(run, [*options, "--config.probe.set_value=0.5"], capsys)
     assert again.pop("identify") == f"done, because {pairs} has changed"
     assert again.pop("probe") == "done, because probe.set_value was None and is now 0.5"
+    certificates = workdir / "probes" / "certificates.json"  # which the report shows
+    assert again.pop("report") == f"done, because {certificates} has changed"
     assert set(again.values()) == {"up to date"}  # identify selected the same features
     assert run("--stage=all", *options, "--alpha_values=0.5,0.5") == 2
     assert "reward.alpha_values was '0.5,0.25' and is now '0.5,0.5'" in capsys.readouterr().err
@@ -202,6 +204,7 @@ def check_report(workdir: Path) -> None:
     """Checks that the page has the run's numbers and its evaluation."""
     page = (workdir / "report.html").read_text()
     assert "Held-out prompts" in page and "Reward against distance" in page
+    assert page.count('class="feature"') > 3
     assert (workdir / "figures" / "goodhart.png").exists()
 
 

@@ -231,6 +231,8 @@ OPTIONS = (
     "--stage=identify --config.identify.pairs_jsonl={odd}",
     "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl "
     "--config.identify.verbosity_jsonl={odd}",
+    "--stage=identify --config.identify.pairs_jsonl={world}/pairs.jsonl "
+    "--config.identify.feature_names={odd}",
     f"{PROBE} --config.probe.data_jsonl={{odd}}",
     "--stage=probe --config.probe.feature=@{odd}.json:harming "
     "--config.probe.data_jsonl={world}/demos.jsonl",

@@ -22,6 +22,7 @@ from tests.oracles import (
     tiny_llama_config,
     tiny_tokenizer,
 )
+from tests.report_runs import mentions_of_features
 
 pytestmark = pytest.mark.slow
 
@@ -152,8 +153,12 @@ def run_later_stages(world, workdir):
         ],
         "report": [],
     }
+    names = {str(i): f"name of {i}" for i in range(64)}
+    (world / "names.json").write_text(json.dumps(names))
+    named = f"--config.identify.feature_names={world / 'names.json'}"
     for stage, options in stages.items():
-        assert run(world, workdir, f"--stage={stage}", *options) == 0, stage
+        assert run(world, workdir, f"--stage={stage}", *options, named) == 0, stage
+    check_pages(workdir)
 
 
 def test_every_later_stage_works_on_it(world, workdir):
@@ -194,6 +199,29 @@ def test_an_sae_with_a_relu_is_written_for_saelens(world, tmp_path):
     assert own.config == written.config and (z_bf >= 0).all() and (z_bf > 0).any()
     np.testing.assert_array_equal(written.encode(x_bd), z_bf)
     np.testing.assert_array_equal(written.decode(z_bf), own.decode(z_bf))
+
+
+def check_pages(workdir) -> None:
+    """Checks the pages on features of both stages, and that the report shows names everywhere."""
+    rm = load_sarm(workdir / "reward_model")
+    weight_f = rm.feature_weights()
+    selected = json.loads((workdir / "probes/selected_features.json").read_text())
+    for place, groups in (("probes", "chosen rejected"), ("eval", "base w")):
+        content = json.loads((workdir / place / "feature_pages.json").read_text())
+        assert content["latents"] == 64 and content["features"]
+        for page in content["features"]:
+            assert list(page["groups"]) == groups.split()
+            np.testing.assert_allclose(page["weight"], weight_f[page["feature"]], rtol=1e-6)
+            for example in page["examples"]:
+                assert example["tokens"][-1][1] == pytest.approx(example["z"], rel=1e-3, abs=1e-5)
+    roles = {page["feature"]: page["roles"] for page in content["features"]}
+    assert all("penalised" in roles[i] for i in selected["safety_harming"][:2])
+    assert "clamped" in roles[selected["safety_promoting"][0]]
+    assert all("latent KL" in roles[i] for i in selected["safety_harming"])
+    mentions = mentions_of_features((workdir / "report.html").read_text("utf-8"))
+    assert len(mentions) > 20
+    for number, after in mentions:
+        assert after.startswith(f' "name of {number}'[:12]), number + after
 
 
 REFUSED = {  # fields of train_sae → the message

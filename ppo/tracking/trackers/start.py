@@ -87,7 +87,12 @@ def check_available(config: TrackConfig) -> None:
 
 
 def start_trackers(
-    config: TrackConfig, workdir: Path, first_step: int, *, begun: bool
+    config: TrackConfig,
+    workdir: Path,
+    first_step: int,
+    *,
+    begun: bool,
+    descriptions: Mapping[str, str] | None = None,
 ) -> list[Tracker]:
     """Starts the trackers of a run.
 
@@ -96,13 +101,15 @@ def start_trackers(
         workdir: the working directory.
         first_step: number of the first step that this call takes.
         begun: whether an earlier call has logged a step here, so that a run is continued.
+        descriptions: what some columns mean, by column. TensorBoard shows them with its charts, W&B
+            and Trackio as an entry of the run's config.
 
     Raises:
         InputError: a tracker cannot be started, or trackers.json is damaged.
     """
     trackers: list[Tracker] = []
     if "tensorboard" in config.names:
-        trackers.append(Board(workdir, first_step))
+        trackers.append(Board(workdir, first_step, descriptions))
     if not (config.services and processes.is_primary()):
         return trackers
     runs = read_runs(workdir) if begun else {}
@@ -111,7 +118,8 @@ def start_trackers(
             runs[name] = new_run(workdir, config.project)
     record = Record(workdir, runs)
     record.write()
-    options = _without_secrets(config.options)
+    columns = {"columns": dict(descriptions)} if descriptions else {}
+    options = _without_secrets({**config.options, **columns})
     try:
         for name in config.services:
             with _refusing(name):

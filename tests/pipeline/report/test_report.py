@@ -34,6 +34,7 @@ from tests.report_runs import (
     NAMES,
     SIGMA,
     write_evaluation,
+    write_feature_pages,
     write_lines,
     write_run,
 )
@@ -45,7 +46,7 @@ def report(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     write_run(root / "penalty")
     write_run(root / "free", controls=False, seed=1)
-    workdir = write_evaluation(root / "both")
+    workdir = write_feature_pages(write_evaluation(root / "both"))
     runs = f"{root / 'penalty'},reward model alone={root / 'free'}"
     assert write_report(ReportConfig(runs, samples=12), workdir) == workdir / "report.html"
     return workdir
@@ -110,7 +111,10 @@ def test_the_page_has_every_section_and_is_self_contained(report):
     anchors = {a["href"][1:] for a in page.all("a")}
     ids = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
     expected = "glance reward goodhart features length discriminator distributions latents policy"
-    assert anchors <= ids and {*expected.split(), "rm_bench", "steering", "samples"} <= anchors
+    assert (
+        anchors <= ids
+        and {*expected.split(), "rm_bench", "steering", "feature_pages", "samples"} <= anchors
+    )
     assert 'class="missing"' not in text.split('id="samples"')[0].split("</style>")[1]
     pictures = page.all("img")
     assert len(pictures) == len(page.all("source")) == len(list((report / "figures").iterdir()))

@@ -7,8 +7,17 @@ import re
 import pytest
 
 from pipeline.report.page import ReportConfig, write_report
+from sarm_jax.features.feature_names import FeatureNames
 from tests.browser import Browser, find_chromium
-from tests.report_runs import HOSTILE, NAMES, write_evaluation, write_lines, write_run
+from tests.report_runs import (
+    FEATURES,
+    HOSTILE,
+    NAMES,
+    write_evaluation,
+    write_feature_pages,
+    write_lines,
+    write_run,
+)
 
 pytestmark = [
     pytest.mark.browser,
@@ -25,8 +34,9 @@ def page(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     write_run(root / "penalty")
     write_run(root / "free", controls=False, seed=1)
-    workdir = write_evaluation(root / "both")
-    return write_report(ReportConfig(f"{root / 'penalty'},{root / 'free'}", samples=0), workdir)
+    workdir = write_feature_pages(write_evaluation(root / "both"))
+    names = FeatureNames({i: f"name of {i}" for i in range(64) if i != 7})
+    return write_report(ReportConfig(f"{root / 'penalty'},{root / 'free'}", 0), workdir, names)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +149,59 @@ def test_samples_are_filtered_and_sorted(browser):
         assert changes == sorted(changes, key=lambda value: sense * value) and len(changes) == 30
 
 
+def test_names_stand_behind_numbers(browser):
+    options = browser.evaluate(
+        "[...document.querySelector('[name=penalty]').options].map(o => o.text)"
+    )
+    assert options[-2:] == ['feature 3 "name of 3"', "feature 7"]
+    cards = choose(browser)
+    assert any("Penalty fired: feature 7 (−1)" in card["all"] for card in cards)
+    rows = browser.evaluate(
+        "[...document.querySelectorAll('#list details tbody th')].map(e => e.textContent)"
+    )
+    named = [row for row in rows if row != "rest"]
+    assert named and all(row == "7" or row.endswith(f'"name of {row.split()[0]}"') for row in named)
+
+
+def test_features_are_found_by_number_name_and_role(browser):
+    def find(text: str) -> list[str]:
+        browser.evaluate(
+            "(() => { const field = document.getElementById('find').elements.feature;"
+            f"field.value = {json.dumps(text)};"
+            "field.dispatchEvent(new Event('input', {bubbles: true})); })()"
+        )
+        return browser.evaluate(
+            "[...document.querySelectorAll('.feature')].filter(c => c.checkVisibility())"
+            ".map(c => c.id)"
+        )
+
+    everything = [f"feature-{i}" for i in (*FEATURES, 5)]
+    assert sorted(find("")) == sorted(everything)
+    assert find("NAME OF 5") == ["feature-5"] == find("certified")
+    assert find("7") == ["feature-7"] and find("detector 3") == ["feature-3"]
+    assert find("no such feature") == []
+    assert browser.evaluate("document.getElementById('found').textContent") == "0 of 3 shown"
+    browser.evaluate("location.hash = '#feature-3'")
+    browser.evaluate("new Promise(done => setTimeout(done, 50))")
+    assert browser.evaluate("document.getElementById('feature-3').checkVisibility()")
+    assert len(find("")) == 3 and browser.problems == []
+
+
+def test_what_excites_a_feature_is_marked(browser):
+    shades = browser.evaluate(
+        "[...document.querySelectorAll('#feature-7 .example mark:not(.end)')].map("
+        "m => [m.className, Number(m.title.replace('−', '-')), "
+        "getComputedStyle(m).backgroundColor])"
+    )
+    assert shades and all(z > 0 and colour != "rgba(0, 0, 0, 0)" for _, z, colour in shades)
+    order = sorted(shades, key=lambda shade: shade[1])
+    assert [name for name, *_ in order] == sorted(name for name, *_ in order)
+    ends = browser.evaluate("document.querySelectorAll('#feature-7 mark.end').length")
+    assert ends == len(HOSTILE)
+    bars = browser.evaluate("document.querySelectorAll('#feature-7 svg rect').length")
+    assert bars > 60
+
+
 def number(text: str) -> float:
     return float(text.replace("−", "-"))
 
@@ -146,7 +209,8 @@ def number(text: str) -> float:
 def test_the_rounded_terms_add_up_to_the_rounded_score(browser):
     choose(browser)
     tables = browser.evaluate(
-        "[...document.querySelectorAll('details')].map(d => ({title: d.firstChild.textContent, "
+        "[...document.querySelectorAll('#list details')].map(d => ({"
+        "title: d.firstChild.textContent, "
         "parts: [...d.querySelectorAll('tbody .part')].map(c => c.textContent), "
         "sum: d.querySelector('tfoot .part').textContent}))"
     )

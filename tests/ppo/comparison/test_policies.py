@@ -12,6 +12,7 @@ from conversion.peft import save_adapter
 from pipeline.policy_evaluation import adapters_of
 from ppo.comparison import response_metrics as metrics
 from ppo.comparison.latent_map import largest_terms, principal_plane
+from ppo.comparison.movers import movers, rows_by_group
 from ppo.comparison.policy_comparison import compare, latent_map, response_rows, summary
 from ppo.comparison.responses import ResponseConfig, Responses, respond
 from ppo.prompts import encode_prompts
@@ -143,6 +144,18 @@ def test_comparison_against_scores_one_by_one(reward_model):
             assert sum(term[3] for term in shown["terms"]) + shown["rest"] == shown["score"]
             assert shown["penalties"] == {str(second): pytest.approx(penalty[n], rel=1e-6)}
         assert [p["source"] for p in latent_map(comparison)["points"]][3 * number] == name
+    _, base_z = reward_model.score(PROMPTS, texts["base"])
+    moved = np.zeros(64)
+    for name in ("x", "y"):
+        _, own_z = reward_model.score(PROMPTS, texts[name])
+        moved = np.maximum(moved, np.abs(weight * (own_z.mean(0) - base_z.mean(0))))
+    found = movers(comparison, 5)
+    assert len(found) == 5 and moved[found] == pytest.approx(np.sort(moved)[::-1][:5], rel=1e-5)
+    assert set(movers(comparison, 64)) == set(np.flatnonzero(moved > 1e-7))
+    groups = rows_by_group(comparison)
+    assert {name: rows.tolist() for name, rows in groups.items()} == {
+        "human": [9], "base": [0, 1, 2], "x": [3, 4, 5], "y": [6, 7, 8]
+    }  # fmt: skip
     wins = np.mean(expected["x"] > expected["base"])
     assert content["runs"]["x"]["win_rate_controlled"]["mean"] == wins
     difference = (plain["y"] - plain["x"]).mean()
@@ -210,7 +223,9 @@ def test_the_stage_compares_adapters_with_their_base(world, run, tmp_path):
     runs = f"--config.evaluate.runs={world}/first,other={world}/second/adapter"
     human = f"--config.evaluate.human_jsonl={world}/demos.jsonl"
     penalty = ["--penalize_features=1", "--tau_values=0.0", "--alpha_values=0.5"]
-    assert run(runs, human, *penalty) == 0
+    (tmp_path / "names.json").write_text('{"1": "flattery", "2": "unused"}')
+    names = f"--config.identify.feature_names={tmp_path / 'names.json'}"
+    assert run(runs, human, *penalty, names) == 0
     folder = tmp_path / "run" / "eval"
     content = json.loads((folder / "policy.json").read_text())
     assert set(content["runs"]) == {"base", "first", "other"} and set(content["between"]) == {
@@ -224,6 +239,16 @@ def test_the_stage_compares_adapters_with_their_base(world, run, tmp_path):
     encoded = encode_prompts(PROMPTS, tokenizer, 500).rows
     greedy = respond(config, base=policy, policy=policy, tokenizer=tokenizer, prompts=encoded)
     assert [row["responses"]["base"]["response"] for row in rows] == greedy.texts
+    assert content["feature_names"] == {"1": "flattery"}
+    pages = json.loads((folder / "feature_pages.json").read_text())["features"]
+    assert pages[0]["feature"] == 1 and pages[0]["roles"][0] == "penalised"
+    assert pages[0]["tau"] == 0 and len(pages) > 3
+    for page in pages:
+        i = page["feature"]
+        assert list(page["groups"]) == ["human", "base", "first", "other"]
+        assert page["roles"] == ["top mover"] or i == 1
+    share = content["runs"]["first"]["active_1"]["mean"]
+    assert pages[0]["groups"]["first"]["above_tau"] == pytest.approx(share)
     sources = [p["source"] for p in json.loads((folder / "latent_map.json").read_text())["points"]]
     assert sources == ["base"] * 3 + ["first"] * 3 + ["other"] * 3 + ["human"]
 

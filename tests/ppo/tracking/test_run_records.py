@@ -1,5 +1,6 @@
 """The records of a run, recomputed from its parts."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from ppo.prompts import PromptDeck, encode_prompts
 from ppo.rollout import Sampler
 from ppo.tracking.metrics import COLUMNS, RunLog, columns_of, read_evaluations
 from ppo.tracking.metrics_csv import read_metrics
+from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.rewards.density_ratio import groups_of
 from sarm_jax.rewards.scoring import Scorer
@@ -83,7 +85,9 @@ def test_rows_and_samples_tell_the_same(make_trainer, tmp_path):
     trainer = make_trainer(
         tmp_path / "run", reward=reward, stop_ids=(), total_steps=4, samples_per_step=4
     )
-    trainer.run()
+    names = FeatureNames({5: "flattery", 9: "unused"})
+    trainer.config = dataclasses.replace(trainer.config, names=names)
+    assert trainer.run()["feature_names"] == {"5": "flattery"}
     samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").open()]
     for row in read_metrics(tmp_path / "run" / "metrics.csv"):
         own = [s for s in samples if s["step"] == row["step"]]

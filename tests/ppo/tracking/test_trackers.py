@@ -20,6 +20,7 @@ from ppo.tracking.metrics_csv import read_metrics
 from ppo.tracking.trackers.record import FILE, read_runs
 from ppo.tracking.trackers.start import SERVICES, TrackConfig, check_available
 from ppo.tracking.trackers.tracker import flat_samples
+from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel import processes
@@ -181,6 +182,33 @@ def test_a_service_has_the_metrics_of_the_csv_and_of_tensorboard(services, tmp_p
     ]
     assert mine == [(step, {*values}) for step, values in board_of(tmp_path)]
     assert run.finished == (name == "trackio")  # exit code 0
+
+
+def test_named_features_are_described_and_columns_keep_their_names(services, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    names = FeatureNames({3: "flattery", 4: "unused"})
+    with RunLog(tmp_path, (3, 5), 0, 9, tracking=ALL, names=names) as log:
+        assert log.columns == columns_of((3, 5))
+        for step in (0, 1):
+            log.write(dict.fromkeys(columns_of((3, 5)), 1.0) | {"step": step}, [sample(step)])
+    expected = {
+        "feat_3_activation": 'mean z of feature 3 "flattery"',
+        "feat_3_above_tau": 'share of responses above τ of feature 3 "flattery"',
+    }
+    for name in SERVICES:
+        (run,) = services.runs[name]
+        assert run.options["config"]["columns"] == expected
+    described = []
+    (path,) = tmp_path.glob("events*")
+    data = path.read_bytes()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        for value in Event.FromString(data[12 : 12 + length]).summary.value:
+            if value.metadata.summary_description:
+                described.append((value.tag, value.metadata.summary_description))
+        data = data[16 + length :]
+    assert dict(described) == expected and len(described) == 2  # with the first event of each
 
 
 @pytest.mark.parametrize("name", SERVICES)
