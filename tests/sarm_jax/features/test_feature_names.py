@@ -60,7 +60,7 @@ GOOD = [
 ]
 
 
-@pytest.mark.parametrize("name, content", GOOD)
+@pytest.mark.parametrize("name, content", GOOD, ids=range(len(GOOD)))
 def test_names_are_read_in_every_form(tmp_path, name, content):
     names = read_feature_names(write(tmp_path, name, content))
     assert dict(names.by_feature) == NAMES
