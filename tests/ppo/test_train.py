@@ -1,7 +1,6 @@
 """Whole runs on a tiny policy and SARM: files, resuming, learning, stopping."""
 
 import csv
-import dataclasses
 import json
 import os
 import re
@@ -179,7 +178,7 @@ def poison(trainer):
 
     def poisoned_score(*texts):
         scored = score(*texts)
-        score_b, z_bn, z_bs = map(np.array, dataclasses.astuple(scored))
+        score_b, z_bn, z_bs = map(np.array, (scored.score_b, scored.z_bn, scored.z_bs))
         if current == 2:
             score_b[0] = np.inf
         if current == 3:
