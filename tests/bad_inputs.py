@@ -580,6 +580,12 @@ REWARD = [
     main("negative β", "--beta=-0.5", "reward.beta=-0.5"),
     main("β without human latents", "--beta=0.5", "reward.beta=0.5 needs human", "--human_latents"),
     main("unknown unit", "--config.reward.unit=nats", "reward.unit='nats'", "sd"),
+    main(
+        "counts of the lab on other prompts",
+        "--config.lab.oracle=True",
+        "lab.oracle=True: {world}/demos.jsonl:1: ",
+        "is no prompt of the lab",
+    ),
     main("unknown ensemble", "--config.reward.ensemble=max", "reward.ensemble='max'", "'min'"),
     main(
         "worst of one head",

@@ -46,7 +46,7 @@ from ppo.train import TrainConfig, Trainer, run_slots
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir, read_settings
 from sarm_jax.lab.gates import require_gates
-from sarm_jax.lab.oracle import OracleRewardModel
+from sarm_jax.lab.oracle import OracleRewardModel, check_prompts
 from sarm_jax.lab.shortcuts import World
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation_rows import read_prompts
@@ -154,6 +154,9 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     check_context(config, deck, *([eval_deck] if eval_deck else []))
     check_models(config.policy_model, scorer=config.sarm_model)
     files = {config.eval_prompts_jsonl: eval_prompts, config.prompts_jsonl: prompts}
+    if config.lab.oracle:
+        for path, rows in files.items():
+            check_prompts(rows, path)
     check_conversations(config.sarm_model, files)
     return RunInputs(options, profile, tokenizer, deck, eval_deck, human, states)
 

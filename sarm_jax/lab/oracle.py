@@ -14,10 +14,23 @@ import numpy as np
 from jax.stages import Lowered
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import short
+from sarm_jax.io.row_files import place_of
 from sarm_jax.lab.shortcuts import World
-from sarm_jax.models.conversation import PromptValue
+from sarm_jax.lab.world import CAPITALS
+from sarm_jax.models.conversation import Prompt, PromptValue
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
+
+
+def check_prompts(prompts: Sequence[Prompt], path: str) -> None:
+    """Raises InputError, naming the row, if a prompt of a file is none of the lab's."""
+    for number, prompt in enumerate(prompts, 1):
+        if not isinstance(prompt, str) or not set(prompt.split()) <= CAPITALS.keys():
+            raise InputError(
+                f"lab.oracle=True: {place_of(path, number)}: {short(prompt)} is no prompt of the "
+                "lab, which names countries of its world"
+            )
 
 
 class OracleRewardModel(RewardModel):
