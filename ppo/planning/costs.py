@@ -6,6 +6,7 @@ the keys and values before it. Activations do not count, since they could stay o
 """
 
 import dataclasses
+import math
 
 from ppo.config import PPOConfig
 from sarm_jax.models.linear_reward import LinearRewardConfig
@@ -13,6 +14,7 @@ from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig
+from sarm_jax.sampling.refilling import refill_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,13 +62,14 @@ def step_costs(
     whole = layer_weights(policy) * policy.num_hidden_layers
     head = policy.vocab_size * policy.hidden_size
     prompts = config.prompts_per_batch
-    prefill = cost(forward_flops(policy, prompts, prompt, logits=prompts), whole + head)
+    prefill_flops = forward_flops(policy, prompts, prompt, logits=prompts)
+    prefill = cost(prefill_flops, whole + head, passes=refills(config))
     context = prompt + new / 2  # mean number of tokens before a decoded token
     kv = 2 * policy.num_key_value_heads * policy.head_dim * policy.num_hidden_layers
     running = config.rollout_rows
     cache = running * context * kv
     decode = cost(decode_flops(policy, running, context), whole + head, cache=cache)
-    steps = (new - 1) * rows / running
+    steps, *_ = open_loops(config)
     tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
     score_flops, score_weights = score_work(sarm, score_rows, length)
     reference_flops = forward_flops(policy, rows, length, logits=rows * new)
@@ -83,6 +86,25 @@ def step_costs(
         "first_step": (step,),
         "step": (step,),
     }
+
+
+def refills(config: PPOConfig) -> int:
+    """Returns how often a rollout runs prompts: once, or each time that slots are refilled."""
+    if not config.rollout_slots:
+        return 1
+    prompts = config.prompts_per_batch
+    return prompts // refill_size(prompts, config.samples_per_prompt, config.rollout_slots)
+
+
+def open_loops(config: PPOConfig) -> tuple[int, ...]:
+    """Returns how often the loops of a rollout run if every response is at its limit.
+
+    The first is that over decoded tokens; with refilled slots the one within it fills them.
+    """
+    tokens = config.max_new_tokens - 1  # the first token is drawn from the prefill
+    if not config.rollout_slots:
+        return (tokens,)
+    return (tokens * math.ceil(config.batch_size / config.rollout_rows), refills(config))
 
 
 def score_work(

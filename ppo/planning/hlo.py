@@ -66,10 +66,13 @@ class _Instruction:
     root: bool
 
 
-def read_traffic(text: str, open_loops: int = 1) -> Traffic:
+def read_traffic(text: str, open_loops: Sequence[int] = (1,)) -> Traffic:
     """Counts the traffic of a program from `compiled.as_text()`.
 
-    A loop of unknown length counts as `open_loops` runs.
+    Args:
+        text: the program.
+        open_loops: how often the bodies of loops of unknown length run in all: of those that are
+            within no other, then of those that are within one of these, and so on.
     """
     computations = dict(_computations(text))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
@@ -138,13 +141,16 @@ def _split_operands(arguments: str) -> tuple[tuple[str, ...], str]:
 class _Reader:
     """Adds up the traffic of the computations of a program."""
 
-    def __init__(self, computations: dict[str, list[_Instruction]], open_loops: int):
+    def __init__(self, computations: dict[str, list[_Instruction]], open_loops: Sequence[int]):
         self._computations, self._open_loops = computations, open_loops
         self.bytes = self.open_bytes = self.kernels = 0
         self.collectives: list[Collective] = []
 
-    def visit(self, name: str, times: int, is_open: bool = False) -> None:
-        """Counts a computation `times` times; `is_open` if a loop of unknown length runs it."""
+    def visit(self, name: str, times: int, depth: int = 0, outside: int = 1) -> None:
+        """Counts a computation `times` times.
+
+        It is within `depth` loops of unknown length, the outermost of which runs `outside` times.
+        """
         instructions = self._computations[name]
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for i, instruction in enumerate(instructions):
@@ -153,7 +159,7 @@ class _Reader:
             if operation in FREE or operation.endswith("-done"):
                 continue
             if operation in INSIDE:
-                self._enter(instruction, times, is_open)
+                self._enter(instruction, times, depth, outside)
             elif kind:
                 sent = _sent(instruction, shapes)
                 overlapped = _overlapped(instructions, start=i)
@@ -164,15 +170,20 @@ class _Reader:
                 moved = times * self._kernel_bytes(instruction, shapes)
                 self.kernels += times
                 self.bytes += moved
-                self.open_bytes += moved * is_open
+                self.open_bytes += moved * (depth == 1)
 
-    def _enter(self, instruction: _Instruction, times: int, is_open: bool) -> None:
+    def _enter(self, instruction: _Instruction, times: int, depth: int, outside: int) -> None:
         if instruction.operation == "while":
             trips = _TRIPS.search(instruction.attributes)
-            times *= int(trips.group(1)) if trips else self._open_loops
-            is_open = is_open or not trips
+            if trips:
+                times *= int(trips.group(1))
+            else:
+                outside = outside if depth else times
+                known = depth < len(self._open_loops)
+                times = outside * self._open_loops[depth] if known else times
+                depth += 1
         for called in _CALLED.findall(instruction.attributes):
-            self.visit(called, times, is_open)
+            self.visit(called, times, depth, outside)
 
     def _kernel_bytes(self, instruction: _Instruction, shapes: dict[str, str]) -> int:
         """Returns the bytes that a kernel reads and writes."""

@@ -22,7 +22,7 @@ from jax.stages import Compiled
 
 from ppo.config import PPOConfig
 from ppo.planning.chips import GIB, Chip, target
-from ppo.planning.costs import Cost, step_costs
+from ppo.planning.costs import Cost, open_loops, step_costs
 from ppo.planning.hlo import Collective, by_kind, read_traffic
 from ppo.planning.programs import Program, step_programs, weight_bytes
 from sarm_jax.io.errors import InputError
@@ -288,7 +288,7 @@ def _row(
 ) -> dict:
     """Returns the row of plan.json for a compiled program."""
     memory: Any = compiled.memory_analysis()
-    traffic = read_traffic(compiled.as_text() or "", open_loops=config.max_new_tokens - 1)
+    traffic = read_traffic(compiled.as_text() or "", open_loops=open_loops(config))
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
     flops = [cost.flops for cost in costs]
     inherent_bytes = [cost.inherent_bytes for cost in costs]

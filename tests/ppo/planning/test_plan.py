@@ -75,7 +75,7 @@ ENTRY %main (x: f32[16,8], row: f32[1,8], n: s32[], w: bf16[4,8,8]) -> f32[16,8]
     ("trips", "times"), [('backend_config={"known_trip_count":{"n":"4"}}', 4), ("x=1", 7)]
 )
 def test_traffic_by_hand(trips, times):
-    traffic = read_traffic(HLO.replace("TRIPS", trips), open_loops=7)
+    traffic = read_traffic(HLO.replace("TRIPS", trips), open_loops=(7,))
     # In the loop: a slice of 128 bytes and the index of 4 are read, and 128 bytes written; a copy
     # reads and writes 128. Outside: a row of 32 bytes and an index are read, 32 written in place.
     looped = times * (128 + 4 + 128 + 256)
@@ -86,6 +86,35 @@ def test_traffic_by_hand(trips, times):
         Collective("all-reduce", 128, times, overlapped=True),
         Collective("all-gather", 256, 1, overlapped=False),
     )
+
+
+NESTED = """
+%refill (t: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %t = (s32[], f32[4]{0}) parameter(0)
+  %y.2 = f32[4]{0} get-tuple-element(%t), index=1
+  ROOT %refilled = f32[4]{0} negate(%y.2)
+}
+
+%decode (u: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %u = (s32[], f32[4]{0}) parameter(0)
+  %y.1 = f32[4]{0} get-tuple-element(%u), index=1
+  %inner = (s32[], f32[4]{0}) while(%u), condition=%free, body=%refill
+  ROOT %decoded = f32[4]{0} copy(%y.1)
+}
+
+ENTRY %main (n: s32[], y: f32[4]) -> f32[4] {
+  %n = s32[] parameter(0)
+  %y = f32[4]{0} parameter(1)
+  %v = (s32[], f32[4]{0}) tuple(%n, %y)
+  ROOT %outer = (s32[], f32[4]{0}) while(%v), condition=%busy, body=%decode
+}
+"""
+
+
+def test_loops_within_loops_run_as_often_as_they_do_in_all():
+    traffic = read_traffic(NESTED, open_loops=(100, 3))
+    assert traffic.kernels == 100 + 3
+    assert traffic.bytes == (100 + 3) * 32 and traffic.open_bytes == 100 * 32
 
 
 COMBINED = """
@@ -104,7 +133,7 @@ ENTRY %main (a: f32[4], b: f32[2]) -> f32[4] {
 
 
 def test_combined_collectives_send_all_that_they_combine():
-    collectives = read_traffic(COMBINED, open_loops=1).collectives
+    collectives = read_traffic(COMBINED).collectives
     assert [(collective.kind, collective.bytes) for collective in collectives] == [
         ("all-reduce", 24),
         ("all-reduce", 24),
