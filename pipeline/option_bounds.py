@@ -30,7 +30,8 @@ LARGEST = dict.fromkeys(
         "train_sarm.latent_size train_sarm.k train_sarm.aux_k train_sarm.sae_batch_tokens "
         "train_sarm.epochs train_sarm.batch_size train_sae.max_length train_sae.latent_size "
         "train_sae.k train_sae.aux_k train_sae.batch_states identify.resamples probe.controls "
-        "evaluate.resamples evaluate.samples evaluate.batch_size lab.batch_size lab.processes"
+        "evaluate.resamples evaluate.samples evaluate.batch_size lab.batch_size lab.processes "
+        "experiments_at_once"
     ).split(),
     ROWS,
 )
