@@ -151,9 +151,12 @@ def _fuse(
     rows = [kernel.reshape(parts, -1, kernel.shape[1]) for kernel in kernels]
     loras = [linear.lora for linear in linears]
     adapted = [lora for lora in loras if lora is not None]
-    a_rows = [lora.a[layer].T.astype(dtype) for lora in adapted]
-    if not separate_adapters:
-        rows += [jnp.broadcast_to(a_ri, (parts, *a_ri.shape)) for a_ri in a_rows]
+    a_rows = []
+    for lora in adapted:
+        a_ri = lora.a[layer].T.astype(dtype)
+        a_rows.append(a_ri)
+        if not separate_adapters:
+            rows.append(jnp.broadcast_to(a_ri, (parts, *a_ri.shape)))
     (scale,) = {lora.scale for lora in adapted} or {1.0}  # all adapters have the same configuration
     return FusedLinear(
         kernel_poi=jnp.concatenate(rows, axis=1),

@@ -225,11 +225,13 @@ def sample(
         token_b, logp_b = draw_token(logits_bv, key, sampling, policy.placement)
         return jnp.where(running_b, token_b, pad), jnp.where(running_b, logp_b, 0.0)
 
+    def any_running(running_b):
+        if runs is None:
+            return running_b.any()
+        return jax.lax.pmax(running_b.any().astype(jnp.int32), runs) > 0
+
     def unfinished(carry):
-        running = carry[5].any()
-        if runs is not None:
-            running = jax.lax.pmax(running.astype(jnp.int32), runs) > 0
-        return (carry[0] < budget) & running
+        return (carry[0] < budget) & any_running(carry[5])
 
     def step(carry):
         r, cache, key, tokens, logps, running_b = carry
