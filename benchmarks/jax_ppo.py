@@ -6,6 +6,7 @@
 
 import dataclasses
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from conversion import load_policy
 from ppo.config import PPOConfig
 from ppo.learner import Learner
 from ppo.objectives import Batch
+from ppo.run_group import Member
 from ppo.slots import SlotPlan
 from ppo.update import Updater
 from sarm_jax.models.chat import pad_batch
@@ -36,6 +38,7 @@ class JaxPPO:
     Attributes:
         watched: latents that the reward reads.
         state: state of the training.
+        member: place in a group of runs, whose responses are sampled together; None: alone.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class JaxPPO:
         work: Workload,
         watched: tuple[int, ...] = (0,),
     ):
-        self.reward_model, self.watched = reward_model, watched
+        self.reward_model, self.watched, self.lora = reward_model, watched, lora
         policy.stop_ids = ()
         self.learner, fresh, self.base = Learner.attach(config, lora, policy, pad=0)
         self.state = policy.placement.replicated(fresh)
@@ -61,18 +64,17 @@ class JaxPPO:
         self.order = np.tile(np.arange(config.batch_size), (config.ppo_epochs, 1))
         self.plan = SlotPlan(config, [lengths], [self.order], parts=policy.placement.parts)
         self.steps = 0
+        self.member: Member | None = None
 
     def iteration(self) -> dict[str, float]:
         """Runs one PPO iteration; returns the seconds of rollout, score, update and total."""
         clock = [time.perf_counter()]
         key = jax.random.fold_in(jax.random.key(0), self.steps)
-        generation = self.learner.rollout(
-            self.state.params,
-            self.base,
-            tokens_bp=self.prompts[0],
-            mask_bp=self.prompts[1],
-            key=key,
-            slots=self.plan.prefill,
+        rollout = self.learner.rollout
+        if self.member is not None:
+            rollout = partial(self.member.rollout, self.learner)
+        generation = rollout(
+            self.state.params, self.base, *self.prompts, key=key, slots=self.plan.prefill
         )
         responses = np.asarray(generation.tokens_br)
         responses = [row[:length] for row, length in zip(responses, self.lengths, strict=True)]
@@ -106,12 +108,13 @@ class JaxPPO:
 
 
 def _sarm(policy: Llama) -> SARM:
-    """Makes a SARM of the policy's first 15 layers with a random SAE and head."""
-    trunk = dataclasses.replace(policy.config, num_hidden_layers=15)
+    """Makes a SARM of the policy's first 15 layers, or all, with a random SAE and head."""
+    layers = min(15, policy.config.num_hidden_layers)
+    trunk = dataclasses.replace(policy.config, num_hidden_layers=layers)
     config = SARMConfig(trunk, SAEConfig(trunk.hidden_size, latent_size=4608, k=32))
     dtype = policy.embed_tokens.dtype
     sarm = SARM(config, dtype=dtype, rngs=nnx.Rngs(0))
-    nnx.update(sarm.trunk.layers, jax.tree.map(lambda x: x[:15], nnx.state(policy.layers)))
+    nnx.update(sarm.trunk.layers, jax.tree.map(lambda x: x[:layers], nnx.state(policy.layers)))
     sarm.trunk.embed_tokens[...] = policy.embed_tokens[...]
     sarm.score[...] = jax.random.normal(jax.random.key(1), sarm.score.shape, sarm.score.dtype)
     return sarm

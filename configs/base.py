@@ -67,6 +67,10 @@ def _add_models(config: ConfigDict) -> None:
     # Several PPO runs from one config. Each entry NAME = ConfigDict() holds the options that its
     # run changes; the run is trained in {workdir}/experiments/NAME. Empty: one run, in {workdir}.
     config.experiments = ConfigDict()
+    # Experiments that are trained at a time, over one copy of the models: their responses are
+    # sampled together, which reads the weights once for all of them. Memory must hold the adapters,
+    # optimizer states and KV caches of all. Numbers differ only by rounding.
+    config.experiments_at_once = 1
 
     # LoRA adapters of the policy.
     config.lora = ConfigDict()

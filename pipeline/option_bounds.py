@@ -32,7 +32,7 @@ LARGEST = dict.fromkeys(
         "train_sarm.epochs train_sarm.batch_size train_sarm.heads train_sae.max_length "
         "train_sae.latent_size train_sae.k train_sae.aux_k train_sae.batch_states "
         "identify.resamples probe.controls evaluate.resamples evaluate.samples "
-        "evaluate.batch_size lab.batch_size lab.processes"
+        "evaluate.batch_size lab.batch_size lab.processes experiments_at_once"
     ).split(),
     ROWS,
 )

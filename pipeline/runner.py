@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import gc
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -18,6 +19,7 @@ from pipeline.changes import Provenance
 from pipeline.experiments import runs_of, with_runs
 from pipeline.provenance import Records, check_claim, claim_workdir, provenance
 from pipeline.stage import Stage
+from pipeline.together import run_together
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_stage, open_workdir
 from sarm_jax.parallel.compilation import kept_programs
@@ -64,14 +66,16 @@ def run_stage(
     stopped: list[TrainingStoppedError] = []
     check_runs(stage, config, workdir)
     runs = runs_of(stage, config, workdir)
-    with kept_programs() if len(runs) > 1 else contextlib.nullcontext():
-        for run_name, run_config, folder in runs:
-            if run_name:
-                LOG.info("experiment %s", run_name)
-            with continuing_with_others(run_name, stopped), open_workdir(folder):
-                refuse_missing_inputs(stage, run_config, workdir)
-                made_from = provenance(stage, run_config, folder)
-                _run(stage, run_config, folder, made_from)
+
+    def train(run_name: str, run_config: ConfigDict, folder: Path) -> None:
+        if run_name:
+            LOG.info("experiment %s", run_name)
+        with continuing_with_others(run_name, stopped), open_workdir(folder):
+            refuse_missing_inputs(stage, run_config, workdir)
+            made_from = provenance(stage, run_config, folder)
+            _run(stage, run_config, folder, made_from)
+
+    _run_all(runs, train, config)
     if stopped:
         raise stopped[0]
 
@@ -89,18 +93,42 @@ def run_stages(config: ConfigDict, workdir: Path, selected: Sequence[Stage]) -> 
     config = with_runs(config, workdir)
     for stage in selected:
         check_runs(stage, config, workdir)
-        runs = runs_of(stage, config, workdir)
-        with kept_programs() if len(runs) > 1 else contextlib.nullcontext():
-            for run_name, run_config, folder in runs:
-                if not stage.wanted(run_config):
-                    continue
-                with continuing_with_others(run_name, stopped), open_workdir(folder):
-                    outcome = _bring_up_to_date(stage, run_config, folder, workdir)
-                    title = f"{stage.name} {run_name}".strip()
-                    outcomes.append(dataclasses.replace(outcome, stage=title))
+        outcomes += _update_runs(stage, config, workdir, stopped)
     if stopped:
         raise stopped[0]
     return outcomes
+
+
+def _update_runs(
+    stage: Stage, config: ConfigDict, workdir: Path, stopped: list[TrainingStoppedError]
+) -> list[Outcome]:
+    """Brings the runs of a stage that the config asks for up to date; returns them in order."""
+    runs = [run for run in runs_of(stage, config, workdir) if stage.wanted(run[1])]
+    outcomes: dict[str, Outcome] = {}
+
+    def update(name: str, run_config: ConfigDict, folder: Path) -> None:
+        with continuing_with_others(name, stopped), open_workdir(folder):
+            outcome = _bring_up_to_date(stage, run_config, folder, workdir)
+            title = f"{stage.name} {name}".strip()
+            outcomes[name] = dataclasses.replace(outcome, stage=title)
+
+    _run_all(runs, update, config)
+    return [outcomes[name] for name, *_ in runs if name in outcomes]
+
+
+def _run_all(
+    runs: Sequence[tuple[str, ConfigDict, Path]],
+    train: Callable[[str, ConfigDict, Path], None],
+    config: ConfigDict,
+) -> None:
+    """Calls `train` for each run; of several runs, `experiments_at_once` at a time."""
+    with kept_programs() if len(runs) > 1 else contextlib.nullcontext():
+        if len(runs) > 1 and config.experiments_at_once > 1:
+            works = [(run[0], partial(train, *run)) for run in runs]
+            run_together(works, config.experiments_at_once)
+            return
+        for run in runs:
+            train(*run)
 
 
 def check_runs(stage: Stage, config: ConfigDict, workdir: Path) -> None:

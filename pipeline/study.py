@@ -1,5 +1,6 @@
 """Run `--stage=all` for the lab: every seed and condition of the study, then its page."""
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -40,6 +41,7 @@ from sarm_jax.lab.page import write_study
 from sarm_jax.lab.results import run_result
 from sarm_jax.lab.shortcuts import World
 from sarm_jax.models.conversation_rows import read_pairs
+from sarm_jax.parallel.compilation import kept_programs
 
 LOG = logging.getLogger(__name__)
 SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
@@ -74,11 +76,12 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     used = [*preparation(), stages.load("train")]
     check(config, folder, [stage for stage in used if stage.wanted(config)])
     settings = template.to_dict()
-    if template.lab.processes == 1 or len(seeds) == 1:
-        level = LOG.getEffectiveLevel()
-        outcomes = [run_seed(settings, workdir, seed, level) for seed in seeds]
-    else:
-        outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
+    with kept_programs() if len(seeds) > 1 else contextlib.nullcontext():
+        if template.lab.processes == 1 or len(seeds) == 1:
+            level = LOG.getEffectiveLevel()
+            outcomes = [run_seed(settings, workdir, seed, level) for seed in seeds]
+        else:
+            outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
     by_seed = dict(zip(seeds, outcomes, strict=True))
     finished = {seed: outcome.finished for seed, outcome in by_seed.items()}
     stopped = {seed: outcome for seed, outcome in by_seed.items() if outcome.stopped}

@@ -41,7 +41,7 @@ class HeldOut:
         learner, base = self.sampler.learner, self.sampler.base
         for length in sorted({self.deck.padded_length(n) for n in range(self.batches)}):
             plan = self.slot_plans[length]
-            yield partial(learner.lower_rollout, params, base, length, plan.prefill)
+            yield from self.sampler.programs(params, length, plan.prefill)
             for slots in plan.all_slots():
                 yield partial(learner.lower_reference, base, length, slots)
 

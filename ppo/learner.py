@@ -7,6 +7,7 @@ predicts a token. The base is an argument of every program and is never copied.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -50,6 +51,16 @@ class Evaluation:
     logp_br: jax.Array
     entropy_br: jax.Array
     values_br: Any
+
+
+@struct.dataclass
+class RunPrompts:
+    """The adapter of a run, and the left-padded prompts `[N, P]` and the key of its rollout."""
+
+    lora: Any
+    tokens_bp: ArrayLike
+    mask_bp: ArrayLike
+    key: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +148,29 @@ class Learner:
         """
         return self._compiled_rollout(self, params, base, tokens_bp, mask_bp, key, slots=slots)
 
+    def rollout_of_runs(
+        self, prompts_of_runs: Sequence[RunPrompts], base: nnx.State, slots: int | None = None
+    ) -> list[Generation]:
+        """Samples like `rollout` for several runs over one base, in one program.
+
+        The weights are read once for the tokens of all runs. Adapters are not folded into the
+        weights, so that responses equal those of `rollout` up to rounding.
+
+        Args:
+            prompts_of_runs: adapter, prompts and random key of each run, all of the same shapes.
+            base: frozen state of the policy.
+            slots: as in `rollout`, enough for the prompts of each run.
+        """
+        assert self.samples_runs_together
+        rows = len(prompts_of_runs) * self.config.rollout_rows // self.placement.parts
+        compiled = _compile_rollout_of_runs(compiler_options(self.platform, rows))
+        return compiled(self, tuple(prompts_of_runs), base, slots=slots)
+
+    @property
+    def samples_runs_together(self) -> bool:
+        """True if `rollout_of_runs` can be called: no slot of a run is refilled on its own."""
+        return not self.config.rollout_slots
+
     @property
     def decoding_options(self) -> tuple[tuple[str, Any], ...]:
         """Compiler options of programs that decode, from `compiler_options`."""
@@ -146,10 +180,24 @@ class Learner:
     def _compiled_rollout(self):
         return _compile_rollout(self.decoding_options)
 
-    def _rollout(self, params, base, tokens_bp, mask_bp, key, slots):
+    def _rollout_of_runs(self, prompts_of_runs, base, slots):
+        def sample_run(run: RunPrompts) -> Generation:
+            return self._rollout(
+                {"lora": run.lora}, base, run.tokens_bp, run.mask_bp, run.key, slots, runs="runs"
+            )
+
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *prompts_of_runs)
+        generations = jax.vmap(sample_run, axis_name="runs")(stacked)
+        return [
+            self.placement.constrain_rows(jax.tree.map(lambda x, n=n: x[n], generations))
+            for n in range(len(prompts_of_runs))
+        ]
+
+    def _rollout(self, params, base, tokens_bp, mask_bp, key, slots, runs=None):
         sampling = Sampling(self.config.max_new_tokens, self.config.temperature)
         policy = nnx.merge(self.graphdef, params["lora"], base)
-        if policy.embed_tokens.dtype == jnp.float32:  # half precision would round the adapter away
+        # Half precision would round the adapter away, and several runs share the weights.
+        if policy.embed_tokens.dtype == jnp.float32 and runs is None:
             fold_lora(policy)
         tokens_bp, mask_bp = self.placement.constrain_rows((tokens_bp, mask_bp))
         sample_with = partial(sample_refilling, slots=self.config.rollout_slots)
@@ -157,7 +205,7 @@ class Learner:
             packing = None
             if slots is not None:
                 packing = Packing.from_mask(mask_bp, slots, self.placement.parts)
-            sample_with = partial(sample, packing=packing)
+            sample_with = partial(sample, packing=packing, runs=runs)
         generation = sample_with(
             policy,
             tokens_bp,
@@ -281,6 +329,16 @@ class Learner:
 def _compile_rollout(options: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(
         Learner._rollout,
+        static_argnums=0,
+        static_argnames="slots",
+        compiler_options=dict(options),
+    )
+
+
+@cache
+def _compile_rollout_of_runs(options: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(
+        Learner._rollout_of_runs,
         static_argnums=0,
         static_argnames="slots",
         compiler_options=dict(options),

@@ -1,15 +1,19 @@
 """Rollouts: a batch of prompts, and the responses that the current policy samples to them."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax import numpy as jnp
+from jax.stages import Lowered
 
 from ppo.learner import Learner
 from ppo.prompts import PromptDeck
+from ppo.run_group import Member
 from sarm_jax.models.chat import decode
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.parallel.processes import fetch
@@ -46,11 +50,15 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """Samples responses to the prompts of a deck; `base` is the learner's frozen state."""
+    """Samples responses to the prompts of a deck; `base` is the learner's frozen state.
+
+    The run may be a `member` of a group, whose responses are sampled together.
+    """
 
     learner: Learner
     base: nnx.State
     tokenizer: Any
+    member: Member | None = None
 
     def sample(
         self,
@@ -71,7 +79,10 @@ class Sampler:
             slots: slots of the packed prompts, as in `Learner.rollout`.
         """
         tokens_np, mask_np = deck.deal(batch_number)
-        generation = self.learner.rollout(params, self.base, tokens_np, mask_np, key, slots=slots)
+        rollout = self.learner.rollout
+        if self.member is not None:
+            rollout = partial(self.member.rollout, self.learner)
+        generation = rollout(params, self.base, tokens_np, mask_np, key=key, slots=slots)
         copies = self.learner.config.samples_per_prompt
         on_host: Generation = fetch(generation)
         return Rollout(
@@ -83,6 +94,16 @@ class Sampler:
             ended_b=np.asarray(on_host.ended_b),
             lengths_b=np.asarray(on_host.mask_br).sum(axis=1),
         )
+
+    def programs(
+        self, params: dict, prompt_length: int, slots: int | None
+    ) -> Iterator[Callable[[], Lowered]]:
+        """Yields the program of `sample` for prompts padded to `prompt_length` tokens.
+
+        There is none for a member of a group, whose program depends on the other members.
+        """
+        if self.member is None:
+            yield partial(self.learner.lower_rollout, params, self.base, prompt_length, slots)
 
     def _decode(self, generation: Generation) -> list[str]:
         """Returns the texts of responses that are on the host, without special tokens."""

@@ -25,6 +25,7 @@ from ppo.nonfinite import dump_step
 from ppo.objectives import Batch
 from ppo.prompts import PromptDeck
 from ppo.rollout import Rollout, Sampler
+from ppo.run_group import Member
 from ppo.run_state import RunState
 from ppo.slots import SlotPlan, Slots, slot_plans
 from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints
@@ -124,6 +125,7 @@ class Trainer:
         made_from: options of the run and digests of its inputs, as JSON. Every checkpoint records
             them, so that a later call can compare.
         on_start: called once everything is compiled and calibrated, before anything is written.
+        member: the place of the run in a group of runs over the same base; None: it is alone.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Trainer:
         profile: ProfileConfig = NO_PROFILE,
         made_from: Mapping[str, Any] | None = None,
         on_start: Callable[[], None] = lambda: None,
+        member: Member | None = None,
     ):
         self.config, self.workdir, self.deck = config, workdir, deck
         self._made_from, self._on_start = made_from, on_start
@@ -152,7 +155,8 @@ class Trainer:
         self.learner, fresh, self.base = Learner.attach(
             config.ppo, config.lora, policy=policy, pad=pad_id(tokenizer, policy.stop_ids)
         )
-        self.sampler = Sampler(self.learner, self.base, tokenizer)
+        self.sampler = Sampler(self.learner, self.base, tokenizer, member)
+        self._on_signal = on_signal if member is None else member.on_signal
         self.updater = Updater(self.learner, screens=config.reward.screen)
         keys = jax.random.split(jax.random.key(config.ppo.seed), 5)
         self._rollout_key, disc_key, self._calibration_key, self._disc_data_key, eval_key = keys
@@ -215,7 +219,7 @@ class Trainer:
             names=self.config.names,
         )
         processes.raise_on_all()  # a tracker that the primary process cannot start ends all of them
-        with on_signal(self._remember_signal), log, self._summarising(watch, log):
+        with self._on_signal(self._remember_signal), log, self._summarising(watch, log):
             self._train(checkpoints, log, watch=watch, done=done)
         checkpoints.close()
         return processes.broadcast(self._summarise(watch, log))
@@ -302,7 +306,7 @@ class Trainer:
         train, base, numbers = self.state.train, self.base, self._expected_batches
         for length in sorted({self.deck.padded_length(n) for n in numbers}, reverse=True):
             plan = self._slot_plans[length]
-            yield partial(self.learner.lower_rollout, train.params, base, length, plan.prefill)
+            yield from self.sampler.programs(train.params, length, plan.prefill)
             for slots in plan.all_slots():
                 yield from self.updater.lower(train, base, length, slots).values()
                 yield partial(self.learner.lower_reference, base, length, slots)

@@ -471,6 +471,12 @@ FLAGS = [
     main("discriminator decay NaN", "--config.discriminator.weight_decay=nan", "weight_decay=nan"),
     main("no room for a conversation", "--config.sarm_max_length=0", "sarm_max_length=0"),
     main("no rows at a time", "--config.sarm_batch_size=0", "sarm_batch_size=0"),
+    main("no experiment at a time", "--config.experiments_at_once=0", "experiments_at_once=0"),
+    main(
+        "trace of several runs at a time",
+        "--config.experiments_at_once=2 --config.profile.start_step=0",
+        "profile.start_step=0: JAX traces one run at a time",
+    ),
     main("trace before the start", "--config.profile.start_step=-2", "profile.start_step=-2"),
     main(
         "trace after the end",

@@ -155,11 +155,15 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         guards=None,
         prompts=PROMPTS,
         held_out=HELD_OUT,
+        policy=None,
+        member=None,
         **changes,
     ):
         workdir.mkdir(exist_ok=True)
-        stop_ids = chat.stop_ids(tokenizer) if stop_ids is None else stop_ids
-        policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stop_ids)
+        if policy is None:
+            stop_ids = chat.stop_ids(tokenizer) if stop_ids is None else stop_ids
+            policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=stop_ids)
+            policy = scale_matrices(policy)
         ppo: PPOConfig = ppo_config(**{"calibration_batches": 4, "checkpoint_every": 2, **changes})
         deck = PromptDeck(prompts, tokenizer, ppo)
         demos = [{"prompt": p, "response": f"well, {p}"} for p in PROMPTS]
@@ -174,7 +178,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
         )
         return Trainer(
             config=config,
-            policy=scale_matrices(policy),
+            policy=policy,
             tokenizer=tokenizer,
             reward_model=reward_model,
             deck=deck,
@@ -183,6 +187,7 @@ def make_trainer(architecture, tokenizer, reward_model, ppo_config, tmp_path):
             workdir=workdir,
             eval_deck=PromptDeck(held_out, tokenizer, ppo) if evaluate else None,
             profile=profile,
+            member=member,
         )
 
     return make

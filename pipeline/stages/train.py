@@ -19,14 +19,13 @@ from conversion.load import (
     read_scorer_config,
 )
 from conversion.peft import save_adapter
+from pipeline import together
 from pipeline.changes import Provenance, change
 from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import (
     check_conversations,
     check_remat,
-    load_policy_model,
-    load_reward_model,
     mesh_config,
 )
 from pipeline.options import required
@@ -86,6 +85,7 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
     feature_names(config)  # raises for a malformed file
     check_available(options.tracking)
+    check_at_once(config, options)
     mesh = mesh_config(config)
     make_mesh(mesh)  # raises if there are too few devices
     rows = options.ppo.batch_size // options.ppo.pieces
@@ -95,13 +95,33 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     return options, profile
 
 
+def check_at_once(config: ConfigDict, options: TrainConfig) -> None:
+    """Raises InputError for `experiments_at_once` out of range, or with what allows only one."""
+    count = config.experiments_at_once
+    if count < 1:
+        raise InputError(f"experiments_at_once={count}: must be at least 1")
+    if count == 1:
+        return
+    if config.profile.start_step >= 0:
+        start = config.profile.start_step
+        raise InputError(
+            f"profile.start_step={start}: JAX traces one run at a time; set experiments_at_once=1 "
+            f"(it is {count})"
+        )
+    if "wandb" in options.tracking.services:
+        raise InputError(
+            f"track={config.track}: W&B has one run in a process; set experiments_at_once=1 (it is "
+            f"{count})"
+        )
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train by PPO; write metrics, samples, checkpoints and, last, the adapter."""
     with lock_workdir(workdir):
         inputs = read_inputs(config)
         made_from = check_run(config, workdir, inputs)
         log_start(config, workdir, inputs)
-        policy, tokenizer = load_policy_model(config)
+        policy, tokenizer = together.load_policy(config)
         policy.remat = config.remat
         trainer = Trainer(
             config=inputs.options,
@@ -116,6 +136,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             profile=inputs.profile,
             made_from=dataclasses.asdict(made_from),
             on_start=partial(claim_workdir, STAGE, config, workdir),
+            member=together.member(),
         )
         processes.raise_on_all()
         try:
@@ -163,7 +184,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
 
 def reward_model_of(config: ConfigDict, needs_features: bool) -> RewardModel:
     """Loads the reward model; with `lab.oracle` its last features count the lab's shortcuts."""
-    model = load_reward_model(config, needs_features)
+    model = together.load_reward(config, needs_features)
     return OracleRewardModel(model, world_of(config)) if config.lab.oracle else model
 
 

@@ -1,10 +1,12 @@
 """The log on stderr: this project's progress messages and warnings, without secrets."""
 
 import contextlib
+import contextvars
 import functools
 import io
 import logging
 import sys
+from collections.abc import Iterator
 
 from absl import logging as absl_logging
 from tqdm import tqdm
@@ -14,6 +16,7 @@ from sarm_jax.io import secrets
 LOG = logging.getLogger(__name__)
 PACKAGES = ("sarm_jax", "ppo", "pipeline", "configs", "conversion")
 LIBRARIES = ("transformers", "huggingface_hub")  # they install log handlers of their own
+_name: contextvars.ContextVar[str] = contextvars.ContextVar("name", default="")
 
 
 def show_progress(prefix: str = "", level: int = logging.INFO, primary: bool = True) -> None:
@@ -31,7 +34,8 @@ def show_progress(prefix: str = "", level: int = logging.INFO, primary: bool = T
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8 is shown with escapes
         sys.stdout.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler()
-    handler.setFormatter(_RedactingFormatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    line = f"%(asctime)s {prefix}%(run)s%(message)s"
+    handler.setFormatter(_RedactingFormatter(line, "%H:%M:%S"))
     logging.basicConfig(handlers=[handler], force=True)
     for name in LIBRARIES:
         logging.getLogger(name).handlers.clear()
@@ -42,6 +46,16 @@ def show_progress(prefix: str = "", level: int = logging.INFO, primary: bool = T
     absl_logging.set_verbosity(absl_logging.WARNING)
     if not primary:
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+
+@contextlib.contextmanager
+def named_messages(name: str) -> Iterator[None]:
+    """Puts "name: " before every message of this thread, for one of several runs at a time."""
+    token = _name.set(f"{name}: ")
+    try:
+        yield
+    finally:
+        _name.reset(token)
 
 
 def show_last_line(message: str) -> None:
@@ -64,6 +78,7 @@ def close_bars() -> None:
 
 class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
+        record.run = _name.get()
         return secrets.redact(super().format(record))
 
 

@@ -20,7 +20,6 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from sarm_jax.models.llama import Linear, Llama
-from sarm_jax.parallel.sharding import Placement
 
 
 @struct.dataclass
@@ -37,6 +36,7 @@ class FusedLinear:
         scale: α / r of the adapters.
         widths: the output size of each layer.
         axes: the axes of the mesh that split the rows and the columns.
+        a_ri: the A of the adapters, `[r, in]`, if they are not among the rows of `kernel_poi`.
     """
 
     kernel_poi: jax.Array
@@ -45,6 +45,7 @@ class FusedLinear:
     scale: float = struct.field(pytree_node=False)
     widths: tuple[int, ...] = struct.field(pytree_node=False)
     axes: tuple[str, str] = struct.field(pytree_node=False)
+    a_ri: jax.Array | None = None
 
     def __call__(self, x_ib: jax.Array) -> list[jax.Array]:
         """Applies every layer to tokens, which stand in columns."""
@@ -52,6 +53,8 @@ class FusedLinear:
         y_pob = product(self.kernel_poi, x_ib)
         cuts = np.cumsum(self.widths) // parts
         *y, a_prb = jnp.split(y_pob, cuts, axis=1)
+        if self.a_ri is not None:
+            a_prb = product(self.a_ri, x_ib)[None]
         if self.b_por is not None:
             adapted_pob = self.b_por @ a_prb * self.scale
             adapters = jnp.split(adapted_pob, cuts[:-1], axis=1)
@@ -67,7 +70,10 @@ class FusedLinear:
         b_por = None if self.b_por is None else put(self.b_por, P(rows))
         bias_po = None if self.bias_po is None else put(self.bias_po, P(rows))
         kernel_poi = put(self.kernel_poi, P(rows, None, columns))
-        return dataclasses.replace(self, kernel_poi=kernel_poi, b_por=b_por, bias_po=bias_po)
+        a_ri = None if self.a_ri is None else put(self.a_ri, P(None, columns))
+        return dataclasses.replace(
+            self, kernel_poi=kernel_poi, b_por=b_por, bias_po=bias_po, a_ri=a_ri
+        )
 
 
 @struct.dataclass
@@ -98,18 +104,23 @@ def product(kernel: jax.Array, x: jax.Array, dtype: Any = None) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.matmul(kernel, x, preferred_element_type=dtype))
 
 
-def fuse_layers(policy: Llama) -> tuple[FusedLayer, ...]:
+def fuse_layers(policy: Llama, separate_adapters: bool = False) -> tuple[FusedLayer, ...]:
     """Copies and fuses each layer's weights, for many calls of `sarm_jax.sampling.decoding.decode`.
 
     XLA copies a layer when it takes it out of the stack, with up to three times the traffic of
     reading it; a loop would copy all weights for every token. Adapters are cast to the weights'
-    dtype.
+    dtype. With `separate_adapters` no array holds both weights and adapters, so that a program of
+    several adapters (`jax.vmap`) has and reads the weights once.
     """
     attn, mlp, placement = policy.layers.attn, policy.layers.mlp, policy.placement
 
     def fuse(layer: int) -> FusedLayer:
         def linear(*linears: Linear, axes: tuple[str, str]) -> FusedLinear:
-            return _fuse(linears, layer=layer, axes=axes, placement=placement)
+            fused = _fuse(
+                linears, layer=layer, axes=axes, parts=placement.size(axes[0]),
+                separate_adapters=separate_adapters,
+            )  # fmt: skip
+            return fused.placed(placement.constrain)
 
         return FusedLayer(
             attention_norm=policy.layers.input_layernorm.scale[layer],
@@ -126,20 +137,28 @@ def fuse_layers(policy: Llama) -> tuple[FusedLayer, ...]:
 
 
 def _fuse(
-    linears: Sequence[Linear], layer: int, axes: tuple[str, str], placement: Placement
+    linears: Sequence[Linear],
+    layer: int,
+    axes: tuple[str, str],
+    *,
+    parts: int,
+    separate_adapters: bool,
 ) -> FusedLinear:
     """Fuses one layer of stacked linear layers."""
-    parts, dtype = placement.size(axes[0]), linears[0].kernel.dtype
+    dtype = linears[0].kernel.dtype
     kernels = [linear.kernel[layer].T for linear in linears]
     widths = tuple(len(kernel) for kernel in kernels)
     rows = [kernel.reshape(parts, -1, kernel.shape[1]) for kernel in kernels]
     loras = [linear.lora for linear in linears]
     adapted = [lora for lora in loras if lora is not None]
+    a_rows = []
     for lora in adapted:
         a_ri = lora.a[layer].T.astype(dtype)
-        rows.append(jnp.broadcast_to(a_ri, (parts, *a_ri.shape)))
+        a_rows.append(a_ri)
+        if not separate_adapters:
+            rows.append(jnp.broadcast_to(a_ri, (parts, *a_ri.shape)))
     (scale,) = {lora.scale for lora in adapted} or {1.0}  # all adapters have the same configuration
-    fused = FusedLinear(
+    return FusedLinear(
         kernel_poi=jnp.concatenate(rows, axis=1),
         b_por=_block_diagonal(loras, layer=layer, widths=widths, parts=parts).astype(dtype)
         if adapted
@@ -148,8 +167,8 @@ def _fuse(
         scale=scale,
         widths=widths,
         axes=axes,
+        a_ri=jnp.concatenate(a_rows) if separate_adapters and adapted else None,
     )
-    return fused.placed(placement.constrain)
 
 
 def _biases(linears: Sequence[Linear], layer: int, parts: int) -> jax.Array | None:

@@ -206,11 +206,15 @@ def sample(
     pad: int,
     packing: Packing | None = None,
     copies: int = 1,
+    runs: str | None = None,
 ) -> Generation:
     """Samples like `generate`, without jit and bucketing, inside a larger program.
 
     With a packing of `mask_bt` the prefill computes no padding. With `copies` there are that many
-    responses to each prompt, next to each other; a prompt is run once and its cache copied.
+    responses to each prompt, next to each other; a prompt is run once and its cache copied. `runs`
+    names the axis of `jax.vmap` over several adapters, if there is one. The loop then ends once all
+    responses of all of them have ended: a condition of each run's own would copy the cache of every
+    run at every token.
     """
     batch, length = len(tokens_bt) * copies, tokens_bt.shape[1]
     budget = sampling.max_new_tokens
@@ -221,8 +225,13 @@ def sample(
         token_b, logp_b = draw_token(logits_bv, key, sampling, policy.placement)
         return jnp.where(running_b, token_b, pad), jnp.where(running_b, logp_b, 0.0)
 
+    def any_running(running_b):
+        if runs is None:
+            return running_b.any()
+        return jax.lax.pmax(running_b.any().astype(jnp.int32), runs) > 0
+
     def unfinished(carry):
-        return (carry[0] < budget) & carry[5].any()
+        return (carry[0] < budget) & any_running(carry[5])
 
     def step(carry):
         r, cache, key, tokens, logps, running_b = carry
@@ -243,7 +252,7 @@ def sample(
     tokens_br = jnp.full((batch, budget), pad, jnp.int32).at[:, 0].set(token_b)
     logp_br = jnp.zeros((batch, budget)).at[:, 0].set(logp_b)
     running_b &= ~jnp.isin(token_b, stop_ids)
-    layers = fuse_layers(policy)
+    layers = fuse_layers(policy, separate_adapters=runs is not None)
     carry = (jnp.int32(1), cache, key, tokens_br, logp_br, running_b)
     _, _, _, tokens_br, logp_br, running_b = jax.lax.while_loop(unfinished, step, carry)
 

@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base, reference
+from pipeline import together
 from pipeline.all_stages import run_all
 from pipeline.experiments import runs_of, with_changes, with_runs
 from pipeline.provenance import provenance
@@ -68,6 +69,49 @@ def test_from_one_config_to_a_page_on_all_runs(world, tmp_path, capsys):
     config.experiments.penalised.reward.alpha_values = "0.2,0.2"
     with pytest.raises(InputError, match=r"experiment penalised: .*alpha_values was '0.1,0.1'"):
         run_all(config, tmp_path)
+
+
+def test_experiments_at_once_give_the_numbers_of_one_at_a_time(world, tmp_path, monkeypatch):
+    config = two_experiments(world)
+    loads = []
+    load_weights = together.load_policy_model
+    monkeypatch.setattr(
+        together, "load_policy_model", lambda config: loads.append(1) or load_weights(config)
+    )
+    run_stages(config, tmp_path / "one", [load("train")])
+    assert len(loads) == 2
+    config.experiments_at_once = 3  # more than there are
+    outcomes = run_stages(config, tmp_path / "two", [load("train")])
+    assert [outcome.stage for outcome in outcomes] == ["train baseline", "train penalised"]
+    assert len(loads) == 3
+    for name in ("baseline", "penalised"):
+        one, two = (tmp_path / folder / "experiments" / name for folder in ("one", "two"))
+        names = [{path.name.split(".tfevents")[0] for path in run.iterdir()} for run in (one, two)]
+        assert names[0] == names[1]
+        first, second = (json.loads((run / "summary.json").read_text()) for run in (one, two))
+        for part in ("first_steps", "last_steps"):
+            for key, value in first[part].items():
+                assert second[part][key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+    again = run_stages(config, tmp_path / "two", [load("train")])
+    assert [outcome.action for outcome in again] == ["up to date"] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experiments_at_once": 0}, r"experiments_at_once=0: must be at least 1"),
+        ({"profile.start_step": 0}, r"profile.start_step=0: JAX traces one run at a time"),
+        ({"track": "wandb"}, r"track=wandb: W&B has one run in a process"),
+    ],
+)
+def test_what_allows_one_experiment_at_a_time(world, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("pipeline.stages.train.check_available", lambda tracking: None)
+    config = two_experiments(world)
+    config.ppo.total_steps = 4
+    config.update_from_flattened_dict({"experiments_at_once": 2, **changes})
+    with pytest.raises(InputError, match=message):
+        run_all(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_a_guard_stops_leaves_the_others(world, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from sarm_jax.io.signals import exit_after_cleanup
-from sarm_jax.parallel.compilation import kept_programs
+from sarm_jax.parallel.compilation import CACHE_VARIABLE, kept_programs
 
 
 @pytest.fixture
@@ -72,6 +72,17 @@ def test_a_signal_leaves_no_programs(tmp_path, monkeypatch):
         assert len(list(tmp_path.iterdir())) == 1
         exit_after_cleanup(143)
     assert left == [[]]
+
+
+@pytest.mark.usefixtures("cache_hits")
+@pytest.mark.parametrize("before", [None, "/mine"])
+def test_processes_that_are_started_meanwhile_use_the_same_programs(monkeypatch, before):
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+    if before is not None:
+        monkeypatch.setenv(CACHE_VARIABLE, before)
+    with kept_programs():
+        assert os.environ[CACHE_VARIABLE] == jax.config.jax_compilation_cache_dir
+    assert os.environ.get(CACHE_VARIABLE) == before
 
 
 @pytest.mark.usefixtures("cache_hits")
