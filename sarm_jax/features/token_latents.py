@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sarm_jax.io.libraries import as_input_error
-from sarm_jax.models.chat import bucket_length, pad_batch, pad_id
+from sarm_jax.models.chat import bucket_length, decode, pad_batch, pad_id
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.reward_model import RewardModel
@@ -118,20 +117,17 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[tuple[str, int]]:
         (text, number of tokens) of each piece.
     """
 
-    def decoded(part: Sequence[int]) -> str:
-        return tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
+    decoded = partial(decode, tokenizer, keep_special=True)
     pieces, start, before = [], 0, 0
-    with as_input_error(f"the tokenizer of {tokenizer.name_or_path!r} cannot decode"):
-        while start < len(ids):
-            stop = start + 1
-            # Decoded behind the piece before it: a blank at the start of a text may be dropped.
-            known, text = decoded(ids[before:start]), decoded(ids[before:stop])
-            while text.endswith(INCOMPLETE) and stop < min(len(ids), start + MOST_PARTS):
-                stop += 1
-                text = decoded(ids[before:stop])
-            follows = text.startswith(known)
-            text = text[len(known) :] if follows else decoded(ids[start:stop])
-            pieces.append((text, stop - start))
-            before, start = start, stop
+    while start < len(ids):
+        stop = start + 1
+        # Decoded behind the piece before it: a blank at the start of a text may be dropped.
+        known, text = decoded(ids[before:start]), decoded(ids[before:stop])
+        while text.endswith(INCOMPLETE) and stop < min(len(ids), start + MOST_PARTS):
+            stop += 1
+            text = decoded(ids[before:stop])
+        follows = text.startswith(known)
+        text = text[len(known) :] if follows else decoded(ids[start:stop])
+        pieces.append((text, stop - start))
+        before, start = start, stop
     return pieces

@@ -92,13 +92,13 @@ def pad_id(tokenizer: Any, stops: Sequence[int] | None = None) -> int:
     return next(i for i in range(len(stops) + 1) if i not in stops)
 
 
-def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Decodes what a policy wrote, without special tokens.
+def decode(tokenizer: Any, ids: Sequence[int], keep_special: bool = False) -> str:
+    """Decodes what a policy wrote, without special tokens unless `keep_special`.
 
     The text is never tidied: a tokenizer may ask for that (`clean_up_tokenization_spaces`), but the
     policy wrote "x != y", and not "x!= y".
     """
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    options = {"skip_special_tokens": not keep_special, "clean_up_tokenization_spaces": False}
     with as_input_error(f"the tokenizer of {tokenizer.name_or_path!r} cannot decode"):
         return tokenizer.decode(ids, **options)
 
