@@ -1,13 +1,16 @@
-"""Compare reward models on held-out pairs: what features carry, and what clamping carriers does.
+"""Compare reward models on held-out pairs: what features carry, and what clamping them does.
 
+    python -m benchmarks.after_the_fact --list=WORKDIR --count=16
     python -m benchmarks.after_the_fact --pairs=HELD_OUT.jsonl NAME=REWARD_MODEL:WORKDIR …
 
-REWARD_MODEL is a SARM or a classifier with an SAE, and WORKDIR the working directory in which
-`identify` and `probe` were run on it, with probe.feature=…:carriers. With F = Σ_i w_i z_i and R the
-score, over all responses to the held-out prompts:
+The first command prints the features that carry most of the margin on the pairs that `identify` of
+this working directory has read, those with the largest w_i (mean z_i on chosen − mean z_i on
+rejected responses), for probe.feature. The second one compares models after `probe`. REWARD_MODEL
+is a SARM or a classifier with an SAE. With F = Σ_i w_i z_i and R the score, over all responses:
 
-    share_features   Cov(F, R) / Var(R), which is 1 for a SARM; the rest is the SAE's error
-    clamped          all certified carriers are set to 0
+    share_features     Cov(F, R) / Var(R), which is 1 for a SARM; the rest is the SAE's error
+    certified_clamped  all certified features are set to 0, which takes Σ w_i z_i from a score
+    probed_clamped     all probed features are set to 0
 """
 
 import argparse
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from conversion import load_sarm
 from sarm_jax.io.json_files import read_json
@@ -26,12 +30,19 @@ SIDES = ("chosen", "rejected")
 
 
 def main() -> None:
-    """Prints one JSON object with the figures of every reward model."""
+    """Prints a list of features, or one JSON object with the figures of every reward model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", required=True)
+    parser.add_argument("--list", type=Path, metavar="WORKDIR")
+    parser.add_argument("--count", type=int, default=16)
+    parser.add_argument("--pairs")
     parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument("models", nargs="+", metavar="NAME=REWARD_MODEL:WORKDIR")
+    parser.add_argument("models", nargs="*", metavar="NAME=REWARD_MODEL:WORKDIR")
     args = parser.parse_args()
+    if args.list is not None:
+        scores = load_file(args.list / "probes" / "feature_scores.safetensors")
+        order = np.argsort(scores["carried_reward"], kind="stable")  # of the rejected side
+        print(",".join(map(str, order[: args.count])))
+        return
     pairs = read_pairs(args.pairs)
     result = {}
     for entry in args.models:
@@ -57,18 +68,22 @@ def measure(
     variance = np.square(centred_n).mean()
     probed = read_json(workdir / "probes" / "certificates.json")["features"]
     certified = [entry["feature"] for entry in probed if entry["certified"]]
-    clamped_n, _ = rm.score(prompts, responses, clamp=dict.fromkeys(certified, 0.0))
-    plain, clamped = (pair_figures(x_n, pairs, pairs_p2) for x_n in (score_n, clamped_n))
+    weight_f = rm.feature_weights().astype(np.float64)
+
+    def figures(clamped: list[int]) -> dict[str, Any]:
+        return pair_figures(score_n - z_nf[:, clamped] @ weight_f[clamped], pairs, pairs_p2)
+
     return {
         "responses": len(texts),
         "pairs": len(pairs),
         "score_sd": float(np.sqrt(variance)),
         "share_features": float((centred_n * features_n).mean() / variance),
         "latents_active": float((z_nf != 0).sum(axis=1).mean()),
-        "carriers": len(probed),
+        "probed": len(probed),
         "certified": len(certified),
-        "plain": plain,
-        "clamped": clamped,
+        "plain": figures([]),
+        "certified_clamped": figures(certified),
+        "probed_clamped": figures([entry["feature"] for entry in probed]),
     }
 
 

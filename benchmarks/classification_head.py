@@ -1,6 +1,6 @@
 """Train a classification head on a language model: an ordinary reward model, without features.
 
-    python -m benchmarks.classification_head --model=DIR --layers=15 --pairs=PAIRS.jsonl --dst=DIR
+    python -m benchmarks.classification_head --model=DIR --pairs=PAIRS.jsonl --dst=DIR [--layers=15]
 
 The language model stays as it is, but can be cut after some of its layers, as a SARM's trunk is;
 its final norm is kept. The head w is the minimum of
@@ -15,22 +15,25 @@ writes PAIRS_train.jsonl and PAIRS_held_out.jsonl.
 
 import argparse
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
+from conversion import load_reward_model
 from conversion.directory import copy_tokenizer_files
-from conversion.load import load_hf_tokenizer
 from sarm_jax.io.jsonl import write_jsonl
-from sarm_jax.models.chat import encode_conversation
 from sarm_jax.models.conversation import to_json
 from sarm_jax.models.conversation_rows import read_pairs
+from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.training.held_out import draw_held_out
+from sarm_jax.training.sae_training import collect_activations
+from sarm_jax.training.train_sae import encode_response
 
 SIDES = ("chosen", "rejected")
-TOKENS_PER_BATCH = 2048
 
 
 def main() -> None:
@@ -45,7 +48,7 @@ def main() -> None:
     parser.add_argument("--ridge", type=float, default=1e-3)
     parser.add_argument("--max_length", type=int, default=512)
     args = parser.parse_args()
-    pairs, tokenizer = read_pairs(str(args.pairs)), load_hf_tokenizer(args.model)
+    pairs = read_pairs(str(args.pairs))
     held_out = draw_held_out(
         (pair["prompt"] for pair in pairs),
         fraction=args.held_out_fraction,
@@ -53,33 +56,23 @@ def main() -> None:
         stage="train_sarm",
     )
     held_out_p = torch.tensor([pair["prompt"] in held_out for pair in pairs])
-    rows: dict[tuple[int, ...], int] = {}
-    for pair in pairs:
-        for side in SIDES:
-            ids = encode_conversation(
-                tokenizer,
-                pair["prompt"],
-                pair[side],
-                max_length=args.max_length,
-                ends_with_turn=False,
-            )
-            pair[side, "row"] = rows.setdefault(tuple(ids), len(rows))
     sizes = {} if args.layers is None else {"num_hidden_layers": args.layers}
     model = AutoModelForSequenceClassification.from_pretrained(
         args.model, num_labels=1, dtype=torch.float32, **sizes
-    ).eval()
-    h_rd = states(model, list(rows))
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        save(model, args.model, Path(directory))  # with a random head, which is not read
+        row, h_rd = states(Path(directory), pairs, args.max_length)
     difference_pd = torch.stack(
-        [h_rd[pair["chosen", "row"]] - h_rd[pair["rejected", "row"]] for pair in pairs]
+        [h_rd[row[p["prompt"], p["chosen"]]] - h_rd[row[p["prompt"], p["rejected"]]] for p in pairs]
     )
     weight_d = fit_head(difference_pd[~held_out_p], h_rd.std(), args.ridge)
     model.score.weight.data = weight_d[None]
-    model.save_pretrained(args.dst)
-    copy_tokenizer_files(Path(args.model), args.dst)
+    save(model, args.model, args.dst)
     for name, keep_p in (("train", ~held_out_p), ("held_out", held_out_p)):
         own = [pair for pair, keep in zip(pairs, keep_p, strict=True) if keep]
         path = args.pairs.with_name(f"{args.pairs.stem}_{name}.jsonl")
-        write_jsonl(path, [_plain(pair) for pair in own])
+        write_jsonl(path, [pair | {"prompt": to_json(pair["prompt"])} for pair in own])
     margin_p = difference_pd @ weight_d
     summary = {"pairs_train": int((~held_out_p).sum()), "pairs_held_out": int(held_out_p.sum())}
     for name, keep_p in (("train", ~held_out_p), ("held_out", held_out_p)):
@@ -88,25 +81,24 @@ def main() -> None:
     print(json.dumps(summary, indent=2))
 
 
-@torch.no_grad()
-def states(model: torch.nn.Module, rows: list[tuple[int, ...]]) -> torch.Tensor:
-    """Returns the state after the final norm at the last token of each row, `[R, D]`."""
-    h_rd = torch.empty(len(rows), model.config.hidden_size)
-    order = sorted(range(len(rows)), key=lambda r: len(rows[r]))
-    with tqdm(total=len(rows), desc="states", unit="row") as bar:
-        while order:
-            length = len(rows[order[-1]])
-            batch = order[-max(TOKENS_PER_BATCH // length, 1) :]
-            order = order[: -len(batch)]
-            tokens_bt = torch.zeros(len(batch), length, dtype=torch.long)
-            mask_bt = torch.zeros_like(tokens_bt)
-            for b, r in enumerate(batch):
-                tokens_bt[b, : len(rows[r])] = torch.tensor(rows[r])
-                mask_bt[b, : len(rows[r])] = 1
-            hidden_btd = model.model(tokens_bt, attention_mask=mask_bt).last_hidden_state
-            h_rd[batch] = hidden_btd[torch.arange(len(batch)), mask_bt.sum(1) - 1]
-            bar.update(len(batch))
-    return h_rd
+def save(model: Any, source: str, dst: Path) -> None:
+    """Writes a classifier with the tokenizer of `source`."""
+    model.save_pretrained(dst)
+    copy_tokenizer_files(Path(source), dst)
+
+
+def states(
+    classifier: Path, pairs: Sequence[dict[str, Any]], max_length: int
+) -> tuple[dict[tuple[Any, str], int], torch.Tensor]:
+    """Returns the row number of each (prompt, response), and the state `[R, D]` of each row."""
+    rm = load_reward_model(classifier)
+    texts = list(dict.fromkeys((pair["prompt"], pair[side]) for pair in pairs for side in SIDES))
+    model = cast(LinearReward, rm.model)
+    rows = [encode_response(model, rm.tokenizer, *text, max_length) for text in texts]
+    collected = collect_activations(
+        model.trunk, rows, max_tokens=len(rows), seed=0, standardised=False
+    )
+    return {text: n for n, text in enumerate(texts)}, torch.tensor(collected.pooled_rd)
 
 
 def fit_head(difference_pd: torch.Tensor, scale: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -126,12 +118,6 @@ def fit_head(difference_pd: torch.Tensor, scale: torch.Tensor, ridge: float) -> 
 
     optimizer.step(closure)
     return (weight_d.detach() / scale).float()
-
-
-def _plain(pair: dict) -> dict:
-    """Returns the row of a file that a pair was read from."""
-    row = {name: value for name, value in pair.items() if isinstance(name, str)}
-    return row | {"prompt": to_json(pair["prompt"])}
 
 
 if __name__ == "__main__":

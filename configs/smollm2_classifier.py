@@ -1,15 +1,17 @@
 """The method with an ordinary reward model, which gets its features afterwards.
 
-A diff from `configs/smollm2.py`, whose policy and pairs it has. The reward model is SmolLM2 with a
-classification head, trained with Bradley–Terry on those pairs by `benchmarks.classification_head`;
-any other sequence classifier with one label may take its place. An SAE is trained on its states
-(`train_sae`), features are found with it on the pairs of the training prompts, tested on the
-held-out ones, and three of them are penalised while PPO trains the policy.
+A diff from `configs/smollm2.py`, whose policy and pairs it has. The reward model is a
+classification head on SmolLM2's first 15 layers, trained with Bradley–Terry on those pairs by
+`benchmarks.classification_head`; any other sequence classifier with one label may take its place.
+An SAE is trained on its states (`train_sae`), features are found with it on the pairs of the
+training prompts and tested on the held-out ones, and three of them are penalised while PPO trains
+the policy.
 
 Command: make smollm2-classifier
 Hardware: 2 CPU cores, 8 GB of memory.
-Time: see docs/guides/any_reward_model.md.
-Expected result: docs/guides/any_reward_model.md.
+Time: 80 minutes beside much other work (PPO 15); not timed on an idle machine.
+Expected result: docs/guides/any_reward_model.md. The error term has 0.31 of the variance of the
+        score, and none of the carriers is certified: the reward model does not pay for the defects.
 """
 
 from ml_collections import ConfigDict
@@ -39,7 +41,7 @@ def get_config() -> ConfigDict:
     # The script that trains the head writes these two files.
     config.identify.pairs_jsonl = "{workdir}/data/pairs_train.jsonl"
     config.probe.data_jsonl = "{workdir}/data/pairs_held_out.jsonl"
-    config.probe.feature = SELECTED + ":carriers"
+    config.probe.feature = f"{SELECTED}:carriers,{SELECTED}:safety_harming[:3]"
 
     config.ppo.total_steps = 12
     config.reward.beta = 0.0
