@@ -40,17 +40,7 @@ def main() -> None:
     """Prints a row for each number of runs."""
     args = parse_arguments()
     work = make_work(args)
-    titles = (
-        "R",
-        "group /s",
-        "separate /s",
-        "ratio",
-        "group cpu s",
-        "separate cpu s",
-        "GiB",
-        "one",
-    )
-    print(" ".join(f"{title:>14}" for title in titles), flush=True)
+    print(" ".join(f"{title:>14}" for title in TITLES), flush=True)
     for runs in args.runs:
         group, separate = [], []
         together = start(args, work, runs)

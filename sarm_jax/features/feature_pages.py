@@ -1,4 +1,4 @@
-"""What a feature reads, for pages on single features: feature_pages.json.
+"""Pages on single features, feature_pages.json: which words each of them reads.
 
 For each feature: how often and how strongly it is on in each group of responses (chosen and
 rejected ones, or those of people and policies), what it adds to the reward, the features with the

@@ -46,7 +46,7 @@ from sarm_jax.rewards.density_ratio import (
     groups_of,
 )
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
-from sarm_jax.rewards.scoring import Scorer, feature_count
+from sarm_jax.rewards.scoring import Scored, Scorer, feature_count
 from sarm_jax.rewards.state_controls import state_controls
 
 LOG = logging.getLogger(__name__)
@@ -162,18 +162,7 @@ class ControlledReward:
         scale = self.scale
         if scale is None:
             scale = self._calibrate(parsed, responses) if self._needs_scale else NO_SCALE
-        d_b, state = np.zeros_like(scored.score_b), self._state
-        if self._density_ratio is not None:
-            key = jax.random.fold_in(self._key, self.calls)
-            assert state is not None
-            state, own_d_b, metrics = self._density_ratio.update(
-                state, scored.z_bs, key, groups_of(parsed)
-            )
-            d_b = np.asarray(own_d_b)
-            if metrics["skipped"]:
-                raise TrainingStoppedError(
-                    f"call {self.calls}: the discriminator's update is not finite", "not finite"
-                )
+        d_b, state = self._train_discriminators(parsed, scored)
         terms = compound_reward(
             self.controls,
             score_b=scored.score_b,
@@ -197,6 +186,27 @@ class ControlledReward:
         self.calls += 1
         self._log_terms(log_metric, log_extra)
         return [float(reward) for reward in reward_b]
+
+    def _train_discriminators(
+        self, prompts: Sequence[Prompt], scored: Scored
+    ) -> tuple[np.ndarray, DensityRatioState | None]:
+        """Returns D `[B]`, which is 0 without a latent KL, and the new state of the discriminators.
+
+        Raises:
+            TrainingStoppedError: the training is not finite.
+        """
+        if self._density_ratio is None:
+            return np.zeros_like(scored.score_b), self._state
+        key = jax.random.fold_in(self._key, self.calls)
+        assert self._state is not None
+        state, d_b, metrics = self._density_ratio.update(
+            self._state, scored.z_bs, key, groups_of(prompts)
+        )
+        if metrics["skipped"]:
+            raise TrainingStoppedError(
+                f"call {self.calls}: the discriminator's update is not finite", "not finite"
+            )
+        return np.asarray(d_b), state
 
     @property
     def _needs_scale(self) -> bool:

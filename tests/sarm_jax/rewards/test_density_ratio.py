@@ -266,7 +266,7 @@ def test_standard_error_of_correlated_rows():
 
 
 def test_a_held_out_loss_that_rises_stops_the_training():
-    """What no later state improves on is kept: here the one that knows nothing."""
+    """The state that no later one improves on is kept: here the one that knows nothing."""
     rng = np.random.default_rng(9)
     human, policy = rng.normal(size=(2, 16, 200)).astype(np.float32)
     config = DiscriminatorConfig(1e-2, steps=300, weight_decay=0.0)
