@@ -98,7 +98,7 @@ def train_on_mesh(
         tokenizer=tokenizer,
         reward_model=model,
         deck=PromptDeck(PROMPTS, tokenizer, ppo),
-        human=collect_human_latents(model, demos, ACTIVE),
+        human=collect_human_latents(model, demos, ACTIVE) if reward.beta else None,
         states=state_controls(reward, model.state_size),
         workdir=workdir,
     )
