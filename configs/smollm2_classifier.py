@@ -9,7 +9,8 @@ the policy.
 
 Command: make smollm2-classifier
 Hardware: 2 CPU cores, 8 GB of memory.
-Time: 80 minutes beside much other work (PPO 15); not timed on an idle machine.
+Time: 80 minutes beside much other work; not timed on an idle machine. (train_sae takes 7
+        minutes of CPU time.)
 Expected result: docs/guides/any_reward_model.md. The error term has 0.31 of the variance of the
         score, and none of the carriers is certified: the reward model does not pay for the defects.
 """
