@@ -19,8 +19,9 @@ from ppo.run_state import RunState
 from ppo.slots import SlotPlan, slot_plans
 from sarm_jax.models.conversation import Prompt, to_json
 from sarm_jax.parallel.processes import fetch
-from sarm_jax.rewards.compound import RewardConfig, ScoreScale, compound_reward
+from sarm_jax.rewards.compound import ScoreScale, compound_reward
 from sarm_jax.rewards.density_ratio import DensityRatio
+from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.scoring import Scorer
 
 

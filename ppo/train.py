@@ -28,6 +28,7 @@ from ppo.rollout import Rollout, Sampler
 from ppo.run_group import Member
 from ppo.run_state import RunState
 from ppo.slots import SlotPlan, Slots, slot_plans
+from ppo.step_rows import sample_rows, step_row
 from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints
 from ppo.tracking.guards import (
     GuardConfig,
@@ -51,19 +52,12 @@ from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.signals import on_signal
 from sarm_jax.models.chat import pad_id
-from sarm_jax.models.conversation import to_json
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.compilation import compile_programs
-from sarm_jax.rewards.compound import (
-    RewardConfig,
-    RewardTerms,
-    ScoreScale,
-    compound_reward,
-    learned_reward,
-)
+from sarm_jax.rewards.compound import RewardTerms, ScoreScale, compound_reward, learned_reward
 from sarm_jax.rewards.density_ratio import (
     LATENT_KL_COLUMNS,
     DensityRatio,
@@ -72,6 +66,7 @@ from sarm_jax.rewards.density_ratio import (
     groups_of,
 )
 from sarm_jax.rewards.human_latents import HumanLatents
+from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.scoring import Scored, Scorer
 from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 from sarm_jax.version import VERSION
@@ -376,11 +371,20 @@ class Trainer:
             skipped = metrics["skipped_updates"] + metrics.pop("skipped", 0)
         clock.append(time.perf_counter())
 
-        row = self._row(
-            step, clock=clock, rollout=rollout, terms=terms, scored=scored, reward_b=reward_b
+        row = step_row(
+            step,
+            clock=clock,
+            rollout=rollout,
+            terms=terms,
+            scored=scored,
+            reward_b=reward_b,
+            reward=self.config.reward,
         )
         row |= {name: float(value) for name, value in metrics.items()}
         row["skipped_updates"] = float(skipped)
+        samples = sample_rows(
+            step, rollout, terms, reward=self.config.reward, count=self.config.ppo.samples_per_step
+        )
         new_state = RunState(train_state, density_ratio_state)
         if row["skipped_updates"]:
             path = dump_step(
@@ -388,7 +392,7 @@ class Trainer:
             )
             names = ", ".join(name for name, value in row.items() if not np.isfinite(value))
             LOG.warning("step %d is not finite (%s): batch and state in %s", step, names, path)
-        return new_state, row, self._samples(step, rollout, terms)
+        return new_state, row, samples
 
     def _stopping_guards(self, active: Sequence[str]) -> list[str]:
         """Returns those of the active guards that stop the run."""
@@ -474,66 +478,6 @@ class Trainer:
             ref_logp_br=ref_logp_br,
             reward_b=placed_reward_b,
         )
-
-    def _row(
-        self,
-        step: int,
-        *,
-        clock: Sequence[float],
-        rollout: Rollout,
-        terms: RewardTerms,
-        scored: Scored,
-        reward_b: np.ndarray,
-    ) -> dict[str, float]:
-        """Returns the metrics of rollout and reward; `clock` has the times between the phases."""
-        lengths_b = rollout.lengths_b
-        row = {
-            "step": step,
-            "timestamp": time.time(),
-            "total_reward": terms.total_b.mean(),
-            "rm_score": terms.score_b.mean(),
-            "indicator_penalty": terms.penalty_bn.sum(axis=1).mean(),
-            "kl_penalty": terms.kl_penalty_b.mean(),
-            "response_length_mean": lengths_b.mean(),
-            "response_length_std": lengths_b.std(),
-            "eos_fraction": rollout.ended_b.mean(),
-            "reward_mean": reward_b.mean(),
-            "reward_std": reward_b.std(),
-            "reward_min": reward_b.min(),
-            "reward_max": reward_b.max(),
-            "distinct_responses": len(set(rollout.responses)) / len(set(rollout.prompts)),
-            "time_rollout": clock[1] - clock[0],
-            "time_score": clock[2] - clock[1],
-            "time_update": clock[3] - clock[2],
-            "tokens_per_second": lengths_b.sum() / (clock[3] - clock[0]),
-        }
-        reward = self.config.reward
-        for column, feature in enumerate(reward.penalize_features):
-            z_b = scored.z_bn[:, column]
-            row[f"feat_{feature}_activation"] = z_b.mean()
-            row[f"feat_{feature}_above_tau"] = (z_b > reward.tau_values[column]).mean()
-        row |= terms.further_columns | scored.states.columns
-        return {name: float(value) for name, value in row.items()} | {"step": step}
-
-    def _samples(self, step: int, rollout: Rollout, terms: RewardTerms) -> list[dict]:
-        """Returns rows of samples.jsonl for the first responses of the batch."""
-        features = self.config.reward.penalize_features
-        return [
-            {
-                "step": step,
-                "prompt": to_json(rollout.prompts[b]),
-                "response": rollout.responses[b],
-                "rm_score": float(terms.score_b[b]),
-                "penalties": {
-                    str(i): float(p) for i, p in zip(features, terms.penalty_bn[b], strict=True)
-                },
-                "kl_penalty": float(terms.kl_penalty_b[b]),
-                **terms.further_of(b),
-                "total_reward": float(terms.total_b[b]),
-            }
-            for b in range(min(self.config.ppo.samples_per_step, len(rollout.prompts)))
-            if np.isfinite(terms.total_b[b])  # JSON has no NaN; such a step is dumped
-        ]
 
     def _remember_signal(self, number: int) -> None:
         """Makes the run stop with a checkpoint after the step in progress."""

@@ -26,8 +26,8 @@ from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
-from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import HumanLatents, collect_human_latents, save_human_latents
+from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.state_controls import state_controls
 from tests.oracles import save_tiny_llama, save_tiny_sarm, tiny_llama_config, tiny_tokenizer
 from tests.tiny_models import (

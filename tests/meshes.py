@@ -19,8 +19,8 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.sharding import Placement
-from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import collect_human_latents
+from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.state_controls import state_controls
 from tests.tiny_models import DISCRIMINATOR, PROMPTS, REWARD, guard_options, scale_matrices
 

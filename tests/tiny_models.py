@@ -8,9 +8,9 @@ from flax import nnx
 from configs import base
 from ppo.options import guard_config
 from ppo.tracking.guards import GuardConfig
-from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.density_ratio import DiscriminatorConfig
 from sarm_jax.rewards.options import reward_config
+from sarm_jax.rewards.reward_config import RewardConfig
 
 PROMPTS = [f"say {i}" for i in range(10)]
 HELD_OUT = [f"what about {i}" for i in range(6)]

@@ -18,7 +18,7 @@ from pipeline.report.pictures import (
 )
 from pipeline.report.runs import Run, ends
 from sarm_jax.reporting.plotting import by_step, spread_of_axis
-from sarm_jax.rewards.compound import FURTHER_TERMS
+from sarm_jax.rewards.reward_config import FURTHER_TERMS
 
 MAX_PENALTIES = 5  # lines of penalties in a figure; more are drawn as a sum of the smallest
 LOG_2 = float(np.log(2))

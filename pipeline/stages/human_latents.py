@@ -12,7 +12,6 @@ from pipeline.options import required
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation_rows import read_demonstrations
-from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.human_latents import (
     collect_human_latents,
     collect_with_states,
@@ -20,6 +19,7 @@ from sarm_jax.rewards.human_latents import (
 )
 from sarm_jax.rewards.human_states import fit_human_states, save_human_states
 from sarm_jax.rewards.options import reward_config
+from sarm_jax.rewards.reward_config import RewardConfig
 
 LOG = logging.getLogger(__name__)
 FEWEST = 3  # states that have a shrunk covariance

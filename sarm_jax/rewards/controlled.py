@@ -32,13 +32,7 @@ from sarm_jax.io.json_files import short
 from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.conversation import UNSUPPORTED, Prompt, PromptValue, parse_prompt
 from sarm_jax.models.reward_model import RewardModel
-from sarm_jax.rewards.compound import (
-    RewardConfig,
-    RewardTerms,
-    ScoreScale,
-    compound_reward,
-    learned_reward,
-)
+from sarm_jax.rewards.compound import RewardTerms, ScoreScale, compound_reward, learned_reward
 from sarm_jax.rewards.density_ratio import (
     DensityRatio,
     DensityRatioState,
@@ -46,6 +40,7 @@ from sarm_jax.rewards.density_ratio import (
     groups_of,
 )
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
+from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.scoring import Scored, Scorer, feature_count
 from sarm_jax.rewards.state_controls import state_controls
 

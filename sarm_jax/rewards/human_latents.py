@@ -19,7 +19,7 @@ from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel.finite import require_finite
 from sarm_jax.reporting.spread import is_constant
-from sarm_jax.rewards.compound import RewardConfig
+from sarm_jax.rewards.reward_config import RewardConfig
 
 LOG = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sarm_jax.features.feature_lists import parse_bounds, parse_features, parse_values
-from sarm_jax.rewards.compound import RewardConfig
+from sarm_jax.rewards.reward_config import RewardConfig
 
 # Fields that are lists, written as strings.
 PARSERS = {

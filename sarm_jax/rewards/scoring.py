@@ -9,7 +9,8 @@ from jax.stages import Lowered
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
-from sarm_jax.rewards.compound import NO_READINGS, RewardConfig, StateReadings
+from sarm_jax.rewards.compound import NO_READINGS, StateReadings
+from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 
 

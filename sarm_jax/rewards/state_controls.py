@@ -11,8 +11,9 @@ import numpy as np
 from sarm_jax.features.dense_probe import DenseProbe, load_probe
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel import processes
-from sarm_jax.rewards.compound import RewardConfig, StateReadings
+from sarm_jax.rewards.compound import StateReadings
 from sarm_jax.rewards.human_states import HumanStates, load_human_states
+from sarm_jax.rewards.reward_config import RewardConfig
 
 
 @dataclasses.dataclass(frozen=True)

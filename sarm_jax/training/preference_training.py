@@ -134,178 +134,13 @@ def pair_metrics(
     return metrics
 
 
-def _defined_mean(value_s: np.ndarray) -> float | None:
+def defined_mean(value_s: np.ndarray) -> float | None:
     """Returns the mean over the steps in which a metric is defined; None if there is none.
 
     An accuracy is undefined, NaN, in a step of ties alone.
     """
     defined_s = value_s[~np.isnan(value_s)]
     return float(defined_s.mean()) if len(defined_s) else None
-
-
-# --- mode 0 --------------------------------------------------------------------------------------
-
-
-def train_head(
-    sae: SAE,
-    pooled_rd: np.ndarray,
-    pairs_p2: np.ndarray,
-    options: PreferenceTraining,
-    log: Log,
-    tie_p: np.ndarray | None = None,
-) -> jax.Array:
-    """Trains the head on a frozen SAE and frozen pooled states (mode 0).
-
-    Only the kept latents of each row are stored.
-
-    Args:
-        sae: the SAE.
-        pooled_rd: standardised pooled states `[R, D]`.
-        pairs_p2: row numbers (chosen, rejected) of each pair.
-        options: options of the training.
-        log: receives a metrics row after each epoch.
-        tie_p: which pairs are ties; None if none is.
-
-    Returns:
-        Head weights `[M]`.
-
-    Raises:
-        DivergedError: training diverged.
-    """
-    return _train_head(
-        sparse_latents(sae, pooled_rd),
-        sae.config.latent_size,
-        pairs_p2=pairs_p2,
-        options=options,
-        log=log,
-        tie_p=tie_p,
-    )
-
-
-def train_heads(
-    sae: SAE,
-    pooled_rd: np.ndarray,
-    pairs_p2: np.ndarray,
-    options: PreferenceTraining,
-    log: Log,
-    heads: int,
-    tie_p: np.ndarray | None = None,
-) -> jax.Array:
-    """Trains an ensemble of heads, each as `train_head` does on its own `resampled_pairs`.
-
-    A row of the log has the number of its head under "head".
-
-    Returns:
-        Head weights `[H, M]`.
-
-    Raises:
-        DivergedError: training diverged.
-    """
-    latents, weights = sparse_latents(sae, pooled_rd), []
-    for head in range(heads):
-        drawn_p = resampled_pairs(len(pairs_p2), options.seed, head)
-        rows: list[dict[str, Any]] = []
-        weights.append(
-            _train_head(
-                latents,
-                sae.config.latent_size,
-                pairs_p2=pairs_p2[drawn_p],
-                options=options,
-                log=rows.append,
-                tie_p=None if tie_p is None else tie_p[drawn_p],
-            )
-        )
-        for row in rows:
-            log({**row, "head": head})
-    return jnp.stack(weights)
-
-
-def resampled_pairs(count: int, seed: int, head: int) -> np.ndarray:
-    """Draws as many of `count` pairs as there are, with replacement, for one head (bootstrap)."""
-    return np.random.default_rng([seed, head]).integers(count, size=count)
-
-
-def _train_head(
-    latents: tuple[jax.Array, jax.Array],
-    latent_size: int,
-    *,
-    pairs_p2: np.ndarray,
-    options: PreferenceTraining,
-    log: Log,
-    tie_p: np.ndarray | None,
-) -> jax.Array:
-    """Trains a head on `sparse_latents`, see `train_head`."""
-    values_rk, indices_rk = latents
-    rng = np.random.default_rng(options.seed)
-    batch = min(options.batch_size, len(pairs_p2))
-    per_epoch = len(pairs_p2) // batch
-    order = [rng.permutation(len(pairs_p2))[: per_epoch * batch] for _ in range(options.epochs)]
-    order_sb = np.reshape(order, (options.epochs * per_epoch, batch))
-    optimizer = _adamw(options.head_learning_rate, options, len(order_sb))
-    weights_m, metrics = _head_steps(
-        optimizer,
-        values_rk,
-        indices_rk,
-        pairs_sb2=jnp.asarray(pairs_p2[order_sb]),
-        tie_sb=None if tie_p is None else jnp.asarray(tie_p[order_sb]),
-        tie_weight=options.tie_weight,
-        latent_size=latent_size,
-    )
-    by_epoch = {name: np.asarray(m).reshape(options.epochs, -1) for name, m in metrics.items()}
-    for epoch, loss in enumerate(by_epoch.pop("loss").mean(1)):
-        check_loss(float(loss), "the head's Bradley-Terry loss", HEAD_RATE)
-        means = {name: _defined_mean(value_es[epoch]) for name, value_es in by_epoch.items()}
-        log({"stage": "head", "step": (epoch + 1) * per_epoch, "loss": float(loss), **means})
-    check_loss(float(loss), "the head's Bradley-Terry loss", HEAD_RATE, options.largest_loss)
-    return weights_m
-
-
-def sparse_latents(sae: SAE, x_rd: np.ndarray, batch: int = 256) -> tuple[jax.Array, jax.Array]:
-    """Computes the latents that the head reads: k of each row with TopK, otherwise all M.
-
-    Returns:
-        (values, feature ids), each `[R, k]`.
-    """
-    k = sae.config.k if sae.config.use_topk else sae.config.latent_size
-    graphdef, state = nnx.split(sae)
-    batches = [
-        _sparse_latents(graphdef, state, x_rd[start : start + batch], k=k)
-        for start in range(0, len(x_rd), batch)
-    ]
-    values, indices = zip(*batches, strict=True)
-    return jnp.concatenate(values), jnp.concatenate(indices)
-
-
-@partial(jax.jit, static_argnames=("graphdef", "k"))
-def _sparse_latents(graphdef, state, x_bd, k):
-    """Computes the k largest pre-activations of each row, and their feature ids."""
-    return jax.lax.top_k(nnx.merge(graphdef, state).pre_activations(x_bd), k)
-
-
-@partial(jax.jit, static_argnames=("optimizer", "tie_weight", "latent_size"))
-def _head_steps(optimizer, values_rk, indices_rk, pairs_sb2, tie_sb, tie_weight, latent_size):
-    """Trains a head from 0 in one scan over the batches of pairs `[S, B, 2]`."""
-
-    def step(carry, batch):
-        (weights_m, opt_state), (pairs_b2, tie_b) = carry, batch
-
-        def loss_fn(weights_m):
-            score_b2 = (weights_m[indices_rk[pairs_b2]] * values_rk[pairs_b2]).sum(-1)
-            chosen_b, rejected_b = score_b2[:, 0], score_b2[:, 1]
-            loss = bradley_terry_loss(chosen_b, rejected_b, tie_b, tie_weight)
-            return loss, pair_metrics(chosen_b, rejected_b, tie_b)
-
-        (loss, metrics), gradient_m = jax.value_and_grad(loss_fn, has_aux=True)(weights_m)
-        updates, opt_state = optimizer.update(gradient_m, opt_state, weights_m)
-        return (optax.apply_updates(weights_m, updates), opt_state), {"loss": loss, **metrics}
-
-    weights_m = jnp.zeros((latent_size,), jnp.float32)
-    carry, batches = (weights_m, optimizer.init(weights_m)), (pairs_sb2, tie_sb)
-    (weights_m, _), metrics = jax.lax.scan(step, carry, batches)
-    return weights_m, metrics
-
-
-# --- modes 1, 2 and 3 ----------------------------------------------------------------------------
 
 
 def fine_tune(
@@ -362,7 +197,7 @@ def fine_tune(
             )
             loss, acc = float(metrics["loss"]), float(metrics["accuracy"])
             check_loss(loss, "the loss on preferences", RATES)
-            row = {name: _defined_mean(np.asarray([value])) for name, value in metrics.items()}
+            row = {name: defined_mean(np.asarray([value])) for name, value in metrics.items()}
             log({"stage": "preferences", "step": step + 1, **row})
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", acc=f"{acc:.2f}")
@@ -394,15 +229,15 @@ def make_optimizer(options: PreferenceTraining, steps: int) -> optax.GradientTra
     """Makes AdamW with one learning-rate schedule for the head and one for everything else."""
     return optax.multi_transform(
         {
-            "head": _adamw(options.head_learning_rate, options, steps),
-            "body": _adamw(options.learning_rate, options, steps),
+            "head": adamw(options.head_learning_rate, options, steps),
+            "body": adamw(options.learning_rate, options, steps),
         },
         lambda params: _by_path(params, lambda names: "head" if "score" in names else "body"),
     )
 
 
 @cache
-def _adamw(learning_rate, options, steps):
+def adamw(learning_rate, options, steps):
     """Makes AdamW with warm-up, cosine schedule and the weight decay of the options.
 
     Equal arguments give the same object, so that the heads of an ensemble share a program.

@@ -30,6 +30,7 @@ from sarm_jax.reporting.spread import is_constant
 from sarm_jax.training.divergence import check_summary, check_weights
 from sarm_jax.training.held_out import draw_held_out
 from sarm_jax.training.option_checks import OptionChecks
+from sarm_jax.training.pair_set import encode_turn
 from sarm_jax.training.preference_training import cast
 from sarm_jax.training.sae_training import (
     Activations,
@@ -41,7 +42,6 @@ from sarm_jax.training.sae_training import (
     reconstruct,
     sae_metrics,
 )
-from sarm_jax.training.train_sarm import encode_turn
 
 LOG = logging.getLogger(__name__)
 LEARNING_RATE = "train_sae.learning_rate"

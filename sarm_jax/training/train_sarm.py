@@ -15,10 +15,8 @@ Source: arXiv 2508.08746. All randomness follows from `seed`.
 
 import dataclasses
 import logging
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -27,31 +25,30 @@ import numpy as np
 from flax import nnx
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig, centre_heads
-from sarm_jax.reporting.statistics import count_wins, wilson_interval
 from sarm_jax.training.divergence import (
     DivergedError,
     check_loss,
     check_summary,
     check_weights,
 )
+from sarm_jax.training.head_training import train_head, train_heads
 from sarm_jax.training.held_out import draw_held_out
 from sarm_jax.training.option_checks import OptionChecks
-from sarm_jax.training.preference_training import (
-    RATES,
-    PreferenceTraining,
-    cast,
-    fine_tune,
-    train_head,
-    train_heads,
+from sarm_jax.training.pair_set import SIDES, PairSet, encode_turn
+from sarm_jax.training.preference_summary import (
+    head_summary,
+    preference_summary,
+    score_by_head,
+    score_pooled,
+    tie_summary,
 )
+from sarm_jax.training.preference_training import RATES, PreferenceTraining, cast, fine_tune
 from sarm_jax.training.sae_training import (
     Activations,
-    Conversation,
     Log,
     SAETraining,
     collect_activations,
@@ -61,7 +58,6 @@ from sarm_jax.training.sae_training import (
 
 LOG = logging.getLogger(__name__)
 
-SIDES = ("chosen", "rejected")
 LARGEST_MARGIN = 1000.0  # at a margin of 20 nats a model is as good as certain
 
 
@@ -161,46 +157,6 @@ class TrainSARMConfig:
         """Returns the options of Bradley–Terry training."""
         shared = {f.name for f in dataclasses.fields(PreferenceTraining)}
         return PreferenceTraining(**{name: getattr(self, name) for name in shared})
-
-
-@dataclasses.dataclass(frozen=True)
-class PairSet:
-    """Preferences and ties as tokens.
-
-    Attributes:
-        rows: the distinct conversations, those of the preferences first.
-        pairs_p2: row numbers (chosen, rejected) of each pair.
-        prompt_p: number of the prompt of each pair.
-        held_out_p: True for the pairs of held-out prompts.
-        source_p: name of the source of each pair.
-        tie_p: True for the ties, which come last; None if there are none.
-    """
-
-    rows: list[Conversation]
-    pairs_p2: np.ndarray
-    prompt_p: np.ndarray
-    held_out_p: np.ndarray
-    source_p: list[str]
-    tie_p: np.ndarray | None = None
-
-    @property
-    def preferences(self) -> "PairSet":
-        """The pairs that are no ties, with their conversations."""
-        return self if self.tie_p is None else self._select(~self.tie_p)
-
-    @property
-    def ties(self) -> "PairSet | None":
-        """The ties, with all conversations; None if there are none."""
-        return None if self.tie_p is None else self._select(self.tie_p)
-
-    def _select(self, keep_p: np.ndarray) -> "PairSet":
-        return PairSet(
-            rows=self.rows[: self.pairs_p2[keep_p].max() + 1],
-            pairs_p2=self.pairs_p2[keep_p],
-            prompt_p=self.prompt_p[keep_p],
-            held_out_p=self.held_out_p[keep_p],
-            source_p=[source for source, keep in zip(self.source_p, keep_p, strict=True) if keep],
-        )
 
 
 def train_sarm(
@@ -404,161 +360,6 @@ def encode_pairs(
         source_p=[pair.get("source", "") for pair in both],
         tie_p=np.arange(len(both)) >= len(pairs) if ties else None,
     )
-
-
-def encode_turn(
-    tokenizer: Any, prompt: Prompt, response: str, max_length: int, ends_with_turn: bool = True
-) -> Conversation:
-    """Encodes an exchange; its assistant turn is the response with the end of turn.
-
-    A conversation of more than `max_length` tokens loses its beginning. With `ends_with_turn` False
-    the turn includes what the chat template writes after it.
-    """
-    encode = partial(
-        encode_conversation, tokenizer, prompt, response, ends_with_turn=ends_with_turn
-    )
-    ids = encode(max_length=sys.maxsize)
-    prompt_ids = encode_prompt(tokenizer, prompt)
-    token_pairs = enumerate(zip(ids, prompt_ids, strict=False))
-    first_difference = next((n for n, (a, b) in token_pairs if a != b), None)
-    if first_difference is None:
-        first_difference = min(len(ids), len(prompt_ids))
-    turn_length = len(ids) - first_difference
-    if len(ids) > max_length:
-        ids = encode(max_length=max_length)
-    bos = int(ids[0] == tokenizer.bos_token_id)  # truncation keeps it; it is no part of the turn
-    return Conversation(ids, min(turn_length, len(ids) - bos))
-
-
-def score_pooled(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndarray:
-    """Computes the scores `[R]` of pooled, standardised trunk states `[R, D]`."""
-    graphdef, state = nnx.split(sarm)
-    return np.concatenate(
-        [
-            np.asarray(_score_pooled(graphdef, state, pooled_rd[start : start + batch]))
-            for start in range(0, len(pooled_rd), batch)
-        ]
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def _score_pooled(graphdef, state, x_bd):
-    """Computes the scores `[B]` of one batch."""
-    sarm = nnx.merge(graphdef, state)
-    return sarm.head(sarm.sae.encode(x_bd))
-
-
-def score_by_head(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndarray:
-    """Computes the scores `[R, H]` that the heads of an ensemble give to pooled states `[R, D]`."""
-    graphdef, state = nnx.split(sarm)
-    starts = range(0, len(pooled_rd), batch)
-    return np.concatenate(
-        [
-            np.asarray(_score_by_head(graphdef, state, pooled_rd[start : start + batch]))
-            for start in starts
-        ]
-    )
-
-
-@partial(jax.jit, static_argnums=0)
-def _score_by_head(graphdef, state, x_bd):
-    """Computes the scores `[B, H]` of one batch."""
-    sarm = nnx.merge(graphdef, state)
-    return sarm.scores_by_head(sarm.sae.encode(x_bd))
-
-
-def head_summary(data: PairSet, score_rh: np.ndarray) -> dict[str, Any]:
-    """Summarises the heads of an ensemble by their scores `[R, H]`, on held-out pairs.
-
-    Returns:
-        By head: `accuracy` and `worst_share`, the share of the responses to which the head gives
-        the least score of all heads. `accuracy_min` is the accuracy of that least score, and
-        `margin_std` the standard deviation of a pair's margin over the heads, mean over pairs.
-    """
-    pairs_p2, score_rh = data.pairs_p2[data.held_out_p], score_rh.astype(np.float64)
-    margin_ph = score_rh[pairs_p2[:, 0]] - score_rh[pairs_p2[:, 1]]
-    least_r = score_rh.min(axis=1)
-    worst_r = score_rh[np.unique(pairs_p2)].argmin(axis=1)
-    shares = np.bincount(worst_r, minlength=score_rh.shape[1]) / len(worst_r)
-    least_margin_p = least_r[pairs_p2[:, 0]] - least_r[pairs_p2[:, 1]]
-    return {
-        "accuracy": count_wins(margin_ph).mean(axis=0).tolist(),
-        "worst_share": shares.tolist(),
-        "accuracy_min": float(count_wins(least_margin_p).mean()),
-        "margin_std": float(margin_ph.std(axis=1).mean()),
-    }
-
-
-def preference_summary(data: PairSet, score_r: np.ndarray) -> dict[str, Any]:
-    """Summarises accuracies, margins and scales of the scores `[R]` of all conversations.
-
-    `length_only_accuracy_held_out` is the accuracy of preferring the longer or the shorter
-    conversation in tokens, whichever is better: what a reward would reach that only counts.
-    """
-    margin_p = score_r[data.pairs_p2[:, 0]] - score_r[data.pairs_p2[:, 1]]
-    right_p = count_wins(margin_p)
-    held_out_p = data.held_out_p
-    length_r = np.asarray([len(row.ids) for row in data.rows])
-    longer_p = count_wins(length_r[data.pairs_p2[:, 0]] - length_r[data.pairs_p2[:, 1]])
-    longer = float(longer_p[held_out_p].mean())
-    held_out = float(right_p[held_out_p].mean())
-    prompts = len(np.unique(data.prompt_p[held_out_p]))
-    source_p = np.asarray(data.source_p)
-    scores = {side: score_r[data.pairs_p2[held_out_p, i]] for i, side in enumerate(SIDES)}
-    return {
-        "pairs_train": int((~held_out_p).sum()),
-        "pairs_held_out": int(held_out_p.sum()),
-        "prompts_held_out": prompts,
-        "accuracy_train": float(right_p[~held_out_p].mean()),
-        "accuracy_held_out": held_out,
-        "accuracy_held_out_95": wilson_interval(held_out, prompts),
-        "accuracy_held_out_by_source": {
-            str(source): float(right_p[held_out_p & (source_p == source)].mean())
-            for source in np.unique(source_p[held_out_p])
-        },
-        "length_only_accuracy_held_out": max(longer, 1 - longer),
-        "margin_train": float(margin_p[~held_out_p].mean()),
-        "margin_held_out": float(margin_p[held_out_p].mean()),
-        **{f"score_{side}_mean": float(scores[side].mean()) for side in SIDES},
-        **{f"score_{side}_std": float(scores[side].std()) for side in SIDES},
-    }
-
-
-def tie_summary(ties: PairSet, score_r: np.ndarray) -> dict[str, Any]:
-    """Summarises what the scores `[R]` make of ties, whose rejected sides have the shortcut.
-
-    Returns:
-        `train`, `held_out` and, by source, `held_out_by_source`: each with the numbers of `pairs`
-        and `prompts`, `margin_abs`, the mean |difference| of the scores, `prefers_rejected`, the
-        share of the pairs whose shortcut side scores higher (equal scores count half), and its
-        95 % interval. A mean over no pairs is null.
-    """
-    score_r = score_r.astype(np.float64)
-    margin_p = score_r[ties.pairs_p2[:, 0]] - score_r[ties.pairs_p2[:, 1]]
-    source_p = np.asarray(ties.source_p)
-
-    def summarise(keep_p: np.ndarray) -> dict[str, Any]:
-        prompts = len(np.unique(ties.prompt_p[keep_p]))
-        if not prompts:
-            return {"pairs": 0, "prompts": 0, "margin_abs": None} | dict.fromkeys(shares)
-        share = float(count_wins(-margin_p[keep_p]).mean())
-        values = share, wilson_interval(share, prompts)
-        return {
-            "pairs": int(keep_p.sum()),
-            "prompts": prompts,
-            "margin_abs": float(np.abs(margin_p[keep_p]).mean()),
-            **dict(zip(shares, values, strict=True)),
-        }
-
-    shares = ("prefers_rejected", "prefers_rejected_95")
-    return {
-        "train": summarise(~ties.held_out_p),
-        "held_out": summarise(ties.held_out_p),
-        "held_out_by_source": {
-            str(source): summarise(ties.held_out_p & (source_p == source))
-            for source in np.unique(source_p[ties.held_out_p])
-        },
-    }
 
 
 def _split_rows(data: PairSet) -> tuple[np.ndarray, np.ndarray]:

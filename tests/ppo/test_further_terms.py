@@ -15,8 +15,8 @@ from sarm_jax.models.chat import stop_ids
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel.sharding import ONE_DEVICE, MeshConfig, Placement, make_mesh
 from sarm_jax.rewards import ControlledReward
-from sarm_jax.rewards.compound import FURTHER_TERMS
 from sarm_jax.rewards.human_states import fit_human_states, save_human_states
+from sarm_jax.rewards.reward_config import FURTHER_TERMS
 from tests.closeness import assert_close, assert_same_metrics
 from tests.meshes import COMPARED_COLUMNS, train_on_mesh
 from tests.tiny_models import PROMPTS, reward_options

@@ -16,9 +16,9 @@ from sarm_jax.features.identify import IdentifyConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.parallel.sharding import MeshConfig
-from sarm_jax.rewards.compound import RewardConfig
 from sarm_jax.rewards.density_ratio import DiscriminatorConfig
 from sarm_jax.rewards.options import PARSERS
+from sarm_jax.rewards.reward_config import RewardConfig
 
 SECTIONS = {
     "ppo": PPOConfig,

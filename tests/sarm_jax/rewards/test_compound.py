@@ -8,13 +8,8 @@ import pytest
 
 from sarm_jax.evaluation.controls import Controls, penalties
 from sarm_jax.io.errors import InputError
-from sarm_jax.rewards.compound import (
-    RewardConfig,
-    RewardTerms,
-    ScoreScale,
-    compound_reward,
-    learned_reward,
-)
+from sarm_jax.rewards.compound import RewardTerms, ScoreScale, compound_reward, learned_reward
+from sarm_jax.rewards.reward_config import RewardConfig
 from tests.tiny_models import reward_options
 
 SCORE = np.array([-0.1, 0.02, 0.0], np.float32)

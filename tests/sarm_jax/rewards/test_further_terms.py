@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.rewards.compound import (
-    FURTHER_TERMS,
-    RewardConfig,
-    ScoreScale,
-    StateReadings,
-    compound_reward,
-    learned_reward,
-)
+from sarm_jax.rewards.compound import ScoreScale, StateReadings, compound_reward, learned_reward
+from sarm_jax.rewards.reward_config import FURTHER_TERMS, RewardConfig
 
 SCORE = np.array([-0.1, 0.5, 2.0, 0.3], np.float32)
 Z = np.array([[0.0, 4.0], [3.5, 2.9], [0.0, 0.0], [0.0, 0.0]], np.float32)

@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 
 from sarm_jax.models.sae import SAE, SAEConfig
-from sarm_jax.training import preference_training
+from sarm_jax.training import head_training, preference_training
 from sarm_jax.training.preference_training import PreferenceTraining
 from sarm_jax.training.sae_training import Conversation
 from sarm_jax.training.train_sarm import assemble, truncate
@@ -135,7 +135,7 @@ def test_ties_take_the_shortcut_out_of_the_head(policy):
     for weight in (None, 1.0, 20.0):
         tie_p = None if weight is None else np.arange(60) >= 30
         log = []
-        weights_m = preference_training.train_head(
+        weights_m = head_training.train_head(
             sarm.sae, x_rd, pairs_p2[: 30 if weight is None else 60],
             options=dataclasses.replace(options, tie_weight=weight or 1.0), log=log.append,
             tie_p=tie_p,
@@ -312,13 +312,11 @@ def test_the_head_learns_separable_pairs(policy, use_topk):
     pairs_p2 = np.stack([np.arange(30), np.arange(30, 60)], axis=1)
     options = dataclasses.replace(OPTIONS, mode=0, epochs=30, batch_size=10)
     log = []
-    weights_m = preference_training.train_head(
-        sarm.sae, x_rd, pairs_p2, options=options, log=log.append
-    )
+    weights_m = head_training.train_head(sarm.sae, x_rd, pairs_p2, options=options, log=log.append)
     score_r = np.asarray(sarm.sae.encode(jnp.asarray(x_rd))) @ np.asarray(weights_m)
     assert np.mean(score_r[:30] > score_r[30:]) == 1.0
     assert len(log) == 30 and log[-1]["accuracy"] == 1.0
-    values, indices = preference_training.sparse_latents(sarm.sae, x_rd)
+    values, indices = head_training.sparse_latents(sarm.sae, x_rd)
     assert_close((weights_m[indices] * values).sum(axis=1), score_r, 2e-6)
 
 
@@ -329,13 +327,13 @@ def test_heads_are_those_that_are_trained_alone_on_their_pairs(policy, ties):
     pairs_p2, tie_p = np.arange(40).reshape(20, 2), np.arange(20) >= 12 if ties else None
     options = dataclasses.replace(OPTIONS, mode=0, epochs=3, batch_size=4, seed=5)
     log: list[dict] = []
-    weights_hm = preference_training.train_heads(
+    weights_hm = head_training.train_heads(
         sarm.sae, x_rd, pairs_p2, options=options, log=log.append, heads=3, tie_p=tie_p
     )
-    drawn = [preference_training.resampled_pairs(20, 5, head) for head in range(3)]
+    drawn = [head_training.resampled_pairs(20, 5, head) for head in range(3)]
     for head, drawn_p in enumerate(drawn):
         rows: list[dict] = []
-        alone = preference_training.train_head(
+        alone = head_training.train_head(
             sarm.sae,
             x_rd,
             pairs_p2[drawn_p],
@@ -346,11 +344,11 @@ def test_heads_are_those_that_are_trained_alone_on_their_pairs(policy, ties):
         np.testing.assert_array_equal(weights_hm[head], alone)
         assert [row for row in log if row["head"] == head] == [r | {"head": head} for r in rows]
     assert len({tuple(drawn_p) for drawn_p in drawn}) == 3
-    again = preference_training.resampled_pairs(20, 5, 1)
+    again = head_training.resampled_pairs(20, 5, 1)
     np.testing.assert_array_equal(again, drawn[1])
-    assert not np.array_equal(preference_training.resampled_pairs(20, 6, 1), again)
+    assert not np.array_equal(head_training.resampled_pairs(20, 6, 1), again)
     # A bootstrap sample has about 1 − 1/e of the pairs.
-    large = preference_training.resampled_pairs(10_000, 0, 0)
+    large = head_training.resampled_pairs(10_000, 0, 0)
     assert large.min() >= 0 and large.max() < 10_000
     assert abs(len(np.unique(large)) / 10_000 - 0.632) < 0.02
 
@@ -369,7 +367,7 @@ def test_mode_0_uses_the_learning_rate_of_the_head(policy):
     sarm = tiny_sarm(policy)
     x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
     options = dataclasses.replace(OPTIONS, mode=0, learning_rate=1e-30, epochs=1, batch_size=4)
-    weights = preference_training.train_head(
+    weights = head_training.train_head(
         sarm.sae, x, np.arange(8).reshape(4, 2), options=options, log=lambda row: None
     )
     assert np.abs(weights).max() > 1e-3

@@ -13,6 +13,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.reporting.statistics import wilson_interval
+from sarm_jax.training import pair_set, preference_summary
 from sarm_jax.training import train_sarm as training
 from sarm_jax.training.train_sarm import TrainSARMConfig
 from tests.closeness import assert_close
@@ -96,10 +97,10 @@ def test_the_assembled_sarm_shares_its_parts(policy):
 @pytest.mark.parametrize("make", [None, chatml_tokenizer])
 def test_the_turn_is_the_response_with_its_end(tokenizer, make):
     tokenizer = make() if make else tokenizer
-    row = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", max_length=500)
+    row = pair_set.encode_turn(tokenizer, "How are you?", "Very well, thanks.", max_length=500)
     text = tokenizer.decode(row.ids[-row.turn_length :])
     assert text.startswith("Very well, thanks.<|") and text.count("<|") == 1
-    short = training.encode_turn(tokenizer, "How are you?", "Very well, thanks.", max_length=7)
+    short = pair_set.encode_turn(tokenizer, "How are you?", "Very well, thanks.", max_length=7)
     bos = int(short.ids[0] == tokenizer.bos_token_id)  # not a part of the turn
     assert len(short.ids) == 7 and short.turn_length == 7 - bos
     assert short.ids[1:] == row.ids[-6:] or short.ids == row.ids[-7:]
@@ -223,7 +224,7 @@ def test_an_ensemble_of_heads(policy, tokenizer):
     right = np.subtract(*sides(held_out, lambda *texts: model.score(*texts)[0])) > 0
     assert summary["accuracy_held_out"] == right.mean()
     # On the distinct training responses all heads have the same mean score.
-    texts = dict.fromkeys((row["prompt"], row[side]) for row in train for side in training.SIDES)
+    texts = dict.fromkeys((row["prompt"], row[side]) for row in train for side in pair_set.SIDES)
     means = by_head(*map(list, zip(*texts, strict=True))).mean(axis=0)
     assert_close(means, np.full(3, means.mean()), 1e-4, chosen)
 
@@ -244,7 +245,7 @@ def test_the_split_of_ties(tokenizer):
     data = training.encode_pairs(tokenizer, pairs, config, one)
     assert data.tie_p.tolist() == [False] * 16 + [True] and not data.held_out_p[-1]
     assert len(data.rows) == len(data.preferences.rows) + 2
-    summary = training.tie_summary(data.ties, np.zeros(len(data.rows), np.float32))
+    summary = preference_summary.tie_summary(data.ties, np.zeros(len(data.rows), np.float32))
     assert summary["held_out"]["pairs"] == 0 and summary["held_out"]["margin_abs"] is None
     assert summary["train"]["prefers_rejected"] == 0.5
     gone = [{"prompt": next(iter(alone)), "chosen": "a", "rejected": "b"}]
@@ -289,13 +290,15 @@ def test_accuracies_of_the_summary(policy, tokenizer):
 
 
 def test_accuracy_by_source_uses_held_out_pairs_only():
-    data = training.PairSet(
+    data = pair_set.PairSet(
         rows=[training.Conversation([1] * (n + 2), 1) for n in range(8)],
         pairs_p2=np.array([[0, 1], [2, 3], [5, 4], [7, 6]]),
         prompt_p=np.arange(4),
         held_out_p=np.array([1, 1, 0, 0], bool),
         source_p=["a", "b", "a", "b"],
     )
-    summary = training.preference_summary(data, np.array([1, 0, 0, 1, 1, 0, 0, 1], np.float32))
+    summary = preference_summary.preference_summary(
+        data, np.array([1, 0, 0, 1, 1, 0, 0, 1], np.float32)
+    )
     assert summary["accuracy_held_out_by_source"] == {"a": 1.0, "b": 0.0}
     assert summary["accuracy_train"] == 0.5 and summary["length_only_accuracy_held_out"] == 1.0
