@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from conversion import load_reward_model
-from conversion.directory import copy_tokenizer_files
+from conversion.directory import atomic_directory, copy_tokenizer_files
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.models.conversation import to_json
 from sarm_jax.models.conversation_rows import read_pairs
@@ -68,11 +68,12 @@ def main() -> None:
     )
     weight_d = fit_head(difference_pd[~held_out_p], h_rd.std(), args.ridge)
     model.score.weight.data = weight_d[None]
-    save(model, args.model, args.dst)
     for name, keep_p in (("train", ~held_out_p), ("held_out", held_out_p)):
         own = [pair for pair, keep in zip(pairs, keep_p, strict=True) if keep]
         path = args.pairs.with_name(f"{args.pairs.stem}_{name}.jsonl")
         write_jsonl(path, [pair | {"prompt": to_json(pair["prompt"])} for pair in own])
+    with atomic_directory(args.dst) as directory:  # last, since it stands for all files
+        save(model, args.model, directory)
     margin_p = difference_pd @ weight_d
     summary = {"pairs_train": int((~held_out_p).sum()), "pairs_held_out": int(held_out_p.sum())}
     for name, keep_p in (("train", ~held_out_p), ("held_out", held_out_p)):

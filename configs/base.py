@@ -183,7 +183,8 @@ def _add_reward(config: ConfigDict) -> None:
     # Penalty, in `unit`, per token of a response; it does not count for penalty_cap.
     config.reward.length_penalty = 0.0
     # sigmoid: the score is replaced by a sigmoid of its distance from the reference responses' mean
-    # score (PAR, 2502.18770), which is bounded to ± half a `unit`; empty: no bound.
+    # score (PAR, 2502.18770), which is bounded to ± half a `unit`, and has a quarter of its slope;
+    # empty: no bound.
     config.reward.bound = ""
     # How the scores of a SARM with several heads (train_sarm.heads) become one, in train and in
     # evaluate: "mean", or "min", the least of them. identify and probe read the mean.

@@ -289,7 +289,7 @@ def _described(config: LlamaConfig | SARMConfig | LinearRewardConfig) -> dict[st
 
 
 def _heads_from(fields: dict[str, Any]) -> int:
-    """Reads the number of heads of a SARM, which an ensemble alone has in its description."""
+    """Reads the number of heads of a SARM; only an ensemble has this field."""
     heads = fields.get("heads", 1)
     if type(heads) is not int or heads < 1:
         raise ValueError(f"heads={heads!r}: expected a positive whole number")

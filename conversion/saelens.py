@@ -148,7 +148,6 @@ def _fields(architecture: str, sae: SAEConfig, model_name: str) -> dict[str, Any
         "metadata": {
             "sae_lens_version": VERSION,
             "model_name": model_name,
-            "model_class_name": "AutoModelForSequenceClassification",
             "hook_name": HOOKS[0],
             "hook_head_index": None,
         },
@@ -162,16 +161,25 @@ def _modern(fields: dict[str, Any]) -> dict[str, Any]:
         if old in fields:
             fields.setdefault(new, fields.pop(old))
     fields.setdefault("architecture", "standard")
-    if fields.get("activation_fn") == "topk" and fields["architecture"] != "topk":
+    topk_names = fields.get("activation_fn"), fields["architecture"]
+    if "topk" in topk_names and (fields["architecture"] != "topk" or _is_older(fields)):
         arguments = fields.get("activation_fn_kwargs")
         k = arguments.get("k") if isinstance(arguments, dict) else None
-        fields |= {"architecture": "topk", "k": k}
+        fields |= {"architecture": "topk", "k": fields.get("k") if k is None else k}
     if isinstance(fields.get("normalize_activations"), bool):
         on = fields["normalize_activations"]
         fields["normalize_activations"] = "expected_average_only_in" if on else "none"
     if isinstance(fields.get("dtype"), str):
         fields["dtype"] = fields["dtype"].removeprefix("torch.")
     return fields
+
+
+def _is_older(fields: dict[str, Any]) -> bool:
+    """Returns whether a file is of a version before 6, which had k among other arguments."""
+    metadata = fields.get("metadata")
+    own = metadata if isinstance(metadata, dict) else fields
+    major, _, _ = str(own.get("sae_lens_version", "0")).partition(".")
+    return not major.isdigit() or int(major) < 6
 
 
 def _sae_config(path: Path, fields: dict[str, Any]) -> SAEConfig:
@@ -207,6 +215,11 @@ def _normalisation_problems(fields: dict[str, Any]) -> list[str]:
         problems.append(
             'normalize_activations="expected_average_only_in": the factor is not in the file; fold '
             "it with SAELens' fold_activation_norm_scaling_factor, and save the SAE again"
+        )
+    elif normalisation == "covariance_whitening":
+        problems.append(
+            'normalize_activations="covariance_whitening": fold it with SAELens\' '
+            "fold_activation_whitening, and save the SAE again"
         )
     elif normalisation not in (None, "none"):
         problems.append(

@@ -17,7 +17,8 @@ from sarm_jax.io.path_lists import escaped
 
 FOLDER = "experiments"
 CHANGEABLE = "ppo reward discriminator lora guards checkpoint prompts_jsonl".split()
-RESERVED = ("base", "human")  # names that the evaluation uses for something else
+# Names that the evaluation and the report use for other groups of responses.
+RESERVED = ("base", "human", "chosen", "rejected")
 
 
 def runs_of(stage: Stage, config: ConfigDict, workdir: Path) -> list[tuple[str, ConfigDict, Path]]:

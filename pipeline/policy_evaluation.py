@@ -11,12 +11,12 @@ from ml_collections import ConfigDict
 from conversion.keys import abstract_policy, tensor_specs
 from conversion.load import load_hf_tokenizer, read_policy_config
 from conversion.peft import CONFIG, load_adapter, read_adapter
+from pipeline.experiments import RESERVED
 from pipeline.models import check_conversations, load_policy_model, mesh_config
 from pipeline.options import required
 from ppo.comparison.movers import movers, rows_by_group
 from ppo.comparison.policy_comparison import (
     BASE,
-    HUMAN,
     Comparison,
     compare,
     latent_map,
@@ -117,7 +117,7 @@ def adapters_of(text: str, workdir: Path) -> dict[str, Path]:
             return {}
         if not places:
             raise InputError(f"evaluate.runs={run}: no adapter there (expected adapter/{CONFIG})")
-        if name in (BASE, HUMAN):
+        if name in RESERVED:
             raise InputError(f"evaluate.runs: {name!r} has a meaning of its own: use NAME={run}")
         adapters[name] = places[0]
     return adapters
@@ -172,8 +172,8 @@ def pages_of(config: ConfigDict, model: RewardModel, comparison: Comparison) -> 
         ("penalised", controls.penalize_features),
         ("clamped", reward.clamp_features),
         ("steered", set(controls.changed_features) - set(reward.clamp_features)),
-        ("top mover", movers(comparison, MOVERS)),
         ("latent KL", reward.latent_indices if reward.beta else ()),
+        ("top mover", movers(comparison, MOVERS)),
     ):
         for i in features:
             roles.setdefault(i, []).append(role)

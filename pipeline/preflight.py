@@ -17,6 +17,7 @@ from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.rewards.options import PARSERS
+from sarm_jax.rewards.reward_config import check_screens_alone
 
 
 def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
@@ -72,6 +73,8 @@ def without_future_lists(config: ConfigDict, workdir: Path) -> ConfigDict:
             if name not in waiting:
                 parse(f"reward.{name}", config.reward[name])
             config.reward[name] = ""
+        if config.reward.screen:
+            check_screens_alone(config.reward.alpha_values, config.reward.probe_penalty)
         config.reward.screen = False  # which needs the features
     if _is_future(config.probe.feature, workdir):
         config.probe.feature = "0"

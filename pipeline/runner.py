@@ -19,7 +19,7 @@ from pipeline.changes import Provenance
 from pipeline.experiments import runs_of, with_runs
 from pipeline.provenance import Records, check_claim, claim_workdir, provenance
 from pipeline.stage import Stage
-from pipeline.together import run_together
+from pipeline.together import member, run_together
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_stage, open_workdir
 from sarm_jax.parallel.compilation import kept_programs
@@ -68,7 +68,7 @@ def run_stage(
     runs = runs_of(stage, config, workdir)
 
     def train(run_name: str, run_config: ConfigDict, folder: Path) -> None:
-        if run_name:
+        if run_name and member() is None:  # otherwise every message of the run has its name
             LOG.info("experiment %s", run_name)
         with continuing_with_others(run_name, stopped), open_workdir(folder):
             refuse_missing_inputs(stage, run_config, workdir)
@@ -157,7 +157,10 @@ def continuing_with_others(run_name: str, stopped: list[TrainingStoppedError]) -
     except TrainingStoppedError as error:
         if not run_name:
             raise
-        LOG.error("experiment %s stopped: %s", run_name, error)
+        if member() is None:
+            LOG.error("experiment %s stopped: %s", run_name, error)
+        else:
+            LOG.error("stopped: %s", error)
         stopped.append(type(error)(f"experiment {run_name}: {error}"))
 
 

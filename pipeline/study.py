@@ -16,6 +16,7 @@ from pipeline import stage as stages
 from pipeline.cli import fill_in
 from pipeline.feature_names import feature_names
 from pipeline.models import load_reward_model
+from pipeline.option_bounds import OPTIONS
 from pipeline.preflight import check
 from pipeline.runner import run_stages
 from pipeline.stage import Stage
@@ -45,11 +46,15 @@ from sarm_jax.parallel.compilation import kept_programs
 
 LOG = logging.getLogger(__name__)
 SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
-# Options that the conditions of the study set.
-CONTROLS = (
-    "penalize_features tau_values alpha_values clamp_features clamp_set_values clamp_min_values "
-    "clamp_max_values beta latent_indices"
-).split()
+# Options of the reward that may be the same for all conditions; the conditions set the others.
+COMMON = ("unit", "penalty_cap", "human_latents")
+# Options outside of the reward that conditions set, with the value that leaves them to these.
+OF_CONDITIONS = {
+    "train_sarm.tie_pairs_jsonl": "",
+    "train_sarm.tie_weight": 1.0,
+    "train_sarm.heads": 1,
+    "lab.oracle": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +122,16 @@ def check_study(template: ConfigDict) -> None:
             f"lab.conditions: {retrained[0]} trains a head on the same trunk and SAE, which needs "
             f"train_sarm.mode=0, found {template.train_sarm.mode}"
         )
-    for name in CONTROLS:
-        if template.reward[name]:
+    options = template.to_dict()
+    set_by_conditions = {
+        f"reward.{name}": OPTIONS.reward[name] for name in OPTIONS.reward if name not in COMMON
+    }
+    for field, default in (set_by_conditions | OF_CONDITIONS).items():
+        section, name = field.split(".")
+        if options[section][name] != default:
             raise InputError(
-                f"reward.{name}={template.reward[name]}: the conditions of the study set it, with "
-                "lab.alpha and lab.beta"
+                f"{field}={options[section][name]}: the conditions of the study set it, with "
+                "lab.alpha, lab.beta and lab.tie_weight"
             )
     for section in SEEDED:
         if template[section].seed:
@@ -193,7 +203,12 @@ def seed_folder(workdir: Path, seed: int) -> Path:
 
 
 def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: int) -> None:
-    """Writes a further draw of random features, with thresholds by the rule of identify."""
+    """Writes a further draw of random features, with thresholds by the rule of identify.
+
+    A file that is newer than the lists of identify is kept.
+    """
+    if path.exists() and path.stat().st_mtime_ns >= selected.stat().st_mtime_ns:
+        return
     options = stages.load("identify").validate(config)
     pairs = [row for file in split_paths(config.identify.pairs_jsonl) for row in read_pairs(file)]
     detectors = read_json(selected)["detectors"]

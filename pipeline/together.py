@@ -6,6 +6,7 @@ of them.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -16,9 +17,12 @@ from ml_collections import ConfigDict
 
 from pipeline.models import load_policy_model, load_reward_model
 from ppo.run_group import Member, RunGroup
+from sarm_jax.io.errors import InputError
 from sarm_jax.io.progress import named_messages
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.reward_model import RewardModel
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,32 +55,44 @@ def load_policy(config: ConfigDict) -> tuple[Llama, Any]:
 
 
 def load_reward(config: ConfigDict, needs_features: bool) -> RewardModel:
-    """Returns the reward model, see `load_reward_model`; the runs of a group use the same one."""
+    """Returns the reward model, see `load_reward_model`; the runs of a group use the same one.
+
+    It is loaded with any features that it has, whether or not the first run needs them: a run that
+    does has checked that they are there.
+    """
     place = _place.get()
     if place is None:
         return load_reward_model(config, needs_features)
-    name = "features" if needs_features else "scores"  # of which the reward model is asked
-    if name not in place.models:
-        place.models[name] = load_reward_model(config, needs_features)
-    return place.models[name]
+    if "reward_model" not in place.models:
+        place.models["reward_model"] = load_reward_model(config, needs_features=False)
+    return place.models["reward_model"]
 
 
 def run_together(works: Sequence[tuple[str, Callable[[], None]]], at_once: int) -> None:
     """Calls (name, function) pairs, each of which trains a run, `at_once` of them at a time.
 
     Raises:
-        BaseException: the first error of a run, after the other runs of its group have ended.
+        BaseException: the first error of a run, after the other runs of its group have ended;
+            SystemExit, which a signal leads to, goes before other errors.
     """
+    models: dict[str, Any] = {}
     for start in range(0, len(works), at_once):
         group = works[start : start + at_once]
-        models: dict[str, Any] = {}
-        errors = RunGroup().run([partial(_run, models, name, work) for name, work in group])
-        for error in errors:
-            if error is not None:
-                raise error
+        ended = RunGroup().run([partial(_run, models, name, work) for name, work in group])
+        errors = [error for error in ended if error is not None]
+        for error in sorted(errors, key=lambda error: not isinstance(error, SystemExit)):
+            raise error
 
 
 def _run(models: dict[str, Any], name: str, work: Callable[[], None], member: Member) -> None:
+    """Trains a run; its error is logged at once, since the other runs go on."""
     _place.set(Place(member, models))  # of this thread alone
     with named_messages(f"experiment {name}"):
-        work()
+        try:
+            work()
+        except InputError as error:
+            LOG.error("stopped: %s", error)
+            raise
+        except Exception:
+            LOG.exception("stopped")
+            raise

@@ -19,10 +19,10 @@ from ppo.run_state import RunState
 from ppo.slots import SlotPlan, slot_plans
 from sarm_jax.models.conversation import Prompt, to_json
 from sarm_jax.parallel.processes import fetch
-from sarm_jax.rewards.compound import ScoreScale, compound_reward
+from sarm_jax.rewards.compound import ScoreScale
 from sarm_jax.rewards.density_ratio import DensityRatio
 from sarm_jax.rewards.reward_config import RewardConfig
-from sarm_jax.rewards.scoring import Scorer
+from sarm_jax.rewards.scoring import Scorer, reward_terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +92,7 @@ class HeldOut:
         if self.density_ratio is not None:
             assert state.density_ratio is not None
             d_b = np.asarray(self.density_ratio.read(state.density_ratio, scored.z_bs))
-        terms = compound_reward(
-            self.reward,
-            score_b=scored.score_b,
-            z_bn=scored.z_bn,
-            d_b=d_b,
-            score_std=scale.std,
-            score_mean=scale.mean,
-            states=scored.states,
-            lengths_b=rollout.lengths_b,
-        )
+        terms = reward_terms(self.reward, scored, d_b=d_b, scale=scale, lengths_b=rollout.lengths_b)
         ref_kl_b = self._reference_kl(rollout, plan)
         features = [str(i) for i in self.reward.penalize_features]
         return [

@@ -11,7 +11,9 @@ different steps can be in one group, and a run that ends leaves the others as th
 """
 
 import contextlib
+import contextvars
 import dataclasses
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from ppo.learner import Learner, RunPrompts
-from sarm_jax.io.signals import on_signal
+from sarm_jax.io.signals import STOP_SIGNALS, exit_after_cleanup, on_signal
 from sarm_jax.sampling.generate import Generation
 
 # Options that decide whether rollouts can be sampled by one program.
@@ -30,7 +32,10 @@ SHARED_OPTIONS = ("batch_size", "samples_per_prompt", "max_new_tokens", "tempera
 
 @dataclasses.dataclass
 class _Request:
-    """A rollout that a run waits for; `error` is what ended the program that sampled it."""
+    """A rollout that a run waits for.
+
+    `error` is the exception of the program that should have sampled it.
+    """
 
     run: int
     learner: Learner
@@ -70,6 +75,7 @@ class RunGroup:
         self._requests: list[_Request] = []
         self._signal = 0  # 0: none
         self._handlers: list[Callable[[int], None]] = []
+        self._outer: dict[int, Any] = {}  # handlers of signals that were there before
 
     def run(self, functions: Sequence[Callable[["Member"], None]]) -> list[BaseException | None]:
         """Calls every function in a thread of its own, with its place in the group.
@@ -92,6 +98,7 @@ class RunGroup:
                     self._sample_if_all_wait()
 
         self._active = len(functions)
+        self._outer = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         threads = [threading.Thread(target=call, args=(n,)) for n in range(len(functions))]
         with on_signal(self._pass_signal):
             for thread in threads:
@@ -122,6 +129,11 @@ class RunGroup:
             self._handlers.remove(handler)
 
     def _pass_signal(self, number: int) -> None:
+        """Passes a signal to the runs that have begun; before the first has, the process ends."""
+        if not self._handlers:
+            if callable(outer := self._outer.get(number)):
+                outer(number, None)
+            exit_after_cleanup(128 + number)
         self._signal = number
         for handler in list(self._handlers):
             handler(number)
@@ -177,8 +189,13 @@ class Member:
 
     @contextlib.contextmanager
     def on_signal(self, handler: Callable[[int], None]) -> Iterator[None]:
-        """Calls `handler` with the number of the first signal that the process receives."""
-        with self.group.passing_signals_to(handler):
+        """Calls `handler` with the number of the first signal that the process receives.
+
+        It is called in the main thread, but with the context of this one, whose messages have the
+        name of the run.
+        """
+        context = contextvars.copy_context()
+        with self.group.passing_signals_to(lambda number: context.run(handler, number)):
             yield
 
 

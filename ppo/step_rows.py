@@ -59,7 +59,7 @@ def step_row(
         z_b = scored.z_bn[:, column]
         row[f"feat_{feature}_activation"] = z_b.mean()
         row[f"feat_{feature}_above_tau"] = (z_b > reward.tau_values[column]).mean()
-    row |= terms.further_columns | scored.states.columns
+    row |= terms.further_means | scored.states.means
     return {name: float(value) for name, value in row.items()} | {"step": step}
 
 

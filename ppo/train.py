@@ -57,7 +57,7 @@ from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.compilation import compile_programs
-from sarm_jax.rewards.compound import RewardTerms, ScoreScale, compound_reward, learned_reward
+from sarm_jax.rewards.compound import RewardTerms, ScoreScale, learned_reward
 from sarm_jax.rewards.density_ratio import (
     LATENT_KL_COLUMNS,
     DensityRatio,
@@ -67,7 +67,7 @@ from sarm_jax.rewards.density_ratio import (
 )
 from sarm_jax.rewards.human_latents import HumanLatents
 from sarm_jax.rewards.reward_config import RewardConfig
-from sarm_jax.rewards.scoring import Scored, Scorer
+from sarm_jax.rewards.scoring import Scored, Scorer, reward_terms
 from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 from sarm_jax.version import VERSION
 
@@ -444,15 +444,8 @@ class Trainer:
                 state.density_ratio, scored.z_bs, key, groups_of(rollout.prompts)
             )
             d_b, metrics = _broadcast_primary(own_d_b, own_metrics)
-        terms = compound_reward(
-            self.config.reward,
-            score_b=scored.score_b,
-            z_bn=scored.z_bn,
-            d_b=d_b,
-            score_std=self.scale.std,
-            score_mean=self.scale.mean,
-            states=scored.states,
-            lengths_b=rollout.lengths_b,
+        terms = reward_terms(
+            self.config.reward, scored, d_b=d_b, scale=self.scale, lengths_b=rollout.lengths_b
         )
         return terms, density_ratio_state, metrics
 

@@ -181,6 +181,8 @@ class Updater:
             grads, stacked = jax.lax.scan(accumulate, zeros, microbatches)
             deviation = stacked.pop("ratio_max_dev").max()
             metrics = {k: v.sum() for k, v in stacked.items()} | {"ratio_max_dev": deviation}
+        if "tokens" in metrics:
+            metrics["entropy"] /= metrics.pop("tokens")
 
         grad_norm = optax.global_norm(grads)
         updates, opt_state = self.learner.optimizer.update(grads, state.opt_state, state.params)
@@ -211,11 +213,21 @@ class Updater:
         metrics = {
             "ppo_loss": loss,
             **parts,
-            "entropy": mean(now.entropy_br),
+            **self._entropy(now.entropy_br, batch, mean),
             "approx_kl": mean(kl_k3(-log_ratio_br)),
             "ratio_max_dev": deviation_br.max(),
         }
         return loss, (targets, metrics)
+
+    def _entropy(self, entropy_br, batch, mean):
+        """Returns the entropy; of batches that may be screened, its sum and the number of tokens.
+
+        It is a property of all responses, so those that are screened count too.
+        """
+        if batch.keep_b is None:
+            return {"entropy": mean(entropy_br)}
+        entropy = jnp.where(batch.mask_br, entropy_br, 0.0).sum()
+        return {"entropy": entropy, "tokens": batch.mask_br.sum().astype(jnp.float32)}
 
 
 @jax.jit

@@ -473,9 +473,9 @@ FLAGS = [
     main("no rows at a time", "--config.sarm_batch_size=0", "sarm_batch_size=0"),
     main("no experiment at a time", "--config.experiments_at_once=0", "experiments_at_once=0"),
     main(
-        "trace of several runs at a time",
-        "--config.experiments_at_once=2 --config.profile.start_step=0",
-        "profile.start_step=0: JAX traces one run at a time",
+        "several experiments of none",
+        "--config.experiments_at_once=2",
+        "experiments_at_once=2: the config has 0 experiments",
     ),
     main("trace before the start", "--config.profile.start_step=-2", "profile.start_step=-2"),
     main(

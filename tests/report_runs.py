@@ -119,7 +119,7 @@ def write_feature_pages(folder: Path, features: tuple[int, ...] = (*FEATURES, 5)
                 "roles": roles[: 1 + (i == features[0])],
                 "weight": 0.25 * i,
                 "weight_rank": i,
-                "tau": 0.4 if place == "eval" else None,
+                "tau": 0.4 if place == "eval" else 0.1,
                 "groups": {name: _activations(rng, place == "eval") for name in groups},
                 "neighbours": [
                     {"feature": n, "cosine": c}

@@ -209,10 +209,15 @@ def _page(
     certificate: Mapping[str, Any] | None,
 ) -> FeaturePage:
     """Merges what the files say of one feature; the last file that has a τ gives it."""
-    groups = {name: group for row in rows for name, group in row["groups"].items()}
+    tau = next((row["tau"] for row in reversed(rows) if row["tau"] is not None), None)
+    # A share above another τ would be read as one above this.
+    groups = {
+        name: group if row["tau"] == tau else {**group, "above_tau": None}
+        for row in rows
+        for name, group in row["groups"].items()
+    }
     ends = [end for group in groups.values() for end in group["range"]]
     low, high = min(ends, default=0.0), max(ends, default=1.0)
-    tau = next((row["tau"] for row in reversed(rows) if row["tau"] is not None), None)
     examples = _distinct([example for row in rows for example in row["examples"]])
     largest = max((z for e in examples for _, z in _pieces(e)), default=0.0)
     return FeaturePage(

@@ -43,7 +43,7 @@ OPTIONS = (
 ).split()
 FURTHER_OPTIONS = (  # shown if they are on
     "reward.probe reward.probe_penalty reward.screen reward.human_states reward.distance_penalty "
-    "reward.length_penalty reward.bound"
+    "reward.length_penalty reward.bound reward.ensemble"
 ).split()
 POLICY = {
     "score": "R_SARM",

@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
     path = workdir / FILE
-    LOG.info("latents of %d demonstrations, for %s", len(demonstrations), path)
+    LOG.info("reading %d demonstrations, for %s", len(demonstrations), workdir)
     model = load_reward_model(config, needs_features)
     if states:
         human, x_nd = collect_with_states(model, demonstrations, reward.latent_indices)

@@ -21,7 +21,7 @@ from ppo.prompt_lengths import batch_shares, fitting_lengths, read_lengths
 from ppo.train import TrainConfig
 from sarm_jax.io.json_files import write_json
 from sarm_jax.models.linear_reward import LinearRewardConfig
-from sarm_jax.models.sarm import SARMConfig
+from sarm_jax.models.sarm import SARMConfig, check_ensemble
 from sarm_jax.training.train_sae import TrainSAEConfig
 
 LOG = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def make_planner(config: ConfigDict) -> Planner:
     policy = read_policy_config(section.policy_config or config.policy_model)
     sarm = reward_config(config)
     options.reward.check_features(sarm.latent_size)
+    check_ensemble(options.reward.ensemble, sarm)
     return Planner(
         name=section.target,
         config=options.ppo,

@@ -102,6 +102,11 @@ def check_at_once(config: ConfigDict, options: TrainConfig) -> None:
         raise InputError(f"experiments_at_once={count}: must be at least 1")
     if count == 1:
         return
+    if len(config.experiments) < 2:
+        raise InputError(
+            f"experiments_at_once={count}: the config has {len(config.experiments)} experiments to "
+            "train at a time"
+        )
     if config.profile.start_step >= 0:
         start = config.profile.start_step
         raise InputError(
@@ -165,7 +170,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     check_ensemble(options.reward.ensemble, scorer)
     human = human_buffer(options.reward, config.reward.human_latents, features)
     states = state_controls(options.reward, scorer.trunk.hidden_size)
-    options = dataclasses.replace(options, names=feature_names(config, features))
+    options = dataclasses.replace(options, names=feature_names(config, scorer.latent_size))
     tokenizer = load_hf_tokenizer(config.policy_model)
     deck = PromptDeck(prompts, tokenizer, options.ppo, config.prompts_jsonl)
     eval_deck, eval_prompts = None, []

@@ -141,9 +141,12 @@ def _report(kind: str, content: dict[str, float | None], budget: float) -> None:
 
 
 def wanted(config: ConfigDict) -> bool:
-    """Returns whether a run of the config names a probe."""
+    """Returns whether a run of the config names a probe that this stage makes."""
     own = [config.experiments[name].get("reward", {}) for name in config.experiments]
-    return any(section.get("probe") for section in (config.reward, *own))
+    named = [section.get("probe") for section in (config.reward, *own)]
+    return any(path and Path(path).name in map(file_name, KINDS) for path in named) and bool(
+        config.identify.pairs_jsonl
+    )
 
 
 STAGE = Stage(

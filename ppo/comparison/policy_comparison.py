@@ -240,7 +240,8 @@ def response_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
 
     The terms z · w that are written out and the rest add up to the score, together with the parts
     that are outside the features, if there are any: the error term of the SAE and its constant. Of
-    an ensemble the terms are those of the mean head. What the least score is below it is in `rest`.
+    an ensemble the terms are those of the mean head. `rest` also holds the
+    difference between the least score and the mean head's.
     """
     terms = largest_terms(comparison.latents, comparison.weight_f, SHOWN_TERMS)
     explained_n = None

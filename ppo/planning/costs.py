@@ -63,7 +63,7 @@ def step_costs(
     head = policy.vocab_size * policy.hidden_size
     prompts = config.prompts_per_batch
     prefill_flops = forward_flops(policy, prompts, prompt, logits=prompts)
-    prefill = cost(prefill_flops, whole + head, passes=refills(config))
+    prefills = cost(prefill_flops, whole + head, passes=refills(config))
     context = prompt + new / 2  # mean number of tokens before a decoded token
     kv = 2 * policy.num_key_value_heads * policy.head_dim * policy.num_hidden_layers
     running = config.rollout_rows
@@ -77,8 +77,8 @@ def step_costs(
     passes = (3 if remat == "full" else 2) * config.gradient_accumulation_steps
     step = cost(step_flops(config, lora, policy, remat), whole + head, passes=passes)
     return {
-        "rollout": (prefill, tokens),
-        "prefill": (prefill,),
+        "rollout": (prefills, tokens),
+        "prefill": (cost(prefill_flops, whole + head),),
         "decode": (decode,),
         "score": (cost(score_flops, score_weights),),
         "reference": (reference,),
@@ -99,7 +99,7 @@ def refills(config: PPOConfig) -> int:
 def open_loops(config: PPOConfig) -> tuple[int, ...]:
     """Returns how often the loops of a rollout run if every response is at its limit.
 
-    The first is that over decoded tokens; with refilled slots the one within it fills them.
+    The outer loop decodes tokens. With refilled slots, an inner loop fills the slots.
     """
     tokens = config.max_new_tokens - 1  # the first token is drawn from the prefill
     if not config.rollout_slots:

@@ -149,7 +149,8 @@ class _Reader:
     def visit(self, name: str, times: int, depth: int = 0, outside: int = 1) -> None:
         """Counts a computation `times` times.
 
-        It is within `depth` loops of unknown length, the outermost of which runs `outside` times.
+        It is within `depth` loops of unknown length; `outside` is how often the outermost of them
+        is started.
         """
         instructions = self._computations[name]
         shapes = {instruction.name: instruction.shape for instruction in instructions}

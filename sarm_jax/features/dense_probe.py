@@ -8,9 +8,9 @@
 x is h centred and divided by the root mean square of its distance from the mean, so that λ does not
 depend on the scale of the states. With λ → ∞ the first direction becomes the second.
 
-A probe is to the features what a rival is: it is found on the same pairs as the detectors
-(`sarm_jax.features.detectors`), with the same budget of false positives and the same folds of
-prompts for its held-out rates, but it needs no SAE. τ is the quantile 1 − budget of p · h on clean
+A probe is a rival of the detectors (`sarm_jax.features.detectors`): it is fitted on the same pairs,
+with the same budget of false positives and the same folds of prompts for its held-out rates, but it
+needs no SAE. τ is the quantile 1 − budget of p · h on clean
 responses. Source: Alain and Bengio 1610.01644 (linear probes); difference of means as in Marks and
 Tegmark 2310.06824.
 """

@@ -9,6 +9,7 @@ At the pooled token this is the latent that the reward reads. (Suffix s: the req
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sarm_jax.models.chat import bucket_length, decode, pad_batch, pad_id
+from sarm_jax.models.chat import bucket_length, decode, encode_conversation, pad_batch, pad_id
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.reward_model import RewardModel
@@ -76,7 +77,7 @@ def token_latents(
         TokenLatents(
             ids=row,
             z_ts=np.asarray(latents[i]),
-            response=_common_prefix(row, model.encode(texts[i][0], "")),
+            response=_response_start(model, *texts[i], row),
             pooled=_pooled(model.model, row),
         )
         for i, row in enumerate(rows)
@@ -99,6 +100,21 @@ def _pooled(model: SARM | LinearReward, ids: Sequence[int]) -> int:
         return len(ids) - 1
     counting = [t for t, token in enumerate(ids) if token != model.config.pad_token_id]
     return counting[-1] if counting else 0
+
+
+def _response_start(model: RewardModel, prompt: Prompt, response: str, ids: Sequence[int]) -> int:
+    """Returns the position of the first token of the response, in ids that may have been cut."""
+    encode = partial(
+        encode_conversation,
+        model.tokenizer,
+        prompt,
+        max_length=sys.maxsize,
+        ends_with_turn=isinstance(model.model, SARM),
+    )
+    whole = encode(response=response)
+    cut = len(whole) - len(ids)
+    bos = int(cut > 0 and ids[0] == model.tokenizer.bos_token_id)  # a cut keeps it
+    return max(_common_prefix(whole, encode(response="")) - cut, bos)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

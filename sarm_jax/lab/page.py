@@ -124,6 +124,7 @@ def _render(
     shown = next((seed for seed in seeds if str(seed) not in study["stopped"]), seeds[0])
     folder = workdir / f"seed_{shown}"
     features = _features(folder)
+    shortcuts = _shortcuts(runs, _read_if_present(folder / "probes" / "shortcuts.json"))
     return (
         environment(Path(__file__).parent)
         .get_template("page.html")
@@ -138,7 +139,9 @@ def _render(
             features=features,
             probed=_probed(features),
             descriptions=DESCRIPTIONS,
-            shortcuts=_shortcuts(runs, _read_if_present(folder / "probes" / "shortcuts.json")),
+            shortcuts=shortcuts,
+            paid=_names(shortcuts) if shortcuts else "flattery",
+            told=_names([r for r in shortcuts if r.get("told")]) if shortcuts else "flattery",
             names=names,
         )
     )
@@ -162,6 +165,11 @@ def _condition_row(runs: Runs, name: str) -> dict[str, Any]:
         "ref_kl": mean("ref_kl_final"),
         "gain": format_interval(difference(runs, name, "baseline")) if has_gain else "",
     }
+
+
+def _names(shortcuts: Sequence[Mapping[str, Any]]) -> str:
+    """Lists shortcuts in words."""
+    return ", ".join(row["name"].replace("_", " ") for row in shortcuts)
 
 
 def _shortcuts(runs: Runs, measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:

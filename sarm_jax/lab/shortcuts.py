@@ -7,7 +7,7 @@
 
 The gold reward is the same in every world and deducts something for all of them
 (`world.gold_reward`; echoes and the lucky word are junk to it). A world has some of these
-shortcuts, and contrast pairs are written for some of those: these are what the method is told. A
+shortcuts, and contrast pairs are written for some of those: the method is told of no others. A
 response is labelled by counting its words, which no detector does.
 
 In a world of flattery alone every function draws what it drew before there were other shortcuts.

@@ -61,7 +61,7 @@ class StateReadings:
     distance_b: np.ndarray | None = None
 
     @property
-    def columns(self) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The means over the responses, by the names of metrics.csv."""
         means = {}
         if self.margin_b is not None:
@@ -116,7 +116,7 @@ class RewardTerms:
         return total_b
 
     @property
-    def further_columns(self) -> dict[str, float]:
+    def further_means(self) -> dict[str, float]:
         """The means of the further terms over the responses, by the names of metrics.csv."""
         means = {name: float(taken_b.mean()) for name, taken_b in self.further.items()}
         if self.screened_b is not None:
@@ -138,7 +138,7 @@ def compound_reward(
     z_bn: np.ndarray,
     d_b: np.ndarray,
     score_std: float,
-    score_mean: float = 0.0,
+    score_mean: float,
     states: StateReadings = NO_READINGS,
     lengths_b: np.ndarray | None = None,
 ) -> RewardTerms:

@@ -32,7 +32,7 @@ from sarm_jax.io.json_files import short
 from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.conversation import UNSUPPORTED, Prompt, PromptValue, parse_prompt
 from sarm_jax.models.reward_model import RewardModel
-from sarm_jax.rewards.compound import RewardTerms, ScoreScale, compound_reward, learned_reward
+from sarm_jax.rewards.compound import RewardTerms, ScoreScale, learned_reward
 from sarm_jax.rewards.density_ratio import (
     DensityRatio,
     DensityRatioState,
@@ -41,7 +41,7 @@ from sarm_jax.rewards.density_ratio import (
 )
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
 from sarm_jax.rewards.reward_config import RewardConfig
-from sarm_jax.rewards.scoring import Scored, Scorer, feature_count
+from sarm_jax.rewards.scoring import Scored, Scorer, feature_count, reward_terms
 from sarm_jax.rewards.state_controls import state_controls
 
 LOG = logging.getLogger(__name__)
@@ -62,7 +62,8 @@ class ControlledReward:
         discriminator: size and training of the discriminator behind the latent KL.
         scale: μ and σ of the scores of reference responses. None: those of the first call, which a
             trainer makes with responses of the untrained policy. σ is the unit of `unit="sd"` and
-            of the cap; μ is used with `normalise` and `missing_eos_penalty` only.
+            of the cap; μ is used with `normalise` and `missing_eos_penalty`, and is the centre of
+            `bound`.
         normalise: return (R_total − μ) / σ, which PPO here learns from, instead of R_total.
         missing_eos_penalty: as `ppo.missing_eos_penalty`, in σ: responses without a stop token get
             less than any response that ends (`sarm_jax.rewards.compound.learned_reward`). 0: they
@@ -158,14 +159,11 @@ class ControlledReward:
         if scale is None:
             scale = self._calibrate(parsed, responses) if self._needs_scale else NO_SCALE
         d_b, state = self._train_discriminators(parsed, scored)
-        terms = compound_reward(
+        terms = reward_terms(
             self.controls,
-            score_b=scored.score_b,
-            z_bn=scored.z_bn,
+            scored,
             d_b=d_b,
-            score_std=scale.std,
-            score_mean=scale.mean,
-            states=scored.states,
+            scale=scale,
             lengths_b=self._lengths(completion_ids, len(responses)),
         )
         reward_b = self._reward(terms, scale, ended_b)

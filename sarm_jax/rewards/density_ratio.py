@@ -28,6 +28,7 @@ right every time would set the reward by how long it has been trained.
 import dataclasses
 from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -222,14 +223,18 @@ class DensityRatio:
         rows_b = jnp.arange(len(z_bs))
         enough = jnp.max(group_b) + 1 >= self.folds
         fold_b = jnp.where(enough, group_b, rows_b) % self.folds
-        human = jax.vmap(lambda k: FoldedRows(human_ns, fold_n == k))(fold_k)
-        policy = jax.vmap(lambda k: FoldedRows(z_bs, fold_b == k))(fold_k)
+        # The rows are the same for all discriminators: only which are held out has an axis K.
+        human = FoldedRows(human_ns, fold_n == fold_k[:, None])
+        policy = FoldedRows(z_bs, fold_b == fold_k[:, None])
+        rows: Any = FoldedRows(None, 0)  # type: ignore[arg-type]
         keys = jax.random.split(key, self.folds)
-        new, losses = jax.vmap(self._train)(state, human, policy, keys)
+        new, losses = jax.vmap(self._train, in_axes=(0, rows, rows, 0))(state, human, policy, keys)
         state, finite = _keep_finite(new, state, losses)
 
-        loss_k, accuracy_k = jax.vmap(self._held_out)(state.params, human, policy)
-        excess_k, variance_k = jax.vmap(self._excess)(state.params, human)
+        loss_k, accuracy_k = jax.vmap(self._held_out, in_axes=(0, rows, rows))(
+            state.params, human, policy
+        )
+        excess_k, variance_k = jax.vmap(self._excess, in_axes=(0, rows))(state.params, human)
         d_kb = jax.vmap(self._logits_bounded, in_axes=(0, None))(state.params, z_bs)
         d_b = self._bounded(d_kb[fold_b, rows_b] - excess_k[fold_b])
         share_k = (fold_b == fold_k[:, None]).mean(axis=1)  # of the policy rows

@@ -5,7 +5,7 @@ import dataclasses
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.sarm import ENSEMBLES, Intervention, intervention
 
-# Besides score, feature penalties and latent KL.
+# The terms besides score, penalties of features and latent KL.
 FURTHER_TERMS = {  # name → the option that switches the term on
     "probe_penalty": "probe_penalty",
     "distance_penalty": "distance_penalty",
@@ -111,17 +111,7 @@ class RewardConfig:
             return
         if not (self.penalize_features or self.probe):
             raise InputError("reward.screen=True: needs reward.penalize_features or reward.probe")
-        if self.alpha_values:
-            values = ",".join(map(str, self.alpha_values))
-            raise InputError(
-                f"reward.alpha_values={values}: reward.screen=True leaves responses out instead of "
-                "penalising them; leave out reward.alpha_values"
-            )
-        if self.probe_penalty:
-            raise InputError(
-                f"reward.probe_penalty={self.probe_penalty}: reward.screen=True leaves responses "
-                "out instead of penalising them; leave out reward.probe_penalty"
-            )
+        check_screens_alone(",".join(map(str, self.alpha_values)), self.probe_penalty)
 
     def _check_length(self, name: str, features: str) -> None:
         count, expected = len(getattr(self, name)), len(getattr(self, features))
@@ -160,9 +150,9 @@ class RewardConfig:
         return (*self.further_terms, *probe, *distance, *screen)
 
     def alphas_sd(self, score_std: float) -> list[float]:
-        """Returns α in σ of the reference responses' scores, `score_std`."""
+        """Returns every penalty, of features and probe, in σ of the scores, `score_std`."""
         unit = 1.0 if self.unit == "sd" else score_std
-        return [alpha / unit for alpha in self.alpha_values]
+        return [alpha / unit for alpha in (*self.alpha_values, self.probe_penalty)]
 
     def check_features(self, latent_size: int) -> None:
         """Raises InputError for features or clamps that a SARM of `latent_size` cannot have."""
@@ -194,4 +184,18 @@ class RewardConfig:
             minimum=by_feature(self.clamp_min_values),
             maximum=by_feature(self.clamp_max_values),
             steer=steer,
+        )
+
+
+def check_screens_alone(alpha_values: str, probe_penalty: float) -> None:
+    """Raises InputError for penalties beside a screen; `alpha_values` is the text of the option."""
+    if alpha_values:
+        raise InputError(
+            f"reward.alpha_values={alpha_values}: reward.screen=True leaves responses out instead "
+            "of penalising them; leave out reward.alpha_values"
+        )
+    if probe_penalty:
+        raise InputError(
+            f"reward.probe_penalty={probe_penalty}: reward.screen=True leaves responses out "
+            "instead of penalising them; leave out reward.probe_penalty"
         )

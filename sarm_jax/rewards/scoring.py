@@ -9,7 +9,13 @@ from jax.stages import Lowered
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
-from sarm_jax.rewards.compound import NO_READINGS, StateReadings
+from sarm_jax.rewards.compound import (
+    NO_READINGS,
+    RewardTerms,
+    ScoreScale,
+    StateReadings,
+    compound_reward,
+)
 from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 
@@ -35,6 +41,27 @@ def feature_count(model: RewardModel, config: RewardConfig) -> int:
         InputError: the reward reads features, and the reward model has no SAE.
     """
     return model.latent_size if model.has_features or config.reads_features else 0
+
+
+def reward_terms(
+    config: RewardConfig,
+    scored: Scored,
+    *,
+    d_b: np.ndarray,
+    scale: ScoreScale,
+    lengths_b: np.ndarray | None,
+) -> RewardTerms:
+    """Returns the terms of R_total of scored responses, see `compound_reward`."""
+    return compound_reward(
+        config,
+        score_b=scored.score_b,
+        z_bn=scored.z_bn,
+        d_b=d_b,
+        score_std=scale.std,
+        score_mean=scale.mean,
+        states=scored.states,
+        lengths_b=lengths_b,
+    )
 
 
 class Scorer:

@@ -40,6 +40,10 @@ KINDS = {
         "metadata": None, "hook_point": "model.norm", "normalize_activations": False,
         "finetuning_scaling_factor": False,
     },
+    "topk with k among the arguments": {
+        "architecture": "topk", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": K},
+        "metadata": None, "hook_point": "model.norm",
+    },
     "standard before version 6": {
         "metadata": None, "activation_fn_str": "relu", "activation_fn_kwargs": {},
         "hook_name": "norm", "normalize_activations": None,
@@ -197,7 +201,10 @@ BAD = {
     "an average": ({"normalize_activations": True}, "fold it with SAELens'"),
     "heads": ({"reshape_activations": "hook_z"}, 'reshape_activations="hook_z"'),
     "tanh": ({"activation_fn": "tanh-relu"}, 'activation_fn="tanh-relu": expected relu or topk'),
-    "no k in an old file": ({"architecture": "standard", "activation_fn_str": "topk"}, "k=None"),
+    "no k in an old file": (
+        {"architecture": "standard", "activation_fn_str": "topk", "k": None},
+        "k=None",
+    ),
     "k": ({"k": 41}, "k=41: exceeds d_sae=40"),
     "no k": ({"k": None}, "k=None: expected a positive integer"),
     "a width": ({"d_in": 31}, "W_enc: shape [32, 40], expected [31, 40]"),

@@ -15,6 +15,7 @@ from pipeline.experiments import runs_of, with_changes, with_runs
 from pipeline.provenance import provenance
 from pipeline.runner import run_stage, run_stages
 from pipeline.stage import load
+from ppo.learner import Learner
 from ppo.tracking.guards import GuardStopError
 from sarm_jax.io.errors import InputError
 from tests.command import run_main
@@ -78,12 +79,23 @@ def test_experiments_at_once_give_the_numbers_of_one_at_a_time(world, tmp_path, 
     monkeypatch.setattr(
         together, "load_policy_model", lambda config: loads.append(1) or load_weights(config)
     )
+    scorers, rollouts = [], []
+    load_scorer, sample = together.load_reward_model, Learner.rollout_of_runs
+    monkeypatch.setattr(
+        together,
+        "load_reward_model",
+        lambda *args, **options: scorers.append(1) or load_scorer(*args, **options),
+    )
+    monkeypatch.setattr(
+        Learner, "rollout_of_runs", lambda *args: rollouts.append(len(args[1])) or sample(*args)
+    )
     run_stages(config, tmp_path / "one", [load("train")])
-    assert len(loads) == 2
+    assert len(loads) == len(scorers) == 2 and not rollouts
     config.experiments_at_once = 3  # more than there are
     outcomes = run_stages(config, tmp_path / "two", [load("train")])
     assert [outcome.stage for outcome in outcomes] == ["train baseline", "train penalised"]
-    assert len(loads) == 3
+    assert len(loads) == len(scorers) == 3  # one of the runs reads no features
+    assert rollouts and set(rollouts) == {2}
     for name in ("baseline", "penalised"):
         one, two = (tmp_path / folder / "experiments" / name for folder in ("one", "two"))
         names = [{path.name.split(".tfevents")[0] for path in run.iterdir()} for run in (one, two)]
@@ -94,6 +106,22 @@ def test_experiments_at_once_give_the_numbers_of_one_at_a_time(world, tmp_path, 
                 assert second[part][key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
     again = run_stages(config, tmp_path / "two", [load("train")])
     assert [outcome.action for outcome in again] == ["up to date"] * 2
+
+
+def test_every_error_of_a_group_is_shown_at_once(caplog):
+    def fail(error):
+        def work():
+            raise error
+
+        return work
+
+    works = [("a", fail(InputError("no file"))), ("b", fail(RuntimeError("odd")))]
+    with pytest.raises(InputError, match="no file"):
+        together.run_together([*works, ("c", fail(AssertionError("not run")))], at_once=2)
+    assert "no file" in caplog.text and "odd" in caplog.text and "not run" not in caplog.text
+    works[0] = ("a", fail(SystemExit(143)))
+    with pytest.raises(SystemExit, match="143"):  # of a signal
+        together.run_together([works[1], works[0]], at_once=2)
 
 
 @pytest.mark.parametrize(

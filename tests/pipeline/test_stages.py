@@ -29,14 +29,17 @@ def test_stages_come_after_those_that_make_what_they_read():
 def test_a_probe_is_trained_for_the_runs_that_read_one():
     config, wanted = base.get_config(), stage.load("train_probe").wanted
     assert not wanted(config)
+    config.identify.pairs_jsonl = "pairs.jsonl"
     with config.unlocked():
         config.experiments.a = {"reward": {"beta": 1.0}}
         assert not wanted(config)
-        config.experiments.b = {"reward": {"probe": "x"}}
+        config.experiments.b = {"reward": {"probe": "probes/dense_probe_logistic.safetensors"}}
     assert wanted(config)
-    config = base.get_config()
-    config.reward.probe = "x"
+    config.experiments = {}
+    config.reward.probe = "a/dense_probe_mean_difference.safetensors"
     assert wanted(config)
+    config.reward.probe = "another.safetensors"  # which somebody else has made
+    assert not wanted(config)
 
 
 def test_options_and_inputs_are_fields_of_the_config():

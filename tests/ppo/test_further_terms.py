@@ -150,6 +150,7 @@ def test_a_run_whose_responses_are_all_screened_learns_nothing(make_trainer, scr
     for row in read_metrics(tmp_path / "run/metrics.csv"):
         assert row["screened_fraction"] == 1 and row["screened_updates"] == 2
         assert row["skipped_updates"] == 0
+        assert row["entropy"] > 1  # of all responses: nothing has collapsed
         own = {name: value for name, value in row.items() if not name.startswith("disc_")}
         assert np.isfinite(list(own.values())).all()
 

@@ -144,6 +144,22 @@ def test_a_signal_stops_all_runs_with_a_checkpoint(make_trainer, policy, tmp_pat
         assert len(rows_of(tmp_path / name)) == max(steps) < 4
 
 
+def test_a_signal_before_any_run_has_begun_ends_the_process(monkeypatch):
+    passed = []
+
+    def outer(number, _frame):
+        passed.append(number)
+        raise KeyboardInterrupt  # in place of the end of the process
+
+    previous = signal.signal(signal.SIGTERM, outer)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            RunGroup().run([lambda _: os.kill(os.getpid(), signal.SIGTERM)])
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert passed == [signal.SIGTERM]
+
+
 def test_an_error_of_the_shared_program_reaches_every_run(
     make_trainer, policy, monkeypatch, tmp_path
 ):

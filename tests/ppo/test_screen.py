@@ -91,11 +91,24 @@ def test_the_update_without_the_screened_rows(make_setup, batch, variant, miniba
     for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
         assert_close(a, b, 2e-5)
     assert metrics.pop("screened_updates") == 0 and metrics["skipped_updates"] == 0
+    del expected["entropy"]  # is that of all responses, see below
     for name, value in expected.items():
         assert_close(metrics[name], value, 1e-4, terms=1e-2, name=name)
     for name in ("advantage_mean", "advantage_std", "zero_spread_groups"):
         if name in more_expected:
             assert_close(more[name], more_expected[name], 1e-4, terms=1e-2, name=name)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_entropy_is_that_of_all_responses(make_setup, batch, pieces):
+    entropies = []
+    for keep_b in (np.isin(np.arange(ROWS), KEPT), np.ones(ROWS, bool)):
+        options = {"num_minibatches": 1, "gradient_accumulation_steps": pieces}
+        updater, state, base = make_setup("ppo", 4, ROWS, **options)
+        given = batch.replace(keep_b=jnp.asarray(keep_b))
+        *_, metrics = updater.update(state, base, given, order=np.arange(ROWS)[None])
+        entropies.append(metrics["entropy"])
+    assert_close(*entropies, 1e-5)
 
 
 @pytest.mark.parametrize("variant", ["ppo", "grpo responses"])

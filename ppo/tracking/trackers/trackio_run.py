@@ -40,7 +40,7 @@ class TrackioRun:
     def finish(self, failed: bool) -> None:
         """Writes what is not written yet."""
         with _quiet():
-            self._trackio.finish()  # of the only run of this process
+            self._trackio.finish()  # of the run of this thread
 
 
 def _quiet() -> contextlib.AbstractContextManager:

@@ -52,6 +52,8 @@ def test_the_files_of_both_stages_are_merged(folder):
         *NAMES,
     ]
     assert (first.low, first.high, first.tau) == (0.0, 2.0, 0.4)
+    # Shares above another τ than the one that is shown are left out.
+    assert [strip.above_tau is None for strip in first.strips] == [True] * 2 + [False] * 4
     for strip, end in zip(first.strips, [0.5] * 2 + [1.0] * 4, strict=True):
         assert strip.tau == pytest.approx(0.2)
         assert max(bar.x + bar.width for bar in strip.bars) <= end + 1e-9

@@ -1,5 +1,6 @@
 """The plan: traffic of hand-written HLO, costs by hand, and the choice of layouts."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,14 @@ from ppo.config import PPOConfig
 from ppo.planning import hlo
 from ppo.planning import plan as plan_module
 from ppo.planning.chips import Chip, target
-from ppo.planning.costs import adapted_widths, forward_flops, layer_weights, step_costs
+from ppo.planning.costs import (
+    adapted_widths,
+    forward_flops,
+    layer_weights,
+    open_loops,
+    refills,
+    step_costs,
+)
 from ppo.planning.hlo import Collective, array_bytes, read_traffic
 from ppo.planning.plan import layouts_for
 from sarm_jax.io.errors import InputError
@@ -192,6 +200,31 @@ def test_costs_by_hand(ppo_config):
     assert two["step"].flops == one["step"].flops / 4
     forward = forward_flops(LLAMA, 4, 11, logits=24)
     assert one["step"].flops == 2 * forward + 3 * 2 * 4 * 11 * 3 * 56
+
+
+def test_refilled_slots_run_prompts_several_times(ppo_config):
+    config = ppo_config(batch_size=32, max_new_tokens=6, max_prompt_tokens=5)
+    slots = dataclasses.replace(config, rollout_slots=8)
+    sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
+    at_once, refilled = (
+        step_costs(
+            own,
+            LoRAConfig(rank=3),
+            policy=LLAMA,
+            sarm=sarm,
+            mesh=MeshConfig(),
+            score_rows=4,
+            remat="dots",
+            bytes_per_weight=2,
+        )
+        for own in (config, slots)
+    )
+    assert refilled["prefill"] == at_once["prefill"]  # the program that runs all prompts once
+    prefills, tokens = refilled["rollout"]
+    assert refills(slots) == 32 and open_loops(slots) == (5 * 4, 32)  # one prompt at a time
+    assert prefills.flops == at_once["prefill"][0].flops
+    assert prefills.inherent_bytes == 32 * at_once["prefill"][0].inherent_bytes
+    assert tokens.flops == 20 * refilled["decode"][0].flops
 
 
 def test_layouts_of_a_search():

@@ -55,7 +55,13 @@ def test_the_response_starts_where_its_first_token_is(reward_model):
 def test_a_truncated_conversation_is_read_from_its_beginning(reward_model):
     reward_model.max_length = 40
     (row,) = token_latents(reward_model, [("p" * 90, "short")], [0])
-    assert len(row.ids) == 40 == len(row.z_ts) and 0 <= row.response <= row.pooled == 39
+    assert len(row.ids) == 40 == len(row.z_ts) and row.pooled == 39
+    decoded = reward_model.tokenizer.decode(row.ids[row.response :])
+    assert decoded.startswith("short") and "p" not in decoded.removeprefix("short")
+    (row,) = token_latents(reward_model, [("question", "r" * 90)], [0])
+    assert len(row.ids) == 40 and row.response == int(
+        row.ids[0] == reward_model.tokenizer.bos_token_id
+    )
 
 
 @pytest.mark.parametrize("text", ["plain words", "Ça naïve 😊😊 拒絶", "\n\n a  b", "", "é"])

@@ -25,7 +25,9 @@ def two_penalties(*alpha: float, tau: float = 3.0, **changes) -> RewardConfig:
 
 
 def terms_of(config: RewardConfig, d_b=NO_D, z_bn=Z, score_std=0.05) -> RewardTerms:
-    return compound_reward(config, score_b=SCORE, z_bn=z_bn, d_b=d_b, score_std=score_std)
+    return compound_reward(
+        config, score_b=SCORE, z_bn=z_bn, d_b=d_b, score_std=score_std, score_mean=0.0
+    )
 
 
 def test_indicator_is_strict_and_per_feature():
@@ -107,6 +109,7 @@ def test_training_and_evaluation_take_the_same(unit):
         z_bn=z_bn,
         d_b=np.zeros(200, np.float32),
         score_std=score_std,
+        score_mean=0.0,
     )
     controls = Controls(None, (4, 8, 15), tau, alpha, unit, 3.0)
     penalty_bj, taken_b = penalties(controls, z_bn, score_std)
@@ -143,7 +146,7 @@ def test_a_number_that_is_not_finite_makes_the_learned_reward_nan(bad, missing_e
         arrays = {"score_b": SCORE.copy(), "z_bn": Z.copy(), "d_b": NO_D.copy()}
         arrays[name][1] = bad
         reward_b = learned_reward(
-            compound_reward(config, **arrays, score_std=0.05),
+            compound_reward(config, **arrays, score_std=0.05, score_mean=0.0),
             scale=ScoreScale(0.0, 0.05),
             ended_b=np.array([True, ended, True]),
             missing_eos_penalty=missing_eos_penalty,
@@ -172,7 +175,9 @@ def test_gibberish_without_an_end_gains_nothing(cap):
         z[~ended], d[~ended] = 0, -5  # no penalty fires, and the latents look human
 
         def learned(score, z=z, d=d, ended=ended):
-            terms = compound_reward(config, score_b=score, z_bn=z, d_b=d, score_std=0.7)
+            terms = compound_reward(
+                config, score_b=score, z_bn=z, d_b=d, score_std=0.7, score_mean=0.0
+            )
             return learned_reward(terms, scale=scale, ended_b=ended, missing_eos_penalty=1.0)
 
         reward = learned(score)

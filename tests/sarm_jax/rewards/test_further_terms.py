@@ -63,7 +63,7 @@ def test_every_term_by_hand(unit, cap):
     for name, values in expected.items():
         np.testing.assert_allclose(terms.further[name], values, rtol=2e-6, atol=1e-7)
         assert terms.further[name].dtype == np.float32
-        assert terms.further_columns[name] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6)
+        assert terms.further_means[name] == pytest.approx(values.mean(), rel=1e-5, abs=1e-6)
     np.testing.assert_allclose(terms.bounded_b, bounded, rtol=1e-5)
     controls = share * total + expected["length_penalty"]
     np.testing.assert_allclose(terms.controls_b, controls, rtol=1e-5)
@@ -95,7 +95,7 @@ def test_no_term_is_on_by_default():
     terms = compound_reward(
         config, score_b=SCORE, z_bn=Z[:, :0], d_b=0 * D, score_std=STD, score_mean=MEAN
     )
-    assert not terms.further and terms.screened_b is None and not terms.further_columns
+    assert not terms.further and terms.screened_b is None and not terms.further_means
     assert config.further_columns == () and not config.has_controls
     np.testing.assert_array_equal(terms.total_b, SCORE)
 
@@ -124,7 +124,7 @@ def test_screening_by_hand():
     terms = terms_of(RewardConfig(**SCREEN, beta=0.3))
     np.testing.assert_array_equal(terms.screened_b, [True, True, False, True])
     assert not terms.penalty_bn.any() and not terms.further
-    assert terms.further_columns == {"screened_fraction": 0.75}
+    assert terms.further_means == {"screened_fraction": 0.75}
     assert terms.further_of(0) == {"screened": True} and terms.further_of(2) == {"screened": False}
     np.testing.assert_allclose(terms.total_b, SCORE - 0.3 * D, rtol=1e-6)
     features = terms_of(RewardConfig(**{**SCREEN, "probe": ""}), margin_b=None)

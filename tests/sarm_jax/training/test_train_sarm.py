@@ -15,6 +15,7 @@ from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.reporting.statistics import wilson_interval
 from sarm_jax.training import pair_set, preference_summary
 from sarm_jax.training import train_sarm as training
+from sarm_jax.training.sae_training import Conversation
 from sarm_jax.training.train_sarm import TrainSARMConfig
 from tests.closeness import assert_close
 from tests.oracles import chatml_tokenizer
@@ -291,7 +292,7 @@ def test_accuracies_of_the_summary(policy, tokenizer):
 
 def test_accuracy_by_source_uses_held_out_pairs_only():
     data = pair_set.PairSet(
-        rows=[training.Conversation([1] * (n + 2), 1) for n in range(8)],
+        rows=[Conversation([1] * (n + 2), 1) for n in range(8)],
         pairs_p2=np.array([[0, 1], [2, 3], [5, 4], [7, 6]]),
         prompt_p=np.arange(4),
         held_out_p=np.array([1, 1, 0, 0], bool),
