@@ -499,6 +499,14 @@ def _add_lab(config: ConfigDict) -> None:
     # Weight of a contrast pair in the condition ties. At about pairs / contrast_pairs all ties
     # together weigh as much as all preference pairs.
     config.lab.tie_weight = 20.0
+    # Penalty of the condition distance per unit of Mahalanobis distance, in reward.unit.
+    config.lab.distance_penalty = 0.5
+    config.lab.length_penalty = 0.2  # penalty of the condition length per token, in reward.unit
+    # Responses to each prompt of a pool that every condition ranks, once the conditions of a seed
+    # are trained; best of n has n up to half of them. 0: no pool.
+    config.lab.pool_responses = 0
+    config.lab.pool_prompts = 64  # held-out prompts of the pool
+    config.lab.ranked_conditions = ""  # conditions that rank the pool and are not trained
     # True: in train, the reward model has a further feature for each of the lab's shortcuts, which
     # counts it in the words of a response. The condition oracle penalises these.
     config.lab.oracle = False

@@ -11,59 +11,42 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from conversion.load import read_sarm_config
 from pipeline import stage as stages
 from pipeline.cli import fill_in
 from pipeline.feature_names import feature_names
-from pipeline.models import load_reward_model
-from pipeline.option_bounds import OPTIONS
 from pipeline.preflight import check
 from pipeline.runner import run_stages
 from pipeline.stage import Stage
-from ppo.tracking.metrics import read_evaluations
+from pipeline.study_options import SEEDED, all_conditions, check_pool, check_study
+from pipeline.study_pool import rank_pool
+from pipeline.study_runs import preparation_config, run_condition
 from sarm_jax.features.feature_names import FeatureNames
-from sarm_jax.features.identify import further_random_control
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_target
-from sarm_jax.io.json_files import read_json, write_json
-from sarm_jax.io.path_lists import split_paths
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
 from sarm_jax.lab.conditions import (
-    DRAWS,
-    RETRAINED,
-    other_options,
     parse_conditions,
     parse_seeds,
-    reward_options,
 )
 from sarm_jax.lab.page import write_study
-from sarm_jax.lab.results import run_result
-from sarm_jax.lab.shortcuts import World
-from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.parallel.compilation import kept_programs
 
 LOG = logging.getLogger(__name__)
-SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
-# Options of the reward that may be the same for all conditions; the conditions set the others.
-COMMON = ("unit", "penalty_cap", "human_latents")
-# Options outside of the reward that conditions set, with the value that leaves them to these.
-OF_CONDITIONS = {
-    "train_sarm.tie_pairs_jsonl": "",
-    "train_sarm.tie_weight": 1.0,
-    "train_sarm.heads": 1,
-    "lab.oracle": False,
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class SeedOutcome:
-    """The conditions that a seed has finished and, if it stopped, the reason."""
+    """The conditions that a seed has finished and, if it stopped, the reason.
+
+    `pooled` is True if its conditions have ranked a pool.
+    """
 
     finished: list[str]
     stopped: str = ""
     in_training: bool = False
+    pooled: bool = False
 
 
 def run_study(template: ConfigDict, workdir: Path) -> None:
@@ -71,13 +54,14 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     seeds = parse_seeds(template.lab.seeds)
     conditions = parse_conditions(template.lab.conditions)
     check_study(template)
+    check_pool(template)
     names = study_names(template, seeds)
     for name, is_folder in (("lab.json", False), ("lab.html", False), ("figures", True)):
         check_target(workdir / name, folder=is_folder)
     if template.lab.processes > 1:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # they share a GPU
     folder = seed_folder(workdir, seeds[0])
-    config = fill_in(template, folder)
+    config = preparation_config(fill_in(template, folder), folder, all_conditions(template))
     used = [*preparation(), stages.load("train")]
     check(config, folder, [stage for stage in used if stage.wanted(config)])
     settings = template.to_dict()
@@ -91,7 +75,8 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     finished = {seed: outcome.finished for seed, outcome in by_seed.items()}
     stopped = {seed: outcome for seed, outcome in by_seed.items() if outcome.stopped}
     reasons = {seed: redact(outcome.stopped) for seed, outcome in stopped.items()}
-    page, result = write_study(workdir, finished, conditions, reasons, names)
+    pooled = [seed for seed, outcome in by_seed.items() if outcome.pooled]
+    page, result = write_study(workdir, finished, conditions, reasons, names, pooled)
     print(f"{result}\nThe page: {page}")
     if stopped:
         first = next(iter(stopped))
@@ -105,39 +90,6 @@ def preparation() -> list[Stage]:
     order = stages.load_all()
     train = next(i for i, stage in enumerate(order) if stage.per_experiment)
     return [stage for stage in order[:train] if stage.output]
-
-
-def check_study(template: ConfigDict) -> None:
-    """Raises InputError for options out of range, and for options that the study sets itself."""
-    if template.lab.processes < 1:
-        raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
-    if not 0 < template.lab.tie_weight < float("inf"):
-        raise InputError(f"lab.tie_weight={template.lab.tie_weight}: must be positive and finite")
-    for name in ("alpha", "beta"):
-        if not 0 <= template.lab[name] < float("inf"):
-            raise InputError(f"lab.{name}={template.lab[name]}: must be 0 or positive, and finite")
-    retrained = [c for c in parse_conditions(template.lab.conditions) if c in RETRAINED]
-    if retrained and template.train_sarm.mode != 0:
-        raise InputError(
-            f"lab.conditions: {retrained[0]} trains a head on the same trunk and SAE, which needs "
-            f"train_sarm.mode=0, found {template.train_sarm.mode}"
-        )
-    options = template.to_dict()
-    set_by_conditions = {
-        f"reward.{name}": OPTIONS.reward[name] for name in OPTIONS.reward if name not in COMMON
-    }
-    for field, default in (set_by_conditions | OF_CONDITIONS).items():
-        section, name = field.split(".")
-        if options[section][name] != default:
-            raise InputError(
-                f"{field}={options[section][name]}: the conditions of the study set it, with "
-                "lab.alpha, lab.beta and lab.tie_weight"
-            )
-    for section in SEEDED:
-        if template[section].seed:
-            raise InputError(
-                f"{section}.seed={template[section].seed}: the study takes its seeds from lab.seeds"
-            )
 
 
 def study_names(template: ConfigDict, seeds: Sequence[int]) -> FeatureNames:
@@ -182,63 +134,26 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
     config = fill_in(template, folder)
     finished: list[str] = []
     try:
-        run_stages(config, folder, preparation())
-        stopped = ""
+        prepared = preparation_config(config, folder, all_conditions(config))
+        run_stages(prepared, folder, preparation())
+        stopped, unfinished = "", []
         for condition in parse_conditions(config.lab.conditions):
             try:
                 run_condition(config, folder, condition)
                 finished.append(condition)
             except TrainingStoppedError as error:  # the other conditions can still run
                 stopped = f"{condition}: {error}"
+                unfinished.append(condition)
                 LOG.error("stopped: %s", stopped)
+        if pooled := config.lab.pool_responses > 0:
+            ranked = [name for name in all_conditions(config) if name not in unfinished]
+            rank_pool(config, folder, ranked)
     except InputError as error:
         LOG.error("stopped: %s", error)
         return SeedOutcome(finished, str(error))
-    return SeedOutcome(finished, stopped, bool(stopped))
+    return SeedOutcome(finished, stopped, bool(stopped), pooled)
 
 
 def seed_folder(workdir: Path, seed: int) -> Path:
     """Returns the folder of a seed's world and runs."""
     return workdir / f"seed_{seed}"
-
-
-def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: int) -> None:
-    """Writes a further draw of random features, with thresholds by the rule of identify.
-
-    A file that is newer than the lists of identify is kept.
-    """
-    if path.exists() and path.stat().st_mtime_ns >= selected.stat().st_mtime_ns:
-        return
-    options = stages.load("identify").validate(config)
-    pairs = [row for file in split_paths(config.identify.pairs_jsonl) for row in read_pairs(file)]
-    detectors = read_json(selected)["detectors"]
-    control = further_random_control(options, load_reward_model(config), pairs, detectors, draw)
-    write_json(
-        path,
-        {"random_control": list(control.features), "tau_random_control": list(control.tau)},
-    )
-
-
-def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
-    """Trains under one condition of the study and writes its result.json."""
-    selected, workdir = folder / "probes" / "selected_features.json", folder / condition
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(other_options(condition, folder, config.lab.to_dict()))
-    lists, counts = selected, range(0)
-    if condition in DRAWS:
-        lists = folder / "probes" / f"{condition}.json"
-        draw_random_control(config, selected, lists, DRAWS[condition])
-    lab_world = World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
-    if condition == "oracle":
-        latents = read_sarm_config(config.sarm_model).latent_size
-        counts = range(latents, latents + len(lab_world.shortcuts))
-    config.reward.update(reward_options(condition, lists, config.lab.to_dict(), counts))
-    workdir.mkdir(exist_ok=True)
-    LOG.info("condition %s", condition)
-    names = ("train_sarm", "train") if condition in RETRAINED else ("train",)
-    run_stages(config, workdir, [stages.load(name) for name in names])
-    summary, features = read_json(workdir / "summary.json"), read_json(selected)
-    rows = read_evaluations(workdir)
-    model = load_reward_model(config).with_ensemble(config.reward.ensemble)
-    result = run_result(rows, model, features, summary["seconds"], lab_world)
-    write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -17,13 +17,13 @@ from sarm_jax.rewards.human_latents import (
     collect_with_states,
     save_human_latents,
 )
-from sarm_jax.rewards.human_states import fit_human_states, save_human_states
+from sarm_jax.rewards.human_states import STATES_FILE, fit_human_states, save_human_states
 from sarm_jax.rewards.options import reward_config
 from sarm_jax.rewards.reward_config import RewardConfig
 
 LOG = logging.getLogger(__name__)
 FEWEST = 3  # states that have a shrunk covariance
-FILE, STATES = "human_latents.safetensors", "human_states.safetensors"
+FILE = "human_latents.safetensors"
 
 
 def validate(config: ConfigDict) -> RewardConfig:
@@ -63,8 +63,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         save_human_latents(path, human)
         LOG.info("latents %s in %s", human.z_ns.shape, path)
     if states:
-        save_human_states(workdir / STATES, fitted)
-        LOG.info("mean and covariance of the states in %s", workdir / STATES)
+        save_human_states(workdir / STATES_FILE, fitted)
+        LOG.info("mean and covariance of the states in %s", workdir / STATES_FILE)
 
 
 STAGE = Stage(
@@ -84,8 +84,8 @@ STAGE = Stage(
         Input("reward.latent_indices", Kind.LIST),
         Input("sarm_model", Kind.SCORER),
     ),
-    output=lambda config: STATES if config.human_latents.states else FILE,
-    makes=(FILE, STATES),
+    output=lambda config: STATES_FILE if config.human_latents.states else FILE,
+    makes=(FILE, STATES_FILE),
     after=("identify",),
     wanted=lambda config: bool(config.human_latents.demos_jsonl),
 )

@@ -13,7 +13,14 @@ from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
 from pipeline.stage import Stage
 from sarm_jax.features.contrast_statistics import assign_folds
-from sarm_jax.features.dense_probe import KINDS, FittedProbe, States, fit_probe, save_probe
+from sarm_jax.features.dense_probe import (
+    KINDS,
+    FittedProbe,
+    States,
+    fit_probe,
+    probe_file,
+    save_probe,
+)
 from sarm_jax.features.identify import DETECTOR_FOLDS, number_values
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
@@ -80,7 +87,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     }
     folder.mkdir(exist_ok=True)
     for kind, result in fitted.items():
-        save_probe(folder / file_name(kind), result.probe)
+        save_probe(folder / probe_file(kind), result.probe)
     probes = {kind: described(result) for kind, result in fitted.items()}
     summary = {
         "pairs": len(pairs),
@@ -107,11 +114,6 @@ def pair_states(reward_model: RewardModel, pairs: list[dict[str, Any]]) -> Contr
         raise InputError("the reward model: states of the pairs are not finite")
     chosen_p, rejected_p = np.split(np.array([row[text] for text in texts]), 2)
     return Contrast(States(x_nd), chosen_p, rejected_p)
-
-
-def file_name(kind: str) -> str:
-    """Returns the name of the file of a probe."""
-    return f"dense_probe_{kind}.safetensors"
 
 
 def described(result: FittedProbe) -> dict[str, float | None]:
@@ -144,7 +146,7 @@ def wanted(config: ConfigDict) -> bool:
     """Returns whether a run of the config names a probe that this stage makes."""
     own = [config.experiments[name].get("reward", {}) for name in config.experiments]
     named = [section.get("probe") for section in (config.reward, *own)]
-    return any(path and Path(path).name in map(file_name, KINDS) for path in named) and bool(
+    return any(path and Path(path).name in map(probe_file, KINDS) for path in named) and bool(
         config.identify.pairs_jsonl
     )
 
@@ -168,7 +170,7 @@ STAGE = Stage(
         Input("sarm_model", Kind.SCORER),
     ),
     output=f"probes/{SUMMARY}",
-    makes=(f"probes/{SUMMARY}", *(f"probes/{file_name(kind)}" for kind in KINDS)),
+    makes=(f"probes/{SUMMARY}", *(f"probes/{probe_file(kind)}" for kind in KINDS)),
     after=("train_sarm", "train_sae"),
     wanted=wanted,
 )

@@ -163,6 +163,11 @@ def _rates(probe: DenseProbe, contrast: Contrast) -> tuple[float, float]:
     return float((probe.margin(marked_pd) > 0).mean()), float((probe.margin(clean_pd) > 0).mean())
 
 
+def probe_file(kind: str) -> str:
+    """Returns the name of the file of a probe in the folder probes of a run."""
+    return f"dense_probe_{kind}.safetensors"
+
+
 def save_probe(path: str | Path, probe: DenseProbe) -> None:
     """Writes `direction [D]` and `tau [1]`, float32, under a temporary name, and renames the file.
 

@@ -2,21 +2,26 @@
 
 Besides the method and its parts there are its rivals, which use what the method uses or less: a
 stronger KL to the reference, the contrast pairs as ties of the reward model, the worst of an
-ensemble of heads, random features; and the penalty of a perfect detector, as a ceiling.
+ensemble of heads, dense probes, the distance from human responses, a penalty on the length, a
+bounded reward, random features; and the penalty of a perfect detector, as a ceiling.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sarm_jax.features.dense_probe import LOGISTIC, MEAN_DIFFERENCE, probe_file
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.path_lists import escaped
+from sarm_jax.rewards.human_states import STATES_FILE
 
 MAX_RANGE = 1000  # seeds in one range
 KL_COEFS = {f"kl_{value}": value for value in (0.05, 0.1, 0.2, 0.5, 1.0)}
 DRAWS = {f"random_{number}": number for number in range(1, 6)}
 HEADS = 4
+PROBES = {"probe": LOGISTIC, "mean_difference": MEAN_DIFFERENCE}  # condition → kind
+LONGER = 3  # times as many steps in the condition penalty_no_kl
 RETRAINED = ("ties", "worst_of_four")  # conditions with a reward model of their own
 DESCRIPTIONS = {
     "baseline": "the reward model alone",
@@ -25,6 +30,13 @@ DESCRIPTIONS = {
     "latent_kl": "the latent KL alone",
     "clamp": "the carriers set to 0 before the head reads them",
     "random": "as penalty, with as many random features and thresholds of the same rule",
+    "screen": "responses on which a detector fires are left out of the update",
+    "probe": "as penalty, with a dense probe (logistic regression) instead of detectors",
+    "mean_difference": "as penalty, with a dense probe (difference of means) instead of detectors",
+    "distance": "a penalty on the distance of the pooled state from those of the demonstrations",
+    "length": "a penalty for each token",
+    "bounded": "the sigmoid of the score",
+    "penalty_no_kl": f"as penalty, {LONGER} times as many steps and no KL to the reference",
     "ties": "the reward model trained with the contrast pairs as ties; no penalty",
     "worst_of_four": "the least score of four heads, each trained on resampled pairs; no penalty",
     "oracle": "as penalty, with the world's own counts of its shortcuts instead of detectors",
@@ -41,12 +53,14 @@ def reward_options(
     Args:
         condition: name of the condition.
         selected: selected_features.json of the same SARM, or the file of a further random draw.
-        section: options of the lab, of which `alpha` and `beta` are read.
+        section: options of the lab, of which `alpha`, `beta`, `distance_penalty` and
+            `length_penalty` are read.
         counts: the features that count the world's shortcuts, for the condition oracle.
     """
     lists, file = read_json(selected), f"@{escaped(str(selected))}"
-    penalised_lists = {"penalty": "detectors", "full": "detectors", "random": "random_control"}
-    penalised_lists |= dict.fromkeys(DRAWS, "random_control")
+    detecting = ("penalty", "full", "screen", "penalty_no_kl")
+    penalised_lists = dict.fromkeys(detecting, "detectors")
+    penalised_lists |= dict.fromkeys(("random", *DRAWS), "random_control")
     options: dict[str, Any] = {}
     if condition == "worst_of_four":
         options["ensemble"] = "min"
@@ -58,7 +72,20 @@ def reward_options(
     if name and lists[name]:  # an empty list, if identify found no detectors, penalises nothing
         options["penalize_features"] = f"{file}:{name}"
         options["tau_values"] = f"{file}:tau_{name}"
-        options["alpha_values"] = ",".join([str(section["alpha"])] * len(lists[name]))
+        if condition == "screen":
+            options["screen"] = True
+        else:
+            options["alpha_values"] = ",".join([str(section["alpha"])] * len(lists[name]))
+    if condition in PROBES:
+        options["probe"] = str(selected.parent / probe_file(PROBES[condition]))
+        options["probe_penalty"] = section["alpha"]
+    if condition == "distance":
+        options["human_states"] = str(selected.parent.parent / STATES_FILE)
+        options["distance_penalty"] = section["distance_penalty"]
+    if condition == "length":
+        options["length_penalty"] = section["length_penalty"]
+    if condition == "bounded":
+        options["bound"] = "sigmoid"
     if condition in ("full", "latent_kl"):
         options["beta"] = section["beta"]
         options["latent_indices"] = f"{file}:carriers"
@@ -68,17 +95,22 @@ def reward_options(
     return options
 
 
-def other_options(condition: str, folder: Path, section: dict[str, Any]) -> dict[str, Any]:
+def other_options(
+    condition: str, folder: Path, section: dict[str, Any], total_steps: int
+) -> dict[str, Any]:
     """Returns the options outside of `config.reward` that a condition sets, by their full names.
 
     Args:
         condition: name of the condition.
         folder: the folder of the seed, with its data and the runs of its conditions.
         section: options of the lab, of which `tie_weight` is read.
+        total_steps: PPO steps of the other conditions.
     """
     options: dict[str, Any] = {}
     if condition in KL_COEFS:
         options["ppo.kl_coef"] = KL_COEFS[condition]
+    if condition == "penalty_no_kl":
+        options |= {"ppo.kl_coef": 0.0, "ppo.total_steps": LONGER * total_steps}
     if condition == "ties":
         options["train_sarm.tie_pairs_jsonl"] = escaped(str(folder / "data" / "contrast.jsonl"))
         options["train_sarm.tie_weight"] = section["tie_weight"]
@@ -91,8 +123,18 @@ def other_options(condition: str, folder: Path, section: dict[str, Any]) -> dict
     return options
 
 
-def parse_conditions(text: str) -> list[str]:
-    """Parses comma-separated names of conditions.
+def is_ranked(condition: str) -> bool:
+    """Returns whether the reward of a condition ranks a pool in a way of its own.
+
+    Other weights of the KL to the reference and a bound on the score do not change a ranking, and
+    the latent KL has a discriminator that is trained along with the policy.
+    """
+    others = (*KL_COEFS, "bounded", "penalty_no_kl", "full", "latent_kl")
+    return condition not in others
+
+
+def parse_conditions(text: str, option: str = "lab.conditions") -> list[str]:
+    """Parses comma-separated names of conditions; `option` is named in messages.
 
     Raises:
         InputError: a name is unknown or given twice.
@@ -100,11 +142,9 @@ def parse_conditions(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in DESCRIPTIONS:
-            raise InputError(
-                f"lab.conditions: found {name!r}, expected one of {', '.join(DESCRIPTIONS)}"
-            )
+            raise InputError(f"{option}: found {name!r}, expected one of {', '.join(DESCRIPTIONS)}")
         if names.count(name) > 1:
-            raise InputError(f"lab.conditions: {name} is given twice")
+            raise InputError(f"{option}: {name} is given twice")
     return names
 
 

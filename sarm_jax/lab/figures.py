@@ -23,10 +23,19 @@ COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "ties": "#56B4E9",
     "worst_of_four": "#B8A100",
     "oracle": "#882255",
+    "screen": "#44AA99",
+    "probe": "#332288",
+    "mean_difference": "#6699CC",
+    "distance": "#117733",
+    "length": "#DDAA33",
+    "bounded": "#AA3377",
+    "penalty_no_kl": "#003355",
     **dict(zip(KL_COEFS, ("#AA4499", "#994488", "#883377", "#772266", "#661155"), strict=True)),
     **dict.fromkeys(DRAWS, "#888888"),
 }
 DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":", "ties": "--", "worst_of_four": "-."}
+DASHES |= {"screen": "--", "probe": "--", "mean_difference": "-.", "distance": ":", "length": "-."}
+DASHES |= {"bounded": ":", "penalty_no_kl": "--"}
 DASHES |= {"oracle": ":"} | dict.fromkeys(KL_COEFS, "-.") | dict.fromkeys(DRAWS, ":")
 LEGEND_COLUMNS = 6
 SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # of the thin line of a single seed
@@ -78,6 +87,47 @@ def final_gold(runs: Runs, dark: bool = False) -> bytes:
         axes.set(xlabel="final gold reward: seeds, mean and 95 % interval")
         axes.grid(visible=True, axis="x")
         axes.legend(frameon=False)
+        return png(figure)
+
+
+def frontier(
+    runs: Runs, rankings: Sequence[Mapping[str, Any]], kl_n: Sequence[float], dark: bool = False
+) -> bytes:
+    """Draws gold over the KL to the reference: best of n on a pool, and runs as they are trained.
+
+    Args:
+        runs: the results of all conditions.
+        rankings: rows of `rivals.pool_table`.
+        kl_n: KL of the best of n, in nats, for each n.
+        dark: draw for a dark page.
+    """
+    with theme(dark):
+        figure, (pool, trained) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+        for row in rankings:
+            if row["weight"] == row["tau"] == 1 and row["condition"] not in DRAWS:
+                style = _line_style(row["condition"])
+                gold = [interval["mean"] for interval in row["gold"]]
+                pool.plot(kl_n, gold, label=row["condition"], **style)
+        for condition, results in runs.items():
+            x_st, y_st = _curves(results, "ref_kl"), _curves(results, "gold")
+            style = _line_style(condition)
+            trained.plot(x_st.mean(axis=0), y_st.mean(axis=0), label=condition, **style)
+            trained.plot(x_st[:, -1].mean(), y_st[:, -1].mean(), "o", color=style["color"])
+        pool.set(title="best of n on one pool", ylabel="gold reward, mean over seeds")
+        trained.set(title="as PPO trains; the dot is the end", xlabel="KL, nats per response")
+        pool.set_xlabel("KL, nats per response: log n − (n − 1) / n")
+        handles: dict[str, Any] = {}
+        for axes in figure.axes:
+            axes.grid(visible=True)
+            lines, labels = axes.get_legend_handles_labels()
+            handles |= dict(zip(labels, lines, strict=True))
+        figure.legend(
+            handles.values(),
+            handles.keys(),
+            loc="outside lower center",
+            ncols=min(len(handles), LEGEND_COLUMNS),
+            frameon=False,
+        )
         return png(figure)
 
 

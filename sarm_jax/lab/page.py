@@ -1,7 +1,8 @@
 """The files of the study: lab.json, figures/*.png, and lab.html, which is self-contained."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from sarm_jax.features.feature_names import NO_NAMES, FeatureNames
 from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import read_json, write_json
-from sarm_jax.lab import figures
+from sarm_jax.lab import figures, rivals
 from sarm_jax.lab.conditions import DESCRIPTIONS
 from sarm_jax.lab.findings import Runs, check_claims, check_gates, difference, headline
 from sarm_jax.lab.gates import LIMITS, Gate
@@ -32,6 +33,9 @@ OF_SHORTCUTS = {
         "Share of responses with each shortcut, by the rule that counts its words",
     )
 }
+FRONTIER = (
+    "Gold over the KL to the reference: the best of n responses of one pool, and while PPO trains"
+)
 
 
 def write_study(
@@ -40,6 +44,7 @@ def write_study(
     conditions: Sequence[str],
     stopped: Mapping[int, str],
     names: FeatureNames = NO_NAMES,
+    pooled: Sequence[int] = (),
 ) -> tuple[Path, str]:
     """Reads the results of the seeds under `workdir` and writes the files of the study.
 
@@ -50,20 +55,38 @@ def write_study(
         conditions: all conditions of the study, in order.
         stopped: why seeds did not finish.
         names: names of the reward model's features, if there is one seed.
+        pooled: seeds whose conditions have ranked a pool, see best_of_n.json.
 
     Returns:
         (path of the page, the result in one paragraph).
     """
-    seeds = list(finished)
+    seeds, runs = list(finished), _read_runs(workdir, finished, conditions)
+    pools = {seed: read_json(workdir / f"seed_{seed}" / "best_of_n.json") for seed in pooled}
+    study = _content(workdir, seeds, runs, pools)
+    study["stopped"] = {str(seed): reason for seed, reason in stopped.items()}
+    write_json(workdir / "lab.json", study, indent=1)
+    pictures = _draw(workdir / "figures", runs, study["best_of_n"])
+    with replacing(workdir / "lab.html") as file:
+        file.write(_render(study, pictures, workdir=workdir, seeds=seeds, names=names))
+    return workdir / "lab.html", study["headline"]
+
+
+def _content(
+    workdir: Path, seeds: Sequence[int], runs: Runs, pools: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns the content of lab.json, but for the seeds that stopped."""
     gates = {
         str(seed): {name: gate["value"] for name, gate in content.items()}
         for seed in seeds
         if (content := _read_if_present(workdir / f"seed_{seed}" / "probes" / "gates.json"))
     }
-    runs = _read_runs(workdir, finished, conditions)
     claims = [check_gates(gates, seeds), *check_claims(runs, seeds)]
-    study: dict[str, Any] = {
+    claims += rivals.check_rivals(runs, pools)
+    empty: Mapping[str, Any] = {"n": [], "kl": []}
+    pool = next(iter(pools.values()), empty)
+    return {
         "headline": headline(runs) if runs else "No seed has a finished run.",
+        "conclusion": rivals.conclusion(runs),
         "gates": {
             name: {
                 "limit": " ".join(map(str, LIMITS[name])),
@@ -76,24 +99,38 @@ def write_study(
         },
         "conditions": runs,
         "claims": [dataclasses.asdict(claim) for claim in claims],
-        "stopped": {str(seed): reason for seed, reason in stopped.items()},
+        "comparison": rivals.table(runs),
+        "best_of_n": {
+            "n": pool["n"],
+            "kl": pool["kl"],
+            "seeds": list(pools),
+            "rankings": rivals.pool_table(pools),
+        },
+        "evading_gain": {str(seed): pool["evading_gain"] for seed, pool in pools.items()},
+        "random_draws": {str(seed): pool["random_draws"] for seed, pool in pools.items()},
         "final_gold": {
             name: mean_interval([run["gold_final"] for run in results])
             for name, results in runs.items()
         },
     }
-    write_json(workdir / "lab.json", study, indent=1)
-    (workdir / "figures").mkdir(exist_ok=True)
+
+
+def _draw(folder: Path, runs: Runs, pool: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Draws the figures into a folder; returns them for the page."""
+    folder.mkdir(exist_ok=True)
+    drawn: dict[str, tuple[Callable[..., bytes], str]] = dict(FIGURES) if runs else {}
+    if figures.shortcut_rates(runs):
+        drawn |= OF_SHORTCUTS
+    if runs and pool["rankings"]:
+        frontier = partial(figures.frontier, rankings=pool["rankings"], kl_n=pool["kl"])
+        drawn["frontier"] = (frontier, FRONTIER)
     pictures = []
-    drawn = (FIGURES if runs else {}) | (OF_SHORTCUTS if figures.shortcut_rates(runs) else {})
     for name, (draw, text) in drawn.items():
         light, dark = draw(runs), draw(runs, dark=True)
-        with replacing(workdir / "figures" / f"{name}.png", "wb") as file:
+        with replacing(folder / f"{name}.png", "wb") as file:
             file.write(light)
         pictures.append({"light": picture_uri(light), "dark": picture_uri(dark), "text": text})
-    with replacing(workdir / "lab.html") as file:
-        file.write(_render(study, pictures, workdir=workdir, seeds=seeds, names=names))
-    return workdir / "lab.html", study["headline"]
+    return pictures
 
 
 def _read_runs(
@@ -143,6 +180,7 @@ def _render(
             paid=_names(shortcuts) if shortcuts else "flattery",
             told=_names([r for r in shortcuts if r.get("told")]) if shortcuts else "flattery",
             names=names,
+            interval=format_interval,
         )
     )
 

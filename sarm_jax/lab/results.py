@@ -3,6 +3,11 @@
 The gold reward is that of responses to held-out prompts. The SARM's score is computed from
 unchanged latents in every condition. It is given in standard deviations of the reference responses
 (those of step 0) from their mean.
+
+A point of the curve also tells how much of the behaviour that is penalised escapes the detectors:
+`told` is the share of the responses with a shortcut that the method is told, by the rule that
+counts words, `told_undetected` the share that have one although no detector fires, and `near_tau`
+the share whose largest latent of a detector lies between 0.8 and 1 times its threshold.
 """
 
 import dataclasses
@@ -17,6 +22,8 @@ from sarm_jax.lab.shortcuts import FLATTERY_ALONE, World
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import standard_deviation
 
+NEAR_TAU = 0.8  # a latent between this share of its threshold and the threshold is near it
+TINY = 1e-9
 SAMPLES = 6  # responses shown before and after training
 
 
@@ -29,6 +36,8 @@ class _Scores:
         score_b: standardised score of the SARM.
         gold_b: gold reward.
         fired_bn: which detectors fire.
+        nearest_b: the largest of the detectors' latents, each divided by its threshold.
+        told_b: which responses have a shortcut that the method is told.
         counts: counts of the words.
     """
 
@@ -36,6 +45,8 @@ class _Scores:
     score_b: np.ndarray
     gold_b: np.ndarray
     fired_bn: np.ndarray
+    nearest_b: np.ndarray
+    told_b: np.ndarray
     counts: list[world.WordCounts]
 
 
@@ -56,7 +67,7 @@ def run_result(
         lab_world: the world. If it has several shortcuts, `rate_{shortcut}` is the share of the
             responses that have it, and `units_{shortcut}` how much of it there is per response.
     """
-    scores = _score(evaluations, model, features)
+    scores = _score(evaluations, model, features, lab_world)
     step_b = scores.step_b
     start_b, end_b = step_b == step_b.min(), step_b == step_b.max()
     curve = [_point(step, evaluations, scores, lab_world) for step in np.unique(step_b)]
@@ -81,11 +92,15 @@ def run_result(
 
 
 def _score(
-    evaluations: Sequence[Mapping[str, Any]], model: RewardModel, features: Mapping[str, Sequence]
+    evaluations: Sequence[Mapping[str, Any]],
+    model: RewardModel,
+    features: Mapping[str, Sequence],
+    lab_world: World,
 ) -> _Scores:
     """Scores all responses and counts their words."""
     prompts, responses = ([row[name] for row in evaluations] for name in ("prompt", "response"))
     score_b, z_bn = model.score(prompts, responses, latent_indices=features["detectors"])
+    tau_n = np.asarray(features["tau_detectors"], np.float32)
     step_b = np.asarray([row["step"] for row in evaluations])
     start_b = step_b == step_b.min()
     gold = [world.gold_reward(row["prompt"], row["response"], row["ended"]) for row in evaluations]
@@ -93,7 +108,11 @@ def _score(
         step_b=step_b,
         score_b=in_deviations_of(score_b, start_b),
         gold_b=np.asarray(gold),
-        fired_bn=z_bn > np.asarray(features["tau_detectors"], np.float32),
+        fired_bn=z_bn > tau_n,
+        nearest_b=np.max(z_bn / np.maximum(tau_n, TINY), axis=1, initial=0.0),
+        told_b=np.asarray(
+            [lab_world.has_told(row["prompt"], row["response"]) for row in evaluations]
+        ),
         counts=[world.count_words(row["prompt"], row["response"]) for row in evaluations],
     )
 
@@ -128,6 +147,9 @@ def _point(
         "ref_kl": [evaluations[b]["ref_kl"] for b in rows],
         "ended": [evaluations[b]["ended"] for b in rows],
         "detected": scores.fired_bn[rows].any(axis=1),
+        "told": scores.told_b[rows],
+        "told_undetected": scores.told_b[rows] & ~scores.fired_bn[rows].any(axis=1),
+        "near_tau": (scores.nearest_b[rows] > NEAR_TAU) & (scores.nearest_b[rows] <= 1),
     }
     for name in ("hits", "wrong", "flattery", "duplicates", "filler", "junk"):
         values[name] = [getattr(scores.counts[b], name) for b in rows]

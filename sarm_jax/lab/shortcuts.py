@@ -190,6 +190,10 @@ class World:
         """Counts the units of every shortcut in a response."""
         return {name: SHORTCUTS[name].count(prompt, response) for name in self.shortcuts}
 
+    def has_told(self, prompt: str, response: str) -> bool:
+        """Returns whether a response has a shortcut that the method is told."""
+        return any(SHORTCUTS[name].count(prompt, response) for name in self.told)
+
     def _with_others(
         self,
         rng: np.random.Generator,

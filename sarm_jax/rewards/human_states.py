@@ -30,6 +30,7 @@ from sarm_jax.io.tensor_files import read_float_tensors
 from sarm_jax.parallel.finite import require_finite
 
 LOG = logging.getLogger(__name__)
+STATES_FILE = "human_states.safetensors"  # in the working directory
 MAKER = "--stage=human_latents --config.human_latents.states=True"
 RANKS = {"mean": 1, "axes": 2, "variance": 1, "floor": 1}
 FOLDS = 4  # of the distances that are logged

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 from configs import demo
 from pipeline import study as study_of_seeds
 from pipeline.cli import fill_in
-from pipeline.study import draw_random_control, study_names
+from pipeline.study import study_names
+from pipeline.study_runs import draw_random_control
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
@@ -213,7 +214,7 @@ def test_conditions_by_hand(tmp_path):
     path = tmp_path / "selected.json"
     lists = {"detectors": [3, 4], "carriers": [5], "random_control": [6, 7]}
     path.write_text(json.dumps(lists))
-    section = {"alpha": 2.0, "beta": 0.1}
+    section = {"alpha": 2.0, "beta": 0.1, "distance_penalty": 0.3, "length_penalty": 0.2}
     penalty = {
         "penalize_features": f"@{path}:detectors",
         "tau_values": f"@{path}:tau_detectors",
@@ -227,12 +228,29 @@ def test_conditions_by_hand(tmp_path):
         "clamp": clamp, "random": random,
     }  # fmt: skip
     rivals = {"ties": {}, "kl_0.1": {}, "random_2": random, "worst_of_four": {"ensemble": "min"}}
+    probes = tmp_path / "dense_probe_logistic.safetensors"
+    detecting = {name: penalty[name] for name in ("penalize_features", "tau_values")}
+    rivals |= {
+        "screen": {**detecting, "screen": True},
+        "penalty_no_kl": penalty,
+        "probe": {"probe": str(probes), "probe_penalty": 2.0},
+        "mean_difference": {
+            "probe": str(tmp_path / "dense_probe_mean_difference.safetensors"),
+            "probe_penalty": 2.0,
+        },
+        "distance": {
+            "human_states": str(tmp_path.parent / "human_states.safetensors"),
+            "distance_penalty": 0.3,
+        },
+        "length": {"length_penalty": 0.2},
+        "bounded": {"bound": "sigmoid"},
+    }
     for condition, options in (expected | rivals).items():
         assert reward_options(condition, path, section) == options
     oracle = {"penalize_features": "64,65", "tau_values": "0.0,0.0", "alpha_values": "2.0,2.0"}
     assert reward_options("oracle", path, section, range(64, 66)) == oracle
     path.write_text(json.dumps({key: [] for key in lists}))  # identify found nothing
-    for condition in ("penalty", "clamp", "random"):
+    for condition in ("penalty", "clamp", "random", "screen"):
         assert reward_options(condition, path, section) == {}
 
 
@@ -250,14 +268,15 @@ def test_options_of_the_rivals_by_hand(tmp_path):
         },
         "oracle": {"lab.oracle": True},
         "kl_0.5": {"ppo.kl_coef": 0.5},
+        "penalty_no_kl": {"ppo.kl_coef": 0.0, "ppo.total_steps": 180},
     }
     for condition in DESCRIPTIONS:
-        own = other_options(condition, tmp_path, section)
+        own = other_options(condition, tmp_path, section, 60)
         if condition not in KL_COEFS:
             assert own == expected.get(condition, {})
         config = demo.get_config()
         config.update_from_flattened_dict(own)  # every name is an option's
-    assert other_options("kl_0.5", tmp_path, section) == expected["kl_0.5"]
+    assert other_options("kl_0.5", tmp_path, section, 60) == expected["kl_0.5"]
     assert len(KL_COEFS) == len(DRAWS) == 5 and COLOURS.keys() == DESCRIPTIONS.keys()
 
 

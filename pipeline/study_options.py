@@ -1,0 +1,87 @@
+"""Options of a study, checked: what the study sets itself, its seeds, conditions and pool."""
+
+from ml_collections import ConfigDict
+
+from pipeline.option_bounds import OPTIONS
+from sarm_jax.io.errors import InputError
+from sarm_jax.lab.conditions import RETRAINED, is_ranked, parse_conditions
+
+SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
+# Options of the reward that may be the same for all conditions; the conditions set the others.
+COMMON = ("unit", "penalty_cap", "human_latents")
+# Options outside of the reward that conditions set, with the value that leaves them to these.
+OF_CONDITIONS = {
+    "train_sarm.tie_pairs_jsonl": "",
+    "train_sarm.tie_weight": 1.0,
+    "train_sarm.heads": 1,
+    "lab.oracle": False,
+}
+
+
+def check_study(template: ConfigDict) -> None:
+    """Raises InputError for options out of range, and for options that the study sets itself."""
+    if template.lab.processes < 1:
+        raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
+    if not 0 < template.lab.tie_weight < float("inf"):
+        raise InputError(f"lab.tie_weight={template.lab.tie_weight}: must be positive and finite")
+    for name in ("alpha", "beta"):
+        if not 0 <= template.lab[name] < float("inf"):
+            raise InputError(f"lab.{name}={template.lab[name]}: must be 0 or positive, and finite")
+    retrained = [c for c in parse_conditions(template.lab.conditions) if c in RETRAINED]
+    if retrained and template.train_sarm.mode != 0:
+        raise InputError(
+            f"lab.conditions: {retrained[0]} trains a head on the same trunk and SAE, which needs "
+            f"train_sarm.mode=0, found {template.train_sarm.mode}"
+        )
+    options = template.to_dict()
+    set_by_conditions = {
+        f"reward.{name}": OPTIONS.reward[name] for name in OPTIONS.reward if name not in COMMON
+    }
+    for field, default in (set_by_conditions | OF_CONDITIONS).items():
+        section, name = field.split(".")
+        if options[section][name] != default:
+            raise InputError(
+                f"{field}={options[section][name]}: the conditions of the study set it, with "
+                "lab.alpha, lab.beta and lab.tie_weight"
+            )
+    for section in SEEDED:
+        if template[section].seed:
+            raise InputError(
+                f"{section}.seed={template[section].seed}: the study takes its seeds from lab.seeds"
+            )
+
+
+def check_pool(template: ConfigDict) -> None:
+    """Raises InputError for options of the pool that is ranked that are out of range."""
+    section = template.lab
+    for name, least in (("pool_responses", 0), ("pool_prompts", 1)):
+        if section[name] < least:
+            raise InputError(f"lab.{name}={section[name]}: must be at least {least}")
+    if section.pool_responses == 1:
+        raise InputError("lab.pool_responses=1: must be 0 (no pool) or at least 2")
+    for name in ("distance_penalty", "length_penalty"):
+        if not 0 < section[name] < float("inf"):
+            raise InputError(f"lab.{name}={section[name]}: must be positive and finite")
+    if not section.ranked_conditions:
+        return
+    if not section.pool_responses:
+        raise InputError(
+            f"lab.ranked_conditions={section.ranked_conditions}: needs a pool, "
+            "lab.pool_responses ≥ 2"
+        )
+    trained = parse_conditions(section.conditions)
+    for name in parse_conditions(section.ranked_conditions, "lab.ranked_conditions"):
+        if name in trained:
+            raise InputError(f"lab.ranked_conditions: {name} is one of lab.conditions already")
+        if name in RETRAINED or not is_ranked(name):
+            why = "trains a reward model" if name in RETRAINED else "ranks a pool as another does"
+            raise InputError(f"lab.ranked_conditions: {name} {why}; name it in lab.conditions")
+
+
+def all_conditions(config: ConfigDict) -> list[str]:
+    """Returns the conditions that are trained, then those that only rank the pool."""
+    ranked = config.lab.ranked_conditions
+    return [
+        *parse_conditions(config.lab.conditions),
+        *(parse_conditions(ranked, "lab.ranked_conditions") if ranked else ()),
+    ]

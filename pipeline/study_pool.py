@@ -1,0 +1,191 @@
+"""Best of n on one pool of samples of a seed: what every condition of the study would choose.
+
+A pool of responses to held-out prompts is sampled once from the reference policy. Each condition
+ranks it by the reward that PPO learns from under that condition, so that no condition, weight or
+threshold needs training. Conditions that no ranking can tell apart are left out: other weights of
+the KL to the reference, a bound on the score, and the latent KL, whose discriminator is trained
+along with the policy.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from conversion import load_policy
+from pipeline.models import load_reward_model
+from pipeline.stages.train import world_of
+from pipeline.study_runs import condition_config
+from sarm_jax.evaluation.best_of_n import kl_of_best_of
+from sarm_jax.io.json_files import read_json, write_json
+from sarm_jax.io.jsonl import write_jsonl
+from sarm_jax.lab.conditions import DRAWS, RETRAINED, is_ranked
+from sarm_jax.lab.oracle import OracleRewardModel
+from sarm_jax.lab.pool import Pool, evading_gain, sample_pool
+from sarm_jax.models.conversation_rows import read_prompts
+from sarm_jax.rewards.compound import ScoreScale, learned_reward
+from sarm_jax.rewards.options import reward_config
+from sarm_jax.rewards.reward_config import RewardConfig
+from sarm_jax.rewards.scoring import Scored, Scorer, reward_terms
+from sarm_jax.rewards.state_controls import state_controls
+
+LOG = logging.getLogger(__name__)
+FILE = "best_of_n.json"
+WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the weights of a condition's penalties
+TAU_FACTORS = (0.0, 0.5, 2.0)  # of the detectors' thresholds, beside 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """What one reward model reads from the pool: scores, all features, pooled states."""
+
+    score_b: np.ndarray
+    z_bf: np.ndarray
+    x_bd: np.ndarray
+
+
+def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> None:
+    """Samples the pool of a seed, ranks it under the conditions and writes best_of_n.json.
+
+    Conditions with a reward model of their own need the run that trained it.
+    """
+    path, options = folder / FILE, _options(config, conditions)
+    if path.exists() and read_json(path)["options"] == options:
+        return
+    LOG.info("best of n on a pool of %d responses per prompt", config.lab.pool_responses)
+    pool = _sample(config)
+    write_jsonl(folder / "pool.jsonl", _rows(pool))
+    model = OracleRewardModel(load_reward_model(config), world_of(config))
+    read = Readings(*model.score_with_states(pool.prompts, pool.responses))
+    scale = ScoreScale.estimate(read.score_b, read.score_b)
+    score_b = scale.normalise(read.score_b)
+    sizes = [2**i for i in range(20) if 2**i <= largest_of(pool)]
+    rankings = []
+    for condition in filter(is_ranked, conditions):
+        ranked = condition_config(config, folder, condition)
+        for variant, reward_b in _rewards(ranked, condition, pool, read, scale):
+            means = pool.best_of(reward_b, score_b, sizes)
+            rankings.append({"condition": condition, **variant, **means})
+    selected = read_json(folder / "probes" / "selected_features.json")
+    silent_b = ~_fires(read, selected["detectors"], selected["tau_detectors"])
+    content = {
+        "options": options,
+        "prompts": pool.shape[0],
+        "n": sizes,
+        "kl": [float(kl_of_best_of(n)) for n in sizes],
+        "rankings": rankings,
+        "evading_gain": evading_gain(score_b, silent_b, pool.told_b, pool.shape),
+        "random_draws": _random_draws(folder, conditions, pool, read),
+    }
+    write_json(path, content)
+
+
+def largest_of(pool: Pool) -> int:
+    """Returns the largest n: half the responses to a prompt, for a mean over many sets."""
+    return max(1, pool.shape[1] // 2)
+
+
+def _options(config: ConfigDict, conditions: Sequence[str]) -> dict[str, Any]:
+    """Returns what the result depends on, besides the models and features of the seed."""
+    names = "alpha distance_penalty length_penalty pool_responses pool_prompts".split()
+    return {
+        "conditions": list(conditions),
+        "seed": config.ppo.seed,
+        **{name: config.lab[name] for name in names},
+        "reward": {name: config.reward[name] for name in ("unit", "penalty_cap")},
+    }
+
+
+def _sample(config: ConfigDict) -> Pool:
+    """Samples the pool from the policy of the seed, on the first held-out prompts."""
+    policy, tokenizer = load_policy(config.policy_model, config.dtype)
+    prompts = read_prompts(config.eval_prompts_jsonl)[: config.lab.pool_prompts]
+    return sample_pool(
+        policy,
+        tokenizer,
+        [str(prompt) for prompt in prompts],
+        samples=config.lab.pool_responses,
+        max_new_tokens=config.ppo.max_new_tokens,
+        seed=config.ppo.seed,
+        lab_world=world_of(config),
+    )
+
+
+def _rows(pool: Pool) -> Iterator[dict[str, Any]]:
+    """Yields the rows of pool.jsonl."""
+    columns = (pool.prompts, pool.responses, pool.ended_b.tolist(), pool.gold_b.tolist())
+    for row in zip(*columns, strict=True):
+        yield dict(zip(("prompt", "response", "ended", "gold"), row, strict=True))
+
+
+def _rewards(
+    config: ConfigDict, condition: str, pool: Pool, read: Readings, scale: ScoreScale
+) -> Iterator[tuple[dict[str, float], np.ndarray]]:
+    """Yields the rewards of the pool under a condition, for several weights and thresholds."""
+    reward = reward_config(config.reward)
+    own = None
+    if condition in RETRAINED or reward.clamp_features:
+        own = Scorer(load_reward_model(config), reward).score(pool.prompts, pool.responses)
+        scale = ScoreScale.estimate(own.score_b, own.score_b)
+    states = state_controls(reward, read.x_bd.shape[1]).read(read.x_bd)
+    for variant, changed in _variants(reward):
+        scored = own or Scored(
+            read.score_b,
+            z_bn=read.z_bf[:, list(changed.penalize_features)],
+            z_bs=np.zeros((len(read.score_b), 0), np.float32),
+            states=states,
+        )
+        terms = reward_terms(
+            changed, scored, d_b=np.zeros_like(read.score_b), scale=scale, lengths_b=pool.tokens_b
+        )
+        reward_b = learned_reward(
+            terms,
+            scale=scale,
+            ended_b=pool.ended_b,
+            missing_eos_penalty=config.ppo.missing_eos_penalty,
+        )
+        if terms.screened_b is not None:
+            reward_b = np.where(terms.screened_b, -np.inf, reward_b)
+        yield variant, reward_b
+
+
+def _variants(reward: RewardConfig) -> Iterator[tuple[dict[str, float], RewardConfig]]:
+    """Yields the reward with its weights multiplied by `WEIGHTS`, thresholds by `TAU_FACTORS`."""
+    weights = ("probe_penalty", "distance_penalty", "length_penalty")
+    weighted = bool(reward.alpha_values) or any(getattr(reward, name) for name in weights)
+    for factor in WEIGHTS if weighted else (1.0,):
+        changes = {name: factor * getattr(reward, name) for name in weights}
+        alphas = tuple(factor * alpha for alpha in reward.alpha_values)
+        yield (
+            {"weight": factor, "tau": 1.0},
+            dataclasses.replace(reward, alpha_values=alphas, **changes),
+        )
+    for factor in TAU_FACTORS if any(reward.tau_values) else ():
+        taus = tuple(factor * tau for tau in reward.tau_values)
+        yield {"weight": 1.0, "tau": factor}, dataclasses.replace(reward, tau_values=taus)
+
+
+def _fires(read: Readings, features: Sequence[int], taus: Sequence[float]) -> np.ndarray:
+    """Returns on which responses any of the features is above its threshold, `[B]`."""
+    return np.any(read.z_bf[:, list(features)] > np.asarray(taus, np.float32), axis=1)
+
+
+def _random_draws(
+    folder: Path, conditions: Sequence[str], pool: Pool, read: Readings
+) -> dict[str, dict[str, float]]:
+    """Returns how often each draw of random features fires with and without a told shortcut."""
+    draws = {}
+    for condition in conditions:
+        if condition == "random" or condition in DRAWS:
+            name = condition if condition in DRAWS else "selected_features"
+            lists = read_json(folder / "probes" / f"{name}.json")
+            fires_b = _fires(read, lists["random_control"], lists["tau_random_control"])
+            draws[condition] = {
+                "with_shortcut": float(fires_b[pool.told_b].mean()) if pool.told_b.any() else 0.0,
+                "without": float(fires_b[~pool.told_b].mean()) if (~pool.told_b).any() else 0.0,
+            }
+    return draws

@@ -1,0 +1,88 @@
+"""The runs of a study: the config of every condition of a seed, and what is made for it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from conversion.load import read_sarm_config
+from pipeline import stage as stages
+from pipeline.models import load_reward_model
+from pipeline.runner import run_stages
+from pipeline.stages.train import world_of
+from ppo.tracking.metrics import read_evaluations
+from sarm_jax.features.dense_probe import probe_file
+from sarm_jax.features.identify import further_random_control
+from sarm_jax.io.json_files import read_json, write_json
+from sarm_jax.io.path_lists import split_paths
+from sarm_jax.lab.conditions import DRAWS, PROBES, RETRAINED, other_options, reward_options
+from sarm_jax.lab.results import run_result
+from sarm_jax.models.conversation_rows import read_pairs
+
+LOG = logging.getLogger(__name__)
+
+
+def preparation_config(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> ConfigDict:
+    """Returns the config of the stages before training, which make what the conditions read."""
+    config = config.copy_and_resolve_references()
+    config.human_latents.states = "distance" in conditions
+    if probes := [name for name in PROBES if name in conditions]:
+        config.reward.probe = str(folder / "probes" / probe_file(PROBES[probes[0]]))
+    return config
+
+
+def condition_config(config: ConfigDict, folder: Path, condition: str) -> ConfigDict:
+    """Returns the config of a condition; draws its random features if it has some of its own.
+
+    Args:
+        config: the config of the seed.
+        folder: the folder of the seed, whose features have been identified.
+        condition: name of the condition.
+    """
+    lab, counts = config.lab.to_dict(), range(0)
+    lists = folder / "probes" / "selected_features.json"
+    config = config.copy_and_resolve_references()
+    own = other_options(condition, folder, lab, config.ppo.total_steps)
+    config.update_from_flattened_dict(own)
+    if condition in DRAWS:
+        selected, lists = lists, folder / "probes" / f"{condition}.json"
+        draw_random_control(config, selected, lists, DRAWS[condition])
+    if condition == "oracle":
+        latents = read_sarm_config(config.sarm_model).latent_size
+        counts = range(latents, latents + len(world_of(config).shortcuts))
+    config.reward.update(reward_options(condition, lists, lab, counts))
+    return config
+
+
+def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: int) -> None:
+    """Writes a further draw of random features, with thresholds by the rule of identify.
+
+    A file that is newer than the lists of identify is kept.
+    """
+    if path.exists() and path.stat().st_mtime_ns >= selected.stat().st_mtime_ns:
+        return
+    options = stages.load("identify").validate(config)
+    pairs = [row for file in split_paths(config.identify.pairs_jsonl) for row in read_pairs(file)]
+    detectors = read_json(selected)["detectors"]
+    control = further_random_control(options, load_reward_model(config), pairs, detectors, draw)
+    write_json(
+        path,
+        {"random_control": list(control.features), "tau_random_control": list(control.tau)},
+    )
+
+
+def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
+    """Trains under one condition of the study and writes its result.json."""
+    workdir = folder / condition
+    config = condition_config(config, folder, condition)
+    workdir.mkdir(exist_ok=True)
+    LOG.info("condition %s", condition)
+    names = ("train_sarm", "train") if condition in RETRAINED else ("train",)
+    run_stages(config, workdir, [stages.load(name) for name in names])
+    summary = read_json(workdir / "summary.json")
+    features = read_json(folder / "probes" / "selected_features.json")
+    rows = read_evaluations(workdir)
+    model = load_reward_model(config).with_ensemble(config.reward.ensemble)
+    result = run_result(rows, model, features, summary["seconds"], world_of(config))
+    write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

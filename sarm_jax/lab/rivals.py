@@ -1,0 +1,294 @@
+"""Comparison of the penalty with its rivals: stopped at budgets of KL, by an oracle, on a pool.
+
+The claims and predictions were fixed before the seeds that they are made for were run. The two
+primary claims are tested together, each with a paired t test over seeds and Holm's correction.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from sarm_jax.lab.findings import Claim, Runs
+from sarm_jax.reporting.statistics import Interval, format_interval, mean_interval
+
+BUDGETS = (2.0, 5.0, 10.0)  # nats of KL to the reference, at which a run is stopped
+SIGNIFICANCE = 0.05  # of the two primary claims together
+TIE = 0.05  # a mean difference of gold rewards whose interval is within ± this is a tie
+MARGIN = 0.1  # of gold, that the penalty is predicted to have over weaker rivals
+EVADED = 0.05  # largest share of the final responses that evade the detectors
+WEAKER = ("distance", "length", "bounded", "worst_of_four", "kl_0.1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Paired:
+    """Differences between two conditions, paired by seed."""
+
+    seeds: list[int]
+    values: list[float]
+
+    @property
+    def interval(self) -> Interval:
+        """The mean with its 95 % interval of Student's t."""
+        return mean_interval(self.values)
+
+    @property
+    def p_value(self) -> float:
+        """The two-sided p value of a paired t test; 1 if it cannot be computed."""
+        if len(self.values) < 2 or np.ptp(self.values) == 0:
+            return 1.0
+        return float(stats.ttest_1samp(self.values, 0.0).pvalue)
+
+
+def are_compared(runs: Runs) -> bool:
+    """Returns whether the study has a rival to compare the penalty with."""
+    rivals = runs.keys() & {"probe", "mean_difference", "screen", "ties", *WEAKER}
+    return bool(runs.get("baseline") and runs.get("penalty") and rivals)
+
+
+def gold_at_budget(run: Mapping[str, Any], budget: float) -> float:
+    """Returns gold at the last evaluation before the KL first exceeds a budget in nats.
+
+    It is what somebody gets who stops at that KL; the end of the run if it never exceeds it.
+    """
+    reached = None
+    for point in run["curve"]:
+        if reached is not None and point["ref_kl"] > budget:
+            break
+        reached = point["gold"]
+    assert reached is not None
+    return reached
+
+
+def compare(runs: Runs, first: str, second: str, *, of: str, against: str) -> Paired:
+    """Pairs a quantity of one condition with one of another by seed: first minus second.
+
+    Args:
+        runs: the results of all conditions.
+        first: a condition.
+        second: the condition that is subtracted.
+        of: quantity of the first, see `quantity`.
+        against: quantity of the second.
+    """
+    others = {run["seed"]: quantity(run, against) for run in runs[second]}
+    rows = [run for run in runs[first] if run["seed"] in others]
+    return Paired(
+        [run["seed"] for run in rows],
+        [quantity(run, of) - others[run["seed"]] for run in rows],
+    )
+
+
+def quantity(run: Mapping[str, Any], name: str) -> float:
+    """Returns a quantity of a run: a field such as gold_final, or "gold_at_5" for a budget."""
+    if name.startswith("gold_at_"):
+        return gold_at_budget(run, float(name.removeprefix("gold_at_")))
+    return float(run[name])
+
+
+def table(runs: Runs) -> list[dict[str, Any]]:
+    """Returns a row of means for each condition: budgets, peak, end, drawdown, behaviour."""
+    rows = []
+    for name, results in runs.items():
+        last = [run["curve"][-1] for run in results]
+        row: dict[str, Any] = {"condition": name, "seeds": len(results)}
+        for budget in BUDGETS:
+            golds = [gold_at_budget(run, budget) for run in results]
+            row[f"gold_at_{budget:g}"] = mean_interval(golds)
+        row["peak"] = mean_interval([run["gold_peak"] for run in results])
+        row["final"] = mean_interval([run["gold_final"] for run in results])
+        row["drawdown"] = mean_interval([run["gold_peak"] - run["gold_final"] for run in results])
+        row["kl"] = mean_interval([run["ref_kl_final"] for run in results])
+        for field in ("told", "told_undetected", "near_tau"):
+            if all(field in point for point in last):
+                row[field] = mean_interval([point[field] for point in last])
+                first = [run["curve"][0][field] for run in results]
+                row[f"{field}_before"] = mean_interval(first)
+        rows.append(row)
+    return rows
+
+
+def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Claim]:
+    """Checks the claims and predictions about the conditions that were run.
+
+    Args:
+        runs: the results of all conditions.
+        pools: seed → content of best_of_n.json.
+    """
+    if not are_compared(runs):
+        return []
+    claims = _primary(runs)
+    for name in ("probe", "mean_difference", "screen"):
+        if runs.get(name):
+            claims.append(_tie(runs, name))
+    if runs.get("ties"):
+        text = "Prediction: penalty ends above the reward model trained with ties"
+        claims.append(_above(text, runs, "ties", 0.0))
+    for name in WEAKER:
+        if runs.get(name):
+            text = f"Prediction: penalty ends ≥ {MARGIN} above {name} in the mean"
+            claims.append(_above(text, runs, name, MARGIN))
+    for name in ("penalty", "penalty_no_kl"):
+        if runs.get(name) and all("told_undetected" in r["curve"][-1] for r in runs[name]):
+            claims.append(_evasion(runs, name))
+    if pools:
+        claims.append(_pool_claim(pools))
+    return claims
+
+
+def _primary(runs: Runs) -> list[Claim]:
+    """Tests the two primary claims with Holm's correction."""
+    texts = {
+        "P1: stopped at 5 nats of KL, penalty has more gold than baseline": compare(
+            runs, "penalty", "baseline", of="gold_at_5", against="gold_at_5"
+        ),
+        "P2: penalty's final gold is above the best that baseline passes through": compare(
+            runs, "penalty", "baseline", of="gold_final", against="gold_peak"
+        ),
+    }
+    order = sorted(texts, key=lambda text: texts[text].p_value)
+    rejected, all_smaller = {}, True
+    for rank, text in enumerate(order):
+        limit = SIGNIFICANCE / (len(order) - rank)
+        all_smaller = all_smaller and texts[text].p_value <= limit
+        rejected[text] = all_smaller and texts[text].interval["mean"] > 0
+    return [
+        Claim(
+            text=text,
+            found=f"{format_interval(paired.interval, '+.2f')}, p = {paired.p_value:.2g}",
+            holds=rejected[text],
+            failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v <= 0],
+        )
+        for text, paired in texts.items()
+    ]
+
+
+def _tie(runs: Runs, name: str) -> Claim:
+    """Checks the prediction that a rival ends where the penalty does."""
+    paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
+    low, high = paired.interval["low"], paired.interval["high"]
+    inside = low is not None and high is not None and low >= -TIE and high <= TIE
+    return Claim(
+        text=f"Prediction: penalty and {name} tie (the interval of the difference of their final "
+        f"gold lies within ± {TIE})",
+        found=format_interval(paired.interval, "+.2f"),
+        holds=inside,
+        failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if abs(v) > TIE],
+    )
+
+
+def _above(text: str, runs: Runs, name: str, margin: float) -> Claim:
+    """Checks the prediction that the penalty ends above a rival in the mean."""
+    paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
+    return Claim(
+        text=text,
+        found=format_interval(paired.interval, "+.2f"),
+        holds=paired.interval["mean"] > margin,
+        failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v <= margin],
+    )
+
+
+def _evasion(runs: Runs, name: str) -> Claim:
+    """Checks the prediction that few responses have the shortcut without being detected."""
+    shares = {run["seed"]: run["curve"][-1]["told_undetected"] for run in runs[name]}
+    return Claim(
+        text=f"Prediction: {name}: at the end at most {EVADED:.0%} of the responses have the "
+        "shortcut and are not detected, in the mean",
+        found=format_interval(mean_interval(list(shares.values())), ".3f"),
+        holds=float(np.mean(list(shares.values()))) <= EVADED,
+        failed=[seed for seed, share in shares.items() if share > EVADED],
+    )
+
+
+def _pool_claim(pools: Mapping[int, Mapping[str, Any]]) -> Claim:
+    """Checks the prediction that the penalty also chooses the better responses of a pool."""
+    values = {}
+    for seed, pool in pools.items():
+        golds = {name: ranking(pool, name)["gold"][-1] for name in ("baseline", "penalty")}
+        values[seed] = golds["penalty"] - golds["baseline"]
+    interval = mean_interval(list(values.values()))
+    return Claim(
+        text=f"Prediction: the best of {_largest(pools)} responses by penalty has more gold than "
+        "by baseline, in the mean",
+        found=format_interval(interval, "+.2f"),
+        holds=interval["mean"] > 0,
+        failed=[seed for seed, value in values.items() if value <= 0],
+    )
+
+
+def ranking(
+    pool: Mapping[str, Any], condition: str, weight: float = 1.0, tau: float = 1.0
+) -> dict[str, Any]:
+    """Returns the ranking of a pool under a condition, from best_of_n.json.
+
+    Raises:
+        KeyError: the pool was not ranked so.
+    """
+    for row in pool["rankings"]:
+        if (row["condition"], row["weight"], row["tau"]) == (condition, weight, tau):
+            return row
+    raise KeyError(f"{condition}, weight {weight}, tau {tau}")
+
+
+def pool_table(pools: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row for each ranking that all pools have, means over the seeds for every n."""
+    if not pools:
+        return []
+    keys = [
+        [(row["condition"], row["weight"], row["tau"]) for row in pool["rankings"]]
+        for pool in pools.values()
+    ]
+    shared = [key for key in keys[0] if all(key in other for other in keys)]
+    rows = []
+    for key in shared:
+        rankings = [ranking(pool, *key) for pool in pools.values()]
+        means: dict[str, Any] = {"condition": key[0], "weight": key[1], "tau": key[2]}
+        for field in ("gold", "told", "score"):
+            by_n = np.asarray([row[field] for row in rankings])
+            means[field] = [mean_interval(value_s) for value_s in by_n.T]
+        rows.append(means)
+    return rows
+
+
+def _largest(pools: Mapping[int, Mapping[str, Any]]) -> int:
+    return min(pool["n"][-1] for pool in pools.values())
+
+
+def conclusion(runs: Runs) -> list[str]:
+    """Says in plain words what the numbers show, a sentence for each comparison."""
+    if not are_compared(runs):
+        return []
+    sentences = []
+    for name, words in (
+        ("probe", "a dense probe trained on the same pairs"),
+        ("mean_difference", "a difference-of-means probe"),
+        ("screen", "leaving detected responses out of the update"),
+        ("ties", "repairing the reward model with the same pairs as ties"),
+        ("worst_of_four", "the worst of four heads"),
+        ("distance", "a penalty on the distance from human responses"),
+        ("length", "a length penalty"),
+        ("bounded", "a bounded reward"),
+        ("kl_0.1", "five times the KL penalty"),
+        ("random", "random features"),
+        ("oracle", "a perfect detector"),
+    ):
+        if runs.get(name):
+            paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
+            sentences.append(f"Against {words}: {_verdict(paired.interval)}.")
+    return sentences
+
+
+def _verdict(difference: Interval) -> str:
+    """Says which side ends higher, from the interval of the difference of final gold."""
+    shown = f"penalty minus rival, final gold {format_interval(difference, '+.2f')}"
+    low, high = difference["low"], difference["high"]
+    if low is None or high is None:
+        return f"{shown}, from a single seed"
+    if low >= -TIE and high <= TIE:
+        return f"{shown}: a tie"
+    if low > 0:
+        return f"{shown}: the penalty is better"
+    if high < 0:
+        return f"{shown}: the penalty is worse"
+    return f"{shown}: undecided"
