@@ -7,7 +7,7 @@ SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN     := outputs/smollm2
 NOTEBOOK := docs/notebooks/explore_features.ipynb
 
-.PHONY: help demo study smollm2 smollm2-classifier verbosity verbosity-seeds reference \
+.PHONY: help demo study rivals smollm2 smollm2-classifier verbosity verbosity-seeds reference \
   reference-small plan-h100 benchmark test test-fast lint types imports docs clean
 
 help: ## list these commands
@@ -20,6 +20,13 @@ study: $(VENV)/.run ## the lab, ten seeds that nothing was tuned on, all conditi
 	$(BIN)/python main.py --config=configs/demo.py --stage=all --workdir=outputs/study \
 	  --config.lab.seeds=20-29 --config.lab.processes=2 --config.lab.ignore_failed_gates=True \
 	  --config.lab.conditions=baseline,penalty,full,latent_kl,clamp,random
+
+rivals: $(VENV)/.run ## the lab, ten other seeds: the penalty against its rivals, and what evades it
+	$(BIN)/python main.py --config=configs/demo.py --stage=all --workdir=outputs/rivals \
+	  --config.lab.seeds=50-59 --config.lab.processes=2 --config.lab.ignore_failed_gates=True \
+	  --config.lab.conditions=baseline,penalty,screen,probe,ties,distance,bounded,random,kl_0.1,worst_of_four,penalty_no_kl \
+	  --config.lab.pool_responses=512 \
+	  --config.lab.ranked_conditions=mean_difference,length,oracle,clamp,random_1,random_2,random_3,random_4,random_5
 
 smollm2: $(SMOLLM2)/config.json ## a real 135M model: a SARM from it, PPO, evaluation, report
 	$(BIN)/python main.py --config=configs/smollm2.py --stage=all

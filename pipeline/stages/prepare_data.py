@@ -35,18 +35,6 @@ LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", PairsConfig, LabConfig)
 FILES = ("rewardbench2", "rm_bench", "safety_pairs", "complement_pairs")
 SHOWN_REFUSALS = 5  # per file; data_summary.json has all
-# Fields of the section lab that describe the study, not a world.
-STUDY_FIELDS = (
-    "seeds",
-    "conditions",
-    "processes",
-    "alpha",
-    "beta",
-    "ignore_failed_gates",
-    "gates_json",
-    "oracle",
-    "tie_weight",
-)
 LAST_FILE = {"lab": "policy", "benchmarks": "data/data_summary.json"}
 
 
@@ -166,8 +154,8 @@ def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Adds the options of the lab's world, if that is the source."""
     if config.prepare_data.source != "lab":
         return {"lab": {}}
-    options = config.lab.to_dict()
-    return {"lab": {name: options[name] for name in options if name not in STUDY_FIELDS}}
+    names = [field.name for field in dataclasses.fields(LabConfig)]
+    return {"lab": {name: config.lab[name] for name in names}}
 
 
 STAGE = Stage(

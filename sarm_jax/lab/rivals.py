@@ -19,7 +19,8 @@ SIGNIFICANCE = 0.05  # of the two primary claims together
 TIE = 0.05  # a mean difference of gold rewards whose interval is within ± this is a tie
 MARGIN = 0.1  # of gold, that the penalty is predicted to have over weaker rivals
 EVADED = 0.05  # largest share of the final responses that evade the detectors
-WEAKER = ("distance", "length", "bounded", "worst_of_four", "kl_0.1")
+INFORMED = ("probe", "mean_difference", "screen", "ties", "distance")  # predicted to tie
+WEAKER = ("length", "bounded", "worst_of_four", "kl_0.1")  # predicted to be worse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Paired:
 
 def are_compared(runs: Runs) -> bool:
     """Returns whether the study has a rival to compare the penalty with."""
-    rivals = runs.keys() & {"probe", "mean_difference", "screen", "ties", *WEAKER}
+    rivals = runs.keys() & {*INFORMED, *WEAKER}
     return bool(runs.get("baseline") and runs.get("penalty") and rivals)
 
 
@@ -119,16 +120,8 @@ def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Cla
     if not are_compared(runs):
         return []
     claims = _primary(runs)
-    for name in ("probe", "mean_difference", "screen"):
-        if runs.get(name):
-            claims.append(_tie(runs, name))
-    if runs.get("ties"):
-        text = "Prediction: penalty ends above the reward model trained with ties"
-        claims.append(_above(text, runs, "ties", 0.0))
-    for name in WEAKER:
-        if runs.get(name):
-            text = f"Prediction: penalty ends ≥ {MARGIN} above {name} in the mean"
-            claims.append(_above(text, runs, name, MARGIN))
+    claims += [_tie(runs, name) for name in INFORMED if runs.get(name)]
+    claims += [_above(runs, name) for name in WEAKER if runs.get(name)]
     for name in ("penalty", "penalty_no_kl"):
         if runs.get(name) and all("told_undetected" in r["curve"][-1] for r in runs[name]):
             claims.append(_evasion(runs, name))
@@ -178,14 +171,14 @@ def _tie(runs: Runs, name: str) -> Claim:
     )
 
 
-def _above(text: str, runs: Runs, name: str, margin: float) -> Claim:
+def _above(runs: Runs, name: str) -> Claim:
     """Checks the prediction that the penalty ends above a rival in the mean."""
     paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
     return Claim(
-        text=text,
+        text=f"Prediction: penalty ends ≥ {MARGIN} above {name} in the mean",
         found=format_interval(paired.interval, "+.2f"),
-        holds=paired.interval["mean"] > margin,
-        failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v <= margin],
+        holds=paired.interval["mean"] >= MARGIN,
+        failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v < MARGIN],
     )
 
 

@@ -1,5 +1,6 @@
 """The study: a miniature of it end to end, its findings by hand, its page with hostile text."""
 
+import itertools
 import json
 import re
 
@@ -8,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import demo
+from conversion import load_sarm
 from pipeline import study as study_of_seeds
 from pipeline.cli import fill_in
 from pipeline.study import study_names
@@ -164,6 +166,70 @@ def test_the_commands_of_the_first_pages(study, tmp_path):
     assert (tmp_path / "compared" / "report.html").exists()
 
 
+def test_every_condition_ranks_one_pool(study):
+    call, workdir = study
+    ranked = "probe,mean_difference,distance,length,oracle,clamp,random,random_1"
+    options = ["lab.pool_responses=8", "lab.pool_prompts=4", f"lab.ranked_conditions={ranked}"]
+    options += ["lab.ignore_failed_gates=True", "lab.conditions=baseline,penalty,screen,ties"]
+    assert call(*options) == 0
+    folder = workdir / "seed_7"
+    path = folder / "best_of_n.json"
+    content, made = json.loads(path.read_text()), path.stat().st_mtime_ns
+    rankings = {(r["condition"], r["weight"], r["tau"]): r for r in content["rankings"]}
+    assert {key[0] for key in rankings} == {
+        *ranked.split(","),
+        *"baseline penalty screen ties".split(),
+    }
+    assert content["n"] == [1, 2, 4] and content["prompts"] == 4
+    pool = [json.loads(line) for line in (folder / "pool.jsonl").read_text().splitlines()]
+    assert len(pool) == 32 and len({row["prompt"] for row in pool}) == 4
+    gold = np.array([world.gold_reward(r["prompt"], r["response"], r["ended"]) for r in pool])
+    assert gold.tolist() == [row["gold"] for row in pool]
+    for row in rankings.values():  # one of one is a random response, whatever ranks it
+        assert row["gold"][0] == pytest.approx(gold.mean())
+    check_rankings(folder, pool, gold, rankings)
+
+    page = (workdir / "lab.html").read_text()
+    assert "Best of n on one pool" in page and "The penalty against its rivals" in page
+    lab = json.loads((workdir / "lab.json").read_text())
+    assert any(claim["text"].startswith("P1: ") for claim in lab["claims"])
+    assert (workdir / "figures" / "frontier.png").stat().st_size > 5000
+    assert set(lab["random_draws"]["7"]) == {"random", "random_1"}
+    assert call(*options) == 0 and path.stat().st_mtime_ns == made  # is not made again
+    assert call(*options, "lab.pool_prompts=3") == 0
+    assert json.loads(path.read_text())["prompts"] == 3
+
+
+def check_rankings(folder, pool, gold, rankings):
+    """Ranks the pool with the product's own scores, pair by pair, and with 2 sd per detector."""
+    sarm = load_sarm(str(folder / "sarm"), dtype="float32")
+    texts = [row["prompt"] for row in pool], [row["response"] for row in pool]
+    score, z = sarm.score(*texts)
+    selected = json.loads((folder / "probes" / "selected_features.json").read_text())
+    fired = (z[:, selected["detectors"]] > selected["tau_detectors"]).sum(axis=1)
+    flattered = np.array(
+        [world.count_words(*text).flattery > 0 for text in zip(*texts, strict=True)]
+    )
+    ended = np.array([row["ended"] for row in pool])
+    taken = {
+        "baseline": 0 * fired,
+        "penalty": 2.0 * fired,
+        "oracle": 2.0 * flattered,
+    }  # words count as one
+    for condition, controls in taken.items():
+        controls = np.minimum(controls, 10.0)  # reward.penalty_cap
+        normal = (score - score.mean()) / score.std()
+        cut_off = np.minimum(normal, 0) - controls.max() - 1  # ppo.missing_eos_penalty
+        reward = np.where(ended, normal - controls, cut_off).reshape(4, 8)
+        best = [
+            g[i] if r[i] > r[j] else g[j]
+            for r, g in zip(reward, gold.reshape(4, 8), strict=True)
+            for i, j in itertools.combinations(range(8), 2)
+        ]
+        row = rankings[condition, 1.0, 1.0]
+        assert row["gold"][1] == pytest.approx(np.mean(best), abs=1e-6)
+
+
 def test_bad_studies_are_refused(study, capsys):
     call, _ = study
     assert call("lab.conditions=baseline,ties", "train_sarm.mode=1") == 2
@@ -180,10 +246,22 @@ def test_bad_studies_are_refused(study, capsys):
         ("lab.oracle=True", "lab.oracle=True: the conditions of the study set it"),
         ("ppo.seed=5", "ppo.seed=5: the study takes its seeds from lab.seeds"),
         ("lab.tie_weight=0.0", "lab.tie_weight=0.0: must be positive and finite"),
+        ("lab.pool_responses=1", "lab.pool_responses=1: must be 0 (no pool) or at least 2"),
+        ("lab.pool_prompts=0", "lab.pool_prompts=0: must be at least 1"),
+        ("lab.length_penalty=0.0", "lab.length_penalty=0.0: must be positive and finite"),
+        ("lab.ranked_conditions=probe", "lab.ranked_conditions=probe: needs a pool"),
         ("lab.shortcuts=flattery,praise", "lab.shortcuts: found 'praise', expected one of"),
         ("lab.told_shortcuts=echo", "lab.told_shortcuts: found 'echo', expected one of flattery"),
     ):
         assert call(option) == 2
+        assert message in capsys.readouterr().err
+    for ranked, message in (
+        ("best", "lab.ranked_conditions: found 'best', expected one of"),
+        ("full", "lab.ranked_conditions: full is one of lab.conditions already"),
+        ("ties", "lab.ranked_conditions: ties trains a reward model; name it in lab.conditions"),
+        ("kl_0.1", "lab.ranked_conditions: kl_0.1 ranks a pool as another does"),
+    ):
+        assert call("lab.pool_responses=4", f"lab.ranked_conditions={ranked}") == 2
         assert message in capsys.readouterr().err
 
 
