@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 
 from sarm_jax.lab.findings import Claim, Runs
-from sarm_jax.reporting.statistics import Interval, format_interval, mean_interval
+from sarm_jax.reporting.statistics import Interval, format_interval, holm, mean_interval
 
 BUDGETS = (2.0, 5.0, 10.0)  # nats of KL to the reference, at which a run is stopped
 SIGNIFICANCE = 0.05  # of the two primary claims together
@@ -140,20 +140,15 @@ def _primary(runs: Runs) -> list[Claim]:
             runs, "penalty", "baseline", of="gold_final", against="gold_peak"
         ),
     }
-    order = sorted(texts, key=lambda text: texts[text].p_value)
-    rejected, all_smaller = {}, True
-    for rank, text in enumerate(order):
-        limit = SIGNIFICANCE / (len(order) - rank)
-        all_smaller = all_smaller and texts[text].p_value <= limit
-        rejected[text] = all_smaller and texts[text].interval["mean"] > 0
+    rejected = holm([paired.p_value for paired in texts.values()], SIGNIFICANCE)
     return [
         Claim(
             text=text,
             found=f"{format_interval(paired.interval, '+.2f')}, p = {paired.p_value:.2g}",
-            holds=rejected[text],
+            holds=significant and paired.interval["mean"] > 0,
             failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v <= 0],
         )
-        for text, paired in texts.items()
+        for (text, paired), significant in zip(texts.items(), rejected, strict=True)
     ]
 
 

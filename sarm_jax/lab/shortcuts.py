@@ -211,7 +211,7 @@ class World:
             if rng.random() < share:
                 units = int(rng.integers(1, min(others[i].most, most) + 1))
                 words = others[i].words(rng, prompt, response, units)
-                response = _inserted(rng, response, words)
+                response = inserted(rng, response, words)
         return response
 
 
@@ -232,10 +232,10 @@ def contrast_pair(
         clean = world.write_response(rng, prompt, skill=rng.random(), flattery=0)
         clean = " ".join(clean.split()[: MAX_WORDS - FREE_FILLER - 1])
     words = shortcut.words(rng, prompt, clean, units)
-    return {"prompt": prompt, "chosen": clean, "rejected": _inserted(rng, clean, words)}
+    return {"prompt": prompt, "chosen": clean, "rejected": inserted(rng, clean, words)}
 
 
-def _inserted(rng: np.random.Generator, response: str, words: Sequence[str]) -> str:
+def inserted(rng: np.random.Generator, response: str, words: Sequence[str]) -> str:
     """Inserts words at random places of a response, as many as fit."""
     inserted = response.split()
     for word in words[: MAX_WORDS - len(inserted)]:

@@ -69,6 +69,20 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     return float(centre - half), float(centre + half)
 
 
+def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
+    """Decides which hypotheses are rejected at a level for all together, by Holm's method (1979).
+
+    The smallest p value must not exceed level / m, the next one level / (m − 1), and so on; from
+    the first one that does, none is rejected.
+    """
+    rejected = [False] * len(p_values)
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        if p_values[i] > level / (len(p_values) - rank):
+            break
+        rejected[i] = True
+    return rejected
+
+
 def count_wins(margins: ArrayLike) -> np.ndarray:
     """Counts each positive margin as a win (1), each margin of 0 as half a win (1/2)."""
     return (np.sign(margins) + 1) / 2

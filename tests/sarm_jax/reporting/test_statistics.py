@@ -7,6 +7,7 @@ from scipy import stats
 from sarm_jax.reporting.statistics import (
     count_wins,
     format_interval,
+    holm,
     mean_interval,
     stratified_interval,
     wilson_interval,
@@ -51,3 +52,19 @@ def test_text_of_an_interval():
     assert format_interval(interval) == "0.50 (95 % -2.68 to 3.68)"
     assert format_interval(interval, "+.4f") == "+0.5000 (95 % -2.6766 to +3.6766)"
     assert format_interval({"mean": 0.5, "low": None, "high": None}, ".3f") == "0.500"
+
+
+@pytest.mark.parametrize(
+    ("p_values", "rejected"),
+    [
+        ((0.03, 0.01), [True, True]),  # 0.01 ≤ 0.05 / 2, and 0.03 ≤ 0.05
+        ((0.03, 0.04), [False, False]),  # the smaller one exceeds 0.05 / 2, which ends it
+        ((0.02, 0.06), [True, False]),
+        ((0.06, 0.02), [False, True]),
+        ((0.01, 0.03, 0.012), [True, True, True]),
+        ((0.01, 0.06, 0.03), [True, False, False]),  # 0.03 exceeds 0.05 / 2
+        ((), []),
+    ],
+)
+def test_holm_by_hand(p_values, rejected):
+    assert holm(p_values) == rejected
