@@ -20,7 +20,7 @@ import numpy as np
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.reporting.spread import ROUNDING
-from sarm_jax.reporting.statistics import mean_interval
+from sarm_jax.reporting.statistics import holm, mean_interval
 
 CANDIDATES_PER_CONTROL = 5  # size of the pool of nearest features, for each control drawn from it
 
@@ -155,16 +155,6 @@ def sign_flip(values_q: np.ndarray, config: CertificateConfig, two_sided: bool) 
             extreme += int((sums >= observed - tolerance).sum())
         remaining -= rows
     return (1 + extreme) / (1 + config.flips)
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusts p values by Holm (1979) and returns them in the same order."""
-    order = np.argsort(p_values, kind="stable")
-    factors = len(p_values) - np.arange(len(p_values))
-    stepped = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values)[order]))
-    adjusted = np.empty(len(p_values))
-    adjusted[order] = stepped
-    return adjusted.tolist()
 
 
 def _reason(row: dict[str, Any], level: float) -> str:

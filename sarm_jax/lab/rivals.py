@@ -140,15 +140,15 @@ def _primary(runs: Runs) -> list[Claim]:
             runs, "penalty", "baseline", of="gold_final", against="gold_peak"
         ),
     }
-    rejected = holm([paired.p_value for paired in texts.values()], SIGNIFICANCE)
+    adjusted = holm([paired.p_value for paired in texts.values()])
     return [
         Claim(
             text=text,
-            found=f"{format_interval(paired.interval, '+.2f')}, p = {paired.p_value:.2g}",
-            holds=significant and paired.interval["mean"] > 0,
+            found=f"{format_interval(paired.interval, '+.2f')}, p = {p:.2g}",
+            holds=p <= SIGNIFICANCE and paired.interval["mean"] > 0,
             failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v <= 0],
         )
-        for (text, paired), significant in zip(texts.items(), rejected, strict=True)
+        for (text, paired), p in zip(texts.items(), adjusted, strict=True)
     ]
 
 

@@ -69,18 +69,14 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     return float(centre - half), float(centre + half)
 
 
-def holm(p_values: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Decides which hypotheses are rejected at a level for all together, by Holm's method (1979).
-
-    The smallest p value must not exceed level / m, the next one level / (m − 1), and so on; from
-    the first one that does, none is rejected.
-    """
-    rejected = [False] * len(p_values)
-    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
-        if p_values[i] > level / (len(p_values) - rank):
-            break
-        rejected[i] = True
-    return rejected
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p values by Holm (1979) and returns them in the same order."""
+    order = np.argsort(p_values, kind="stable")
+    factors = len(p_values) - np.arange(len(p_values))
+    stepped = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values)[order]))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = stepped
+    return adjusted.tolist()
 
 
 def count_wins(margins: ArrayLike) -> np.ndarray:

@@ -8,7 +8,6 @@ import pytest
 from sarm_jax.features.certificates import (
     CertificateConfig,
     certify,
-    holm,
     matched_controls,
     sign_flip,
 )
@@ -17,11 +16,6 @@ from sarm_jax.io.errors import InputError
 from tests.closeness import assert_close
 
 CONFIG = CertificateConfig(controls=4, flips=9999)
-
-
-def test_holm_by_hand():
-    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
