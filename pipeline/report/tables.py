@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.changes import DEFAULTS
 from pipeline.report import recordings
 from pipeline.report.evaluations import BASE, Evaluation
 from pipeline.report.numbers import NOTHING, change, estimate, number
@@ -113,11 +114,15 @@ def guard_warnings(runs: Sequence[Run]) -> Table | None:
 
 
 def options(runs: Sequence[Run]) -> Table | None:
-    """Returns the options in which our runs differ or, for a single run, its main options."""
+    """Returns the options in which our runs differ or, for a single run, its main options.
+
+    An option that is younger than a run has the value in it that stands for what was done before.
+    """
     runs = [run for run in runs if run.origin == recordings.OURS]
     flat = [_flatten(run.options) for run in runs]
     names = list(dict.fromkeys(name for own in flat for name in own))
     if len(runs) > 1:
+        flat = [_flatten(DEFAULTS) | own if own else {} for own in flat]
         names = [n for n in names if len({repr(own.get(n, "")) for own in flat}) > 1]
     else:
         names = [n for n in OPTIONS if any(own.get(n, "") != "" for own in flat)]

@@ -305,6 +305,14 @@ def test_options_that_name_files(tmp_path):
     assert list(curves.terms(run)) == ["R_total", "R_SARM", "− penalties", "− β · D"]
 
 
+def test_options_younger_than_a_run_do_not_make_a_difference(tmp_path):
+    runs = [read_run(name, write_run(tmp_path / name)) for name in "ab"]
+    runs[1].options["reward"] |= {"ensemble": "mean", "screen": False}  # as before these options
+    assert tables.options(runs) is None
+    runs[1].options["reward"]["screen"] = True
+    assert tables.options(runs).rows == [["reward.screen", "False", "True"]]
+
+
 def test_the_report_says_what_stopped_a_run(stage, tmp_path):
     folder = write_run(tmp_path / "run", steps=3)
     summary = json.loads((folder / "summary.json").read_text())
