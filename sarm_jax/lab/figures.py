@@ -104,9 +104,12 @@ def frontier(
     with theme(dark):
         figure, (pool, trained) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
         for row in rankings:
-            if row["weight"] == row["tau"] == 1 and row["condition"] not in DRAWS:
-                style = _line_style(row["condition"])
-                gold = [interval["mean"] for interval in row["gold"]]
+            if not row["weight"] == row["tau"] == 1:
+                continue
+            style, gold = _line_style(row["condition"]), [g["mean"] for g in row["gold"]]
+            if row["condition"] in DRAWS:  # points, since they are draws of one condition
+                pool.plot(kl_n[-1:], gold[-1:], ".", color=style["color"])
+            else:
                 pool.plot(kl_n, gold, label=row["condition"], **style)
         for condition, results in runs.items():
             x_st, y_st = _curves(results, "ref_kl"), _curves(results, "gold")
