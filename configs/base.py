@@ -447,7 +447,8 @@ def _add_plan(config: ConfigDict) -> None:
     # Directory with the policy's config.json; empty: policy_model.
     config.plan.policy_config = ""
     # Directory with the config.json of the SARM, or of a classifier; empty: sarm_model. A
-    # classifier without an SAE is planned with one of train_sae.latent_size and train_sae.k.
+    # classifier without an SAE is planned with one of train_sae.latent_size and train_sae.k if the
+    # section reward reads features, and otherwise as it is.
     config.plan.sarm_config = ""
     # JSON file {"tokens": number of prompts of that length with the chat template, …}; the plan
     # covers the lengths that a run pads its batches to. Empty: all prompts have the length

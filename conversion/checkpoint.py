@@ -304,10 +304,7 @@ def _linear_reward_from(fields: dict[str, Any]) -> LinearRewardConfig:
 
 def _sarm_from(fields: dict[str, Any]) -> SARMConfig:
     trunk = _llama_from(fields["trunk"])
-    sae = _sae_from(fields["sae"], trunk)
-    if sae.activation not in ("topk", "identity"):
-        raise ValueError(f"sae.activation={sae.activation!r}: a SARM has topk or identity")
-    return SARMConfig(trunk, sae, _heads_from(fields))
+    return SARMConfig(trunk, _sae_from(fields["sae"], trunk), _heads_from(fields))
 
 
 def _sae_from(fields: dict[str, Any], trunk: LlamaConfig) -> SAEConfig:

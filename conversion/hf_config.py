@@ -25,7 +25,7 @@ _READ = {
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps",
     "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings",
     "max_position_embeddings", "layer_types", "sliding_window", "use_sliding_window",
-    "max_window_layers", "is_causal",
+    "max_window_layers", "is_causal", "original_max_position_embeddings",
 }  # fmt: skip
 _DEFAULTS: dict[str, dict[str, int]] = {  # of absent fields; other sizes follow from the rest
     "llama": {"max_position_embeddings": 2048},
@@ -60,9 +60,9 @@ _HARMLESS = {  # names, bookkeeping, token ids (ours are the tokenizer's), initi
     "num_return_sequences", "output_scores", "return_dict_in_generate", "remove_invalid_values",
 }  # fmt: skip
 _UNDECLARED = {  # fields that transformers reads of any model though LlamaConfig has none of them
-    "auto_map", "attention_chunk_size", "distributed_config", "fusion_config",
-    "kv_sharing_modes", "logits_mup_width_multiplier", "pruned_heads", "transformers_weights",
-    "unpadded_vocab_size",
+    "auto_map", "attention_chunk_size", "decoder", "distributed_config", "fusion_config",
+    "generator", "kv_sharing_modes", "logits_mup_width_multiplier", "pruned_heads", "text_config",
+    "transformers_weights", "unpadded_vocab_size",
 }  # fmt: skip
 _QUANTISATION = ("quantization_config", "compression_config")
 QUANTISED = (

@@ -13,6 +13,7 @@ from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.rope import SCALINGS, Llama3Scaling, RopeScaling, YarnScaling
 
 _DEFAULT_THETA = 10000.0
+CONTEXT = "original_max_position_embeddings"
 _LEAST_TURNS = 1e-6  # with fewer turns in the original context YaRN's ramp could overflow
 
 Rope = tuple[float, RopeScaling | None]
@@ -62,7 +63,21 @@ def read_rope(hf: dict[str, Any], problems: list[str]) -> Rope:
     if len(problems) == before and ropes[0][0] != ropes[-1][0]:
         thetas = f"rope_theta={ropes[-1][0]!r}", f"rope_parameters.rope_theta={ropes[0][0]!r}"
         problems.append(" contradicts ".join(thetas))
+    if len(problems) == before:
+        problems += _context_problems(hf, ropes[0][1], parent=next(iter(dialects)))
     return ropes[0]
+
+
+def _context_problems(hf: dict[str, Any], scaling: RopeScaling | None, parent: str) -> list[str]:
+    """Describes an original context beside the object `parent` that differs from its own.
+
+    transformers prefers the one beside it, and some versions of it the one inside.
+    """
+    inside = getattr(scaling, CONTEXT, None)
+    beside = hf.get(CONTEXT)
+    if None in (inside, beside) or (type(beside) is int and beside == inside):
+        return []
+    return [f"{CONTEXT}={beside!r} contradicts {parent}.{CONTEXT}={inside!r}"]
 
 
 def _read_dialect(parent: str, fields: dict[str, Any], theta: Any, problems: list[str]) -> Rope:
@@ -107,7 +122,7 @@ def _read_scaling(
         name, value = field.name, fields.get(field.name)
         if name not in fields and field.default is not dataclasses.MISSING:
             continue
-        if name == "original_max_position_embeddings":
+        if name == CONTEXT:
             values[name] = positive(fields, name, problems, prefix=f"{parent}.")
         elif name == "truncate":
             values[name] = value

@@ -13,8 +13,10 @@ With `apply_b_dec_to_input` false, a = W_enc x + b_enc; W_enc b_dec is then adde
 z / ‖W_dec,i‖; the norms are then moved from the decoder to the encoder. Tensors are rounded to the
 `dtype` of cfg.json first, as SAELens does.
 
-`normalize_activations` other than none is refused: x is then scaled by a number that depends on the
-state or is not in the file, so no unit of a latent has a fixed share in the reward.
+`normalize_activations` other than none is refused. With layer_norm and constant_norm_rescale x is
+scaled by a number that depends on the state, so no unit of a latent has a fixed share in the
+reward. The factor of expected_average_only_in and the matrix of covariance_whitening are fixed, but
+they are not in the file; SAELens can fold both into the weights.
 
 The states must be those that the head of a classifier reads, after the final norm. cfg.json may say
 which it was trained on, as `hook_name`; otherwise only the width is checked. Format: sae-lens 6.54,
@@ -28,6 +30,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from packaging.version import InvalidVersion, Version
 from safetensors.numpy import save_file
 
 from conversion.checkpoint import is_reward_model, open_checkpoint, verified_files
@@ -53,6 +56,7 @@ NAMES = {  # SAELens' tensors → ours, in the same orientation
     "threshold": "threshold",
 }
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+FIRST_NESTED = Version("6.0.0-rc.0")  # the first version with these names, by SAELens' own rule
 VERSION = "6.0.0"  # the oldest sae-lens that reads cfg.json with these names
 
 
@@ -72,8 +76,9 @@ def read_sae(src: str | Path) -> SAE:
     path = contained(directory, CONFIG)
     if not path.exists():
         raise InputError(f"{directory}: no SAE in SAELens' format: {CONFIG} is missing")
-    fields = _modern(read_json(path))
-    config = _sae_config(path, fields)
+    problems: list[str] = []
+    fields = _modern(read_json(path), problems)
+    config = _sae_config(path, fields, problems)
     tensors = _read_tensors(directory, config, fields.get("dtype") or "float32")
     if fields["architecture"] == "topk" and fields.get("rescale_acts_by_decoder_norm"):
         _move_norms(tensors, directory / WEIGHTS)
@@ -154,18 +159,24 @@ def _fields(architecture: str, sae: SAEConfig, model_name: str) -> dict[str, Any
     }
 
 
-def _modern(fields: dict[str, Any]) -> dict[str, Any]:
+def _modern(fields: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """Returns the fields under the names of version 6, as SAELens itself reads older files."""
-    fields = dict(fields)
+    fields, is_older = dict(fields), _is_older(fields)
     for old, new in (("activation_fn_str", "activation_fn"), ("hook_point", "hook_name")):
-        if old in fields:
-            fields.setdefault(new, fields.pop(old))
+        value = fields.pop(old, None)
+        if value is not None and fields.setdefault(new, value) != value:
+            problems.append(f"{old}={short(value)} contradicts {new}={short(fields[new])}")
     fields.setdefault("architecture", "standard")
-    topk_names = fields.get("activation_fn"), fields["architecture"]
-    if "topk" in topk_names and (fields["architecture"] != "topk" or _is_older(fields)):
+    architecture, activation = fields["architecture"], fields.get("activation_fn")
+    if "topk" in (architecture, activation) and is_older:
         arguments = fields.get("activation_fn_kwargs")
         k = arguments.get("k") if isinstance(arguments, dict) else None
         fields |= {"architecture": "topk", "k": fields.get("k") if k is None else k}
+    elif activation == "topk" != architecture:  # SAELens ignores it since version 6
+        problems.append(
+            f'activation_fn="topk" contradicts architecture={short(architecture)} in a file of '
+            "version 6 or newer"
+        )
     if isinstance(fields.get("normalize_activations"), bool):
         on = fields["normalize_activations"]
         fields["normalize_activations"] = "expected_average_only_in" if on else "none"
@@ -177,14 +188,16 @@ def _modern(fields: dict[str, Any]) -> dict[str, Any]:
 def _is_older(fields: dict[str, Any]) -> bool:
     """Returns whether a file is of a version before 6, which had k among other arguments."""
     metadata = fields.get("metadata")
-    own = metadata if isinstance(metadata, dict) else fields
-    major, _, _ = str(own.get("sae_lens_version", "0")).partition(".")
-    return not major.isdigit() or int(major) < 6
+    nested = metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    version = fields.get("sae_lens_version") or nested  # in the order of SAELens
+    try:
+        return not version or Version(str(version)) < FIRST_NESTED
+    except InvalidVersion:
+        return True
 
 
-def _sae_config(path: Path, fields: dict[str, Any]) -> SAEConfig:
+def _sae_config(path: Path, fields: dict[str, Any], problems: list[str]) -> SAEConfig:
     """Reads what cfg.json says about the computation; the error lists what is not supported."""
-    problems: list[str] = []
     architecture = fields["architecture"]
     if not isinstance(architecture, str) or architecture not in ACTIVATIONS:
         expected = ", ".join(ACTIVATIONS)

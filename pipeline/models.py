@@ -50,6 +50,14 @@ def load_reward_model(config: ConfigDict, needs_features: bool = True) -> Reward
     return model
 
 
+def lacks_features(sarm_model: str) -> bool:
+    """Returns True if a reward model has no SAE; False if it cannot be read, or not yet."""
+    try:
+        return bool(sarm_model) and read_scorer_config(sarm_model).sae is None
+    except InputError:
+        return False
+
+
 def check_conversations(model: str, files: Mapping[str, Sequence[Prompt]]) -> None:
     """Checks that the chat template of a model takes all conversations, without loading a weight.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from conversion.load import read_sarm_config
 from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
-from pipeline.models import load_reward_model
+from pipeline.models import lacks_features, load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.policy_evaluation import evaluate_policies, policy_inputs, response_config
 from pipeline.reward_inputs import REWARD_FILES, REWARD_LISTS
@@ -203,11 +204,30 @@ def write_figure(path: Path, content: bytes) -> None:
 
 
 def wanted(config: ConfigDict) -> bool:
-    """Returns whether the config names anything to evaluate."""
+    """Returns whether the config names anything to evaluate.
+
+    `eval_prompts_jsonl` alone, which training reads too, asks for it only if the reward model has
+    features.
+    """
     section = config.evaluate
-    policies = config.prompts_jsonl and (config.eval_prompts_jsonl or section.runs)
     files = (section.data_jsonl, section.rm_bench, section.rewardbench2, section.prompts_jsonl)
-    return any(files) or bool(policies)
+    if any(files):
+        return True
+    if not config.prompts_jsonl or not (config.eval_prompts_jsonl or section.runs):
+        return False
+    if section.runs or not lacks_features(config.sarm_model):
+        return True
+    _log_skipped(config.sarm_model)
+    return False
+
+
+@cache
+def _log_skipped(sarm_model: str) -> None:
+    """Logs once why `--stage=all` does not evaluate; it asks for the wanted stages often."""
+    LOG.info(
+        "evaluate is skipped: sarm_model=%s has no SAE, so no features; --stage=train_sae trains "
+        "one", sarm_model,
+    )  # fmt: skip
 
 
 def compares_policies(config: ConfigDict) -> bool:

@@ -119,7 +119,14 @@ def write_pages(folder: Path, model: RewardModel, features: Identified, examples
         groups={"chosen": contrast.chosen_p, "rejected": contrast.rejected_p},
     )
     tau = {i: float(features.tau_f[i]) for i in roles}
-    pages = feature_pages(model, responses, roles, tau=tau, examples=examples)
+    pages = feature_pages(
+        model,
+        responses,
+        roles,
+        tau=tau,
+        examples=examples,
+        direction_fd=features.direction_fd,
+    )
     write_json(folder / PAGES, pages, indent=1)
 
 

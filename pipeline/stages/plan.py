@@ -51,7 +51,8 @@ def make_planner(config: ConfigDict) -> Planner:
     """Builds a planner for the config's target and the architectures of its models."""
     (options, shares), section = validate(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
-    sarm = reward_config(config)
+    reward = options.reward
+    sarm = reward_config(config, reward.reads_features or bool(reward.latent_indices))
     options.reward.check_features(sarm.latent_size)
     check_ensemble(options.reward.ensemble, sarm)
     return Planner(
@@ -66,16 +67,22 @@ def make_planner(config: ConfigDict) -> Planner:
     )
 
 
-def reward_config(config: ConfigDict) -> SARMConfig | LinearRewardConfig:
+def reward_config(
+    config: ConfigDict, needs_features: bool = True
+) -> SARMConfig | LinearRewardConfig:
     """Reads the architecture of the reward model that is planned.
 
-    A classifier without an SAE gets one of the size that `train_sae` would give it.
+    If features are needed, a classifier without an SAE gets one of the size that `train_sae` would
+    give it.
     """
     src = config.plan.sarm_config or config.sarm_model
     if not is_reward_model(src):
         return read_sarm_config(src)
     reward = read_reward_config(src)
     if reward.sae is not None:
+        return reward
+    if not needs_features:
+        LOG.info("%s has no SAE, and the section reward reads no features: planned without", src)
         return reward
     options = TrainSAEConfig(**config.train_sae.to_dict() | {"responses_jsonl": ()})
     LOG.info(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sarm_jax.features.naming_prompts import shortened
-from sarm_jax.features.neighbours import nearest_features
+from sarm_jax.features.neighbours import decoder_directions, nearest_features
 from sarm_jax.features.token_latents import TokenLatents, token_latents, token_texts
 from sarm_jax.models.conversation import Prompt, plain_text
 from sarm_jax.models.latent_store import Latents
@@ -54,6 +54,7 @@ def feature_pages(
     *,
     tau: Mapping[int, float],
     examples: int = EXAMPLES,
+    direction_fd: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Describes features for their pages.
 
@@ -64,6 +65,7 @@ def feature_pages(
             first. Only the first `MAX_PAGES` are described.
         tau: thresholds of features; a feature may have none.
         examples: responses that are shown of each feature.
+        direction_fd: the decoder rows of length 1, if they are known.
 
     Returns:
         The content of feature_pages.json.
@@ -74,8 +76,11 @@ def feature_pages(
     rank_f[np.argsort(-np.abs(weight_f), kind="stable")] = np.arange(1, len(weight_f) + 1)
     strongest = [_strongest(responses.texts, z_n, examples) for z_n in z_nf.T]
     by_row = _token_latents(model, responses.texts, ids, strongest)
+    direction_fd = decoder_directions(model.sae) if direction_fd is None else direction_fd
     features = []
-    for column, (i, nearest) in enumerate(zip(ids, nearest_features(model.sae, ids), strict=True)):
+    for column, (i, nearest) in enumerate(
+        zip(ids, nearest_features(direction_fd, ids), strict=True)
+    ):
         z_n = z_nf[:, column]
         features.append(
             {

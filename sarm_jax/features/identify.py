@@ -46,12 +46,11 @@ from sarm_jax.features.feature_methods import (
     rank_features,
     select_features,
 )
-from sarm_jax.features.neighbours import nearest_features
+from sarm_jax.features.neighbours import decoder_directions, nearest_features
 from sarm_jax.features.strong_responses import StrongResponses, Text, strong_responses
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.latent_store import Contrast
 from sarm_jax.models.reward_model import RewardModel
-from sarm_jax.models.sae import SAE
 from sarm_jax.parallel.finite import require_finite
 
 DETECTOR_FOLDS = 5  # of the prompts, for the detectors' held-out rates
@@ -133,6 +132,7 @@ class Identified:
         texts: the distinct responses with their prompts.
         contrast: the latents of `texts`, and which of them are chosen or rejected.
         tau_f: the threshold of every feature `[M]`.
+        direction_fd: the decoder rows of length 1, as in `neighbours`.
     """
 
     analysis: dict[str, Any]
@@ -142,6 +142,7 @@ class Identified:
     texts: list[Text]
     contrast: Contrast
     tau_f: np.ndarray
+    direction_fd: np.ndarray
 
 
 def identify(
@@ -171,6 +172,7 @@ def identify(
         count=max(config.examples, config.naming_examples),
         seed=config.seed,
     )
+    direction_fd = decoder_directions(reward_model.sae)
     rows = _feature_rows(
         config,
         _features_of(selected, DESCRIBED),
@@ -181,7 +183,7 @@ def identify(
         prompt_p=prompt_p,
         sources=sources,
         strongest={strong.feature: strong for strong in listed},
-        sae=reward_model.sae,
+        direction_fd=direction_fd,
     )
     analysis = {
         "pairs": len(pairs),
@@ -207,6 +209,7 @@ def identify(
         texts=texts,
         contrast=contrast,
         tau_f=detection.tau_f,
+        direction_fd=direction_fd,
     )
 
 
@@ -345,7 +348,7 @@ def _feature_rows(
     prompt_p: np.ndarray,
     sources: list[str],
     strongest: Mapping[int, StrongResponses],
-    sae: SAE,
+    direction_fd: np.ndarray,
 ) -> dict[int, dict[str, Any]]:
     """Describes each of the features `ids` for feature_analysis.json."""
     groups: tuple[Sequence[Mapping[str, Any]], ...] = (
@@ -356,7 +359,10 @@ def _feature_rows(
         _sources(scores["differential_by_source"], sources, ids),
         [{"examples": strongest[i].examples[: config.examples]} for i in ids],
         _neighbours(
-            ids, sae, differential_f=scores["differential"], weight_f=scores["head_weight"]
+            ids,
+            direction_fd,
+            differential_f=scores["differential"],
+            weight_f=scores["head_weight"],
         ),
     )
     return {
@@ -480,7 +486,7 @@ def _sources(
 
 
 def _neighbours(
-    ids: list[int], sae: SAE, differential_f: np.ndarray, weight_f: np.ndarray
+    ids: list[int], direction_fd: np.ndarray, differential_f: np.ndarray, weight_f: np.ndarray
 ) -> list[dict[str, list[dict[str, float]]]]:
     """Describes the features with the most similar decoder rows."""
     return [
@@ -495,5 +501,5 @@ def _neighbours(
                 for n, cosine in nearest
             ]
         }
-        for nearest in nearest_features(sae, ids)
+        for nearest in nearest_features(direction_fd, ids)
     ]

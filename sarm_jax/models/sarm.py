@@ -37,6 +37,7 @@ from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.sae import SAE, SAEConfig, standardise
 
 LARGEST = float(np.finfo(np.float32).max)
+ACTIVATIONS = ("topk", "identity")  # of the SAE of a SARM
 ENSEMBLES = ("mean", "min")
 
 
@@ -50,6 +51,11 @@ class SARMConfig:
     trunk: LlamaConfig
     sae: SAEConfig
     heads: int = 1
+
+    def __post_init__(self) -> None:
+        activation = self.sae.activation
+        if activation not in ACTIVATIONS:  # training and scoring would compute different latents
+            raise InputError(f"sae.activation={activation!r}: a SARM has topk or identity")
 
     @property
     def latent_size(self) -> int:

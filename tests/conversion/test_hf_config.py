@@ -1,8 +1,11 @@
 """Fields of config.json: what transformers writes loads, and only what cannot matter is ignored."""
 
+import importlib
+import inspect
 import json
 import logging
 import math
+import re
 
 import pytest
 
@@ -128,6 +131,53 @@ def test_every_field_of_transformers_is_handled_or_refused(architecture):
     assert llama_config(default.to_dict()).hidden_size == 4096
     full = ["full_attention"] * 3
     assert llama_config(hf | {"layer_types": full}) == llama_config(hf | {"layer_types": None})
+
+
+# What transformers reads of a config if it is there, for other models and other tasks.
+UNRELATED = {
+    "_rope_type_labels", "chain_hidden_post_norm", "classifier_dropout", "cumulative_length",
+    "embed_dim", "first_k_dense_replace", "hidden_dropout", "mlp_layer_types",
+    "mtp_hidden_states_first", "mtp_layer_types", "mtp_mlp_layer_types", "mtp_per_layer_config",
+    "num_heads", "num_mtp_layers", "token_classification_bias",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["configuration_utils", "modeling_rope_utils", "masking_utils", "cache_utils",
+     "modeling_layers", *(f"models.{name}.modeling_{name}" for name in oracles.ARCHITECTURES)],
+)  # fmt: skip
+def test_no_field_is_ignored_that_transformers_reads_though_no_class_declares_it(module):
+    source = inspect.getsource(importlib.import_module(f"transformers.{module}"))
+    owner = r"(?:hasattr|getattr)\(\s*(?:self|config|self\.config)\s*,\s*"
+    for name in set(re.findall(owner + r'"(\w+)"', source)) - UNRELATED:
+        hf = {"model_type": "llama", name: "odd"}
+        assert name not in ignored_fields(hf), name
+
+
+@pytest.mark.parametrize("architecture", oracles.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "scaling", [oracles.LLAMA3_ROPE, oracles.YARN_ROPE], ids=lambda s: s["rope_type"]
+)
+def test_an_original_context_beside_the_scaling_is_that_of_the_scaling(architecture, scaling):
+    """transformers reads it there too, and prefers it to that of the scaling."""
+    name = "original_max_position_embeddings"
+    changes = oracles.ARCHITECTURES[architecture] | {"rope_parameters": dict(scaling)}
+    new = oracles.tiny_llama_config(**changes).to_dict() | {"architectures": None}
+    base, fields = scaling["rope_theta"], {k: v for k, v in scaling.items() if k != "rope_theta"}
+    old = new | {"rope_parameters": None, "rope_theta": base, "rope_scaling": fields}
+    for hf, parent in ((new, "rope_parameters"), (old, "rope_scaling")):
+        for same in (None, scaling[name]):
+            assert llama_config(hf | {name: same}) == llama_config(hf)
+            assert not ignored_fields(hf | {name: same})
+        for other in (32, 0, "64", True, 64.5):
+            with pytest.raises(InputError) as error:
+                llama_config(hf | {name: other})
+            message = f"{name}={other!r} contradicts {parent}.{name}={scaling[name]}"
+            assert message in str(error.value)
+    default = oracles.tiny_llama_config(**oracles.ARCHITECTURES[architecture]).to_dict()
+    default["architectures"] = None
+    assert llama_config(default | {name: 32}) == llama_config(default)
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3"])

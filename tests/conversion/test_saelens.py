@@ -202,7 +202,7 @@ BAD = {
     "heads": ({"reshape_activations": "hook_z"}, 'reshape_activations="hook_z"'),
     "tanh": ({"activation_fn": "tanh-relu"}, 'activation_fn="tanh-relu": expected relu or topk'),
     "no k in an old file": (
-        {"architecture": "standard", "activation_fn_str": "topk", "k": None},
+        {"architecture": "standard", "activation_fn_str": "topk", "k": None, "metadata": {}},
         "k=None",
     ),
     "k": ({"k": 41}, "k=41: exceeds d_sae=40"),
@@ -216,6 +216,53 @@ BAD = {
     "a dtype": ({"dtype": "float8"}, 'dtype="float8": expected one of float32'),
     "a scaling": ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor"),
 }
+
+
+VERSIONS = {  # of cfg.json → whether SAELens reads it as a file from before version 6
+    None: True, "3.2.1": True, "5.11.0": True, "6.0.0.dev1": True, "6.0.0a2": True, "odd": True,
+    "6.0.0-rc.0": False, "6.0.0rc1": False, "6.0.0": False, "6.54.12": False, "10.1.0": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["beside", "nested", "both"])
+@pytest.mark.parametrize("version", VERSIONS)
+def test_k_is_that_of_the_version(tmp_path, version, place):
+    """Before version 6, k was one of `activation_fn_kwargs`; SAELens ignores them since."""
+    fields = {"sae_lens_version": version, "metadata": {"hook_name": "model.norm"}}
+    if place == "nested":
+        fields = {"metadata": {"hook_name": "model.norm", "sae_lens_version": version}}
+    if place == "both":  # the one beside counts
+        fields["metadata"]["sae_lens_version"] = "5.0.0" if version == "6.54.12" else version
+    old = {"activation_fn": "topk", "activation_fn_kwargs": {"k": K}}
+    is_older = VERSIONS[version]
+    save(tmp_path, "topk", k=K + 3, **fields, **old)
+    assert read_sae(tmp_path).config.k == (K if is_older else K + 3)
+    save(tmp_path, "standard", **fields, **old)
+    if is_older:
+        config = read_sae(tmp_path).config
+        assert (config.activation, config.k) == ("topk_relu", K)
+    else:
+        message = 'activation_fn="topk" contradicts architecture="standard"'
+        with pytest.raises(InputError, match=message):
+            read_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "values"),
+    [
+        ("activation_fn_str", "activation_fn", ("relu", "topk")),
+        ("hook_point", "hook_name", ("norm", "blocks.1.hook_resid_post")),
+    ],
+)
+def test_two_names_of_a_field_say_the_same(tmp_path, old, new, values):
+    for a, b in (values, values[::-1], (values[0], values[0])):
+        save(tmp_path, "standard before version 6", **{old: a, new: b})
+        if a == b:
+            read_sae(tmp_path)
+            continue
+        with pytest.raises(InputError) as error:
+            read_sae(tmp_path)
+        assert f'{old}="{a}" contradicts {new}="{b}"' in str(error.value)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from configs import full_method
+from configs import base, full_method
 from pipeline.stages.plan import make_planner, reward_config
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.linear_reward import LinearRewardConfig
@@ -41,6 +41,26 @@ def test_a_classifier_without_an_sae_is_planned_with_one(name, policy):
     width = sizes["score"]
     assert sizes["sae"] == 2 * 65536 * width + 65536 + width
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_sae"),
+    [
+        ({}, False),
+        ({"length_penalty": 0.1}, False),
+        ({"probe_penalty": 0.1, "probe": "probe.safetensors"}, False),
+        ({"latent_indices": "3"}, True),
+        ({"clamp_features": "3", "clamp_max_values": "1"}, True),
+        ({"penalize_features": "3", "tau_values": "1", "alpha_values": "1"}, True),
+    ],
+)
+def test_a_classifier_gets_an_sae_only_if_the_reward_reads_features(changes, has_sae):
+    config = config_of("skywork_reward_v2_llama_3_2_3b")
+    config.plan.policy_config = f"{SHAPES}/qwen3_4b"
+    config.reward.update(base.get_config().reward.to_dict() | changes)
+    planner = make_planner(config)
+    assert (planner.sarm().sae is not None) == has_sae
+    assert planner.watched == (1 if has_sae and "clamp_features" not in changes else 0)
 
 
 def test_a_sarm_is_planned_as_it_is():

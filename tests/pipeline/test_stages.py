@@ -1,5 +1,6 @@
 """Stages are found by name, declare what they read, and are added by adding a file."""
 
+import logging
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from pipeline import stage, stages
 from pipeline.options import field_value
 from pipeline.runner import refuse_missing_inputs, run_stage, run_stages
 from sarm_jax.io.errors import InputError
+from tests import oracles
 from tests.paths import ROOT
 
 
@@ -40,6 +42,27 @@ def test_a_probe_is_trained_for_the_runs_that_read_one():
     assert wanted(config)
     config.reward.probe = "another.safetensors"  # which somebody else has made
     assert not wanted(config)
+
+
+def test_held_out_prompts_alone_ask_for_no_evaluation_of_a_reward_model_without_features(
+    tmp_path, caplog
+):
+    """Training reads them as well, and takes a reward model without an SAE."""
+    oracles.save_tiny_classifier(tmp_path, oracles.tiny_llama_config(), oracles.tiny_tokenizer())
+    config, wanted = base.get_config(), stage.load("evaluate").wanted
+    config.prompts_jsonl = config.eval_prompts_jsonl = "prompts.jsonl"
+    for model in ("", str(tmp_path / "written_later")):
+        config.sarm_model = model
+        assert wanted(config)
+    config.sarm_model = str(tmp_path)
+    with caplog.at_level(logging.INFO):
+        assert not wanted(config) and not wanted(config)
+    (message,) = caplog.messages
+    assert message.startswith(f"evaluate is skipped: sarm_model={tmp_path} has no SAE")
+    for field in ("data_jsonl", "rm_bench", "rewardbench2", "prompts_jsonl", "runs"):
+        named = config.copy_and_resolve_references()
+        named.evaluate[field] = "a.jsonl"
+        assert wanted(named)  # what is named is refused, and not skipped
 
 
 def test_options_and_inputs_are_fields_of_the_config():

@@ -1,7 +1,5 @@
 """Everything that is divided by a spread, on constants: of many sizes, in batches of many sizes."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +15,7 @@ from sarm_jax.evaluation.controls import Controls, penalties
 from sarm_jax.features.certificates import CertificateConfig, certify
 from sarm_jax.features.contrast_statistics import differential
 from sarm_jax.features.identify import _neighbours
+from sarm_jax.features.neighbours import decoder_directions
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.gates import linear_probe_r2
 from sarm_jax.lab.results import in_deviations_of
@@ -213,9 +212,12 @@ def test_cosines_do_not_depend_on_the_size_of_decoder_rows(size):
     sae = SAE(SAEConfig(8, 6, 2), rngs=nnx.Rngs(0))
     decoder = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
     decoder[5] = 0
-    neighbours = functools.partial(
-        _neighbours, [0], differential_f=np.zeros(6), weight_f=np.ones(6)
-    )
+
+    def neighbours(sae):
+        return _neighbours(
+            [0], decoder_directions(sae), differential_f=np.zeros(6), weight_f=np.ones(6)
+        )
+
     sae.decoder[...] = jnp.asarray(decoder)
     expected = neighbours(sae=sae)
     power = np.float32(2.0 ** np.round(np.log2(size)))  # which changes no digit

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from sarm_jax.features import feature_pages as feature_pages_module
 from sarm_jax.features.feature_pages import (
     AROUND,
     MAX_PAGES,
@@ -13,6 +14,7 @@ from sarm_jax.features.feature_pages import (
     _tokens,
     feature_pages,
 )
+from sarm_jax.features.neighbours import decoder_directions
 from sarm_jax.features.token_latents import TokenLatents
 
 TEXTS = [(f"prompt {n}", f"answer {n} " * (n % 4 + 1)) for n in range(9)] + [("prompt 0", "naïve")]
@@ -102,3 +104,15 @@ def test_of_a_long_response_the_end_and_the_strongest_tokens_are_kept(tokenizer,
     assert len(pieces) == len(around) and sum(gaps) == 400 - len(around)
     assert [z for _, z in pieces if z] == [1.0]
     assert len(gaps) == (0 if len(around) == 400 else 1 + (strongest == 100))
+
+
+def test_the_stage_scales_the_decoder_rows_once(reward_model, responses, monkeypatch):
+    """Pages with the rows of `identify` are those that scale them themselves."""
+    roles = {i: ["x"] for i in range(3)}
+    content = feature_pages(reward_model, responses, roles, tau={}, examples=0)
+    direction_fd = decoder_directions(reward_model.sae)
+    monkeypatch.delattr(feature_pages_module, "decoder_directions")
+    again = feature_pages(
+        reward_model, responses, roles, tau={}, examples=0, direction_fd=direction_fd
+    )
+    assert again == content

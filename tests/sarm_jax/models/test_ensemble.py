@@ -13,6 +13,7 @@ from sarm_jax.evaluation.controls import Controls, score_variants
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.attribution import attribution
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sae import ACTIVATIONS, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig, centre_heads, intervention
 from sarm_jax.parallel.sharding import TABLE, partition_spec
 from sarm_jax.rewards import RewardConfig, ScoreScale, controlled_reward
@@ -181,4 +182,16 @@ def test_every_parameter_of_an_ensemble_has_a_place_on_a_mesh(ensemble):
 
 def test_a_sarm_of_one_head_is_what_it_was():
     """One head has no biases, and its config compares and hashes as without the field."""
-    assert SARMConfig("trunk", "sae") == dataclasses.replace(SARMConfig("trunk", "sae"), heads=1)
+    config = SARMConfig("trunk", SAEConfig(4, latent_size=8, k=2))
+    assert config == dataclasses.replace(config, heads=1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_sarm_has_no_sae_whose_activation_its_training_does_not_know(activation):
+    """Its training reads pre-activations, which are the latents for topk and identity alone."""
+    sae = SAEConfig(4, latent_size=8, k=2, activation=activation)
+    if activation in ("topk", "identity"):
+        assert SARMConfig("trunk", sae).sae == sae
+        return
+    with pytest.raises(InputError, match=f"sae.activation='{activation}': a SARM has topk or id"):
+        SARMConfig("trunk", sae)
