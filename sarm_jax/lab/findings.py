@@ -20,6 +20,25 @@ CLIMB = 2.5  # of the baseline's SARM score, in standard deviations
 GAP = 0.7  # between a protected run's gold and the baseline's
 MEAN_GOLD = 0.9
 CONTROL_GAP = 0.3
+IN_WORDS = {  # condition → the beginning of a sentence about its end
+    "penalty": "With the detectors of the shortcut penalised in the loop",
+    "full": "With the detectors of the shortcut penalised and the latents held to human data",
+    "latent_kl": "With the latent KL alone",
+    "clamp": "With the carriers clamped",
+    "random": "With random features penalised instead",
+    "screen": "With responses left out of the update on which a detector fires",
+    "probe": "With a dense probe penalised instead",
+    "mean_difference": "With a difference-of-means probe penalised instead",
+    "distance": "With the distance from human responses penalised",
+    "length": "With a penalty on the length",
+    "bounded": "With a bounded reward",
+    "penalty_no_kl": "With the penalty for three times as many steps and no KL to the reference",
+    "ties": "With the contrast pairs as ties of the reward model",
+    "worst_of_four": "With the worst of four heads",
+    "oracle": "With the shortcuts penalised by a perfect detector",
+    **{name: f"With ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
+    **{name: f"With draw {n} of random features penalised" for name, n in DRAWS.items()},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,19 +210,7 @@ def headline(runs: Runs) -> str:
             f"{mean['gold_final']:.2f}, while the reward model's score goes to "
             f"{mean['score_final']:+.1f} standard deviations."
         )
-    words = {
-        "penalty": "With the detectors of the shortcut penalised in the loop",
-        "full": "With the detectors of the shortcut penalised and the latents held to human data",
-        "latent_kl": "With the latent KL alone",
-        "clamp": "With the carriers clamped",
-        "random": "With random features penalised instead",
-        "ties": "With the contrast pairs as ties of the reward model",
-        "worst_of_four": "With the worst of four heads",
-        "oracle": "With the shortcuts penalised by a perfect detector",
-        **{name: f"With ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
-        **{name: f"With draw {n} of random features penalised" for name, n in DRAWS.items()},
-    }
-    for name, text in words.items():
+    for name, text in IN_WORDS.items():
         if runs.get(name):
             final = mean_interval([run["gold_final"] for run in runs[name]])
             sentences.append(f"{text}, it ends at {format_interval(final)}{own_seeds(name)}.")

@@ -28,7 +28,7 @@ from sarm_jax.lab.conditions import (
     reward_options,
 )
 from sarm_jax.lab.figures import COLOURS
-from sarm_jax.lab.findings import check_claims, check_gates, headline
+from sarm_jax.lab.findings import IN_WORDS, check_claims, check_gates, headline
 from sarm_jax.lab.gates import LIMITS
 from sarm_jax.lab.page import write_study
 from tests.closeness import assert_close
@@ -356,6 +356,7 @@ def test_options_of_the_rivals_by_hand(tmp_path):
         config.update_from_flattened_dict(own)  # every name is an option's
     assert other_options("kl_0.5", tmp_path, section, 60) == expected["kl_0.5"]
     assert len(KL_COEFS) == len(DRAWS) == 5 and COLOURS.keys() == DESCRIPTIONS.keys()
+    assert {"baseline", *IN_WORDS} == DESCRIPTIONS.keys()
 
 
 def test_rivals_in_miniature(study):
