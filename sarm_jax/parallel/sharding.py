@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.devices import find_devices
@@ -205,15 +206,25 @@ class Placement:
             shards += jax.block_until_ready([jax.device_put(piece, device) for device in copies])
         return jax.make_array_from_single_device_arrays(padded, sharding, shards)
 
+    def parameters(self, tree: Any) -> Any:
+        """Puts the parameters of a module where `load` puts them; on the mesh they are padded."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(self.trained, parameter_paths(tree), tree)
+
+    def trained(self, path: str, array: Any) -> Any:
+        """Puts an array of the shape of a parameter, such as its moment, where `load` puts it."""
+        return array if self.mesh is None else _put(array, self._of_parameter(path, array.shape))
+
     def replicated(self, tree: Any) -> Any:
         """Puts a copy of every array on every device."""
         return tree if self.mesh is None else jax.tree.map(lambda x: _put(x, self._at(P())), tree)
 
-    def rows(self, tree: Any) -> Any:
-        """Splits arrays along their first dimension; replicates those that do not divide."""
+    def rows(self, tree: Any, dimension: int = 0) -> Any:
+        """Splits arrays along a dimension, the first one; replicates those that do not divide."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape))), tree)
+        return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape, dimension))), tree)
 
     def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
         """Describes an array that is split like `spec`, for compiling ahead of time."""
@@ -234,6 +245,15 @@ class Placement:
     def abstract_rows(self, shape: Sequence[int], dtype: Any) -> Any:
         """Describes what `rows` returns for such an array."""
         return self.abstract(shape, dtype, self._rows(shape))
+
+    def constrain_parameters(self, tree: Any) -> Any:
+        """Constrains parameters inside a program to the sharding that `parameters` gives them."""
+        if self.mesh is None:
+            return tree
+        shardings = jax.tree.map(
+            lambda path, x: self._of_parameter(path, x.shape), parameter_paths(tree), tree
+        )
+        return jax.lax.with_sharding_constraint(tree, shardings)
 
     def constrain_rows(self, tree: Any) -> Any:
         """Constrains arrays inside a program to the sharding that `rows` gives them."""
@@ -258,12 +278,25 @@ class Placement:
             return tree
         return jax.lax.with_sharding_constraint(tree, self._at(spec))
 
-    def _rows(self, shape: Sequence[int]) -> P:
-        return P() if shape[0] % self.parts else BATCH
+    def _of_parameter(self, path: str, shape: Sequence[int]) -> NamedSharding:
+        assert self.mesh is not None
+        return self._at(partition_spec(path, shape, self.mesh))
+
+    def _rows(self, shape: Sequence[int], dimension: int = 0) -> P:
+        return P() if shape[dimension] % self.parts else P(*dimension * [None], *BATCH)
 
     def _at(self, spec: P) -> NamedSharding:
         assert self.mesh is not None
         return NamedSharding(self.mesh, spec)
+
+
+def parameter_paths(tree: Any) -> Any:
+    """Returns the tree of a module's parameters with their dotted paths in place of arrays."""
+
+    def path_of(keys, _):
+        return ".".join(str(key.key) for key in keys if isinstance(key, DictKey))
+
+    return jax.tree_util.tree_map_with_path(path_of, tree)
 
 
 def put_like(array: np.ndarray, like: Any) -> Any:

@@ -11,13 +11,12 @@ from flax import nnx
 
 from sarm_jax.models.sae import SAE
 from sarm_jax.training.divergence import check_loss
+from sarm_jax.training.preference_loss import bradley_terry_loss, pair_metrics
 from sarm_jax.training.preference_training import (
     HEAD_RATE,
     PreferenceTraining,
     adamw,
-    bradley_terry_loss,
     defined_mean,
-    pair_metrics,
 )
 from sarm_jax.training.sae_training import Log
 
