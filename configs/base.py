@@ -316,6 +316,9 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.aux_weight = 1 / 32  # weight of that auxiliary loss
     config.train_sarm.epochs = 3  # passes over the preference pairs
     config.train_sarm.batch_size = 16  # preference pairs per optimizer step
+    # Pieces that these pairs are cut into in modes 1 to 3. The gradients of the pieces are added
+    # up: less memory for more time.
+    config.train_sarm.gradient_accumulation_steps = 1
     # Peak learning rate of the trunk, and of the SAE in modes 2 and 3.
     config.train_sarm.learning_rate = 2e-6
     config.train_sarm.head_learning_rate = 1e-3  # peak learning rate of the head

@@ -12,7 +12,7 @@ from conversion.checkpoint import open_checkpoint
 from conversion.load import read_policy_config
 from conversion.to_hf import save_sarm
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_conversations, check_remat, mesh_config
+from pipeline.models import check_conversations, check_remat, mesh_config, placement
 from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
@@ -20,7 +20,7 @@ from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
-from sarm_jax.parallel.sharding import MeshConfig
+from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.reporting.statistics import Interval, format_interval
 from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
 
@@ -36,7 +36,7 @@ def validate(config: ConfigDict) -> TrainSARMConfig:
     if not section.pop("model"):
         required(config, "policy_model")
     check_remat(config.remat)
-    mesh_config(config)
+    make_mesh(mesh_config(config))  # raises if there are too few devices
     return TrainSARMConfig(**section)
 
 
@@ -47,9 +47,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     files = {path: read_pairs(path, unequal=True) for path in (*paths, *tie_paths)}
     pairs, names = [pair for path in paths for pair in files[path]], short_names(tie_paths)
     ties = [{"source": names[path]} | row for path in tie_paths for row in files[path]]
-    options.held_out(pairs, ties)
+    held_out, mesh = options.held_out(pairs, ties), mesh_config(config)
+    options.check_batch(mesh, sum(pair["prompt"] not in held_out for pair in (*pairs, *ties)))
     policy_config = read_policy_config(source)
     options.check_layers(policy_config.num_hidden_layers)
+    mesh.check_model(policy_config)
+    placed = placement(config)
+    options.check_sae(placed, policy_config.hidden_size)
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(source, prompts)
     if (workdir / "sarm").exists():
@@ -62,16 +66,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if options.max_length > positions:  # as in scoring, see `load_reward_model`
         LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
         options = dataclasses.replace(options, max_length=positions)
-    if (mesh := mesh_config(config)) != MeshConfig():
-        LOG.info("train_sarm runs on one device: %s is for the other stages", mesh)
     if options.dead_after_steps >= options.sae_steps:
         LOG.warning(
             "train_sarm.dead_after_steps=%d: no latent counts as dead in sae_steps=%d, and aux_k=%d"
             " brings none back",
             options.dead_after_steps, options.sae_steps, options.aux_k,
         )  # fmt: skip
-    policy, tokenizer = load_policy(source, config.dtype)
-    policy.remat = config.remat
+    policy, tokenizer = load_policy(source, config.dtype, placed.load)
+    policy.placement, policy.remat = placed, config.remat
     rows: list[dict] = []
     sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append, ties)
     hf_config = open_checkpoint(source, "policy").hf_config

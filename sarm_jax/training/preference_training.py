@@ -28,6 +28,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length, pad_batch
 from sarm_jax.models.sarm import SARM
 from sarm_jax.parallel.sharding import Placement, parameter_paths
@@ -74,6 +75,23 @@ class PreferenceTraining:
     seed: int
     tie_weight: float = 1.0
     gradient_accumulation_steps: int = 1
+
+    def batch_of(self, pairs: int) -> int:
+        """Returns the size of a batch if there are so many pairs for training.
+
+        Raises:
+            InputError: it does not divide into the pieces.
+        """
+        batch, pieces = min(self.batch_size, pairs), self.gradient_accumulation_steps
+        if batch % pieces:
+            few = (
+                f", which {pairs} training pairs cut to {batch}" if batch < self.batch_size else ""
+            )
+            raise InputError(
+                f"train_sarm.gradient_accumulation_steps={pieces} does not divide "
+                f"train_sarm.batch_size={self.batch_size}{few}"
+            )
+        return batch
 
     @property
     def largest_loss(self) -> float:
@@ -122,7 +140,7 @@ def fine_tune(
     params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     params, frozen = placement.parameters(params), placement.parameters(frozen)
     rng = np.random.default_rng(options.seed)
-    steps = options.epochs * (len(pairs_p2) // min(options.batch_size, len(pairs_p2)))
+    steps = options.epochs * (len(pairs_p2) // options.batch_of(len(pairs_p2)))
     optimizer = make_optimizer(options, steps)
     opt_state = map_moments(
         optimizer, optimizer.init(params), params, placement.trained, placement.replicated

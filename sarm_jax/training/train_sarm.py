@@ -29,6 +29,7 @@ from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig, centre_heads
+from sarm_jax.parallel.sharding import MeshConfig, Placement
 from sarm_jax.training.divergence import (
     DivergedError,
     check_loss,
@@ -91,21 +92,44 @@ class TrainSARMConfig:
     tie_pairs_jsonl: tuple[str, ...] = ()
     tie_weight: float = 1.0
     heads: int = 1
+    gradient_accumulation_steps: int = 1  # pieces of a batch of pairs
 
     def __post_init__(self) -> None:
         check = OptionChecks("train_sarm", self)
         check.require("mode", self.mode in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
         check.of_an_sae()
         check.at_least(1, "source_layer", "sae_tokens", "sae_steps", "sae_batch_tokens")
-        check.at_least(1, "epochs", "batch_size", "heads")
+        check.at_least(1, "epochs", "batch_size", "heads", "gradient_accumulation_steps")
         check.positive("sae_learning_rate", "learning_rate", "head_learning_rate")
         check.not_negative("reconstruction_weight", "weight_decay")
         check.positive("tie_weight")
         if self.mode > 0:
             rule = f"train_sarm.mode={self.mode} trains the trunk; several heads need mode=0"
             check.require("heads", self.heads == 1, rule)
+        else:
+            rule = "train_sarm.mode=0 trains the head on whole batches; expected 1"
+            pieces = self.gradient_accumulation_steps
+            check.require("gradient_accumulation_steps", pieces == 1, rule)
+        self.preference_training().batch_of(self.batch_size)
         if self.tie_weight != 1 and not self.tie_pairs_jsonl:
             check.require("tie_weight", False, "train_sarm.tie_pairs_jsonl names no ties")
+
+    def check_batch(self, mesh: MeshConfig, train_pairs: int) -> None:
+        """Raises InputError if a mesh cannot share the batches of so many training pairs."""
+        if self.mode == 0:  # its batches are small; every device may have all of one
+            return
+        batch = self.preference_training().batch_of(train_pairs)
+        option = "2 × train_sarm.batch_size"
+        if batch < self.batch_size:
+            option = f"2 × {batch} training pairs (train_sarm.batch_size={self.batch_size})"
+        rows = 2 * batch // self.gradient_accumulation_steps
+        mesh.check_batch(rows, f"{option} / train_sarm.gradient_accumulation_steps")
+
+    def check_sae(self, placement: Placement, hidden_size: int) -> None:
+        """Raises InputError if the SAE that is trained with the trunk does not fit the mesh."""
+        if self.mode > 0:
+            shape = (hidden_size, self.latent_size)
+            placement.abstract_parameter("sae.encoder", shape, jnp.float32)
 
     def check_layers(self, layers: int) -> None:
         """Raises InputError if a model of so many layers does not contain the trunk."""
@@ -198,6 +222,7 @@ def train_sarm(
         held_out=_select_rows(activations, held_out_rows),
         options=config.sae_training(),
         log=log,
+        placement=trunk.placement,
     )
     LOG.info("SAE: %s", {name: value and round(value, 4) for name, value in metrics.items()})
     pretrained = time.perf_counter()
@@ -261,14 +286,12 @@ def _learn_preferences(
     if config.mode > 0:
         return fine_tune(sarm, data.rows, train_pairs, options=options, log=log, tie_p=tie_p)
     pooled_rd = _pooled(sarm.trunk, data, activations)
+    shared: dict[str, Any] = {"options": options, "log": log, "tie_p": tie_p}
+    shared["placement"] = sarm.trunk.placement
     if config.heads == 1:
-        sarm.score[...] = train_head(
-            sarm.sae, pooled_rd, train_pairs, options=options, log=log, tie_p=tie_p
-        )
+        sarm.score[...] = train_head(sarm.sae, pooled_rd, train_pairs, **shared)
         return sarm
-    sarm.score[...] = train_heads(
-        sarm.sae, pooled_rd, train_pairs, options=options, log=log, heads=config.heads, tie_p=tie_p
-    )
+    sarm.score[...] = train_heads(sarm.sae, pooled_rd, train_pairs, heads=config.heads, **shared)
     train_rows, _ = _split_rows(data.preferences)
     sarm.score_bias[...] = centre_heads(score_by_head(sarm, pooled_rd[train_rows]))
     return sarm
@@ -292,18 +315,20 @@ def _pooled(trunk: Llama, data: PairSet, activations: Activations) -> np.ndarray
 def truncate(policy: Llama, source_layer: int) -> Llama:
     """Cuts the trunk out of a policy: its first layers, without final norm and head.
 
-    The trunk shares embedding and norm with the policy; its layers are slices of the stack.
+    The trunk shares embedding and norm with the policy; its layers are slices of the stack, on the
+    same mesh.
     """
     check_source_layer(source_layer, policy.config.num_hidden_layers)
     config = dataclasses.replace(policy.config, num_hidden_layers=source_layer)
     abstract = nnx.eval_shape(
         lambda: Llama(config, rngs=nnx.Rngs(0), final_norm=False, head=False, remat=policy.remat)
     )
+    abstract.placement = policy.placement
     graphdef, _ = nnx.split(abstract)
     state = nnx.state(policy)
     state.pop("lm_head", None)
     state["layers"] = jax.tree.map(lambda p: p[:source_layer], state["layers"])
-    return nnx.merge(graphdef, state)
+    return nnx.merge(graphdef, policy.placement.parameters(state))
 
 
 def check_source_layer(source_layer: int, layers: int) -> None:
