@@ -6,10 +6,11 @@
 
 Modules hold almost no sharding annotations. Weights are put on the mesh as they are loaded,
 programs state the sharding of their inputs and outputs, and the compiler derives the rest. There
-are three exceptions. The fused attention kernel needs queries, keys and values split alike, along
+are four exceptions. The fused attention kernel needs queries, keys and values split alike, along
 rows and heads only (`constrain_heads`). Decoding uses a copy of the weights in another layout,
 which is split like the weights (`sarm_jax.sampling.fused_layers`). Sums along the vocabulary are
-gathered when a token is drawn (`sarm_jax.sampling.generate`). Adapters, value head and optimizer
+gathered when a token is drawn (`sarm_jax.sampling.generate`). In training each device finds the
+largest latents of its own rows (`map_rows`). Adapters, value head and optimizer
 state are small and replicated.
 """
 
@@ -260,6 +261,15 @@ class Placement:
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: self.constrain(x, self._rows(x.shape)), tree)
+
+    def map_rows(self, function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+        """Applies a function of rows inside a program, on each device to the rows it has.
+
+        If the rows do not divide, the whole array is passed.
+        """
+        if self.mesh is None or len(array) % self.parts:
+            return function(array)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=BATCH, out_specs=BATCH)(array)
 
     def constrain_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Constrains arrays `[B, T, heads, H]` in a program to a split along B and heads only."""

@@ -185,7 +185,7 @@ def turn_reconstruction_loss(
     the number of such tokens of the whole batch; None if these are all.
     """
     x_nd = x_btd.reshape(-1, x_btd.shape[-1])
-    x_hat_nd = sae.decode(top_k(sae.pre_activations(x_nd), sae.config.k))
+    x_hat_nd = sae.decode(top_k(sae.pre_activations(x_nd), sae.config.k, sae.placement))
     loss_n, turn_n = reconstruction_loss(x_nd, x_hat_nd), turn_bt.reshape(-1)
     turn_tokens = turn_n.sum() if turn_tokens is None else turn_tokens
     return jnp.where(turn_n, loss_n, 0).sum() / turn_tokens

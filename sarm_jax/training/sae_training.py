@@ -224,7 +224,9 @@ def pretrain_sae(
         DivergedError: training diverged.
     """
     rng = np.random.default_rng(options.seed)
-    graphdef, params = nnx.split(initialise(sae, train, rng))
+    new = initialise(sae, train, rng)
+    new.placement = placement
+    graphdef, params = nnx.split(new)
     params = placement.replicated(params)
     schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
     optimizer = optax.adam(schedule)
@@ -344,7 +346,8 @@ def sae_loss(
         # Live latents rank below every dead one. If they are among the k largest nevertheless,
         # `where` removes them.
         lowest = jnp.finfo(a_bf.dtype).min
-        kept_bf = top_k(jnp.where(dead_f, a_bf, lowest), min(options.aux_k, a_bf.shape[1]))
+        dead_bf, aux_k = jnp.where(dead_f, a_bf, lowest), min(options.aux_k, a_bf.shape[1])
+        kept_bf = top_k(dead_bf, aux_k, sae.placement)
         e_hat_bd = sae.decode(jnp.where(dead_f, kept_bf, 0.0)) - sae.pre_bias[...]
         return reconstruction_loss(residual_bd, e_hat_bd).mean()
 

@@ -338,10 +338,11 @@ def check_source_layer(source_layer: int, layers: int) -> None:
 
 
 def assemble(trunk: Llama, sae: SAE, heads: int = 1) -> SARM:
-    """Joins trunk and SAE, which are not copied, with heads of zeros."""
+    """Joins trunk and SAE, which are not copied but get the same mesh, with heads of zeros."""
     config = SARMConfig(trunk.config, sae.config, heads)
     sarm = nnx.eval_shape(lambda: SARM(config, rngs=nnx.Rngs(0)))
     sarm.trunk, sarm.sae = trunk, sae
+    sae.placement = trunk.placement
     sarm.score = nnx.Param(jnp.zeros(sarm.score.shape, jnp.float32))
     if heads > 1:
         sarm.score_bias = nnx.Param(jnp.zeros(sarm.score_bias.shape, jnp.float32))
