@@ -203,11 +203,13 @@ def _add_reward(config: ConfigDict) -> None:
 
 
 def _add_guards(config: ConfigDict) -> None:
-    # Checkpoints kept for good. These options do not affect results and may differ when a run is
-    # resumed.
+    # Checkpoints. These options do not affect results and may differ when a run is resumed.
     config.checkpoint = ConfigDict()
     # Checkpoints of every n-th PPO step are kept for good, besides the newest; 0: none are.
     config.checkpoint.keep_every = 0
+    # Steps between the checkpoints of train_sarm, of its SAE and of its preferences; 0: there is
+    # one only at SIGTERM or Ctrl-C. They are removed once the SARM is written.
+    config.checkpoint.train_sarm_every = 500
 
     # Guards: warnings, in the log and in summary.json, if a metric shows that a run has gone wrong
     # (ppo/tracking/guards.py). Thresholds apply to columns of metrics.csv. These options do not

@@ -881,6 +881,12 @@ STAGES = [
         "train_sarm.gradient_accumulation_steps=0: must be at least 1",
     ),
     main(
+        "negative number of steps between checkpoints of train_sarm",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.checkpoint.train_sarm_every=-1",
+        "checkpoint.train_sarm_every=-1: must not be negative",
+    ),
+    main(
         "pieces that do not divide a batch of pairs",
         "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
         "--config.train_sarm.gradient_accumulation_steps=3",

@@ -14,7 +14,10 @@ from conversion.to_hf import save_sarm
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, check_remat, mesh_config, placement
 from pipeline.options import optional_paths, required
+from pipeline.provenance import provenance
+from pipeline.sarm_checkpoints import SARMCheckpoints
 from pipeline.stage import Stage
+from ppo.tracking.checkpoint import CheckpointConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
@@ -22,9 +25,11 @@ from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.reporting.statistics import Interval, format_interval
+from sarm_jax.training.divergence import DivergedError
 from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
 
 LOG = logging.getLogger(__name__)
+CHECKPOINTS = "sarm_checkpoints"  # while the training lasts
 
 
 def validate(config: ConfigDict) -> TrainSARMConfig:
@@ -37,6 +42,7 @@ def validate(config: ConfigDict) -> TrainSARMConfig:
         required(config, "policy_model")
     check_remat(config.remat)
     make_mesh(mesh_config(config))  # raises if there are too few devices
+    checkpoint_options(config)
     return TrainSARMConfig(**section)
 
 
@@ -72,21 +78,39 @@ def run(config: ConfigDict, workdir: Path) -> None:
             " brings none back",
             options.dead_after_steps, options.sae_steps, options.aux_k,
         )  # fmt: skip
+    progress = SARMCheckpoints(
+        workdir / CHECKPOINTS,
+        every=checkpoint_options(config).train_sarm_every,
+        starts={"sae": 0, "preferences": options.sae_steps},
+        made_from=provenance(STAGE, config, workdir),
+        stage=STAGE,
+    )
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
     policy.placement, policy.remat = placed, config.remat
-    rows: list[dict] = []
-    sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append, ties)
+    try:
+        sarm, summary = train_sarm(
+            options, policy, tokenizer, pairs, progress.rows.append, ties, progress
+        )
+    except DivergedError:  # with other options, it starts again
+        progress.remove()
+        raise
     hf_config = open_checkpoint(source, "policy").hf_config
     write_json(workdir / "sarm_summary.json", summary)
-    write_jsonl(workdir / "sarm_metrics.jsonl", rows)
+    write_jsonl(workdir / "sarm_metrics.jsonl", progress.rows)
     # Last, because --stage=all takes it for the end of the stage.
     save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
+    progress.remove()
     low, high = summary["accuracy_held_out_95"]
     accuracy: Interval = {"mean": summary["accuracy_held_out"], "low": low, "high": high}
     LOG.info("held-out accuracy %s", format_interval(accuracy, ".3f"))
     if ties:
         log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
+
+
+def checkpoint_options(config: ConfigDict) -> CheckpointConfig:
+    """Returns the validated section checkpoint."""
+    return CheckpointConfig(**config.checkpoint)
 
 
 def log_ties(held_out: dict[str, Any]) -> None:

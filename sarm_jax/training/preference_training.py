@@ -17,7 +17,7 @@ Deliberate deviation: the head, which starts at 0, has its own learning rate.
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ from sarm_jax.models.sarm import SARM
 from sarm_jax.parallel.sharding import Placement, parameter_paths
 from sarm_jax.training.divergence import check_loss
 from sarm_jax.training.preference_loss import batch_metrics, piece_loss
+from sarm_jax.training.progress import NOTHING_KEPT, Progress
 from sarm_jax.training.sae_training import Conversation, Log, warmup_cosine
 
 T = TypeVar("T", bound=nnx.Module)
@@ -115,6 +116,7 @@ def fine_tune(
     options: PreferenceTraining,
     log: Log,
     tie_p: np.ndarray | None = None,
+    progress: Progress = NOTHING_KEPT,
 ) -> SARM:
     """Trains a copy of a SARM (modes 1 to 3).
 
@@ -128,6 +130,7 @@ def fine_tune(
         options: options of the training.
         log: receives a metrics row after each step.
         tie_p: which pairs are ties; None if none is.
+        progress: where the training goes on, and what is kept of it.
 
     Returns:
         The trained SARM; its trained parameters are float32.
@@ -146,14 +149,21 @@ def fine_tune(
         optimizer, optimizer.init(params), params, placement.trained, placement.replicated
     )
     train_step = compiled_step(graphdef, optimizer, options, compute_dtype, params, opt_state)
-    last: deque[dict[str, Any]] = deque(maxlen=LAST_STEPS)
-    with tqdm(total=steps, desc="preferences", unit="step") as bar:
+    done, (params, opt_state, frozen) = progress.restore("preferences", (params, opt_state, frozen))
+    last: deque[Mapping[str, Any]] = deque(progress.rows[-done:] if done else (), LAST_STEPS)
+    with (
+        tqdm(total=steps, initial=done, desc="preferences", unit="step") as bar,
+        progress.running(),
+    ):
         for step in range(steps):
             if step % (steps // options.epochs) == 0:
                 batches = pair_batches(
                     rows, pairs_p2, batch_size=options.batch_size, rng=rng, tie_p=tie_p
                 )
-            batch = placed_batch(next(batches), options.gradient_accumulation_steps, placement)
+            batch = next(batches)
+            if step < done:  # only the random numbers are those of the steps before
+                continue
+            batch = placed_batch(batch, options.gradient_accumulation_steps, placement)
             params, opt_state, metrics = train_step(params, opt_state, frozen, batch)
             loss, acc = float(metrics["loss"]), float(metrics["accuracy"])
             check_loss(loss, "the loss on preferences", RATES)
@@ -162,11 +172,12 @@ def fine_tune(
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", acc=f"{acc:.2f}")
             last.append(row)
+            progress.keep("preferences", step + 1, (params, opt_state, frozen))
     _check_last_losses(last, options)
     return nnx.merge(graphdef, params, frozen)
 
 
-def _check_last_losses(last: Sequence[Mapping[str, Any]], options: PreferenceTraining) -> None:
+def _check_last_losses(last: Collection[Mapping[str, Any]], options: PreferenceTraining) -> None:
     """Raises DivergedError if the mean loss of the last steps is that of a divergence."""
     largest = {"bradley_terry": options.largest_loss, "reconstruction": LARGEST_LOSS}
     for name, limit in largest.items():

@@ -40,6 +40,7 @@ from sarm_jax.parallel.finite import require_finite
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.reporting.spread import is_constant
 from sarm_jax.training.divergence import check_loss, check_weights
+from sarm_jax.training.progress import NOTHING_KEPT, Progress
 
 Log = Callable[[dict[str, Any]], None]
 TOKENS_PER_BATCH = 2048  # in one forward pass of the trunk
@@ -202,6 +203,7 @@ def pretrain_sae(
     options: SAETraining,
     log: Log,
     placement: Placement = ONE_DEVICE,
+    progress: Progress = NOTHING_KEPT,
 ) -> tuple[SAE, dict[str, float | None]]:
     """Trains a copy of an SAE.
 
@@ -215,6 +217,7 @@ def pretrain_sae(
         options: options of the training.
         log: receives a metrics row every `STEPS_PER_CALL` steps.
         placement: the mesh.
+        progress: where the training goes on, and what is kept of it.
 
     Returns:
         (the trained SAE in float32, `sae_metrics` on the held-out activations together with
@@ -232,10 +235,17 @@ def pretrain_sae(
     optimizer = optax.adam(schedule)
     opt_state = placement.replicated(optimizer.init(params))
     idle_f = placement.replicated(jnp.zeros((sae.config.latent_size,), jnp.int32))
-    with tqdm(total=options.steps, desc="SAE", unit="step") as bar:
+    done, (params, opt_state, idle_f) = progress.restore("sae", (params, opt_state, idle_f))
+    loss = progress.rows[-1]["loss"] if done else 0.0
+    with (
+        tqdm(total=options.steps, initial=done, desc="SAE", unit="step") as bar,
+        progress.running(),
+    ):
         for start in range(0, options.steps, STEPS_PER_CALL):
             steps = min(STEPS_PER_CALL, options.steps - start)
             n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
+            if start < done:
+                continue
             params, opt_state, idle_f, losses_s = _sae_steps(
                 graphdef,
                 optimizer,
@@ -251,6 +261,7 @@ def pretrain_sae(
             log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
             bar.update(steps)
             bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
+            progress.keep("sae", start + steps, (params, opt_state, idle_f))
     check_loss(loss, "the SAE's loss", options.rate_option, LARGEST_LOSS)
     trained = nnx.merge(graphdef, params)
     check_weights(trained, options.rate_option)
