@@ -444,12 +444,16 @@ def _add_evaluate(config: ConfigDict) -> None:
 
 
 def _add_plan(config: ConfigDict) -> None:
-    # Stage plan: compiles every program of a PPO step from shapes alone, and reports its memory,
-    # traffic and time.
+    # Stage plan: compiles every program of a PPO step, or the step of train_sarm on preferences,
+    # from shapes alone, and reports its memory, traffic and time.
     config.plan = ConfigDict()
+    # What is planned: train, or train_sarm in a mode that trains the trunk. In a plan of train_sarm
+    # all conversations have train_sarm.max_length tokens, and only target, policy_config and search
+    # of the options below are read.
+    config.plan.stage = "train"
     # Machine: "host", or a name such as h100x4 or h200x8, which need not be present.
     config.plan.target = "host"
-    # Directory with the policy's config.json; empty: policy_model.
+    # Directory with the policy's config.json; empty: policy_model (or train_sarm.model).
     config.plan.policy_config = ""
     # Directory with the config.json of the SARM, or of a classifier; empty: sarm_model. A
     # classifier without an SAE is planned with one of train_sae.latent_size and train_sae.k.

@@ -1075,6 +1075,32 @@ STAGES = [
         "--config.human_latents.demos_jsonl={world}/demos.jsonl",
         "reward.latent_indices: feature 64 of a SARM with 64",
     ),
+    main(
+        "plan of a stage that has none",
+        f"{PLAN}=host --config.plan.stage=identify",
+        "plan.stage='identify': expected train or train_sarm",
+    ),
+    main(
+        "plan of a head alone",
+        f"{PLAN}=host --config.plan.stage=train_sarm --config.train_sarm.mode=0",
+        "train_sarm.mode=0: has no step to plan",
+    ),
+    main(
+        "plan of training without a model",
+        f"{PLAN}=host --config.plan.stage=train_sarm --policy_model=",
+        "policy_model is empty",
+    ),
+    main(
+        "plan of a layer the model does not have",
+        f"{PLAN}=host --config.plan.stage=train_sarm --config.train_sarm.source_layer=4",
+        "train_sarm.source_layer=4: the model has 3 layers",
+    ),
+    main(
+        "plan of pairs that the mesh does not divide",
+        f"{PLAN}=host --config.plan.stage=train_sarm --config.train_sarm.source_layer=1 "
+        "--config.mesh.data=3",
+        "/ train_sarm.gradient_accumulation_steps = 32 rows do not divide over data × fsdp = 3",
+    ),
     main("unknown target", f"{PLAN}=tpu", "plan.target='tpu': expected host"),
     main(
         "unknown target of a search", f"{PLAN}=tpu --config.plan.search=True", "plan.target='tpu'"

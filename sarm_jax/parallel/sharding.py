@@ -239,13 +239,21 @@ class Placement:
         shape = padded_shape(path, shape, self.mesh)
         return self.abstract(shape, dtype, partition_spec(path, shape, self.mesh))
 
+    def abstract_parameters(self, tree: Any, dtype: Any = None) -> Any:
+        """Describes what `parameters` returns for a module's parameters, padded, in a dtype."""
+        return jax.tree.map(
+            lambda path, x: self.abstract_parameter(path, x.shape, dtype or x.dtype),
+            parameter_paths(tree),
+            tree,
+        )
+
     def abstract_replicated(self, tree: Any) -> Any:
         """Describes what `replicated` returns for such a tree."""
         return jax.tree.map(lambda x: self.abstract(x.shape, x.dtype, P()), tree)
 
-    def abstract_rows(self, shape: Sequence[int], dtype: Any) -> Any:
+    def abstract_rows(self, shape: Sequence[int], dtype: Any, dimension: int = 0) -> Any:
         """Describes what `rows` returns for such an array."""
-        return self.abstract(shape, dtype, self._rows(shape))
+        return self.abstract(shape, dtype, self._rows(shape, dimension))
 
     def constrain_parameters(self, tree: Any) -> Any:
         """Constrains parameters inside a program to the sharding that `parameters` gives them."""

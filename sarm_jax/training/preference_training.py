@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.stages import Lowered
 from tqdm import tqdm
 
 from sarm_jax.io.errors import InputError
@@ -148,7 +149,9 @@ def fine_tune(
     opt_state = map_moments(
         optimizer, optimizer.init(params), params, placement.trained, placement.replicated
     )
-    train_step = compiled_step(graphdef, optimizer, options, compute_dtype, params, opt_state)
+    train_step = compiled_step(
+        graphdef, optimizer, options, compute_dtype, placement, params, opt_state
+    )
     done, (params, opt_state, frozen) = progress.restore("preferences", (params, opt_state, frozen))
     last: deque[Mapping[str, Any]] = deque(progress.rows[-done:] if done else (), LAST_STEPS)
     with (
@@ -272,21 +275,18 @@ def placed_batch(batch: PairBatch, pieces: int, placement: Placement) -> Any:
     return placement.rows((cut(tokens_bt), cut(mask_bt), cut(turn_bt), tie_pb), dimension=1)
 
 
-def compiled_step(graphdef, optimizer, options, compute_dtype, params, opt_state):
+def compiled_step(
+    graphdef, optimizer, options, compute_dtype, placement, params, opt_state
+) -> jax.stages.Wrapped:
     """Returns the function (params, opt_state, frozen, batch) → (params, opt_state, metrics).
 
-    It makes one optimizer step on a batch of `pair_batches`, and returns parameters and moments
+    It makes one optimizer step on a batch of `placed_batch`, and returns parameters and moments
     where it got them. They are donated. For compiling they may be abstract.
     """
-    leaves, step = (
-        jax.tree.leaves(params),
-        partial(_step, graphdef, optimizer, options, compute_dtype),
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, (params, opt_state))
-    on_mesh = len(leaves[0].sharding.device_set) > 1
-    return jax.jit(
-        step, donate_argnums=(0, 1), out_shardings=(*shardings, None) if on_mesh else None
-    )
+    step, out = partial(_step, graphdef, optimizer, options, compute_dtype), None
+    if placement.mesh is not None:
+        out = (*jax.tree.map(lambda x: x.sharding, (params, opt_state)), None)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
 def _step(graphdef, optimizer, options, compute_dtype, params, opt_state, frozen, batch):
@@ -337,6 +337,35 @@ def _accumulated(gradients, zeros, batch):
     grads, losses = jax.lax.scan(add, zeros, batch)
     # Scores [P, B] are joined, and shares of a loss [P] are added.
     return grads, jax.tree.map(lambda x: x.sum() if x.ndim == 1 else x.reshape(-1), losses)
+
+
+def lower_step(sarm: SARM, options: PreferenceTraining, length: int) -> Lowered:
+    """Lowers the step of `fine_tune` from shapes alone, for conversations of one length.
+
+    Args:
+        sarm: the SARM before training, of descriptions of arrays.
+        options: options of the training.
+        length: tokens of a padded conversation.
+    """
+    dtype, placement = sarm.trunk.embed_tokens.dtype, sarm.trunk.placement
+    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
+    params = placement.abstract_parameters(params, jnp.float32)
+    optimizer = make_optimizer(options, steps=2)
+    opt_state = map_moments(
+        optimizer,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        lambda path, x: placement.abstract_parameter(path, x.shape, x.dtype),
+        placement.abstract_replicated,
+    )
+    rows, pieces = 2 * options.batch_size, options.gradient_accumulation_steps
+    shape = (rows, length) if pieces == 1 else (pieces, rows // pieces, length)
+    tokens, mask = (
+        placement.abstract_rows(shape, kind, len(shape) - 2) for kind in (jnp.int32, bool)
+    )
+    step = compiled_step(graphdef, optimizer, options, dtype, placement, params, opt_state)
+    frozen = placement.abstract_parameters(frozen)
+    return step.lower(params, opt_state, frozen, (tokens, mask, mask, None))
 
 
 def map_moments(

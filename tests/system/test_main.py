@@ -453,6 +453,21 @@ def test_the_plan_adds_prefill_and_decoding(run, tmp_path, monkeypatch):
     assert max(rollout["flops"], rollout["bytes"]) / 1e9 < 0.98 * in_turn
 
 
+def test_a_plan_of_train_sarm(run, tmp_path, capsys):
+    options = "source_layer=1 latent_size=32 k=4 aux_k=4 max_length=16 batch_size=2"
+    line = ["--stage=plan", "--config.plan.stage=train_sarm"]
+    line += [f"--config.train_sarm.{option}" for option in options.split()]
+    one = "--config.mesh.data=2", "--config.train_sarm.gradient_accumulation_steps=2"
+    assert run(*line, *one) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["mode"] == 3 and plan["batch"] == 2 and plan["mesh"]["data"] == 2
+    assert plan["fits"] and plan["peak_bytes"] > plan["held_bytes"] > 0
+    assert (
+        "train_sarm.mode=3, mesh data=2 fsdp=1 tensor=1, remat dots, accumulation 2, 2 pairs"
+        in (capsys.readouterr().out)
+    )
+
+
 def test_a_search_selects_the_fastest_layout_that_fits(run, tmp_path, monkeypatch):
     few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
     monkeypatch.setattr("pipeline.stages.plan.layouts_for", lambda devices, rows: few)
