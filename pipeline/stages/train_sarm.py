@@ -140,7 +140,7 @@ STAGE = Stage(
         Input("policy_model", Kind.POLICY, read_if=lambda config: not config.train_sarm.model),
     ),
     output="sarm",
-    makes=("sarm/", "sarm_summary.json", "sarm_metrics.jsonl"),
+    makes=("sarm/", "sarm_summary.json", "sarm_metrics.jsonl", "sarm_checkpoints/"),
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sarm.pairs_jsonl),
     costly=lambda config: True,

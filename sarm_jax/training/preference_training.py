@@ -139,35 +139,21 @@ def fine_tune(
     Raises:
         DivergedError: training diverged.
     """
-    compute_dtype, placement = sarm.trunk.embed_tokens.dtype, sarm.trunk.placement
-    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
-    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-    params, frozen = placement.parameters(params), placement.parameters(frozen)
-    rng = np.random.default_rng(options.seed)
     steps = options.epochs * (len(pairs_p2) // options.batch_of(len(pairs_p2)))
-    optimizer = make_optimizer(options, steps)
-    opt_state = map_moments(
-        optimizer, optimizer.init(params), params, placement.trained, placement.replicated
-    )
-    train_step = compiled_step(
-        graphdef, optimizer, options, compute_dtype, placement, params, opt_state
-    )
-    done, (params, opt_state, frozen) = progress.restore("preferences", (params, opt_state, frozen))
+    graphdef, state, train_step = _start(sarm, options, steps)
+    done, (params, opt_state, frozen) = progress.restore("preferences", state)
     last: deque[Mapping[str, Any]] = deque(progress.rows[-done:] if done else (), LAST_STEPS)
+    pieces, placement = options.gradient_accumulation_steps, sarm.trunk.placement
     with (
         tqdm(total=steps, initial=done, desc="preferences", unit="step") as bar,
         progress.running(),
     ):
-        for step in range(steps):
-            if step % (steps // options.epochs) == 0:
-                batches = pair_batches(
-                    rows, pairs_p2, batch_size=options.batch_size, rng=rng, tie_p=tie_p
-                )
-            batch = next(batches)
+        for step, batch in enumerate(_batches_of_epochs(rows, pairs_p2, options, tie_p)):
             if step < done:  # only the random numbers are those of the steps before
                 continue
-            batch = placed_batch(batch, options.gradient_accumulation_steps, placement)
-            params, opt_state, metrics = train_step(params, opt_state, frozen, batch)
+            params, opt_state, metrics = train_step(
+                params, opt_state, frozen, placed_batch(batch, pieces, placement)
+            )
             loss, acc = float(metrics["loss"]), float(metrics["accuracy"])
             check_loss(loss, "the loss on preferences", RATES)
             row = {name: defined_mean(np.asarray([value])) for name, value in metrics.items()}
@@ -178,6 +164,32 @@ def fine_tune(
             progress.keep("preferences", step + 1, (params, opt_state, frozen))
     _check_last_losses(last, options)
     return nnx.merge(graphdef, params, frozen)
+
+
+def _start(sarm: SARM, options: PreferenceTraining, steps: int) -> tuple[Any, Any, Any]:
+    """Returns (structure, (parameters, moments, frozen parameters), compiled step)."""
+    compute_dtype, placement = sarm.trunk.embed_tokens.dtype, sarm.trunk.placement
+    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
+    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    params, frozen = placement.parameters(params), placement.parameters(frozen)
+    optimizer = make_optimizer(options, steps)
+    opt_state = map_moments(
+        optimizer, optimizer.init(params), params, placement.trained, placement.replicated
+    )
+    step = compiled_step(graphdef, optimizer, options, compute_dtype, placement, params, opt_state)
+    return graphdef, (params, opt_state, frozen), step
+
+
+def _batches_of_epochs(
+    rows: Sequence[Conversation],
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    tie_p: np.ndarray | None,
+) -> Iterator[PairBatch]:
+    """Yields the batches of all epochs."""
+    rng = np.random.default_rng(options.seed)
+    for _ in range(options.epochs):
+        yield from pair_batches(rows, pairs_p2, batch_size=options.batch_size, rng=rng, tie_p=tie_p)
 
 
 def _check_last_losses(last: Collection[Mapping[str, Any]], options: PreferenceTraining) -> None:

@@ -207,16 +207,13 @@ def pretrain_sae(
 ) -> tuple[SAE, dict[str, float | None]]:
     """Trains a copy of an SAE.
 
-    On a mesh every device has the whole SAE, and its share of each minibatch; a minibatch that the
-    devices do not divide is not shared.
-
     Args:
         sae: gives the shape of the SAE.
         train: activations to train on.
         held_out: activations of the metrics.
         options: options of the training.
         log: receives a metrics row every `STEPS_PER_CALL` steps.
-        placement: the mesh.
+        placement: the mesh; each device has the whole SAE, and its share of the minibatches.
         progress: where the training goes on, and what is kept of it.
 
     Returns:
@@ -227,15 +224,8 @@ def pretrain_sae(
         DivergedError: training diverged.
     """
     rng = np.random.default_rng(options.seed)
-    new = initialise(sae, train, rng)
-    new.placement = placement
-    graphdef, params = nnx.split(new)
-    params = placement.replicated(params)
-    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
-    optimizer = optax.adam(schedule)
-    opt_state = placement.replicated(optimizer.init(params))
-    idle_f = placement.replicated(jnp.zeros((sae.config.latent_size,), jnp.int32))
-    done, (params, opt_state, idle_f) = progress.restore("sae", (params, opt_state, idle_f))
+    graphdef, optimizer, state = _start(sae, train, options, rng, placement)
+    done, state = progress.restore("sae", state)
     loss = progress.rows[-1]["loss"] if done else 0.0
     with (
         tqdm(total=options.steps, initial=done, desc="SAE", unit="step") as bar,
@@ -244,31 +234,45 @@ def pretrain_sae(
         for start in range(0, options.steps, STEPS_PER_CALL):
             steps = min(STEPS_PER_CALL, options.steps - start)
             n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
-            if start < done:
+            if start < done:  # only the random numbers are those of the steps before
                 continue
-            params, opt_state, idle_f, losses_s = _sae_steps(
+            state, losses_s = _sae_steps(
                 graphdef,
                 optimizer,
                 options=options,
                 placement=placement,
-                params=params,
-                opt_state=opt_state,
-                idle_f=idle_f,
+                state=state,
                 x_sbd=placement.rows(train.x_nd[n_sb], dimension=1),
             )
-            loss, dead = float(losses_s.mean()), float((idle_f >= options.dead_after_steps).mean())
+            loss, dead = float(losses_s.mean()), _dead_fraction(state, options)
             check_loss(loss, "the SAE's loss", options.rate_option)
             log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
             bar.update(steps)
             bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
-            progress.keep("sae", start + steps, (params, opt_state, idle_f))
+            progress.keep("sae", start + steps, state)
     check_loss(loss, "the SAE's loss", options.rate_option, LARGEST_LOSS)
-    trained = nnx.merge(graphdef, params)
+    trained = nnx.merge(graphdef, state[0])
     check_weights(trained, options.rate_option)
-    return trained, {
-        **sae_metrics(trained, held_out),
-        "dead_fraction": float((idle_f >= options.dead_after_steps).mean()),
-    }
+    metrics = sae_metrics(trained, held_out)
+    return trained, {**metrics, "dead_fraction": _dead_fraction(state, options)}
+
+
+def _start(sae, train, options, rng, placement):
+    """Returns (structure, optimizer, (parameters, its state, idle steps of each latent `[M]`))."""
+    new = initialise(sae, train, rng)
+    new.placement = placement
+    graphdef, params = nnx.split(new)
+    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
+    optimizer = optax.adam(schedule)
+    params = placement.replicated(params)
+    idle_f = jnp.zeros((sae.config.latent_size,), jnp.int32)
+    return graphdef, optimizer, (params, *placement.replicated((optimizer.init(params), idle_f)))
+
+
+def _dead_fraction(state, options):
+    """Returns the share of the latents that are dead in a state of `_start`."""
+    *_, idle_f = state
+    return float((idle_f >= options.dead_after_steps).mean())
 
 
 def sample_batches(
@@ -310,13 +314,13 @@ def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
 @partial(
     jax.jit,
     static_argnames=("graphdef", "optimizer", "options", "placement"),
-    donate_argnames=("params", "opt_state", "idle_f"),
+    donate_argnames="state",
 )
-def _sae_steps(graphdef, optimizer, options, placement, params, opt_state, idle_f, x_sbd):
+def _sae_steps(graphdef, optimizer, options, placement, state, x_sbd):
     """Makes one optimizer step on each minibatch of `[S, B, D]`.
 
     Returns:
-        (parameters, optimizer state, steps `[M]` since each latent fired, reconstruction losses
+        ((parameters, optimizer state, steps `[M]` since each latent fired), reconstruction losses
         `[S]`).
     """
 
@@ -335,8 +339,7 @@ def _sae_steps(graphdef, optimizer, options, placement, params, opt_state, idle_
         carry = params, opt_state, jnp.where(fired_f, 0, idle_f + 1)
         return placement.constrain_replicated(carry), loss
 
-    (params, opt_state, idle_f), losses_s = jax.lax.scan(step, (params, opt_state, idle_f), x_sbd)
-    return params, opt_state, idle_f, losses_s
+    return jax.lax.scan(step, state, x_sbd)
 
 
 def sae_loss(
