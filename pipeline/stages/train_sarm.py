@@ -78,18 +78,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
             " brings none back",
             options.dead_after_steps, options.sae_steps, options.aux_k,
         )  # fmt: skip
-    progress = SARMCheckpoints(
-        workdir / CHECKPOINTS,
-        every=checkpoint_options(config).train_sarm_every,
-        starts={"sae": 0, "preferences": options.sae_steps},
-        made_from=provenance(STAGE, config, workdir),
-        stage=STAGE,
-    )
+    progress = open_checkpoints(config, workdir, options)
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
     policy.placement, policy.remat = placed, config.remat
     try:
         sarm, summary = train_sarm(
-            options, policy, tokenizer, pairs, progress.rows.append, ties, progress
+            options,
+            policy,
+            tokenizer,
+            pairs,
+            log=progress.rows.append,
+            ties=ties,
+            progress=progress,
         )
     except DivergedError:  # with other options, it starts again
         progress.remove()
@@ -106,6 +106,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if ties:
         log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
+
+
+def open_checkpoints(
+    config: ConfigDict, workdir: Path, options: TrainSARMConfig
+) -> SARMCheckpoints:
+    """Returns the checkpoints in the working directory; raises InputError if they are of others."""
+    return SARMCheckpoints(
+        workdir / CHECKPOINTS,
+        every=checkpoint_options(config).train_sarm_every,
+        starts={"sae": 0, "preferences": options.sae_steps},
+        made_from=provenance(STAGE, config, workdir),
+        stage=STAGE,
+    )
 
 
 def checkpoint_options(config: ConfigDict) -> CheckpointConfig:

@@ -141,7 +141,8 @@ def fine_tune(
     """
     steps = options.epochs * (len(pairs_p2) // options.batch_of(len(pairs_p2)))
     graphdef, state, train_step = _start(sarm, options, steps)
-    done, (params, opt_state, frozen) = progress.restore("preferences", state)
+    done, state = progress.restore("preferences", state)
+    params, opt_state, frozen = state
     last: deque[Mapping[str, Any]] = deque(progress.rows[-done:] if done else (), LAST_STEPS)
     pieces, placement = options.gradient_accumulation_steps, sarm.trunk.placement
     with (
@@ -174,9 +175,21 @@ def _start(sarm: SARM, options: PreferenceTraining, steps: int) -> tuple[Any, An
     params, frozen = placement.parameters(params), placement.parameters(frozen)
     optimizer = make_optimizer(options, steps)
     opt_state = map_moments(
-        optimizer, optimizer.init(params), params, placement.trained, placement.replicated
+        optimizer,
+        optimizer.init(params),
+        params,
+        of_parameter=placement.trained,
+        other=placement.replicated,
     )
-    step = compiled_step(graphdef, optimizer, options, compute_dtype, placement, params, opt_state)
+    step = compiled_step(
+        graphdef,
+        optimizer,
+        options=options,
+        compute_dtype=compute_dtype,
+        placement=placement,
+        params=params,
+        opt_state=opt_state,
+    )
     return graphdef, (params, opt_state, frozen), step
 
 
@@ -288,21 +301,28 @@ def placed_batch(batch: PairBatch, pieces: int, placement: Placement) -> Any:
 
 
 def compiled_step(
-    graphdef, optimizer, options, compute_dtype, placement, params, opt_state
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    options: PreferenceTraining,
+    compute_dtype: Any,
+    placement: Placement,
+    params: Any,
+    opt_state: Any,
 ) -> jax.stages.Wrapped:
     """Returns the function (params, opt_state, frozen, batch) → (params, opt_state, metrics).
 
     It makes one optimizer step on a batch of `placed_batch`, and returns parameters and moments
     where it got them. They are donated. For compiling they may be abstract.
     """
-    step, out = partial(_step, graphdef, optimizer, options, compute_dtype), None
+    step = partial(_step, graphdef, optimizer, options, compute_dtype, placement)
+    out: Any = None
     if placement.mesh is not None:
         out = (*jax.tree.map(lambda x: x.sharding, (params, opt_state)), None)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
 
 
-def _step(graphdef, optimizer, options, compute_dtype, params, opt_state, frozen, batch):
-    placement = nnx.merge(graphdef, params, frozen).trunk.placement
+def _step(graphdef, optimizer, options, compute_dtype, placement, params, opt_state, frozen, batch):
     tokens_bt, _, turn_bt, tie_b = batch  # of several pieces, [P, B, T] and [P, B]
     pairs, turn_tokens = tokens_bt[..., 0].size // 2, turn_bt.sum()
 
@@ -367,15 +387,23 @@ def lower_step(sarm: SARM, options: PreferenceTraining, length: int) -> Lowered:
         optimizer,
         jax.eval_shape(optimizer.init, params),
         params,
-        lambda path, x: placement.abstract_parameter(path, x.shape, x.dtype),
-        placement.abstract_replicated,
+        of_parameter=lambda path, x: placement.abstract_parameter(path, x.shape, x.dtype),
+        other=placement.abstract_replicated,
     )
     rows, pieces = 2 * options.batch_size, options.gradient_accumulation_steps
     shape = (rows, length) if pieces == 1 else (pieces, rows // pieces, length)
     tokens, mask = (
         placement.abstract_rows(shape, kind, len(shape) - 2) for kind in (jnp.int32, bool)
     )
-    step = compiled_step(graphdef, optimizer, options, dtype, placement, params, opt_state)
+    step = compiled_step(
+        graphdef,
+        optimizer,
+        options=options,
+        compute_dtype=dtype,
+        placement=placement,
+        params=params,
+        opt_state=opt_state,
+    )
     frozen = placement.abstract_parameters(frozen)
     return step.lower(params, opt_state, frozen, (tokens, mask, mask, None))
 

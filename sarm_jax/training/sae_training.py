@@ -224,7 +224,7 @@ def pretrain_sae(
         DivergedError: training diverged.
     """
     rng = np.random.default_rng(options.seed)
-    graphdef, optimizer, state = _start(sae, train, options, rng, placement)
+    graphdef, optimizer, state = _start(sae, train, rng, options=options, placement=placement)
     done, state = progress.restore("sae", state)
     loss = progress.rows[-1]["loss"] if done else 0.0
     with (
@@ -257,7 +257,7 @@ def pretrain_sae(
     return trained, {**metrics, "dead_fraction": _dead_fraction(state, options)}
 
 
-def _start(sae, train, options, rng, placement):
+def _start(sae, train, rng, *, options, placement):
     """Returns (structure, optimizer, (parameters, its state, idle steps of each latent `[M]`))."""
     new = initialise(sae, train, rng)
     new.placement = placement

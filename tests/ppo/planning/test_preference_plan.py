@@ -48,8 +48,8 @@ def test_the_program_is_the_one_that_runs(tokenizer, monkeypatch, mode, shape, p
     policy.placement = placement
     texts, make = [], preference_training.compiled_step
 
-    def recorded(*arguments):
-        step = make(*arguments)
+    def recorded(*arguments, **options):
+        step = make(*arguments, **options)
 
         def run(*state):
             texts.append(step.lower(*state).as_text())
