@@ -203,11 +203,13 @@ def _add_reward(config: ConfigDict) -> None:
 
 
 def _add_guards(config: ConfigDict) -> None:
-    # Checkpoints kept for good. These options do not affect results and may differ when a run is
-    # resumed.
+    # Checkpoints. These options do not affect results and may differ when a run is resumed.
     config.checkpoint = ConfigDict()
     # Checkpoints of every n-th PPO step are kept for good, besides the newest; 0: none are.
     config.checkpoint.keep_every = 0
+    # Steps between the checkpoints of train_sarm, of its SAE and of its preferences; 0: there is
+    # one only at SIGTERM or Ctrl-C. They are removed once the SARM is written.
+    config.checkpoint.train_sarm_every = 500
 
     # Guards: warnings, in the log and in summary.json, if a metric shows that a run has gone wrong
     # (ppo/tracking/guards.py). Thresholds apply to columns of metrics.csv. These options do not
@@ -316,6 +318,9 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.aux_weight = 1 / 32  # weight of that auxiliary loss
     config.train_sarm.epochs = 3  # passes over the preference pairs
     config.train_sarm.batch_size = 16  # preference pairs per optimizer step
+    # Pieces that these pairs are cut into in modes 1 to 3. The gradients of the pieces are added
+    # up: less memory for more time.
+    config.train_sarm.gradient_accumulation_steps = 1
     # Peak learning rate of the trunk, and of the SAE in modes 2 and 3.
     config.train_sarm.learning_rate = 2e-6
     config.train_sarm.head_learning_rate = 1e-3  # peak learning rate of the head
@@ -439,12 +444,16 @@ def _add_evaluate(config: ConfigDict) -> None:
 
 
 def _add_plan(config: ConfigDict) -> None:
-    # Stage plan: compiles every program of a PPO step from shapes alone, and reports its memory,
-    # traffic and time.
+    # Stage plan: compiles every program of a PPO step, or the step of train_sarm on preferences,
+    # from shapes alone, and reports its memory, traffic and time.
     config.plan = ConfigDict()
+    # What is planned: train, or train_sarm in a mode that trains the trunk. In a plan of train_sarm
+    # all conversations have train_sarm.max_length tokens, and only target, policy_config and search
+    # of the options below are read.
+    config.plan.stage = "train"
     # Machine: "host", or a name such as h100x4 or h200x8, which need not be present.
     config.plan.target = "host"
-    # Directory with the policy's config.json; empty: policy_model.
+    # Directory with the policy's config.json; empty: policy_model (or train_sarm.model).
     config.plan.policy_config = ""
     # Directory with the config.json of the SARM, or of a classifier; empty: sarm_model. A
     # classifier without an SAE is planned with one of train_sae.latent_size and train_sae.k if the

@@ -42,7 +42,12 @@ DEFAULTS = {
         "ensemble": "mean",
     },
     "human_latents": {"states": False},
-    "train_sarm": {"tie_pairs_jsonl": "", "tie_weight": 1.0, "heads": 1},
+    "train_sarm": {
+        "tie_pairs_jsonl": "",
+        "tie_weight": 1.0,
+        "heads": 1,
+        "gradient_accumulation_steps": 1,
+    },
     "train_sae": {"activation": "topk"},
     "lab": {"shortcuts": "flattery", "told_shortcuts": "flattery", "oracle": False},
     "identify.feature_names": "",

@@ -875,6 +875,60 @@ STAGES = [
         "train_sarm.heads=0: must be at least 1",
     ),
     main(
+        "no pieces of a batch of pairs",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.gradient_accumulation_steps=0",
+        "train_sarm.gradient_accumulation_steps=0: must be at least 1",
+    ),
+    main(
+        "negative number of steps between checkpoints of train_sarm",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.checkpoint.train_sarm_every=-1",
+        "checkpoint.train_sarm_every=-1: must not be negative",
+    ),
+    main(
+        "pieces that do not divide a batch of pairs",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.gradient_accumulation_steps=3",
+        "train_sarm.gradient_accumulation_steps=3 does not divide train_sarm.batch_size=16",
+    ),
+    main(
+        "pieces that do not divide the pairs that there are",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.source_layer=1 "
+        "--config.train_sarm.gradient_accumulation_steps=4",
+        "train_sarm.gradient_accumulation_steps=4 does not divide train_sarm.batch_size=16, which "
+        "6 training pairs cut to 6",
+    ),
+    main(
+        "pieces of a batch for a head alone",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.mode=0 "
+        "--config.train_sarm.gradient_accumulation_steps=2",
+        "train_sarm.gradient_accumulation_steps=2: train_sarm.mode=0 trains the head on whole",
+    ),
+    main(
+        "pairs that the mesh does not divide",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.batch_size=3 "
+        "--config.mesh.data=4",
+        "2 × train_sarm.batch_size / train_sarm.gradient_accumulation_steps = 6 rows do not divide "
+        "over data × fsdp = 4 devices",
+    ),
+    main(
+        "latents that the mesh does not divide",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.source_layer=1 "
+        "--config.train_sarm.latent_size=1023 --config.mesh.tensor=2",
+        "mesh.tensor=2 does not divide dimension 1 of sae.encoder, whose shape is (32, 1023)",
+    ),
+    main(
+        "a mesh of too many devices for train_sarm",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.mesh.data=16",
+        "mesh data=16 fsdp=1 tensor=1 takes 16 devices; there are 8",
+    ),
+    main(
         "negative weight of ties",
         "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
         "--config.train_sarm.tie_pairs_jsonl={world}/pairs.jsonl "
@@ -1020,6 +1074,32 @@ STAGES = [
         "--stage=human_latents --latent_indices=3,64 "
         "--config.human_latents.demos_jsonl={world}/demos.jsonl",
         "reward.latent_indices: feature 64 of a SARM with 64",
+    ),
+    main(
+        "plan of a stage that has none",
+        f"{PLAN}=host --config.plan.stage=identify",
+        "plan.stage='identify': expected train or train_sarm",
+    ),
+    main(
+        "plan of a head alone",
+        f"{PLAN}=host --config.plan.stage=train_sarm --config.train_sarm.mode=0",
+        "train_sarm.mode=0: has no step to plan",
+    ),
+    main(
+        "plan of training without a model",
+        f"{PLAN}=host --config.plan.stage=train_sarm --policy_model=",
+        "policy_model is empty",
+    ),
+    main(
+        "plan of a layer the model does not have",
+        f"{PLAN}=host --config.plan.stage=train_sarm --config.train_sarm.source_layer=4",
+        "train_sarm.source_layer=4: the model has 3 layers",
+    ),
+    main(
+        "plan of pairs that the mesh does not divide",
+        f"{PLAN}=host --config.plan.stage=train_sarm --config.train_sarm.source_layer=1 "
+        "--config.mesh.data=3",
+        "/ train_sarm.gradient_accumulation_steps = 32 rows do not divide over data × fsdp = 3",
     ),
     main("unknown target", f"{PLAN}=tpu", "plan.target='tpu': expected host"),
     main(

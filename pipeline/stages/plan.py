@@ -1,4 +1,4 @@
-"""Plan a PPO step: compile it for this machine, or for one that is not there."""
+"""Plan a step of PPO or train_sarm: compile it for this machine, or one that is not there."""
 
 import dataclasses
 import logging
@@ -17,17 +17,44 @@ from ppo.config import PPOConfig
 from ppo.options import train_config
 from ppo.planning.chips import target_devices
 from ppo.planning.plan import Layout, Planner, candidates, layouts_for, search, table
+from ppo.planning.preference_plan import PreferencePlanner, preference_table
 from ppo.prompt_lengths import batch_shares, fitting_lengths, read_lengths
 from ppo.train import TrainConfig
+from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.sarm import SARMConfig, check_ensemble
 from sarm_jax.training.train_sae import TrainSAEConfig
+from sarm_jax.training.train_sarm import TrainSARMConfig
 
 LOG = logging.getLogger(__name__)
+STAGES = ("train", "train_sarm")  # that can be planned
 
 
-def validate(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
+def validate(config: ConfigDict) -> None:
+    """Validates the options of what is planned."""
+    stage = config.plan.stage
+    if stage not in STAGES:
+        raise InputError(f"plan.stage={stage!r}: expected {' or '.join(STAGES)}")
+    if stage == "train_sarm":
+        validate_training(config)
+    else:
+        validate_ppo(config)
+
+
+def validate_training(config: ConfigDict) -> TrainSARMConfig:
+    """Validates the section train_sarm, except for its files, and returns its options."""
+    section = config.train_sarm.to_dict() | {"pairs_jsonl": (), "tie_pairs_jsonl": ()}
+    if not section.pop("model") and not config.plan.policy_config:
+        required(config, "policy_model")
+    check_remat(config.remat)
+    options = TrainSARMConfig(**section | {"tie_weight": 1.0})
+    if options.mode == 0:
+        raise InputError("train_sarm.mode=0: has no step to plan; expected 1, 2 or 3")
+    return options
+
+
+def validate_ppo(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
     """Validates PPO's options, and returns them with the share of batches by prompt length."""
     options = train_config(config)
     for field, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
@@ -47,9 +74,20 @@ def prompt_shares(path: str, ppo: PPOConfig) -> dict[int, float]:
     return batch_shares(fitting_n, ppo.prompts_per_batch, ppo.max_new_tokens)
 
 
+def preference_planner(config: ConfigDict) -> PreferencePlanner:
+    """Builds a planner of train_sarm for the config's target and the architecture of its model."""
+    src = config.plan.policy_config or config.train_sarm.model or config.policy_model
+    policy = read_policy_config(src)
+    return PreferencePlanner(
+        name=config.plan.target,
+        config=validate_training(config),
+        policy=lambda: abstract_policy(policy, config.dtype),
+    )
+
+
 def make_planner(config: ConfigDict) -> Planner:
     """Builds a planner for the config's target and the architectures of its models."""
-    (options, shares), section = validate(config), config.plan
+    (options, shares), section = validate_ppo(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
     reward = options.reward
     sarm = reward_config(config, reward.reads_features or bool(reward.latent_indices))
@@ -94,27 +132,37 @@ def reward_config(
 
 def layout(config: ConfigDict) -> Layout:
     """Returns the layout of the config itself: mesh, rematerialisation and accumulation."""
-    return Layout(mesh_config(config), config.remat, config.ppo.gradient_accumulation_steps)
+    section = config.ppo if config.plan.stage == "train" else config.train_sarm
+    return Layout(mesh_config(config), config.remat, section.gradient_accumulation_steps)
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    """Estimate memory, traffic and time of a PPO step; print a table and write plan.json."""
-    planner = make_planner(config)
+    """Estimate memory, traffic and time of a step; print a table and write plan.json."""
+    validate(config)
+    planner: Planner | PreferencePlanner
+    if config.plan.stage == "train_sarm":
+        planner, show = preference_planner(config), preference_table
+    else:
+        planner, show = make_planner(config), table
     if config.plan.search:
-        layouts = layouts_for(target_devices(planner.name), planner.config.batch_size)
+        devices = target_devices(planner.name)
+        if isinstance(planner, PreferencePlanner):
+            layouts = planner.layouts(devices)
+        else:
+            layouts = layouts_for(devices, planner.config.batch_size)
         ranked = search(planner, list(layouts))
         plan = ranked[0] | {"candidates": ranked[1:]}
         print(candidates(ranked), end="\n\n")
     else:
         plan = planner.plan(layout(config))
     write_json(workdir / "plan.json", plan)
-    print(table(plan))
+    print(show(plan))
     LOG.info("the plan is in %s", workdir / "plan.json")
 
 
 STAGE = Stage(
     name="plan",
-    summary="Architectures and options → memory, traffic and time of a PPO step on a machine.",
+    summary="Architectures and options → memory, traffic and time of a training step on a machine.",
     validate=validate,
     run=run,
     options=(
@@ -129,6 +177,7 @@ STAGE = Stage(
         "train_sae.latent_size",
         "train_sae.k",
         "train_sae.activation",
+        "train_sarm",
     ),
     inputs=(
         Input("plan.policy_config"),

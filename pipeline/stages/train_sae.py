@@ -11,7 +11,7 @@ from conversion import load_reward_model
 from conversion.converted import save_with_sae
 from conversion.load import check_models, read_reward_config
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_conversations, mesh_config
+from pipeline.models import check_conversations, mesh_config, placement
 from pipeline.options import required
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
@@ -20,7 +20,7 @@ from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import split_paths
 from sarm_jax.models.conversation_rows import read_responses
 from sarm_jax.models.linear_reward import LinearReward
-from sarm_jax.parallel.sharding import MeshConfig
+from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.training.train_sae import TrainSAEConfig, train_sae
 
 LOG = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def validate(config: ConfigDict) -> TrainSAEConfig:
     required(config, "train_sae.responses_jsonl")
     section = config.train_sae.to_dict()
     section["responses_jsonl"] = split_paths(section["responses_jsonl"])
-    mesh_config(config)
+    make_mesh(mesh_config(config))  # raises if there are too few devices
     return TrainSAEConfig(**section)
 
 
@@ -50,23 +50,25 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if (workdir / OUTPUT).exists():
         raise InputError(f"{workdir / OUTPUT} exists already: delete it to train again")
     LOG.info("training an SAE on %d responses, for %s", len(responses), workdir / OUTPUT)
-    positions = read_reward_config(options.model).trunk.max_position_embeddings
+    trunk = read_reward_config(options.model).trunk
+    mesh_config(config).check_model(trunk)
+    positions = trunk.max_position_embeddings
     if options.max_length > positions:  # as in scoring, see `load_reward_model`
         LOG.info(
             "%s has %d positions: train_sae.max_length=%d", options.model, positions, positions
         )
         options = dataclasses.replace(options, max_length=positions)
-    if (mesh := mesh_config(config)) != MeshConfig():
-        LOG.info("train_sae runs on one device: %s is for the other stages", mesh)
     if options.dead_after_steps >= options.steps:
         LOG.warning(
             "train_sae.dead_after_steps=%d: no latent counts as dead in steps=%d, and aux_k=%d "
             "brings none back",
             options.dead_after_steps, options.steps, options.aux_k,
         )  # fmt: skip
-    model = load_reward_model(options.model, config.dtype)
-    rows: list[dict] = []
+    placed = placement(config)
+    model = load_reward_model(options.model, config.dtype, placed.load)
     reward_model = cast(LinearReward, model.model)
+    reward_model.trunk.placement = placed
+    rows: list[dict] = []
     sae, summary = train_sae(options, reward_model, model.tokenizer, responses, rows.append)
     write_json(workdir / "sae_summary.json", summary)
     write_jsonl(workdir / "sae_metrics.jsonl", rows)

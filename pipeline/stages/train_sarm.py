@@ -12,19 +12,24 @@ from conversion.checkpoint import open_checkpoint
 from conversion.load import read_policy_config
 from conversion.to_hf import save_sarm
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_conversations, check_remat, mesh_config
+from pipeline.models import check_conversations, check_remat, mesh_config, placement
 from pipeline.options import optional_paths, required
+from pipeline.provenance import provenance
+from pipeline.sarm_checkpoints import SARMCheckpoints
 from pipeline.stage import Stage
+from ppo.tracking.checkpoint import CheckpointConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
-from sarm_jax.parallel.sharding import MeshConfig
+from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.reporting.statistics import Interval, format_interval
+from sarm_jax.training.divergence import DivergedError
 from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
 
 LOG = logging.getLogger(__name__)
+CHECKPOINTS = "sarm_checkpoints"  # while the training lasts
 
 
 def validate(config: ConfigDict) -> TrainSARMConfig:
@@ -36,7 +41,8 @@ def validate(config: ConfigDict) -> TrainSARMConfig:
     if not section.pop("model"):
         required(config, "policy_model")
     check_remat(config.remat)
-    mesh_config(config)
+    make_mesh(mesh_config(config))  # raises if there are too few devices
+    checkpoint_options(config)
     return TrainSARMConfig(**section)
 
 
@@ -47,9 +53,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     files = {path: read_pairs(path, unequal=True) for path in (*paths, *tie_paths)}
     pairs, names = [pair for path in paths for pair in files[path]], short_names(tie_paths)
     ties = [{"source": names[path]} | row for path in tie_paths for row in files[path]]
-    options.held_out(pairs, ties)
+    held_out, mesh = options.held_out(pairs, ties), mesh_config(config)
+    options.check_batch(mesh, sum(pair["prompt"] not in held_out for pair in (*pairs, *ties)))
     policy_config = read_policy_config(source)
     options.check_layers(policy_config.num_hidden_layers)
+    mesh.check_model(policy_config)
+    placed = placement(config)
+    options.check_sae(placed, policy_config.hidden_size)
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(source, prompts)
     if (workdir / "sarm").exists():
@@ -62,29 +72,58 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if options.max_length > positions:  # as in scoring, see `load_reward_model`
         LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
         options = dataclasses.replace(options, max_length=positions)
-    if (mesh := mesh_config(config)) != MeshConfig():
-        LOG.info("train_sarm runs on one device: %s is for the other stages", mesh)
     if options.dead_after_steps >= options.sae_steps:
         LOG.warning(
             "train_sarm.dead_after_steps=%d: no latent counts as dead in sae_steps=%d, and aux_k=%d"
             " brings none back",
             options.dead_after_steps, options.sae_steps, options.aux_k,
         )  # fmt: skip
-    policy, tokenizer = load_policy(source, config.dtype)
-    policy.remat = config.remat
-    rows: list[dict] = []
-    sarm, summary = train_sarm(options, policy, tokenizer, pairs, rows.append, ties)
+    progress = open_checkpoints(config, workdir, options)
+    policy, tokenizer = load_policy(source, config.dtype, placed.load)
+    policy.placement, policy.remat = placed, config.remat
+    try:
+        sarm, summary = train_sarm(
+            options,
+            policy,
+            tokenizer,
+            pairs,
+            log=progress.rows.append,
+            ties=ties,
+            progress=progress,
+        )
+    except DivergedError:  # with other options, it starts again
+        progress.remove()
+        raise
     hf_config = open_checkpoint(source, "policy").hf_config
     write_json(workdir / "sarm_summary.json", summary)
-    write_jsonl(workdir / "sarm_metrics.jsonl", rows)
+    write_jsonl(workdir / "sarm_metrics.jsonl", progress.rows)
     # Last, because --stage=all takes it for the end of the stage.
     save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
+    progress.remove()
     low, high = summary["accuracy_held_out_95"]
     accuracy: Interval = {"mean": summary["accuracy_held_out"], "low": low, "high": high}
     LOG.info("held-out accuracy %s", format_interval(accuracy, ".3f"))
     if ties:
         log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
+
+
+def open_checkpoints(
+    config: ConfigDict, workdir: Path, options: TrainSARMConfig
+) -> SARMCheckpoints:
+    """Returns the checkpoints in the working directory; raises InputError if they are of others."""
+    return SARMCheckpoints(
+        workdir / CHECKPOINTS,
+        every=checkpoint_options(config).train_sarm_every,
+        starts={"sae": 0, "preferences": options.sae_steps},
+        made_from=provenance(STAGE, config, workdir),
+        stage=STAGE,
+    )
+
+
+def checkpoint_options(config: ConfigDict) -> CheckpointConfig:
+    """Returns the validated section checkpoint."""
+    return CheckpointConfig(**config.checkpoint)
 
 
 def log_ties(held_out: dict[str, Any]) -> None:
@@ -114,7 +153,7 @@ STAGE = Stage(
         Input("policy_model", Kind.POLICY, read_if=lambda config: not config.train_sarm.model),
     ),
     output="sarm",
-    makes=("sarm/", "sarm_summary.json", "sarm_metrics.jsonl"),
+    makes=("sarm/", "sarm_summary.json", "sarm_metrics.jsonl", "sarm_checkpoints/"),
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sarm.pairs_jsonl),
     costly=lambda config: True,

@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import AxisType, Mesh
@@ -142,13 +142,15 @@ class Planner:
                     "compiling %s for %s on %s, prompts of %d tokens",
                     program.name, self.name, layout, prompt_tokens,
                 )  # fmt: skip
-                self._rows[key] = _row(
-                    program,
-                    compiled=program.lower().compile(),
+                self._rows[key] = program_row(
+                    program.name,
+                    program.runs,
+                    program.lower().compile(),
                     costs=costs[program.name],
                     chip=chip,
-                    config=config,
                     mesh=mesh,
+                    tokens=prompt_tokens,
+                    loops=open_loops(config),
                 )
             rows.append(self._rows[key])
         return rows
@@ -184,16 +186,23 @@ class Planner:
         )
         mesh.check_batch(config.prompts_per_batch, "ppo.batch_size / ppo.samples_per_prompt")
         mesh.check_batch(config.rollout_slots, "ppo.rollout_slots")
-        chip, devices, backend = target(self.name, mesh.devices, policy.embed_tokens.dtype)
-        on_host = self.name == "host"  # the programs are then those of a run, on the same mesh
-        placement = Placement(make_mesh(mesh, devices) if on_host else _mesh(mesh, devices))
+        placement, chip, backend = target_placement(self.name, mesh, policy.embed_tokens.dtype)
         policy.remat = layout.remat
         for model in (policy, sarm.trunk):
             model.backend, model.placement = backend, placement
         return policy, sarm, chip
 
 
-def search(planner: Planner, layouts: Sequence[Layout]) -> list[dict]:
+class Plans(Protocol):
+    """What plans a layout on a target."""
+
+    @property
+    def name(self) -> str: ...
+
+    def plan(self, layout: Layout) -> dict: ...
+
+
+def search(planner: Plans, layouts: Sequence[Layout]) -> list[dict]:
     """Returns a plan for each possible layout: those that fit first, and the fastest of them."""
     plans = []
     for layout in layouts:
@@ -206,12 +215,14 @@ def search(planner: Planner, layouts: Sequence[Layout]) -> list[dict]:
     return sorted(plans, key=lambda plan: (not plan["fits"], plan["step_seconds"]))
 
 
-def layouts_for(devices: int, rows: int) -> Iterator[Layout]:
+def layouts_for(
+    devices: int, rows: int, accumulations: Sequence[int] = (1, 2, 4)
+) -> Iterator[Layout]:
     """Yields every layout over `devices` devices that divides a batch of `rows` rows."""
     shapes = itertools.product(range(1, devices + 1), repeat=3)
     for shape in (shape for shape in shapes if math.prod(shape) == devices):
         mesh = MeshConfig(*shape)
-        for remat, accumulation in itertools.product(("dots", "full"), (1, 2, 4)):
+        for remat, accumulation in itertools.product(("dots", "full"), accumulations):
             if rows % (accumulation * mesh.batch_parts) == 0:
                 yield Layout(mesh, remat, accumulation)
 
@@ -271,24 +282,45 @@ def candidates(plans: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def target_placement(name: str, mesh: MeshConfig, dtype: Any) -> tuple[Placement, Chip, str]:
+    """Returns (the mesh of a target, the rates of its devices, their backend), see `target`."""
+    chip, devices, backend = target(name, mesh.devices, dtype)
+    on_host = name == "host"  # the programs are then those of a run, on the same mesh
+    placement = Placement(make_mesh(mesh, devices) if on_host else _mesh(mesh, devices))
+    return placement, chip, backend
+
+
 def _mesh(mesh: MeshConfig, devices: Sequence[Any]) -> Mesh:
     """Returns a mesh of devices that are not present."""
     grid = np.asarray(devices).reshape(mesh.data, mesh.fsdp, mesh.tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _row(
-    program: Program,
-    *,
+def program_row(
+    name: str,
+    runs: int,
     compiled: Compiled,
+    *,
     costs: tuple[Cost, ...],
     chip: Chip,
-    config: PPOConfig,
     mesh: MeshConfig,
+    tokens: int,
+    loops: tuple[int, ...] = (),
 ) -> dict:
-    """Returns the row of plan.json for a compiled program."""
+    """Returns the row of plan.json for a compiled program.
+
+    Args:
+        name: its name.
+        runs: how often a step runs it.
+        compiled: the program.
+        costs: the costs of its parts.
+        chip: rates of one device.
+        mesh: the device mesh.
+        tokens: the length that prompts are padded to, or conversations.
+        loops: how often its loops of unknown length run.
+    """
     memory: Any = compiled.memory_analysis()
-    traffic = read_traffic(compiled.as_text() or "", open_loops=open_loops(config))
+    traffic = read_traffic(compiled.as_text() or "", open_loops=loops)
     kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
     flops = [cost.flops for cost in costs]
     inherent_bytes = [cost.inherent_bytes for cost in costs]
@@ -307,9 +339,9 @@ def _row(
         for collective in traffic.collectives
     )
     return {
-        "name": program.name,
-        "prompt_tokens": config.max_prompt_tokens,
-        "runs": program.runs,
+        "name": name,
+        "prompt_tokens": tokens,
+        "runs": runs,
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "peak_bytes": kept - memory.alias_size_in_bytes + memory.temp_size_in_bytes,

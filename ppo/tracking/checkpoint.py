@@ -51,17 +51,20 @@ LOG = logging.getLogger(__name__)
 class CheckpointConfig:
     """Options of checkpoints, the section `checkpoint` of a config.
 
-    Checkpoints of every `keep_every`-th step are kept permanently; 0: none are.
+    Checkpoints of every `keep_every`-th PPO step are kept permanently; 0: none are. The stage
+    train_sarm writes one every `train_sarm_every` steps; 0: only at a signal.
 
     Raises:
-        InputError: the option is negative.
+        InputError: an option is negative.
     """
 
     keep_every: int
+    train_sarm_every: int = 500
 
     def __post_init__(self) -> None:
-        if self.keep_every < 0:
-            raise InputError(f"checkpoint.keep_every={self.keep_every}: must not be negative")
+        for name, value in dataclasses.asdict(self).items():
+            if value < 0:
+                raise InputError(f"checkpoint.{name}={value}: must not be negative")
 
 
 class Checkpoints:

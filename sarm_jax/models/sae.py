@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
+
 STANDARDISE_EPS = 1e-6
 TOPK = ("topk", "topk_relu")
 ACTIVATIONS = (*TOPK, "jumprelu", "relu", "identity")
@@ -60,24 +62,32 @@ def standardise(h: jax.Array) -> jax.Array:
     return centred / (h.std(axis=-1, ddof=1, keepdims=True) + STANDARDISE_EPS)
 
 
-def top_k(a_bf: jax.Array, k: int) -> jax.Array:
-    """Keeps the k largest values of each row of `[B, M]` and sets the others to exactly 0."""
-    values_bk, indices_bk = jax.lax.top_k(a_bf, k)
-    rows_b1 = jnp.arange(a_bf.shape[0])[:, None]
-    return jnp.zeros_like(a_bf).at[rows_b1, indices_bk].set(values_bk, unique_indices=True)
+def top_k(a_bf: jax.Array, k: int, placement: Placement = ONE_DEVICE) -> jax.Array:
+    """Keeps the k largest values of each row of `[B, M]` and sets the others to exactly 0.
+
+    On a mesh each device does so for its own rows. Otherwise the compiler would gather them all.
+    """
+
+    def keep(a_bf):
+        values_bk, indices_bk = jax.lax.top_k(a_bf, k)
+        rows_b1 = jnp.arange(a_bf.shape[0])[:, None]
+        return jnp.zeros_like(a_bf).at[rows_b1, indices_bk].set(values_bk, unique_indices=True)
+
+    return placement.map_rows(keep, a_bf)
 
 
 class SAE(nnx.Module):
     """The autoencoder: encoder `[D, M]`, decoder `[M, D]`, `pre_bias [D]`, `latent_bias [M]`.
 
-    With the activation jumprelu it also has `threshold [M]`.
+    With the activation jumprelu it also has `threshold [M]`. `placement` is the mesh that shares
+    the rows of large batches, those of training.
     """
 
     def __init__(self, config: SAEConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         d, m = config.hidden_size, config.latent_size
         directions = jax.random.normal(rngs.params(), (m, d))
         directions /= jnp.linalg.norm(directions, axis=1, keepdims=True)
-        self.config = config
+        self.config, self.placement = config, ONE_DEVICE
         self.encoder = nnx.Param(directions.T.astype(dtype))
         self.decoder = nnx.Param(directions.astype(dtype))
         self.pre_bias = nnx.Param(jnp.zeros((d,), dtype))
@@ -100,13 +110,15 @@ class SAE(nnx.Module):
     def activate(self, a_bf: jax.Array) -> jax.Array:
         """Computes z `[B, M]` of pre-activations."""
         if self.config.use_topk:
-            a_bf = top_k(a_bf, self.config.k)
+            a_bf = top_k(a_bf, self.config.k, self.placement)
         return _rectified(a_bf, self.config.activation, self._threshold())
 
     def reconstructing(self, a_bf: jax.Array) -> jax.Array:
         """Computes the latents `[B, M]` that reconstruct x: z, or the k largest a for identity."""
         identity = self.config.activation == "identity"
-        return top_k(a_bf, self.config.k) if identity else self.activate(a_bf)
+        if identity:
+            return top_k(a_bf, self.config.k, self.placement)
+        return self.activate(a_bf)
 
     def columns(self, x_nd: jax.Array, index_f: jax.Array) -> jax.Array:
         """Computes the latents `[N, f]` of the features `index_f`; the SAE must have no TopK."""

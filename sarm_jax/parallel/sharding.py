@@ -6,10 +6,11 @@
 
 Modules hold almost no sharding annotations. Weights are put on the mesh as they are loaded,
 programs state the sharding of their inputs and outputs, and the compiler derives the rest. There
-are three exceptions. The fused attention kernel needs queries, keys and values split alike, along
+are four exceptions. The fused attention kernel needs queries, keys and values split alike, along
 rows and heads only (`constrain_heads`). Decoding uses a copy of the weights in another layout,
 which is split like the weights (`sarm_jax.sampling.fused_layers`). Sums along the vocabulary are
-gathered when a token is drawn (`sarm_jax.sampling.generate`). Adapters, value head and optimizer
+gathered when a token is drawn (`sarm_jax.sampling.generate`). In training each device finds the
+largest latents of its own rows (`map_rows`). Adapters, value head and optimizer
 state are small and replicated.
 """
 
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.devices import find_devices
@@ -205,15 +207,25 @@ class Placement:
             shards += jax.block_until_ready([jax.device_put(piece, device) for device in copies])
         return jax.make_array_from_single_device_arrays(padded, sharding, shards)
 
+    def parameters(self, tree: Any) -> Any:
+        """Puts the parameters of a module where `load` puts them; on the mesh they are padded."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(self.trained, parameter_paths(tree), tree)
+
+    def trained(self, path: str, array: Any) -> Any:
+        """Puts an array of the shape of a parameter, such as its moment, where `load` puts it."""
+        return array if self.mesh is None else _put(array, self._of_parameter(path, array.shape))
+
     def replicated(self, tree: Any) -> Any:
         """Puts a copy of every array on every device."""
         return tree if self.mesh is None else jax.tree.map(lambda x: _put(x, self._at(P())), tree)
 
-    def rows(self, tree: Any) -> Any:
-        """Splits arrays along their first dimension; replicates those that do not divide."""
+    def rows(self, tree: Any, dimension: int = 0) -> Any:
+        """Splits arrays along a dimension, the first one; replicates those that do not divide."""
         if self.mesh is None:
             return tree
-        return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape))), tree)
+        return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape, dimension))), tree)
 
     def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
         """Describes an array that is split like `spec`, for compiling ahead of time."""
@@ -227,19 +239,45 @@ class Placement:
         shape = padded_shape(path, shape, self.mesh)
         return self.abstract(shape, dtype, partition_spec(path, shape, self.mesh))
 
+    def abstract_parameters(self, tree: Any, dtype: Any = None) -> Any:
+        """Describes what `parameters` returns for a module's parameters, padded, in a dtype."""
+        return jax.tree.map(
+            lambda path, x: self.abstract_parameter(path, x.shape, dtype or x.dtype),
+            parameter_paths(tree),
+            tree,
+        )
+
     def abstract_replicated(self, tree: Any) -> Any:
         """Describes what `replicated` returns for such a tree."""
         return jax.tree.map(lambda x: self.abstract(x.shape, x.dtype, P()), tree)
 
-    def abstract_rows(self, shape: Sequence[int], dtype: Any) -> Any:
+    def abstract_rows(self, shape: Sequence[int], dtype: Any, dimension: int = 0) -> Any:
         """Describes what `rows` returns for such an array."""
-        return self.abstract(shape, dtype, self._rows(shape))
+        return self.abstract(shape, dtype, self._rows(shape, dimension))
+
+    def constrain_parameters(self, tree: Any) -> Any:
+        """Constrains parameters inside a program to the sharding that `parameters` gives them."""
+        if self.mesh is None:
+            return tree
+        shardings = jax.tree.map(
+            lambda path, x: self._of_parameter(path, x.shape), parameter_paths(tree), tree
+        )
+        return jax.lax.with_sharding_constraint(tree, shardings)
 
     def constrain_rows(self, tree: Any) -> Any:
         """Constrains arrays inside a program to the sharding that `rows` gives them."""
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: self.constrain(x, self._rows(x.shape)), tree)
+
+    def map_rows(self, function: Callable[[jax.Array], jax.Array], array: jax.Array) -> jax.Array:
+        """Applies a function of rows inside a program, on each device to the rows it has.
+
+        If the rows do not divide, the whole array is passed.
+        """
+        if self.mesh is None or len(array) % self.parts:
+            return function(array)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=BATCH, out_specs=BATCH)(array)
 
     def constrain_heads(self, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         """Constrains arrays `[B, T, heads, H]` in a program to a split along B and heads only."""
@@ -258,12 +296,25 @@ class Placement:
             return tree
         return jax.lax.with_sharding_constraint(tree, self._at(spec))
 
-    def _rows(self, shape: Sequence[int]) -> P:
-        return P() if shape[0] % self.parts else BATCH
+    def _of_parameter(self, path: str, shape: Sequence[int]) -> NamedSharding:
+        assert self.mesh is not None
+        return self._at(partition_spec(path, shape, self.mesh))
+
+    def _rows(self, shape: Sequence[int], dimension: int = 0) -> P:
+        return P() if shape[dimension] % self.parts else P(*dimension * [None], *BATCH)
 
     def _at(self, spec: P) -> NamedSharding:
         assert self.mesh is not None
         return NamedSharding(self.mesh, spec)
+
+
+def parameter_paths(tree: Any) -> Any:
+    """Returns the tree of a module's parameters with their dotted paths in place of arrays."""
+
+    def path_of(keys, _):
+        return ".".join(str(key.key) for key in keys if isinstance(key, DictKey))
+
+    return jax.tree_util.tree_map_with_path(path_of, tree)
 
 
 def put_like(array: np.ndarray, like: Any) -> Any:

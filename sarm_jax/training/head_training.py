@@ -10,14 +10,14 @@ import optax
 from flax import nnx
 
 from sarm_jax.models.sae import SAE
+from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.training.divergence import check_loss
+from sarm_jax.training.preference_loss import bradley_terry_loss, pair_metrics
 from sarm_jax.training.preference_training import (
     HEAD_RATE,
     PreferenceTraining,
     adamw,
-    bradley_terry_loss,
     defined_mean,
-    pair_metrics,
 )
 from sarm_jax.training.sae_training import Log
 
@@ -29,10 +29,12 @@ def train_head(
     options: PreferenceTraining,
     log: Log,
     tie_p: np.ndarray | None = None,
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """Trains the head on a frozen SAE and frozen pooled states (mode 0).
 
-    Only the kept latents of each row are stored.
+    Only the kept latents of each row are stored. On a mesh every device has them all, and its share
+    of each batch of pairs; a batch that the devices do not divide is not shared.
 
     Args:
         sae: the SAE.
@@ -41,6 +43,7 @@ def train_head(
         options: options of the training.
         log: receives a metrics row after each epoch.
         tie_p: which pairs are ties; None if none is.
+        placement: the mesh that the SAE is on.
 
     Returns:
         Head weights `[M]`.
@@ -49,12 +52,13 @@ def train_head(
         DivergedError: training diverged.
     """
     return _train_head(
-        sparse_latents(sae, pooled_rd),
+        sparse_latents(sae, pooled_rd, placement),
         sae.config.latent_size,
         pairs_p2=pairs_p2,
         options=options,
         log=log,
         tie_p=tie_p,
+        placement=placement,
     )
 
 
@@ -66,6 +70,7 @@ def train_heads(
     log: Log,
     heads: int,
     tie_p: np.ndarray | None = None,
+    placement: Placement = ONE_DEVICE,
 ) -> jax.Array:
     """Trains an ensemble of heads, each as `train_head` does on its own `resampled_pairs`.
 
@@ -77,7 +82,7 @@ def train_heads(
     Raises:
         DivergedError: training diverged.
     """
-    latents, weights = sparse_latents(sae, pooled_rd), []
+    latents, weights = sparse_latents(sae, pooled_rd, placement), []
     for head in range(heads):
         drawn_p = resampled_pairs(len(pairs_p2), options.seed, head)
         rows: list[dict[str, Any]] = []
@@ -89,6 +94,7 @@ def train_heads(
                 options=options,
                 log=rows.append,
                 tie_p=None if tie_p is None else tie_p[drawn_p],
+                placement=placement,
             )
         )
         for row in rows:
@@ -109,6 +115,7 @@ def _train_head(
     options: PreferenceTraining,
     log: Log,
     tie_p: np.ndarray | None,
+    placement: Placement,
 ) -> jax.Array:
     """Trains a head on `sparse_latents`, see `train_head`."""
     values_rk, indices_rk = latents
@@ -122,8 +129,8 @@ def _train_head(
         optimizer,
         values_rk,
         indices_rk,
-        pairs_sb2=jnp.asarray(pairs_p2[order_sb]),
-        tie_sb=None if tie_p is None else jnp.asarray(tie_p[order_sb]),
+        pairs_sb2=placement.rows(jnp.asarray(pairs_p2[order_sb]), dimension=1),
+        tie_sb=placement.rows(None if tie_p is None else jnp.asarray(tie_p[order_sb]), dimension=1),
         tie_weight=options.tie_weight,
         latent_size=latent_size,
     )
@@ -136,20 +143,22 @@ def _train_head(
     return weights_m
 
 
-def sparse_latents(sae: SAE, x_rd: np.ndarray, batch: int = 256) -> tuple[jax.Array, jax.Array]:
+def sparse_latents(
+    sae: SAE, x_rd: np.ndarray, placement: Placement = ONE_DEVICE, batch: int = 256
+) -> tuple[jax.Array, jax.Array]:
     """Computes the latents that the head reads: k of each row with TopK, otherwise all M.
 
     Returns:
-        (values, feature ids), each `[R, k]`.
+        (values, feature ids), each `[R, k]`, on every device.
     """
     k = sae.config.k if sae.config.use_topk else sae.config.latent_size
     graphdef, state = nnx.split(sae)
     batches = [
-        _sparse_latents(graphdef, state, x_rd[start : start + batch], k=k)
+        _sparse_latents(graphdef, state, placement.rows(x_rd[start : start + batch]), k=k)
         for start in range(0, len(x_rd), batch)
     ]
     values, indices = zip(*batches, strict=True)
-    return jnp.concatenate(values), jnp.concatenate(indices)
+    return placement.replicated((jnp.concatenate(values), jnp.concatenate(indices)))
 
 
 @partial(jax.jit, static_argnames=("graphdef", "k"))

@@ -1,11 +1,5 @@
 """Bradley–Terry training of a SARM, in the four modes of the reference implementation.
 
-    L_BT = −mean log σ(r_chosen − r_rejected)          (Bradley & Terry 1952; Ouyang 2203.02155)
-    L    = L_BT + λ L_rec,      L_rec = mean ‖x̂ − x‖² / ‖x‖² over the last assistant turn
-
-A tie, a pair whose sides are equally good, has the label ½ instead of 1: with Δ the difference of
-its scores, it adds weight · (−½ log σ(Δ) − ½ log σ(−Δ)) to the mean, which is least at Δ = 0.
-
     mode  trunk   SAE            head
     0     frozen  frozen         L_BT     the pooled latents are computed once
     1     L_BT    frozen         L_BT
@@ -15,27 +9,33 @@ its scores, it adds weight · (−½ log σ(Δ) − ½ log σ(−Δ)) to the mea
 The optimizer is AdamW with a cosine schedule and a 3 % warm-up. Norm scales and SAE biases have no
 weight decay. The final norm, which a SARM never applies, is not trained. Source: arXiv 2508.08746.
 
+On a mesh the float32 weights, their gradients and their moments are sharded like the weights of a
+policy, and every step splits its pairs over the data axes.
+
 Deliberate deviation: the head, which starts at 0, has its own learning rate.
 """
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.stages import Lowered
 from tqdm import tqdm
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length, pad_batch
-from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
-from sarm_jax.models.sarm import SARM, last_position
+from sarm_jax.models.sarm import SARM
+from sarm_jax.parallel.sharding import Placement, parameter_paths
 from sarm_jax.training.divergence import check_loss
+from sarm_jax.training.preference_loss import batch_metrics, piece_loss
+from sarm_jax.training.progress import NOTHING_KEPT, Progress
 from sarm_jax.training.sae_training import Conversation, Log, warmup_cosine
 
 T = TypeVar("T", bound=nnx.Module)
@@ -44,6 +44,8 @@ RATES = f"train_sarm.learning_rate or {HEAD_RATE}"
 # Equal scores have a Bradley-Terry loss of 0.69, and a reconstruction by 0 has a loss of 1.
 LARGEST_LOSS = 10.0
 LAST_STEPS = 20  # of which the mean loss is compared with it
+# (tokens, mask, mask of the assistant turn, ties), see `pair_batches`.
+PairBatch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class PreferenceTraining:
         weight_decay: weight decay of AdamW.
         seed: seed of the order of the pairs.
         tie_weight: weight of a tie in L_BT; a preference has the weight 1.
+        gradient_accumulation_steps: pieces of a batch whose gradients are added up.
     """
 
     mode: int
@@ -73,65 +76,29 @@ class PreferenceTraining:
     weight_decay: float
     seed: int
     tie_weight: float = 1.0
+    gradient_accumulation_steps: int = 1
+
+    def batch_of(self, pairs: int) -> int:
+        """Returns the size of a batch if there are so many pairs for training.
+
+        Raises:
+            InputError: it does not divide into the pieces.
+        """
+        batch, pieces = min(self.batch_size, pairs), self.gradient_accumulation_steps
+        if batch % pieces:
+            few = (
+                f", which {pairs} training pairs cut to {batch}" if batch < self.batch_size else ""
+            )
+            raise InputError(
+                f"train_sarm.gradient_accumulation_steps={pieces} does not divide "
+                f"train_sarm.batch_size={self.batch_size}{few}"
+            )
+        return batch
 
     @property
     def largest_loss(self) -> float:
         """The mean loss above which training has diverged; ties of a large weight may have more."""
         return LARGEST_LOSS * max(1.0, self.tie_weight)
-
-
-def bradley_terry_loss(
-    score_chosen_b: jax.Array,
-    score_rejected_b: jax.Array,
-    tie_b: jax.Array | None = None,
-    tie_weight: float = 1.0,
-) -> jax.Array:
-    """Computes L_BT, the mean loss of the pairs; a pair of equal scores adds log 2.
-
-    Args:
-        score_chosen_b: scores of the chosen sides.
-        score_rejected_b: scores of the rejected sides.
-        tie_b: which pairs are ties; None if none is.
-        tie_weight: weight of a tie. The sum is divided by the number of pairs, whatever their
-            weights, so that a preference counts the same in every batch.
-    """
-    chex.assert_rank([score_chosen_b, score_rejected_b], 1)
-    margin_b = score_chosen_b - score_rejected_b
-    if tie_b is None:
-        return -jax.nn.log_sigmoid(margin_b).mean()
-    tied_b = -(jax.nn.log_sigmoid(margin_b) + jax.nn.log_sigmoid(-margin_b)) / 2
-    return jnp.where(tie_b, tie_weight * tied_b, -jax.nn.log_sigmoid(margin_b)).mean()
-
-
-def accuracy(
-    score_chosen_b: jax.Array, score_rejected_b: jax.Array, tie_b: jax.Array | None = None
-) -> jax.Array:
-    """Computes the share of the preferences that are ranked correctly; equal scores count half.
-
-    It is NaN if every pair is a tie (`tie_b` `[B]`).
-    """
-    chex.assert_rank([score_chosen_b, score_rejected_b], 1)
-    right_b = jnp.sign(score_chosen_b - score_rejected_b) + 1
-    if tie_b is None:
-        return right_b.mean() / 2
-    return right_b.mean(where=~tie_b) / 2
-
-
-def tie_margin(
-    score_chosen_b: jax.Array, score_rejected_b: jax.Array, tie_b: jax.Array
-) -> jax.Array:
-    """Computes the mean |Δ| of the ties `tie_b` `[B]`; NaN if no pair is a tie."""
-    return jnp.abs(score_chosen_b - score_rejected_b).mean(where=tie_b)
-
-
-def pair_metrics(
-    score_chosen_b: jax.Array, score_rejected_b: jax.Array, tie_b: jax.Array | None
-) -> dict[str, jax.Array]:
-    """Returns the accuracy on the preferences and, if there are ties, `tie_margin`."""
-    metrics = {"accuracy": accuracy(score_chosen_b, score_rejected_b, tie_b)}
-    if tie_b is not None:
-        metrics["tie_margin"] = tie_margin(score_chosen_b, score_rejected_b, tie_b)
-    return metrics
 
 
 def defined_mean(value_s: np.ndarray) -> float | None:
@@ -150,6 +117,7 @@ def fine_tune(
     options: PreferenceTraining,
     log: Log,
     tie_p: np.ndarray | None = None,
+    progress: Progress = NOTHING_KEPT,
 ) -> SARM:
     """Trains a copy of a SARM (modes 1 to 3).
 
@@ -163,6 +131,7 @@ def fine_tune(
         options: options of the training.
         log: receives a metrics row after each step.
         tie_p: which pairs are ties; None if none is.
+        progress: where the training goes on, and what is kept of it.
 
     Returns:
         The trained SARM; its trained parameters are float32.
@@ -170,30 +139,21 @@ def fine_tune(
     Raises:
         DivergedError: training diverged.
     """
-    compute_dtype = sarm.trunk.embed_tokens.dtype
-    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
-    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-    rng = np.random.default_rng(options.seed)
-    steps = options.epochs * (len(pairs_p2) // min(options.batch_size, len(pairs_p2)))
-    optimizer = make_optimizer(options, steps)
-    opt_state = optimizer.init(params)
-    last: deque[dict[str, Any]] = deque(maxlen=LAST_STEPS)
-    with tqdm(total=steps, desc="preferences", unit="step") as bar:
-        for step in range(steps):
-            if step % (steps // options.epochs) == 0:
-                batches = pair_batches(
-                    rows, pairs_p2, batch_size=options.batch_size, rng=rng, tie_p=tie_p
-                )
-            batch = next(batches)
-            params, opt_state, metrics = _train_step(
-                graphdef,
-                optimizer,
-                options=options,
-                compute_dtype=compute_dtype,
-                params=params,
-                opt_state=opt_state,
-                frozen=frozen,
-                batch=batch,
+    steps = options.epochs * (len(pairs_p2) // options.batch_of(len(pairs_p2)))
+    graphdef, state, train_step = _start(sarm, options, steps)
+    done, state = progress.restore("preferences", state)
+    params, opt_state, frozen = state
+    last: deque[Mapping[str, Any]] = deque(progress.rows[-done:] if done else (), LAST_STEPS)
+    pieces, placement = options.gradient_accumulation_steps, sarm.trunk.placement
+    with (
+        tqdm(total=steps, initial=done, desc="preferences", unit="step") as bar,
+        progress.running(),
+    ):
+        for step, batch in enumerate(_batches_of_epochs(rows, pairs_p2, options, tie_p)):
+            if step < done:  # only the random numbers are those of the steps before
+                continue
+            params, opt_state, metrics = train_step(
+                params, opt_state, frozen, placed_batch(batch, pieces, placement)
             )
             loss, acc = float(metrics["loss"]), float(metrics["accuracy"])
             check_loss(loss, "the loss on preferences", RATES)
@@ -202,11 +162,50 @@ def fine_tune(
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", acc=f"{acc:.2f}")
             last.append(row)
+            progress.keep("preferences", step + 1, (params, opt_state, frozen))
     _check_last_losses(last, options)
     return nnx.merge(graphdef, params, frozen)
 
 
-def _check_last_losses(last: Sequence[Mapping[str, Any]], options: PreferenceTraining) -> None:
+def _start(sarm: SARM, options: PreferenceTraining, steps: int) -> tuple[Any, Any, Any]:
+    """Returns (structure, (parameters, moments, frozen parameters), compiled step)."""
+    compute_dtype, placement = sarm.trunk.embed_tokens.dtype, sarm.trunk.placement
+    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
+    params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+    params, frozen = placement.parameters(params), placement.parameters(frozen)
+    optimizer = make_optimizer(options, steps)
+    opt_state = map_moments(
+        optimizer,
+        optimizer.init(params),
+        params,
+        of_parameter=placement.trained,
+        other=placement.replicated,
+    )
+    step = compiled_step(
+        graphdef,
+        optimizer,
+        options=options,
+        compute_dtype=compute_dtype,
+        placement=placement,
+        params=params,
+        opt_state=opt_state,
+    )
+    return graphdef, (params, opt_state, frozen), step
+
+
+def _batches_of_epochs(
+    rows: Sequence[Conversation],
+    pairs_p2: np.ndarray,
+    options: PreferenceTraining,
+    tie_p: np.ndarray | None,
+) -> Iterator[PairBatch]:
+    """Yields the batches of all epochs."""
+    rng = np.random.default_rng(options.seed)
+    for _ in range(options.epochs):
+        yield from pair_batches(rows, pairs_p2, batch_size=options.batch_size, rng=rng, tie_p=tie_p)
+
+
+def _check_last_losses(last: Collection[Mapping[str, Any]], options: PreferenceTraining) -> None:
     """Raises DivergedError if the mean loss of the last steps is that of a divergence."""
     largest = {"bradley_terry": options.largest_loss, "reconstruction": LARGEST_LOSS}
     for name, limit in largest.items():
@@ -266,7 +265,7 @@ def pair_batches(
     batch_size: int,
     rng: np.random.Generator,
     tie_p: np.ndarray | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]]:
+) -> Iterator[PairBatch]:
     """Yields the batches of one epoch: (tokens, mask, mask of the assistant turn, ties).
 
     Tokens and masks are `[2B, T]`, and the B chosen rows come first. The ties are `[B]`, or None if
@@ -286,93 +285,157 @@ def pair_batches(
         yield tokens_bt, mask_bt, mask_bt & (from_end_bt <= turn_b1), tie_b
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graphdef", "optimizer", "options", "compute_dtype"),
-    donate_argnames=("params", "opt_state"),
-)
-def _train_step(graphdef, optimizer, options, compute_dtype, params, opt_state, frozen, batch):
-    """Makes one optimizer step on a batch of `pair_batches`."""
+def placed_batch(batch: PairBatch, pieces: int, placement: Placement) -> Any:
+    """Puts a batch on the mesh, its rows split; several pieces become a leading dimension."""
+    if pieces == 1:
+        return placement.rows(batch)
+    tokens_bt, mask_bt, turn_bt, tie_b = batch
 
-    def loss_fn(params):
+    def cut(x_bt):
+        """Cuts `[2B, T]`, chosen rows first, into `[P, 2B / P, T]`, in each of which they are."""
+        sides = x_bt.reshape(2, pieces, -1, x_bt.shape[1])
+        return sides.swapaxes(0, 1).reshape(pieces, -1, x_bt.shape[1])
+
+    tie_pb = None if tie_b is None else tie_b.reshape(pieces, -1)
+    return placement.rows((cut(tokens_bt), cut(mask_bt), cut(turn_bt), tie_pb), dimension=1)
+
+
+def compiled_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    options: PreferenceTraining,
+    compute_dtype: Any,
+    placement: Placement,
+    params: Any,
+    opt_state: Any,
+) -> jax.stages.Wrapped:
+    """Returns the function (params, opt_state, frozen, batch) → (params, opt_state, metrics).
+
+    It makes one optimizer step on a batch of `placed_batch`, and returns parameters and moments
+    where it got them. They are donated. For compiling they may be abstract.
+    """
+    step = partial(_step, graphdef, optimizer, options, compute_dtype, placement)
+    out: Any = None
+    if placement.mesh is not None:
+        out = (*jax.tree.map(lambda x: x.sharding, (params, opt_state)), None)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=out)
+
+
+def _step(graphdef, optimizer, options, compute_dtype, placement, params, opt_state, frozen, batch):
+    tokens_bt, _, turn_bt, tie_b = batch  # of several pieces, [P, B, T] and [P, B]
+    pairs, turn_tokens = tokens_bt[..., 0].size // 2, turn_bt.sum()
+
+    def loss_fn(params, piece):
         sarm = nnx.merge(graphdef, params, frozen)
         sarm.trunk = cast(sarm.trunk, compute_dtype)
-        tokens_bt, mask_bt, turn_bt, tie_b = batch
-        return preference_loss(
+        # Otherwise the compiler might gather the float32 weights and cast them afterwards.
+        structure, state = nnx.split(sarm)
+        sarm = nnx.merge(structure, placement.constrain_parameters(state))
+        tokens_bt, mask_bt, turn_bt, tie_b = placement.constrain_rows(piece)
+        return piece_loss(
             sarm,
             tokens_bt,
             mask_bt,
             turn_bt=turn_bt,
             mode=options.mode,
             reconstruction_weight=options.reconstruction_weight,
+            pairs=pairs,
+            turn_tokens=turn_tokens,
             tie_b=tie_b,
             tie_weight=options.tie_weight,
         )
 
-    grads, metrics = jax.grad(loss_fn, has_aux=True)(params)
+    def gradients(piece):
+        grads, losses = jax.grad(loss_fn, has_aux=True)(params, piece)
+        return placement.constrain_parameters(grads), losses
+
+    if options.gradient_accumulation_steps == 1:
+        grads, losses = gradients(batch)
+    else:
+        grads, losses = _accumulated(gradients, jax.tree.map(jnp.zeros_like, params), batch)
+        tie_b = None if tie_b is None else tie_b.reshape(-1)
     updates, opt_state = optimizer.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, metrics
+    return optax.apply_updates(params, updates), opt_state, batch_metrics(losses, tie_b)
 
 
-def preference_loss(
-    sarm: SARM,
-    tokens_bt: jax.Array,
-    mask_bt: jax.Array,
-    turn_bt: jax.Array,
-    mode: int,
-    reconstruction_weight: float,
-    tie_b: jax.Array | None = None,
-    tie_weight: float = 1.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Computes the loss of a mode on a batch, of which the first B rows are the chosen ones.
+def _accumulated(gradients, zeros, batch):
+    """Returns the sum of the gradients of all pieces, and the losses of the whole batch."""
+
+    def add(total, piece):
+        grads, losses = gradients(piece)
+        return jax.tree.map(jnp.add, total, grads), losses
+
+    grads, losses = jax.lax.scan(add, zeros, batch)
+    # Scores [P, B] are joined, and shares of a loss [P] are added.
+    return grads, jax.tree.map(lambda x: x.sum() if x.ndim == 1 else x.reshape(-1), losses)
+
+
+def lower_step(sarm: SARM, options: PreferenceTraining, length: int) -> Lowered:
+    """Lowers the step of `fine_tune` from shapes alone, for conversations of one length.
 
     Args:
-        sarm: the model.
-        tokens_bt: token ids `[2B, T]`.
-        mask_bt: mask of the tokens that are no padding.
-        turn_bt: mask of the tokens of the assistant turn.
-        mode: 1 to 3.
-        reconstruction_weight: λ.
-        tie_b: which pairs are ties; None if none is.
-        tie_weight: weight of a tie.
-
-    Returns:
-        (L, {loss, accuracy, bradley_terry, reconstruction}, with ties also tie_margin); the
-        reconstruction loss is 0 if the mode does not train it.
+        sarm: the SARM before training, of descriptions of arrays.
+        options: options of the training.
+        length: tokens of a padded conversation.
     """
-    h_btd = sarm.trunk.hidden(tokens_bt, mask_bt)
-    x_bd = standardise(h_btd[jnp.arange(h_btd.shape[0]), last_position(mask_bt)])
-    reading_sae = sarm.sae if mode == 2 else detach(sarm.sae)
-    chosen_b, rejected_b = jnp.split(sarm.head(reading_sae.encode(x_bd)), 2)
-    bradley_terry = bradley_terry_loss(chosen_b, rejected_b, tie_b, tie_weight)
-    reconstruction = jnp.float32(0)
-    if mode >= 2:
-        x_btd = standardise(h_btd if mode == 2 else jax.lax.stop_gradient(h_btd))
-        reconstruction = turn_reconstruction_loss(sarm.sae, x_btd, turn_bt)
-    loss = bradley_terry + reconstruction_weight * reconstruction
-    return loss, {
-        "loss": loss,
-        **pair_metrics(chosen_b, rejected_b, tie_b),
-        "bradley_terry": bradley_terry,
-        "reconstruction": reconstruction,
-    }
+    dtype, placement = sarm.trunk.embed_tokens.dtype, sarm.trunk.placement
+    graphdef, params, frozen = nnx.split(sarm, trainable(options.mode), ...)  # type: ignore[misc]
+    params = placement.abstract_parameters(params, jnp.float32)
+    optimizer = make_optimizer(options, steps=2)
+    opt_state = map_moments(
+        optimizer,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        of_parameter=lambda path, x: placement.abstract_parameter(path, x.shape, x.dtype),
+        other=placement.abstract_replicated,
+    )
+    rows, pieces = 2 * options.batch_size, options.gradient_accumulation_steps
+    shape = (rows, length) if pieces == 1 else (pieces, rows // pieces, length)
+    tokens, mask = (
+        placement.abstract_rows(shape, kind, len(shape) - 2) for kind in (jnp.int32, bool)
+    )
+    step = compiled_step(
+        graphdef,
+        optimizer,
+        options=options,
+        compute_dtype=dtype,
+        placement=placement,
+        params=params,
+        opt_state=opt_state,
+    )
+    frozen = placement.abstract_parameters(frozen)
+    return step.lower(params, opt_state, frozen, (tokens, mask, mask, None))
 
 
-def turn_reconstruction_loss(sae: SAE, x_btd: jax.Array, turn_bt: jax.Array) -> jax.Array:
-    """Computes L_rec as a mean over all tokens of the batch that `turn_bt` marks.
+def map_moments(
+    optimizer: optax.GradientTransformation,
+    opt_state: Any,
+    params: Any,
+    of_parameter: Callable[[str, Any], Any],
+    other: Callable[[Any], Any],
+) -> Any:
+    """Maps the arrays of an optimizer's state.
 
-    The reconstruction uses the k kept latents, even if the head reads all of them.
+    Args:
+        optimizer: the optimizer.
+        opt_state: its state.
+        params: the parameters that it optimizes.
+        of_parameter: maps (dotted path of the parameter, array) for an array of a parameter.
+        other: maps any other array, such as the number of steps.
     """
-    x_nd = x_btd.reshape(-1, x_btd.shape[-1])
-    x_hat_nd = sae.decode(top_k(sae.pre_activations(x_nd), sae.config.k))
-    loss_n, turn_n = reconstruction_loss(x_nd, x_hat_nd), turn_bt.reshape(-1)
-    return jnp.where(turn_n, loss_n, 0).sum() / turn_n.sum()
 
+    def apply(array, path):
+        return array if isinstance(array, optax.MaskedNode) else of_parameter(path, array)
 
-def detach(module: T) -> T:
-    """Returns the module with its parameters excluded from differentiation."""
-    graphdef, state = nnx.split(module)
-    return nnx.merge(graphdef, jax.lax.stop_gradient(state))
+    return optax.tree.map_params(
+        optimizer,
+        apply,
+        opt_state,
+        parameter_paths(params),
+        transform_non_params=other,
+        is_leaf=lambda node: isinstance(node, optax.MaskedNode),
+    )
 
 
 def cast(module: T, dtype: Any) -> T:

@@ -37,8 +37,10 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
 from sarm_jax.parallel.compilation import compile_programs
 from sarm_jax.parallel.finite import require_finite
+from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.reporting.spread import is_constant
 from sarm_jax.training.divergence import check_loss, check_weights
+from sarm_jax.training.progress import NOTHING_KEPT, Progress
 
 Log = Callable[[dict[str, Any]], None]
 TOKENS_PER_BATCH = 2048  # in one forward pass of the trunk
@@ -108,7 +110,7 @@ def collect_activations(
     seed: int,
     standardised: bool = True,
 ) -> Activations:
-    """Runs the trunk and keeps the states of tokens of the assistant turns.
+    """Runs the trunk, on its mesh, and keeps the states of tokens of the assistant turns.
 
     With `standardised` False they are kept as they are.
 
@@ -123,10 +125,13 @@ def collect_activations(
     offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])])
     x_nd = np.empty((offsets[-1], trunk.config.hidden_size), np.float32)
     graphdef, state = nnx.split(trunk)
+    placement = trunk.placement
     states = _standardised if standardised else _states
     length_r = np.asarray([scored_length(len(row.ids)) for row in rows])
-    batch_sizes = {length: max(TOKENS_PER_BATCH // length, 1) for length in np.unique(length_r)}
-    examples = [pad_batch([[0]] * size, length, 0) for length, size in batch_sizes.items()]
+    batch_sizes = {n: _divisible(TOKENS_PER_BATCH // n, placement) for n in np.unique(length_r)}
+    examples = [
+        placement.rows(pad_batch([[0]] * size, length, 0)) for length, size in batch_sizes.items()
+    ]
     compile_programs(
         partial(states.lower, graphdef, state, tokens_bt, mask_bt)
         for tokens_bt, mask_bt in examples
@@ -138,7 +143,7 @@ def collect_activations(
                 batch = indices[start : start + size]
                 ids = [rows[i].ids for i in batch]
                 ids += [ids[0]] * (size - len(ids))
-                tokens_bt, mask_bt = pad_batch(ids, length, 0)
+                tokens_bt, mask_bt = placement.rows(pad_batch(ids, length, 0))
                 x_btd = np.asarray(states(graphdef, state, tokens_bt, mask_bt))
                 for x_td, i in zip(x_btd, batch, strict=False):
                     x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]
@@ -154,6 +159,11 @@ def collect_activations(
         "the model",
     )
     return Activations(x_nd, pooled_n)
+
+
+def _divisible(rows: int, placement: Placement) -> int:
+    """Rounds up to a positive number of rows that the mesh divides."""
+    return max(-(-rows // placement.parts), 1) * placement.parts
 
 
 @partial(jax.jit, static_argnums=0)
@@ -187,7 +197,13 @@ def _sample_tokens(turn_lengths, max_tokens, rng):
 
 
 def pretrain_sae(
-    sae: SAE, train: Activations, held_out: Activations, options: SAETraining, log: Log
+    sae: SAE,
+    train: Activations,
+    held_out: Activations,
+    options: SAETraining,
+    log: Log,
+    placement: Placement = ONE_DEVICE,
+    progress: Progress = NOTHING_KEPT,
 ) -> tuple[SAE, dict[str, float | None]]:
     """Trains a copy of an SAE.
 
@@ -197,6 +213,8 @@ def pretrain_sae(
         held_out: activations of the metrics.
         options: options of the training.
         log: receives a metrics row every `STEPS_PER_CALL` steps.
+        placement: the mesh; each device has the whole SAE, and its share of the minibatches.
+        progress: where the training goes on, and what is kept of it.
 
     Returns:
         (the trained SAE in float32, `sae_metrics` on the held-out activations together with
@@ -206,36 +224,55 @@ def pretrain_sae(
         DivergedError: training diverged.
     """
     rng = np.random.default_rng(options.seed)
-    graphdef, params = nnx.split(initialise(sae, train, rng))
-    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
-    optimizer = optax.adam(schedule)
-    opt_state = optimizer.init(params)
-    idle_f = jnp.zeros((sae.config.latent_size,), jnp.int32)
-    with tqdm(total=options.steps, desc="SAE", unit="step") as bar:
+    graphdef, optimizer, state = _start(sae, train, rng, options=options, placement=placement)
+    done, state = progress.restore("sae", state)
+    loss = progress.rows[-1]["loss"] if done else 0.0
+    with (
+        tqdm(total=options.steps, initial=done, desc="SAE", unit="step") as bar,
+        progress.running(),
+    ):
         for start in range(0, options.steps, STEPS_PER_CALL):
             steps = min(STEPS_PER_CALL, options.steps - start)
             n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
-            params, opt_state, idle_f, losses_s = _sae_steps(
+            if start < done:  # only the random numbers are those of the steps before
+                continue
+            state, losses_s = _sae_steps(
                 graphdef,
                 optimizer,
                 options=options,
-                params=params,
-                opt_state=opt_state,
-                idle_f=idle_f,
-                x_sbd=train.x_nd[n_sb],
+                placement=placement,
+                state=state,
+                x_sbd=placement.rows(train.x_nd[n_sb], dimension=1),
             )
-            loss, dead = float(losses_s.mean()), float((idle_f >= options.dead_after_steps).mean())
+            loss, dead = float(losses_s.mean()), _dead_fraction(state, options)
             check_loss(loss, "the SAE's loss", options.rate_option)
             log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
             bar.update(steps)
             bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
+            progress.keep("sae", start + steps, state)
     check_loss(loss, "the SAE's loss", options.rate_option, LARGEST_LOSS)
-    trained = nnx.merge(graphdef, params)
+    trained = nnx.merge(graphdef, state[0])
     check_weights(trained, options.rate_option)
-    return trained, {
-        **sae_metrics(trained, held_out),
-        "dead_fraction": float((idle_f >= options.dead_after_steps).mean()),
-    }
+    metrics = sae_metrics(trained, held_out)
+    return trained, {**metrics, "dead_fraction": _dead_fraction(state, options)}
+
+
+def _start(sae, train, rng, *, options, placement):
+    """Returns (structure, optimizer, (parameters, its state, idle steps of each latent `[M]`))."""
+    new = initialise(sae, train, rng)
+    new.placement = placement
+    graphdef, params = nnx.split(new)
+    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
+    optimizer = optax.adam(schedule)
+    params = placement.replicated(params)
+    idle_f = jnp.zeros((sae.config.latent_size,), jnp.int32)
+    return graphdef, optimizer, (params, *placement.replicated((optimizer.init(params), idle_f)))
+
+
+def _dead_fraction(state, options):
+    """Returns the share of the latents that are dead in a state of `_start`."""
+    *_, idle_f = state
+    return float((idle_f >= options.dead_after_steps).mean())
 
 
 def sample_batches(
@@ -276,20 +313,20 @@ def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
 
 @partial(
     jax.jit,
-    static_argnames=("graphdef", "optimizer", "options"),
-    donate_argnames=("params", "opt_state", "idle_f"),
+    static_argnames=("graphdef", "optimizer", "options", "placement"),
+    donate_argnames="state",
 )
-def _sae_steps(graphdef, optimizer, options, params, opt_state, idle_f, x_sbd):
+def _sae_steps(graphdef, optimizer, options, placement, state, x_sbd):
     """Makes one optimizer step on each minibatch of `[S, B, D]`.
 
     Returns:
-        (parameters, optimizer state, steps `[M]` since each latent fired, reconstruction losses
+        ((parameters, optimizer state, steps `[M]` since each latent fired), reconstruction losses
         `[S]`).
     """
 
     def step(carry, x_bd):
         params, opt_state, idle_f = carry
-        dead_f = idle_f >= options.dead_after_steps
+        dead_f, x_bd = idle_f >= options.dead_after_steps, placement.constrain_rows(x_bd)
 
         def loss_fn(params):
             return sae_loss(nnx.merge(graphdef, params), x_bd, dead_f=dead_f, options=options)
@@ -299,10 +336,10 @@ def _sae_steps(graphdef, optimizer, options, params, opt_state, idle_f, x_sbd):
         updates, opt_state = optimizer.update(grads, opt_state)
         params = optax.apply_updates(params, updates)
         params["decoder"] = jax.tree.map(unit_rows, params["decoder"])
-        return (params, opt_state, jnp.where(fired_f, 0, idle_f + 1)), loss
+        carry = params, opt_state, jnp.where(fired_f, 0, idle_f + 1)
+        return placement.constrain_replicated(carry), loss
 
-    (params, opt_state, idle_f), losses_s = jax.lax.scan(step, (params, opt_state, idle_f), x_sbd)
-    return params, opt_state, idle_f, losses_s
+    return jax.lax.scan(step, state, x_sbd)
 
 
 def sae_loss(
@@ -323,7 +360,8 @@ def sae_loss(
         # Live latents rank below every dead one. If they are among the k largest nevertheless,
         # `where` removes them.
         lowest = jnp.finfo(a_bf.dtype).min
-        kept_bf = top_k(jnp.where(dead_f, a_bf, lowest), min(options.aux_k, a_bf.shape[1]))
+        dead_bf, aux_k = jnp.where(dead_f, a_bf, lowest), min(options.aux_k, a_bf.shape[1])
+        kept_bf = top_k(dead_bf, aux_k, sae.placement)
         e_hat_bd = sae.decode(jnp.where(dead_f, kept_bf, 0.0)) - sae.pre_bias[...]
         return reconstruction_loss(residual_bd, e_hat_bd).mean()
 

@@ -144,6 +144,7 @@ def train_sae(
         held_out=_scaled(held_out, mean_d, scale),
         options=config.sae_training(),
         log=log,
+        placement=model.trunk.placement,
     )
     sae = cast(folded(sae, mean_d, scale), model.score.dtype)
     check_weights(sae, LEARNING_RATE)

@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig, centre_heads
+from sarm_jax.parallel.sharding import MeshConfig, Placement
 from sarm_jax.training.divergence import (
     DivergedError,
     check_loss,
@@ -47,6 +49,7 @@ from sarm_jax.training.preference_summary import (
     tie_summary,
 )
 from sarm_jax.training.preference_training import RATES, PreferenceTraining, cast, fine_tune
+from sarm_jax.training.progress import NOTHING_KEPT, Progress
 from sarm_jax.training.sae_training import (
     Activations,
     Log,
@@ -91,21 +94,44 @@ class TrainSARMConfig:
     tie_pairs_jsonl: tuple[str, ...] = ()
     tie_weight: float = 1.0
     heads: int = 1
+    gradient_accumulation_steps: int = 1  # pieces of a batch of pairs
 
     def __post_init__(self) -> None:
         check = OptionChecks("train_sarm", self)
         check.require("mode", self.mode in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
         check.of_an_sae()
         check.at_least(1, "source_layer", "sae_tokens", "sae_steps", "sae_batch_tokens")
-        check.at_least(1, "epochs", "batch_size", "heads")
+        check.at_least(1, "epochs", "batch_size", "heads", "gradient_accumulation_steps")
         check.positive("sae_learning_rate", "learning_rate", "head_learning_rate")
         check.not_negative("reconstruction_weight", "weight_decay")
         check.positive("tie_weight")
         if self.mode > 0:
             rule = f"train_sarm.mode={self.mode} trains the trunk; several heads need mode=0"
             check.require("heads", self.heads == 1, rule)
+        else:
+            rule = "train_sarm.mode=0 trains the head on whole batches; expected 1"
+            pieces = self.gradient_accumulation_steps
+            check.require("gradient_accumulation_steps", pieces == 1, rule)
+        self.preference_training().batch_of(self.batch_size)
         if self.tie_weight != 1 and not self.tie_pairs_jsonl:
             check.require("tie_weight", False, "train_sarm.tie_pairs_jsonl names no ties")
+
+    def check_batch(self, mesh: MeshConfig, train_pairs: int) -> None:
+        """Raises InputError if a mesh cannot share the batches of so many training pairs."""
+        if self.mode == 0:  # its batches are small; every device may have all of one
+            return
+        batch = self.preference_training().batch_of(train_pairs)
+        option = "2 × train_sarm.batch_size"
+        if batch < self.batch_size:
+            option = f"2 × {batch} training pairs (train_sarm.batch_size={self.batch_size})"
+        rows = 2 * batch // self.gradient_accumulation_steps
+        mesh.check_batch(rows, f"{option} / train_sarm.gradient_accumulation_steps")
+
+    def check_sae(self, placement: Placement, hidden_size: int) -> None:
+        """Raises InputError if the SAE that is trained with the trunk does not fit the mesh."""
+        if self.mode > 0:
+            shape = (hidden_size, self.latent_size)
+            placement.abstract_parameter("sae.encoder", shape, jnp.float32)
 
     def check_layers(self, layers: int) -> None:
         """Raises InputError if a model of so many layers does not contain the trunk."""
@@ -166,6 +192,7 @@ def train_sarm(
     pairs: Sequence[Mapping[str, Any]],
     log: Log,
     ties: Sequence[Mapping[str, Any]] = (),
+    progress: Progress = NOTHING_KEPT,
 ) -> tuple[SARM, dict[str, Any]]:
     """Trains a SARM on the first layers of a policy.
 
@@ -176,6 +203,7 @@ def train_sarm(
         pairs: {prompt, chosen, rejected} rows, optionally with "source".
         log: receives the metrics rows.
         ties: rows of the same kind whose sides are equally good; the rejected one has the shortcut.
+        progress: where the training goes on, and what is kept of it.
 
     Returns:
         (the SARM in the policy's dtype, the summary for sarm_summary.json).
@@ -184,42 +212,38 @@ def train_sarm(
         InputError: the options do not fit the model or the pairs.
         DivergedError: training diverged.
     """
-    start = time.perf_counter()
+    clock = [time.perf_counter()]
     data = encode_pairs(tokenizer, pairs, config, ties)
-    trunk = truncate(policy, config.source_layer)
-    train_rows, held_out_rows = _split_rows(data.preferences)
-    activations = collect_activations(
-        trunk, data.preferences.rows, max_tokens=config.sae_tokens, seed=config.seed
-    )
-    collected = time.perf_counter()
-    sae, metrics = pretrain_sae(
-        _new_sae(config, trunk),
-        train=_select_rows(activations, train_rows),
-        held_out=_select_rows(activations, held_out_rows),
-        options=config.sae_training(),
-        log=log,
-    )
-    LOG.info("SAE: %s", {name: value and round(value, 4) for name, value in metrics.items()})
-    pretrained = time.perf_counter()
+    trunk, (_, held_out_rows) = truncate(policy, config.source_layer), _split_rows(data.preferences)
+    sae, metrics = _new_sae(config, trunk), progress.noted("sae")
+    activations: Any = None
+    if metrics is None:  # otherwise the training on preferences, which has begun, restores the SAE
+        activations = _collect(config, trunk, data)
+        clock.append(time.perf_counter())
+        sae, metrics = _pretrain(
+            config, sae, data, activations, placement=trunk.placement, log=log, progress=progress
+        )
+        progress.note("sae", metrics)
+    clock.append(time.perf_counter())
     summary: dict[str, Any] = {"sae": metrics}
 
-    sarm = _learn_preferences(
-        config, assemble(trunk, sae, config.heads), data=data, activations=activations, log=log
-    )
+    sarm = assemble(trunk, sae, config.heads)
+    if config.mode > 0:
+        sarm = _fine_tune(config, sarm, data, log=log, progress=progress)
+    else:
+        _train_heads(config, sarm, data=data, activations=activations, log=log)
     sarm = cast(sarm, policy.embed_tokens.dtype)
     check_weights(sarm, RATES)
-    trained = time.perf_counter()
+    clock.append(time.perf_counter())
     if config.mode > 0:
         activations = _collect_again(config, sarm, data)
         summary["sae_after"] = sae_metrics(sarm.sae, _select_rows(activations, held_out_rows))
     summary |= _summary_of_pairs(sarm, data, activations)
     _check_preferences(summary)
-    summary["seconds"] = {
-        "collect": collected - start,
-        "sae": pretrained - collected,
-        "preferences": trained - pretrained,
-        "total": time.perf_counter() - start,
-    }
+    phases = ("collect", "sae", "preferences")[-len(clock) + 1 :]  # of this call
+    seconds = {name: b - a for name, a, b in zip(phases, clock, clock[1:], strict=False)}
+    summary["seconds"] = dict.fromkeys(("collect", "sae"), 0.0) | seconds
+    summary["seconds"]["total"] = time.perf_counter() - clock[0]
     return sarm, summary
 
 
@@ -245,33 +269,77 @@ def _check_preferences(summary: Mapping[str, Any]) -> None:
 def _collect_again(config: TrainSARMConfig, sarm: SARM, data: PairSet) -> Activations:
     """Collects the states of the trained trunk; raises DivergedError if one is not finite."""
     try:
-        return collect_activations(
-            sarm.trunk, data.preferences.rows, max_tokens=config.sae_tokens, seed=config.seed
-        )
+        return _collect(config, sarm.trunk, data)
     except InputError as error:  # its states were finite before training
         raise DivergedError(f"{error}: training diverged; lower {RATES}") from None
 
 
-def _learn_preferences(
-    config: TrainSARMConfig, sarm: SARM, *, data: PairSet, activations: Activations, log: Log
-) -> SARM:
-    """Trains the head, or the whole SARM, on the pairs that are not held out; returns the SARM."""
-    options, train_pairs = config.preference_training(), data.pairs_p2[~data.held_out_p]
-    tie_p = None if data.tie_p is None else data.tie_p[~data.held_out_p]
-    if config.mode > 0:
-        return fine_tune(sarm, data.rows, train_pairs, options=options, log=log, tie_p=tie_p)
-    pooled_rd = _pooled(sarm.trunk, data, activations)
-    if config.heads == 1:
-        sarm.score[...] = train_head(
-            sarm.sae, pooled_rd, train_pairs, options=options, log=log, tie_p=tie_p
-        )
-        return sarm
-    sarm.score[...] = train_heads(
-        sarm.sae, pooled_rd, train_pairs, options=options, log=log, heads=config.heads, tie_p=tie_p
+def _collect(config: TrainSARMConfig, trunk: Llama, data: PairSet) -> Activations:
+    """Collects the states of the conversations of the preferences."""
+    rows = data.preferences.rows
+    return collect_activations(trunk, rows, max_tokens=config.sae_tokens, seed=config.seed)
+
+
+def _pretrain(
+    config: TrainSARMConfig,
+    sae: SAE,
+    data: PairSet,
+    activations: Activations,
+    *,
+    placement: Placement,
+    log: Log,
+    progress: Progress,
+) -> tuple[SAE, dict[str, float | None]]:
+    """Pretrains the SAE on the states of the training prompts; returns it and its metrics."""
+    train_rows, held_out_rows = _split_rows(data.preferences)
+    sae, metrics = pretrain_sae(
+        sae,
+        train=_select_rows(activations, train_rows),
+        held_out=_select_rows(activations, held_out_rows),
+        options=config.sae_training(),
+        log=log,
+        placement=placement,
+        progress=progress,
     )
-    train_rows, _ = _split_rows(data.preferences)
-    sarm.score_bias[...] = centre_heads(score_by_head(sarm, pooled_rd[train_rows]))
-    return sarm
+    LOG.info("SAE: %s", {name: value and round(value, 4) for name, value in metrics.items()})
+    return sae, metrics
+
+
+def _fine_tune(
+    config: TrainSARMConfig, sarm: SARM, data: PairSet, *, log: Log, progress: Progress
+) -> SARM:
+    """Trains the whole SARM on the pairs that are not held out."""
+    train_p = ~data.held_out_p
+    return fine_tune(
+        sarm,
+        data.rows,
+        data.pairs_p2[train_p],
+        options=config.preference_training(),
+        log=log,
+        tie_p=None if data.tie_p is None else data.tie_p[train_p],
+        progress=progress,
+    )
+
+
+def _train_heads(
+    config: TrainSARMConfig, sarm: SARM, *, data: PairSet, activations: Activations, log: Log
+) -> None:
+    """Trains the head or heads of a SARM, in place, on the pairs that are not held out."""
+    train_p, pooled_rd = ~data.held_out_p, _pooled(sarm.trunk, data, activations)
+    train = partial(
+        train_head if config.heads == 1 else partial(train_heads, heads=config.heads),
+        sarm.sae,
+        pooled_rd,
+        data.pairs_p2[train_p],
+        options=config.preference_training(),
+        log=log,
+        tie_p=None if data.tie_p is None else data.tie_p[train_p],
+        placement=sarm.trunk.placement,
+    )
+    sarm.score[...] = train()
+    if config.heads > 1:
+        train_rows, _ = _split_rows(data.preferences)
+        sarm.score_bias[...] = centre_heads(score_by_head(sarm, pooled_rd[train_rows]))
 
 
 def _pooled(trunk: Llama, data: PairSet, activations: Activations) -> np.ndarray:
@@ -292,18 +360,20 @@ def _pooled(trunk: Llama, data: PairSet, activations: Activations) -> np.ndarray
 def truncate(policy: Llama, source_layer: int) -> Llama:
     """Cuts the trunk out of a policy: its first layers, without final norm and head.
 
-    The trunk shares embedding and norm with the policy; its layers are slices of the stack.
+    The trunk shares embedding and norm with the policy; its layers are slices of the stack, on the
+    same mesh.
     """
     check_source_layer(source_layer, policy.config.num_hidden_layers)
     config = dataclasses.replace(policy.config, num_hidden_layers=source_layer)
     abstract = nnx.eval_shape(
         lambda: Llama(config, rngs=nnx.Rngs(0), final_norm=False, head=False, remat=policy.remat)
     )
+    abstract.placement = policy.placement
     graphdef, _ = nnx.split(abstract)
     state = nnx.state(policy)
     state.pop("lm_head", None)
     state["layers"] = jax.tree.map(lambda p: p[:source_layer], state["layers"])
-    return nnx.merge(graphdef, state)
+    return nnx.merge(graphdef, policy.placement.parameters(state))
 
 
 def check_source_layer(source_layer: int, layers: int) -> None:
@@ -313,10 +383,11 @@ def check_source_layer(source_layer: int, layers: int) -> None:
 
 
 def assemble(trunk: Llama, sae: SAE, heads: int = 1) -> SARM:
-    """Joins trunk and SAE, which are not copied, with heads of zeros."""
+    """Joins trunk and SAE, which are not copied but get the same mesh, with heads of zeros."""
     config = SARMConfig(trunk.config, sae.config, heads)
     sarm = nnx.eval_shape(lambda: SARM(config, rngs=nnx.Rngs(0)))
     sarm.trunk, sarm.sae = trunk, sae
+    sae.placement = trunk.placement
     sarm.score = nnx.Param(jnp.zeros(sarm.score.shape, jnp.float32))
     if heads > 1:
         sarm.score_bias = nnx.Param(jnp.zeros(sarm.score_bias.shape, jnp.float32))

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -452,6 +453,21 @@ def test_the_plan_adds_prefill_and_decoding(run, tmp_path, monkeypatch):
     assert max(rollout["flops"], rollout["bytes"]) / 1e9 < 0.98 * in_turn
 
 
+def test_a_plan_of_train_sarm(run, tmp_path, capsys):
+    options = "source_layer=1 latent_size=32 k=4 aux_k=4 max_length=16 batch_size=2"
+    line = ["--stage=plan", "--config.plan.stage=train_sarm"]
+    line += [f"--config.train_sarm.{option}" for option in options.split()]
+    one = "--config.mesh.data=2", "--config.train_sarm.gradient_accumulation_steps=2"
+    assert run(*line, *one) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["mode"] == 3 and plan["batch"] == 2 and plan["mesh"]["data"] == 2
+    assert plan["fits"] and plan["peak_bytes"] > plan["held_bytes"] > 0
+    assert (
+        "train_sarm.mode=3, mesh data=2 fsdp=1 tensor=1, remat dots, accumulation 2, 2 pairs"
+        in (capsys.readouterr().out)
+    )
+
+
 def test_a_search_selects_the_fastest_layout_that_fits(run, tmp_path, monkeypatch):
     few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
     monkeypatch.setattr("pipeline.stages.plan.layouts_for", lambda devices, rows: few)
@@ -463,7 +479,7 @@ def test_a_search_selects_the_fastest_layout_that_fits(run, tmp_path, monkeypatc
     assert all(not o["fits"] or o["step_seconds"] >= plan["step_seconds"] for o in others)
 
 
-def test_pairs_are_sampled_on_a_mesh_and_a_sarm_is_trained_on_one_device(world, tmp_path, capsys):
+def test_pairs_are_sampled_and_a_sarm_is_trained_on_a_mesh(world, tmp_path):
     models = ["--config=configs/base.py", f"--policy_model={world}/policy"]
     sample = ["--stage=prepare_data", "--config.prepare_data.max_new_tokens=6"]
     sample += [f"--config.prepare_data.demos_jsonl={world}/demos.jsonl"]
@@ -476,8 +492,14 @@ def test_pairs_are_sampled_on_a_mesh_and_a_sarm_is_trained_on_one_device(world, 
     assert same > 0.9 * len(pairs[0])  # rounding may change a draw
     options = "source_layer=1 latent_size=16 k=4 mode=0 sae_steps=2 sae_batch_tokens=8 aux_k=4"
     train = [f"--config.train_sarm.{option}" for option in options.split()]
-    train += ["--stage=train_sarm", "--config.mesh.tensor=2", "--config.remat=full"]
+    train += ["--stage=train_sarm", "--config.remat=full"]
     train += [f"--config.train_sarm.pairs_jsonl={tmp_path}/one/data/pairs.jsonl"]
-    assert run_main(*models, *train, f"--workdir={tmp_path}/sarm") == 0
-    log = capsys.readouterr().err
-    assert "train_sarm runs on one device: mesh data=1 fsdp=1 tensor=2 is for" in log
+    for name, mesh in meshes.items():
+        assert run_main(*models, *train, *mesh, f"--workdir={tmp_path / name}") == 0
+    summaries = [json.loads((tmp_path / name / "sarm_summary.json").read_text()) for name in meshes]
+    assert_close(*(s["sae"]["explained_variance"] for s in summaries), 1e-4)
+    one, two = (load_sarm(tmp_path / name / "sarm") for name in meshes)
+    for ours, theirs in zip(
+        *(jax.tree.leaves(nnx.state(m.model)) for m in (two, one)), strict=True
+    ):
+        assert_close(ours, theirs, 1e-4)

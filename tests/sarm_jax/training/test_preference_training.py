@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 
 from sarm_jax.models.sae import SAE, SAEConfig
-from sarm_jax.training import head_training, preference_training
+from sarm_jax.training import head_training, preference_loss, preference_training
 from sarm_jax.training.preference_training import PreferenceTraining
 from sarm_jax.training.sae_training import Conversation
 from sarm_jax.training.train_sarm import assemble, truncate
@@ -52,10 +52,10 @@ def tiny_batch():
 def test_bradley_terry_by_hand():
     chosen, rejected = jnp.asarray([1.0, 0.0, 2.0]), jnp.asarray([0.0, 0.0, 5.0])
     expected = np.mean([np.log(1 + np.exp(-d)) for d in (1.0, 0.0, -3.0)])
-    loss = preference_training.bradley_terry_loss(chosen, rejected)
+    loss = preference_loss.bradley_terry_loss(chosen, rejected)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_allclose(preference_training.accuracy(chosen, rejected), 0.5)
-    huge = preference_training.bradley_terry_loss(jnp.asarray([-1e4]), jnp.asarray([1e4]))
+    np.testing.assert_allclose(preference_loss.accuracy(chosen, rejected), 0.5)
+    huge = preference_loss.bradley_terry_loss(jnp.asarray([-1e4]), jnp.asarray([1e4]))
     np.testing.assert_allclose(huge, 2e4)
 
 
@@ -72,7 +72,7 @@ KINDS = {
 def test_ties_by_hand_and_in_torch(kind, weight):
     """A tie has the gradient weight · (σ(Δ) − ½), a preference −σ(−Δ)."""
     tie_b = np.asarray(KINDS[kind])
-    value_and_grad = jax.value_and_grad(preference_training.bradley_terry_loss, argnums=(0, 1))
+    value_and_grad = jax.value_and_grad(preference_loss.bradley_terry_loss, argnums=(0, 1))
     loss, (of_chosen, of_rejected) = value_and_grad(
         jnp.asarray(CHOSEN), jnp.asarray(REJECTED), jnp.asarray(tie_b), weight
     )
@@ -94,7 +94,7 @@ def test_ties_by_hand_and_in_torch(kind, weight):
     np.testing.assert_allclose(loss, oracle.item(), rtol=1e-6)
     np.testing.assert_allclose(of_chosen, logits.grad.numpy(), rtol=1e-5, atol=1e-8)
     if kind == "preferences":
-        assert loss == preference_training.bradley_terry_loss(
+        assert loss == preference_loss.bradley_terry_loss(
             jnp.asarray(CHOSEN), jnp.asarray(REJECTED)
         )
 
@@ -102,7 +102,7 @@ def test_ties_by_hand_and_in_torch(kind, weight):
 def test_a_tie_of_equal_scores_is_least_and_huge_scores_stay_finite():
     tie = jnp.asarray([True])
     losses = [
-        float(preference_training.bradley_terry_loss(jnp.asarray([d]), jnp.zeros(1), tie))
+        float(preference_loss.bradley_terry_loss(jnp.asarray([d]), jnp.zeros(1), tie))
         for d in (-1e4, -1.0, 0.0, 1.0, 1e4)
     ]
     assert losses[2] == min(losses) == pytest.approx(np.log(2)) and losses[1] == losses[3]
@@ -114,12 +114,12 @@ def test_metrics_are_of_their_own_kind_of_pairs():
 
     def metrics(kind):
         tie_b = jnp.asarray(KINDS[kind])
-        return preference_training.pair_metrics(chosen, rejected, tie_b)
+        return preference_loss.pair_metrics(chosen, rejected, tie_b)
 
     assert metrics("both")["accuracy"] == 0.25 and metrics("both")["tie_margin"] == 2.0
     assert metrics("preferences")["accuracy"] == 0.375
     assert np.isnan(metrics("preferences")["tie_margin"]) and np.isnan(metrics("ties")["accuracy"])
-    assert preference_training.pair_metrics(chosen, rejected, None).keys() == {"accuracy"}
+    assert preference_loss.pair_metrics(chosen, rejected, None).keys() == {"accuracy"}
 
 
 def test_ties_take_the_shortcut_out_of_the_head(policy):
@@ -151,7 +151,7 @@ def test_ties_take_the_shortcut_out_of_the_head(policy):
 def _gradients(graphdef, state, mode, weight, batch):
     def loss_fn(state):
         tokens_bt, mask_bt, turn_bt, _ = batch
-        loss, _ = preference_training.preference_loss(
+        loss, _ = preference_loss.preference_loss(
             nnx.merge(graphdef, state),
             tokens_bt,
             mask_bt,
@@ -278,9 +278,9 @@ def test_reconstruction_loss_agrees_with_the_oracle(tmp_path):
     sae.pre_bias[...] = jnp.asarray(weights["pre_bias"])
     sae.latent_bias[...] = jnp.asarray(weights["latent_bias"])
     h_td = oracle.model(input_ids=ids, use_cache=False).last_hidden_state.detach().numpy()
-    x_btd = preference_training.standardise(jnp.asarray(h_td))
+    x_btd = preference_loss.standardise(jnp.asarray(h_td))
     turn_bt = np.arange(11)[None] >= 7
-    loss = preference_training.turn_reconstruction_loss(sae, x_btd, jnp.asarray(turn_bt))
+    loss = preference_loss.turn_reconstruction_loss(sae, x_btd, jnp.asarray(turn_bt))
     np.testing.assert_allclose(loss, expected[7:].mean(), rtol=1e-4)
 
 

@@ -1,0 +1,45 @@
+"""The progress of a training in phases: what is kept of it, so that it can be resumed."""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Progress:
+    """The progress of a training of which nothing is kept; a subclass keeps checkpoints.
+
+    Attributes:
+        rows: the metrics rows so far.
+    """
+
+    rows: Sequence[Mapping[str, Any]] = ()
+
+    def noted(self, name: str) -> Any:
+        """Returns what was noted before; None if nothing was."""
+        return None
+
+    def note(self, name: str, value: Any) -> None:
+        """Notes a JSON value that later phases need; the next checkpoint has it."""
+
+    def restore(self, phase: str, like: Any) -> tuple[int, Any]:
+        """Returns the number of finished steps of a phase, and the state after them.
+
+        Args:
+            phase: the phase.
+            like: the state before its first step, a pytree of arrays.
+        """
+        return 0, like
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Returns the context of a phase, in which a signal may end the training after a step."""
+        return contextlib.nullcontext()
+
+    def keep(self, phase: str, steps: int, state: Any) -> None:
+        """Is called after each step, or a few steps, of a phase; may write a checkpoint.
+
+        Raises:
+            SystemExit: a signal came during the step.
+        """
+
+
+NOTHING_KEPT = Progress()
