@@ -1176,6 +1176,41 @@ STAGES = [
         "lab.seed=-1",
     ),
     main("controls of a study", f"{ALL} --beta=1.0", "reward.beta=1.0", "lab.beta"),
+    main(
+        "a pool of one response",
+        f"{ALL} --config.lab.pool_responses=1",
+        "lab.pool_responses=1",
+        "at least 2",
+    ),
+    main(
+        "a pool without prompts",
+        f"{ALL} --config.lab.pool_prompts=0",
+        "lab.pool_prompts=0",
+        "at least 1",
+    ),
+    main(
+        "rankings without a pool",
+        f"{ALL} --config.lab.ranked_conditions=probe",
+        "lab.ranked_conditions=probe",
+        "needs a pool",
+    ),
+    main(
+        "a ranking that nobody knows",
+        f"{ALL} --config.lab.pool_responses=4 --config.lab.ranked_conditions=x",
+        "lab.ranked_conditions: found 'x'",
+    ),
+    main(
+        "no penalty on a distance",
+        f"{ALL} --config.lab.distance_penalty=0.0",
+        "lab.distance_penalty=0.0",
+        "positive",
+    ),
+    main(
+        "a bounty on length",
+        f"{ALL} --config.lab.length_penalty=-1.0",
+        "lab.length_penalty=-1.0",
+        "positive",
+    ),
 ]
 
 LABELS = {"id2label": {"0": "bad", "1": "good"}, "label2id": {"bad": 0, "good": 1}}
