@@ -27,7 +27,7 @@ COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "probe": "#332288",
     "mean_difference": "#6699CC",
     "distance": "#117733",
-    "length": "#DDAA33",
+    "length": "#661100",
     "bounded": "#AA3377",
     "penalty_no_kl": "#003355",
     **dict(zip(KL_COEFS, ("#AA4499", "#994488", "#883377", "#772266", "#661155"), strict=True)),
