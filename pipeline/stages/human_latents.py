@@ -51,7 +51,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
     path = workdir / FILE
-    LOG.info("reading %d demonstrations, for %s", len(demonstrations), workdir)
+    targets = [path] * needs_features + [workdir / STATES_FILE] * states
+    LOG.info(
+        "reading %d demonstrations, for %s",
+        len(demonstrations), " and ".join(map(str, targets)),
+    )  # fmt: skip
     model = load_reward_model(config, needs_features)
     if states:
         human, x_nd = collect_with_states(model, demonstrations, reward.latent_indices)
