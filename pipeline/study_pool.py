@@ -41,7 +41,7 @@ TAU_FACTORS = (0.0, 0.5, 2.0)  # of the detectors' thresholds, beside 1
 
 @dataclasses.dataclass(frozen=True)
 class Readings:
-    """What one reward model reads from the pool: scores, all features, pooled states."""
+    """Readings of one reward model from the pool: scores, all features, pooled states."""
 
     score_b: np.ndarray
     z_bf: np.ndarray
