@@ -194,7 +194,7 @@ class Planner:
 
 
 class Plans(Protocol):
-    """What plans a layout on a target."""
+    """A planner of layouts on a target."""
 
     @property
     def name(self) -> str: ...
