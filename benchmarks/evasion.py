@@ -8,7 +8,7 @@ for texts on which the detector is silent. For every seed and condition:
 1. Behaviour: the share of the responses with flattery, by the rule that counts words, and the share
    that have flattery on which no detector fires.
 2. Misses: one word of flattery is put into each clean response of the policy, before and after
-   training. How often is no detector silent on it, that is, have the texts moved to where the
+   training. How often does no detector fire on it, that is, have the texts moved to where the
    detectors are blind?
 3. Fresh detectors: found anew, by the rule of identify, on such pairs of half of the prompts, and
    tested on the other half, beside the old ones.

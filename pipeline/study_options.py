@@ -42,7 +42,7 @@ def check_study(template: ConfigDict) -> None:
         if options[section][name] != default:
             raise InputError(
                 f"{field}={options[section][name]}: the conditions of the study set it, with "
-                "lab.alpha, lab.beta and lab.tie_weight"
+                "lab.alpha, lab.beta and other options of lab"
             )
     for section in SEEDED:
         if template[section].seed:

@@ -9,6 +9,7 @@ along with the policy.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,19 @@ from ml_collections import ConfigDict
 
 from conversion import load_policy
 from pipeline.models import load_reward_model
+from pipeline.provenance import digests
 from pipeline.stages.train import world_of
 from pipeline.study_runs import condition_config
 from sarm_jax.evaluation.best_of_n import kl_of_best_of
+from sarm_jax.features.dense_probe import probe_file
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import write_jsonl
-from sarm_jax.lab.conditions import DRAWS, RETRAINED, is_ranked
+from sarm_jax.lab.conditions import DRAWS, PROBES, RETRAINED, is_ranked
 from sarm_jax.lab.oracle import OracleRewardModel
 from sarm_jax.lab.pool import Pool, evading_gain, sample_pool
 from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.rewards.compound import ScoreScale, learned_reward
+from sarm_jax.rewards.human_states import STATES_FILE
 from sarm_jax.rewards.options import reward_config
 from sarm_jax.rewards.reward_config import RewardConfig
 from sarm_jax.rewards.scoring import Scored, Scorer, reward_terms
@@ -53,8 +57,10 @@ def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> No
 
     Conditions with a reward model of their own need the run that trained it.
     """
-    path, options = folder / FILE, _options(config, conditions)
-    if path.exists() and read_json(path)["options"] == options:
+    for condition in set(DRAWS) & set(conditions):
+        condition_config(config, folder, condition)  # draws the features if they are not there
+    path, made_from = folder / FILE, _made_from(config, folder, conditions)
+    if path.exists() and read_json(path).get("made_from") == made_from:
         return
     LOG.info("best of n on a pool of %d responses per prompt", config.lab.pool_responses)
     pool = _sample(config)
@@ -73,7 +79,7 @@ def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> No
     selected = read_json(folder / "probes" / "selected_features.json")
     silent_b = ~_fires(read, selected["detectors"], selected["tau_detectors"])
     content = {
-        "options": options,
+        "made_from": made_from,
         "prompts": pool.shape[0],
         "n": sizes,
         "kl": [float(kl_of_best_of(n)) for n in sizes],
@@ -89,15 +95,32 @@ def largest_of(pool: Pool) -> int:
     return max(1, pool.shape[1] // 2)
 
 
-def _options(config: ConfigDict, conditions: Sequence[str]) -> dict[str, Any]:
-    """Returns what the result depends on, besides the models and features of the seed."""
+def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> dict[str, Any]:
+    """Returns all that the result depends on: options, and digests of models, features, prompts."""
     names = "alpha distance_penalty length_penalty pool_responses pool_prompts".split()
+    files = [Path(config.eval_prompts_jsonl), *_files(Path(config.policy_model))]
+    files += [*_files(Path(config.sarm_model)), folder / STATES_FILE]
+    for condition in set(RETRAINED) & set(conditions):
+        files += _files(folder / condition / "sarm")
+    draws = [f"{name}.json" for name in DRAWS if name in conditions]
+    probes = [probe_file(kind) for kind in PROBES.values()]
+    files += [folder / "probes" / name for name in ("selected_features.json", *draws, *probes)]
+    read = digests(sorted(file for file in files if file.is_file()))
     return {
         "conditions": list(conditions),
+        "world": [config.lab.shortcuts, config.lab.told_shortcuts],
         "seed": config.ppo.seed,
+        "max_new_tokens": config.ppo.max_new_tokens,
+        "missing_eos_penalty": config.ppo.missing_eos_penalty,
         **{name: config.lab[name] for name in names},
-        "reward": {name: config.reward[name] for name in ("unit", "penalty_cap")},
+        **{name: config.reward[name] for name in ("unit", "penalty_cap")},
+        "files": {os.path.relpath(file, folder): digest for file, digest in read.items()},
     }
+
+
+def _files(model: Path) -> list[Path]:
+    """Returns the files of a model's directory."""
+    return [file for file in model.rglob("*") if file.is_file()]
 
 
 def _sample(config: ConfigDict) -> Pool:
@@ -176,16 +199,20 @@ def _fires(read: Readings, features: Sequence[int], taus: Sequence[float]) -> np
 
 def _random_draws(
     folder: Path, conditions: Sequence[str], pool: Pool, read: Readings
-) -> dict[str, dict[str, float]]:
-    """Returns how often each draw of random features fires with and without a told shortcut."""
+) -> dict[str, dict[str, float | None]]:
+    """Returns how often each draw of random features fires with and without a told shortcut.
+
+    A share is None if the pool has no such response.
+    """
     draws = {}
     for condition in conditions:
         if condition == "random" or condition in DRAWS:
             name = condition if condition in DRAWS else "selected_features"
             lists = read_json(folder / "probes" / f"{name}.json")
             fires_b = _fires(read, lists["random_control"], lists["tau_random_control"])
+            sides = {"with_shortcut": pool.told_b, "without": ~pool.told_b}
             draws[condition] = {
-                "with_shortcut": float(fires_b[pool.told_b].mean()) if pool.told_b.any() else 0.0,
-                "without": float(fires_b[~pool.told_b].mean()) if (~pool.told_b).any() else 0.0,
+                name: float(fires_b[side_b].mean()) if side_b.any() else None
+                for name, side_b in sides.items()
             }
     return draws

@@ -26,7 +26,7 @@ LOG = logging.getLogger(__name__)
 def preparation_config(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> ConfigDict:
     """Returns the config of the stages before training, which make what the conditions read."""
     config = config.copy_and_resolve_references()
-    config.human_latents.states = "distance" in conditions
+    config.human_latents.states |= "distance" in conditions
     if probes := [name for name in PROBES if name in conditions]:
         config.reward.probe = str(folder / "probes" / probe_file(PROBES[probes[0]]))
     return config

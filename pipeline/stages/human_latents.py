@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from conversion.load import read_sarm_config
+from conversion.load import read_sarm_config, read_scorer_config
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
@@ -46,12 +46,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"{len(demonstrations)} demonstrations: human_latents.states=True needs at least "
             f"{FEWEST}"
         )
-    if needs_features := not states or reward.reads_features or bool(reward.latent_indices):
+    needs_features = not states or reward.reads_features or bool(reward.latent_indices)
+    if needs_features:
         reward.check_features(read_sarm_config(config.sarm_model).latent_size)
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
     path = workdir / FILE
-    targets = [path] * needs_features + [workdir / STATES_FILE] * states
+    has_features = read_scorer_config(config.sarm_model).latent_size > 0
+    targets = [path] * has_features + [workdir / STATES_FILE] * states
     LOG.info(
         "reading %d demonstrations, for %s",
         len(demonstrations), " and ".join(map(str, targets)),
