@@ -196,8 +196,8 @@ def test_every_condition_ranks_one_pool(study):
     assert (workdir / "figures" / "frontier.png").stat().st_size > 5000
     assert set(lab["random_draws"]["7"]) == {"random", "random_1"}
     assert call(*options) == 0 and path.stat().st_mtime_ns == made  # is not made again
-    selected = folder / "probes" / "selected_features.json"
-    selected.write_text(selected.read_text() + "\n")  # as if it had been made again
+    draw = folder / "probes" / "random_1.json"
+    draw.write_text(draw.read_text() + "\n")  # as if it had been made again
     assert call(*options) == 0 and path.stat().st_mtime_ns > made
     assert call(*options, "lab.pool_prompts=3") == 0
     assert json.loads(path.read_text())["prompts"] == 3
