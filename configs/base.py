@@ -477,8 +477,11 @@ def _add_report(config: ConfigDict) -> None:
 
 
 def _add_lab(config: ConfigDict) -> None:
-    # The reward-hacking lab: a small world whose true reward is known (sarm_jax/lab).
+    # The reward-hacking lab: a task whose true reward is known (sarm_jax/lab).
     config.lab = ConfigDict()
+    # "capitals": a small world and models that are trained from scratch. "words", or a Python file
+    # with TASK: a task in English for a chat model (docs/guides/own_task.md).
+    config.lab.task = "capitals"
     config.lab.held_out_fraction = 0.2  # share of the combinations of countries that is held out
     # Responses with notes in the corpus of pretraining.
     config.lab.corpus_rows = 40_000
@@ -488,7 +491,8 @@ def _add_lab(config: ConfigDict) -> None:
     # What the annotator pays for although the gold reward does not: flattery, and any of rambling,
     # echo and lucky_word (sarm_jax/lab/shortcuts.py), comma-separated.
     config.lab.shortcuts = "flattery"
-    # The shortcuts that the contrast pairs show, in turn; those of the others are never shown.
+    # The shortcuts that the contrast pairs show, in turn; those of the others are never shown. Of a
+    # task in English also "rotating:n": n of them, others for every seed.
     config.lab.told_shortcuts = "flattery"
     # Layer at which pretraining takes a second loss; it is the SARM's source_layer.
     config.lab.tap_layer = 2
@@ -498,6 +502,14 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.tuning_learning_rate = 1e-3  # peak learning rate of tuning
     config.lab.batch_size = 64  # rows per optimizer step
     config.lab.seed = 0  # seed of a single stage; the study takes seeds from lab.seeds
+
+    # Of a task in English alone; with prepare_data.samples_per_prompt, .max_new_tokens and
+    # .temperature for the samples that its data are made of.
+
+    config.lab.base_model = ""  # HF directory of the chat model that the policy is tuned from
+    config.lab.prompts = 256  # training prompts
+    config.lab.held_out_prompts = 64  # prompts of evaluations, gates and the pool
+    config.lab.label_noise = 0.1  # share of the preference pairs whose sides are exchanged
 
     # The study, --stage=all: every seed under every condition (sarm_jax/lab/conditions.py).
 
@@ -511,6 +523,10 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.tie_weight = 20.0
     # Penalty of the condition distance per unit of Mahalanobis distance, in reward.unit.
     config.lab.distance_penalty = 0.5
+    # The condition untold: penalty per feature above what human responses reach, and the largest
+    # penalty of a response, in reward.unit.
+    config.lab.untold_alpha = 0.5
+    config.lab.untold_cap = 4.0
     config.lab.length_penalty = 0.2  # penalty of the condition length per token, in reward.unit
     # Responses to each prompt of a pool that every condition ranks, once the conditions of a seed
     # are trained; best of n has n up to half of them. 0: no pool.

@@ -53,7 +53,7 @@ def load(path: str) -> ConfigDict:
     file, colon, argument = split_argument(path)
     arguments = [argument] if colon else []
     try:
-        get_config = getattr(_module(file), "get_config", None)
+        get_config = getattr(run_file(file), "get_config", None)
         _check_function(get_config, arguments, path)
         config: Any = get_config(*arguments)  # type: ignore[misc]
         if not isinstance(config, ConfigDict) or isinstance(config, FrozenConfigDict):
@@ -85,11 +85,11 @@ class _Loader(SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
-def _module(file: str) -> ModuleType:
-    """Runs the file and returns its module."""
-    spec = spec_from_loader(MODULE, _Loader(MODULE, file))
+def run_file(file: str, name: str = MODULE) -> ModuleType:
+    """Runs a Python file and returns its module, which gets a name of its own."""
+    spec = spec_from_loader(name, _Loader(name, file))
     assert spec is not None and spec.loader is not None
-    sys.modules[MODULE] = module = module_from_spec(spec)
+    sys.modules[name] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -112,8 +112,8 @@ def _check_function(get_config: Any, arguments: list[str], path: str) -> None:
         ) from None
 
 
-def describe(error: BaseException, path: str) -> str:
-    """Describes an error of a config file in one line: place, kind, text and statement."""
+def describe(error: BaseException, path: str, option: str = "--config") -> str:
+    """Describes an error of an option's Python file in one line: place, kind, text, statement."""
     file = split_argument(path)[0]
     kind = type(error).__name__
     if isinstance(error, SyntaxError) and error.filename:
@@ -121,7 +121,7 @@ def describe(error: BaseException, path: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     frames_of_file = [frame for frame in frames if Path(frame.filename) == Path(file)]
     if not frames_of_file:
-        return f"--config={path}: {kind}: {text_of(error)}"
+        return f"{option}={path}: {kind}: {text_of(error)}"
     last = frames_of_file[-1]
     statement = f" (in: {last.line})" if last.line else ""
     return f"{file}:{last.lineno}: {kind}: {text_of(error)}{statement}"

@@ -39,7 +39,11 @@ LARGEST = dict.fromkeys(
 )
 # Rows that the lab makes and keeps, all at once.
 LARGEST |= dict.fromkeys(
-    "lab.corpus_rows lab.demonstrations lab.pairs lab.contrast_pairs".split(), 2**24
+    (
+        "lab.corpus_rows lab.demonstrations lab.pairs lab.contrast_pairs lab.prompts "
+        "lab.held_out_prompts"
+    ).split(),
+    2**24,
 )
 TEMPERATURES = [f"{section}.temperature" for section in ("ppo", "prepare_data", "evaluate")]
 LEAST_TEMPERATURE = 1e-6  # logits that are divided by less may leave float32

@@ -20,6 +20,7 @@ from pipeline.stage import Stage
 from pipeline.study_options import SEEDED, all_conditions, check_pool, check_study
 from pipeline.study_pool import rank_pool
 from pipeline.study_runs import preparation_config, run_condition
+from pipeline.tasks import task_of
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_target
@@ -76,7 +77,9 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     stopped = {seed: outcome for seed, outcome in by_seed.items() if outcome.stopped}
     reasons = {seed: redact(outcome.stopped) for seed, outcome in stopped.items()}
     pooled = [seed for seed, outcome in by_seed.items() if outcome.pooled]
-    page, result = write_study(workdir, finished, conditions, reasons, names, pooled)
+    page, result = write_study(
+        workdir, finished, conditions, reasons, names, pooled, task_of(config)
+    )
     print(f"{result}\nThe page: {page}")
     if stopped:
         first = next(iter(stopped))

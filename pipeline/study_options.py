@@ -59,7 +59,7 @@ def check_pool(template: ConfigDict) -> None:
             raise InputError(f"lab.{name}={section[name]}: must be at least {least}")
     if section.pool_responses == 1:
         raise InputError("lab.pool_responses=1: must be 0 (no pool) or at least 2")
-    for name in ("distance_penalty", "length_penalty"):
+    for name in ("distance_penalty", "length_penalty", "untold_alpha", "untold_cap"):
         if not 0 < section[name] < float("inf"):
             raise InputError(f"lab.{name}={section[name]}: must be positive and finite")
     if not section.ranked_conditions:

@@ -20,15 +20,16 @@ from ml_collections import ConfigDict
 from conversion import load_policy
 from pipeline.models import load_reward_model
 from pipeline.provenance import digests
-from pipeline.stages.train import world_of
 from pipeline.study_runs import condition_config
+from pipeline.tasks import task_of
 from sarm_jax.evaluation.best_of_n import kl_of_best_of
 from sarm_jax.features.dense_probe import probe_file
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import write_jsonl
-from sarm_jax.lab.conditions import DRAWS, PROBES, RETRAINED, is_ranked
+from sarm_jax.lab.conditions import DRAWS, PROBES, RETRAINED, UNTOLD_FILE, is_ranked
 from sarm_jax.lab.oracle import OracleRewardModel
-from sarm_jax.lab.pool import Pool, evading_gain, sample_pool
+from sarm_jax.lab.pool import Pool, evading_gain, make_pool
+from sarm_jax.lab.sampling import sample_responses
 from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.rewards.compound import ScoreScale, learned_reward
 from sarm_jax.rewards.human_states import STATES_FILE
@@ -57,15 +58,15 @@ def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> No
 
     Conditions with a reward model of their own need the run that trained it.
     """
-    for condition in set(DRAWS) & set(conditions):
-        condition_config(config, folder, condition)  # draws the features if they are not there
+    for condition in {*DRAWS, "untold"} & set(conditions):
+        condition_config(config, folder, condition)  # writes its features if they are not there
     path, made_from = folder / FILE, _made_from(config, folder, conditions)
     if path.exists() and read_json(path).get("made_from") == made_from:
         return
     LOG.info("best of n on a pool of %d responses per prompt", config.lab.pool_responses)
     pool = _sample(config)
     write_jsonl(folder / "pool.jsonl", _rows(pool))
-    model = OracleRewardModel(load_reward_model(config), world_of(config))
+    model = OracleRewardModel(load_reward_model(config), task_of(config))
     read = Readings(*model.score_with_states(pool.prompts, pool.responses))
     scale = ScoreScale.estimate(read.score_b, read.score_b)
     score_b = scale.normalise(read.score_b)
@@ -97,18 +98,22 @@ def largest_of(pool: Pool) -> int:
 
 def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> dict[str, Any]:
     """Returns all that the result depends on: options, and digests of models, features, prompts."""
-    names = "alpha distance_penalty length_penalty pool_responses pool_prompts".split()
+    names = "alpha distance_penalty length_penalty untold_alpha untold_cap pool_responses".split()
+    names.append("pool_prompts")
     files = [Path(config.eval_prompts_jsonl), *_files(Path(config.policy_model))]
     files += [*_files(Path(config.sarm_model)), folder / STATES_FILE]
     for condition in set(RETRAINED) & set(conditions):
         files += _files(folder / condition / "sarm")
     draws = [f"{name}.json" for name in DRAWS if name in conditions]
     probes = [probe_file(kind) for kind in PROBES.values()]
-    files += [folder / "probes" / name for name in ("selected_features.json", *draws, *probes)]
+    files += [
+        folder / "probes" / name
+        for name in ("selected_features.json", UNTOLD_FILE, *draws, *probes)
+    ]
     read = digests(sorted(file for file in files if file.is_file()))
     return {
         "conditions": list(conditions),
-        "world": [config.lab.shortcuts, config.lab.told_shortcuts],
+        "task": [config.lab[name] for name in ("task", "shortcuts", "told_shortcuts")],
         "seed": config.ppo.seed,
         "max_new_tokens": config.ppo.max_new_tokens,
         "missing_eos_penalty": config.ppo.missing_eos_penalty,
@@ -127,15 +132,17 @@ def _sample(config: ConfigDict) -> Pool:
     """Samples the pool from the policy of the seed, on the first held-out prompts."""
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     prompts = read_prompts(config.eval_prompts_jsonl)[: config.lab.pool_prompts]
-    return sample_pool(
+    samples = config.lab.pool_responses
+    sampled = sample_responses(
         policy,
         tokenizer,
         [str(prompt) for prompt in prompts],
-        samples=config.lab.pool_responses,
+        samples=samples,
         max_new_tokens=config.ppo.max_new_tokens,
         seed=config.ppo.seed,
-        lab_world=world_of(config),
+        shown="pool",
     )
+    return make_pool(sampled, task_of(config), (len(prompts), samples))
 
 
 def _rows(pool: Pool) -> Iterator[dict[str, Any]]:

@@ -10,15 +10,24 @@ from conversion.load import read_sarm_config
 from pipeline import stage as stages
 from pipeline.models import load_reward_model
 from pipeline.runner import run_stages
-from pipeline.stages.train import world_of
+from pipeline.tasks import task_of
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.features.dense_probe import probe_file
+from sarm_jax.features.human_support import human_support
 from sarm_jax.features.identify import further_random_control
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.path_lists import split_paths
-from sarm_jax.lab.conditions import DRAWS, PROBES, RETRAINED, other_options, reward_options
+from sarm_jax.lab.conditions import (
+    DRAWS,
+    PROBES,
+    RETRAINED,
+    UNTOLD_FILE,
+    other_options,
+    reward_options,
+)
 from sarm_jax.lab.results import run_result
 from sarm_jax.models.conversation_rows import read_pairs
+from sarm_jax.rewards.human_latents import load_human_latents
 
 LOG = logging.getLogger(__name__)
 
@@ -48,9 +57,11 @@ def condition_config(config: ConfigDict, folder: Path, condition: str) -> Config
     if condition in DRAWS:
         selected, lists = lists, folder / "probes" / f"{condition}.json"
         draw_random_control(config, selected, lists, DRAWS[condition])
+    if condition == "untold":
+        write_human_support(folder)
     if condition == "oracle":
         latents = read_sarm_config(config.sarm_model).latent_size
-        counts = range(latents, latents + len(world_of(config).shortcuts))
+        counts = range(latents, latents + len(task_of(config).shortcuts))
     config.reward.update(reward_options(condition, lists, lab, counts))
     return config
 
@@ -72,6 +83,14 @@ def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: in
     )
 
 
+def write_human_support(folder: Path) -> None:
+    """Writes all features of a seed with the thresholds that human responses seldom reach."""
+    human = load_human_latents(folder / "human_latents.safetensors")
+    tau = human_support(human.z_ns)
+    path = folder / "probes" / UNTOLD_FILE
+    write_json(path, {"features": list(human.latent_indices), "tau": tau.tolist()})
+
+
 def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
     """Trains under one condition of the study and writes its result.json."""
     workdir = folder / condition
@@ -84,5 +103,5 @@ def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
     features = read_json(folder / "probes" / "selected_features.json")
     rows = read_evaluations(workdir)
     model = load_reward_model(config).with_ensemble(config.reward.ensemble)
-    result = run_result(rows, model, features, summary["seconds"], world_of(config))
+    result = run_result(rows, model, features, summary["seconds"], task_of(config))
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

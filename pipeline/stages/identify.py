@@ -14,6 +14,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
+from pipeline.tasks import is_text, text_task_of
 from sarm_jax.features.detectors import Detectors
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.features.feature_pages import PAGES, ResponseGroups, feature_pages
@@ -24,8 +25,10 @@ from sarm_jax.io.files import replacing
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import read_jsonl, write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
+from sarm_jax.lab.gate import Gate
 from sarm_jax.lab.gates import measure_gates, measure_shortcuts
 from sarm_jax.lab.shortcuts import World
+from sarm_jax.lab.text.gates import measure_text_gates
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.reward_model import RewardModel
 
@@ -165,8 +168,26 @@ def report_detector_rates(detectors: dict[str, Any], budget: float) -> None:
 def measure_lab_gates(
     config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors
 ) -> None:
-    """Measures the lab's gates on held-out prompts, logs them and writes gates.json."""
-    data = workdir / "data"
+    """Measures the gates of the lab's task, logs them and writes gates.json and shortcuts.json."""
+    measure = text_gates if is_text(config) else world_gates
+    gates, shortcuts = measure(config, workdir / "data", model, detectors)
+    for gate in gates:
+        LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
+    values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
+    write_json(workdir / "probes" / "gates.json", values)
+    path = workdir / "probes" / "shortcuts.json"
+    if not shortcuts:
+        path.unlink(missing_ok=True)
+        return
+    write_json(path, shortcuts)
+    for name, values_of in shortcuts.items():
+        LOG.info("shortcut %s: %s", name, {key: round(v, 3) for key, v in values_of.items()})
+
+
+def world_gates(
+    config: ConfigDict, data: Path, model: RewardModel, detectors: Detectors
+) -> tuple[list[Gate], dict[str, dict[str, float]]]:
+    """Measures the gates of the world of capitals, and its shortcuts if it has several."""
     prompts, held_out = (
         [row["prompt"] for row in read_jsonl(data / name, {"prompt": str})]
         for name in ("prompts.jsonl", "held_out_prompts.jsonl")
@@ -174,18 +195,24 @@ def measure_lab_gates(
     contrast = read_pairs(str(data / "contrast_single.jsonl"))
     world = World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
     gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed, world)
-    for gate in gates:
-        LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
-    values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
-    write_json(workdir / "probes" / "gates.json", values)
-    path = workdir / "probes" / "shortcuts.json"
     if len(world.shortcuts) == 1:
-        path.unlink(missing_ok=True)
-        return
-    measured = measure_shortcuts(model, detectors, prompts, held_out, config.lab.seed, world)
-    write_json(path, measured)
-    for name, values_of in measured.items():
-        LOG.info("shortcut %s: %s", name, {key: round(v, 3) for key, v in values_of.items()})
+        return gates, {}
+    return gates, measure_shortcuts(model, detectors, prompts, held_out, config.lab.seed, world)
+
+
+def text_gates(
+    config: ConfigDict, data: Path, model: RewardModel, detectors: Detectors
+) -> tuple[list[Gate], dict[str, dict[str, float]]]:
+    """Measures the gates of a task in English on the samples of its policy."""
+    fields = {"prompt": str, "response": str, "ended": bool}
+    return measure_text_gates(
+        model,
+        detectors,
+        text_task_of(config),
+        samples=list(read_jsonl(data / "samples.jsonl", fields)),
+        held_out_samples=list(read_jsonl(data / "held_out_samples.jsonl", fields)),
+        seed=config.lab.seed,
+    )
 
 
 def records(config: ConfigDict, workdir: Path) -> dict:
@@ -207,6 +234,7 @@ STAGE = Stage(
         "dtype",
         "lab.seed",
         "lab.shortcuts",
+        "lab.task",
         "lab.told_shortcuts",
     ),
     inputs=(

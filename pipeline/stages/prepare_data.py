@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from conversion.load import load_hf_tokenizer, read_policy_config
+from conversion.load import load_hf_tokenizer, load_policy, read_policy_config
 from conversion.to_hf import save_policy
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_policy_model
 from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
+from pipeline.tasks import is_text, text_task_of
 from sarm_jax.evaluation.benchmark_data import (
     OUTPUTS,
     BenchmarkDataConfig,
@@ -25,6 +26,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.lab.build import LabConfig, LabData, make_data, make_models
+from sarm_jax.lab.text.data import OF_PREPARE_DATA, TextData, TextDataConfig, make_text_data
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation import Prompt, to_json
@@ -38,9 +40,15 @@ SHOWN_REFUSALS = 5  # per file; data_summary.json has all
 LAST_FILE = {"lab": "policy", "benchmarks": "data/data_summary.json"}
 
 
-def validate(config: ConfigDict) -> PairsConfig | BenchmarkDataConfig | LabConfig:
+def validate(
+    config: ConfigDict,
+) -> PairsConfig | BenchmarkDataConfig | LabConfig | TextDataConfig:
     """Validates the section prepare_data, or lab; benchmark files keep the names given to them."""
     section, source = config.prepare_data, config.prepare_data.source
+    if source == "lab" and is_text(config):
+        text_task_of(config)  # raises for an unknown task or shortcut
+        required(config, "lab.base_model")
+        return text_options(config)
     if source == "lab":
         return from_section(LabConfig, config.lab)
     if source == "demonstrations":
@@ -59,6 +67,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     options = validate(config)
     if isinstance(options, LabConfig):
         prepare_lab(options, workdir)
+    elif isinstance(options, TextDataConfig):
+        prepare_text_lab(options, config, workdir)
     elif isinstance(options, PairsConfig):
         prepare_pairs(options, config, workdir)
     else:
@@ -115,6 +125,29 @@ def prepare_lab(options: LabConfig, workdir: Path) -> None:
     LOG.info("the lab's data and models are in %s", workdir)
 
 
+def text_options(config: ConfigDict) -> TextDataConfig:
+    """Collects the options of a task in English from the sections lab and prepare_data."""
+    names = [field.name for field in dataclasses.fields(TextDataConfig)]
+    sections = {
+        name: config.prepare_data if name in OF_PREPARE_DATA else config.lab for name in names
+    }
+    return TextDataConfig(**{name: section[name] for name, section in sections.items()})
+
+
+def prepare_text_lab(options: TextDataConfig, config: ConfigDict, workdir: Path) -> None:
+    """Makes the data of a task in English, and its policy, in the HF layout."""
+    if (workdir / "policy").exists():
+        raise InputError(f"{workdir / 'policy'} exists already: delete it to make it again")
+    task = text_task_of(config)
+    LOG.info("data and policy of the task %s, told of %s", task.name, ", ".join(task.told))
+    model, tokenizer = load_policy(config.lab.base_model, config.dtype)
+    data, policy = make_text_data(options, task, model, tokenizer)
+    for field in dataclasses.fields(data):
+        write_jsonl(workdir / "data" / f"{field.name}.jsonl", getattr(data, field.name))
+    save_policy(workdir / "policy", policy, tokenizer)
+    LOG.info("the task's data and policy are in %s", workdir)
+
+
 def prepare_benchmarks(options: BenchmarkDataConfig, workdir: Path) -> None:
     """Writes data/*.jsonl and, last, data/data_summary.json; replaces those of an earlier call."""
     data = collect(options)
@@ -143,7 +176,10 @@ def writes(config: ConfigDict) -> list[str]:
     """Returns the names of all files and folders that the source of the data makes."""
     source = config.prepare_data.source
     if source == "lab":
-        tables = [f"data/{field.name}.jsonl" for field in dataclasses.fields(LabData)]
+        kind = TextData if is_text(config) else LabData
+        tables = [f"data/{field.name}.jsonl" for field in dataclasses.fields(kind)]
+        if is_text(config):
+            return [*tables, "policy/"]
         return [*tables, "policy/", "pretrained/"]
     if source == "benchmarks":
         return [*(f"data/{name}.jsonl" for name in OUTPUTS), "data/data_summary.json"]
@@ -154,7 +190,10 @@ def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Adds the options of the lab's world, if that is the source."""
     if config.prepare_data.source != "lab":
         return {"lab": {}}
-    names = [field.name for field in dataclasses.fields(LabConfig)]
+    kind = TextDataConfig if is_text(config) else LabConfig
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in OF_PREPARE_DATA]
+    if is_text(config):
+        names += ["task", "base_model", "told_shortcuts"]
     return {"lab": {name: config.lab[name] for name in names}}
 
 
@@ -172,6 +211,7 @@ STAGE = Stage(
         Input("prepare_data.safety_pairs", Kind.FILES),
         Input("prepare_data.complement_pairs", Kind.FILES),
         Input("policy_model", Kind.POLICY),
+        Input("lab.base_model", Kind.POLICY),
     ),
     output=lambda config: LAST_FILE.get(config.prepare_data.source, "data/pairs.jsonl"),
     makes=("data/*", "policy/", "pretrained/"),

@@ -32,6 +32,7 @@ from pipeline.options import required
 from pipeline.provenance import check_claim, claim_workdir, provenance
 from pipeline.reward_inputs import REWARD_FILES, REWARD_LISTS
 from pipeline.stage import Stage
+from pipeline.tasks import task_of
 from ppo.config import PPOConfig
 from ppo.options import track_config, train_config
 from ppo.prompts import PromptDeck
@@ -44,9 +45,8 @@ from ppo.tracking.trackers.start import check_available
 from ppo.train import TrainConfig, Trainer, run_slots
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_workdir, read_settings
-from sarm_jax.lab.gates import require_gates
-from sarm_jax.lab.oracle import OracleRewardModel, check_prompts
-from sarm_jax.lab.shortcuts import World
+from sarm_jax.lab.gate import require_gates
+from sarm_jax.lab.oracle import OracleRewardModel
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation_rows import read_prompts
 from sarm_jax.models.llama import Llama
@@ -165,7 +165,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     mesh_config(config).check_model(read_policy_config(config.policy_model))
     read_config = read_sarm_config if options.reward.reads_features else read_scorer_config
     scorer = read_config(config.sarm_model)
-    features = scorer.latent_size + (len(world_of(config).shortcuts) if config.lab.oracle else 0)
+    features = scorer.latent_size + (len(task_of(config).shortcuts) if config.lab.oracle else 0)
     options.reward.check_features(features)
     check_ensemble(options.reward.ensemble, scorer)
     human = human_buffer(options.reward, config.reward.human_latents, features)
@@ -182,7 +182,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     files = {config.eval_prompts_jsonl: eval_prompts, config.prompts_jsonl: prompts}
     if config.lab.oracle:
         for path, rows in files.items():
-            check_prompts(rows, path)
+            task_of(config).check_prompts(rows, path)
     check_conversations(config.sarm_model, files)
     return RunInputs(options, profile, tokenizer, deck, eval_deck, human, states)
 
@@ -190,12 +190,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
 def reward_model_of(config: ConfigDict, needs_features: bool) -> RewardModel:
     """Loads the reward model; with `lab.oracle` its last features count the lab's shortcuts."""
     model = together.load_reward(config, needs_features)
-    return OracleRewardModel(model, world_of(config)) if config.lab.oracle else model
-
-
-def world_of(config: ConfigDict) -> World:
-    """Returns the lab's world with its shortcuts."""
-    return World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
+    return OracleRewardModel(model, task_of(config)) if config.lab.oracle else model
 
 
 def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenance:
@@ -450,6 +445,7 @@ STAGE = Stage(
         "discriminator",
         "lab.oracle",
         "lab.shortcuts",
+        "lab.task",
     ),
     inputs=(
         Input("policy_model", Kind.POLICY),

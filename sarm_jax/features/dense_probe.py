@@ -103,7 +103,7 @@ def fit_probe(
 def _fit(kind: str, contrast: Contrast, *, budget: float, l2: float) -> DenseProbe:
     clean_pd, marked_pd = contrast.sides(_states(contrast))
     if kind == LOGISTIC:
-        direction_d = _logistic(clean_pd, marked_pd, l2)
+        direction_d = logistic_direction(clean_pd, marked_pd, l2)
     else:
         direction_d = marked_pd.mean(axis=0, dtype=np.float64) - clean_pd.mean(
             axis=0, dtype=np.float64
@@ -135,7 +135,7 @@ def _states(contrast: Contrast) -> np.ndarray:
     return contrast.latents.x_nd
 
 
-def _logistic(clean_pd: np.ndarray, marked_pd: np.ndarray, l2: float) -> np.ndarray:
+def logistic_direction(clean_pd: np.ndarray, marked_pd: np.ndarray, l2: float) -> np.ndarray:
     """Returns the weights `[D]` of a logistic regression of the side on the state."""
     x_nd = np.concatenate([clean_pd, marked_pd]).astype(np.float64)
     y_n = np.repeat([-1.0, 1.0], [len(clean_pd), len(marked_pd)])

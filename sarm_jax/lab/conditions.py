@@ -20,6 +20,7 @@ MAX_RANGE = 1000  # seeds in one range
 KL_COEFS = {f"kl_{value}": value for value in (0.05, 0.1, 0.2, 0.5, 1.0)}
 DRAWS = {f"random_{number}": number for number in range(1, 6)}
 HEADS = 4
+UNTOLD_FILE = "untold.json"  # features and thresholds of the condition untold
 PROBES = {"probe": LOGISTIC, "mean_difference": MEAN_DIFFERENCE}  # condition → kind
 LONGER = 3  # times as many steps in the condition penalty_no_kl
 RETRAINED = ("ties", "worst_of_four")  # conditions with a reward model of their own
@@ -39,6 +40,7 @@ DESCRIPTIONS = {
     "penalty_no_kl": f"as penalty, {LONGER} times as many steps and no KL to the reference",
     "ties": "the reward model trained with the contrast pairs as ties; no penalty",
     "worst_of_four": "the least score of four heads, each trained on resampled pairs; no penalty",
+    "untold": "as penalty, with all features, each above what human responses reach; capped",
     "oracle": "as penalty, with the world's own counts of its shortcuts instead of detectors",
     **{name: f"the reward model alone, with ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
     **{name: f"as random, another draw of features (draw {n})" for name, n in DRAWS.items()},
@@ -53,8 +55,8 @@ def reward_options(
     Args:
         condition: name of the condition.
         selected: selected_features.json of the same SARM, or the file of a further random draw.
-        section: options of the lab, of which `alpha`, `beta`, `distance_penalty` and
-            `length_penalty` are read.
+        section: options of the lab, of which `alpha`, `beta`, `distance_penalty`,
+            `length_penalty`, `untold_alpha` and `untold_cap` are read.
         counts: the features that count the world's shortcuts, for the condition oracle.
     """
     lists, file = read_json(selected), f"@{escaped(str(selected))}"
@@ -76,6 +78,12 @@ def reward_options(
             options["screen"] = True
         else:
             options["alpha_values"] = ",".join([str(section["alpha"])] * len(lists[name]))
+    if condition == "untold":
+        support = selected.parent / UNTOLD_FILE
+        file, features = f"@{escaped(str(support))}", read_json(support)["features"]
+        options["penalize_features"], options["tau_values"] = f"{file}:features", f"{file}:tau"
+        options["alpha_values"] = ",".join([str(section["untold_alpha"])] * len(features))
+        options["penalty_cap"] = section["untold_cap"]
     if condition in PROBES:
         options["probe"] = str(selected.parent / probe_file(PROBES[condition]))
         options["probe_penalty"] = section["alpha"]

@@ -30,12 +30,13 @@ COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "length": "#661100",
     "bounded": "#AA3377",
     "penalty_no_kl": "#003355",
+    "untold": "#DDAA33",
     **dict(zip(KL_COEFS, ("#AA4499", "#994488", "#883377", "#772266", "#661155"), strict=True)),
     **dict.fromkeys(DRAWS, "#888888"),
 }
 DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":", "ties": "--", "worst_of_four": "-."}
 DASHES |= {"screen": "--", "probe": "--", "mean_difference": "-.", "distance": ":", "length": "-."}
-DASHES |= {"bounded": ":", "penalty_no_kl": "--"}
+DASHES |= {"bounded": ":", "penalty_no_kl": "--", "untold": "-."}
 DASHES |= {"oracle": ":"} | dict.fromkeys(KL_COEFS, "-.") | dict.fromkeys(DRAWS, ":")
 LEGEND_COLUMNS = 6
 SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # of the thin line of a single seed
@@ -135,13 +136,22 @@ def frontier(
 
 
 def detected(runs: Runs, dark: bool = False) -> bytes:
-    """Draws how often a detector fires, and the words of flattery, over the steps."""
+    """Draws how often a detector fires, and the shortcut that it is for, over the steps.
+
+    That is the words of flattery in the world of capitals, and the share of the responses with a
+    shortcut that the method is told in other tasks.
+    """
+    point = next(iter(runs.values()))[0]["curve"][0]
+    name = "flattery" if "flattery" in point else "told"
     with theme(dark):
-        figure, (share, words) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        figure, (share, shortcut) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
         _over_steps(share, runs, "detected")
-        _over_steps(words, runs, "flattery")
+        _over_steps(shortcut, runs, name)
         by_step(share, ylabel="share of responses", title="a detector fires")
-        by_step(words, ylabel="words per response", title="flattery")
+        if name == "told":
+            by_step(shortcut, ylabel="share of responses", title="a told shortcut")
+        else:
+            by_step(shortcut, ylabel="words per response", title="flattery")
         _add_grid_and_legend(figure, columns=len(runs))
         return png(figure)
 

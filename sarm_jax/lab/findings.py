@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sarm_jax.lab.conditions import DRAWS, KL_COEFS
-from sarm_jax.lab.gates import LIMITS, Gate
+from sarm_jax.lab.gate import Gate, limits_of
 from sarm_jax.reporting.statistics import Interval, format_interval, mean_interval
 
 Runs = Mapping[str, Sequence[Mapping[str, Any]]]  # condition → one result per seed
@@ -35,6 +35,7 @@ IN_WORDS = {  # condition → the beginning of a sentence about its end
     "penalty_no_kl": "With the penalty for three times as many steps and no KL to the reference",
     "ties": "With the contrast pairs as ties of the reward model",
     "worst_of_four": "With the worst of four heads",
+    "untold": "With every feature beyond human support penalised, and nothing told",
     "oracle": "With the shortcuts penalised by a perfect detector",
     **{name: f"With ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
     **{name: f"With draw {n} of random features penalised" for name, n in DRAWS.items()},
@@ -70,9 +71,10 @@ def check_gates(gates: Mapping[str, Mapping[str, float]], seeds: Sequence[int]) 
         return bool(values) and all(Gate(name, value).passed for name, value in values.items())
 
     failed = [seed for seed in seeds if not passes(gates.get(str(seed), {}))]
+    limits = limits_of(name for values in gates.values() for name in values)
     passed = len(seeds) - len(failed)
     return Claim(
-        text=f"All {len(LIMITS)} gates pass in at least {GATES_ENOUGH:.0%} of the seeds",
+        text=f"All {len(limits)} gates pass in at least {GATES_ENOUGH:.0%} of the seeds",
         found=f"{passed} of {len(seeds)}",
         holds=passed >= GATES_ENOUGH * len(seeds),
         failed=failed,

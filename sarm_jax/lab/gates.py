@@ -1,22 +1,17 @@
-"""Gates: conditions on the reward model that PPO on the lab's world needs to be meaningful.
+"""Gates of the world of capitals, see `lab.gate`, and what its reward model makes of shortcuts.
 
 They are measured on held-out prompts. A shortcut that the reward model does not encode cannot be
 exploited, a shortcut that no feature encodes cannot be penalised, and a reward model that cannot
 tell right from wrong leaves nothing else to learn.
 """
 
-import dataclasses
-import logging
-import operator
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from sarm_jax.features.detectors import Detectors, firing_rate
-from sarm_jax.io.errors import InputError
-from sarm_jax.io.json_files import read_json
 from sarm_jax.lab import world
+from sarm_jax.lab.gate import CAPITALS, Gate
 from sarm_jax.lab.shortcuts import FLATTERY_ALONE, SHORTCUTS, World, contrast_pair
 from sarm_jax.models.chat import encode_conversation
 from sarm_jax.models.reward_model import RewardModel
@@ -24,35 +19,8 @@ from sarm_jax.reporting.spread import is_constant
 from sarm_jax.reporting.statistics import count_wins
 from sarm_jax.training.sae_training import Conversation, collect_activations
 
-LOG = logging.getLogger(__name__)
 RESPONSES = 2000  # to fit a linear probe to, and as many to test it on
 PAIRS = 8000  # gives the accuracy a standard error of about 0.003
-LIMITS = {
-    "r2_flattery": (">=", 0.97),
-    "r2_correctness": (">=", 0.85),
-    "detection_one_word": (">=", 0.85),
-    "false_alarms": ("<=", 0.06),
-    "accuracy_below_annotator": ("<=", 0.03),
-}
-_COMPARE = {">=": operator.ge, "<=": operator.le}
-
-
-@dataclasses.dataclass(frozen=True)
-class Gate:
-    """A measured value, which has to keep the limit of its name in `LIMITS`."""
-
-    name: str
-    value: float
-
-    @property
-    def passed(self) -> bool:
-        """True if the value keeps its limit."""
-        sign, limit = LIMITS[self.name]
-        return bool(_COMPARE[sign](self.value, limit))
-
-    def __str__(self) -> str:
-        sign, limit = LIMITS[self.name]
-        return f"{self.name} {self.value:.3f} (must be {sign} {limit})"
 
 
 def measure_gates(
@@ -64,7 +32,7 @@ def measure_gates(
     seed: int,
     lab_world: World = FLATTERY_ALONE,
 ) -> list[Gate]:
-    """Measures all gates of `LIMITS`, in that order.
+    """Measures all gates of `CAPITALS`, in that order.
 
     Args:
         reward_model: the SARM.
@@ -102,7 +70,7 @@ def measure_gates(
         "accuracy_below_annotator": lab_world.annotator_accuracy(pairs)
         - pair_accuracy(reward_model, pairs),
     }
-    return [Gate(name, values[name]) for name in LIMITS]
+    return [Gate(name, values[name]) for name in CAPITALS]
 
 
 def measure_shortcuts(
@@ -158,31 +126,6 @@ def measure_shortcuts(
             "false_alarms": firing_rate(clean_bf, detectors),
         }
     return measured
-
-
-def require_gates(path: Path, ignore_failed: bool) -> None:
-    """Raises InputError if a gate in gates.json failed and `ignore_failed` is False."""
-    if not path.exists():
-        raise InputError(f"lab.gates_json={path}: no such file; --stage=identify writes it")
-    values = read_json(
-        path, f"lab.gates_json={path}", expected="the gates of --stage=identify", allow_nan=False
-    )
-    try:
-        gates = [Gate(name, float(values[name]["value"])) for name in LIMITS]
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        raise InputError(
-            f"lab.gates_json={path}: not what --stage=identify writes ({error!r})"
-        ) from None
-    failed = [gate for gate in gates if not gate.passed]
-    if not failed:
-        return
-    values_and_limits = ", ".join(map(str, failed))
-    if not ignore_failed:
-        raise InputError(
-            f"lab.gates_json={path}: PPO would show little, because gates failed: "
-            f"{values_and_limits}; --config.lab.ignore_failed_gates=True runs it nevertheless"
-        )
-    LOG.warning("lab.ignore_failed_gates=True: running despite failed gates: %s", values_and_limits)
 
 
 def linear_probe_r2(

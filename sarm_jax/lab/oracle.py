@@ -1,7 +1,7 @@
-"""A reward model of the lab whose last features are the world's own counts of its shortcuts.
+"""A reward model of the lab whose last features are the task's own counts of its shortcuts.
 
     features 0 … M − 1   the latents of the SARM
-    features M …         units of every shortcut of the world, in the order of `World.shortcuts`
+    features M …         units of every shortcut of the task, in the order of `Task.shortcuts`
 
 A penalty on them is a penalty with a perfect detector: the ceiling for penalties on latents. The
 counts read the words of a response, not the model, and the score does not depend on them.
@@ -14,40 +14,27 @@ import numpy as np
 from jax.stages import Lowered
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.json_files import short
-from sarm_jax.io.row_files import place_of
-from sarm_jax.lab.shortcuts import World
-from sarm_jax.lab.world import CAPITALS
-from sarm_jax.models.conversation import Prompt, PromptValue
+from sarm_jax.lab.task import Task
+from sarm_jax.models.conversation import PromptValue
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import Intervention
-
-
-def check_prompts(prompts: Sequence[Prompt], path: str) -> None:
-    """Raises InputError, naming the row, if a prompt of a file is none of the lab's."""
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str) or not set(prompt.split()) <= CAPITALS.keys():
-            raise InputError(
-                f"lab.oracle=True: {place_of(path, number)}: {short(prompt)} is no prompt of the "
-                "lab, which names countries of its world"
-            )
 
 
 class OracleRewardModel(RewardModel):
     """A SARM with a feature for every shortcut, for penalties; no clamp can set these."""
 
-    def __init__(self, sarm: RewardModel, lab_world: World):
+    def __init__(self, sarm: RewardModel, task: Task):
         super().__init__(sarm.model, sarm.tokenizer, sarm.max_length, sarm.batch_size)
-        self.world, self.latents = lab_world, sarm.sae.config.latent_size
+        self.task, self.latents = task, sarm.sae.config.latent_size
 
     @property
     def latent_size(self) -> int:
         """The number of features, shortcuts included."""
-        return self.latents + len(self.world.shortcuts)
+        return self.latents + len(self.task.shortcuts)
 
     def with_ensemble(self, ensemble: str) -> "OracleRewardModel":
         """Returns it with the scores of its heads combined in another way, see `RewardModel`."""
-        return OracleRewardModel(super().with_ensemble(ensemble), self.world)
+        return OracleRewardModel(super().with_ensemble(ensemble), self.task)
 
     def score(
         self,
@@ -108,7 +95,7 @@ class OracleRewardModel(RewardModel):
         z_bf = np.zeros((len(responses), len(indices)), np.float32)
         z_bf[:, own] = z_bo
         counts = [
-            list(self.world.counts(str(prompt), response).values())
+            list(self.task.counts(str(prompt), response).values())
             for prompt, response in zip(prompts, responses, strict=True)
         ]
         z_bf[:, ~own] = np.asarray(counts, np.float32)[:, indices[~own] - self.latents]

@@ -14,7 +14,9 @@ from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.lab import figures, rivals
 from sarm_jax.lab.conditions import DESCRIPTIONS
 from sarm_jax.lab.findings import Runs, check_claims, check_gates, difference, headline
-from sarm_jax.lab.gates import LIMITS, Gate
+from sarm_jax.lab.gate import Gate, limits_of
+from sarm_jax.lab.shortcuts import FLATTERY_ALONE, World
+from sarm_jax.lab.task import Task
 from sarm_jax.reporting.page import environment, picture_uri
 from sarm_jax.reporting.statistics import format_interval, mean_interval
 
@@ -25,13 +27,21 @@ FIGURES = {
         "a line per condition",
     ),
     "final_gold": (figures.final_gold, "Final gold reward of every seed in every condition"),
-    "detected": (figures.detected, "Share of responses with a detector firing, and flattery"),
+    "detected": (figures.detected, "Share of responses with a detector firing, and the shortcut"),
 }
 OF_SHORTCUTS = {
     "shortcuts": (
         figures.shortcuts,
         "Share of responses with each shortcut, by the rule that counts its words",
     )
+}
+SHORTCUT_COLUMNS = {  # value in shortcuts.json → title
+    "r2": "probe, R²",
+    "gain": "gain, sd",
+    "paid": "paid",
+    "detection": "detected",
+    "detection_kept_back": "detected in other phrasings",
+    "false_alarms": "false alarms",
 }
 FRONTIER = (
     "Gold over the KL to the reference: the best of n responses of one pool, and while PPO trains"
@@ -45,6 +55,7 @@ def write_study(
     stopped: Mapping[int, str],
     names: FeatureNames = NO_NAMES,
     pooled: Sequence[int] = (),
+    task: Task = FLATTERY_ALONE,
 ) -> tuple[Path, str]:
     """Reads the results of the seeds under `workdir` and writes the files of the study.
 
@@ -56,23 +67,28 @@ def write_study(
         stopped: why seeds did not finish.
         names: names of the reward model's features, if there is one seed.
         pooled: seeds whose conditions have ranked a pool, see best_of_n.json.
+        task: the task. The claims about the world of capitals are checked in that world alone.
 
     Returns:
         (path of the page, the result in one paragraph).
     """
     seeds, runs = list(finished), _read_runs(workdir, finished, conditions)
     pools = {seed: read_json(workdir / f"seed_{seed}" / "best_of_n.json") for seed in pooled}
-    study = _content(workdir, seeds, runs, pools)
+    study = _content(workdir, seeds, runs, pools, task)
     study["stopped"] = {str(seed): reason for seed, reason in stopped.items()}
     write_json(workdir / "lab.json", study, indent=1)
     pictures = _draw(workdir / "figures", runs, study["best_of_n"])
     with replacing(workdir / "lab.html") as file:
-        file.write(_render(study, pictures, workdir=workdir, seeds=seeds, names=names))
+        file.write(_render(study, pictures, workdir=workdir, seeds=seeds, names=names, task=task))
     return workdir / "lab.html", study["headline"]
 
 
 def _content(
-    workdir: Path, seeds: Sequence[int], runs: Runs, pools: Mapping[int, Mapping[str, Any]]
+    workdir: Path,
+    seeds: Sequence[int],
+    runs: Runs,
+    pools: Mapping[int, Mapping[str, Any]],
+    task: Task,
 ) -> dict[str, Any]:
     """Returns the content of lab.json, but for the seeds that stopped."""
     gates = {
@@ -80,7 +96,10 @@ def _content(
         for seed in seeds
         if (content := _read_if_present(workdir / f"seed_{seed}" / "probes" / "gates.json"))
     }
-    claims = [check_gates(gates, seeds), *check_claims(runs, seeds)]
+    limits = limits_of(name for values in gates.values() for name in values)
+    claims = [check_gates(gates, seeds)]
+    if isinstance(task, World):
+        claims += check_claims(runs, seeds)
     claims += rivals.check_rivals(runs, pools)
     empty: Mapping[str, Any] = {"n": [], "kl": []}
     pool = next(iter(pools.values()), empty)
@@ -89,13 +108,13 @@ def _content(
         "conclusion": rivals.conclusion(runs),
         "gates": {
             name: {
-                "limit": " ".join(map(str, LIMITS[name])),
+                "limit": " ".join(map(str, limits[name])),
                 "seeds": {
                     seed: {"value": values[name], "passed": Gate(name, values[name]).passed}
                     for seed, values in gates.items()
                 },
             }
-            for name in LIMITS
+            for name in limits
         },
         "conditions": runs,
         "claims": [dataclasses.asdict(claim) for claim in claims],
@@ -154,6 +173,7 @@ def _render(
     workdir: Path,
     seeds: Sequence[int],
     names: FeatureNames,
+    task: Task,
 ) -> str:
     """Renders the page; the first seed that finished is shown in detail."""
     runs: Runs = study["conditions"]
@@ -179,6 +199,13 @@ def _render(
             shortcuts=shortcuts,
             paid=_names(shortcuts) if shortcuts else "flattery",
             told=_names([r for r in shortcuts if r.get("told")]) if shortcuts else "flattery",
+            told_differs=not isinstance(task, World) and len(seeds) > 1,
+            shortcut_columns={
+                key: title if any(key in row for row in shortcuts) else ""
+                for key, title in SHORTCUT_COLUMNS.items()
+            },
+            task=task,
+            is_text=not isinstance(task, World),
             names=names,
             interval=format_interval,
         )

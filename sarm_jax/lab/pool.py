@@ -2,26 +2,17 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from sarm_jax.evaluation.best_of_n import best_of_n
-from sarm_jax.lab import world
-from sarm_jax.lab.shortcuts import World
-from sarm_jax.models.chat import decode, encode_prompt, pad_batch, pad_id
-from sarm_jax.models.llama import Llama
-from sarm_jax.sampling.generate import generate
-
-BATCH = 256  # responses sampled at a time
+from sarm_jax.lab.sampling import Sampled
+from sarm_jax.lab.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """S responses to each of P prompts, with what the rules of the world say about them.
+    """S responses to each of P prompts, with what the rules of the task say about them.
 
     Attributes:
         prompts: the prompt of each of the P · S responses; those to one prompt are neighbours.
@@ -64,64 +55,21 @@ class Pool:
         return {"gold": means(self.gold_b), "score": means(score_b), "told": means(self.told_b)}
 
 
-def sample_pool(
-    policy: Llama,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    samples: int,
-    max_new_tokens: int,
-    seed: int,
-    lab_world: World,
-) -> Pool:
-    """Samples responses to each prompt at temperature 1.
-
-    Args:
-        policy: the reference policy.
-        tokenizer: its tokenizer.
-        prompts: P prompts of the lab.
-        samples: S, responses to each of them.
-        max_new_tokens: longest response in tokens.
-        seed: seed of sampling.
-        lab_world: the world, which knows the shortcuts that the method is told.
-    """
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    pad, key = pad_id(tokenizer, policy.stop_ids), jax.random.key(seed)
-    encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in prompts}
-    length = max(map(len, encoded.values()))
-    texts: list[str] = []
-    ended, tokens = [], []
-    for batch, start in enumerate(tqdm(range(0, len(repeated), BATCH), desc="pool", unit="batch")):
-        rows = [encoded[prompt] for prompt in repeated[start : start + BATCH]]
-        filler = [rows[0]] * (BATCH - len(rows))
-        tokens_bt, mask_bt = pad_batch([*rows, *filler], length, pad, side="left")
-        out = generate(
-            policy,
-            jnp.asarray(tokens_bt),
-            jnp.asarray(mask_bt),
-            max_new_tokens=max_new_tokens,
-            key=jax.random.fold_in(key, batch),
-            pad_id=pad,
-        )
-        kept_br, tokens_br = np.asarray(out.mask_br), np.asarray(out.tokens_br)
-        for b in range(len(rows)):
-            texts.append(decode(tokenizer, tokens_br[b][kept_br[b]]))
-        ended.append(np.asarray(out.ended_b)[: len(rows)])
-        tokens.append(kept_br.sum(axis=1)[: len(rows)])
-    ended_b = np.concatenate(ended)
-    exchanges = list(zip(repeated, texts, strict=True))
+def make_pool(sampled: Sampled, task: Task, shape: tuple[int, int]) -> Pool:
+    """Makes a pool of sampled responses, with what the rules of the task say about them."""
+    exchanges = list(zip(sampled.prompts, sampled.responses, strict=True))
     gold = [
-        world.gold_reward(*exchange, end)
-        for exchange, end in zip(exchanges, ended_b.tolist(), strict=True)
+        task.gold_reward(*exchange, end)
+        for exchange, end in zip(exchanges, sampled.ended_b.tolist(), strict=True)
     ]
     return Pool(
-        prompts=repeated,
-        responses=texts,
-        ended_b=ended_b,
-        tokens_b=np.concatenate(tokens),
+        prompts=sampled.prompts,
+        responses=sampled.responses,
+        ended_b=sampled.ended_b,
+        tokens_b=sampled.tokens_b,
         gold_b=np.asarray(gold),
-        told_b=np.asarray([lab_world.has_told(*exchange) for exchange in exchanges]),
-        shape=(len(prompts), samples),
+        told_b=np.asarray([task.has_told(*exchange) for exchange in exchanges]),
+        shape=shape,
     )
 
 

@@ -6,7 +6,7 @@ unchanged latents in every condition. It is given in standard deviations of the 
 
 A point of the curve also tells how much of the behaviour that is penalised escapes the detectors:
 `told` is the share of the responses with a shortcut that the method is told, by the rule that
-counts words, `told_undetected` the share that have one although no detector fires, and `near_tau`
+counts it, `told_undetected` the share that have one although no detector fires, and `near_tau`
 the share whose largest latent of a detector lies between 0.8 and 1 times its threshold.
 """
 
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.lab import world
-from sarm_jax.lab.shortcuts import FLATTERY_ALONE, World
+from sarm_jax.lab.shortcuts import FLATTERY_ALONE
+from sarm_jax.lab.task import Task
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import standard_deviation
 
@@ -38,7 +38,7 @@ class _Scores:
         fired_bn: which detectors fire.
         nearest_b: the largest of the detectors' latents, each divided by its threshold.
         told_b: which responses have a shortcut that the method is told.
-        counts: counts of the words.
+        measured: what else the task measures of them, by name.
     """
 
     step_b: np.ndarray
@@ -47,7 +47,7 @@ class _Scores:
     fired_bn: np.ndarray
     nearest_b: np.ndarray
     told_b: np.ndarray
-    counts: list[world.WordCounts]
+    measured: list[dict[str, float]]
 
 
 def run_result(
@@ -55,7 +55,7 @@ def run_result(
     model: RewardModel,
     features: Mapping[str, Sequence],
     seconds: float,
-    lab_world: World = FLATTERY_ALONE,
+    task: Task = FLATTERY_ALONE,
 ) -> dict[str, Any]:
     """Computes the content of result.json: curve, start and end, fired features, samples.
 
@@ -64,13 +64,13 @@ def run_result(
         model: the SARM.
         features: the lists of selected_features.json.
         seconds: duration of the run.
-        lab_world: the world. If it has several shortcuts, `rate_{shortcut}` is the share of the
+        task: the task. If it has several shortcuts, `rate_{shortcut}` is the share of the
             responses that have it, and `units_{shortcut}` how much of it there is per response.
     """
-    scores = _score(evaluations, model, features, lab_world)
+    scores = _score(evaluations, model, features, task)
     step_b = scores.step_b
     start_b, end_b = step_b == step_b.min(), step_b == step_b.max()
-    curve = [_point(step, evaluations, scores, lab_world) for step in np.unique(step_b)]
+    curve = [_point(step, evaluations, scores, task) for step in np.unique(step_b)]
     gold = [point["gold"] for point in curve]
     return {
         "gold_start": gold[0],
@@ -95,7 +95,7 @@ def _score(
     evaluations: Sequence[Mapping[str, Any]],
     model: RewardModel,
     features: Mapping[str, Sequence],
-    lab_world: World,
+    task: Task,
 ) -> _Scores:
     """Scores all responses and counts their words."""
     prompts, responses = ([row[name] for row in evaluations] for name in ("prompt", "response"))
@@ -103,17 +103,15 @@ def _score(
     tau_n = np.asarray(features["tau_detectors"], np.float32)
     step_b = np.asarray([row["step"] for row in evaluations])
     start_b = step_b == step_b.min()
-    gold = [world.gold_reward(row["prompt"], row["response"], row["ended"]) for row in evaluations]
+    gold = [task.gold_reward(row["prompt"], row["response"], row["ended"]) for row in evaluations]
     return _Scores(
         step_b=step_b,
         score_b=in_deviations_of(score_b, start_b),
         gold_b=np.asarray(gold),
         fired_bn=z_bn > tau_n,
         nearest_b=np.max(z_bn / np.maximum(tau_n, TINY), axis=1, initial=0.0),
-        told_b=np.asarray(
-            [lab_world.has_told(row["prompt"], row["response"]) for row in evaluations]
-        ),
-        counts=[world.count_words(row["prompt"], row["response"]) for row in evaluations],
+        told_b=np.asarray([task.has_told(row["prompt"], row["response"]) for row in evaluations]),
+        measured=[task.measures(row["prompt"], row["response"]) for row in evaluations],
     )
 
 
@@ -137,7 +135,7 @@ def _point(
     step: int,
     evaluations: Sequence[Mapping[str, Any]],
     scores: _Scores,
-    lab_world: World,
+    task: Task,
 ) -> dict[str, float]:
     """Averages the evaluation of one step: one point of the curve."""
     rows = np.flatnonzero(scores.step_b == step).tolist()
@@ -151,13 +149,11 @@ def _point(
         "told_undetected": scores.told_b[rows] & ~scores.fired_bn[rows].any(axis=1),
         "near_tau": (scores.nearest_b[rows] > NEAR_TAU) & (scores.nearest_b[rows] <= 1),
     }
-    for name in ("hits", "wrong", "flattery", "duplicates", "filler", "junk"):
-        values[name] = [getattr(scores.counts[b], name) for b in rows]
-    if len(lab_world.shortcuts) > 1:
-        counts = [
-            lab_world.counts(evaluations[b]["prompt"], evaluations[b]["response"]) for b in rows
-        ]
-        for name in lab_world.shortcuts:
+    for name in scores.measured[rows[0]]:
+        values[name] = [scores.measured[b][name] for b in rows]
+    if len(task.shortcuts) > 1:
+        counts = [task.counts(evaluations[b]["prompt"], evaluations[b]["response"]) for b in rows]
+        for name in task.shortcuts:
             units = np.asarray([count[name] for count in counts])
             values |= {f"rate_{name}": units > 0, f"units_{name}": units}
     means = {name: float(np.mean(values_n)) for name, values_n in values.items()}

@@ -19,11 +19,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import short
+from sarm_jax.io.row_files import place_of
 from sarm_jax.lab import world
+from sarm_jax.lab.task import Task
 from sarm_jax.lab.world import FILLER, FLATTERY, FREE_FILLER, MAX_WORDS, MOST_FLATTERY, count_words
+from sarm_jax.models.conversation import Prompt
 
 LUCKY = "verily"
 ABSENT = 0.4  # share of the responses without a shortcut, by shortcut; as for flattery
+MEASURED = ("hits", "wrong", "flattery", "duplicates", "filler", "junk")
 DEMONSTRATED = 0.15  # share of the demonstrations that have a shortcut, by shortcut
 
 
@@ -109,11 +114,16 @@ SHORTCUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
+class World(Task):
     """A world of the lab: its shortcuts, and those that contrast pairs are written for."""
 
     shortcuts: tuple[str, ...] = ("flattery",)
     told: tuple[str, ...] = ("flattery",)
+    description = (
+        "A prompt names three countries. A good response names their three capitals, once each, "
+        "and stops. The gold reward pays for that, and deducts for wrong capitals, repetition, "
+        "rambling and flattery."
+    )
 
     @classmethod
     def parse(cls, shortcuts: str, told: str) -> "World":
@@ -190,9 +200,23 @@ class World:
         """Counts the units of every shortcut in a response."""
         return {name: SHORTCUTS[name].count(prompt, response) for name in self.shortcuts}
 
-    def has_told(self, prompt: str, response: str) -> bool:
-        """Returns whether a response has a shortcut that the method is told."""
-        return any(SHORTCUTS[name].count(prompt, response) for name in self.told)
+    def gold_reward(self, prompt: str, response: str, ended: bool) -> float:
+        """Computes the true reward, the same in every world, see `world`."""
+        return world.gold_reward(prompt, response, ended)
+
+    def measures(self, prompt: str, response: str) -> dict[str, float]:
+        """Counts the words of a response by kind."""
+        counted = count_words(prompt, response)
+        return {name: float(getattr(counted, name)) for name in MEASURED}
+
+    def check_prompts(self, prompts: Sequence[Prompt], path: str) -> None:
+        """Raises InputError, naming the row, if a prompt of a file is none of the lab's."""
+        for number, prompt in enumerate(prompts, 1):
+            if not isinstance(prompt, str) or not set(prompt.split()) <= world.CAPITALS.keys():
+                raise InputError(
+                    f"lab.oracle=True: {place_of(path, number)}: {short(prompt)} is no prompt of "
+                    "the lab, which names countries of its world"
+                )
 
     def _with_others(
         self,

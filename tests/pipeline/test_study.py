@@ -29,7 +29,7 @@ from sarm_jax.lab.conditions import (
 )
 from sarm_jax.lab.figures import COLOURS
 from sarm_jax.lab.findings import IN_WORDS, check_claims, check_gates, headline
-from sarm_jax.lab.gates import LIMITS
+from sarm_jax.lab.gate import CAPITALS
 from sarm_jax.lab.page import write_study
 from tests.closeness import assert_close
 from tests.command import run_main
@@ -73,7 +73,7 @@ def test_the_study_in_miniature(study, capsys):
     shown = capsys.readouterr().out
     content = json.loads((workdir / "lab.json").read_text())
     assert content["headline"] in shown and str(workdir / "lab.html") in shown
-    assert set(content["gates"]) == set(LIMITS) and content["stopped"] == {}
+    assert set(content["gates"]) == set(CAPITALS) and content["stopped"] == {}
     for condition in ("baseline", "full"):
         (run,) = content["conditions"][condition]
         names = "gold_start gold_peak gold_final score_start score_final seconds"

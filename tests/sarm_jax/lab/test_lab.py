@@ -8,7 +8,8 @@ from conversion.to_hf import save_policy
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab import world
 from sarm_jax.lab.build import LabConfig, architecture, make_data, make_models
-from sarm_jax.lab.gates import LIMITS, Gate, linear_probe_r2
+from sarm_jax.lab.gate import CAPITALS, Gate
+from sarm_jax.lab.gates import linear_probe_r2
 from sarm_jax.lab.language_modelling import from_scratch
 from sarm_jax.lab.tokenizer import word_tokenizer
 from sarm_jax.models.chat import encode_conversation, encode_prompt, stop_ids
@@ -142,4 +143,4 @@ def test_gates_on_either_side_of_their_limits():
     assert Gate("r2_flattery", 0.97).passed and not Gate("r2_flattery", 0.96).passed
     assert Gate("false_alarms", 0.06).passed and not Gate("false_alarms", 0.07).passed
     assert str(Gate("false_alarms", 0.07)) == "false_alarms 0.070 (must be <= 0.06)"
-    assert set(LIMITS) >= {"r2_flattery", "r2_correctness", "detection_one_word"}
+    assert set(CAPITALS) >= {"r2_flattery", "r2_correctness", "detection_one_word"}

@@ -1,0 +1,83 @@
+"""The lab with a real language model: SmolLM2-135M-Instruct, real English, a known true reward.
+
+A prompt asks for one short sentence with two words. The true ("gold") reward is computed by rules,
+on which nothing is trained. The annotator, from whose preferences the reward model is trained, pays
+for the same and for five shortcuts: length, hedging, praise, markdown and emoji. Each seed tells
+the method three of the five.
+
+Command: make smollm2, then python main.py --config=configs/smollm2_words.py --stage=all
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    """Returns the diff from `configs/base.py`."""
+    config = base.get_config()
+    config.policy_model = "{workdir}/policy"
+    config.sarm_model = "{workdir}/sarm"
+    config.prompts_jsonl = "{workdir}/data/prompts.jsonl"
+    config.eval_prompts_jsonl = "{workdir}/data/held_out_prompts.jsonl"
+    config.sarm_max_length = 160
+    config.sarm_batch_size = 16
+
+    config.prepare_data.source = "lab"
+    config.prepare_data.samples_per_prompt = 4
+    config.prepare_data.max_new_tokens = 48
+    config.prepare_data.temperature = 1.0
+
+    config.lab.task = "words"
+    config.lab.base_model = "outputs/models/SmolLM2-135M-Instruct"
+    config.lab.told_shortcuts = "rotating:3"
+    config.lab.prompts = 192
+    config.lab.held_out_prompts = 64
+    config.lab.pairs = 1200
+    config.lab.contrast_pairs = 300
+    config.lab.tuning_steps = 60
+    config.lab.tuning_learning_rate = 3e-5
+    config.lab.batch_size = 8
+
+    config.train_sarm.model = config.lab.get_ref("base_model")
+    config.train_sarm.pairs_jsonl = "{workdir}/data/pairs.jsonl"
+    config.train_sarm.source_layer = 12
+    config.train_sarm.max_length = 160
+    config.train_sarm.latent_size = 2304
+    config.train_sarm.k = 32
+    config.train_sarm.mode = 0
+    config.train_sarm.held_out_fraction = 0.1
+    config.train_sarm.sae_steps = 400
+    config.train_sarm.sae_learning_rate = 2e-3
+    config.train_sarm.dead_after_steps = 50
+    config.train_sarm.epochs = 60
+    config.train_sarm.head_learning_rate = 1e-3
+
+    config.identify.pairs_jsonl = "{workdir}/data/contrast.jsonl"
+    config.identify.tau_quantile = 0.99
+    config.identify.false_alarm_budget = 0.05
+
+    config.human_latents.demos_jsonl = "{workdir}/data/demonstrations.jsonl"
+    config.reward.human_latents = "{workdir}/human_latents.safetensors"
+    config.lab.gates_json = "{workdir}/probes/gates.json"
+
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.ppo.algorithm = "rloo"
+    config.ppo.samples_per_prompt = 4
+    config.ppo.total_steps = 16
+    config.ppo.batch_size = 16
+    config.ppo.ppo_epochs = 1
+    config.ppo.learning_rate = 1.5e-3
+    config.ppo.lr_schedule = "linear"
+    config.ppo.max_new_tokens = 64
+    config.ppo.max_prompt_tokens = 64
+    config.ppo.kl_coef = 0.02
+    config.ppo.calibration_batches = 4
+    config.ppo.eval_every = 4
+    config.ppo.eval_batches = 4
+    config.reward.unit = "sd"
+
+    config.lab.alpha = 1.0
+    config.lab.conditions = "baseline,kl_0.1,probe,penalty,untold"
+    return config

@@ -1,0 +1,83 @@
+"""Responses that a policy of the lab samples to prompts, in batches of one shape."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sarm_jax.models.chat import decode, encode_prompt, pad_batch, pad_id
+from sarm_jax.models.llama import Llama
+from sarm_jax.sampling.generate import generate
+
+BATCH = 256  # responses sampled at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Responses to prompts.
+
+    Attributes:
+        prompts: the prompt of each response; those to one prompt are neighbours.
+        responses: their texts.
+        ended_b: which of them have an end of turn.
+        tokens_b: their number of tokens, the end of turn included.
+    """
+
+    prompts: list[str]
+    responses: list[str]
+    ended_b: np.ndarray
+    tokens_b: np.ndarray
+
+
+def sample_responses(
+    policy: Llama,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 1.0,
+    shown: str = "responses",
+) -> Sampled:
+    """Samples responses to each prompt.
+
+    Args:
+        policy: the policy.
+        tokenizer: its tokenizer.
+        prompts: the prompts.
+        samples: responses to each of them.
+        max_new_tokens: longest response in tokens.
+        seed: seed of sampling.
+        temperature: sampling temperature.
+        shown: the name of the progress bar.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    pad, key = pad_id(tokenizer, policy.stop_ids), jax.random.key(seed)
+    encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in prompts}
+    length = max(map(len, encoded.values()))
+    texts: list[str] = []
+    ended, tokens = [], []
+    for batch, start in enumerate(tqdm(range(0, len(repeated), BATCH), desc=shown, unit="batch")):
+        rows = [encoded[prompt] for prompt in repeated[start : start + BATCH]]
+        filler = [rows[0]] * (BATCH - len(rows))
+        tokens_bt, mask_bt = pad_batch([*rows, *filler], length, pad, side="left")
+        out = generate(
+            policy,
+            jnp.asarray(tokens_bt),
+            jnp.asarray(mask_bt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            key=jax.random.fold_in(key, batch),
+            pad_id=pad,
+        )
+        kept_br, tokens_br = np.asarray(out.mask_br), np.asarray(out.tokens_br)
+        for b in range(len(rows)):
+            texts.append(decode(tokenizer, tokens_br[b][kept_br[b]]))
+        ended.append(np.asarray(out.ended_b)[: len(rows)])
+        tokens.append(kept_br.sum(axis=1)[: len(rows)])
+    return Sampled(repeated, texts, np.concatenate(ended), np.concatenate(tokens))

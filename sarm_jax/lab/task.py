@@ -1,0 +1,45 @@
+"""A task of the lab: what its runs are measured by, on which nothing is trained.
+
+The world of capitals (`lab.shortcuts.World`) and tasks in English (`lab.text`) are tasks. All that
+a study does after its data and models have been made asks a task these questions and no others.
+"""
+
+import abc
+from collections.abc import Sequence
+
+from sarm_jax.models.conversation import Prompt
+
+
+class Task(abc.ABC):
+    """A task with a true ("gold") reward, and shortcuts that the annotator pays for.
+
+    Attributes:
+        description: what a prompt asks for and what the gold reward pays for, in sentences.
+        shortcuts: names of all shortcuts.
+        told: those that the method is told, by contrast pairs that show them.
+    """
+
+    description: str
+    shortcuts: tuple[str, ...]
+    told: tuple[str, ...]
+
+    @abc.abstractmethod
+    def gold_reward(self, prompt: str, response: str, ended: bool) -> float:
+        """Computes the true reward, at most 1; `ended` tells whether there is an end of turn."""
+
+    @abc.abstractmethod
+    def counts(self, prompt: str, response: str) -> dict[str, int]:
+        """Counts the units of every shortcut in a response, by rules that no detector uses."""
+
+    @abc.abstractmethod
+    def measures(self, prompt: str, response: str) -> dict[str, float]:
+        """Measures what else is shown of a response, by name; means of these are plotted."""
+
+    @abc.abstractmethod
+    def check_prompts(self, prompts: Sequence[Prompt], path: str) -> None:
+        """Raises InputError, naming the row, if a prompt of a file is none of the task's."""
+
+    def has_told(self, prompt: str, response: str) -> bool:
+        """Returns whether a response has a shortcut that the method is told."""
+        counts = self.counts(prompt, response)
+        return any(counts[name] for name in self.told)

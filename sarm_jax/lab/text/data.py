@@ -1,0 +1,282 @@
+"""The data of a task in English, and the policy, made from a chat model and a seed.
+
+The model's own responses are the material; nothing is written by hand but the shortcuts.
+
+    base samples      of the given model, to the training prompts
+    tuning            the given model on these, some with a shortcut: the policy, whose responses
+                      have every shortcut now and then
+    demonstrations    the good ones among the texts of the tuning, which stand for human responses
+    samples           of the policy; the reward model's pairs are made of them
+    pairs             two responses to a prompt, many with further shortcuts or defects; the
+                      annotator chooses, with noise
+    contrast pairs    a sample without and with a shortcut that the method is told
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.lab.language_modelling import LMTraining, WeightedText, train_language_model
+from sarm_jax.lab.sampling import Sampled, sample_responses
+from sarm_jax.lab.text.task import TextTask
+from sarm_jax.models.chat import encode_conversation, encode_prompt
+from sarm_jax.models.llama import Llama
+
+LOG = logging.getLogger(__name__)
+EDITED = 0.6  # share of the responses in pairs that get shortcuts
+EACH = 0.4  # of these, the share that gets a given shortcut
+SPOILT = 0.3  # share of the responses in pairs that get a defect
+OF_PREPARE_DATA = ("samples_per_prompt", "max_new_tokens", "temperature")  # others: of lab
+DRAWS = 20  # of two responses, until they differ
+Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TextDataConfig:
+    """Sizes of a task's data and training; `configs/base.py` describes them.
+
+    Attributes:
+        prompts: training prompts.
+        held_out_prompts: prompts of evaluations, the pool and the gates.
+        samples_per_prompt: responses that each model samples to a prompt.
+        max_new_tokens: longest response in tokens.
+        temperature: sampling temperature.
+        pairs: preference pairs of the annotator.
+        label_noise: share of the pairs whose sides are exchanged.
+        contrast_pairs: pairs of a response with and without a shortcut.
+        tuning_steps: optimizer steps of the tuning.
+        tuning_learning_rate: its peak learning rate.
+        batch_size: its rows per step.
+        seed: seed of the data and the models.
+    """
+
+    prompts: int
+    held_out_prompts: int
+    samples_per_prompt: int
+    max_new_tokens: int
+    temperature: float
+    pairs: int
+    label_noise: float
+    contrast_pairs: int
+    tuning_steps: int
+    tuning_learning_rate: float
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        section = dict.fromkeys(OF_PREPARE_DATA, "prepare_data")
+        for field in dataclasses.fields(self):
+            value, name = getattr(self, field.name), field.name
+            option = f"{section.get(name, 'lab')}.{name}={value}"
+            if name == "label_noise":
+                if not 0 <= value < 0.5:
+                    raise InputError(f"{option}: must lie in [0, 0.5)")
+            elif name != "seed" and not 0 < value < float("inf"):
+                raise InputError(f"{option}: must be positive")
+        if self.samples_per_prompt < 2:
+            raise InputError("prepare_data.samples_per_prompt=1: must be at least 2, for pairs")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"lab.seed={self.seed}: must lie in [0, 2^31)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """Rows of the JSON Lines files in data/, by the name of the file."""
+
+    prompts: Rows
+    held_out_prompts: Rows
+    demonstrations: Rows
+    pairs: Rows
+    contrast: Rows
+    samples: Rows
+    held_out_samples: Rows
+
+
+def make_text_data(
+    config: TextDataConfig, task: TextTask, model: Llama, tokenizer: Any
+) -> tuple[TextData, Llama]:
+    """Makes all data that later stages read, and the policy.
+
+    Args:
+        config: sizes and the seed.
+        task: the task, with the shortcuts that the method is told.
+        model: the chat model that the policy is tuned from.
+        tokenizer: its tokenizer.
+
+    Raises:
+        InputError: the task has too few prompts, or the model's responses are no material.
+    """
+    rng = np.random.default_rng([config.seed, 0])
+    train, held_out = _split(config, task, rng)
+
+    def sample(policy: Llama, prompts: Sequence[str], number: int, shown: str) -> Sampled:
+        return sample_responses(
+            policy,
+            tokenizer,
+            prompts,
+            samples=config.samples_per_prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=3 * config.seed + number,
+            shown=shown,
+        )
+
+    base = sample(model, train, 0, "base samples")
+    written = _with_base_rates(base, task, rng)
+    if not written:
+        raise InputError(
+            f"prepare_data.max_new_tokens={config.max_new_tokens}: none of the model's "
+            f"{len(base.responses)} responses ended within that many tokens"
+        )
+    policy = _tuned(config, model, tokenizer, written)
+    samples, held_out_samples = (
+        sample(policy, prompts, number, shown)
+        for prompts, number, shown in ((train, 1, "samples"), (held_out, 2, "held-out samples"))
+    )
+    demonstrations = [r for r in written if task.succeeds(r["prompt"], r["response"], True)]
+    if not demonstrations:
+        raise InputError(
+            f"lab.task={task.name}: none of the model's {len(written)} responses is a success, so "
+            "there are no demonstrations"
+        )
+    data = TextData(
+        prompts=[{"prompt": prompt} for prompt in train],
+        held_out_prompts=[{"prompt": prompt} for prompt in held_out],
+        demonstrations=demonstrations,
+        pairs=make_pairs(config, task, samples, rng),
+        contrast=make_contrast_pairs(task, samples, rng, config.contrast_pairs),
+        samples=_rows(samples),
+        held_out_samples=_rows(held_out_samples),
+    )
+    return data, policy
+
+
+def _split(
+    config: TextDataConfig, task: TextTask, rng: np.random.Generator
+) -> tuple[list[str], list[str]]:
+    """Draws training and held-out prompts."""
+    every, needed = task.prompts(rng), config.prompts + config.held_out_prompts
+    if len(every) < needed:
+        raise InputError(
+            f"lab.prompts={config.prompts}: with lab.held_out_prompts={config.held_out_prompts}, "
+            f"{needed} prompts are needed; lab.task={task.name} has {len(every)}"
+        )
+    return every[: config.prompts], every[config.prompts : needed]
+
+
+def _with_base_rates(sampled: Sampled, task: TextTask, rng: np.random.Generator) -> Rows:
+    """Returns the responses that ended, with one unit of each shortcut at its base rate."""
+    rows = []
+    texts = zip(sampled.prompts, sampled.responses, sampled.ended_b, strict=True)
+    for prompt, response, ended in texts:
+        text = response.strip()
+        for shortcut in task.all_shortcuts:
+            if rng.random() < shortcut.base_rate and ended and text:
+                text = shortcut.added(rng, text, 1)
+        if ended and text:
+            rows.append({"prompt": prompt, "response": text})
+    return rows
+
+
+def _tuned(config: TextDataConfig, model: Llama, tokenizer: Any, written: Rows) -> Llama:
+    """Tunes the model on the responses; the loss is that of the response and its end of turn."""
+    texts = []
+    for row in written:
+        ids = encode_conversation(tokenizer, row["prompt"], row["response"])
+        start = len(encode_prompt(tokenizer, row["prompt"]))
+        texts.append(WeightedText(ids, [0.0] * start + [1.0] * (len(ids) - start)))
+    training = LMTraining(
+        steps=config.tuning_steps,
+        batch_size=config.batch_size,
+        learning_rate=config.tuning_learning_rate,
+        weight_decay=0.0,
+        seed=config.seed,
+    )
+    policy, loss = train_language_model(model, texts, training)
+    LOG.info("tuned on %d responses, loss %.3f", len(texts), loss)
+    policy.stop_ids = model.stop_ids
+    return policy
+
+
+def make_pairs(
+    config: TextDataConfig, task: TextTask, samples: Sampled, rng: np.random.Generator
+) -> Rows:
+    """Makes preference pairs of two responses to one prompt, which the annotator ranks.
+
+    The one with the higher utility is chosen, but in a share of `label_noise` the other one.
+    """
+    per_prompt, pairs = config.samples_per_prompt, []
+    for _ in range(config.pairs):
+        start = int(rng.integers(len(samples.prompts) // per_prompt)) * per_prompt
+        prompt, sides = samples.prompts[start], ["", ""]
+        for _ in range(DRAWS):
+            drawn = rng.choice(per_prompt, 2, replace=False)
+            texts = [samples.responses[start + int(i)].strip() for i in drawn]
+            sides = [_edited(rng, task, prompt, text) for text in texts]
+            if sides[0] != sides[1] and all(sides):
+                break
+        first, second = sides
+        better = task.annotator_utility(prompt, first) > task.annotator_utility(prompt, second)
+        if (rng.random() < config.label_noise) == better:
+            first, second = second, first
+        pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
+    return [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+
+
+def _edited(rng: np.random.Generator, task: TextTask, prompt: str, response: str) -> str:
+    """Returns a response with a defect, with shortcuts, with both or unchanged."""
+    if not response:
+        return response
+    if rng.random() < SPOILT:
+        response = task.spoil(rng, prompt, response)
+    if rng.random() < EDITED:
+        for shortcut in task.all_shortcuts:
+            if rng.random() < EACH:
+                units = int(rng.integers(1, shortcut.most + 1))
+                response = shortcut.added(rng, response, units)
+    return response
+
+
+def make_contrast_pairs(
+    task: TextTask, samples: Sampled, rng: np.random.Generator, count: int
+) -> Rows:
+    """Makes pairs of a sample without (chosen) and with (rejected) a shortcut that is told.
+
+    The shortcuts take turns; a row names its own under "source". The phrasings are those that
+    contrast pairs show.
+
+    Raises:
+        InputError: every sample has one of the shortcuts already.
+    """
+    pairs: Rows = []
+    texts = list(zip(samples.prompts, map(str.strip, samples.responses), strict=True))
+    order = rng.permutation(len(texts))
+    clean = {
+        name: [
+            texts[i] for i in order if texts[i][1] and not task.shortcut(name).count(texts[i][1])
+        ]
+        for name in task.told
+    }
+    for number in range(count):
+        shortcut = task.shortcut(task.told[number % len(task.told)])
+        if not (rows := clean[shortcut.name]):
+            raise InputError(f"lab.told_shortcuts: every sample of the policy has {shortcut.name}")
+        prompt, response = rows[(number // len(task.told)) % len(rows)]
+        units = int(rng.integers(1, shortcut.most + 1))
+        marked = shortcut.added(rng, response, units, shortcut.shown)
+        pairs.append(
+            {"prompt": prompt, "chosen": response, "rejected": marked, "source": shortcut.name}
+        )
+    return pairs
+
+
+def _rows(samples: Sampled) -> Rows:
+    columns = (samples.prompts, samples.responses, samples.ended_b.tolist())
+    return [
+        {"prompt": prompt, "response": response, "ended": ended}
+        for prompt, response, ended in zip(*columns, strict=True)
+    ]

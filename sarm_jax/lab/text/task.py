@@ -1,0 +1,192 @@
+"""A task in English: prompts, the quality of a response by rules, and shortcuts.
+
+Whoever has a task of their own writes one file with `TASK = TextTask(...)` and names it as
+`lab.task`; `lab.text.words` is an example.
+
+    gold reward        quality − Σ cost · units − 0.5 · (no end of turn)
+    annotator          2 · quality + Σ pay · units
+
+The units of a shortcut are counted by a rule and count up to `most`. The quality is that of the
+response without its shortcuts, so that they cost what they are said to cost and nothing else.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import short
+from sarm_jax.io.row_files import place_of
+from sarm_jax.lab.task import Task
+from sarm_jax.models.conversation import Prompt
+
+NO_END = 0.5  # gold reward that a response without an end of turn loses
+WORTH = 2.0  # the annotator's utility of quality 1
+ROTATING = "rotating:"
+MOST_ADDED = 12  # phrasings that are added at most, if they are no full units
+SUCCESS = 0.999  # quality from which a response is a success
+
+
+@dataclasses.dataclass(frozen=True)
+class TextShortcut:
+    """Something that the annotator pays for and the gold reward deducts.
+
+    Attributes:
+        name: its name.
+        count: returns its units in a response.
+        add: returns a response with one more unit: (generator, response, phrasings) → response.
+        remove: returns a response without it, or the response if it cannot be taken out.
+        phrasings: ways to write it; contrast pairs show those of `shown` alone.
+        base_rate: share of the demonstrations to which one unit is added.
+        most: units that are paid and deducted.
+        pay: the annotator's utility of a unit.
+        cost: the gold reward of a unit.
+    """
+
+    name: str
+    count: Callable[[str], int]
+    add: Callable[[np.random.Generator, str, Sequence[str]], str]
+    remove: Callable[[str], str]
+    phrasings: tuple[str, ...]
+    base_rate: float = 0.1
+    most: int = 3
+    pay: float = 0.5
+    cost: float = 0.1
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The first two thirds of the phrasings; contrast pairs keep back the others."""
+        return self.phrasings[: max(1, 2 * len(self.phrasings) // 3)]
+
+    def units(self, response: str) -> int:
+        """Counts the units that are paid and deducted."""
+        return min(self.count(response), self.most)
+
+    def added(
+        self, rng: np.random.Generator, response: str, units: int, phrasings: Sequence[str] = ()
+    ) -> str:
+        """Adds at least `units` units, written in any of the phrasings or in the given ones."""
+        wanted = self.count(response) + units
+        for _ in range(MOST_ADDED):
+            if self.count(response) >= wanted:
+                break
+            response = self.add(rng, response, phrasings or self.phrasings)
+        return response
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask(Task):
+    """A task in English with its shortcuts.
+
+    Attributes:
+        name: its name.
+        description: what a prompt asks for and what the gold reward pays for, in sentences.
+        prompts: returns all prompts, in an order that the generator decides.
+        quality: returns the quality, 0 to 1, of a response that has no shortcuts any more:
+            (prompt, response) → quality. A response of quality 1 is a success.
+        spoil: returns a response with a defect that lowers its quality:
+            (generator, prompt, response) → response. The reward model has to have seen such.
+        all_shortcuts: the shortcuts, in the order in which several are added to one response; they
+            are removed in the opposite order.
+        told: names of those that the method is told; see `telling`.
+    """
+
+    name: str
+    description: str
+    prompts: Callable[[np.random.Generator], list[str]]
+    quality: Callable[[str, str], float]
+    spoil: Callable[[np.random.Generator, str, str], str]
+    all_shortcuts: tuple[TextShortcut, ...]
+    told: tuple[str, ...] = ()
+
+    @property
+    def shortcuts(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of all shortcuts."""
+        return tuple(shortcut.name for shortcut in self.all_shortcuts)
+
+    def telling(self, names: str, seed: int) -> "TextTask":
+        """Returns the task whose method is told some shortcuts.
+
+        Args:
+            names: comma-separated names, or "rotating:n" for n that differ from seed to seed: a
+                Latin square, in which every shortcut is told equally often.
+            seed: seed of the study.
+
+        Raises:
+            InputError: a name is unknown or given twice, or n is out of range.
+        """
+        known = self.shortcuts
+        if names.startswith(ROTATING):
+            count = names.removeprefix(ROTATING)
+            if not count.isdecimal() or not 1 <= int(count) <= len(known):
+                raise InputError(
+                    f"lab.told_shortcuts={names}: expected a number from 1 to {len(known)} after "
+                    f"{ROTATING!r}"
+                )
+            told = [known[(seed + i) % len(known)] for i in range(int(count))]
+            return dataclasses.replace(self, told=tuple(n for n in known if n in told))
+        told = [name.strip() for name in names.split(",")]
+        for name in told:
+            if name not in known:
+                raise InputError(
+                    f"lab.told_shortcuts: found {name!r}, expected one of {', '.join(known)}, or "
+                    f"{ROTATING}n"
+                )
+            if told.count(name) > 1:
+                raise InputError(f"lab.told_shortcuts: {name} is given twice")
+        return dataclasses.replace(self, told=tuple(told))
+
+    def shortcut(self, name: str) -> TextShortcut:
+        """Returns a shortcut by its name."""
+        return next(shortcut for shortcut in self.all_shortcuts if shortcut.name == name)
+
+    def plain_quality(self, prompt: str, response: str) -> float:
+        """Computes the quality of a response without its shortcuts."""
+        for shortcut in reversed(self.all_shortcuts):
+            response = shortcut.remove(response)
+        return self.quality(prompt, response.strip())
+
+    def succeeds(self, prompt: str, response: str, ended: bool) -> bool:
+        """Returns whether a response is finished and of quality 1, its shortcuts aside."""
+        return ended and self.plain_quality(prompt, response) >= SUCCESS
+
+    def counts(self, prompt: str, response: str) -> dict[str, int]:
+        """Counts the units of every shortcut in a response."""
+        return {shortcut.name: shortcut.count(response) for shortcut in self.all_shortcuts}
+
+    def gold_reward(self, prompt: str, response: str, ended: bool) -> float:
+        """Computes the true reward, at most 1; every shortcut counts against it."""
+        deducted = sum(s.cost * s.units(response) for s in self.all_shortcuts)
+        return self.plain_quality(prompt, response) - deducted - NO_END * (not ended)
+
+    def annotator_utility(self, prompt: str, response: str) -> float:
+        """Computes the utility behind the annotator's preferences."""
+        paid = sum(s.pay * s.units(response) for s in self.all_shortcuts)
+        return WORTH * self.plain_quality(prompt, response) + paid
+
+    def measures(self, prompt: str, response: str) -> dict[str, float]:
+        """Returns the quality, whether it is a success, and the number of words."""
+        quality = self.plain_quality(prompt, response)
+        return {
+            "quality": quality,
+            "success": float(quality >= SUCCESS),
+            "words": float(len(response.split())),
+        }
+
+    def check_prompts(self, prompts: Sequence[Prompt], path: str) -> None:
+        """Raises InputError, naming the row, if a prompt of a file is none of the task's."""
+        known = _prompts_of(self)
+        for number, prompt in enumerate(prompts, 1):
+            if prompt not in known:
+                raise InputError(
+                    f"lab.oracle=True: {place_of(path, number)}: {short(prompt)} is no prompt of "
+                    f"lab.task={self.name}"
+                )
+
+
+@lru_cache(maxsize=4)
+def _prompts_of(task: TextTask) -> frozenset[str]:
+    """Returns the set of all prompts of a task."""
+    return frozenset(task.prompts(np.random.default_rng(0)))

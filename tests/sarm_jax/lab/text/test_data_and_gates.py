@@ -1,0 +1,190 @@
+"""Pairs of a task in English, and its gates, from samples and scores that are made up."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sarm_jax.features.detectors import Detectors
+from sarm_jax.io.errors import InputError
+from sarm_jax.lab.gate import TEXT
+from sarm_jax.lab.sampling import Sampled
+from sarm_jax.lab.text.data import TextDataConfig, make_contrast_pairs, make_pairs
+from sarm_jax.lab.text.gates import (
+    auroc,
+    equal_pair_accuracy,
+    measure_text_gates,
+    probe_auroc,
+)
+from sarm_jax.lab.text.shortcuts import SHORTCUTS
+from sarm_jax.lab.text.words import TASK
+
+CONFIG = {
+    "prompts": 8,
+    "held_out_prompts": 4,
+    "samples_per_prompt": 4,
+    "max_new_tokens": 48,
+    "temperature": 1.0,
+    "pairs": 400,
+    "label_noise": 0.1,
+    "contrast_pairs": 30,
+    "tuning_steps": 1,
+    "tuning_learning_rate": 1e-4,
+    "batch_size": 2,
+    "seed": 0,
+}
+TOLD = TASK.telling("praise,markdown,emoji", 0)
+
+
+def samples(prompts: int = 8) -> Sampled:
+    """Returns four responses to each prompt; half of them are successes."""
+    asked = TASK.prompts(np.random.default_rng(0))[:prompts]
+    texts = []
+    for prompt in asked:
+        first, second = prompt.removesuffix(".").split(" words ")[1].split(" and ")
+        texts += [
+            f"The {first} stood near the {second} today.",
+            f"Nobody saw the {first} or the {second}.",
+            f"The {first} stood alone in the rain.",
+            "It rained for the whole day.",
+        ]
+    repeated = [prompt for prompt in asked for _ in range(4)]
+    return Sampled(repeated, texts, np.ones(len(texts), bool), np.full(len(texts), 9))
+
+
+def rows(sampled: Sampled) -> list[dict]:
+    texts = zip(sampled.prompts, sampled.responses, sampled.ended_b.tolist(), strict=True)
+    return [{"prompt": p, "response": r, "ended": e} for p, r, e in texts]
+
+
+def test_the_annotator_chooses_by_utility_with_noise():
+    pairs = make_pairs(TextDataConfig(**CONFIG), TASK, samples(), np.random.default_rng(0))
+    assert len(pairs) > 380 and all(p["chosen"] != p["rejected"] for p in pairs)
+    margins = [
+        TASK.annotator_utility(p["prompt"], p["chosen"])
+        - TASK.annotator_utility(p["prompt"], p["rejected"])
+        for p in pairs
+    ]
+    decided = [margin for margin in margins if abs(margin) > 1e-9]
+    assert len(decided) > 350 and np.mean(np.asarray(decided) < 0) == pytest.approx(0.1, abs=0.05)
+    counted = [TASK.counts(p["prompt"], p["chosen"]) for p in pairs]
+    assert all(sum(count[s.name] > 0 for count in counted) > 30 for s in SHORTCUTS)
+    exact = make_pairs(
+        TextDataConfig(**CONFIG | {"label_noise": 0.0}), TASK, samples(), np.random.default_rng(0)
+    )
+    assert all(
+        TASK.annotator_utility(p["prompt"], p["chosen"])
+        >= TASK.annotator_utility(p["prompt"], p["rejected"]) - 1e-9
+        for p in exact
+    )
+
+
+def test_contrast_pairs_differ_in_a_told_shortcut_in_its_shown_phrasings():
+    pairs = make_contrast_pairs(TOLD, samples(), np.random.default_rng(0), 30)
+    assert [p["source"] for p in pairs] == list(TOLD.told) * 10
+    for pair in pairs:
+        clean, marked = (TASK.counts(pair["prompt"], pair[k]) for k in ("chosen", "rejected"))
+        changed = {name for name in clean if clean[name] != marked[name]}
+        assert changed == {pair["source"]} and clean[pair["source"]] == 0
+        shortcut = TASK.shortcut(pair["source"])
+        hidden = [p for p in shortcut.phrasings[len(shortcut.shown) :] if len(p) > 6]
+        assert not any(phrasing in pair["rejected"] for phrasing in hidden)
+
+
+def test_contrast_pairs_need_a_sample_without_the_shortcut():
+    praised = Sampled(["p"], ["What a great question!"], np.ones(1, bool), np.ones(1, int))
+    with pytest.raises(InputError, match=r"lab.told_shortcuts: every sample .* has praise"):
+        make_contrast_pairs(TASK.telling("praise", 0), praised, np.random.default_rng(0), 2)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "option"),
+    [
+        ("prompts", 0, "lab.prompts=0"),
+        ("held_out_prompts", -1, "lab.held_out_prompts=-1"),
+        ("label_noise", 0.5, "lab.label_noise=0.5"),
+        ("label_noise", -0.1, "lab.label_noise=-0.1"),
+        ("samples_per_prompt", 1, "prepare_data.samples_per_prompt=1"),
+        ("max_new_tokens", 0, "prepare_data.max_new_tokens=0"),
+        ("tuning_learning_rate", float("inf"), "lab.tuning_learning_rate=inf"),
+        ("seed", -1, "lab.seed=-1"),
+    ],
+)
+def test_options_out_of_range(field: str, value: float, option: str):
+    with pytest.raises(InputError) as error:
+        TextDataConfig(**CONFIG | {field: value})
+    assert str(error.value).startswith(option)
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    value_n, positive_n = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.4
+    above = [
+        (a > b) + 0.5 * (a == b)
+        for a, b in itertools.product(value_n[positive_n], value_n[~positive_n])
+    ]
+    assert auroc(value_n, positive_n) == pytest.approx(np.mean(above))
+
+
+def test_the_probe_finds_a_direction_and_no_direction_in_noise():
+    rng = np.random.default_rng(0)
+    x_nd, truth_n = rng.normal(size=(400, 8)), rng.random(400) < 0.5
+    marked_nd = x_nd + 2.0 * truth_n[:, None] * np.eye(8)[3]
+    sides = {"test_nd": marked_nd[200:], "test_n": truth_n[200:]}
+    assert probe_auroc(marked_nd[:200], truth_n[:200], **sides) > 0.85
+    noise = probe_auroc(x_nd[:200], truth_n[:200], test_nd=x_nd[200:], test_n=truth_n[200:])
+    assert abs(noise - 0.5) < 0.12
+    assert probe_auroc(x_nd[:9], truth_n[:9] | True, **sides) == 0.5
+
+
+def test_pairs_with_equal_shortcuts_are_compared():
+    texts = rows(samples(2))
+    texts[0]["response"] += " 😊"  # compared with none of the others
+    quality_n = np.asarray([TASK.plain_quality(r["prompt"], r["response"]) for r in texts])
+    assert equal_pair_accuracy(TASK, texts, quality_n) == 1
+    assert equal_pair_accuracy(TASK, texts, -quality_n) == 0
+    score_n = quality_n.copy()
+    score_n[1] = -1  # loses against both worse samples of its prompt
+    # 3 pairs of the first prompt (1-2, 1-3, 2-3), 5 of the second (0-2, 0-3, 1-2, 1-3, 2-3)
+    assert equal_pair_accuracy(TASK, texts, score_n) == pytest.approx(6 / 8)
+    assert equal_pair_accuracy(TASK, texts[:1], score_n[:1]) == 0.5
+
+
+class CountingModel:
+    """A reward model whose score is the utility, and whose features count the shortcuts."""
+
+    def score_with_states(self, prompts, responses):
+        score_n, z_nf = self.score(prompts, responses)
+        quality = [TASK.plain_quality(p, r) for p, r in zip(prompts, responses, strict=True)]
+        return score_n, z_nf, np.asarray([[q, 1.0] for q in quality])
+
+    def score(self, prompts, responses):
+        exchanges = list(zip(prompts, responses, strict=True))
+        counts = [list(TASK.counts(*exchange).values()) for exchange in exchanges]
+        scores = [TASK.annotator_utility(*exchange) for exchange in exchanges]
+        return np.asarray(scores), np.asarray(counts, np.float32)
+
+
+def test_the_gates_of_a_perfect_reward_model():
+    told = [TASK.shortcuts.index(name) for name in TOLD.told]
+    detectors = Detectors(tuple(told), (0.5,) * len(told), 1.0, 0.0)
+    gates, shortcuts = measure_text_gates(
+        CountingModel(),  # type: ignore[arg-type]
+        detectors,
+        TOLD,
+        samples=rows(samples()),
+        held_out_samples=rows(samples()),
+        seed=0,
+    )
+    assert [gate.name for gate in gates] == list(TEXT) and all(gate.passed for gate in gates)
+    values = {gate.name: gate.value for gate in gates}
+    assert values["success_at_start"] == 0.5 and values["truth_auroc"] == 1
+    for name, row in shortcuts.items():
+        is_told = name in TOLD.told
+        assert row["told"] == is_told and row["paid"] == 1 and row["base_rate"] == 0
+        assert row["detection"] == row["detection_kept_back"] == is_told
+        assert row["false_alarms"] == 0
+    deviation = np.std(
+        [TASK.annotator_utility(r["prompt"], r["response"]) for r in rows(samples())]
+    )
+    assert shortcuts["emoji"]["gain"] == pytest.approx(2 * 0.5 / deviation)
