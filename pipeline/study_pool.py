@@ -21,7 +21,7 @@ from conversion import load_policy
 from pipeline.models import load_reward_model
 from pipeline.provenance import digests
 from pipeline.study_runs import condition_config
-from pipeline.tasks import task_of
+from pipeline.tasks import task_of, task_records
 from sarm_jax.evaluation.best_of_n import kl_of_best_of
 from sarm_jax.features.dense_probe import probe_file
 from sarm_jax.io.json_files import read_json, write_json
@@ -118,6 +118,7 @@ def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> d
         "max_new_tokens": config.ppo.max_new_tokens,
         "missing_eos_penalty": config.ppo.missing_eos_penalty,
         **{name: config.lab[name] for name in names},
+        **task_records(config),
         **{name: config.reward[name] for name in ("unit", "penalty_cap")},
         "files": {os.path.relpath(file, folder): digest for file, digest in read.items()},
     }

@@ -1,5 +1,6 @@
 """The task of the lab that the options name: the world of capitals, or a task in English."""
 
+import hashlib
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -41,6 +42,14 @@ def text_task_of(config: ConfigDict) -> TextTask:
             f"lab.shortcuts={config.lab.shortcuts}: those of lab.task={name} are in its own file"
         )
     return task.telling(config.lab.told_shortcuts, config.lab.seed)
+
+
+def task_records(config: ConfigDict) -> dict[str, str]:
+    """Returns the digest of the task's file, on whose content results depend; {} if built in."""
+    name = config.lab.task
+    if name == CAPITALS or name in BUILT_IN or not Path(name).is_file():
+        return {}
+    return {"task_file": hashlib.sha256(Path(name).read_bytes()).hexdigest()}
 
 
 def _from_file(name: str) -> TextTask:

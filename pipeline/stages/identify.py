@@ -14,7 +14,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
-from pipeline.tasks import is_text, text_task_of
+from pipeline.tasks import is_text, task_records, text_task_of
 from sarm_jax.features.detectors import Detectors
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.features.feature_pages import PAGES, ResponseGroups, feature_pages
@@ -216,10 +216,13 @@ def text_gates(
 
 
 def records(config: ConfigDict, workdir: Path) -> dict:
-    """Returns the section without the names of features, which change no result."""
+    """Returns the section without the names of features, which change no result.
+
+    The gates depend on the content of a task's file.
+    """
     section = config.identify.to_dict()
     del section["feature_names"]
-    return {"identify": section}
+    return {"identify": section, **task_records(config)}
 
 
 STAGE = Stage(

@@ -15,7 +15,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_policy_model
 from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
-from pipeline.tasks import is_text, text_task_of
+from pipeline.tasks import is_text, task_records, text_task_of
 from sarm_jax.evaluation.benchmark_data import (
     OUTPUTS,
     BenchmarkDataConfig,
@@ -193,8 +193,8 @@ def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     kind = TextDataConfig if is_text(config) else LabConfig
     names = [f.name for f in dataclasses.fields(kind) if f.name not in OF_PREPARE_DATA]
     if is_text(config):
-        names += ["task", "base_model", "told_shortcuts"]
-    return {"lab": {name: config.lab[name] for name in names}}
+        names += ["task", "told_shortcuts"]
+    return {"lab": {name: config.lab[name] for name in names}, **task_records(config)}
 
 
 STAGE = Stage(
@@ -202,7 +202,7 @@ STAGE = Stage(
     summary="Demonstrations, benchmark files or a seed → pairs and prompts that later stages read.",
     validate=validate,
     run=run,
-    options=("prepare_data", "policy_model", "dtype"),
+    options=("prepare_data", "policy_model", "lab.base_model", "dtype"),
     inputs=(
         Input("prepare_data.demos_jsonl", Kind.ROWS),
         Input("prepare_data.steering_dir"),

@@ -205,6 +205,7 @@ def _render(
                 for key, title in SHORTCUT_COLUMNS.items()
             },
             task=task,
+            has_untold=any("untold" in row for row in study["comparison"]),
             is_text=not isinstance(task, World),
             names=names,
             interval=format_interval,

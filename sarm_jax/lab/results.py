@@ -6,8 +6,9 @@ unchanged latents in every condition. It is given in standard deviations of the 
 
 A point of the curve also tells how much of the behaviour that is penalised escapes the detectors:
 `told` is the share of the responses with a shortcut that the method is told, by the rule that
-counts it, `told_undetected` the share that have one although no detector fires, and `near_tau`
-the share whose largest latent of a detector lies between 0.8 and 1 times its threshold.
+counts it, `told_undetected` the share that have one although no detector fires, `untold` the share
+with a shortcut that it is not told, if there are such, and `near_tau` the share whose largest
+latent of a detector lies between 0.8 and 1 times its threshold.
 """
 
 import dataclasses
@@ -153,6 +154,9 @@ def _point(
         values[name] = [scores.measured[b][name] for b in rows]
     if len(task.shortcuts) > 1:
         counts = [task.counts(evaluations[b]["prompt"], evaluations[b]["response"]) for b in rows]
+        others = [name for name in task.shortcuts if name not in task.told]
+        if others:
+            values["untold"] = [any(count[name] for name in others) for count in counts]
         for name in task.shortcuts:
             units = np.asarray([count[name] for count in counts])
             values |= {f"rate_{name}": units > 0, f"units_{name}": units}

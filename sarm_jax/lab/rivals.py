@@ -101,7 +101,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
         row["final"] = mean_interval([run["gold_final"] for run in results])
         row["drawdown"] = mean_interval([run["gold_peak"] - run["gold_final"] for run in results])
         row["kl"] = mean_interval([run["ref_kl_final"] for run in results])
-        for field in ("told", "told_undetected", "near_tau"):
+        for field in ("told", "told_undetected", "untold", "near_tau"):
             if all(field in point for point in last):
                 row[field] = mean_interval([point[field] for point in last])
                 first = [run["curve"][0][field] for run in results]
@@ -122,6 +122,8 @@ def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Cla
     claims = _primary(runs)
     claims += [_tie(runs, name) for name in INFORMED if runs.get(name)]
     claims += [_above(runs, name) for name in WEAKER if runs.get(name)]
+    if runs.get("untold"):
+        claims.append(_above(runs, "baseline", of="untold"))
     for name in ("penalty", "penalty_no_kl"):
         if runs.get(name) and all("told_undetected" in r["curve"][-1] for r in runs[name]):
             claims.append(_evasion(runs, name))
@@ -166,11 +168,11 @@ def _tie(runs: Runs, name: str) -> Claim:
     )
 
 
-def _above(runs: Runs, name: str) -> Claim:
-    """Checks the prediction that the penalty ends above a rival in the mean."""
-    paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
+def _above(runs: Runs, name: str, of: str = "penalty") -> Claim:
+    """Checks the prediction that a condition ends above another one in the mean."""
+    paired = compare(runs, of, name, of="gold_final", against="gold_final")
     return Claim(
-        text=f"Prediction: penalty ends ≥ {MARGIN} above {name} in the mean",
+        text=f"Prediction: {of} ends ≥ {MARGIN} above {name} in the mean",
         found=format_interval(paired.interval, "+.2f"),
         holds=paired.interval["mean"] >= MARGIN,
         failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v < MARGIN],
@@ -259,6 +261,7 @@ def conclusion(runs: Runs) -> list[str]:
         ("bounded", "a bounded reward"),
         ("kl_0.1", "five times the KL penalty"),
         ("random", "random features"),
+        ("untold", "a bound on every feature, with nothing told"),
         ("oracle", "a perfect detector"),
     ):
         if runs.get(name):

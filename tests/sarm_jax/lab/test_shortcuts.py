@@ -209,7 +209,9 @@ def test_rates_of_the_results_and_their_page(untrained, tmp_path):
     assert [last[f"units_{name}"] for name in EVERY.shortcuts] == [0, 1.0, 1.0, 0]
     alone = run_result(rows, untrained, features, 1.0)
     assert last["told"] == (len({"echo", "rambling"} & set(EVERY.told))) / 2
-    of_shortcuts = ("rate", "units", "told")  # the other world is told about flattery alone
+    assert last["untold"] == len({"echo", "rambling"} - set(EVERY.told)) / 2
+    # The other world is told about flattery alone.
+    of_shortcuts = ("rate", "units", "told", "untold")
     kept = {name: value for name, value in last.items() if not name.startswith(of_shortcuts)}
     assert alone["curve"][-1] == kept | {"told": 0.0, "told_undetected": 0.0}
 
