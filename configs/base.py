@@ -503,8 +503,8 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.batch_size = 64  # rows per optimizer step
     config.lab.seed = 0  # seed of a single stage; the study takes seeds from lab.seeds
 
-    # Of a task in English alone; with prepare_data.samples_per_prompt, .max_new_tokens and
-    # .temperature for the samples that its data are made of.
+    # Of a task in English alone. prepare_data.samples_per_prompt and .max_new_tokens hold for the
+    # samples that its data are made of, and .temperature for those of the base model.
 
     config.lab.base_model = ""  # HF directory of the chat model that the policy is tuned from
     config.lab.prompts = 256  # training prompts
@@ -532,7 +532,11 @@ def _add_lab(config: ConfigDict) -> None:
     # are trained; best of n has n up to half of them. 0: no pool.
     config.lab.pool_responses = 0
     config.lab.pool_prompts = 64  # held-out prompts of the pool
-    config.lab.ranked_conditions = ""  # conditions that rank the pool and are not trained
+    # Rows that sample the pool and the responses that a task's data are made of. A row that has
+    # ended is refilled with the next prompt. 0: no row is refilled.
+    config.lab.sampling_slots = 0
+    # Conditions that rank the pool and are not trained. With them, lab.conditions may be empty.
+    config.lab.ranked_conditions = ""
     # True: in train, the reward model has a further feature for each of the lab's shortcuts, which
     # counts it in the words of a response. The condition oracle penalises these.
     config.lab.oracle = False

@@ -26,17 +26,18 @@ def get_config() -> ConfigDict:
     config.prepare_data.source = "lab"
     config.prepare_data.samples_per_prompt = 4
     config.prepare_data.max_new_tokens = 48
-    config.prepare_data.temperature = 1.0
+    config.prepare_data.temperature = 0.7
 
     config.lab.task = "words"
     config.lab.base_model = "outputs/models/SmolLM2-135M-Instruct"
     config.lab.told_shortcuts = "rotating:3"
     config.lab.prompts = 192
     config.lab.held_out_prompts = 64
+    config.lab.sampling_slots = 64
     config.lab.pairs = 1200
     config.lab.contrast_pairs = 300
-    config.lab.tuning_steps = 60
-    config.lab.tuning_learning_rate = 3e-5
+    config.lab.tuning_steps = 40
+    config.lab.tuning_learning_rate = 1e-4
     config.lab.batch_size = 8
 
     config.train_sarm.model = config.lab.get_ref("base_model")

@@ -17,9 +17,16 @@ from pipeline.feature_names import feature_names
 from pipeline.preflight import check
 from pipeline.runner import run_stages
 from pipeline.stage import Stage
-from pipeline.study_options import SEEDED, all_conditions, check_pool, check_study
+from pipeline.study_options import (
+    SEEDED,
+    all_conditions,
+    check_pool,
+    check_study,
+    ranked_conditions,
+    trained_conditions,
+)
 from pipeline.study_pool import rank_pool
-from pipeline.study_runs import preparation_config, run_condition
+from pipeline.study_runs import preparation_config, run_condition, train_reward_model
 from pipeline.tasks import task_of
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io.errors import InputError, TrainingStoppedError
@@ -27,10 +34,7 @@ from sarm_jax.io.files import check_target
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
-from sarm_jax.lab.conditions import (
-    parse_conditions,
-    parse_seeds,
-)
+from sarm_jax.lab.conditions import RETRAINED, parse_seeds
 from sarm_jax.lab.page import write_study
 from sarm_jax.parallel.compilation import kept_programs
 
@@ -53,7 +57,7 @@ class SeedOutcome:
 def run_study(template: ConfigDict, workdir: Path) -> None:
     """Runs every seed and condition of the lab, then writes lab.json, the figures and lab.html."""
     seeds = parse_seeds(template.lab.seeds)
-    conditions = parse_conditions(template.lab.conditions)
+    conditions = trained_conditions(template)
     check_study(template)
     check_pool(template)
     names = study_names(template, seeds)
@@ -140,7 +144,7 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
         prepared = preparation_config(config, folder, all_conditions(config))
         run_stages(prepared, folder, preparation())
         stopped, unfinished = "", []
-        for condition in parse_conditions(config.lab.conditions):
+        for condition in trained_conditions(config):
             try:
                 run_condition(config, folder, condition)
                 finished.append(condition)
@@ -148,6 +152,8 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
                 stopped = f"{condition}: {error}"
                 unfinished.append(condition)
                 LOG.error("stopped: %s", stopped)
+        for condition in set(RETRAINED) & set(ranked_conditions(config)):
+            train_reward_model(config, folder, condition)
         if pooled := config.lab.pool_responses > 0:
             ranked = [name for name in all_conditions(config) if name not in unfinished]
             rank_pool(config, folder, ranked)

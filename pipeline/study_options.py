@@ -27,7 +27,7 @@ def check_study(template: ConfigDict) -> None:
     for name in ("alpha", "beta"):
         if not 0 <= template.lab[name] < float("inf"):
             raise InputError(f"lab.{name}={template.lab[name]}: must be 0 or positive, and finite")
-    retrained = [c for c in parse_conditions(template.lab.conditions) if c in RETRAINED]
+    retrained = [name for name in all_conditions(template) if name in RETRAINED]
     if retrained and template.train_sarm.mode != 0:
         raise InputError(
             f"lab.conditions: {retrained[0]} trains a head on the same trunk and SAE, which needs "
@@ -57,6 +57,10 @@ def check_pool(template: ConfigDict) -> None:
     for name, least in (("pool_responses", 0), ("pool_prompts", 1)):
         if section[name] < least:
             raise InputError(f"lab.{name}={section[name]}: must be at least {least}")
+    if section.sampling_slots < 0:
+        raise InputError(
+            f"lab.sampling_slots={section.sampling_slots}: must be 0 (none is refilled) or positive"
+        )
     if section.pool_responses == 1:
         raise InputError("lab.pool_responses=1: must be 0 (no pool) or at least 2")
     for name in ("distance_penalty", "length_penalty", "untold_alpha", "untold_cap"):
@@ -69,19 +73,29 @@ def check_pool(template: ConfigDict) -> None:
             f"lab.ranked_conditions={section.ranked_conditions}: needs a pool, "
             "lab.pool_responses ≥ 2"
         )
-    trained = parse_conditions(section.conditions)
-    for name in parse_conditions(section.ranked_conditions, "lab.ranked_conditions"):
+    trained = trained_conditions(template)
+    for name in ranked_conditions(template):
         if name in trained:
             raise InputError(f"lab.ranked_conditions: {name} is one of lab.conditions already")
-        if name in RETRAINED or not is_ranked(name):
-            why = "trains a reward model" if name in RETRAINED else "ranks a pool as another does"
-            raise InputError(f"lab.ranked_conditions: {name} {why}; name it in lab.conditions")
+        if not is_ranked(name):
+            raise InputError(
+                f"lab.ranked_conditions: {name} ranks a pool as another does; name it in "
+                "lab.conditions"
+            )
+
+
+def trained_conditions(config: ConfigDict) -> list[str]:
+    """Returns the conditions that the policy is trained under; none if a pool is only ranked."""
+    names = config.lab.conditions
+    return [] if not names and config.lab.ranked_conditions else parse_conditions(names)
+
+
+def ranked_conditions(config: ConfigDict) -> list[str]:
+    """Returns the conditions that rank the pool and are not trained."""
+    names = config.lab.ranked_conditions
+    return parse_conditions(names, "lab.ranked_conditions") if names else []
 
 
 def all_conditions(config: ConfigDict) -> list[str]:
     """Returns the conditions that are trained, then those that only rank the pool."""
-    ranked = config.lab.ranked_conditions
-    return [
-        *parse_conditions(config.lab.conditions),
-        *(parse_conditions(ranked, "lab.ranked_conditions") if ranked else ()),
-    ]
+    return [*trained_conditions(config), *ranked_conditions(config)]

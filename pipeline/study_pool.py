@@ -56,7 +56,8 @@ class Readings:
 def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> None:
     """Samples the pool of a seed, ranks it under the conditions and writes best_of_n.json.
 
-    Conditions with a reward model of their own need the run that trained it.
+    Conditions with a reward model of their own need the run that trained it, see
+    `study_runs.train_reward_model`.
     """
     for condition in {*DRAWS, "untold"} & set(conditions):
         condition_config(config, folder, condition)  # writes its features if they are not there
@@ -115,6 +116,7 @@ def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> d
         "conditions": list(conditions),
         "task": [config.lab[name] for name in ("task", "shortcuts", "told_shortcuts")],
         "seed": config.ppo.seed,
+        "slots": config.lab.sampling_slots,
         "max_new_tokens": config.ppo.max_new_tokens,
         "missing_eos_penalty": config.ppo.missing_eos_penalty,
         **{name: config.lab[name] for name in names},
@@ -141,6 +143,7 @@ def _sample(config: ConfigDict) -> Pool:
         samples=samples,
         max_new_tokens=config.ppo.max_new_tokens,
         seed=config.ppo.seed,
+        slots=config.lab.sampling_slots,
         shown="pool",
     )
     return make_pool(sampled, task_of(config), (len(prompts), samples))

@@ -91,6 +91,14 @@ def write_human_support(folder: Path) -> None:
     write_json(path, {"features": list(human.latent_indices), "tau": tau.tolist()})
 
 
+def train_reward_model(config: ConfigDict, folder: Path, condition: str) -> None:
+    """Trains the reward model of a condition that has one of its own, and no policy."""
+    workdir = folder / condition
+    workdir.mkdir(exist_ok=True)
+    LOG.info("reward model of condition %s", condition)
+    run_stages(condition_config(config, folder, condition), workdir, [stages.load("train_sarm")])
+
+
 def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
     """Trains under one condition of the study and writes its result.json."""
     workdir = folder / condition

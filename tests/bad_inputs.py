@@ -362,6 +362,10 @@ HOSTS = "--coordinator_address=localhost:1 --num_processes=2 --process_id=0"
 PROBE = "--stage=probe --config.probe.feature=1"
 PLAN = "--stage=plan --config.plan.target"
 ALL = "--stage=all --config.prepare_data.source=lab"
+WORDS = (
+    "--stage=prepare_data --config.prepare_data.source=lab --config.lab.task=words "
+    "--config.lab.base_model={world}/policy --config.lab.told_shortcuts=praise"
+)
 ABLATIONS = ROOT / "configs" / "ablations.py"
 
 FLAGS = [
@@ -1175,6 +1179,49 @@ STAGES = [
         "--stage=prepare_data --config.prepare_data.source=lab --config.lab.seed=-1",
         "lab.seed=-1",
     ),
+    main(
+        "unknown task of the lab",
+        "--stage=prepare_data --config.prepare_data.source=lab --config.lab.task=poems",
+        "lab.task='poems': expected capitals, words, or a Python file with TASK",
+    ),
+    main(
+        "no file of a task",
+        "--stage=prepare_data --config.prepare_data.source=lab --config.lab.task=gone.py",
+        "lab.task=gone.py: no such file",
+    ),
+    main(
+        "a task without a model",
+        f"{WORDS} --config.lab.base_model=",
+        "lab.base_model is empty",
+    ),
+    main(
+        "unknown told shortcut of a task",
+        f"{WORDS} --config.lab.told_shortcuts=flattery",
+        "lab.told_shortcuts: found 'flattery', expected one of length",
+    ),
+    main(
+        "more told shortcuts than there are",
+        f"{WORDS} --config.lab.told_shortcuts=rotating:9",
+        "lab.told_shortcuts=rotating:9: expected a number from 1 to 5",
+    ),
+    main("all labels are noise", f"{WORDS} --config.lab.label_noise=0.5", "lab.label_noise=0.5"),
+    main("a task without prompts", f"{WORDS} --config.lab.prompts=0", "lab.prompts=0"),
+    main(
+        "a task without held-out prompts",
+        f"{WORDS} --config.lab.held_out_prompts=0",
+        "lab.held_out_prompts=0",
+    ),
+    main(
+        "a negative number of slots",
+        f"{WORDS} --config.lab.sampling_slots=-1",
+        "lab.sampling_slots=-1",
+    ),
+    main(
+        "no penalty of all features",
+        f"{ALL} --config.lab.untold_alpha=0.0",
+        "lab.untold_alpha=0.0",
+    ),
+    main("no cap", f"{ALL} --config.lab.untold_cap=-1.0", "lab.untold_cap=-1.0"),
     main("controls of a study", f"{ALL} --beta=1.0", "reward.beta=1.0", "lab.beta"),
     main(
         "a pool of one response",

@@ -103,7 +103,11 @@ def frontier(
         dark: draw for a dark page.
     """
     with theme(dark):
-        figure, (pool, trained) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+        columns = 2 if runs else 1
+        figure, panels = plt.subplots(
+            1, columns, figsize=(6 * columns, 5), layout="constrained", squeeze=False
+        )
+        pool = panels[0, 0]
         for row in rankings:
             if not row["weight"] == row["tau"] == 1:
                 continue
@@ -113,12 +117,13 @@ def frontier(
             else:
                 pool.plot(kl_n, gold, label=row["condition"], **style)
         for condition, results in runs.items():
+            trained = panels[0, 1]
             x_st, y_st = _curves(results, "ref_kl"), _curves(results, "gold")
             style = _line_style(condition)
             trained.plot(x_st.mean(axis=0), y_st.mean(axis=0), label=condition, **style)
             trained.plot(x_st[:, -1].mean(), y_st[:, -1].mean(), "o", color=style["color"])
+            trained.set(title="as RL trains; the dot is the end", xlabel="KL, nats per response")
         pool.set(title="best of n on one pool", ylabel="gold reward, mean over seeds")
-        trained.set(title="as PPO trains; the dot is the end", xlabel="KL, nats per response")
         pool.set_xlabel("KL, nats per response: log n − (n − 1) / n")
         handles: dict[str, Any] = {}
         for axes in figure.axes:

@@ -104,8 +104,8 @@ def _content(
     empty: Mapping[str, Any] = {"n": [], "kl": []}
     pool = next(iter(pools.values()), empty)
     return {
-        "headline": headline(runs) if runs else "No seed has a finished run.",
-        "conclusion": rivals.conclusion(runs),
+        "headline": headline(runs) if runs else _without_runs(pools),
+        "conclusion": rivals.conclusion(runs, pools),
         "gates": {
             name: {
                 "limit": " ".join(map(str, limits[name])),
@@ -140,7 +140,7 @@ def _draw(folder: Path, runs: Runs, pool: Mapping[str, Any]) -> list[dict[str, s
     drawn: dict[str, tuple[Callable[..., bytes], str]] = dict(FIGURES) if runs else {}
     if figures.shortcut_rates(runs):
         drawn |= OF_SHORTCUTS
-    if runs and pool["rankings"]:
+    if pool["rankings"]:
         frontier = partial(figures.frontier, rankings=pool["rankings"], kl_n=pool["kl"])
         drawn["frontier"] = (frontier, FRONTIER)
     pictures = []
@@ -205,11 +205,21 @@ def _render(
                 for key, title in SHORTCUT_COLUMNS.items()
             },
             task=task,
-            has_untold=any("untold" in row for row in study["comparison"]),
+            has_untold=bool(task.untold),
             is_text=not isinstance(task, World),
             names=names,
             interval=format_interval,
         )
+    )
+
+
+def _without_runs(pools: Mapping[int, Mapping[str, Any]]) -> str:
+    """Summarises a study in which no policy was trained."""
+    if not pools:
+        return "No seed has a finished run."
+    return (
+        f"No policy was trained: the conditions rank the samples of a pool of each of "
+        f"{len(pools)} seed(s)."
     )
 
 

@@ -21,6 +21,7 @@ class Pool:
         tokens_b: their number of tokens, the end of turn included.
         gold_b: their gold rewards.
         told_b: which of them have a shortcut that the method is told.
+        untold_b: which of them have a shortcut that it is not told.
         shape: (P, S).
     """
 
@@ -30,6 +31,7 @@ class Pool:
     tokens_b: np.ndarray
     gold_b: np.ndarray
     told_b: np.ndarray
+    untold_b: np.ndarray
     shape: tuple[int, int]
 
     def best_of(
@@ -43,8 +45,8 @@ class Pool:
             sizes: values of n.
 
         Returns:
-            `gold`, `score`, and `told`, the share of the responses with a shortcut that the method
-            is told.
+            `gold`, `score`, and `told` and `untold`, the shares of the responses with a shortcut
+            that the method is told and is not told.
         """
         reward_ps = reward_b.reshape(self.shape)
 
@@ -52,7 +54,12 @@ class Pool:
             value_ps = value_b.astype(np.float64).reshape(self.shape)
             return [float(best_of_n(reward_ps, value_ps, n).mean()) for n in sizes]
 
-        return {"gold": means(self.gold_b), "score": means(score_b), "told": means(self.told_b)}
+        return {
+            "gold": means(self.gold_b),
+            "score": means(score_b),
+            "told": means(self.told_b),
+            "untold": means(self.untold_b),
+        }
 
 
 def make_pool(sampled: Sampled, task: Task, shape: tuple[int, int]) -> Pool:
@@ -69,6 +76,7 @@ def make_pool(sampled: Sampled, task: Task, shape: tuple[int, int]) -> Pool:
         tokens_b=sampled.tokens_b,
         gold_b=np.asarray(gold),
         told_b=np.asarray([task.has_told(*exchange) for exchange in exchanges]),
+        untold_b=np.asarray([task.has_untold(*exchange) for exchange in exchanges]),
         shape=shape,
     )
 

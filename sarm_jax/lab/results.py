@@ -154,9 +154,8 @@ def _point(
         values[name] = [scores.measured[b][name] for b in rows]
     if len(task.shortcuts) > 1:
         counts = [task.counts(evaluations[b]["prompt"], evaluations[b]["response"]) for b in rows]
-        others = [name for name in task.shortcuts if name not in task.told]
-        if others:
-            values["untold"] = [any(count[name] for name in others) for count in counts]
+        if task.untold:
+            values["untold"] = [any(count[name] for name in task.untold) for count in counts]
         for name in task.shortcuts:
             units = np.asarray([count[name] for count in counts])
             values |= {f"rate_{name}": units > 0, f"units_{name}": units}

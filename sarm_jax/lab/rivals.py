@@ -21,6 +21,20 @@ MARGIN = 0.1  # of gold, that the penalty is predicted to have over weaker rival
 EVADED = 0.05  # largest share of the final responses that evade the detectors
 INFORMED = ("probe", "mean_difference", "screen", "ties", "distance")  # predicted to tie
 WEAKER = ("length", "bounded", "worst_of_four", "kl_0.1")  # predicted to be worse
+RIVALS = (  # condition, and how a sentence calls it
+    ("probe", "a dense probe trained on the same pairs"),
+    ("mean_difference", "a difference-of-means probe"),
+    ("screen", "leaving detected responses out of the update"),
+    ("ties", "repairing the reward model with the same pairs as ties"),
+    ("worst_of_four", "the worst of four heads"),
+    ("distance", "a penalty on the distance from human responses"),
+    ("length", "a length penalty"),
+    ("bounded", "a bounded reward"),
+    ("kl_0.1", "five times the KL penalty"),
+    ("random", "random features"),
+    ("untold", "a bound on every feature, with nothing told"),
+    ("oracle", "a perfect detector"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +132,7 @@ def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Cla
         pools: seed → content of best_of_n.json.
     """
     if not are_compared(runs):
-        return []
+        return [_pool_claim(pools)] if not runs and _ranks(pools, "baseline", "penalty") else []
     claims = _primary(runs)
     claims += [_tie(runs, name) for name in INFORMED if runs.get(name)]
     claims += [_above(runs, name) for name in WEAKER if runs.get(name)]
@@ -130,6 +144,13 @@ def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Cla
     if pools:
         claims.append(_pool_claim(pools))
     return claims
+
+
+def _ranks(pools: Mapping[int, Mapping[str, Any]], *conditions: str) -> bool:
+    """Returns whether there are pools, and all are ranked under the conditions."""
+    return bool(pools) and all(
+        {row["condition"] for row in pool["rankings"]} >= set(conditions) for pool in pools.values()
+    )
 
 
 def _primary(runs: Runs) -> list[Claim]:
@@ -234,7 +255,9 @@ def pool_table(pools: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
     for key in shared:
         rankings = [ranking(pool, *key) for pool in pools.values()]
         means: dict[str, Any] = {"condition": key[0], "weight": key[1], "tau": key[2]}
-        for field in ("gold", "told", "score"):
+        for field in ("gold", "told", "untold", "score"):
+            if any(field not in row for row in rankings):  # of an earlier version
+                continue
             by_n = np.asarray([row[field] for row in rankings])
             means[field] = [mean_interval(value_s) for value_s in by_n.T]
         rows.append(means)
@@ -245,34 +268,41 @@ def _largest(pools: Mapping[int, Mapping[str, Any]]) -> int:
     return min(pool["n"][-1] for pool in pools.values())
 
 
-def conclusion(runs: Runs) -> list[str]:
-    """Says in plain words what the numbers show, a sentence for each comparison."""
+def conclusion(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[str]:
+    """Says in plain words what the numbers show, a sentence for each comparison.
+
+    If no policy was trained, the best of the largest n of the pools are compared.
+    """
+    if not runs and _ranks(pools, "baseline", "penalty"):
+        return [
+            f"Against {words}: {_verdict(pool_difference(pools, name), at_end=False)}."
+            for name, words in (("baseline", "the reward model alone"), *RIVALS)
+            if _ranks(pools, name)
+        ]
     if not are_compared(runs):
         return []
     sentences = []
-    for name, words in (
-        ("probe", "a dense probe trained on the same pairs"),
-        ("mean_difference", "a difference-of-means probe"),
-        ("screen", "leaving detected responses out of the update"),
-        ("ties", "repairing the reward model with the same pairs as ties"),
-        ("worst_of_four", "the worst of four heads"),
-        ("distance", "a penalty on the distance from human responses"),
-        ("length", "a length penalty"),
-        ("bounded", "a bounded reward"),
-        ("kl_0.1", "five times the KL penalty"),
-        ("random", "random features"),
-        ("untold", "a bound on every feature, with nothing told"),
-        ("oracle", "a perfect detector"),
-    ):
+    for name, words in RIVALS:
         if runs.get(name):
             paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
             sentences.append(f"Against {words}: {_verdict(paired.interval)}.")
     return sentences
 
 
-def _verdict(difference: Interval) -> str:
-    """Says which side ends higher, from the interval of the difference of final gold."""
-    shown = f"penalty minus rival, final gold {format_interval(difference, '+.2f')}"
+def pool_difference(pools: Mapping[int, Mapping[str, Any]], name: str) -> Interval:
+    """Returns the gold of the penalty's best of the largest n minus that of another condition's."""
+    return mean_interval(
+        [
+            ranking(pool, "penalty")["gold"][-1] - ranking(pool, name)["gold"][-1]
+            for pool in pools.values()
+        ]
+    )
+
+
+def _verdict(difference: Interval, at_end: bool = True) -> str:
+    """Says which side is higher, from the interval of the difference of final or best-of-n gold."""
+    gold = "final gold" if at_end else "gold of the best of the largest n"
+    shown = f"penalty minus rival, {gold} {format_interval(difference, '+.2f')}"
     low, high = difference["low"], difference["high"]
     if low is None or high is None:
         return f"{shown}, from a single seed"

@@ -1,4 +1,4 @@
-"""Responses that a policy of the lab samples to prompts, in batches of one shape."""
+"""Responses that a policy of the lab samples to prompts, in batches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,9 +11,11 @@ from tqdm import tqdm
 
 from sarm_jax.models.chat import decode, encode_prompt, pad_batch, pad_id
 from sarm_jax.models.llama import Llama
-from sarm_jax.sampling.generate import generate
+from sarm_jax.sampling.generate import Sampling, generate
+from sarm_jax.sampling.refilling import generate_refilling
 
 BATCH = 256  # responses sampled at a time
+REFILLED = 1024  # of rows that are refilled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ def sample_responses(
     max_new_tokens: int,
     seed: int,
     temperature: float = 1.0,
+    slots: int = 0,
     shown: str = "responses",
 ) -> Sampled:
     """Samples responses to each prompt.
@@ -54,27 +57,37 @@ def sample_responses(
         max_new_tokens: longest response in tokens.
         seed: seed of sampling.
         temperature: sampling temperature.
+        slots: rows that are refilled as responses end, see `sampling.refilling`; 0: all rows of a
+            batch run until the longest response has ended.
         shown: the name of the progress bar.
     """
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
     pad, key = pad_id(tokenizer, policy.stop_ids), jax.random.key(seed)
     encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in prompts}
     length = max(map(len, encoded.values()))
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     texts: list[str] = []
     ended, tokens = [], []
-    for batch, start in enumerate(tqdm(range(0, len(repeated), BATCH), desc=shown, unit="batch")):
-        rows = [encoded[prompt] for prompt in repeated[start : start + BATCH]]
-        filler = [rows[0]] * (BATCH - len(rows))
-        tokens_bt, mask_bt = pad_batch([*rows, *filler], length, pad, side="left")
-        out = generate(
-            policy,
-            jnp.asarray(tokens_bt),
-            jnp.asarray(mask_bt),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            key=jax.random.fold_in(key, batch),
-            pad_id=pad,
-        )
+    size = REFILLED if slots else BATCH
+    for batch, start in enumerate(tqdm(range(0, len(repeated), size), desc=shown, unit="batch")):
+        rows = [encoded[prompt] for prompt in repeated[start : start + size]]
+        filler = [rows[0]] * (size - len(rows)) if not slots else []
+        tokens_bt, mask_bt = map(jnp.asarray, pad_batch([*rows, *filler], length, pad, side="left"))
+        batch_key = jax.random.fold_in(key, batch)
+        if slots:
+            out = generate_refilling(
+                policy, tokens_bt, mask_bt, key=batch_key, sampling=sampling, pad=pad, slots=slots
+            )
+        else:
+            out = generate(
+                policy,
+                tokens_bt,
+                mask_bt,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                key=batch_key,
+                pad_id=pad,
+            )
         kept_br, tokens_br = np.asarray(out.mask_br), np.asarray(out.tokens_br)
         for b in range(len(rows)):
             texts.append(decode(tokenizer, tokens_br[b][kept_br[b]]))

@@ -39,7 +39,17 @@ class Task(abc.ABC):
     def check_prompts(self, prompts: Sequence[Prompt], path: str) -> None:
         """Raises InputError, naming the row, if a prompt of a file is none of the task's."""
 
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """The shortcuts that the method is not told."""
+        return tuple(name for name in self.shortcuts if name not in self.told)
+
     def has_told(self, prompt: str, response: str) -> bool:
         """Returns whether a response has a shortcut that the method is told."""
         counts = self.counts(prompt, response)
         return any(counts[name] for name in self.told)
+
+    def has_untold(self, prompt: str, response: str) -> bool:
+        """Returns whether a response has a shortcut that the method is not told."""
+        counts = self.counts(prompt, response)
+        return any(counts[name] for name in self.untold)

@@ -15,14 +15,24 @@ slot, except for the rounding of its logits.
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 
+from sarm_jax.io.errors import InputError
 from sarm_jax.models.llama import Llama
-from sarm_jax.sampling.decoding import KVCache, decode, next_logits, prefill, repeat_rows
+from sarm_jax.parallel.finite import first_not_finite
+from sarm_jax.sampling.decoding import (
+    KVCache,
+    compiler_options,
+    decode,
+    next_logits,
+    prefill,
+    repeat_rows,
+)
 from sarm_jax.sampling.fused_layers import fuse_layers
 from sarm_jax.sampling.generate import Generation, Sampling, draw_token, ended_mask
 
@@ -85,6 +95,51 @@ def sample_refilling(
     return Generation(
         tokens_br=state.tokens_br, mask_br=mask_br, logp_br=state.logp_br, ended_b=ended_b
     )
+
+
+def generate_refilling(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    *,
+    key: jax.Array,
+    sampling: Sampling,
+    pad: int,
+    slots: int,
+    copies: int = 1,
+) -> Generation:
+    """Compiles and runs `sample_refilling`, whose arguments these are, with the policy's stop ids.
+
+    Raises:
+        InputError: the policy's logits are not finite.
+    """
+    graphdef, state = nnx.split(policy)
+    generation = _compiled(compiler_options(policy.platform, slots))(
+        graphdef,
+        state,
+        tokens_bt,
+        mask_bt,
+        key,
+        sampling=sampling,
+        stops=policy.stop_ids,
+        pad=pad,
+        slots=slots,
+        copies=copies,
+    )
+    if first_not_finite([("log-probabilities", generation.logp_br)]):
+        raise InputError("the policy's logits are not finite: nothing can be sampled from them")
+    return generation
+
+
+@cache
+def _compiled(options):
+    """Returns the compiled `sample_refilling` for a split policy."""
+
+    def run(graphdef, state, tokens_bt, mask_bt, key, **options):
+        return sample_refilling(nnx.merge(graphdef, state), tokens_bt, mask_bt, key, **options)
+
+    static = ("graphdef", "sampling", "stops", "pad", "slots", "copies")
+    return jax.jit(run, static_argnames=static, compiler_options=dict(options))
 
 
 def refill_size(prompts: int, copies: int, slots: int) -> int:

@@ -250,6 +250,11 @@ def test_bad_studies_are_refused(study, capsys):
         ("ppo.seed=5", "ppo.seed=5: the study takes its seeds from lab.seeds"),
         ("lab.tie_weight=0.0", "lab.tie_weight=0.0: must be positive and finite"),
         ("lab.pool_responses=1", "lab.pool_responses=1: must be 0 (no pool) or at least 2"),
+        (
+            "lab.sampling_slots=-1",
+            "lab.sampling_slots=-1: must be 0 (none is refilled) or positive",
+        ),
+        ("lab.task=poems", "lab.task='poems': expected capitals, words, or a Python file"),
         ("lab.pool_prompts=0", "lab.pool_prompts=0: must be at least 1"),
         ("lab.length_penalty=0.0", "lab.length_penalty=0.0: must be positive and finite"),
         ("lab.ranked_conditions=probe", "lab.ranked_conditions=probe: needs a pool"),
@@ -261,7 +266,6 @@ def test_bad_studies_are_refused(study, capsys):
     for ranked, message in (
         ("best", "lab.ranked_conditions: found 'best', expected one of"),
         ("full", "lab.ranked_conditions: full is one of lab.conditions already"),
-        ("ties", "lab.ranked_conditions: ties trains a reward model; name it in lab.conditions"),
         ("kl_0.1", "lab.ranked_conditions: kl_0.1 ranks a pool as another does"),
     ):
         assert call("lab.pool_responses=4", f"lab.ranked_conditions={ranked}") == 2

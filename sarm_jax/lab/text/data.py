@@ -4,7 +4,8 @@ The model's own responses are the material; nothing is written by hand but the s
 
     base samples      of the given model, to the training prompts
     tuning            the given model on these, some with a shortcut: the policy, whose responses
-                      have every shortcut now and then
+                      have every shortcut now and then (and which is as sharp at temperature 1 as
+                      the given model at the temperature of these samples)
     demonstrations    the good ones among the texts of the tuning, which stand for human responses
     samples           of the policy; the reward model's pairs are made of them
     pairs             two responses to a prompt, many with further shortcuts or defects; the
@@ -44,7 +45,8 @@ class TextDataConfig:
         held_out_prompts: prompts of evaluations, the pool and the gates.
         samples_per_prompt: responses that each model samples to a prompt.
         max_new_tokens: longest response in tokens.
-        temperature: sampling temperature.
+        temperature: sampling temperature of the given model; the policy's is 1, as in RL.
+        sampling_slots: rows that are refilled as responses end; 0: none are.
         pairs: preference pairs of the annotator.
         label_noise: share of the pairs whose sides are exchanged.
         contrast_pairs: pairs of a response with and without a shortcut.
@@ -59,6 +61,7 @@ class TextDataConfig:
     samples_per_prompt: int
     max_new_tokens: int
     temperature: float
+    sampling_slots: int
     pairs: int
     label_noise: float
     contrast_pairs: int
@@ -75,6 +78,9 @@ class TextDataConfig:
             if name == "label_noise":
                 if not 0 <= value < 0.5:
                     raise InputError(f"{option}: must lie in [0, 0.5)")
+            elif name == "sampling_slots":
+                if value < 0:
+                    raise InputError(f"{option}: must be 0 (no row is refilled) or positive")
             elif name != "seed" and not 0 < value < float("inf"):
                 raise InputError(f"{option}: must be positive")
         if self.samples_per_prompt < 2:
@@ -113,19 +119,22 @@ def make_text_data(
     rng = np.random.default_rng([config.seed, 0])
     train, held_out = _split(config, task, rng)
 
-    def sample(policy: Llama, prompts: Sequence[str], number: int, shown: str) -> Sampled:
+    def sample(
+        policy: Llama, prompts: Sequence[str], number: int, temperature: float, shown: str
+    ) -> Sampled:
         return sample_responses(
             policy,
             tokenizer,
             prompts,
             samples=config.samples_per_prompt,
             max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
+            temperature=temperature,
+            slots=config.sampling_slots,
             seed=3 * config.seed + number,
             shown=shown,
         )
 
-    base = sample(model, train, 0, "base samples")
+    base = sample(model, train, 0, config.temperature, "base samples")
     written = _with_base_rates(base, task, rng)
     if not written:
         raise InputError(
@@ -134,7 +143,7 @@ def make_text_data(
         )
     policy = _tuned(config, model, tokenizer, written)
     samples, held_out_samples = (
-        sample(policy, prompts, number, shown)
+        sample(policy, prompts, number, 1.0, shown)
         for prompts, number, shown in ((train, 1, "samples"), (held_out, 2, "held-out samples"))
     )
     demonstrations = [r for r in written if task.succeeds(r["prompt"], r["response"], True)]

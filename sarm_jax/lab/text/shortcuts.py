@@ -68,7 +68,7 @@ MARKDOWN = re.compile(r"\*\*|^\s*#+ |^\s*[-*] |`|(?<!\*)\*(?=\w)|(?<=\w)\*(?!\*)
 MARKDOWN_UNIT = re.compile(
     r"\*\*[^*\n]+\*\*|^\s*#+ |^\s*[-*] |`[^`\n]+`|(?<![*\w])\*\w[^*\n]*\*(?!\*)", re.MULTILINE
 )
-FREE_WORDS = 16  # words of a response that are no length
+FREE_WORDS = 20  # words of a response that are no length
 WORDS_PER_UNIT = 5  # further words that make one unit of length
 
 

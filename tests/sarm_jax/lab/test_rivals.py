@@ -86,11 +86,11 @@ def test_predictions(study):
 
 
 def test_the_conclusion_follows_the_numbers(study):
-    sentences = rivals.conclusion(study)
+    sentences = rivals.conclusion(study, {})
     assert any("a dense probe" in s and s.endswith("a tie.") for s in sentences)
     assert any("a bounded reward" in s and "the penalty is better" in s for s in sentences)
     swapped = study | {"penalty": study["baseline"], "bounded": study["penalty"]}
-    assert any("the penalty is worse" in s for s in rivals.conclusion(swapped))
+    assert any("the penalty is worse" in s for s in rivals.conclusion(swapped, {}))
 
 
 def test_the_table(study):

@@ -25,6 +25,7 @@ CONFIG = {
     "samples_per_prompt": 4,
     "max_new_tokens": 48,
     "temperature": 1.0,
+    "sampling_slots": 0,
     "pairs": 400,
     "label_noise": 0.1,
     "contrast_pairs": 30,
@@ -108,6 +109,7 @@ def test_contrast_pairs_need_a_sample_without_the_shortcut():
         ("max_new_tokens", 0, "prepare_data.max_new_tokens=0"),
         ("tuning_learning_rate", float("inf"), "lab.tuning_learning_rate=inf"),
         ("seed", -1, "lab.seed=-1"),
+        ("sampling_slots", -1, "lab.sampling_slots=-1"),
     ],
 )
 def test_options_out_of_range(field: str, value: float, option: str):
