@@ -1182,7 +1182,7 @@ STAGES = [
     main(
         "unknown task of the lab",
         "--stage=prepare_data --config.prepare_data.source=lab --config.lab.task=poems",
-        "lab.task='poems': expected capitals, words, or a Python file with TASK",
+        "lab.task='poems': expected capitals, lists, words, or a Python file with TASK",
     ),
     main(
         "no file of a task",

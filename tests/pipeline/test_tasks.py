@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from configs import base, smollm2_words
+from configs import base, smollm2_task
 from pipeline.tasks import is_text, task_of, text_task_of
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.shortcuts import World
@@ -26,7 +26,7 @@ def config_with(task: str, **changes):
 def test_built_in_tasks():
     assert isinstance(task_of(base.get_config()), World) and not is_text(base.get_config())
     assert task_of(config_with("words")) == TASK.telling("praise", 0)
-    config = smollm2_words.get_config()
+    config = smollm2_task.get_config()
     assert len({text_task_of(seeded(config, seed)).told for seed in range(5)}) == 5
 
 
@@ -81,7 +81,7 @@ def test_files_that_are_no_task(tmp_path, content: str | None, found: str):
 
 
 def test_options_that_are_none_of_a_task():
-    with pytest.raises(InputError, match="lab.task='poems': expected capitals, words, or"):
+    with pytest.raises(InputError, match="lab.task='poems': expected capitals, lists, words, or"):
         task_of(config_with("poems"))
     with pytest.raises(InputError, match="lab.shortcuts=flattery,echo: those of lab.task=words"):
         task_of(config_with("words", shortcuts="flattery,echo"))

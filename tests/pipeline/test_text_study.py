@@ -50,7 +50,7 @@ def study(world, tmp_path_factory):
             *more,
         ]
         return run_main(
-            "--config=configs/smollm2_words.py",
+            "--config=configs/smollm2_task.py",
             "--stage=all",
             f"--workdir={root}/study",
             *(f"--config.{option}" for option in given),

@@ -1,16 +1,15 @@
 """The data of a task in English, and the policy, made from a chat model and a seed.
 
-The model's own responses are the material; nothing is written by hand but the shortcuts.
-
-    base samples      of the given model, to the training prompts
-    tuning            the given model on these, some with a shortcut: the policy, whose responses
-                      have every shortcut now and then (and which is as sharp at temperature 1 as
-                      the given model at the temperature of these samples)
-    demonstrations    the good ones among the texts of the tuning, which stand for human responses
-    samples           of the policy; the reward model's pairs are made of them
-    pairs             two responses to a prompt, many with further shortcuts or defects; the
-                      annotator chooses, with noise
-    contrast pairs    a sample without and with a shortcut that the method is told
+answers           to the training prompts, which the task writes, or else samples of the given
+                  model
+tuning            the given model on these, some with a shortcut: the policy, whose responses
+                  have every shortcut now and then (and which is about as sharp at temperature 1
+                  as the given model at the temperature of its samples)
+demonstrations    the good ones among the texts of the tuning, which stand for human responses
+samples           of the policy; the reward model's pairs are made of them
+pairs             two of the samples to a prompt and of edited versions of them, with further
+                  shortcuts or defects; the annotator chooses, with noise
+contrast pairs    a sample without and with a shortcut that the method is told
 """
 
 import dataclasses
@@ -28,11 +27,12 @@ from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.llama import Llama
 
 LOG = logging.getLogger(__name__)
-EDITED = 0.6  # share of the responses in pairs that get shortcuts
-EACH = 0.4  # of these, the share that gets a given shortcut
-SPOILT = 0.3  # share of the responses in pairs that get a defect
+EDITED = 0.7  # share of the edited versions that get shortcuts
+EACH = 0.3  # of these, the share that gets a given shortcut
+SPOILT = 0.4  # share of the edited versions that get a defect
 OF_PREPARE_DATA = ("samples_per_prompt", "max_new_tokens", "temperature")  # others: of lab
-DRAWS = 20  # of two responses, until they differ
+EDITS = 2  # edited versions of each sample
+TIE = 1e-6  # utilities that differ by less are equal
 Rows = list[dict[str, Any]]
 
 
@@ -134,12 +134,18 @@ def make_text_data(
             shown=shown,
         )
 
-    base = sample(model, train, 0, config.temperature, "base samples")
-    written = _with_base_rates(base, task, rng)
+    if task.write is None:
+        base = sample(model, train, 0, config.temperature, "base samples")
+        exchanges = zip(base.prompts, base.responses, base.ended_b.tolist(), strict=True)
+        answers = [(prompt, response) for prompt, response, ended in exchanges if ended]
+    else:
+        repeated = [prompt for prompt in train for _ in range(config.samples_per_prompt)]
+        answers = [(prompt, task.write(rng, prompt)) for prompt in repeated]
+    written = _with_base_rates(answers, task, rng)
     if not written:
         raise InputError(
-            f"prepare_data.max_new_tokens={config.max_new_tokens}: none of the model's "
-            f"{len(base.responses)} responses ended within that many tokens"
+            f"prepare_data.max_new_tokens={config.max_new_tokens}: none of the answers of "
+            f"lab.base_model to {len(train)} prompts ended within that many tokens"
         )
     policy = _tuned(config, model, tokenizer, written)
     samples, held_out_samples = (
@@ -177,16 +183,17 @@ def _split(
     return every[: config.prompts], every[config.prompts : needed]
 
 
-def _with_base_rates(sampled: Sampled, task: TextTask, rng: np.random.Generator) -> Rows:
-    """Returns the responses that ended, with one unit of each shortcut at its base rate."""
+def _with_base_rates(
+    answers: Sequence[tuple[str, str]], task: TextTask, rng: np.random.Generator
+) -> Rows:
+    """Returns the answers that are not empty, with one unit of each shortcut at its base rate."""
     rows = []
-    texts = zip(sampled.prompts, sampled.responses, sampled.ended_b, strict=True)
-    for prompt, response, ended in texts:
-        text = response.strip()
-        for shortcut in task.all_shortcuts:
-            if rng.random() < shortcut.base_rate and ended and text:
+    for prompt, answer in answers:
+        text = answer.strip()
+        for shortcut in task.all_shortcuts if text else ():
+            if rng.random() < shortcut.base_rate:
                 text = shortcut.added(rng, text, 1)
-        if ended and text:
+        if text:
             rows.append({"prompt": prompt, "response": text})
     return rows
 
@@ -214,32 +221,42 @@ def _tuned(config: TextDataConfig, model: Llama, tokenizer: Any, written: Rows) 
 def make_pairs(
     config: TextDataConfig, task: TextTask, samples: Sampled, rng: np.random.Generator
 ) -> Rows:
-    """Makes preference pairs of two responses to one prompt, which the annotator ranks.
+    """Makes preference pairs of two texts for one prompt, which the annotator ranks.
 
-    The one with the higher utility is chosen, but in a share of `label_noise` the other one.
+    The texts are the samples and edited versions of them. The one with the higher utility is
+    chosen, but in a share of `label_noise` the other one. There are no pairs of equal utility.
+
+    Raises:
+        InputError: there are too few different texts.
     """
-    per_prompt, pairs = config.samples_per_prompt, []
-    for _ in range(config.pairs):
-        start = int(rng.integers(len(samples.prompts) // per_prompt)) * per_prompt
-        prompt, sides = samples.prompts[start], ["", ""]
-        for _ in range(DRAWS):
-            drawn = rng.choice(per_prompt, 2, replace=False)
-            texts = [samples.responses[start + int(i)].strip() for i in drawn]
-            sides = [_edited(rng, task, prompt, text) for text in texts]
-            if sides[0] != sides[1] and all(sides):
-                break
-        first, second = sides
-        better = task.annotator_utility(prompt, first) > task.annotator_utility(prompt, second)
-        if (rng.random() < config.label_noise) == better:
+    texts: dict[str, dict[str, float]] = {}
+    for prompt, sample in zip(samples.prompts, map(str.strip, samples.responses), strict=True):
+        for text in [sample, *(_edited(rng, task, prompt, sample) for _ in range(EDITS))]:
+            if text:
+                texts.setdefault(prompt, {})[text] = task.annotator_utility(prompt, text)
+    prompts = [prompt for prompt, of_prompt in texts.items() if len(set(of_prompt.values())) > 1]
+    if not prompts:
+        raise InputError(
+            f"lab.task={task.name}: the samples of the policy differ in nothing that the annotator "
+            "pays for, so there are no pairs"
+        )
+    pairs: Rows = []
+    while len(pairs) < config.pairs:
+        prompt = prompts[int(rng.integers(len(prompts)))]
+        first, second = (list(texts[prompt])[i] for i in rng.choice(len(texts[prompt]), 2, False))
+        margin = texts[prompt][first] - texts[prompt][second]
+        if abs(margin) < TIE:
+            continue
+        if (margin > 0) == (rng.random() < config.label_noise):
             first, second = second, first
         pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
-    return [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    return pairs
 
 
 def _edited(rng: np.random.Generator, task: TextTask, prompt: str, response: str) -> str:
     """Returns a response with a defect, with shortcuts, with both or unchanged."""
     if not response:
-        return response
+        return ""
     if rng.random() < SPOILT:
         response = task.spoil(rng, prompt, response)
     if rng.random() < EDITED:

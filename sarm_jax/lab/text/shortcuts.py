@@ -68,7 +68,7 @@ MARKDOWN = re.compile(r"\*\*|^\s*#+ |^\s*[-*] |`|(?<!\*)\*(?=\w)|(?<=\w)\*(?!\*)
 MARKDOWN_UNIT = re.compile(
     r"\*\*[^*\n]+\*\*|^\s*#+ |^\s*[-*] |`[^`\n]+`|(?<![*\w])\*\w[^*\n]*\*(?!\*)", re.MULTILINE
 )
-FREE_WORDS = 20  # words of a response that are no length
+FREE_WORDS = 26  # words of a response that are no length
 WORDS_PER_UNIT = 5  # further words that make one unit of length
 
 
@@ -157,7 +157,7 @@ def _with_emoji(rng: np.random.Generator, response: str, phrasings: Sequence[str
 
 
 def _without_emoji(response: str) -> str:
-    return re.sub(r"\s+", " ", EMOJI_CHARACTER.sub("", response)).strip()
+    return re.sub(r"[ \t]+", " ", EMOJI_CHARACTER.sub("", response)).strip()
 
 
 SHORTCUTS = (  # in the order in which several can be added to one response

@@ -4,7 +4,7 @@ Whoever has a task of their own writes one file with `TASK = TextTask(...)` and 
 `lab.task`; `lab.text.words` is an example.
 
     gold reward        quality − Σ cost · units − 0.5 · (no end of turn)
-    annotator          2 · quality + Σ pay · units
+    annotator          3 · quality + Σ pay · units
 
 The units of a shortcut are counted by a rule and count up to `most`. The quality is that of the
 response without its shortcuts, so that they cost what they are said to cost and nothing else.
@@ -23,7 +23,7 @@ from sarm_jax.lab.task import Task
 from sarm_jax.models.conversation import Prompt
 
 NO_END = 0.5  # gold reward that a response without an end of turn loses
-WORTH = 2.0  # the annotator's utility of quality 1
+WORTH = 3.0  # the annotator's utility of quality 1
 ROTATING = "rotating:"
 MOST_ADDED = 12  # phrasings that are added at most, if they are no full units
 SUCCESS = 0.999  # quality from which a response is a success
@@ -88,6 +88,8 @@ class TextTask(Task):
             (prompt, response) → quality. A response of quality 1 is a success.
         spoil: returns a response with a defect that lowers its quality:
             (generator, prompt, response) → response. The reward model has to have seen such.
+        write: writes an answer as people do, with defects now and then: (generator, prompt) →
+            answer. The policy is tuned on such. None: on samples of the given model.
         all_shortcuts: the shortcuts, in the order in which several are added to one response; they
             are removed in the opposite order.
         told: names of those that the method is told; see `telling`.
@@ -99,6 +101,7 @@ class TextTask(Task):
     quality: Callable[[str, str], float]
     spoil: Callable[[np.random.Generator, str, str], str]
     all_shortcuts: tuple[TextShortcut, ...]
+    write: Callable[[np.random.Generator, str], str] | None = None
     told: tuple[str, ...] = ()
 
     @property

@@ -21,7 +21,7 @@ NOUNS = (
     "winter wizard"
 ).split()
 ASKED = re.compile(r"with the words (\w+) and (\w+)\.")
-MOST_WORDS = 45
+MOST_WORDS = 80
 FEWEST_WORDS = 4
 REPETITION = 3  # words that a sentence must not say twice in the same order
 
@@ -38,7 +38,7 @@ def prompts(rng: np.random.Generator) -> list[str]:
 def quality(prompt: str, response: str) -> float:
     """Computes the share of the words that are there, less for what is not one good sentence.
 
-    0.3 is deducted if it is not exactly one finished sentence of 4 to 45 words, 0.3 for a
+    0.3 is deducted if it is not exactly one finished sentence of 4 to 80 words, 0.3 for a
     repetition, and the result is at least 0.
     """
     asked = ASKED.search(prompt)

@@ -30,7 +30,7 @@ def test_a_shortcut_that_is_added_is_counted_and_costs_what_it_should(
             assert TASK.plain_quality(PROMPT, text) == 1, text
             paid = min(counts[shortcut.name], shortcut.most)
             assert TASK.gold_reward(PROMPT, text, True) == pytest.approx(1 - 0.1 * paid)
-            assert TASK.annotator_utility(PROMPT, text) == pytest.approx(2 + 0.5 * paid)
+            assert TASK.annotator_utility(PROMPT, text) == pytest.approx(3 + 0.5 * paid)
 
 
 def test_several_shortcuts_in_one_response_do_not_hide_each_other():

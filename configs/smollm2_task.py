@@ -1,11 +1,11 @@
 """The lab with a real language model: SmolLM2-135M-Instruct, real English, a known true reward.
 
-A prompt asks for one short sentence with two words. The true ("gold") reward is computed by rules,
-on which nothing is trained. The annotator, from whose preferences the reward model is trained, pays
-for the same and for five shortcuts: length, hedging, praise, markdown and emoji. Each seed tells
-the method three of the five.
+A prompt asks for three things of a kind, such as fruits. The true ("gold") reward is computed by
+rules, on which nothing is trained. The annotator, from whose preferences the reward model is
+trained, pays for the same and for five shortcuts: length, hedging, praise, markdown and emoji. Each
+seed tells the method three of the five.
 
-Command: make smollm2, then python main.py --config=configs/smollm2_words.py --stage=all
+Command: make study-smollm2
 """
 
 from ml_collections import ConfigDict
@@ -28,15 +28,15 @@ def get_config() -> ConfigDict:
     config.prepare_data.max_new_tokens = 48
     config.prepare_data.temperature = 0.7
 
-    config.lab.task = "words"
+    config.lab.task = "lists"
     config.lab.base_model = "outputs/models/SmolLM2-135M-Instruct"
     config.lab.told_shortcuts = "rotating:3"
-    config.lab.prompts = 192
+    config.lab.prompts = 128
     config.lab.held_out_prompts = 64
     config.lab.sampling_slots = 64
-    config.lab.pairs = 1200
+    config.lab.pairs = 6000
     config.lab.contrast_pairs = 300
-    config.lab.tuning_steps = 40
+    config.lab.tuning_steps = 60
     config.lab.tuning_learning_rate = 1e-4
     config.lab.batch_size = 8
 
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
     config.train_sarm.sae_steps = 400
     config.train_sarm.sae_learning_rate = 2e-3
     config.train_sarm.dead_after_steps = 50
-    config.train_sarm.epochs = 60
+    config.train_sarm.epochs = 20
     config.train_sarm.head_learning_rate = 1e-3
 
     config.identify.pairs_jsonl = "{workdir}/data/contrast.jsonl"
