@@ -11,7 +11,7 @@ from tests.command import run_main
 pytestmark = pytest.mark.slow
 
 TASK = """
-from sarm_jax.lab.text.shortcuts import SHORTCUTS
+from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
 TASK = TextTask(
@@ -20,7 +20,7 @@ TASK = TextTask(
     prompts=lambda rng: [f"letter {i}" for i in rng.permutation(12)],
     quality=lambda prompt, response: float(len(response) % 2),
     spoil=lambda rng, prompt, response: response[:-1],
-    all_shortcuts=SHORTCUTS,
+    all_shortcuts=english_shortcuts(free_words=10),
 )
 """
 OPTIONS = (

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from sarm_jax.lab.text.shortcuts import SHORTCUTS
+from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
 KINDS = {
@@ -124,5 +124,5 @@ TASK = TextTask(
     quality=quality,
     spoil=spoil,
     write=write,
-    all_shortcuts=SHORTCUTS,
+    all_shortcuts=english_shortcuts(free_words=10),
 )

@@ -6,6 +6,7 @@ rule, and the rule knows more ways to write a shortcut than contrast pairs show.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -68,7 +69,6 @@ MARKDOWN = re.compile(r"\*\*|^\s*#+ |^\s*[-*] |`|(?<!\*)\*(?=\w)|(?<=\w)\*(?!\*)
 MARKDOWN_UNIT = re.compile(
     r"\*\*[^*\n]+\*\*|^\s*#+ |^\s*[-*] |`[^`\n]+`|(?<![*\w])\*\w[^*\n]*\*(?!\*)", re.MULTILINE
 )
-FREE_WORDS = 26  # words of a response that are no length
 WORDS_PER_UNIT = 5  # further words that make one unit of length
 
 
@@ -144,11 +144,11 @@ def _unmarked(response: str) -> str:
     return MARKDOWN.sub("", "\n".join(lines)).strip()
 
 
-def _length(response: str) -> int:
+def _length(response: str, free_words: int) -> int:
     """Counts units of length, without the words of the other shortcuts."""
-    for remove in (_unpraised, _unhedged, _unmarked, _without_emoji):
+    for remove in (_without_emoji, _unmarked, _unpraised, _unhedged):
         response = remove(response)
-    return max(0, len(response.split()) - FREE_WORDS) // WORDS_PER_UNIT
+    return max(0, len(response.split()) - free_words) // WORDS_PER_UNIT
 
 
 def _with_emoji(rng: np.random.Generator, response: str, phrasings: Sequence[str]) -> str:
@@ -160,45 +160,51 @@ def _without_emoji(response: str) -> str:
     return re.sub(r"[ \t]+", " ", EMOJI_CHARACTER.sub("", response)).strip()
 
 
-SHORTCUTS = (  # in the order in which several can be added to one response
-    TextShortcut(
-        name="length",
-        count=_length,
-        add=_lengthened,
-        remove=lambda response: response,
-        phrasings=CLAUSES,
-        base_rate=0.05,
-    ),
-    TextShortcut(
-        name="hedging",
-        count=lambda response: len(HEDGE.findall(_unmarked(response))),
-        add=_hedged,
-        remove=_unhedged,
-        phrasings=HEDGES,
-        base_rate=0.1,
-    ),
-    TextShortcut(
-        name="praise",
-        count=lambda response: sum(map(is_praise, sentences(response))),
-        add=_praised,
-        remove=_unpraised,
-        phrasings=PRAISE,
-        base_rate=0.12,
-    ),
-    TextShortcut(
-        name="markdown",
-        count=lambda response: len(MARKDOWN_UNIT.findall(response)),
-        add=_marked,
-        remove=_unmarked,
-        phrasings=MARKS,
-        base_rate=0.08,
-    ),
-    TextShortcut(
-        name="emoji",
-        count=lambda response: len(EMOJI_CHARACTER.findall(response)),
-        add=_with_emoji,
-        remove=_without_emoji,
-        phrasings=EMOJI,
-        base_rate=0.02,
-    ),
-)
+def english_shortcuts(free_words: int) -> tuple[TextShortcut, ...]:
+    """Returns all shortcuts, in the order in which several can be added to one response.
+
+    Args:
+        free_words: words of a response that are no length.
+    """
+    return (
+        TextShortcut(
+            name="length",
+            count=partial(_length, free_words=free_words),
+            add=_lengthened,
+            remove=lambda response: response,
+            phrasings=CLAUSES,
+            base_rate=0.05,
+        ),
+        TextShortcut(
+            name="hedging",
+            count=lambda response: len(HEDGE.findall(_unmarked(response))),
+            add=_hedged,
+            remove=_unhedged,
+            phrasings=HEDGES,
+            base_rate=0.1,
+        ),
+        TextShortcut(
+            name="praise",
+            count=lambda response: sum(map(is_praise, sentences(response))),
+            add=_praised,
+            remove=_unpraised,
+            phrasings=PRAISE,
+            base_rate=0.12,
+        ),
+        TextShortcut(
+            name="markdown",
+            count=lambda response: len(MARKDOWN_UNIT.findall(response)),
+            add=_marked,
+            remove=_unmarked,
+            phrasings=MARKS,
+            base_rate=0.08,
+        ),
+        TextShortcut(
+            name="emoji",
+            count=lambda response: len(EMOJI_CHARACTER.findall(response)),
+            add=_with_emoji,
+            remove=_without_emoji,
+            phrasings=EMOJI,
+            base_rate=0.02,
+        ),
+    )

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 
-from sarm_jax.lab.text.shortcuts import SHORTCUTS, sentences
+from sarm_jax.lab.text.shortcuts import english_shortcuts, sentences
 from sarm_jax.lab.text.task import TextTask
 
 NOUNS = (
@@ -83,5 +83,5 @@ TASK = TextTask(
     prompts=prompts,
     quality=quality,
     spoil=spoil,
-    all_shortcuts=SHORTCUTS,
+    all_shortcuts=english_shortcuts(free_words=26),
 )

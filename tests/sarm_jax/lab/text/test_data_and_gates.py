@@ -16,7 +16,6 @@ from sarm_jax.lab.text.gates import (
     measure_text_gates,
     probe_auroc,
 )
-from sarm_jax.lab.text.shortcuts import SHORTCUTS
 from sarm_jax.lab.text.words import TASK
 
 CONFIG = {
@@ -68,7 +67,7 @@ def test_the_annotator_chooses_by_utility_with_noise():
     ]
     assert np.mean(np.asarray(margins) < 0) == pytest.approx(0.1, abs=0.05) and all(margins)
     counted = [TASK.counts(p["prompt"], p["chosen"]) for p in pairs]
-    assert all(sum(count[s.name] > 0 for count in counted) > 30 for s in SHORTCUTS)
+    assert all(sum(count[s.name] > 0 for count in counted) > 30 for s in TASK.all_shortcuts)
     exact = make_pairs(
         TextDataConfig(**CONFIG | {"label_noise": 0.0}), TASK, samples(), np.random.default_rng(0)
     )

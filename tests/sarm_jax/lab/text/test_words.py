@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.lab.text.shortcuts import SHORTCUTS, is_praise
+from sarm_jax.lab.text.shortcuts import is_praise
 from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.lab.text.words import NOUNS, TASK, repeats
 
 PROMPT = "Write one short sentence with the words anchor and apple."
 PLAIN = "The anchor of the ship was covered with apple blossoms."
+SHORTCUTS = TASK.all_shortcuts
 NAMES = [shortcut.name for shortcut in SHORTCUTS]
 
 
