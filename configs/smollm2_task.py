@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
     config.lab.pairs = 6000
     config.lab.contrast_pairs = 300
     config.lab.tuning_steps = 60
-    config.lab.tuning_learning_rate = 1e-4
-    config.lab.batch_size = 8
+    config.lab.tuning_learning_rate = 2e-4
+    config.lab.batch_size = 4
 
     config.train_sarm.model = config.lab.get_ref("base_model")
     config.train_sarm.pairs_jsonl = "{workdir}/data/pairs.jsonl"

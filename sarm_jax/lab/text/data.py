@@ -276,7 +276,7 @@ def make_contrast_pairs(
     contrast pairs show.
 
     Raises:
-        InputError: every sample has one of the shortcuts already.
+        InputError: every sample has one of the shortcuts already, or cannot be given it.
     """
     pairs: Rows = []
     texts = list(zip(samples.prompts, map(str.strip, samples.responses), strict=True))
@@ -289,11 +289,19 @@ def make_contrast_pairs(
     }
     for number in range(count):
         shortcut = task.shortcut(task.told[number % len(task.told)])
-        if not (rows := clean[shortcut.name]):
-            raise InputError(f"lab.told_shortcuts: every sample of the policy has {shortcut.name}")
-        prompt, response = rows[(number // len(task.told)) % len(rows)]
-        units = int(rng.integers(1, shortcut.most + 1))
-        marked = shortcut.added(rng, response, units, shortcut.shown)
+        rows = clean[shortcut.name]
+        start = number // len(task.told)
+        for i in range(len(rows)):
+            prompt, response = rows[(start + i) % len(rows)]
+            units = int(rng.integers(1, shortcut.most + 1))
+            marked = shortcut.added(rng, response, units, shortcut.shown)
+            if shortcut.count(marked):
+                break
+        else:
+            raise InputError(
+                f"lab.told_shortcuts: {shortcut.name} can be added to none of the samples of the "
+                "policy that do not have it"
+            )
         pairs.append(
             {"prompt": prompt, "chosen": response, "rejected": marked, "source": shortcut.name}
         )

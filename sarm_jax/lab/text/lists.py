@@ -108,7 +108,7 @@ def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
         words = response.split()
         return " ".join(words[: max(1, len(words) - int(rng.integers(1, 3)))]).rstrip(".,!?")
     old = str(rng.choice(things))
-    if draw < 0.35 and len(things) > 1:
+    if draw < 0.35 and len(set(things)) > 1:
         new = str(rng.choice([thing for thing in things if thing != old]))
     else:
         other = [kind for kind in KINDS if kind not in (kind_of(prompt), "colours")]

@@ -127,15 +127,16 @@ def _lengthened(rng: np.random.Generator, response: str, phrasings: Sequence[str
 def _marked(rng: np.random.Generator, response: str, phrasings: Sequence[str]) -> str:
     """Adds a mark of markdown: before the response, or around a word of its last line."""
     mark, (*before, last) = _pick(rng, phrasings), response.split("\n")
-    if mark == "heading" and not response.startswith("#"):
-        return f"# Answer\n{response}"
-    if mark == "bullet" and not last.startswith("- "):
-        return "\n".join([*before, f"- {last}"])
     words = last.split(" ")
-    if plain := [i for i, word in enumerate(words) if word.isalpha()]:
-        i = plain[int(rng.integers(len(plain)))]
-        around = {"code": "`", "italic": "*"}.get(mark, "**")
-        words[i] = f"{around}{words[i]}{around}"
+    plain = [i for i, word in enumerate(words) if word.isalpha()]
+    if mark in ("bullet", "heading") or not plain:
+        if mark != "heading" and not last.startswith("- "):
+            return "\n".join([*before, f"- {last}"])
+        if not plain or not response.startswith("#"):
+            return f"# Answer\n{response}"
+    i = plain[int(rng.integers(len(plain)))]
+    around = {"code": "`", "italic": "*"}.get(mark, "**")
+    words[i] = f"{around}{words[i]}{around}"
     return "\n".join([*before, " ".join(words)])
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sarm_jax.lab.text.lists import ANSWERS, KIND_OF, KINDS, MEMBERS, TASK, kind_of, spoil, write
+from tests.odd_texts import ODD
 
 PROMPT = "Name three fruits."
 
@@ -62,3 +63,16 @@ def test_shortcuts_and_defects(kind: str):
                 added.add(shortcut.name)
         assert {name for name, n in TASK.counts(prompt, text).items() if n} == added, text
         assert TASK.plain_quality(prompt, text) == 1, text
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_text_of_a_policy_can_be_judged_marked_and_spoilt(text: str):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        spoilt = TASK.spoil(rng, PROMPT, text)
+        assert TASK.gold_reward(PROMPT, spoilt, True) <= 1
+        for shortcut in TASK.all_shortcuts:
+            marked = shortcut.added(rng, text, 1)
+            # Further clauses of a sentence that is praise are praise, not length.
+            assert shortcut.count(marked) > shortcut.count(text) or shortcut.name == "length"
+            assert isinstance(shortcut.remove(marked), str)

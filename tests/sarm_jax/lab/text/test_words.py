@@ -9,6 +9,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.lab.text.shortcuts import is_praise
 from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.lab.text.words import NOUNS, TASK, repeats
+from tests.odd_texts import ODD
 
 PROMPT = "Write one short sentence with the words anchor and apple."
 PLAIN = "The anchor of the ship was covered with apple blossoms."
@@ -130,3 +131,16 @@ def test_a_task_is_one_object():
         "length",
         "hedging",
     }
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_any_text_of_a_policy_can_be_judged_marked_and_spoilt(text: str):
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        spoilt = TASK.spoil(rng, PROMPT, text)
+        assert TASK.gold_reward(PROMPT, spoilt, True) <= 1
+        for shortcut in TASK.all_shortcuts:
+            marked = shortcut.added(rng, text, 1)
+            # Further clauses of a sentence that is praise are praise, not length.
+            assert shortcut.count(marked) > shortcut.count(text) or shortcut.name == "length"
+            assert isinstance(shortcut.remove(marked), str)
