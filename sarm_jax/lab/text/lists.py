@@ -1,7 +1,8 @@
 """The task "lists": name three things of a kind.
 
-The policy is tuned on written answers, of which some name a thing of another kind, name a thing
-twice or are cut off, so that it succeeds about every second time at the start.
+The policy is tuned on written answers, of which a few name a thing of another kind, name a thing
+twice or are cut off. Together with what it does wrong by itself it succeeds less than every second
+time at the start.
 """
 
 import itertools
@@ -13,21 +14,75 @@ from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
 KINDS = {
-    "fruits": "apple banana cherry grape lemon mango melon orange papaya peach pear plum",
-    "vegetables": "bean broccoli cabbage carrot celery cucumber garlic lettuce onion pea potato",
-    "animals": "bear camel cat cow deer dog elephant fox goat horse lion monkey sheep tiger wolf",
-    "birds": "crow duck eagle falcon goose hawk owl parrot pigeon robin sparrow swan",
-    "colours": "black blue brown green grey pink purple red white yellow",
-    "metals": "aluminium copper gold iron lead nickel platinum silver steel tin titanium zinc",
-    "tools": "axe chisel drill hammer ladder pliers rake saw screwdriver shovel wrench",
-    "sports": "badminton baseball basketball boxing cricket football golf hockey rugby tennis",
-    "instruments": "cello clarinet drum flute guitar harp piano saxophone trumpet violin",
-    "countries": "Brazil Canada Egypt France Germany India Italy Japan Kenya Mexico Norway Spain",
-    "trees": "ash beech birch cedar elm fir maple oak pine spruce willow",
-    "furniture": "armchair bed bench bookcase cupboard desk sofa stool table wardrobe",
-    "clothes": "coat dress glove hat jacket jumper scarf shirt skirt sock trousers",
-    "vehicles": "bicycle boat bus car helicopter motorcycle plane ship tractor train truck",
-    "drinks": "beer cocoa coffee juice lemonade milk tea water wine",
+    "fruits": (
+        "apple apricot avocado banana blackberry blueberry cherry coconut fig grape "
+        "grapefruit guava kiwi lemon lime mango melon orange papaya peach pear pineapple plum "
+        "pomegranate raspberry strawberry watermelon"
+    ),
+    "vegetables": (
+        "artichoke asparagus bean beet broccoli cabbage carrot cauliflower celery corn "
+        "cucumber eggplant garlic kale leek lettuce onion pea potato pumpkin radish spinach "
+        "tomato turnip zucchini"
+    ),
+    "animals": (
+        "bear camel cat cheetah cow deer dog donkey elephant fox giraffe goat gorilla horse "
+        "kangaroo leopard lion monkey mouse panda pig rabbit sheep snake squirrel tiger wolf "
+        "zebra"
+    ),
+    "birds": (
+        "canary chicken crow dove duck eagle falcon finch flamingo goose gull hawk heron "
+        "ostrich owl parrot peacock pelican penguin pigeon raven robin sparrow stork swallow "
+        "swan vulture"
+    ),
+    "colours": (
+        "beige black blue brown cyan gray green grey indigo magenta maroon pink purple red "
+        "teal turquoise violet white yellow"
+    ),
+    "metals": (
+        "aluminium aluminum brass bronze chromium cobalt copper gold iron lead lithium "
+        "magnesium nickel platinum silver sodium steel tin titanium tungsten uranium zinc"
+    ),
+    "tools": (
+        "axe chisel crowbar drill hammer hoe ladder pliers rake saw screwdriver shovel spade "
+        "tape wrench"
+    ),
+    "sports": (
+        "athletics badminton baseball basketball boxing cricket cycling football golf "
+        "gymnastics handball hockey judo karate rowing rugby running skiing soccer surfing "
+        "swimming tennis volleyball wrestling"
+    ),
+    "instruments": (
+        "accordion banjo bassoon cello clarinet drum flute guitar harmonica harp keyboard "
+        "mandolin oboe organ piano saxophone trombone trumpet tuba ukulele viola violin "
+        "xylophone"
+    ),
+    "countries": (
+        "Argentina Australia Austria Bangladesh Belgium Brazil Canada Chile China Colombia "
+        "Cuba Denmark Egypt Ethiopia Finland France Germany Ghana Greece Hungary India "
+        "Indonesia Iran Iraq Ireland Israel Italy Japan Kenya Malaysia Mexico Morocco Nepal "
+        "Netherlands Nigeria Norway Pakistan Peru Philippines Poland Portugal Russia "
+        "Singapore Spain Sweden Switzerland Thailand Turkey Ukraine Vietnam"
+    ),
+    "trees": (
+        "ash aspen beech birch cedar chestnut cypress elm fir hickory larch linden magnolia "
+        "maple oak palm pine poplar redwood sequoia spruce sycamore walnut willow"
+    ),
+    "furniture": (
+        "armchair bed bench bookcase bookshelf cabinet chair couch cupboard desk dresser lamp "
+        "mattress shelf sofa stool table wardrobe"
+    ),
+    "clothes": (
+        "blouse boot cap cardigan coat dress glove hat hoodie jacket jeans jumper pants scarf "
+        "shirt shoe shorts skirt sock suit sweater tie trousers vest"
+    ),
+    "vehicles": (
+        "airplane ambulance bicycle bike boat bus car helicopter motorcycle plane scooter "
+        "ship sled submarine subway taxi tractor train tram truck van yacht"
+    ),
+    "drinks": (
+        "beer champagne cider cocoa coffee juice lemonade milk smoothie soda tea vodka water "
+        "whiskey wine"
+    ),
     "planets": "Earth Jupiter Mars Mercury Neptune Saturn Uranus Venus",
 }
 MEMBERS = {kind: names.split() for kind, names in KINDS.items()}
@@ -49,7 +104,7 @@ REQUESTS = (
 ANSWERS = ("{}, {} and {}.", "{}, {}, and {}.", "Three {kind} are {}, {} and {}.")
 WANTED = 3
 WRONG, MORE, TWICE, UNFINISHED = 0.25, 0.2, 0.2, 0.3  # deducted for each, and for no end
-SKILL = 0.55  # share of the written answers that have no defect
+SKILL = 0.9  # share of the written answers that have no defect
 
 
 def prompts(rng: np.random.Generator) -> list[str]:
@@ -91,7 +146,7 @@ def quality(prompt: str, response: str) -> float:
 
 
 def write(rng: np.random.Generator, prompt: str) -> str:
-    """Writes an answer; about every second one has a defect."""
+    """Writes an answer; one in ten has a defect."""
     kind = kind_of(prompt)
     things = [str(thing) for thing in rng.choice(MEMBERS[kind], WANTED, replace=False)]
     answer = str(rng.choice(ANSWERS)).format(*things, kind=kind)

@@ -174,7 +174,7 @@ def english_shortcuts(free_words: int) -> tuple[TextShortcut, ...]:
             add=_lengthened,
             remove=lambda response: response,
             phrasings=CLAUSES,
-            base_rate=0.05,
+            base_rate=0.15,
         ),
         TextShortcut(
             name="hedging",
@@ -182,7 +182,7 @@ def english_shortcuts(free_words: int) -> tuple[TextShortcut, ...]:
             add=_hedged,
             remove=_unhedged,
             phrasings=HEDGES,
-            base_rate=0.1,
+            base_rate=0.2,
         ),
         TextShortcut(
             name="praise",
@@ -190,7 +190,7 @@ def english_shortcuts(free_words: int) -> tuple[TextShortcut, ...]:
             add=_praised,
             remove=_unpraised,
             phrasings=PRAISE,
-            base_rate=0.12,
+            base_rate=0.2,
         ),
         TextShortcut(
             name="markdown",
@@ -198,7 +198,7 @@ def english_shortcuts(free_words: int) -> tuple[TextShortcut, ...]:
             add=_marked,
             remove=_unmarked,
             phrasings=MARKS,
-            base_rate=0.08,
+            base_rate=0.15,
         ),
         TextShortcut(
             name="emoji",
@@ -206,6 +206,6 @@ def english_shortcuts(free_words: int) -> tuple[TextShortcut, ...]:
             add=_with_emoji,
             remove=_without_emoji,
             phrasings=EMOJI,
-            base_rate=0.02,
+            base_rate=0.03,
         ),
     )
