@@ -1077,8 +1077,23 @@ STAGES = [
     ),
     main(
         "plan of a stage that has none",
-        f"{PLAN}=host --config.plan.stage=identify",
-        "plan.stage='identify': expected train or train_sarm",
+        f"{PLAN}=host --config.plan.stage=probe",
+        "plan.stage='probe': expected one of train, train_sarm, identify",
+    ),
+    main(
+        "plan of identify without pairs",
+        f"{PLAN}=host --config.plan.stage=identify --config.plan.pairs=0",
+        "plan.pairs=0: must be at least 1",
+    ),
+    main(
+        "plan of identify without a reward model",
+        f"{PLAN}=host --config.plan.stage=identify --sarm_model=",
+        "sarm_model is empty",
+    ),
+    main(
+        "plan of identify whose batch does not divide",
+        f"{PLAN}=host --config.plan.stage=identify --config.sarm_batch_size=3 --config.mesh.data=2",
+        "sarm_batch_size = 3 rows do not divide over data × fsdp = 2 devices",
     ),
     main(
         "plan of a head alone",
