@@ -498,7 +498,15 @@ FLAGS = [
         "must lie in [2, 65536]",
     ),
     main("process beyond the last", f"{HOSTS} --process_id=2", "--process_id=2", "0 to 1"),
-    main("processes for a stage of one", f"{HOSTS} --stage=identify", "--stage=identify", "one"),
+    *(
+        main(f"processes for {stage}", f"{HOSTS} --stage={stage}", f"--stage={stage}", "one")
+        for stage in ("plan", "prepare_data", "report")
+    ),
+    main(
+        "processes for the lab's study",
+        f"{HOSTS} --stage=all --config.prepare_data.source=lab",
+        "--num_processes=2: the lab's study runs in one process",
+    ),
     main("mesh of no devices", "--config.mesh.data=0", "mesh.data=0"),
     main(
         "mesh of too many devices",

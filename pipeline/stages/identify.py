@@ -13,6 +13,7 @@ from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import optional_paths, required
+from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from sarm_jax.features.detectors import Detectors
 from sarm_jax.features.feature_names import FeatureNames
@@ -28,6 +29,7 @@ from sarm_jax.lab.gates import measure_gates, measure_shortcuts
 from sarm_jax.lab.shortcuts import World
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
 # Lists of selected_features.json, those whose features come first in feature_pages.json first.
@@ -41,6 +43,7 @@ ROLES = {
     "alternative_safety_harming": "harming (other method)",
     "alternative_safety_promoting": "promoting (other method)",
 }
+GATES, SHORTCUTS = "gates.json", "shortcuts.json"  # of the lab
 STEERED = 5  # harming features that steering_config.json sets to 0
 
 
@@ -67,14 +70,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     names = feature_names(config, read_sarm_config(config.sarm_model).latent_size)
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
+    check_same_everywhere(STAGE, config, workdir)
     model = load_reward_model(config)
     features = identify(options, model, pairs)
     selected = features.selected
     if verbosity_pairs:
         selected |= verbose_features(options, model, verbosity_pairs)
-    folder.mkdir(exist_ok=True)
-    write_features(folder, features, options, names)
-    write_pages(folder, model, features, options.examples)
+    pages, lab_files = pages_of(model, features, options.examples), {}
     if config.prepare_data.source == "lab":
         rates = features.analysis["detectors"]
         detectors = Detectors(
@@ -83,9 +85,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
             rates["detection"],
             rates["false_alarms"],
         )
-        measure_lab_gates(config, workdir, model, detectors)
-    # Last, because --stage=all takes it for the end of the stage.
-    write_json(folder / "selected_features.json", selected)
+        lab_files = measure_lab_gates(config, workdir, model, detectors)
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        write_features(folder, features, options, names)
+        write_json(folder / PAGES, pages, indent=1)
+        write_lab_files(folder, lab_files)
+        # Last, because --stage=all takes it for the end of the stage.
+        write_json(folder / "selected_features.json", selected)
+
+    processes.on_primary(write)
     report_detector_rates(features.analysis["detectors"], options.false_alarm_budget)
     LOG.info("features in %s", folder / "selected_features.json")
 
@@ -106,8 +116,8 @@ def write_features(
     write_json(folder / "steering_config.json", steering)
 
 
-def write_pages(folder: Path, model: RewardModel, features: Identified, examples: int) -> None:
-    """Writes feature_pages.json: what the features of all lists read, token by token."""
+def pages_of(model: RewardModel, features: Identified, examples: int) -> dict[str, Any]:
+    """Returns the content of feature_pages.json: what all listed features read, token by token."""
     roles: dict[int, list[str]] = {}
     for name, role in ROLES.items():
         for i in features.selected.get(name, ()):
@@ -119,7 +129,7 @@ def write_pages(folder: Path, model: RewardModel, features: Identified, examples
         groups={"chosen": contrast.chosen_p, "rejected": contrast.rejected_p},
     )
     tau = {i: float(features.tau_f[i]) for i in roles}
-    pages = feature_pages(
+    return feature_pages(
         model,
         responses,
         roles,
@@ -127,7 +137,6 @@ def write_pages(folder: Path, model: RewardModel, features: Identified, examples
         examples=examples,
         direction_fd=features.direction_fd,
     )
-    write_json(folder / PAGES, pages, indent=1)
 
 
 def write_naming_prompts(
@@ -164,8 +173,12 @@ def report_detector_rates(detectors: dict[str, Any], budget: float) -> None:
 
 def measure_lab_gates(
     config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors
-) -> None:
-    """Measures the lab's gates on held-out prompts, logs them and writes gates.json."""
+) -> dict[str, Any]:
+    """Measures the lab's gates on held-out prompts, and logs them.
+
+    Returns:
+        The contents of gates.json and, if there are several shortcuts, of shortcuts.json.
+    """
     data = workdir / "data"
     prompts, held_out = (
         [row["prompt"] for row in read_jsonl(data / name, {"prompt": str})]
@@ -177,15 +190,20 @@ def measure_lab_gates(
     for gate in gates:
         LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
     values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
-    write_json(workdir / "probes" / "gates.json", values)
-    path = workdir / "probes" / "shortcuts.json"
     if len(world.shortcuts) == 1:
-        path.unlink(missing_ok=True)
-        return
+        return {GATES: values}
     measured = measure_shortcuts(model, detectors, prompts, held_out, config.lab.seed, world)
-    write_json(path, measured)
     for name, values_of in measured.items():
         LOG.info("shortcut %s: %s", name, {key: round(v, 3) for key, v in values_of.items()})
+    return {GATES: values, SHORTCUTS: measured}
+
+
+def write_lab_files(folder: Path, contents: dict[str, Any]) -> None:
+    """Writes what `measure_lab_gates` returns, if anything, and removes an old shortcuts.json."""
+    for name, content in contents.items():
+        write_json(folder / name, content)
+    if contents and SHORTCUTS not in contents:
+        (folder / SHORTCUTS).unlink(missing_ok=True)
 
 
 def records(config: ConfigDict, workdir: Path) -> dict:
@@ -222,10 +240,11 @@ STAGE = Stage(
         f"probes/{PAGES}",
         "probes/feature_analysis.json",
         "probes/feature_scores.safetensors",
-        "probes/gates.json",
-        "probes/shortcuts.json",
+        f"probes/{GATES}",
+        f"probes/{SHORTCUTS}",
     ),
     after=("train_sarm", "train_sae"),
     wanted=lambda config: bool(config.identify.pairs_jsonl),
     records=records,
+    processes="all",
 )
