@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from pipeline import cli
 from pipeline import stage as stages
 from sarm_jax.io import secrets
-from sarm_jax.io.errors import InputError, TrainingStoppedError, out_of_memory
+from sarm_jax.io.errors import InputError, TrainingStoppedError, first_line, out_of_memory
 from sarm_jax.io.files import disk_is_full
 from sarm_jax.io.progress import show_last_line, show_progress
 from sarm_jax.io.signals import exit_after_cleanup, on_signal
@@ -34,7 +34,7 @@ MEMORY_ADVICE = (
 )
 
 LOST_PEER = (
-    "another process of the run has ended, or cannot be reached; its own last line says why; run "
+    "another process of the run has ended, or cannot be reached; its last line may say why; run "
     "the same commands again on all hosts"
 )
 
@@ -67,12 +67,12 @@ def main(argv: list[str]) -> int:
         return 3
     except (MemoryError, RuntimeError) as error:
         if processes.lost_peer(error):
-            show_error(LOST_PEER)
+            show_error(f"{LOST_PEER} ({first_line(error)})")
             return 2
         if not out_of_memory(error):
             raise
-        first_line = (str(error) or "out of memory").splitlines()[0]
-        show_error(f"{InputError(first_line)}; {MEMORY_ADVICE}")
+        line = (str(error) or "out of memory").splitlines()[0]
+        show_error(f"{InputError(line)}; {MEMORY_ADVICE}")
         return 2
     except OSError as error:  # a full disk, or a path that cannot be written
         advice = "; free space and run the same command again" if disk_is_full(error) else ""
