@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pipeline.runner
+import pipeline.sarm_checkpoints
 import pipeline.stages.train
 from pipeline.command import main
 from ppo.held_out import HeldOut
@@ -42,6 +43,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "evaluation": (HeldOut, "evaluate"),
     "checkpoint": (Checkpoints, "save"),
     "manifest": (ManifestHandler, "finalize"),
+    "sarm": (pipeline.sarm_checkpoints.SARMCheckpoints, "keep"),
     "export": (pipeline.stages.train, "save_adapter"),
 }
 

@@ -33,6 +33,7 @@ from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.finite import describe, first_not_finite, is_finite
+from sarm_jax.parallel.processes import raising_on_all
 from sarm_jax.parallel.sharding import ONE_DEVICE, Read
 
 LOG = logging.getLogger(__name__)
@@ -225,11 +226,12 @@ def _fill(checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place |
         specs.setdefault(spec.path, []).append(spec)
     graphdef, state = nnx.split(abstract_model(checkpoint.config, dtype))
     filled = []
-    for keys, variable in nnx.to_flat_state(state):
-        path = tuple(map(str, keys))
-        read = _reader(checkpoint, files, specs=specs[path], dtype=variable.dtype)
-        array = place(".".join(path), variable.shape, variable.dtype, read)
-        filled.append((keys, variable.replace(array)))
+    with raising_on_all():  # a file may be damaged on one host only
+        for keys, variable in nnx.to_flat_state(state):
+            path = tuple(map(str, keys))
+            read = _reader(checkpoint, files, specs=specs[path], dtype=variable.dtype)
+            array = place(".".join(path), variable.shape, variable.dtype, read)
+            filled.append((keys, variable.replace(array)))
     arrays = ((".".join(map(str, keys)), variable[...]) for keys, variable in filled)
     bad = first_not_finite(arrays)
     if bad is not None:

@@ -11,8 +11,10 @@ model is written in SAELens' format. A SARM with several heads keeps them all, i
 train_sarm, which no other library combines.
 """
 
+import contextlib
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +49,8 @@ from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.lora import merge_lora
 from sarm_jax.models.sarm import SARM
+from sarm_jax.parallel import processes
+from sarm_jax.parallel.processes import fetch
 
 FLAGS = flags.FlagValues()
 KINDS = ["policy", "sarm", "reward", "sae"]
@@ -151,12 +155,46 @@ def save_policy(dst: str | Path, policy: Llama, tokenizer: Any) -> None:
 def _save(
     dst: str | Path, model: Llama | SARM, tokenizer: Any, hf: dict[str, Any], auto_map: Any = None
 ) -> None:
+    """Writes a model; in a run of several processes all call it, and process 0 writes."""
+    with processes.raising_on_all(), _on_host(model) as tensors:
+        if processes.is_primary():
+            _write(dst, tensors, model=model, tokenizer=tokenizer, hf=hf, auto_map=auto_map)
+
+
+@contextlib.contextmanager
+def _on_host(model: Llama | SARM) -> Iterator[Iterator[tuple[TensorSpec, np.ndarray]]]:
+    """Yields an iterator of (name and layout, array) of all tensors, without a mesh's padding.
+
+    The processes of a run gather each tensor together. Those that do not write, and the one whose
+    disk is full, gather the others at the end of the block.
+    """
     weights = parameters(model)
-    with atomic_directory(dst) as directory, TensorWriter(directory) as writer:
+
+    def gather() -> Iterator[tuple[TensorSpec, np.ndarray]]:
         for spec in tensor_specs(abstract_model(model.config)):
             value = weights[spec.path][...]
-            array = np.asarray(value if spec.layer is None else value[spec.layer])
-            array = array[tuple(map(slice, spec.shape))]  # removes the padding of a mesh
+            array = np.asarray(fetch(value if spec.layer is None else value[spec.layer]))
+            yield spec, array[tuple(map(slice, spec.shape))]
+
+    tensors = gather()
+    try:
+        yield tensors
+    finally:
+        for _ in tensors if processes.connected() else ():
+            pass
+
+
+def _write(
+    dst: str | Path,
+    tensors: Iterable[tuple[TensorSpec, np.ndarray]],
+    *,
+    model: Llama | SARM,
+    tokenizer: Any,
+    hf: dict[str, Any],
+    auto_map: Any,
+) -> None:
+    with atomic_directory(dst) as directory, TensorWriter(directory) as writer:
+        for spec, array in tensors:
             writer.add(spec.hf_name, spec.to_hf(array))
         writer.close()
         if isinstance(model, SARM) and model.config.heads == 1:

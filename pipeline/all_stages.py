@@ -12,6 +12,7 @@ from pipeline.preflight import check
 from pipeline.runner import Outcome, run_stages
 from pipeline.study import run_study
 from sarm_jax.io.errors import InputError
+from sarm_jax.parallel import processes
 
 
 def run(template: ConfigDict, workdir: Path) -> None:
@@ -26,10 +27,15 @@ def run_all(config: ConfigDict, workdir: Path) -> None:
     """Runs every stage whose inputs the config names, then prints a table of what was done."""
     config = with_runs(config, workdir)
     wanted = [stage for stage in stages.load_all() if stage.wanted(config)]
-    if not wanted:
-        raise InputError("--stage=all: nothing to do; name prompts_jsonl, or another stage's input")
-    check(config, workdir, wanted)
-    print(summary(run_stages(config, workdir, wanted)))
+    with processes.raising_on_all():
+        if not wanted:
+            raise InputError(
+                "--stage=all: nothing to do; name prompts_jsonl, or another stage's input"
+            )
+        check(config, workdir, wanted)
+    outcomes = run_stages(config, workdir, wanted)
+    if processes.is_primary():
+        print(summary(outcomes))
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:

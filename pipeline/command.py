@@ -5,14 +5,12 @@
                    [--coordinator_address=host:port --num_processes=2 --process_id=0]
     python main.py --help | --version
 
-Exit codes: 0 done; 2 bad input, a full disk or no memory (one `error: …` line on stderr); 3
-training was stopped by a guard, or because numbers became non-finite; 130 and 143 interrupted,
-after a checkpoint.
+Exit codes: 0 done; 2 bad input, a full disk, no memory or a lost host (one `error: …` line on
+stderr); 3 training was stopped by a guard, or because numbers became non-finite; 130 and 143
+interrupted, after a checkpoint.
 """
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -20,7 +18,7 @@ from ml_collections import ConfigDict
 from pipeline import cli
 from pipeline import stage as stages
 from sarm_jax.io import secrets
-from sarm_jax.io.errors import InputError, TrainingStoppedError, out_of_memory
+from sarm_jax.io.errors import InputError, TrainingStoppedError, first_line, out_of_memory
 from sarm_jax.io.files import disk_is_full
 from sarm_jax.io.progress import show_last_line, show_progress
 from sarm_jax.io.signals import exit_after_cleanup, on_signal
@@ -33,6 +31,11 @@ MEMORY_ADVICE = (
     "--stage=plan shows what fits: remat=full, a larger mesh.fsdp or mesh.tensor, "
     "ppo.gradient_accumulation_steps, or a smaller ppo.batch_size or sarm_batch_size; memory "
     "outside of JAX's own pool needs a smaller XLA_CLIENT_MEM_FRACTION"
+)
+
+LOST_PEER = (
+    "another process of the run has ended, or cannot be reached; its last line may say why; run "
+    "the same commands again on all hosts"
 )
 
 
@@ -51,20 +54,25 @@ def main(argv: list[str]) -> int:
         template, stage, workdir = cli.parse(argv)
         _check(template, stage)
         set_up(template, stage)
-        with _place_to_write(workdir) as place:
-            _run(template, stage, workdir, place)
+        with on_signal(_interrupted), processes.primary_only(open_workdir(workdir)):
+            _run(template, stage, workdir)
+            processes.shut_down()
     except InputError as error:
         show_error(str(error))
         processes.raise_on_others(str(error))
         return 2
     except TrainingStoppedError as error:
         show_error(str(error))
+        processes.shut_down()
         return 3
     except (MemoryError, RuntimeError) as error:
+        if processes.lost_peer(error):
+            show_error(f"{LOST_PEER} ({first_line(error)})")
+            return 2
         if not out_of_memory(error):
             raise
-        first_line = (str(error) or "out of memory").splitlines()[0]
-        show_error(f"{InputError(first_line)}; {MEMORY_ADVICE}")
+        line = (str(error) or "out of memory").splitlines()[0]
+        show_error(f"{InputError(line)}; {MEMORY_ADVICE}")
         return 2
     except OSError as error:  # a full disk, or a path that cannot be written
         advice = "; free space and run the same command again" if disk_is_full(error) else ""
@@ -90,6 +98,8 @@ def set_up(template: ConfigDict, stage: str) -> None:
     hosts = cli.hosts(stage)
     if hosts and template.experiments:
         raise InputError(f"--num_processes={hosts.count}: experiments run in one process")
+    if hosts and stage == "all" and template.prepare_data.source == "lab":
+        raise InputError(f"--num_processes={hosts.count}: the lab's study runs in one process")
     if hosts:
         show_progress(f"process {hosts.number}: ", cli.log_level(), not hosts.number)
         processes.connect(hosts)
@@ -109,23 +119,13 @@ def _check(template: ConfigDict, stage: str) -> None:
     check_scoring(template)
 
 
-@contextlib.contextmanager
-def _place_to_write(workdir: Path) -> Iterator[Path]:
-    with (
-        on_signal(_interrupted),
-        processes.writable_workdir(workdir) as place,
-        open_workdir(place),
-    ):
-        yield place
-
-
-def _run(template: ConfigDict, stage: str, workdir: Path, place: Path) -> None:
+def _run(template: ConfigDict, stage: str, workdir: Path) -> None:
     from pipeline import all_stages, runner
 
     if stage == "all":
         all_stages.run(template, workdir)
     else:
-        runner.run_stage(stage, cli.fill_in(template, workdir), place, cli.shorthands())
+        runner.run_stage(stage, cli.fill_in(template, workdir), workdir, cli.shorthands())
 
 
 def _interrupted(number: int) -> None:

@@ -37,6 +37,7 @@ from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.conversation_rows import read_demonstrations, read_prompts
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel import processes
 from sarm_jax.rewards.options import reward_config
 from sarm_jax.sampling.generate import Sampling, check_temperature
 
@@ -153,10 +154,15 @@ def evaluate_policies(
     content = summary(comparison, section.resamples, section.seed)
     content["temperature"], content["seed"] = section.temperature, section.seed
     content |= names.field(controls.features)
-    write_jsonl(folder / "responses.jsonl", response_rows(comparison))
-    write_json(folder / "latent_map.json", latent_map(comparison))
-    write_json(folder / PAGES, pages_of(config, model, comparison), indent=1)
-    write_json(folder / "policy.json", content)
+    pages, latents = pages_of(config, model, comparison), latent_map(comparison)
+
+    def write() -> None:
+        write_jsonl(folder / "responses.jsonl", response_rows(comparison))
+        write_json(folder / "latent_map.json", latents)
+        write_json(folder / PAGES, pages, indent=1)
+        write_json(folder / "policy.json", content)
+
+    processes.on_primary(write)
     for name, means in content["runs"].items():
         shown = ("score", "penalty", "kl", "length", "ended")
         text = ", ".join(f"{key} {means[key]['mean']:.3g}" for key in shown)
@@ -207,6 +213,7 @@ def responses_of(config: ConfigDict, inputs: PolicyInputs) -> dict[str, Response
     responses = {BASE: sample(base, BASE)}
     for name, path in inputs.adapters.items():
         policy = nnx.merge(*nnx.split(base))  # shares the base's arrays
-        load_adapter(path, policy)
+        with processes.raising_on_all():
+            load_adapter(path, policy)
         responses[name] = sample(policy, name)
     return responses

@@ -15,6 +15,7 @@ from pipeline.inputs import MODELS, Input, Kind, files_of_list, is_within
 from pipeline.models import check_remat, mesh_config
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
+from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.rewards.options import PARSERS
 from sarm_jax.rewards.reward_config import check_screens_alone
@@ -37,7 +38,8 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
         for _, run_config, folder in runs_of(stage, config, workdir):
             ready = without_future_lists(run_config, workdir)
             stage.validate(ready)
-            stage.check_outputs(ready, folder)
+            if processes.is_primary():
+                stage.check_outputs(ready, folder)
 
 
 def inputs() -> list[Input]:

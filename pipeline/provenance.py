@@ -22,6 +22,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import disk_is_full, locked_output, open_file, read_bytes
 from sarm_jax.io.json_files import parse_json, write_json
 from sarm_jax.io.workdir import VERSION_KEY, read_settings
+from sarm_jax.parallel import processes
 from sarm_jax.version import VERSION
 
 LARGE, PIECE, PIECES = 64 << 20, 1 << 20, 16  # bytes, bytes, and number of pieces of a large file
@@ -100,6 +101,24 @@ def _claim(stage: Stage, config: ConfigDict, workdir: Path) -> dict[str, Any] | 
     if VERSION_KEY in stored and not stage.has_begun(config, workdir):
         return None
     return {name: value for name, value in stored.items() if name != VERSION_KEY}
+
+
+def check_same_everywhere(stage: Stage, config: ConfigDict, workdir: Path) -> None:
+    """Ends all processes if one refuses its input, or has other options or files than process 0.
+
+    Every process of a run calls it once it has checked its input, before it communicates. A single
+    process does nothing.
+
+    Raises:
+        InputError: in every process, if one has a problem or differs.
+    """
+    if not processes.connected():
+        return
+    with processes.raising_on_all():
+        made_from = provenance(stage, config, workdir)
+    first = processes.broadcast(dataclasses.asdict(made_from))
+    changed = change(stage, first, made_from)
+    processes.raise_on_all(f"not what process 0 has: {changed}" if changed else "")
 
 
 class Records:

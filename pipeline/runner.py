@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -22,6 +24,7 @@ from pipeline.stage import Stage
 from pipeline.together import member, run_together
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.workdir import lock_stage, open_workdir
+from sarm_jax.parallel import processes
 from sarm_jax.parallel.compilation import kept_programs
 
 LOG = logging.getLogger(__name__)
@@ -70,7 +73,7 @@ def run_stage(
     def train(run_name: str, run_config: ConfigDict, folder: Path) -> None:
         if run_name and member() is None:  # otherwise every message of the run has its name
             LOG.info("experiment %s", run_name)
-        with continuing_with_others(run_name, stopped), open_workdir(folder):
+        with continuing_with_others(run_name, stopped), _opened(folder):
             refuse_missing_inputs(stage, run_config, workdir)
             made_from = provenance(stage, run_config, folder)
             _run(stage, run_config, folder, made_from)
@@ -103,11 +106,13 @@ def _update_runs(
     stage: Stage, config: ConfigDict, workdir: Path, stopped: list[TrainingStoppedError]
 ) -> list[Outcome]:
     """Brings the runs of a stage that the config asks for up to date; returns them in order."""
-    runs = [run for run in runs_of(stage, config, workdir) if stage.wanted(run[1])]
+    runs = runs_of(stage, config, workdir)
+    wanted = processes.broadcast([stage.wanted(run_config) for _, run_config, _ in runs])
+    runs = [run for run, is_wanted in zip(runs, wanted, strict=True) if is_wanted]
     outcomes: dict[str, Outcome] = {}
 
     def update(name: str, run_config: ConfigDict, folder: Path) -> None:
-        with continuing_with_others(name, stopped), open_workdir(folder):
+        with continuing_with_others(name, stopped), _opened(folder):
             outcome = _bring_up_to_date(stage, run_config, folder, workdir)
             title = f"{stage.name} {name}".strip()
             outcomes[name] = dataclasses.replace(outcome, stage=title)
@@ -129,6 +134,11 @@ def _run_all(
             return
         for run in runs:
             train(*run)
+
+
+def _opened(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Returns the context in which a stage writes to its folder, which process 0 alone does."""
+    return processes.primary_only(open_workdir(folder))
 
 
 def check_runs(stage: Stage, config: ConfigDict, workdir: Path) -> None:
@@ -191,31 +201,97 @@ def _warn_of_stale_inputs(stage: Stage, config: ConfigDict, workdir: Path) -> No
 
 def _bring_up_to_date(stage: Stage, config: ConfigDict, folder: Path, workdir: Path) -> Outcome:
     """Runs a stage unless it is up to date; `folder` is the run's, within or equal to `workdir`."""
+    output = stage.output_path(config, folder)
     try:
-        records, output = Records(folder), stage.output_path(config, folder)
-        if output.exists() and stage.name not in records.stages and stage.costly(config):
-            if stage.per_experiment:
-                check_claim(stage, config, folder)
-                claim_workdir(stage, config, folder)
-            return Outcome(stage.name, output, "kept: made by a call that left no record")
-        refuse_missing_inputs(stage, config, workdir)
-        made_from = provenance(stage, config, folder)
-        changed = records.difference(stage, made_from)
-        if output.exists() and records.finished(stage.name) and changed is None:
-            return Outcome(stage.name, output, "up to date")
+        done, changed, made_from = processes.on_primary(
+            partial(_compare, stage, config, folder, workdir)
+        )
+        if done:
+            return Outcome(stage.name, output, done)
         LOG.info(
             "stage %s: %s In %s%s",
             stage.name, stage.summary, folder, f"; {changed}" if changed else "",
         )  # fmt: skip
-        seconds = _run(stage, config, folder, made_from)
+        seconds = _run_on_processes(stage, config, folder, Provenance(**made_from))
     except InputError as error:
         raise InputError(f"stage {stage.name}: {error}") from error
     reason = f", because {changed}" if changed else ""
     return Outcome(stage.name, output, f"done{reason}", seconds)
 
 
+def _compare(
+    stage: Stage, config: ConfigDict, folder: Path, workdir: Path
+) -> tuple[str, str | None, dict[str, Any]]:
+    """Compares a stage with its record.
+
+    Returns:
+        (why there is nothing to do, or "", what has changed since the stage ran, or None, what its
+        result depends on now).
+    """
+    records, output = Records(folder), stage.output_path(config, folder)
+    if output.exists() and stage.name not in records.stages and stage.costly(config):
+        if stage.per_experiment:
+            check_claim(stage, config, folder)
+            claim_workdir(stage, config, folder)
+        return "kept: made by a call that left no record", None, {}
+    refuse_missing_inputs(stage, config, workdir)
+    made_from = provenance(stage, config, folder)
+    changed = records.difference(stage, made_from)
+    up_to_date = output.exists() and records.finished(stage.name) and changed is None
+    return "up to date" if up_to_date else "", changed, dataclasses.asdict(made_from)
+
+
+def _run_on_processes(
+    stage: Stage, config: ConfigDict, folder: Path, made_from: Provenance
+) -> float:
+    """Runs a stage on all processes of the run, or on process 0, as the stage says."""
+    run = partial(_run, stage, config, folder, made_from)
+    if not processes.connected():
+        return run()
+    if stage.processes == "primary":
+        return processes.on_primary(run)
+    if stage.processes == "one":
+        raise InputError(
+            f"runs in one process: run --stage={stage.name} before, without --num_processes"
+        )
+    seconds = run()
+    await_output(stage.output_path(config, folder))
+    return seconds
+
+
+def await_output(path: Path, timeout: float = 90) -> None:
+    """Waits until every process sees what a stage has written, in the directory that they share.
+
+    Args:
+        path: the file or folder.
+        timeout: seconds. Other hosts see a new file of a network file system some time later.
+
+    Raises:
+        InputError: in every process, if one does not see it.
+    """
+    end = time.monotonic() + timeout
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
+        with contextlib.suppress(OSError):
+            list(path.parent.iterdir())  # makes a network file system look again
+    advice = "--stage=all needs one working directory for all hosts"
+    processes.raise_on_all("" if path.exists() else f"{path}: is not there; {advice}")
+
+
 def _run(stage: Stage, config: ConfigDict, workdir: Path, made_from: Provenance) -> float:
     """Runs a stage, alone in the working directory, and records it; returns the seconds it took."""
+    start = time.monotonic()
+    with processes.primary_only(_recording(stage, config, workdir, made_from)):
+        stage.run(config, workdir)
+    gc.collect()  # models have reference cycles; without this, their weights outlive the stage
+    return round(time.monotonic() - start, 1)
+
+
+@contextlib.contextmanager
+def _recording(
+    stage: Stage, config: ConfigDict, workdir: Path, made_from: Provenance
+) -> Iterator[None]:
+    """Checks that a stage may write to the working directory, and records that it runs there."""
     stage.check_outputs(config, workdir)
     with lock_stage(workdir, stage.name):
         records = Records(workdir)
@@ -226,6 +302,4 @@ def _run(stage: Stage, config: ConfigDict, workdir: Path, made_from: Provenance)
                 f"{changed}; choose another --workdir, or delete it to start again"
             )
         with records.recording(stage.name, made_from):
-            stage.run(config, workdir)
-    gc.collect()  # models have reference cycles; without this, their weights outlive the stage
-    return records.stages[stage.name]["seconds"]
+            yield

@@ -5,6 +5,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pipeline.stage import Stage
 from ppo.tracking.checkpoint import Checkpoints, newest_facts
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.signals import on_signal
+from sarm_jax.parallel import processes
 from sarm_jax.training.progress import Progress
 from sarm_jax.version import VERSION
 
@@ -48,7 +50,7 @@ class SARMCheckpoints(Progress):
         self._checkpoints = Checkpoints(directory, keep=KEPT)
         self._phase, self._notes, self._signal = "", {}, 0
         self.rows: list[dict[str, Any]] = []
-        newest = newest_facts(directory)
+        newest = processes.on_primary(partial(newest_facts, directory))
         self._last = 0
         if newest is None:
             return
@@ -83,21 +85,21 @@ class SARMCheckpoints(Progress):
         """Remembers a signal, so that the training stops after the step in progress."""
         with on_signal(self._remember):
             yield
-        if self._signal:  # it came after the last step of the phase
-            raise SystemExit(128 + self._signal)
+        self._exit_at_signal()  # if it came after the last step of the phase
 
     def keep(self, phase: str, steps: int, state: Any) -> None:
         """Writes a checkpoint if one is due or a signal came, and then ends the training."""
         total = self._starts[phase] + steps
         due = self._every and total // self._every > self._last // self._every
         self._last = total
-        if due or self._signal:
+        signal = processes.all_max(self._signal)
+        if due or signal:
             facts = {"phase": phase, "notes": self._notes, "rows": self.rows}
             facts |= {"made_from": self._made_from, "sarm_jax_version": VERSION}
             self._checkpoints.save(total, state, facts)
-        if self._signal:
-            LOG.info("stopped by signal %d after step %d of %s", self._signal, steps, phase)
-            raise SystemExit(128 + self._signal)
+        if signal:
+            LOG.info("stopped by signal %d after step %d of %s", signal, steps, phase)
+        self._exit_at_signal(signal)
 
     def close(self) -> None:
         """Stops the threads of Orbax."""
@@ -106,7 +108,15 @@ class SARMCheckpoints(Progress):
     def remove(self) -> None:
         """Removes all checkpoints: the training has ended."""
         self.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        if processes.is_primary():
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _exit_at_signal(self, signal: int | None = None) -> None:
+        """Ends the training, in every process, if a signal came to any of them."""
+        signal = processes.all_max(self._signal) if signal is None else signal
+        if signal:
+            processes.shut_down()
+            raise SystemExit(128 + signal)
 
     def _remember(self, number: int) -> None:
         LOG.info(

@@ -13,7 +13,7 @@ import pkgutil
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -63,6 +63,9 @@ class Stage:
         records: more facts that the result depends on, by name, for `stages.json`.
         made_from: names of stages whose results must be those of the present SARM; the log warns
             if they are out of date.
+        processes: what several processes do (`sarm_jax.parallel.processes`). "all": they run the
+            stage together. "primary": in `--stage=all`, process 0 runs it while the others wait.
+            "one": the stage runs in one process only.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Stage:
     continued: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda old, new: old
     records: Callable[[ConfigDict, Path], dict[str, Any]] | None = None
     made_from: tuple[str, ...] = ()
+    processes: Literal["all", "primary", "one"] = "one"
 
     def output_path(self, config: ConfigDict, workdir: Path) -> Path:
         """Returns the path of what the stage writes last."""

@@ -1,10 +1,9 @@
 """Run `--stage=all` for the lab: every seed and condition of the study, then its page."""
 
 import contextlib
-import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -26,11 +25,20 @@ from pipeline.study_options import (
     trained_conditions,
 )
 from pipeline.study_pool import rank_pool
+from pipeline.study_records import (
+    SeedOutcome,
+    locked_seed,
+    read_records,
+    remove_record,
+    seed_folder,
+    study_options,
+    write_record,
+)
 from pipeline.study_runs import preparation_config, run_condition, train_reward_model
 from pipeline.tasks import task_of
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io.errors import InputError, TrainingStoppedError
-from sarm_jax.io.files import check_target
+from sarm_jax.io.files import check_target, locked_output
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
@@ -41,21 +49,12 @@ from sarm_jax.parallel.compilation import kept_programs
 LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class SeedOutcome:
-    """The conditions that a seed has finished and, if it stopped, the reason.
-
-    `pooled` is True if its conditions have ranked a pool.
-    """
-
-    finished: list[str]
-    stopped: str = ""
-    in_training: bool = False
-    pooled: bool = False
-
-
 def run_study(template: ConfigDict, workdir: Path) -> None:
-    """Runs every seed and condition of the lab, then writes lab.json, the figures and lab.html."""
+    """Runs every seed and condition of the lab, then writes lab.json, the figures and lab.html.
+
+    Other seeds of the same options in the directory are on the page too: several commands can share
+    it, and the last one that ends draws the page of all.
+    """
     seeds = parse_seeds(template.lab.seeds)
     conditions = trained_conditions(template)
     check_study(template)
@@ -76,20 +75,52 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
             outcomes = [run_seed(settings, workdir, seed, level) for seed in seeds]
         else:
             outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
-    by_seed = dict(zip(seeds, outcomes, strict=True))
-    finished = {seed: outcome.finished for seed, outcome in by_seed.items()}
-    stopped = {seed: outcome for seed, outcome in by_seed.items() if outcome.stopped}
-    reasons = {seed: redact(outcome.stopped) for seed, outcome in stopped.items()}
-    pooled = [seed for seed, outcome in by_seed.items() if outcome.pooled]
-    page, result = write_study(
-        workdir, finished, conditions, reasons, names, pooled, task_of(config)
-    )
+    own = dict(zip(seeds, outcomes, strict=True))
+    with locked_output(workdir / "lab.json", wait=True):
+        page, result = draw_page(template, workdir, own, conditions, names)
     print(f"{result}\nThe page: {page}")
+    stopped = {seed: outcome for seed, outcome in own.items() if outcome.stopped}
     if stopped:
-        first = next(iter(stopped))
-        message = f"{len(stopped)} of {len(seeds)} seeds stopped; seed {first}: {reasons[first]}"
+        first, reason = next((seed, redact(o.stopped)) for seed, o in stopped.items())
+        message = f"{len(stopped)} of {len(seeds)} seeds stopped; seed {first}: {reason}"
         in_training = all(outcome.in_training for outcome in stopped.values())
         raise TrainingStoppedError(message) if in_training else InputError(message)
+
+
+def draw_page(
+    template: ConfigDict,
+    workdir: Path,
+    own: Mapping[int, SeedOutcome],
+    conditions: Sequence[str],
+    names: FeatureNames,
+) -> tuple[Path, str]:
+    """Writes the page of a command's own seeds and of those that others have finished.
+
+    Args:
+        template: the config of the study.
+        workdir: its directory, in which no other process draws meanwhile.
+        own: the outcomes of the command's seeds.
+        conditions: all conditions of the study, in order.
+        names: names of features; they belong to one seed, so that others are left out.
+
+    Returns:
+        (path of the page, the result in one paragraph).
+    """
+    options = study_options(template.to_dict())
+    others = {} if names else read_records(workdir, options)
+    by_seed = dict(own)
+    if others.keys() - own.keys():
+        by_seed = dict(sorted((others | by_seed).items()))
+    stopped = {seed: redact(o.stopped) for seed, o in by_seed.items() if o.stopped}
+    return write_study(
+        workdir,
+        {seed: outcome.finished for seed, outcome in by_seed.items()},
+        conditions,
+        stopped,
+        names,
+        [seed for seed, outcome in by_seed.items() if outcome.pooled],
+        task_of(template),
+    )
 
 
 def preparation() -> list[Stage]:
@@ -138,7 +169,19 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
     template = ConfigDict(settings)
     for section in SEEDED:
         template[section].seed = seed
-    config = fill_in(template, folder)
+    try:
+        with locked_seed(workdir, seed):
+            remove_record(folder)
+            outcome = _run_conditions(fill_in(template, folder), folder)
+            write_record(folder, study_options(settings), outcome)
+    except InputError as error:
+        LOG.error("stopped: %s", error)
+        return SeedOutcome([], str(error))
+    return outcome
+
+
+def _run_conditions(config: ConfigDict, folder: Path) -> SeedOutcome:
+    """Prepares a seed and runs all conditions."""
     finished: list[str] = []
     try:
         prepared = preparation_config(config, folder, all_conditions(config))
@@ -161,8 +204,3 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
         LOG.error("stopped: %s", error)
         return SeedOutcome(finished, str(error))
     return SeedOutcome(finished, stopped, bool(stopped), pooled)
-
-
-def seed_folder(workdir: Path, seed: int) -> Path:
-    """Returns the folder of a seed's world and runs."""
-    return workdir / f"seed_{seed}"

@@ -502,7 +502,15 @@ FLAGS = [
         "must lie in [2, 65536]",
     ),
     main("process beyond the last", f"{HOSTS} --process_id=2", "--process_id=2", "0 to 1"),
-    main("processes for a stage of one", f"{HOSTS} --stage=identify", "--stage=identify", "one"),
+    *(
+        main(f"processes for {stage}", f"{HOSTS} --stage={stage}", f"--stage={stage}", "one")
+        for stage in ("plan", "prepare_data", "report")
+    ),
+    main(
+        "processes for the lab's study",
+        f"{HOSTS} --stage=all --config.prepare_data.source=lab",
+        "--num_processes=2: the lab's study runs in one process",
+    ),
     main("mesh of no devices", "--config.mesh.data=0", "mesh.data=0"),
     main(
         "mesh of too many devices",
@@ -1081,8 +1089,23 @@ STAGES = [
     ),
     main(
         "plan of a stage that has none",
-        f"{PLAN}=host --config.plan.stage=identify",
-        "plan.stage='identify': expected train or train_sarm",
+        f"{PLAN}=host --config.plan.stage=probe",
+        "plan.stage='probe': expected one of train, train_sarm, identify",
+    ),
+    main(
+        "plan of identify without pairs",
+        f"{PLAN}=host --config.plan.stage=identify --config.plan.pairs=0",
+        "plan.pairs=0: must be at least 1",
+    ),
+    main(
+        "plan of identify without a reward model",
+        f"{PLAN}=host --config.plan.stage=identify --sarm_model=",
+        "sarm_model is empty",
+    ),
+    main(
+        "plan of identify whose batch does not divide",
+        f"{PLAN}=host --config.plan.stage=identify --config.sarm_batch_size=3 --config.mesh.data=2",
+        "sarm_batch_size = 3 rows do not divide over data × fsdp = 2 devices",
     ),
     main(
         "plan of a head alone",

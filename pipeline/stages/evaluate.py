@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -14,6 +14,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import lacks_features, load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.policy_evaluation import evaluate_policies, policy_inputs, response_config
+from pipeline.provenance import check_same_everywhere
 from pipeline.reward_inputs import REWARD_FILES, REWARD_LISTS
 from pipeline.stage import Stage, never
 from sarm_jax.evaluation import figures
@@ -43,6 +44,7 @@ from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import escaped, split_entries
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sarm import check_ensemble
+from sarm_jax.parallel import processes
 from sarm_jax.reporting.statistics import format_interval
 from sarm_jax.rewards.options import reward_config
 
@@ -89,8 +91,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
         check_steering(steering, answers, controls)
     folder = workdir / "eval"
     LOG.info("evaluating %s, for %s", config.sarm_model, folder)
+    check_same_everywhere(STAGE, config, workdir)
     model = load_reward_model(config).with_ensemble(config.reward.ensemble)
-    folder.mkdir(exist_ok=True)
+    processes.on_primary(partial(folder.mkdir, exist_ok=True))
     if answers:
         evaluate_on_answers(steering, model, answers, controls=controls, names=names, folder=folder)
     if styled:
@@ -112,14 +115,19 @@ def evaluate_on_answers(
 ) -> None:
     """Writes scores before and after steering: steering.json, steering_rows.jsonl, figures."""
     result = evaluate_steering(config, model, answers, controls)
-    for number, (name, content) in enumerate(result.summary["sets"].items(), 1):
-        content["figure"] = f"steering_{number}.png"
-        write_figure(folder / content["figure"], figures.before_after(name, content))
+
+    def write() -> None:
+        for number, (name, content) in enumerate(result.summary["sets"].items(), 1):
+            content["figure"] = f"steering_{number}.png"
+            write_figure(folder / content["figure"], figures.before_after(name, content))
+        write_jsonl(folder / "steering_rows.jsonl", result.rows)
+        named = names.field(controls.changed_features)
+        write_json(folder / "steering.json", result.summary | named)
+
+    processes.on_primary(write)
+    for name, content in result.summary["sets"].items():
         change = format_interval(content["change"], NUMBER_FORMAT)
         LOG.info("%s: %d responses, %s", name, content["responses"], change)
-    write_jsonl(folder / "steering_rows.jsonl", result.rows)
-    named = names.field(controls.changed_features)
-    write_json(folder / "steering.json", result.summary | named)
     specificity = result.summary["specificity"]
     if specificity["mean"] is None:
         LOG.info("no specificity: %s", specificity["why"])
@@ -133,8 +141,12 @@ def evaluate_on_rm_bench(
 ) -> None:
     """Writes the 3 × 3 style matrices: rm_bench.json and its figure."""
     result = evaluate_rm_bench(model, rows, controls)
-    write_figure(folder / "rm_bench.png", figures.style_matrices(result))
-    write_json(folder / "rm_bench.json", result)
+
+    def write() -> None:
+        write_figure(folder / "rm_bench.png", figures.style_matrices(result))
+        write_json(folder / "rm_bench.json", result)
+
+    processes.on_primary(write)
     for name, content in result["variants"].items():
         means = ", ".join(f"{m} {content['overall'][m]['mean']:.3f}" for m in MEASURES)
         LOG.info("RM-Bench, %s: %s", name, means)
@@ -147,8 +159,12 @@ def evaluate_on_rewardbench2(
 ) -> None:
     """Writes scores per subset: rewardbench2.json and its figure."""
     result = evaluate_rewardbench2(model, rows, controls)
-    write_figure(folder / "rewardbench2.png", figures.subset_scores(result))
-    write_json(folder / "rewardbench2.json", result)
+
+    def write() -> None:
+        write_figure(folder / "rewardbench2.png", figures.subset_scores(result))
+        write_json(folder / "rewardbench2.json", result)
+
+    processes.on_primary(write)
     for name, content in result["variants"].items():
         LOG.info("RewardBench 2, %s: %s", name, format_interval(content["score"], NUMBER_FORMAT))
     log_missing("RewardBench 2", result["missing_subsets"])
@@ -282,4 +298,5 @@ STAGE = Stage(
     wanted=wanted,
     records=records,
     made_from=("identify", "human_latents"),
+    processes="all",
 )

@@ -9,9 +9,11 @@ from conversion.load import read_sarm_config, read_scorer_config
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
+from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation_rows import read_demonstrations
+from sarm_jax.parallel import processes
 from sarm_jax.rewards.human_latents import (
     collect_human_latents,
     collect_with_states,
@@ -58,6 +60,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "reading %d demonstrations, for %s",
         len(demonstrations), " and ".join(map(str, targets)),
     )  # fmt: skip
+    check_same_everywhere(STAGE, config, workdir)
     model = load_reward_model(config, needs_features)
     if states:
         human, x_nd = collect_with_states(model, demonstrations, reward.latent_indices)
@@ -65,12 +68,16 @@ def run(config: ConfigDict, workdir: Path) -> None:
         fitted = fit_human_states(x_nd, source)
     else:
         human = collect_human_latents(model, demonstrations, reward.latent_indices)
-    if human is not None:
-        save_human_latents(path, human)
-        LOG.info("latents %s in %s", human.z_ns.shape, path)
-    if states:
-        save_human_states(workdir / STATES_FILE, fitted)
-        LOG.info("mean and covariance of the states in %s", workdir / STATES_FILE)
+
+    def write() -> None:
+        if human is not None:
+            save_human_latents(path, human)
+            LOG.info("latents %s in %s", human.z_ns.shape, path)
+        if states:
+            save_human_states(workdir / STATES_FILE, fitted)
+            LOG.info("mean and covariance of the states in %s", workdir / STATES_FILE)
+
+    processes.on_primary(write)
 
 
 STAGE = Stage(
@@ -93,5 +100,6 @@ STAGE = Stage(
     output=lambda config: STATES_FILE if config.human_latents.states else FILE,
     makes=(FILE, STATES_FILE),
     after=("identify",),
+    processes="all",
     wanted=lambda config: bool(config.human_latents.demos_jsonl),
 )

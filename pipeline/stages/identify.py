@@ -13,6 +13,7 @@ from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import optional_paths, required
+from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from pipeline.tasks import is_text, task_records, text_task_of
 from sarm_jax.features.detectors import Detectors
@@ -31,6 +32,7 @@ from sarm_jax.lab.shortcuts import World
 from sarm_jax.lab.text.gates import measure_text_gates
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
 # Lists of selected_features.json, those whose features come first in feature_pages.json first.
@@ -44,6 +46,7 @@ ROLES = {
     "alternative_safety_harming": "harming (other method)",
     "alternative_safety_promoting": "promoting (other method)",
 }
+GATES, SHORTCUTS = "gates.json", "shortcuts.json"  # of the lab
 STEERED = 5  # harming features that steering_config.json sets to 0
 
 
@@ -70,14 +73,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     names = feature_names(config, read_sarm_config(config.sarm_model).latent_size)
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
+    check_same_everywhere(STAGE, config, workdir)
     model = load_reward_model(config)
     features = identify(options, model, pairs)
     selected = features.selected
     if verbosity_pairs:
         selected |= verbose_features(options, model, verbosity_pairs)
-    folder.mkdir(exist_ok=True)
-    write_features(folder, features, options, names)
-    write_pages(folder, model, features, options.examples)
+    pages, lab_files = pages_of(model, features, options.examples), {}
     if config.prepare_data.source == "lab":
         rates = features.analysis["detectors"]
         detectors = Detectors(
@@ -86,9 +88,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
             rates["detection"],
             rates["false_alarms"],
         )
-        measure_lab_gates(config, workdir, model, detectors)
-    # Last, because --stage=all takes it for the end of the stage.
-    write_json(folder / "selected_features.json", selected)
+        lab_files = measure_lab_gates(config, workdir, model, detectors)
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        write_features(folder, features, options, names)
+        write_json(folder / PAGES, pages, indent=1)
+        write_lab_files(folder, lab_files)
+        # Last, because --stage=all takes it for the end of the stage.
+        write_json(folder / "selected_features.json", selected)
+
+    processes.on_primary(write)
     report_detector_rates(features.analysis["detectors"], options.false_alarm_budget)
     LOG.info("features in %s", folder / "selected_features.json")
 
@@ -109,8 +119,8 @@ def write_features(
     write_json(folder / "steering_config.json", steering)
 
 
-def write_pages(folder: Path, model: RewardModel, features: Identified, examples: int) -> None:
-    """Writes feature_pages.json: what the features of all lists read, token by token."""
+def pages_of(model: RewardModel, features: Identified, examples: int) -> dict[str, Any]:
+    """Returns the content of feature_pages.json: what all listed features read, token by token."""
     roles: dict[int, list[str]] = {}
     for name, role in ROLES.items():
         for i in features.selected.get(name, ()):
@@ -122,7 +132,7 @@ def write_pages(folder: Path, model: RewardModel, features: Identified, examples
         groups={"chosen": contrast.chosen_p, "rejected": contrast.rejected_p},
     )
     tau = {i: float(features.tau_f[i]) for i in roles}
-    pages = feature_pages(
+    return feature_pages(
         model,
         responses,
         roles,
@@ -130,7 +140,6 @@ def write_pages(folder: Path, model: RewardModel, features: Identified, examples
         examples=examples,
         direction_fd=features.direction_fd,
     )
-    write_json(folder / PAGES, pages, indent=1)
 
 
 def write_naming_prompts(
@@ -167,21 +176,20 @@ def report_detector_rates(detectors: dict[str, Any], budget: float) -> None:
 
 def measure_lab_gates(
     config: ConfigDict, workdir: Path, model: RewardModel, detectors: Detectors
-) -> None:
-    """Measures the gates of the lab's task, logs them and writes gates.json and shortcuts.json."""
+) -> dict[str, Any]:
+    """Measures the gates of the lab's task, and logs them.
+
+    Returns:
+        The contents of gates.json and, if there are several shortcuts, of shortcuts.json.
+    """
     measure = text_gates if is_text(config) else world_gates
     gates, shortcuts = measure(config, workdir / "data", model, detectors)
     for gate in gates:
         LOG.info("gate %s: %s", "passed" if gate.passed else "FAILED", gate)
     values = {gate.name: {"value": gate.value, "passed": gate.passed} for gate in gates}
-    write_json(workdir / "probes" / "gates.json", values)
-    path = workdir / "probes" / "shortcuts.json"
-    if not shortcuts:
-        path.unlink(missing_ok=True)
-        return
-    write_json(path, shortcuts)
     for name, values_of in shortcuts.items():
         LOG.info("shortcut %s: %s", name, {key: round(v, 3) for key, v in values_of.items()})
+    return {GATES: values} | ({SHORTCUTS: shortcuts} if shortcuts else {})
 
 
 def world_gates(
@@ -213,6 +221,14 @@ def text_gates(
         held_out_samples=list(read_jsonl(data / "held_out_samples.jsonl", fields)),
         seed=config.lab.seed,
     )
+
+
+def write_lab_files(folder: Path, contents: dict[str, Any]) -> None:
+    """Writes what `measure_lab_gates` returns, if anything, and removes an old shortcuts.json."""
+    for name, content in contents.items():
+        write_json(folder / name, content)
+    if contents and SHORTCUTS not in contents:
+        (folder / SHORTCUTS).unlink(missing_ok=True)
 
 
 def records(config: ConfigDict, workdir: Path) -> dict:
@@ -253,10 +269,11 @@ STAGE = Stage(
         f"probes/{PAGES}",
         "probes/feature_analysis.json",
         "probes/feature_scores.safetensors",
-        "probes/gates.json",
-        "probes/shortcuts.json",
+        f"probes/{GATES}",
+        f"probes/{SHORTCUTS}",
     ),
     after=("train_sarm", "train_sae"),
     wanted=lambda config: bool(config.identify.pairs_jsonl),
     records=records,
+    processes="all",
 )

@@ -1,4 +1,4 @@
-"""Plan a step of PPO or train_sarm: compile it for this machine, or one that is not there."""
+"""Plan a step of PPO or train_sarm, or identify: compile for this machine, or one not there."""
 
 import dataclasses
 import logging
@@ -16,6 +16,7 @@ from pipeline.stage import Stage
 from ppo.config import PPOConfig
 from ppo.options import train_config
 from ppo.planning.chips import target_devices
+from ppo.planning.collect_plan import CollectPlanner, collect_table
 from ppo.planning.plan import Layout, Planner, candidates, layouts_for, search, table
 from ppo.planning.preference_plan import PreferencePlanner, preference_table
 from ppo.prompt_lengths import batch_shares, fitting_lengths, read_lengths
@@ -28,18 +29,28 @@ from sarm_jax.training.train_sae import TrainSAEConfig
 from sarm_jax.training.train_sarm import TrainSARMConfig
 
 LOG = logging.getLogger(__name__)
-STAGES = ("train", "train_sarm")  # that can be planned
+STAGES = ("train", "train_sarm", "identify")  # that can be planned
 
 
 def validate(config: ConfigDict) -> None:
     """Validates the options of what is planned."""
     stage = config.plan.stage
     if stage not in STAGES:
-        raise InputError(f"plan.stage={stage!r}: expected {' or '.join(STAGES)}")
+        raise InputError(f"plan.stage={stage!r}: expected one of {', '.join(STAGES)}")
     if stage == "train_sarm":
         validate_training(config)
+    elif stage == "identify":
+        validate_collection(config)
     else:
         validate_ppo(config)
+
+
+def validate_collection(config: ConfigDict) -> None:
+    """Validates what a plan of identify reads."""
+    if not config.plan.sarm_config:
+        required(config, "sarm_model")
+    if config.plan.pairs < 1:
+        raise InputError(f"plan.pairs={config.plan.pairs}: must be at least 1")
 
 
 def validate_training(config: ConfigDict) -> TrainSARMConfig:
@@ -82,6 +93,18 @@ def preference_planner(config: ConfigDict) -> PreferencePlanner:
         name=config.plan.target,
         config=validate_training(config),
         policy=lambda: abstract_policy(policy, config.dtype),
+    )
+
+
+def collect_planner(config: ConfigDict) -> CollectPlanner:
+    """Builds a planner of identify for the config's target and the architecture of its SARM."""
+    sarm = reward_config(config)
+    return CollectPlanner(
+        name=config.plan.target,
+        sarm=lambda: abstract_sarm(sarm, config.dtype),
+        pairs=config.plan.pairs,
+        batch=config.sarm_batch_size,
+        tokens=config.sarm_max_length,
     )
 
 
@@ -132,6 +155,8 @@ def reward_config(
 
 def layout(config: ConfigDict) -> Layout:
     """Returns the layout of the config itself: mesh, rematerialisation and accumulation."""
+    if config.plan.stage == "identify":
+        return Layout(mesh_config(config), config.remat, 1)
     section = config.ppo if config.plan.stage == "train" else config.train_sarm
     return Layout(mesh_config(config), config.remat, section.gradient_accumulation_steps)
 
@@ -139,17 +164,19 @@ def layout(config: ConfigDict) -> Layout:
 def run(config: ConfigDict, workdir: Path) -> None:
     """Estimate memory, traffic and time of a step; print a table and write plan.json."""
     validate(config)
-    planner: Planner | PreferencePlanner
+    planner: Planner | PreferencePlanner | CollectPlanner
     if config.plan.stage == "train_sarm":
         planner, show = preference_planner(config), preference_table
+    elif config.plan.stage == "identify":
+        planner, show = collect_planner(config), collect_table
     else:
         planner, show = make_planner(config), table
     if config.plan.search:
         devices = target_devices(planner.name)
-        if isinstance(planner, PreferencePlanner):
-            layouts = planner.layouts(devices)
-        else:
+        if isinstance(planner, Planner):
             layouts = layouts_for(devices, planner.config.batch_size)
+        else:
+            layouts = planner.layouts(devices)
         ranked = search(planner, list(layouts))
         plan = ranked[0] | {"candidates": ranked[1:]}
         print(candidates(ranked), end="\n\n")
@@ -162,7 +189,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 STAGE = Stage(
     name="plan",
-    summary="Architectures and options → memory, traffic and time of a training step on a machine.",
+    summary="Architectures and options → memory, traffic and time of a step on a machine.",
     validate=validate,
     run=run,
     options=(
@@ -174,6 +201,7 @@ STAGE = Stage(
         "remat",
         "dtype",
         "sarm_batch_size",
+        "sarm_max_length",
         "train_sae.latent_size",
         "train_sae.k",
         "train_sae.activation",

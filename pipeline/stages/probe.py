@@ -11,12 +11,14 @@ from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
+from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from sarm_jax.features.certificates import CertificateConfig
 from sarm_jax.features.feature_lists import parse_features
 from sarm_jax.features.probing import ProbeConfig, check_probe, probe, write_probes
 from sarm_jax.io.json_files import write_json
 from sarm_jax.models.conversation_rows import read_probe_rows
+from sarm_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
 
@@ -53,14 +55,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_conversations(config.sarm_model, {path: [row["prompt"] for row in rows]})
     folder = workdir / "probes"
     LOG.info("probing %d features on %d rows, for %s", len(options.features), len(rows), folder)
+    check_same_everywhere(STAGE, config, workdir)
     probes, certificates = probe(options, load_reward_model(config), rows)
-    folder.mkdir(exist_ok=True)
-    write_probes(folder, probes)
-    content = {"options": dataclasses.asdict(options), "features": certificates}
-    write_json(folder / "certificates.json", names.annotated(content))
-    # Last, because --stage=all takes it for the end of the stage.
-    summary = {"features": [result.summary for result in probes]}
-    write_json(folder / "probe_summary.json", names.annotated(summary))
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        write_probes(folder, probes)
+        content = {"options": dataclasses.asdict(options), "features": certificates}
+        write_json(folder / "certificates.json", names.annotated(content))
+        # Last, because --stage=all takes it for the end of the stage.
+        summary = {"features": [result.summary for result in probes]}
+        write_json(folder / "probe_summary.json", names.annotated(summary))
+
+    processes.on_primary(write)
     certified = [row["feature"] for row in certificates if row["certified"]]
     LOG.info("%d of %d features certified", len(certified), len(certificates))
     if names.of(certified):
@@ -90,4 +97,5 @@ STAGE = Stage(
     writes=writes,
     after=("identify", "human_latents"),
     wanted=lambda config: bool(config.probe.data_jsonl),
+    processes="all",
 )

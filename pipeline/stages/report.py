@@ -57,4 +57,5 @@ STAGE = Stage(
     after=("evaluate",),
     wanted=lambda config: bool(config.prompts_jsonl),
     records=records,
+    processes="primary",
 )

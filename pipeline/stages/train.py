@@ -29,7 +29,12 @@ from pipeline.models import (
     mesh_config,
 )
 from pipeline.options import required
-from pipeline.provenance import check_claim, claim_workdir, provenance
+from pipeline.provenance import (
+    check_claim,
+    check_same_everywhere,
+    claim_workdir,
+    provenance,
+)
 from pipeline.reward_inputs import REWARD_FILES, REWARD_LISTS
 from pipeline.stage import Stage
 from pipeline.tasks import task_of
@@ -122,38 +127,43 @@ def check_at_once(config: ConfigDict, options: TrainConfig) -> None:
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Train by PPO; write metrics, samples, checkpoints and, last, the adapter."""
-    with lock_workdir(workdir):
-        inputs = read_inputs(config)
-        made_from = check_run(config, workdir, inputs)
-        log_start(config, workdir, inputs)
-        policy, tokenizer = together.load_policy(config)
-        policy.remat = config.remat
-        trainer = Trainer(
-            config=inputs.options,
-            policy=policy,
-            tokenizer=tokenizer,
-            reward_model=reward_model_of(config, inputs.options.reward.reads_features),
-            deck=inputs.deck,
-            human=inputs.human,
-            states=inputs.states,
-            workdir=workdir,
-            eval_deck=inputs.eval_deck,
-            profile=inputs.profile,
-            made_from=dataclasses.asdict(made_from),
-            on_start=partial(claim_workdir, STAGE, config, workdir),
-            member=together.member(),
-        )
-        processes.raise_on_all()
-        try:
-            summary = trainer.run()
-        except TrainingStoppedError:
+    with processes.writable_workdir(workdir) as place, lock_workdir(place):
+        _train(config, place)
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
+    """Trains in a working directory that is this process's own."""
+    inputs = read_inputs(config)
+    made_from = check_run(config, workdir, inputs)
+    log_start(config, workdir, inputs)
+    policy, tokenizer = together.load_policy(config)
+    policy.remat = config.remat
+    trainer = Trainer(
+        config=inputs.options,
+        policy=policy,
+        tokenizer=tokenizer,
+        reward_model=reward_model_of(config, inputs.options.reward.reads_features),
+        deck=inputs.deck,
+        human=inputs.human,
+        states=inputs.states,
+        workdir=workdir,
+        eval_deck=inputs.eval_deck,
+        profile=inputs.profile,
+        made_from=dataclasses.asdict(made_from),
+        on_start=partial(claim_workdir, STAGE, config, workdir),
+        member=together.member(),
+    )
+    processes.raise_on_all()
+    try:
+        summary = trainer.run()
+    except TrainingStoppedError:
+        with processes.raising_on_all():
             save_run(config, workdir, trainer, policy, tokenizer)
-            LOG.info("adapter of the steps so far in %s", workdir / "adapter")
-            processes.shut_down()
-            raise
+        LOG.info("adapter of the steps so far in %s", workdir / "adapter")
+        raise
+    with processes.raising_on_all():
         save_run(config, workdir, trainer, policy, tokenizer)
-        log_end(workdir, summary)
-        processes.shut_down()
+    log_end(workdir, summary)
 
 
 def read_inputs(config: ConfigDict) -> RunInputs:
@@ -224,8 +234,7 @@ def check_run(config: ConfigDict, workdir: Path, inputs: RunInputs) -> Provenanc
                 f"{workdir / 'adapter'}: exists already, and is of no run here; choose another "
                 "--workdir, or move it away"
             )
-    processes.raise_on_all()
-    check_same_everywhere(made_from)
+    check_same_everywhere(STAGE, config, workdir)
     return made_from
 
 
@@ -382,13 +391,6 @@ def check_checkpoint(directory: Path, made_from: Provenance) -> tuple[int, Mappi
     return steps, recorded
 
 
-def check_same_everywhere(made_from: Provenance) -> None:
-    """Raises InputError in every process if one has other options or files than process 0."""
-    first = processes.broadcast(dataclasses.asdict(made_from))
-    changed = change(STAGE, first, made_from)
-    processes.raise_on_all(f"not what process 0 has: {changed}" if changed else "")
-
-
 def begun(workdir: Path) -> bool:
     """Returns whether a run has finished a step in the working directory."""
     log, checkpoints = workdir / "metrics.csv", workdir / "checkpoints"
@@ -465,4 +467,5 @@ STAGE = Stage(
     begun=begun,
     continued=continued,
     made_from=("identify", "train_probe", "human_latents"),
+    processes="all",
 )

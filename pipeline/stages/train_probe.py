@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_reward_model
 from pipeline.options import required
+from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from sarm_jax.features.contrast_statistics import assign_folds
 from sarm_jax.features.dense_probe import (
@@ -28,6 +29,7 @@ from sarm_jax.io.path_lists import split_paths
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.latent_store import Contrast
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
 SUMMARY = "dense_probes.json"
@@ -78,6 +80,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_conversations(config.sarm_model, prompts)
     folder = workdir / "probes"
     LOG.info("dense probes of the states of %d pairs, for %s", len(pairs), folder)
+    check_same_everywhere(STAGE, config, workdir)
     contrast = pair_states(load_reward_model(config, needs_features=False), pairs)
     prompt_p, _ = number_values([pair["prompt"] for pair in pairs])
     fold_p = assign_folds(prompt_p, options.seed) % DETECTOR_FOLDS
@@ -85,9 +88,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     fitted = {
         kind: fit_probe(kind, contrast, fold_p, budget=budget, l2=options.l2) for kind in KINDS
     }
-    folder.mkdir(exist_ok=True)
-    for kind, result in fitted.items():
-        save_probe(folder / probe_file(kind), result.probe)
     probes = {kind: described(result) for kind, result in fitted.items()}
     summary = {
         "pairs": len(pairs),
@@ -95,8 +95,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "options": dataclasses.asdict(options),
         "probes": probes,
     }
-    # Last, because --stage=all takes it for the end of the stage.
-    write_json(folder / SUMMARY, summary)
+
+    def write() -> None:
+        folder.mkdir(exist_ok=True)
+        for kind, result in fitted.items():
+            save_probe(folder / probe_file(kind), result.probe)
+        # Last, because --stage=all takes it for the end of the stage.
+        write_json(folder / SUMMARY, summary)
+
+    processes.on_primary(write)
     for kind, content in probes.items():
         _report(kind, content, budget)
     LOG.info("probes in %s: name one of them as reward.probe", folder)
@@ -173,4 +180,5 @@ STAGE = Stage(
     makes=(f"probes/{SUMMARY}", *(f"probes/{probe_file(kind)}" for kind in KINDS)),
     after=("train_sarm", "train_sae"),
     wanted=wanted,
+    processes="all",
 )

@@ -13,6 +13,7 @@ from conversion.load import check_models, read_reward_config
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, mesh_config, placement
 from pipeline.options import required
+from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
@@ -20,6 +21,7 @@ from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import split_paths
 from sarm_jax.models.conversation_rows import read_responses
 from sarm_jax.models.linear_reward import LinearReward
+from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.training.train_sae import TrainSAEConfig, train_sae
 
@@ -64,16 +66,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
             "brings none back",
             options.dead_after_steps, options.steps, options.aux_k,
         )  # fmt: skip
+    check_same_everywhere(STAGE, config, workdir)
     placed = placement(config)
     model = load_reward_model(options.model, config.dtype, placed.load)
     reward_model = cast(LinearReward, model.model)
     reward_model.trunk.placement = placed
     rows: list[dict] = []
     sae, summary = train_sae(options, reward_model, model.tokenizer, responses, rows.append)
-    write_json(workdir / "sae_summary.json", summary)
-    write_jsonl(workdir / "sae_metrics.jsonl", rows)
-    # Last, because --stage=all takes it for the end of the stage.
-    save_with_sae(options.model, workdir / OUTPUT, sae)
+
+    def write() -> None:
+        write_json(workdir / "sae_summary.json", summary)
+        write_jsonl(workdir / "sae_metrics.jsonl", rows)
+        # Last, because --stage=all takes it for the end of the stage.
+        save_with_sae(options.model, workdir / OUTPUT, sae)
+
+    processes.on_primary(write)
     _report(summary)
     LOG.info("the reward model with its SAE is in %s: name it as sarm_model", workdir / OUTPUT)
 
@@ -110,4 +117,5 @@ STAGE = Stage(
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sae.responses_jsonl),
     costly=lambda config: True,
+    processes="all",
 )

@@ -14,7 +14,7 @@ from conversion.to_hf import save_sarm
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, check_remat, mesh_config, placement
 from pipeline.options import optional_paths, required
-from pipeline.provenance import provenance
+from pipeline.provenance import check_same_everywhere, provenance
 from pipeline.sarm_checkpoints import SARMCheckpoints
 from pipeline.stage import Stage
 from ppo.tracking.checkpoint import CheckpointConfig
@@ -23,6 +23,7 @@ from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
+from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.reporting.statistics import Interval, format_interval
 from sarm_jax.training.divergence import DivergedError
@@ -78,6 +79,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             " brings none back",
             options.dead_after_steps, options.sae_steps, options.aux_k,
         )  # fmt: skip
+    check_same_everywhere(STAGE, config, workdir)
     progress = open_checkpoints(config, workdir, options)
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
     policy.placement, policy.remat = placed, config.remat
@@ -95,8 +97,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
         progress.remove()
         raise
     hf_config = open_checkpoint(source, "policy").hf_config
-    write_json(workdir / "sarm_summary.json", summary)
-    write_jsonl(workdir / "sarm_metrics.jsonl", progress.rows)
+
+    def write() -> None:
+        write_json(workdir / "sarm_summary.json", summary)
+        write_jsonl(workdir / "sarm_metrics.jsonl", progress.rows)
+
+    processes.on_primary(write)
     # Last, because --stage=all takes it for the end of the stage.
     save_sarm(workdir / "sarm", sarm, tokenizer, hf_config)
     progress.remove()
@@ -157,4 +163,5 @@ STAGE = Stage(
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sarm.pairs_jsonl),
     costly=lambda config: True,
+    processes="all",
 )

@@ -22,6 +22,7 @@ from ppo.losses import response_kl
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.chat import bucket_length, decode, pad_batch, pad_id
 from sarm_jax.models.llama import Llama
+from sarm_jax.parallel.processes import fetch
 from sarm_jax.sampling.generate import Sampling, generate
 
 
@@ -122,7 +123,8 @@ def _respond_to_batch(
     out = generate(
         policy, tokens_bt, mask_bt, key=key, pad_id=pad_id(tokenizer, policy.stop_ids), **sampling
     )
-    kept_br, kl_b = np.asarray(out.mask_br), np.zeros(len(out.tokens_br), np.float32)
+    on_host = fetch(out)
+    kept_br, kl_b = on_host.mask_br, np.zeros(len(out.tokens_br), np.float32)
     if policy is not base:
         all_tokens_bt = jnp.concatenate([tokens_bt, out.tokens_br], axis=1)
         all_mask_bt = jnp.concatenate([mask_bt, out.mask_br], axis=1)
@@ -136,12 +138,12 @@ def _respond_to_batch(
             )
             for model in (policy, base)
         )
-        kl_b = np.asarray(response_kl(logp_br, ref_logp_br, out.mask_br))
-    rows = zip(np.asarray(out.tokens_br), kept_br, strict=True)
+        kl_b = fetch(response_kl(logp_br, ref_logp_br, out.mask_br))
+    rows = zip(on_host.tokens_br, kept_br, strict=True)
     return Responses(
         texts=[decode(tokenizer, row_r[kept_r]) for row_r, kept_r in rows],
         length_n=kept_br.sum(axis=1),
-        ended_n=np.asarray(out.ended_b),
+        ended_n=on_host.ended_b,
         kl_n=kl_b,
     )
 

@@ -125,13 +125,19 @@ class Checkpoints:
             facts: everything else, as JSON.
 
         Raises:
-            OSError: the disk is full. Earlier checkpoints are intact.
+            OSError: the disk is full. Earlier checkpoints are intact. The other processes get an
+                InputError.
         """
-        manager = self._open()
-        if manager is None or manager.latest_step() == steps:
-            return
+        arrays = {name: on_primary_host(array) for name, array in named_arrays(state).items()}
+        with processes.raising_on_all():
+            manager = self._open()
+            if manager is not None and manager.latest_step() != steps:
+                self._write(manager, steps, arrays, facts)
+
+    def _write(self, manager: ocp.CheckpointManager, steps: int, arrays: dict, facts: dict) -> None:
+        """Writes a checkpoint of host arrays; raises OSError if the disk is full."""
         items = {
-            "state": StandardSave(jax.device_get(named_arrays(state))),
+            "state": StandardSave(arrays),
             "facts": JsonSave(facts),
             ITEM: ManifestArgs(),
         }
@@ -289,6 +295,12 @@ def named_arrays(tree: Any) -> dict[str, Any]:
         jax.tree_util.keystr(path, simple=True, separator="."): _array(leaf)
         for path, leaf in leaves
     }
+
+
+def on_primary_host(array: Any) -> np.ndarray | None:
+    """Gathers an array; returns it on the host of process 0, and None in the other processes."""
+    gathered = processes.fetch(array)
+    return gathered if processes.is_primary() else None
 
 
 def _descriptions(arrays: Mapping[str, Any]) -> dict[str, str]:

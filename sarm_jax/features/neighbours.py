@@ -5,13 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from sarm_jax.models.sae import SAE
+from sarm_jax.parallel.processes import fetch
 
 NEIGHBOURS = 5  # of each feature
 
 
 def decoder_directions(sae: SAE) -> np.ndarray:
     """Returns the decoder rows scaled to length 1, float32 `[M, D]`."""
-    decoder_fd = np.asarray(sae.decoder[...], np.float32)
+    decoder_fd = np.asarray(fetch(sae.decoder[...]), np.float32)
     # By a power of two, so that no square overflows or vanishes and no digit changes.
     exponent_f1 = np.frexp(np.abs(decoder_fd).max(axis=1, keepdims=True))[1]
     decoder_fd = np.ldexp(decoder_fd, -exponent_f1)

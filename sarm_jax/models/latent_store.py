@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sarm_jax.models.sae import SAE
+from sarm_jax.parallel.processes import fetch
 
 BLOCK_BYTES = 64 << 20  # of a dense block of columns
 MIN_BLOCK = 8  # columns; NumPy sums a single column in another order
@@ -64,7 +65,7 @@ class EncodedLatents:
     def columns(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Returns dense columns `[N, f]`."""
         z_nf = self.sae.columns(jnp.asarray(self.x_nd), jnp.asarray(ids, jnp.int32))
-        return np.asarray(z_nf, np.float32)
+        return np.asarray(fetch(z_nf), np.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,7 @@ from flax import nnx
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import Intervention, check_inputs, last_position
+from sarm_jax.parallel.processes import fetch
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -95,13 +96,13 @@ class LinearReward(nnx.Module):
         """Returns what a unit of every latent adds to the reward, W_dec w, float32 `[M]`."""
         assert self.sae is not None
         decoder_fd, weights_d = (p[...].astype(jnp.float32) for p in (self.sae.decoder, self.score))
-        return np.asarray(jnp.dot(decoder_fd, weights_d, precision=HIGHEST))
+        return np.asarray(fetch(jnp.dot(decoder_fd, weights_d, precision=HIGHEST)))
 
     def constant(self) -> float:
         """Returns b_pre · w, which the SAE's bias adds to the reward of every response."""
         assert self.sae is not None
         bias_d, weights_d = (
-            np.asarray(p[...], np.float64) for p in (self.sae.pre_bias, self.score)
+            np.asarray(fetch(p[...]), np.float64) for p in (self.sae.pre_bias, self.score)
         )
         return float(bias_d @ weights_d)
 

@@ -454,3 +454,11 @@ def lower_score(
     tokens_bt, mask_bt = (placement.abstract_rows((rows, length), t) for t in (jnp.int32, bool))
     indices = placement.abstract_replicated(jax.ShapeDtypeStruct((watched,), jnp.int32))
     return _score.lower(graphdef, state, tokens_bt, mask_bt, None, indices)
+
+
+def lower_code(
+    graphdef: nnx.GraphDef, state: nnx.State, placement: Placement, rows: int, length: int
+) -> Lowered:
+    """Lowers the program of `RewardModel.store` from shapes alone; arguments as `lower_score`."""
+    tokens_bt, mask_bt = (placement.abstract_rows((rows, length), t) for t in (jnp.int32, bool))
+    return _code.lower(graphdef, placement.abstract_parameters(state), tokens_bt, mask_bt)

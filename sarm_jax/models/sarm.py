@@ -35,6 +35,7 @@ from sarm_jax.models.checks import (
 )
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.sae import SAE, SAEConfig, standardise
+from sarm_jax.parallel.processes import fetch
 
 LARGEST = float(np.finfo(np.float32).max)
 ACTIVATIONS = ("topk", "identity")  # of the SAE of a SARM
@@ -231,7 +232,7 @@ class SARM(nnx.Module):
 
         For an ensemble these are the weights of the mean head, whatever `ensemble` is.
         """
-        return np.asarray(self._mean_weights(), np.float32)
+        return np.asarray(fetch(self._mean_weights()), np.float32)
 
     def head(self, z_bf: jax.Array) -> jax.Array:
         """Computes w · z `[B]` in full float32, on GPUs too; of an ensemble, the combined score."""

@@ -1,10 +1,10 @@
 """Several processes as one program, for a mesh over several hosts.
 
 Every process runs the same command and takes the same steps with the same numbers; each one puts
-its own shards on its own devices. Process 0, the primary process, keeps the run: it broadcasts what
-only its working directory holds, and the files that the others write are thrown away. If one
-process refuses its input, all of them do (`raise_on_all`). A single process communicates with
-nobody.
+its own shards on its own devices. Process 0, the primary process, keeps the results: it alone
+writes files (`on_primary`), and it broadcasts what only its working directory holds. If one process
+refuses its input or cannot write, all of them end (`raise_on_all`, `raising_on_all`). A single
+process communicates with nobody.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from sarm_jax.io.errors import InputError
+from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.secrets import redact
 from sarm_jax.io.signals import cleaning_up
 
@@ -157,6 +158,13 @@ def raise_on_others(problem: str) -> None:
         raise_on_all(problem)
 
 
+def lost_peer(error: BaseException) -> bool:
+    """Returns True if an error of a collective means that another process has ended."""
+    signs = ("gloo", "connection closed by peer", "connection reset by peer", "remote process")
+    is_collective = connected() and isinstance(error, jax.errors.JaxRuntimeError)
+    return is_collective and any(sign in str(error).lower() for sign in signs)
+
+
 def shut_down() -> None:
     """Disconnects this process after all others have come to this point (a barrier)."""
     if connected():
@@ -180,6 +188,42 @@ def exit_without_barrier() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+
+
+@contextlib.contextmanager
+def raising_on_all() -> Iterator[None]:
+    """Ends all processes if the block fails in any of them with bad input or a full disk.
+
+    The process in which it failed raises its own error, the others an InputError that names the
+    process. All processes have to run the block, and to communicate alike in it, if at all.
+    """
+    try:
+        yield
+    except (InputError, OSError) as error:
+        raise_on_others(first_line(error))
+        raise
+    raise_on_all()
+
+
+def on_primary(function: Callable[[], Any]) -> Any:
+    """Calls a function in process 0 alone, while the others wait for it, and broadcasts its result.
+
+    All processes have to call `on_primary`. If the function fails, all of them end, as in
+    `raising_on_all`.
+
+    Args:
+        function: returns a JSON value; it must not communicate.
+    """
+    value = None
+    with raising_on_all():
+        if is_primary():
+            value = function()
+    return broadcast(value)
+
+
+def primary_only(context: AbstractContextManager[None]) -> AbstractContextManager[None]:
+    """Returns the context in process 0, and one without an effect in the others."""
+    return context if is_primary() else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from sarm_jax.models.sae import SAE
+from sarm_jax.parallel.processes import fetch
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.training.divergence import check_loss
 from sarm_jax.training.preference_loss import bradley_terry_loss, pair_metrics
@@ -134,7 +135,7 @@ def _train_head(
         tie_weight=options.tie_weight,
         latent_size=latent_size,
     )
-    by_epoch = {name: np.asarray(m).reshape(options.epochs, -1) for name, m in metrics.items()}
+    by_epoch = {name: m.reshape(options.epochs, -1) for name, m in fetch(metrics).items()}
     for epoch, loss in enumerate(by_epoch.pop("loss").mean(1)):
         check_loss(float(loss), "the head's Bradley-Terry loss", HEAD_RATE)
         means = {name: defined_mean(value_es[epoch]) for name, value_es in by_epoch.items()}

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from sarm_jax.models.sarm import SARM
+from sarm_jax.parallel.processes import fetch
 from sarm_jax.reporting.statistics import count_wins, wilson_interval
 from sarm_jax.training.pair_set import SIDES, PairSet
 
@@ -17,7 +18,7 @@ def score_pooled(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndar
     graphdef, state = nnx.split(sarm)
     return np.concatenate(
         [
-            np.asarray(_score_pooled(graphdef, state, pooled_rd[start : start + batch]))
+            fetch(_score_pooled(graphdef, state, pooled_rd[start : start + batch]))
             for start in range(0, len(pooled_rd), batch)
         ]
     )
@@ -36,7 +37,7 @@ def score_by_head(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.nda
     starts = range(0, len(pooled_rd), batch)
     return np.concatenate(
         [
-            np.asarray(_score_by_head(graphdef, state, pooled_rd[start : start + batch]))
+            fetch(_score_by_head(graphdef, state, pooled_rd[start : start + batch]))
             for start in starts
         ]
     )

@@ -37,6 +37,7 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
 from sarm_jax.parallel.compilation import compile_programs
 from sarm_jax.parallel.finite import require_finite
+from sarm_jax.parallel.processes import fetch
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.reporting.spread import is_constant
 from sarm_jax.training.divergence import check_loss, check_weights
@@ -144,7 +145,7 @@ def collect_activations(
                 ids = [rows[i].ids for i in batch]
                 ids += [ids[0]] * (size - len(ids))
                 tokens_bt, mask_bt = placement.rows(pad_batch(ids, length, 0))
-                x_btd = np.asarray(states(graphdef, state, tokens_bt, mask_bt))
+                x_btd = np.asarray(fetch(states(graphdef, state, tokens_bt, mask_bt)))
                 for x_td, i in zip(x_btd, batch, strict=False):
                     x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]
                 bar.update(len(batch))
@@ -432,9 +433,9 @@ def reconstruct(sae: SAE, x_nd: np.ndarray, batch: int = 1024) -> tuple[np.ndarr
     for start in range(0, len(x_nd), batch):
         x_bd = x_nd[start : start + batch]
         padded = np.pad(x_bd, ((0, batch - len(x_bd)), (0, 0)))
-        x_hat_bd, active_b = _reconstruct(graphdef, state, padded)
-        x_hat_nd[start : start + batch] = np.asarray(x_hat_bd)[: len(x_bd)]
-        active += float(np.asarray(active_b)[: len(x_bd)].sum())
+        x_hat_bd, active_b = fetch(_reconstruct(graphdef, state, padded))
+        x_hat_nd[start : start + batch] = x_hat_bd[: len(x_bd)]
+        active += float(active_b[: len(x_bd)].sum())
     return x_hat_nd, active / len(x_nd)
 
 

@@ -26,6 +26,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.sae import SAE, TOPK, SAEConfig
+from sarm_jax.parallel.processes import fetch
 from sarm_jax.reporting.spread import is_constant
 from sarm_jax.training.divergence import check_summary, check_weights
 from sarm_jax.training.held_out import draw_held_out
@@ -222,7 +223,7 @@ def reward_shares(model: LinearReward, sae: SAE, pooled_rd: np.ndarray) -> dict[
         r2               1 − Var(E) / Var(R): how well F alone predicts R
     All three are None if the rewards are equal.
     """
-    weight_d = np.asarray(model.score[...], np.float64)
+    weight_d = np.asarray(fetch(model.score[...]), np.float64)
     reward_r = pooled_rd.astype(np.float64) @ weight_d
     x_hat_rd, _ = reconstruct(sae, pooled_rd)
     feature_r = x_hat_rd.astype(np.float64) @ weight_d
@@ -243,7 +244,7 @@ def silent_fraction(sae: SAE, x_nd: np.ndarray, batch: int = 256) -> float:
     for start in range(0, len(x_nd), batch):
         x_bd = x_nd[start : start + batch]
         padded = np.pad(x_bd, ((0, batch - len(x_bd)), (0, 0)), mode="edge")
-        fired_f |= np.asarray(_fired(graphdef, state, padded))
+        fired_f |= fetch(_fired(graphdef, state, padded))
     return float(1 - fired_f.mean())
 
 

@@ -468,6 +468,19 @@ def test_a_plan_of_train_sarm(run, tmp_path, capsys):
     )
 
 
+def test_a_plan_of_identify(run, tmp_path, capsys):
+    line = ["--stage=plan", "--config.plan.stage=identify", "--config.plan.pairs=1000"]
+    line += ["--config.sarm_batch_size=4", "--config.sarm_max_length=48"]
+    assert run(*line, "--config.mesh.data=2") == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["steps"] == 500 and plan["batch"] == 4 and plan["tokens"] == 48
+    assert plan["run_seconds"] == 500 * plan["step_seconds"] > 0
+    assert plan["host_bytes"] == 2 * 1000 * 8 * 8  # 8 values with their features
+    assert plan["fits"] and plan["peak_bytes"] > plan["programs"][0]["argument_bytes"] > 0
+    text = "identify, mesh data=2 fsdp=1 tensor=1, 4 conversations of 48 tokens: peak"
+    assert text in capsys.readouterr().out
+
+
 def test_a_search_selects_the_fastest_layout_that_fits(run, tmp_path, monkeypatch):
     few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
     monkeypatch.setattr("pipeline.stages.plan.layouts_for", lambda devices, rows: few)

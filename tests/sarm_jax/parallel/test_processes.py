@@ -1,5 +1,6 @@
 """A run of two processes on loopback, with collectives over gloo, equals that of one process."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -150,5 +151,11 @@ def test_a_single_process_communicates_with_nobody():
     assert processes.fetch(tree)["a"].tolist() == [0, 1, 2]
     assert processes.broadcast(None) is None and processes.all_max(15) == 15
     processes.raise_on_others("a problem")
+    assert processes.on_primary(lambda: (1, None)) == (1, None)
+    with pytest.raises(OSError, match="full"), processes.raising_on_all():
+        raise OSError("full")
+    with processes.primary_only(contextlib.nullcontext("entered")) as entered:
+        assert entered == "entered"
+    assert not processes.lost_peer(jax.errors.JaxRuntimeError("Gloo: connection closed by peer"))
     with processes.writable_workdir(Path("run")) as place, processes.exit_without_barrier():
         assert place == Path("run")

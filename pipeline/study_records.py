@@ -1,0 +1,123 @@
+"""What each seed of a study has finished, in seed_{n}/study.json, so that commands share one page.
+
+Several commands may run seeds of one study in the same directory at the same time, on one machine
+or on many. Each of them draws the page from the records of all seeds with its own options.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import locked_output
+from sarm_jax.io.json_files import read_json, write_json
+from sarm_jax.io.secrets import redact
+from sarm_jax.io.workdir import first_difference
+
+LOG = logging.getLogger(__name__)
+FILE = "study.json"
+# Options, and whole sections, that do not affect the results of a seed.
+WITHOUT_EFFECT = (
+    "lab.seeds lab.processes mesh checkpoint profile plan report track track_project"
+).split()
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedOutcome:
+    """The conditions that a seed has finished and, if it stopped, the reason.
+
+    `pooled` is True if its conditions have ranked a pool.
+    """
+
+    finished: list[str]
+    stopped: str = ""
+    in_training: bool = False
+    pooled: bool = False
+
+
+def seed_folder(workdir: Path, seed: int) -> Path:
+    """Returns the folder of a seed's world and runs."""
+    return workdir / f"seed_{seed}"
+
+
+@contextlib.contextmanager
+def locked_seed(workdir: Path, seed: int) -> Iterator[None]:
+    """Lets one process at a time run a seed; raises InputError if another one runs it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked_output(seed_folder(workdir, seed)))
+        except BlockingIOError:
+            raise InputError(f"--workdir={workdir}: another process runs seed {seed}") from None
+        yield
+
+
+def study_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a study that the results of a seed depend on, as JSON values."""
+    options = json.loads(json.dumps(dict(settings)))
+    for field in WITHOUT_EFFECT:
+        *sections, name = field.split(".")
+        holder = options
+        for section in sections:
+            holder = holder[section]
+        del holder[name]
+    return options
+
+
+def write_record(folder: Path, options: Mapping[str, Any], outcome: SeedOutcome) -> None:
+    """Records what a seed has finished under the options of `study_options`, without secrets."""
+    outcome = dataclasses.replace(outcome, stopped=redact(outcome.stopped))
+    write_json(folder / FILE, {"options": options, **dataclasses.asdict(outcome)})
+
+
+def remove_record(folder: Path) -> None:
+    """Removes the record of a seed that is about to run again."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
+def read_records(workdir: Path, options: Mapping[str, Any]) -> dict[int, SeedOutcome]:
+    """Returns the records of all seeds with these options, in the order of the seeds.
+
+    A seed with other options, or whose record cannot be read, is named in the log and left out.
+    """
+    outcomes = {}
+    paths = {int(p.parent.name[5:]): p for p in workdir.glob(f"seed_*/{FILE}") if _is_seed(p)}
+    for seed in sorted(paths):
+        with contextlib.suppress(FileNotFoundError):  # it is run again at this moment
+            try:
+                stored, outcome = _parse(paths[seed])
+            except InputError as error:
+                LOG.warning("the page leaves out seed %d: %s", seed, error)
+                continue
+            difference = first_difference(stored, dict(options))
+            if difference:
+                LOG.warning("the page leaves out seed %d of other options: %s", seed, difference)
+            else:
+                outcomes[seed] = outcome
+    return outcomes
+
+
+def _is_seed(record: Path) -> bool:
+    """Returns whether a record lies in the folder of a seed."""
+    return bool(re.fullmatch(r"seed_(0|[1-9]\d*)", record.parent.name))
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], SeedOutcome]:
+    """Reads a record; raises InputError if it is none."""
+    content = read_json(path, expected="the record of a seed")
+    options = content.pop("options", None)
+    names = {field.name for field in dataclasses.fields(SeedOutcome)}
+    is_record = isinstance(options, dict) and content.keys() == names
+    if is_record:
+        outcome = SeedOutcome(**content)
+        texts = [outcome.stopped, *outcome.finished] if isinstance(outcome.finished, list) else []
+        flags = (outcome.in_training, outcome.pooled)
+        is_record = bool(texts) and all(isinstance(text, str) for text in texts)
+        is_record = is_record and all(isinstance(flag, bool) for flag in flags)
+    if not is_record:
+        raise InputError(f"{path}: not the record of a seed; run the seed again")
+    return options, outcome

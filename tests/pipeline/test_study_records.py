@@ -1,0 +1,159 @@
+"""Records of the seeds of a study, by which several commands in one directory share a page."""
+
+import copy
+import json
+import logging
+
+import pytest
+
+from configs import demo
+from pipeline import study
+from pipeline.study_records import (
+    FILE,
+    WITHOUT_EFFECT,
+    SeedOutcome,
+    locked_seed,
+    read_records,
+    remove_record,
+    seed_folder,
+    study_options,
+    write_record,
+)
+from sarm_jax.io import secrets
+from sarm_jax.io.errors import InputError
+
+DONE = SeedOutcome(["baseline", "full"], pooled=True)
+
+
+@pytest.fixture
+def settings():
+    return demo.get_config().to_dict()
+
+
+def record(workdir, seed, settings, outcome=DONE):
+    """Writes the record of a seed and returns its path."""
+    folder = seed_folder(workdir, seed)
+    folder.mkdir(exist_ok=True)
+    write_record(folder, study_options(settings), outcome)
+    return folder / FILE
+
+
+def changed(settings, field, value):
+    """Returns a copy of the options with one changed."""
+    settings, (*sections, name) = copy.deepcopy(settings), field.split(".")
+    holder = settings
+    for section in sections:
+        holder = holder[section]
+    holder[name] = value
+    return settings
+
+
+def test_seeds_of_the_same_options_are_read_in_order(tmp_path, settings):
+    stopped = SeedOutcome([], "no memory", in_training=True)
+    for seed, outcome in ((10, DONE), (9, stopped), (0, DONE)):
+        record(tmp_path, seed, settings, outcome)
+    (tmp_path / "seed_x").mkdir()
+    (tmp_path / "seed_3").mkdir()  # in training
+    records = read_records(tmp_path, study_options(settings))
+    assert list(records) == [0, 9, 10]
+    assert records == {0: DONE, 9: stopped, 10: DONE}
+    remove_record(tmp_path / "seed_9")
+    remove_record(tmp_path / "seed_9")
+    assert list(read_records(tmp_path, study_options(settings))) == [0, 10]
+
+
+@pytest.mark.parametrize("field", ["ppo.learning_rate", "lab.conditions", "dtype", "reward.unit"])
+def test_a_seed_of_other_options_is_left_out_and_named(tmp_path, settings, caplog, field):
+    record(tmp_path, 0, settings)
+    record(tmp_path, 1, changed(settings, field, "another"))
+    with caplog.at_level(logging.WARNING):
+        assert list(read_records(tmp_path, study_options(settings))) == [0]
+    (message,) = caplog.messages
+    assert message.startswith(f"the page leaves out seed 1 of other options: {field} was 'another'")
+
+
+@pytest.mark.parametrize("field", WITHOUT_EFFECT)
+def test_options_without_an_effect_on_results_may_differ(tmp_path, settings, field):
+    record(tmp_path, 0, changed(settings, field, "another"))
+    assert list(read_records(tmp_path, study_options(settings))) == [0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"options": {}}',
+        '{"options": [], "finished": [], "stopped": "", "in_training": false, "pooled": false}',
+        '{"options": {}, "finished": 3, "stopped": "", "in_training": false, "pooled": false}',
+        '{"options": {}, "finished": [3], "stopped": "", "in_training": false, "pooled": false}',
+        '{"options": {}, "finished": [], "stopped": 3, "in_training": false, "pooled": false}',
+        '{"options": {}, "finished": [], "stopped": "", "in_training": 0, "pooled": false}',
+        '{"options": {}, "finished": [], "stopped": "", "in_training": false, "pooled": "no"}',
+        '{"options": {}, "finished": [], "stopped": "", "in_training": false, "more": 1}',
+    ],
+)
+def test_a_damaged_record_is_left_out_and_named(tmp_path, settings, caplog, content):
+    path = record(tmp_path, 0, settings)
+    record(tmp_path, 1, settings)
+    path.write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert list(read_records(tmp_path, study_options(settings))) == [1]
+    (message,) = caplog.messages
+    assert message.startswith(f"the page leaves out seed 0: {path}: ")
+
+
+def test_the_last_of_several_commands_draws_the_page_of_all_seeds(tmp_path, monkeypatch):
+    config, pages = demo.get_config(), []
+
+    def run_seed(settings, workdir, seed, level):
+        outcome = SeedOutcome(["baseline"], "stopped" if seed == 11 else "", pooled=seed == 3)
+        record(workdir, seed, settings, outcome)
+        return outcome
+
+    def write_study(workdir, finished, conditions, stopped, names, pooled):
+        assert (workdir / ".lab.json.lock").exists()
+        pages.append((list(finished), dict(stopped), pooled))
+        return workdir / "lab.html", "the result"
+
+    monkeypatch.setattr(study, "check", lambda *_: None)
+    monkeypatch.setattr(study, "run_seed", run_seed)
+    monkeypatch.setattr(study, "write_study", write_study)
+    for seeds, learning_rate in (("20-21", 2e-3), ("3", 2e-3), ("4", 1e-3), ("21,20", 2e-3)):
+        config.lab.seeds, config.ppo.learning_rate = seeds, learning_rate
+        study.run_study(config, tmp_path)
+    config.lab.seeds = "11"
+    with pytest.raises(InputError, match="^1 of 1 seeds stopped; seed 11: stopped$"):
+        study.run_study(config, tmp_path)
+    assert pages == [
+        ([20, 21], {}, []),
+        ([3, 20, 21], {}, [3]),
+        ([4], {}, []),  # of another learning rate
+        ([3, 20, 21], {}, [3]),
+        ([3, 11, 20, 21], {11: "stopped"}, [3]),
+    ]
+    assert not list(tmp_path.glob(".*"))  # no lock is left
+
+
+def test_a_seed_that_another_process_runs_is_refused(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(study, "show_progress", lambda *_: None)
+    path = record(tmp_path, 0, settings)
+    with locked_seed(tmp_path, 0):
+        outcome = study.run_seed(settings, tmp_path, 0)
+    assert outcome == SeedOutcome([], f"--workdir={tmp_path}: another process runs seed 0")
+    assert path.exists()
+
+
+def test_one_process_at_a_time_runs_a_seed(tmp_path):
+    with locked_seed(tmp_path, 0), locked_seed(tmp_path, 1):
+        refused = pytest.raises(InputError, match=r"^--workdir=.*: another process runs seed 0$")
+        with refused, locked_seed(tmp_path, 0):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_has_no_secrets(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(secrets, "_secrets", [("hidden-value", "MY_TOKEN")])
+    path = record(tmp_path, 0, settings, SeedOutcome([], "row 1: found hidden-value"))
+    assert json.loads(path.read_text())["stopped"] == "row 1: found [MY_TOKEN]"
