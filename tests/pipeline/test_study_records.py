@@ -112,7 +112,7 @@ def test_the_last_of_several_commands_draws_the_page_of_all_seeds(tmp_path, monk
         record(workdir, seed, settings, outcome)
         return outcome
 
-    def write_study(workdir, finished, conditions, stopped, names, pooled):
+    def write_study(workdir, finished, conditions, stopped, names, pooled, task):
         assert (workdir / ".lab.json.lock").exists()
         pages.append((list(finished), dict(stopped), pooled))
         return workdir / "lab.html", "the result"
