@@ -7,8 +7,8 @@ SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN     := outputs/smollm2
 NOTEBOOK := docs/notebooks/explore_features.ipynb
 
-.PHONY: help demo study rivals smollm2 smollm2-classifier verbosity verbosity-seeds reference \
-  reference-small plan-h100 benchmark test test-fast lint types imports docs clean
+.PHONY: help demo study rivals smollm2 study-smollm2 smollm2-classifier verbosity verbosity-seeds reference \
+  reference-small plan-h100 benchmark test test-fast evidence lint types imports docs clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 26
@@ -31,6 +31,9 @@ rivals: $(VENV)/.run ## the lab, ten other seeds: the penalty against its rivals
 smollm2: $(SMOLLM2)/config.json ## a real 135M model: a SARM from it, PPO, evaluation, report
 	$(BIN)/python main.py --config=configs/smollm2.py --stage=all
 	test -e $(RUN)/merged || $(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
+
+study-smollm2: $(SMOLLM2)/config.json ## the lab in English: a real 135M model, five shortcuts, a known true reward
+	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all
 
 ORDINARY := outputs/smollm2_classifier
 smollm2-classifier: $(VENV)/.dev $(SMOLLM2)/config.json ## the same with an ordinary reward model and an SAE for it
@@ -87,6 +90,9 @@ FAST = tests/configs tests/docs tests/ppo/test_advantages.py tests/ppo/test_loss
 
 # Tests start the program in processes of their own, which import what others have compiled.
 PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+
+evidence: $(VENV)/.dev ## tests that compute for minutes: the full method on meshes and two processes
+	$(PYTEST) -m evidence tests
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

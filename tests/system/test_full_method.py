@@ -23,7 +23,7 @@ from tests.meshes import COMPARED_COLUMNS
 from tests.paths import ROOT
 from tests.sarm_jax.parallel.test_processes import finish, unused_port
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.evidence
 
 TOLERANCE = 1e-4
 # Keys of JSON files that differ between equal runs.
