@@ -35,7 +35,7 @@ from pipeline.study_records import (
     write_record,
 )
 from pipeline.study_runs import preparation_config, run_condition, train_reward_model
-from pipeline.tasks import task_of
+from pipeline.tasks import task_of, task_records
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_target, locked_output
@@ -106,7 +106,7 @@ def draw_page(
     Returns:
         (path of the page, the result in one paragraph).
     """
-    options = study_options(template.to_dict())
+    options = study_options(template.to_dict()) | task_records(template)
     others = {} if names else read_records(workdir, options)
     by_seed = dict(own)
     if others.keys() - own.keys():
@@ -173,7 +173,7 @@ def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO
         with locked_seed(workdir, seed):
             remove_record(folder)
             outcome = _run_conditions(fill_in(template, folder), folder)
-            write_record(folder, study_options(settings), outcome)
+            write_record(folder, study_options(settings) | task_records(template), outcome)
     except InputError as error:
         LOG.error("stopped: %s", error)
         return SeedOutcome([], str(error))

@@ -135,6 +135,8 @@ def test_a_task_whose_file_changed_is_prepared_again(study, capsys):
     before = (workdir / "seed_1/policy/model.safetensors").stat().st_mtime_ns
     assert call() == 0  # nothing is done again
     assert (workdir / "seed_1/policy/model.safetensors").stat().st_mtime_ns == before
+    record = json.loads((workdir / "seed_1/study.json").read_text())
+    assert len(record["options"]["task_file"]) == 64  # pages leave out seeds of another file
     path = workdir.parent / "letters.py"
     path.write_text(TASK.replace("% 2", "% 3 > 0"))
     assert call() == 2
