@@ -8,8 +8,8 @@ seed tells the method three of the five.
 Command: make study-smollm2
 Hardware: 2 CPU cores, 8 GB of memory.
 Time: 10 minutes up to the gates; a condition of RL has not been timed.
-Expected result: it stops before RL, because three gates fail: at this size the reward model does not
-        know well enough what is right (docs/results/english.md).
+Expected result: it stops before RL, because three gates fail: at this size the reward model does
+        not know well enough what is right (docs/results/english.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""What each seed of a study has finished, in seed_{n}/study.json, so that commands share one page.
+"""Records of what the seeds of a study have finished, in seed_{n}/study.json.
 
 Several commands may run seeds of one study in the same directory at the same time, on one machine
 or on many. Each of them draws the page from the records of all seeds with its own options.

@@ -141,23 +141,13 @@ def make_text_data(
     else:
         repeated = [prompt for prompt in train for _ in range(config.samples_per_prompt)]
         answers = [(prompt, task.write(rng, prompt)) for prompt in repeated]
-    written = _with_base_rates(answers, task, rng)
-    if not written:
-        raise InputError(
-            f"prepare_data.max_new_tokens={config.max_new_tokens}: none of the answers of "
-            f"lab.base_model to {len(train)} prompts ended within that many tokens"
-        )
+    written = _with_base_rates(config, answers, task, rng)
+    demonstrations = _good(task, written)
     policy = _tuned(config, model, tokenizer, written)
     samples, held_out_samples = (
         sample(policy, prompts, number, 1.0, shown)
         for prompts, number, shown in ((train, 1, "samples"), (held_out, 2, "held-out samples"))
     )
-    demonstrations = [r for r in written if task.succeeds(r["prompt"], r["response"], True)]
-    if not demonstrations:
-        raise InputError(
-            f"lab.task={task.name}: none of the model's {len(written)} responses is a success, so "
-            "there are no demonstrations"
-        )
     data = TextData(
         prompts=[{"prompt": prompt} for prompt in train],
         held_out_prompts=[{"prompt": prompt} for prompt in held_out],
@@ -183,8 +173,22 @@ def _split(
     return every[: config.prompts], every[config.prompts : needed]
 
 
+def _good(task: TextTask, written: Rows) -> Rows:
+    """Returns the texts that are successes; raises InputError if none is."""
+    good = [row for row in written if task.succeeds(row["prompt"], row["response"], True)]
+    if not good:
+        raise InputError(
+            f"lab.task={task.name}: none of the {len(written)} answers is a success, so there are "
+            "no demonstrations"
+        )
+    return good
+
+
 def _with_base_rates(
-    answers: Sequence[tuple[str, str]], task: TextTask, rng: np.random.Generator
+    config: TextDataConfig,
+    answers: Sequence[tuple[str, str]],
+    task: TextTask,
+    rng: np.random.Generator,
 ) -> Rows:
     """Returns the answers that are not empty, with one unit of each shortcut at its base rate."""
     rows = []
@@ -195,6 +199,11 @@ def _with_base_rates(
                 text = shortcut.added(rng, text, 1)
         if text:
             rows.append({"prompt": prompt, "response": text})
+    if not rows:
+        raise InputError(
+            f"prepare_data.max_new_tokens={config.max_new_tokens}: none of the answers of "
+            f"lab.base_model to {config.prompts} prompts ended within that many tokens"
+        )
     return rows
 
 
