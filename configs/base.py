@@ -506,7 +506,8 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.seed = 0  # seed of a single stage; the study takes seeds from lab.seeds
 
     # Of a task in English alone. prepare_data.samples_per_prompt and .max_new_tokens hold for the
-    # samples that its data are made of, and .temperature for those of the base model.
+    # samples that its data are made of, and .temperature for those of the base model, which are
+    # taken if the task does not write answers.
 
     config.lab.base_model = ""  # HF directory of the chat model that the policy is tuned from
     config.lab.prompts = 256  # training prompts

@@ -1227,6 +1227,16 @@ STAGES = [
         f"{WORDS} --config.lab.told_shortcuts=rotating:9",
         "lab.told_shortcuts=rotating:9: expected a number from 1 to 5",
     ),
+    main(
+        "an option of the world of capitals",
+        f"{WORDS} --config.lab.corpus_rows=5",
+        "lab.corpus_rows=5: lab.task=words does not read it",
+    ),
+    main(
+        "an option of tasks in English",
+        "--stage=prepare_data --config.prepare_data.source=lab --config.lab.prompts=5",
+        "lab.prompts=5: lab.task=capitals does not read it",
+    ),
     main("all labels are noise", f"{WORDS} --config.lab.label_noise=0.5", "lab.label_noise=0.5"),
     main("a task without prompts", f"{WORDS} --config.lab.prompts=0", "lab.prompts=0"),
     main(

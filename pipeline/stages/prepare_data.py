@@ -13,6 +13,7 @@ from conversion.load import load_hf_tokenizer, load_policy, read_policy_config
 from conversion.to_hf import save_policy
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, load_policy_model
+from pipeline.option_bounds import OPTIONS
 from pipeline.options import optional_paths, required
 from pipeline.stage import Stage
 from pipeline.tasks import is_text, task_records, text_task_of
@@ -37,6 +38,11 @@ LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", PairsConfig, LabConfig)
 FILES = ("rewardbench2", "rm_bench", "safety_pairs", "complement_pairs")
 SHOWN_REFUSALS = 5  # per file; data_summary.json has all
+# Options of the lab that one kind of task alone reads: one in English, and the world of capitals.
+TEXT_ALONE = ("base_model", "prompts", "held_out_prompts", "label_noise")
+WORLD_ALONE = (
+    "held_out_fraction corpus_rows demonstrations pretraining_steps pretraining_learning_rate"
+).split()
 LAST_FILE = {"lab": "policy", "benchmarks": "data/data_summary.json"}
 
 
@@ -45,6 +51,8 @@ def validate(
 ) -> PairsConfig | BenchmarkDataConfig | LabConfig | TextDataConfig:
     """Validates the section prepare_data, or lab; benchmark files keep the names given to them."""
     section, source = config.prepare_data, config.prepare_data.source
+    if source == "lab":
+        check_kind(config)
     if source == "lab" and is_text(config):
         text_task_of(config)  # raises for an unknown task or shortcut
         required(config, "lab.base_model")
@@ -60,6 +68,14 @@ def validate(
         fields |= {name: section[name] for name in ("steering_dir", "held_out_fraction", "seed")}
         return BenchmarkDataConfig(**fields)
     raise InputError(f"prepare_data.source={source!r}: expected demonstrations, lab or benchmarks")
+
+
+def check_kind(config: ConfigDict) -> None:
+    """Raises InputError for an option that the lab's task does not read."""
+    for name in WORLD_ALONE if is_text(config) else TEXT_ALONE:
+        value = config.lab[name]
+        if value != OPTIONS.lab[name]:
+            raise InputError(f"lab.{name}={value}: lab.task={config.lab.task} does not read it")
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

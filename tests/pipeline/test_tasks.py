@@ -68,6 +68,11 @@ def test_the_file_of_the_guide_is_a_task(tmp_path):
         ("x = 1 / 0", "task.py:1: ZeroDivisionError: division by zero (in: x = 1 / 0)"),
         ("raise SystemExit(3)", "SystemExit"),
         ("x = 1", "its TASK must be a sarm_jax.lab.text.task.TextTask, not NoneType"),
+        (
+            "from sarm_jax.lab.text.lists import TASK as T\nimport dataclasses\n"
+            "TASK = dataclasses.replace(T, all_shortcuts=[])",
+            "ValueError: all_shortcuts=[]: needs shortcuts with different names",
+        ),
         ("TASK = 3", "its TASK must be a sarm_jax.lab.text.task.TextTask, not int"),
     ],
 )

@@ -1,15 +1,16 @@
 """The data of a task in English, and the policy, made from a chat model and a seed.
 
-answers           to the training prompts, which the task writes, or else samples of the given
-                  model
-tuning            the given model on these, some with a shortcut: the policy, whose responses
-                  have every shortcut now and then (and which is about as sharp at temperature 1
-                  as the given model at the temperature of its samples)
-demonstrations    the good ones among the texts of the tuning, which stand for human responses
-samples           of the policy; the reward model's pairs are made of them
-pairs             two of the samples to a prompt and of edited versions of them, with further
-                  shortcuts or defects; the annotator chooses, with noise
-contrast pairs    a sample without and with a shortcut that the method is told
+All that is written by hand is the shortcuts and, if the task writes them, the answers.
+
+    answers           to the training prompts: of the task, or else samples of the given model
+    tuning            the given model on these, some with a shortcut: the policy, whose responses
+                      have every shortcut now and then; with samples, it is about as sharp at
+                      temperature 1 as the given model at the temperature of its samples
+    demonstrations    the good ones among the texts of the tuning, which stand for human responses
+    samples           of the policy; the reward model's pairs are made of them
+    pairs             two of the samples to a prompt and of edited versions of them, with further
+                      shortcuts or defects; the annotator chooses, with noise
+    contrast pairs    a sample without and with a shortcut that the method is told
 """
 
 import dataclasses
@@ -130,7 +131,7 @@ def make_text_data(
             max_new_tokens=config.max_new_tokens,
             temperature=temperature,
             slots=config.sampling_slots,
-            seed=3 * config.seed + number,
+            seed=(3 * config.seed + number) % 2**31,
             shown=shown,
         )
 
@@ -243,7 +244,8 @@ def make_pairs(
         for text in [sample, *(_edited(rng, task, prompt, sample) for _ in range(EDITS))]:
             if text:
                 texts.setdefault(prompt, {})[text] = task.annotator_utility(prompt, text)
-    prompts = [prompt for prompt, of_prompt in texts.items() if len(set(of_prompt.values())) > 1]
+    spans = {p: max(rated.values()) - min(rated.values()) for p, rated in texts.items()}
+    prompts = [prompt for prompt, span in spans.items() if span >= TIE]
     if not prompts:
         raise InputError(
             f"lab.task={task.name}: the samples of the policy differ in nothing that the annotator "

@@ -1,7 +1,7 @@
 """A task in English: prompts, the quality of a response by rules, and shortcuts.
 
 Whoever has a task of their own writes one file with `TASK = TextTask(...)` and names it as
-`lab.task`; `lab.text.words` is an example.
+`lab.task`; `lab.text.lists` and `lab.text.words` are examples.
 
     gold reward        quality − Σ cost · units − 0.5 · (no end of turn)
     annotator          3 · quality + Σ pay · units
@@ -39,7 +39,7 @@ class TextShortcut:
         add: returns a response with one more unit: (generator, response, phrasings) → response.
         remove: returns a response without it, or the response if it cannot be taken out.
         phrasings: ways to write it; contrast pairs show those of `shown` alone.
-        base_rate: share of the demonstrations to which one unit is added.
+        base_rate: share of the answers of the tuning to which one unit is added.
         most: units that are paid and deducted.
         pay: the annotator's utility of a unit.
         cost: the gold reward of a unit.
@@ -103,6 +103,12 @@ class TextTask(Task):
     all_shortcuts: tuple[TextShortcut, ...]
     write: Callable[[np.random.Generator, str], str] | None = None
     told: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "all_shortcuts", tuple(self.all_shortcuts))
+        names = [shortcut.name for shortcut in self.all_shortcuts]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"all_shortcuts={names}: needs shortcuts with different names")
 
     @property
     def shortcuts(self) -> tuple[str, ...]:  # type: ignore[override]

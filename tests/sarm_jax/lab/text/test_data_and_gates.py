@@ -1,5 +1,6 @@
 """Pairs of a task in English, and its gates, from samples and scores that are made up."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -33,6 +34,9 @@ CONFIG = {
     "batch_size": 2,
     "seed": 0,
 }
+NOTHING = (
+    dataclasses.replace(TASK.all_shortcuts[0], count=lambda response: 0, add=lambda rng, r, p: r),
+)
 TOLD = TASK.telling("praise,markdown,emoji", 0)
 
 
@@ -82,6 +86,18 @@ def test_pairs_need_something_that_the_annotator_pays_for():
     empty = Sampled(["p"], ["  "], np.ones(1, bool), np.ones(1, int))
     with pytest.raises(InputError, match=r"lab.task=words: the samples .* there are no pairs"):
         make_pairs(TextDataConfig(**CONFIG), TASK, empty, np.random.default_rng(0))
+
+
+def test_utilities_that_differ_by_rounding_alone_are_ties():
+    """Without a pair of different utility there is no endless search for one."""
+    rounding = dataclasses.replace(
+        TASK, quality=lambda prompt, response: 0.5 + 1e-12 * (len(response) % 2)
+    )
+    plain = dataclasses.replace(
+        rounding, spoil=lambda rng, prompt, response: response + "x", all_shortcuts=NOTHING
+    )
+    with pytest.raises(InputError, match="there are no pairs"):
+        make_pairs(TextDataConfig(**CONFIG), plain, samples(), np.random.default_rng(0))
 
 
 def test_contrast_pairs_differ_in_a_told_shortcut_in_its_shown_phrasings():
