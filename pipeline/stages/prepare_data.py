@@ -51,13 +51,13 @@ def validate(
 ) -> PairsConfig | BenchmarkDataConfig | LabConfig | TextDataConfig:
     """Validates the section prepare_data, or lab; benchmark files keep the names given to them."""
     section, source = config.prepare_data, config.prepare_data.source
-    if source == "lab":
-        check_kind(config)
     if source == "lab" and is_text(config):
         text_task_of(config)  # raises for an unknown task or shortcut
+        check_kind(config)
         required(config, "lab.base_model")
         return text_options(config)
     if source == "lab":
+        check_kind(config)
         return from_section(LabConfig, config.lab)
     if source == "demonstrations":
         options = from_section(PairsConfig, section)
