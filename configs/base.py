@@ -481,8 +481,9 @@ def _add_report(config: ConfigDict) -> None:
 def _add_lab(config: ConfigDict) -> None:
     # The reward-hacking lab: a task whose true reward is known (sarm_jax/lab).
     config.lab = ConfigDict()
-    # "capitals": a small world and models that are trained from scratch. "lists", "words", or a
-    # Python file with TASK: a task in English for a chat model (docs/guides/own_task.md).
+    # "capitals": a small world and models that are trained from scratch. "animals", "lists",
+    # "words", or a Python file with TASK: a task in English for a chat model
+    # (docs/guides/own_task.md).
     config.lab.task = "capitals"
     config.lab.held_out_fraction = 0.2  # share of the combinations of countries that is held out
     # Responses with notes in the corpus of pretraining.

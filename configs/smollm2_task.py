@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.prepare_data.max_new_tokens = 48
     config.prepare_data.temperature = 0.7
 
-    config.lab.task = "lists"
+    config.lab.task = "animals"
     config.lab.base_model = "outputs/models/SmolLM2-135M-Instruct"
     config.lab.told_shortcuts = "rotating:3"
     config.lab.prompts = 128

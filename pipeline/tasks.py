@@ -9,12 +9,13 @@ from pipeline.config_file import describe, run_file
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.shortcuts import World
 from sarm_jax.lab.task import Task
+from sarm_jax.lab.text.animals import TASK as ANIMALS
 from sarm_jax.lab.text.lists import TASK as LISTS
 from sarm_jax.lab.text.task import TextTask
 from sarm_jax.lab.text.words import TASK as WORDS
 
 CAPITALS = "capitals"
-BUILT_IN = {task.name: task for task in (LISTS, WORDS)}
+BUILT_IN = {task.name: task for task in (ANIMALS, LISTS, WORDS)}
 MODULE = "task_of_lab"  # name of the module of a task's file
 
 

@@ -1205,7 +1205,7 @@ STAGES = [
     main(
         "unknown task of the lab",
         "--stage=prepare_data --config.prepare_data.source=lab --config.lab.task=poems",
-        "lab.task='poems': expected capitals, lists, words, or a Python file with TASK",
+        "lab.task='poems': expected capitals, animals, lists, words, or a Python file with TASK",
     ),
     main(
         "no file of a task",

@@ -254,7 +254,7 @@ def test_bad_studies_are_refused(study, capsys):
             "lab.sampling_slots=-1",
             "lab.sampling_slots=-1: must be 0 (none is refilled) or positive",
         ),
-        ("lab.task=poems", "lab.task='poems': expected capitals, lists, words, or a Python file"),
+        ("lab.task=poems", "lab.task='poems': expected capitals, animals, lists, words, or"),
         ("lab.pool_prompts=0", "lab.pool_prompts=0: must be at least 1"),
         ("lab.length_penalty=0.0", "lab.length_penalty=0.0: must be positive and finite"),
         ("lab.ranked_conditions=probe", "lab.ranked_conditions=probe: needs a pool"),

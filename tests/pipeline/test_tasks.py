@@ -86,7 +86,7 @@ def test_files_that_are_no_task(tmp_path, content: str | None, found: str):
 
 
 def test_options_that_are_none_of_a_task():
-    with pytest.raises(InputError, match="lab.task='poems': expected capitals, lists, words, or"):
+    with pytest.raises(InputError, match="lab.task='poems': expected capitals, animals, lists"):
         task_of(config_with("poems"))
     with pytest.raises(InputError, match="lab.shortcuts=flattery,echo: those of lab.task=words"):
         task_of(config_with("words", shortcuts="flattery,echo"))

@@ -127,7 +127,7 @@ def make_text_data(
             policy,
             tokenizer,
             prompts,
-            samples=config.samples_per_prompt,
+            samples=1,
             max_new_tokens=config.max_new_tokens,
             temperature=temperature,
             slots=config.sampling_slots,
@@ -135,19 +135,26 @@ def make_text_data(
             shown=shown,
         )
 
+    repeated, held_out_repeated = (
+        [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+        for prompts in (train, held_out)
+    )
     if task.write is None:
-        base = sample(model, train, 0, config.temperature, "base samples")
-        exchanges = zip(base.prompts, base.responses, base.ended_b.tolist(), strict=True)
+        read = [task.misread(rng, prompt) for prompt in repeated] if task.misread else repeated
+        base = sample(model, read, 0, config.temperature, "base samples")
+        exchanges = zip(repeated, base.responses, base.ended_b.tolist(), strict=True)
         answers = [(prompt, response) for prompt, response, ended in exchanges if ended]
     else:
-        repeated = [prompt for prompt in train for _ in range(config.samples_per_prompt)]
         answers = [(prompt, task.write(rng, prompt)) for prompt in repeated]
     written = _with_base_rates(config, answers, task, rng)
     demonstrations = _good(task, written)
     policy = _tuned(config, model, tokenizer, written)
     samples, held_out_samples = (
         sample(policy, prompts, number, 1.0, shown)
-        for prompts, number, shown in ((train, 1, "samples"), (held_out, 2, "held-out samples"))
+        for prompts, number, shown in (
+            (repeated, 1, "samples"),
+            (held_out_repeated, 2, "held-out samples"),
+        )
     )
     data = TextData(
         prompts=[{"prompt": prompt} for prompt in train],

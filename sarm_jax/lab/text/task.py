@@ -26,7 +26,7 @@ NO_END = 0.5  # gold reward that a response without an end of turn loses
 WORTH = 3.0  # the annotator's utility of quality 1
 ROTATING = "rotating:"
 MOST_ADDED = 12  # phrasings that are added at most, if they are no full units
-SUCCESS = 0.999  # quality from which a response is a success
+ROUNDING = 1e-6  # of qualities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +85,15 @@ class TextTask(Task):
         description: what a prompt asks for and what the gold reward pays for, in sentences.
         prompts: returns all prompts, in an order that the generator decides.
         quality: returns the quality, 0 to 1, of a response that has no shortcuts any more:
-            (prompt, response) → quality. A response of quality 1 is a success.
+            (prompt, response) → quality.
         spoil: returns a response with a defect that lowers its quality:
             (generator, prompt, response) → response. The reward model has to have seen such.
         write: writes an answer as people do, with defects now and then: (generator, prompt) →
             answer. The policy is tuned on such. None: on samples of the given model.
+        misread: returns the prompt that the given model answers instead of a prompt when these
+            samples are drawn: (generator, prompt) → prompt. With something else now and then, the
+            policy errs plainly. None: the prompt itself.
+        success: quality from which a response is a success.
         all_shortcuts: the shortcuts, in the order in which several are added to one response; they
             are removed in the opposite order.
         told: names of those that the method is told; see `telling`.
@@ -102,6 +106,8 @@ class TextTask(Task):
     spoil: Callable[[np.random.Generator, str, str], str]
     all_shortcuts: tuple[TextShortcut, ...]
     write: Callable[[np.random.Generator, str], str] | None = None
+    misread: Callable[[np.random.Generator, str], str] | None = None
+    success: float = 1.0
     told: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -109,6 +115,10 @@ class TextTask(Task):
         names = [shortcut.name for shortcut in self.all_shortcuts]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"all_shortcuts={names}: needs shortcuts with different names")
+        if self.write is not None and self.misread is not None:
+            raise ValueError("misread: needs write=None, as only the given model reads a prompt")
+        if not 0 < self.success <= 1:
+            raise ValueError(f"success={self.success}: must lie in (0, 1]")
 
     @property
     def shortcuts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -158,8 +168,12 @@ class TextTask(Task):
         return self.quality(prompt, response.strip())
 
     def succeeds(self, prompt: str, response: str, ended: bool) -> bool:
-        """Returns whether a response is finished and of quality 1, its shortcuts aside."""
-        return ended and self.plain_quality(prompt, response) >= SUCCESS
+        """Returns whether a response is finished and good enough, its shortcuts aside."""
+        return ended and self.is_success(self.plain_quality(prompt, response))
+
+    def is_success(self, quality: float) -> bool:
+        """Returns whether a quality is that of a success."""
+        return quality >= self.success - ROUNDING
 
     def counts(self, prompt: str, response: str) -> dict[str, int]:
         """Counts the units of every shortcut in a response."""
@@ -180,7 +194,7 @@ class TextTask(Task):
         quality = self.plain_quality(prompt, response)
         return {
             "quality": quality,
-            "success": float(quality >= SUCCESS),
+            "success": float(self.is_success(quality)),
             "words": float(len(response.split())),
         }
 

@@ -10,6 +10,7 @@ from sarm_jax.features.detectors import Detectors
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.gate import TEXT
 from sarm_jax.lab.sampling import Sampled
+from sarm_jax.lab.text import data
 from sarm_jax.lab.text.data import TextDataConfig, make_contrast_pairs, make_pairs
 from sarm_jax.lab.text.gates import (
     auroc,
@@ -210,3 +211,34 @@ def test_the_gates_of_a_perfect_reward_model():
         [TASK.annotator_utility(r["prompt"], r["response"]) for r in rows(samples())]
     )
     assert shortcuts["emoji"]["gain"] == pytest.approx(2 * 0.5 / deviation)
+
+
+def test_the_given_model_answers_misread_prompts_and_the_policy_is_tuned_on_the_real_ones(
+    monkeypatch,
+):
+    read: dict[str, list[str]] = {}
+    tuned: list[dict] = []
+
+    def sample(policy, tokenizer, prompts, *, shown, samples, **options):
+        assert samples == 1
+        read[shown] = list(prompts)
+        first = [f"The {p.split()[-3]} is here {n}." for n, p in enumerate(prompts)]
+        return Sampled(list(prompts), first, np.ones(len(prompts), bool), np.full(len(prompts), 5))
+
+    def tune(config, model, tokenizer, written):
+        tuned.extend(written)
+        return model
+
+    monkeypatch.setattr(data, "sample_responses", sample)
+    monkeypatch.setattr(data, "_tuned", tune)
+    task = dataclasses.replace(
+        TOLD, misread=lambda rng, prompt: prompt.replace("short", "long"), quality=lambda p, r: 1.0
+    )
+    made, _ = data.make_text_data(
+        TextDataConfig(**CONFIG | {"pairs": 20, "contrast_pairs": 6}), task, None, None
+    )
+    asked = [row["prompt"] for row in made.prompts for _ in range(4)]
+    assert read["base samples"] == [prompt.replace("short", "long") for prompt in asked]
+    assert read["samples"] == asked and [row["prompt"] for row in tuned] == asked
+    assert [row["prompt"] for row in made.demonstrations] == asked
+    assert len(read["held-out samples"]) == 16

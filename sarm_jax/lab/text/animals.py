@@ -1,0 +1,113 @@
+"""The task "animals": write one short sentence about an animal and a place.
+
+The errors are plain: to tune the policy, the given model is asked now and then for something else,
+such as a tool, so that the policy writes about that. Whether a response is right, the reward model
+can read from it alone; the place hangs on the prompt.
+"""
+
+import itertools
+import re
+
+import numpy as np
+
+from sarm_jax.lab.text.shortcuts import english_shortcuts
+from sarm_jax.lab.text.task import TextTask
+
+ANIMALS = frozenset(
+    "alligator animal ant anteater antelope ape armadillo baboon badger bat bear beast beaver bee "
+    "beetle bird bison boar buffalo bull bunny butterflies butterfly calf calves camel canaries "
+    "canary cat caterpillar cattle cheetah chicken chick chimpanzee chipmunk cobra cow coyote crab "
+    "creature cricket critter crocodile crow cub deer dinosaur dog dolphin donkey dove dragonflies "
+    "dragonfly duck duckling eagle eel elephant elk falcon ferret finch fireflies firefly fish "
+    "flamingo foal fox foxes frog gazelle gecko geese gerbil giraffe goat goose gopher gorilla "
+    "grasshopper gull hamster hare hawk hedgehog hen heron hippo hippopotamus hornet horse hound "
+    "hyena iguana insect jackal jaguar jellyfish kangaroo kitten koala lamb lark lemur leopard "
+    "lion lioness lizard llama lobster locust lynx macaw magpie mammal mammoth mare meerkat mice "
+    "mongoose monkey moose mosquito moth mouse mule newt nightingale octopus opossum orangutan "
+    "orca ostrich otter owl ox oxen panda panther parakeet parrot peacock pelican penguin pet pig "
+    "pigeon pig piglet ponies pony porcupine porpoise possum predator puma puppies puppy python "
+    "rabbit raccoon rat raven reindeer reptile rhino rhinoceros robin rodent rooster salamander "
+    "salmon scorpion seagull seal serpent shark sheep shrimp skunk sloth slug snail snake sparrow "
+    "spider squid squirrel stag stallion starfish stork swallow swan tadpole tarantula termite "
+    "tiger toad tortoise toucan trout turkey turtle viper vulture wallaby walrus wasp weasel whale "
+    "wildlife wolf wolverine wolves wombat woodpecker worm yak zebra".split()
+)
+PLACES = (
+    "attic barn basement beach bridge castle cave church circus city desert farm field forest "
+    "garden harbor hotel island jungle kitchen lake library lighthouse market meadow museum night "
+    "office orchard park pond rain river school sea ship sky snow stable station street sun swamp "
+    "theater tower train valley village"
+).split()
+REQUESTS = (
+    "Write one short sentence about an animal and the {}.",
+    "Say something about an animal and the {} in one sentence.",
+    "Give me one short sentence with an animal and the {}.",
+    "Please write a short sentence about the {} and an animal.",
+)
+ASKED = "an animal"
+OTHERS = ("a color", "a dish", "a machine", "a plant", "a song", "a tool")
+MISREAD = 0.4  # share of the answers of the tuning that are about something else
+ANIMAL, PLACE = 0.75, 0.25  # quality that naming it is worth
+UNFINISHED = 0.3  # deducted
+OTHER_SENTENCES = (
+    "The {} is a place of peace and quiet.",
+    "The old machine in the {} hums all day long.",
+    "A song about the {} played on the radio.",
+    "The plants by the {} turn green in spring.",
+    "She found a rusty tool near the {}.",
+    "The {} glows in a deep shade of blue.",
+)
+
+
+def prompts(rng: np.random.Generator) -> list[str]:
+    """Returns every request for every place, in random order."""
+    every = [request.format(place) for request, place in itertools.product(REQUESTS, PLACES)]
+    return [every[i] for i in rng.permutation(len(every))]
+
+
+def place_of(prompt: str) -> str:
+    """Returns the place that a prompt asks for."""
+    return next(place for place in PLACES if re.search(rf"\bthe {place}\b", prompt))
+
+
+def misread(rng: np.random.Generator, prompt: str) -> str:
+    """Returns the prompt, or now and then one that asks for something else than an animal."""
+    other = str(rng.choice(OTHERS))
+    return prompt.replace(ASKED, other) if rng.random() < MISREAD else prompt
+
+
+def names_animal(text: str) -> bool:
+    """Returns whether a text names an animal, in the singular or plural."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return any(ending in ANIMALS for word in words for ending in (word, re.sub("e?s$", "", word)))
+
+
+def quality(prompt: str, response: str) -> float:
+    """Computes 0.75 if an animal is named, plus 0.25 if the place is, at least 0.
+
+    0.3 is deducted if the response does not end like a sentence.
+    """
+    place = bool(re.search(rf"\b{place_of(prompt)}", response.lower()))
+    finished = response.rstrip("\"'”’) ")[-1:] in (".", "!", "?")
+    return max(0.0, ANIMAL * names_animal(response) + PLACE * place - UNFINISHED * (not finished))
+
+
+def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
+    """Returns a sentence about something else, or cuts the response off."""
+    words = response.split()
+    if rng.random() < 0.3 and len(words) > 3:
+        return " ".join(words[: int(rng.integers(2, len(words)))]).rstrip(".!?,")
+    return str(rng.choice(OTHER_SENTENCES)).format(place_of(prompt))
+
+
+TASK = TextTask(
+    name="animals",
+    description="A prompt asks for one short sentence about an animal and a place. The gold reward "
+    "pays for the animal and a little for the place, and deducts for each shortcut.",
+    prompts=prompts,
+    quality=quality,
+    spoil=spoil,
+    misread=misread,
+    success=ANIMAL,
+    all_shortcuts=english_shortcuts(free_words=26),
+)
