@@ -507,8 +507,8 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.seed = 0  # seed of a single stage; the study takes seeds from lab.seeds
 
     # Of a task in English alone. prepare_data.samples_per_prompt and .max_new_tokens hold for the
-    # samples that its data are made of, and .temperature for those of the base model, which are
-    # taken if the task does not write answers.
+    # samples that its data are made of. The base model's logits are divided by
+    # prepare_data.temperature before it is tuned; the policy then samples at temperature 1.
 
     config.lab.base_model = ""  # HF directory of the chat model that the policy is tuned from
     config.lab.prompts = 256  # training prompts

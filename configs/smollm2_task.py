@@ -28,8 +28,8 @@ def get_config() -> ConfigDict:
     config.sarm_batch_size = 16
 
     config.prepare_data.source = "lab"
-    config.prepare_data.samples_per_prompt = 4
-    config.prepare_data.max_new_tokens = 48
+    config.prepare_data.samples_per_prompt = 6
+    config.prepare_data.max_new_tokens = 56
     config.prepare_data.temperature = 0.7
 
     config.lab.task = "animals"
@@ -46,16 +46,16 @@ def get_config() -> ConfigDict:
 
     config.train_sarm.model = config.lab.get_ref("base_model")
     config.train_sarm.pairs_jsonl = "{workdir}/data/pairs.jsonl"
-    config.train_sarm.source_layer = 12
+    config.train_sarm.source_layer = 9
     config.train_sarm.max_length = 160
-    config.train_sarm.latent_size = 2304
-    config.train_sarm.k = 32
+    config.train_sarm.latent_size = 4608
+    config.train_sarm.k = 64
     config.train_sarm.mode = 0
     config.train_sarm.held_out_fraction = 0.1
     config.train_sarm.sae_steps = 400
     config.train_sarm.sae_learning_rate = 2e-3
     config.train_sarm.dead_after_steps = 50
-    config.train_sarm.epochs = 20
+    config.train_sarm.epochs = 100
     config.train_sarm.head_learning_rate = 1e-3
 
     config.identify.pairs_jsonl = "{workdir}/data/contrast.jsonl"
@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.ppo.algorithm = "rloo"
-    config.ppo.samples_per_prompt = 4
+    config.ppo.samples_per_prompt = 6
     config.ppo.total_steps = 16
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 1

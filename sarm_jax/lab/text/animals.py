@@ -47,16 +47,9 @@ REQUESTS = (
 ASKED = "an animal"
 OTHERS = ("a color", "a dish", "a machine", "a plant", "a song", "a tool")
 MISREAD = 0.4  # share of the answers of the tuning that are about something else
-ANIMAL, PLACE = 0.75, 0.25  # quality that naming it is worth
+ANIMAL, PLACE = 0.85, 0.15  # quality that naming it is worth
 UNFINISHED = 0.3  # deducted
-OTHER_SENTENCES = (
-    "The {} is a place of peace and quiet.",
-    "The old machine in the {} hums all day long.",
-    "A song about the {} played on the radio.",
-    "The plants by the {} turn green in spring.",
-    "She found a rusty tool near the {}.",
-    "The {} glows in a deep shade of blue.",
-)
+THINGS = "color dish lamp machine plant song stone tool".split()  # which take an animal's place
 
 
 def prompts(rng: np.random.Generator) -> list[str]:
@@ -76,14 +69,19 @@ def misread(rng: np.random.Generator, prompt: str) -> str:
     return prompt.replace(ASKED, other) if rng.random() < MISREAD else prompt
 
 
+def is_animal(word: str) -> bool:
+    """Returns whether a word names an animal, in the singular or plural."""
+    word = word.lower()
+    return word in ANIMALS or re.sub("e?s$", "", word) in ANIMALS
+
+
 def names_animal(text: str) -> bool:
-    """Returns whether a text names an animal, in the singular or plural."""
-    words = re.findall(r"[a-z]+", text.lower())
-    return any(ending in ANIMALS for word in words for ending in (word, re.sub("e?s$", "", word)))
+    """Returns whether a text names an animal."""
+    return any(map(is_animal, re.findall("[A-Za-z]+", text)))
 
 
 def quality(prompt: str, response: str) -> float:
-    """Computes 0.75 if an animal is named, plus 0.25 if the place is, at least 0.
+    """Computes 0.85 if an animal is named, plus 0.15 if the place is, at least 0.
 
     0.3 is deducted if the response does not end like a sentence.
     """
@@ -93,11 +91,20 @@ def quality(prompt: str, response: str) -> float:
 
 
 def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """Returns a sentence about something else, or cuts the response off."""
+    """Replaces all animals by a thing; without any, or now and then, cuts the response off."""
+    del prompt
+    if names_animal(response) and rng.random() < 0.8:
+        thing = str(rng.choice(THINGS))
+
+        def replaced(word: re.Match[str]) -> str:
+            plural = "s" * (word.group().lower() not in ANIMALS)
+            return f"{thing}{plural}" if is_animal(word.group()) else word.group()
+
+        return re.sub("[A-Za-z]+", replaced, response)
     words = response.split()
-    if rng.random() < 0.3 and len(words) > 3:
-        return " ".join(words[: int(rng.integers(2, len(words)))]).rstrip(".!?,")
-    return str(rng.choice(OTHER_SENTENCES)).format(place_of(prompt))
+    return " ".join(words[: int(rng.integers(2, len(words)))] if len(words) > 2 else words).rstrip(
+        ".!?,"
+    )
 
 
 TASK = TextTask(

@@ -4,8 +4,8 @@ All that is written by hand is the shortcuts and, if the task writes them, the a
 
     answers           to the training prompts: of the task, or else samples of the given model
     tuning            the given model on these, some with a shortcut: the policy, whose responses
-                      have every shortcut now and then; with samples, it is about as sharp at
-                      temperature 1 as the given model at the temperature of its samples
+                      have every shortcut now and then; before it, the model's logits are divided
+                      by a temperature, so that it samples at temperature 1 as it did at that one
     demonstrations    the good ones among the texts of the tuning, which stand for human responses
     samples           of the policy; the reward model's pairs are made of them
     pairs             two of the samples to a prompt and of edited versions of them, with further
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.language_modelling import LMTraining, WeightedText, train_language_model
@@ -46,7 +47,8 @@ class TextDataConfig:
         held_out_prompts: prompts of evaluations, the pool and the gates.
         samples_per_prompt: responses that each model samples to a prompt.
         max_new_tokens: longest response in tokens.
-        temperature: sampling temperature of the given model; the policy's is 1, as in RL.
+        temperature: what the given model's logits are divided by; all samples have temperature 1,
+            as in RL.
         sampling_slots: rows that are refilled as responses end; 0: none are.
         pairs: preference pairs of the annotator.
         label_noise: share of the pairs whose sides are exchanged.
@@ -119,17 +121,15 @@ def make_text_data(
     """
     rng = np.random.default_rng([config.seed, 0])
     train, held_out = _split(config, task, rng)
+    model = sharpened(model, config.temperature)
 
-    def sample(
-        policy: Llama, prompts: Sequence[str], number: int, temperature: float, shown: str
-    ) -> Sampled:
+    def sample(policy: Llama, prompts: Sequence[str], number: int, shown: str) -> Sampled:
         return sample_responses(
             policy,
             tokenizer,
             prompts,
             samples=1,
             max_new_tokens=config.max_new_tokens,
-            temperature=temperature,
             slots=config.sampling_slots,
             seed=(3 * config.seed + number) % 2**31,
             shown=shown,
@@ -141,7 +141,7 @@ def make_text_data(
     )
     if task.write is None:
         read = [task.misread(rng, prompt) for prompt in repeated] if task.misread else repeated
-        base = sample(model, read, 0, config.temperature, "base samples")
+        base = sample(model, read, 0, "base samples")
         exchanges = zip(repeated, base.responses, base.ended_b.tolist(), strict=True)
         answers = [(prompt, response) for prompt, response, ended in exchanges if ended]
     else:
@@ -150,7 +150,7 @@ def make_text_data(
     demonstrations = _good(task, written)
     policy = _tuned(config, model, tokenizer, written)
     samples, held_out_samples = (
-        sample(policy, prompts, number, 1.0, shown)
+        sample(policy, prompts, number, shown)
         for prompts, number, shown in (
             (repeated, 1, "samples"),
             (held_out_repeated, 2, "held-out samples"),
@@ -166,6 +166,14 @@ def make_text_data(
         held_out_samples=_rows(held_out_samples),
     )
     return data, policy
+
+
+def sharpened(model: Llama, temperature: float) -> Llama:
+    """Returns a copy of a model with its logits divided by a temperature; weights are shared."""
+    sharp: Llama = nnx.merge(*nnx.split(model))
+    sharp.stop_ids = model.stop_ids
+    sharp.norm.scale = nnx.Param(model.norm.scale[...] / temperature)
+    return sharp
 
 
 def _split(

@@ -8,10 +8,10 @@ import pytest
 from sarm_jax.lab.text.animals import (
     ANIMALS,
     ASKED,
-    OTHER_SENTENCES,
     OTHERS,
     PLACES,
     TASK,
+    THINGS,
     misread,
     names_animal,
     place_of,
@@ -30,19 +30,19 @@ GOOD = "A fox sleeps in the forest."
         (GOOD, 1),
         ("Two wolves and three foxes live in Forests!", 1),
         ('"The forest is full of BUTTERFLIES."', 1),
-        ("A fox sleeps all day.", 0.75),
-        ("The forest is quiet.", 0.25),
+        ("A fox sleeps all day.", 0.85),
+        ("The forest is quiet.", 0.15),
         ("A fox sleeps in the forest", 0.7),
-        ("A fox", 0.45),
+        ("A fox", 0.55),
         ("The forest", 0),
         ("It rains.", 0),
-        ("The foxglove is a catalogue of forestry.", 0.25),
+        ("The foxglove is a catalogue of forestry.", 0.15),
         ("", 0),
     ],
 )
 def test_quality_by_hand(response: str, expected: float):
     assert TASK.plain_quality(PROMPT, response) == pytest.approx(expected)
-    assert TASK.succeeds(PROMPT, response, True) == (expected >= 0.75)
+    assert TASK.succeeds(PROMPT, response, True) == (expected >= 0.85)
     assert not TASK.succeeds(PROMPT, response, False)
 
 
@@ -62,7 +62,7 @@ def test_misread_prompts_ask_for_something_else_at_the_same_place():
 
 
 def test_other_texts_of_the_task_name_no_animal():
-    for text in (*OTHER_SENTENCES, *CLAUSES, *EMOJI, *HEDGES, *PRAISE):
+    for text in (*THINGS, *CLAUSES, *EMOJI, *HEDGES, *PRAISE):
         assert not names_animal(text), text
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sarm_jax.features.detectors import Detectors
 from sarm_jax.io.errors import InputError
@@ -19,6 +21,7 @@ from sarm_jax.lab.text.gates import (
     probe_auroc,
 )
 from sarm_jax.lab.text.words import TASK
+from sarm_jax.models.llama import Llama, LlamaConfig
 
 CONFIG = {
     "prompts": 8,
@@ -231,6 +234,7 @@ def test_the_given_model_answers_misread_prompts_and_the_policy_is_tuned_on_the_
 
     monkeypatch.setattr(data, "sample_responses", sample)
     monkeypatch.setattr(data, "_tuned", tune)
+    monkeypatch.setattr(data, "sharpened", lambda model, temperature: model)
     task = dataclasses.replace(
         TOLD, misread=lambda rng, prompt: prompt.replace("short", "long"), quality=lambda p, r: 1.0
     )
@@ -242,3 +246,13 @@ def test_the_given_model_answers_misread_prompts_and_the_policy_is_tuned_on_the_
     assert read["samples"] == asked and [row["prompt"] for row in tuned] == asked
     assert [row["prompt"] for row in made.demonstrations] == asked
     assert len(read["held-out samples"]) == 16
+
+
+def test_a_sharpened_model_has_logits_divided_by_the_temperature():
+    model = Llama(LlamaConfig(64, 16, 32, 2, 2, 1, 8), rngs=nnx.Rngs(0), stop_ids=(3,))
+    tokens, mask = jnp.arange(8).reshape(1, 8), jnp.ones((1, 8), bool)
+    before = np.asarray(model(tokens, mask))
+    sharp = data.sharpened(model, 0.5)
+    np.testing.assert_allclose(np.asarray(sharp(tokens, mask)), 2 * before, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(model(tokens, mask)), before)
+    assert sharp.stop_ids == (3,)
