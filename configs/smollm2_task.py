@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.ppo.algorithm = "rloo"
-    config.ppo.samples_per_prompt = 6
+    config.ppo.samples_per_prompt = 4
     config.ppo.total_steps = 16
     config.ppo.batch_size = 16
     config.ppo.ppo_epochs = 1
