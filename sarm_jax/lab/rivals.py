@@ -132,7 +132,7 @@ def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Cla
         pools: seed → content of best_of_n.json.
     """
     if not are_compared(runs):
-        return [_pool_claim(pools)] if not runs and _ranks(pools, "baseline", "penalty") else []
+        return [] if runs else check_pools(pools)
     claims = _primary(runs)
     claims += [_tie(runs, name) for name in INFORMED if runs.get(name)]
     claims += [_above(runs, name) for name in WEAKER if runs.get(name)]
@@ -154,16 +154,22 @@ def _ranks(pools: Mapping[int, Mapping[str, Any]], *conditions: str) -> bool:
 
 
 def _primary(runs: Runs) -> list[Claim]:
-    """Tests the two primary claims with Holm's correction."""
-    texts = {
-        "P1: stopped at 5 nats of KL, penalty has more gold than baseline": compare(
-            runs, "penalty", "baseline", of="gold_at_5", against="gold_at_5"
-        ),
-        "P2: penalty's final gold is above the best that baseline passes through": compare(
-            runs, "penalty", "baseline", of="gold_final", against="gold_peak"
-        ),
-    }
-    adjusted = holm([paired.p_value for paired in texts.values()])
+    """Tests the two primary claims about runs."""
+    return _tested(
+        {
+            "P1: stopped at 5 nats of KL, penalty has more gold than baseline": compare(
+                runs, "penalty", "baseline", of="gold_at_5", against="gold_at_5"
+            ),
+            "P2: penalty's final gold is above the best that baseline passes through": compare(
+                runs, "penalty", "baseline", of="gold_final", against="gold_peak"
+            ),
+        }
+    )
+
+
+def _tested(differences: Mapping[str, Paired]) -> list[Claim]:
+    """Tests claims that a difference is above 0 together, with Holm's correction."""
+    adjusted = holm([paired.p_value for paired in differences.values()])
     return [
         Claim(
             text=text,
@@ -171,17 +177,54 @@ def _primary(runs: Runs) -> list[Claim]:
             holds=p <= SIGNIFICANCE and paired.interval["mean"] > 0,
             failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v <= 0],
         )
-        for (text, paired), p in zip(texts.items(), adjusted, strict=True)
+        for (text, paired), p in zip(differences.items(), adjusted, strict=True)
+    ]
+
+
+def check_pools(pools: Mapping[int, Mapping[str, Any]]) -> list[Claim]:
+    """Checks the claims and predictions about rankings of pools, if no policy was trained.
+
+    Args:
+        pools: seed → content of best_of_n.json.
+    """
+    if not _ranks(pools, "baseline", "penalty"):
+        return []
+    n = _largest(pools)
+    claims = _tested(
+        {
+            f"P1: the best of {n} by penalty has more gold than by baseline": compare_pools(
+                pools, "penalty", "baseline"
+            ),
+            f"P2: the best of {n} by penalty has more gold than baseline's best at any n": (
+                compare_pools(pools, "penalty", "baseline", at_best=True)
+            ),
+        }
+    )
+    ties = [name for name in INFORMED if _ranks(pools, name)]
+    claims += [
+        _tie_of(name, compare_pools(pools, "penalty", name), f"best of {n}") for name in ties
+    ]
+    above = [("penalty", name) for name in WEAKER if _ranks(pools, name)]
+    if _ranks(pools, "untold"):
+        above.append(("untold", "baseline"))
+    return claims + [
+        _above_of(first, second, compare_pools(pools, first, second), f"the best of {n} by ")
+        for first, second in above
     ]
 
 
 def _tie(runs: Runs, name: str) -> Claim:
     """Checks the prediction that a rival ends where the penalty does."""
     paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
+    return _tie_of(name, paired, "final")
+
+
+def _tie_of(name: str, paired: Paired, which: str) -> Claim:
+    """Checks the prediction that the penalty and a rival have the same gold."""
     low, high = paired.interval["low"], paired.interval["high"]
     inside = low is not None and high is not None and low >= -TIE and high <= TIE
     return Claim(
-        text=f"Prediction: penalty and {name} tie (the interval of the difference of their final "
+        text=f"Prediction: penalty and {name} tie (the interval of the difference of their {which} "
         f"gold lies within ± {TIE})",
         found=format_interval(paired.interval, "+.2f"),
         holds=inside,
@@ -191,9 +234,14 @@ def _tie(runs: Runs, name: str) -> Claim:
 
 def _above(runs: Runs, name: str, of: str = "penalty") -> Claim:
     """Checks the prediction that a condition ends above another one in the mean."""
-    paired = compare(runs, of, name, of="gold_final", against="gold_final")
+    return _above_of(of, name, compare(runs, of, name, of="gold_final", against="gold_final"))
+
+
+def _above_of(first: str, second: str, paired: Paired, which: str = "") -> Claim:
+    """Checks the prediction that a condition has more gold than another one in the mean."""
+    verb = "is" if which else "ends"
     return Claim(
-        text=f"Prediction: {of} ends ≥ {MARGIN} above {name} in the mean",
+        text=f"Prediction: {which}{first} {verb} ≥ {MARGIN} above {second} in the mean",
         found=format_interval(paired.interval, "+.2f"),
         holds=paired.interval["mean"] >= MARGIN,
         failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v < MARGIN],
@@ -274,10 +322,13 @@ def conclusion(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[str]:
     If no policy was trained, the best of the largest n of the pools are compared.
     """
     if not runs and _ranks(pools, "baseline", "penalty"):
+        ranked = [
+            r for r in (("baseline", "the reward model alone"), *RIVALS) if _ranks(pools, r[0])
+        ]
+        differences = {words: compare_pools(pools, "penalty", name) for name, words in ranked}
         return [
-            f"Against {words}: {_verdict(pool_difference(pools, name), at_end=False)}."
-            for name, words in (("baseline", "the reward model alone"), *RIVALS)
-            if _ranks(pools, name)
+            f"Against {words}: {_verdict(paired.interval, at_end=False)}."
+            for words, paired in differences.items()
         ]
     if not are_compared(runs):
         return []
@@ -289,14 +340,23 @@ def conclusion(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[str]:
     return sentences
 
 
-def pool_difference(pools: Mapping[int, Mapping[str, Any]], name: str) -> Interval:
-    """Returns the gold of the penalty's best of the largest n minus that of another condition's."""
-    return mean_interval(
-        [
-            ranking(pool, "penalty")["gold"][-1] - ranking(pool, name)["gold"][-1]
-            for pool in pools.values()
-        ]
-    )
+def compare_pools(
+    pools: Mapping[int, Mapping[str, Any]], first: str, second: str, *, at_best: bool = False
+) -> Paired:
+    """Pairs the gold of the best of the largest n of two conditions by seed: first minus second.
+
+    Args:
+        pools: seed → content of best_of_n.json.
+        first: a condition.
+        second: the condition that is subtracted.
+        at_best: subtract the second's gold at the n at which it is highest.
+    """
+    values = []
+    for pool in pools.values():
+        gold_n = ranking(pool, second)["gold"]
+        other = max(gold_n) if at_best else gold_n[-1]
+        values.append(ranking(pool, first)["gold"][-1] - other)
+    return Paired(list(pools), values)
 
 
 def _verdict(difference: Interval, at_end: bool = True) -> str:

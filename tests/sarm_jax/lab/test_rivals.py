@@ -125,6 +125,51 @@ def test_pools_are_joined_by_ranking():
         rivals.ranking(pools[0], "penalty", weight=2.0)
 
 
+def ranked_pool(**golds: list[float]) -> dict:
+    """Returns a pool with the gold of the best of 1, 2 and 4 under each condition."""
+    rows = [{"condition": c, "weight": 1.0, "tau": 1.0, "gold": g} for c, g in golds.items()]
+    return {"n": [1, 2, 4], "rankings": rows}
+
+
+def test_claims_about_pools_without_runs_by_hand():
+    gains = {1: 0.3, 2: 0.34, 3: 0.26, 4: 0.3}
+    pools = {
+        seed: ranked_pool(
+            baseline=[0.2, 0.45, 0.4],
+            penalty=[0.2, 0.5, 0.4 + gain],
+            probe=[0.2, 0.5, 0.39 + gain],
+            distance=[0.2, 0.5, 0.3 + gain],
+            untold=[0.2, 0.4, 0.48],
+            length=[0.2, 0.4, 0.5 + gain],
+        )
+        for seed, gain in gains.items()
+    }
+    claims = rivals.check_rivals({}, pools)
+    p1, p2 = claims[:2]
+    assert (p1.text[:3], p2.text[:3], len(claims)) == ("P1:", "P2:", 6)
+    # Holm: the smaller p value, of P1, is doubled; the other one is not below it.
+    smaller = stats.ttest_1samp([0.3, 0.34, 0.26, 0.3], 0).pvalue
+    assert 2 * smaller > stats.ttest_1samp([0.25, 0.29, 0.21, 0.25], 0).pvalue > smaller
+    assert p2.found.startswith("+0.25") and f"p = {2 * smaller:.2g}" in p2.found
+    assert p1.holds and p2.holds
+    by_name = {
+        name: c
+        for c in claims[2:]
+        for name in ("probe", "distance", "length", "untold")
+        if name in c.text
+    }
+    assert by_name["probe"].holds and not by_name["distance"].holds
+    assert by_name["distance"].failed == [1, 2, 3, 4]
+    assert not by_name["length"].holds and by_name["length"].found.startswith("-0.10")
+    assert (
+        not by_name["untold"].holds and "untold is ≥ 0.1 above baseline" in by_name["untold"].text
+    )
+    sentence = rivals.conclusion({}, pools)[0]
+    assert sentence.startswith("Against the reward model alone: penalty minus rival")
+    assert "gold of the best of the largest n +0.30" in sentence
+    assert rivals.check_rivals({}, {1: ranked_pool(penalty=[0.2, 0.3, 0.4])}) == []
+
+
 def test_the_gain_of_evading_by_hand():
     score = np.array([3.0, 1.0, 9.0, 2.0, 5.0, 4.0, 8.0, 7.0])
     told = np.array([1, 0, 1, 0, 0, 0, 1, 0], bool)
