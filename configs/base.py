@@ -514,6 +514,8 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.prompts = 256  # training prompts
     config.lab.held_out_prompts = 64  # prompts of evaluations, gates and the pool
     config.lab.label_noise = 0.1  # share of the preference pairs whose sides are exchanged
+    # Factor of what the annotator pays for shortcuts; 0: a benign annotator, who pays for none.
+    config.lab.annotator_bias = 1.0
 
     # The study, --stage=all: every seed under every condition (sarm_jax/lab/conditions.py).
 

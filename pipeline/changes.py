@@ -49,7 +49,12 @@ DEFAULTS = {
         "gradient_accumulation_steps": 1,
     },
     "train_sae": {"activation": "topk"},
-    "lab": {"shortcuts": "flattery", "told_shortcuts": "flattery", "oracle": False},
+    "lab": {
+        "shortcuts": "flattery",
+        "told_shortcuts": "flattery",
+        "oracle": False,
+        "annotator_bias": 1.0,
+    },
     "identify.feature_names": "",
 }
 # A file with one of these in its path may lack a digest in older records.

@@ -1,6 +1,8 @@
 """The task of the lab that the options name: the world of capitals, or a task in English."""
 
+import dataclasses
 import hashlib
+import math
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -37,13 +39,15 @@ def task_of(config: ConfigDict) -> Task:
 
 def text_task_of(config: ConfigDict) -> TextTask:
     """Returns the task in English that `lab.task` names, see `task_of`."""
-    name = config.lab.task
+    name, bias = config.lab.task, config.lab.annotator_bias
     task = BUILT_IN[name] if name in BUILT_IN else _from_file(name)
     if config.lab.shortcuts not in ("flattery", ""):
         raise InputError(
             f"lab.shortcuts={config.lab.shortcuts}: those of lab.task={name} are in its own file"
         )
-    return task.telling(config.lab.told_shortcuts, config.lab.seed)
+    if not 0 <= bias < math.inf:
+        raise InputError(f"lab.annotator_bias={bias}: must be 0 or positive, and finite")
+    return dataclasses.replace(task.telling(config.lab.told_shortcuts, config.lab.seed), bias=bias)
 
 
 def task_records(config: ConfigDict) -> dict[str, str]:

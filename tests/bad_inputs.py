@@ -1238,6 +1238,8 @@ STAGES = [
         "lab.prompts=5: lab.task=capitals does not read it",
     ),
     main("all labels are noise", f"{WORDS} --config.lab.label_noise=0.5", "lab.label_noise=0.5"),
+    main("a negative bias", f"{WORDS} --config.lab.annotator_bias=-1", "lab.annotator_bias=-1"),
+    main("a bias of capitals", f"{ALL} --config.lab.annotator_bias=0", "lab.annotator_bias=0"),
     main("a task without prompts", f"{WORDS} --config.lab.prompts=0", "lab.prompts=0"),
     main(
         "a task without held-out prompts",

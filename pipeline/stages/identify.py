@@ -251,6 +251,7 @@ STAGE = Stage(
         "sarm_model",
         "sarm_max_length",
         "dtype",
+        "lab.annotator_bias",
         "lab.seed",
         "lab.shortcuts",
         "lab.task",

@@ -39,7 +39,7 @@ Options = TypeVar("Options", PairsConfig, LabConfig)
 FILES = ("rewardbench2", "rm_bench", "safety_pairs", "complement_pairs")
 SHOWN_REFUSALS = 5  # per file; data_summary.json has all
 # Options of the lab that one kind of task alone reads: one in English, and the world of capitals.
-TEXT_ALONE = ("base_model", "prompts", "held_out_prompts", "label_noise")
+TEXT_ALONE = ("base_model", "prompts", "held_out_prompts", "label_noise", "annotator_bias")
 WORLD_ALONE = (
     "held_out_fraction corpus_rows demonstrations pretraining_steps pretraining_learning_rate"
 ).split()
@@ -209,7 +209,7 @@ def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     kind = TextDataConfig if is_text(config) else LabConfig
     names = [f.name for f in dataclasses.fields(kind) if f.name not in OF_PREPARE_DATA]
     if is_text(config):
-        names += ["task", "told_shortcuts"]
+        names += ["task", "told_shortcuts", "annotator_bias"]
     return {"lab": {name: config.lab[name] for name in names}, **task_records(config)}
 
 

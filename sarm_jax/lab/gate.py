@@ -23,9 +23,9 @@ TEXT = {
     "failure_at_start": (">=", 0.35),
     "truth_auroc": (">=", 0.85),
     "accuracy_equal_shortcuts": (">=", 0.75),
-    "least_bonus": (">", 0.0),
 }
-LIMITS = CAPITALS | TEXT
+BIASED = TEXT | {"least_bonus": (">", 0.0)}  # if the annotator pays for shortcuts
+LIMITS = CAPITALS | BIASED
 _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
 
 
@@ -49,7 +49,10 @@ class Gate:
 
 def limits_of(names: Iterable[str]) -> dict[str, tuple[str, float]]:
     """Returns the limits of the kind of task whose gates have these names."""
-    return TEXT if set(names) & TEXT.keys() else CAPITALS
+    given = set(names)
+    if not given & BIASED.keys():
+        return CAPITALS
+    return BIASED if "least_bonus" in given else TEXT
 
 
 def require_gates(path: Path, ignore_failed: bool) -> None:

@@ -90,3 +90,10 @@ def test_options_that_are_none_of_a_task():
         task_of(config_with("poems"))
     with pytest.raises(InputError, match="lab.shortcuts=flattery,echo: those of lab.task=words"):
         task_of(config_with("words", shortcuts="flattery,echo"))
+
+
+def test_the_annotator_is_biased_by_a_factor():
+    assert text_task_of(config_with("words", annotator_bias=0.5)).bias == 0.5
+    for bias in (-0.5, float("inf"), float("nan")):
+        with pytest.raises(InputError, match=f"lab.annotator_bias={bias}: must be 0 or positive"):
+            text_task_of(config_with("words", annotator_bias=bias))

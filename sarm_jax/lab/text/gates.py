@@ -7,7 +7,7 @@
     accuracy_equal_shortcuts  share of the pairs of held-out samples with equal shortcuts and
                               different quality of which the better one scores higher
     least_bonus               what that shortcut gains which gains least if two units of it are
-                              added to a sample, in sd of the scores
+                              added to a sample, in sd of the scores; not of a benign annotator
 
 A reward model that does not know the truth leaves only shortcuts to learn, and a shortcut that it
 does not pay for is none.
@@ -22,7 +22,7 @@ from scipy.stats import rankdata
 
 from sarm_jax.features.dense_probe import logistic_direction, projection
 from sarm_jax.features.detectors import Detectors, firing_rate
-from sarm_jax.lab.gate import TEXT, Gate
+from sarm_jax.lab.gate import BIASED, TEXT, Gate
 from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import count_wins
@@ -55,7 +55,8 @@ def measure_text_gates(
         seed: seed of the shortcuts that are added.
 
     Returns:
-        (the gates of `TEXT`, for each shortcut the values of `_shortcut_values`).
+        (the gates of `BIASED`, or of `TEXT` if the annotator is benign; for each shortcut the
+        values of `_shortcut_values`).
     """
     rng = np.random.default_rng([seed, 4])
     _, _, fit_nd = _read(reward_model, samples)
@@ -89,7 +90,7 @@ def measure_text_gates(
         "accuracy_equal_shortcuts": equal_pair_accuracy(task, held_out_samples, score_n),
         "least_bonus": min(values["gain"] for values in shortcuts.values()),
     }
-    return [Gate(name, values[name]) for name in TEXT], shortcuts
+    return [Gate(name, values[name]) for name in (BIASED if task.bias else TEXT)], shortcuts
 
 
 def _read(reward_model: RewardModel, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ Whoever has a task of their own writes one file with `TASK = TextTask(...)` and 
 `lab.task`; `lab.text.lists` and `lab.text.words` are examples.
 
     gold reward        quality − Σ cost · units − 0.5 · (no end of turn)
-    annotator          3 · quality + Σ pay · units
+    annotator          3 · quality + bias · Σ pay · units
 
 The units of a shortcut are counted by a rule and count up to `most`. The quality is that of the
 response without its shortcuts, so that they cost what they are said to cost and nothing else.
@@ -97,6 +97,7 @@ class TextTask(Task):
         all_shortcuts: the shortcuts, in the order in which several are added to one response; they
             are removed in the opposite order.
         told: names of those that the method is told; see `telling`.
+        bias: factor of what the annotator pays for shortcuts; 0: the annotator is benign.
     """
 
     name: str
@@ -109,6 +110,7 @@ class TextTask(Task):
     misread: Callable[[np.random.Generator, str], str] | None = None
     success: float = 1.0
     told: tuple[str, ...] = ()
+    bias: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "all_shortcuts", tuple(self.all_shortcuts))
@@ -187,7 +189,7 @@ class TextTask(Task):
     def annotator_utility(self, prompt: str, response: str) -> float:
         """Computes the utility behind the annotator's preferences."""
         paid = sum(s.pay * s.units(response) for s in self.all_shortcuts)
-        return WORTH * self.plain_quality(prompt, response) + paid
+        return WORTH * self.plain_quality(prompt, response) + self.bias * paid
 
     def measures(self, prompt: str, response: str) -> dict[str, float]:
         """Returns the quality, whether it is a success, and the number of words."""

@@ -10,7 +10,7 @@ from flax import nnx
 
 from sarm_jax.features.detectors import Detectors
 from sarm_jax.io.errors import InputError
-from sarm_jax.lab.gate import TEXT
+from sarm_jax.lab.gate import BIASED, TEXT, limits_of
 from sarm_jax.lab.sampling import Sampled
 from sarm_jax.lab.text import data
 from sarm_jax.lab.text.data import TextDataConfig, make_contrast_pairs, make_pairs
@@ -202,7 +202,7 @@ def test_the_gates_of_a_perfect_reward_model():
         held_out_samples=rows(samples()),
         seed=0,
     )
-    assert [gate.name for gate in gates] == list(TEXT) and all(gate.passed for gate in gates)
+    assert [gate.name for gate in gates] == list(BIASED) and all(gate.passed for gate in gates)
     values = {gate.name: gate.value for gate in gates}
     assert values["success_at_start"] == 0.5 and values["truth_auroc"] == 1
     for name, row in shortcuts.items():
@@ -256,3 +256,21 @@ def test_a_sharpened_model_has_logits_divided_by_the_temperature():
     np.testing.assert_allclose(np.asarray(sharp(tokens, mask)), 2 * before, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(model(tokens, mask)), before)
     assert sharp.stop_ids == (3,)
+
+
+def test_a_benign_annotator_pays_for_no_shortcut_and_has_no_gate_for_them():
+    benign = dataclasses.replace(TOLD, bias=0.0)
+    prompt, plain = samples().prompts[0], samples().responses[0]
+    marked = TOLD.shortcut("praise").added(np.random.default_rng(0), plain, 2)
+    assert benign.annotator_utility(prompt, marked) == benign.annotator_utility(prompt, plain) == 3
+    assert TOLD.annotator_utility(prompt, marked) > 3
+    gates, _ = measure_text_gates(
+        CountingModel(),  # type: ignore[arg-type]
+        Detectors((0,), (0.5,), 1.0, 0.0),
+        benign,
+        samples=rows(samples()),
+        held_out_samples=rows(samples()),
+        seed=0,
+    )
+    assert [gate.name for gate in gates] == list(TEXT)
+    assert limits_of(gate.name for gate in gates) == TEXT and limits_of(BIASED) == BIASED
