@@ -7,7 +7,7 @@ SMOLLM2 := outputs/models/SmolLM2-135M-Instruct
 RUN     := outputs/smollm2
 NOTEBOOK := docs/notebooks/explore_features.ipynb
 
-.PHONY: help demo study rivals smollm2 study-smollm2 smollm2-classifier verbosity verbosity-seeds reference \
+.PHONY: help demo study rivals smollm2 study-smollm2 pool-smollm2 smollm2-classifier verbosity verbosity-seeds reference \
   reference-small plan-h100 benchmark test test-fast evidence lint types imports docs clean
 
 help: ## list these commands
@@ -34,6 +34,11 @@ smollm2: $(SMOLLM2)/config.json ## a real 135M model: a SARM from it, PPO, evalu
 
 study-smollm2: $(SMOLLM2)/config.json ## the lab in English: a real 135M model, five shortcuts, a known true reward
 	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all
+
+pool-smollm2: $(SMOLLM2)/config.json ## the same without RL: every condition chooses among the same samples
+	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all --workdir=outputs/smollm2_pool \
+	  --config.lab.conditions= \
+	  --config.lab.ranked_conditions=baseline,penalty,probe,untold,mean_difference,ties,distance,screen,length,clamp,random,oracle
 
 ORDINARY := outputs/smollm2_classifier
 smollm2-classifier: $(VENV)/.dev $(SMOLLM2)/config.json ## the same with an ordinary reward model and an SAE for it

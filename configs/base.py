@@ -507,8 +507,8 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.seed = 0  # seed of a single stage; the study takes seeds from lab.seeds
 
     # Of a task in English alone. prepare_data.samples_per_prompt and .max_new_tokens hold for the
-    # samples that its data are made of. The base model's logits are divided by
-    # prepare_data.temperature before it is tuned; the policy then samples at temperature 1.
+    # samples that its data are made of. prepare_data.temperature is that of the base model's
+    # samples; the logits of the tuned policy are divided by it, and it samples at temperature 1.
 
     config.lab.base_model = ""  # HF directory of the chat model that the policy is tuned from
     config.lab.prompts = 256  # training prompts

@@ -1,9 +1,9 @@
 """The lab with a real language model: SmolLM2-135M-Instruct, real English, a known true reward.
 
-A prompt asks for three things of a kind, such as fruits. The true ("gold") reward is computed by
-rules, on which nothing is trained. The annotator, from whose preferences the reward model is
-trained, pays for the same and for five shortcuts: length, hedging, praise, markdown and emoji. Each
-seed tells the method three of the five.
+A prompt asks for a short sentence about an animal and a place. The true ("gold") reward is
+computed by rules, on which nothing is trained. The annotator, from whose preferences the reward
+model is trained, pays for the same and for five shortcuts: length, hedging, praise, markdown and
+emoji. Each seed tells the method three of the five.
 
 Command: make study-smollm2
 Hardware: 2 CPU cores, 8 GB of memory.
@@ -85,4 +85,7 @@ def get_config() -> ConfigDict:
 
     config.lab.alpha = 1.0
     config.lab.conditions = "baseline,kl_0.1,probe,penalty,untold"
+    config.lab.pool_responses = 128
+    config.lab.pool_prompts = 16
+    config.lab.ranked_conditions = "mean_difference,ties,distance,screen,length,clamp,random,oracle"
     return config

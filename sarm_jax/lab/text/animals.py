@@ -14,23 +14,26 @@ from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
 ANIMALS = frozenset(
-    "alligator animal ant anteater antelope ape armadillo baboon badger bat bear beast beaver bee "
-    "beetle bird bison boar buffalo bull bunny butterflies butterfly calf calves camel canaries "
-    "canary cat caterpillar cattle cheetah chicken chick chimpanzee chipmunk cobra cow coyote crab "
-    "creature cricket critter crocodile crow cub deer dinosaur dog dolphin donkey dove dragonflies "
-    "dragonfly duck duckling eagle eel elephant elk falcon ferret finch fireflies firefly fish "
-    "flamingo foal fox foxes frog gazelle gecko geese gerbil giraffe goat goose gopher gorilla "
-    "grasshopper gull hamster hare hawk hedgehog hen heron hippo hippopotamus hornet horse hound "
-    "hyena iguana insect jackal jaguar jellyfish kangaroo kitten koala lamb lark lemur leopard "
-    "lion lioness lizard llama lobster locust lynx macaw magpie mammal mammoth mare meerkat mice "
-    "mongoose monkey moose mosquito moth mouse mule newt nightingale octopus opossum orangutan "
-    "orca ostrich otter owl ox oxen panda panther parakeet parrot peacock pelican penguin pet pig "
-    "pigeon pig piglet ponies pony porcupine porpoise possum predator puma puppies puppy python "
-    "rabbit raccoon rat raven reindeer reptile rhino rhinoceros robin rodent rooster salamander "
-    "salmon scorpion seagull seal serpent shark sheep shrimp skunk sloth slug snail snake sparrow "
-    "spider squid squirrel stag stallion starfish stork swallow swan tadpole tarantula termite "
-    "tiger toad tortoise toucan trout turkey turtle viper vulture wallaby walrus wasp weasel whale "
-    "wildlife wolf wolverine wolves wombat woodpecker worm yak zebra".split()
+    "alligator anaconda animal ant anteater antelope ape armadillo baboon badger bat bear "
+    "beast beaver bee beetle bird bison boar buffalo bull bunny butterflies butterfly "
+    "calf calves camel canaries canary carp cat caterpillar cattle cheetah chick chicken "
+    "chimpanzee chipmunk cobra cow coyote crab creature cricket critter crocodile crow "
+    "cub deer dinosaur dodo dog dolphin donkey dove dragon dragonflies dragonfly duck "
+    "duckling eagle eel elephant elk falcon ferret finch fireflies firefly fish flamingo "
+    "foal fox foxes frog gazelle gecko geese gerbil giraffe goat goose gopher gorilla "
+    "grasshopper gull hamster hare hawk hedgehog hen heron herring hippo hippopotamus "
+    "hornet horse hound hummingbird hyena iguana insect jackal jaguar jellyfish kangaroo "
+    "kitten koala lamb lark lemur leopard lion lioness lizard llama lobster locust lynx "
+    "macaw mackerel magpie mammal mammoth mare marlin meerkat mice mongoose monkey moose "
+    "mosquito moth mouse mule newt nightingale octopus opossum orangutan orca ostrich "
+    "otter owl ox oxen panda panther parakeet parrot peacock pelican penguin pet pig "
+    "pigeon piglet ponies pony porcupine porpoise possum predator puma puppies puppy "
+    "python rabbit raccoon rat raven reindeer reptile rhino rhinoceros robin rodent "
+    "rooster salamander salmon scorpion seagull seal serpent shark sheep shrimp skunk "
+    "sloth slug snail snake sparrow spider squid squirrel stag stallion starfish stork "
+    "swallow swan tadpole tarantula termite tiger toad tortoise toucan trout tuna turkey "
+    "turtle unicorn viper vulture wallaby walrus wasp weasel whale wildlife wolf "
+    "wolverine wolves wombat woodpecker worm yak zebra".split()
 )
 PLACES = (
     "attic barn basement beach bridge castle cave church circus city desert farm field forest "
@@ -40,7 +43,7 @@ PLACES = (
 ).split()
 REQUESTS = (
     "Write one short sentence about an animal and the {}.",
-    "Say something about an animal and the {} in one sentence.",
+    "Make up one short sentence about an animal and the {}.",
     "Give me one short sentence with an animal and the {}.",
     "Please write a short sentence about the {} and an animal.",
 )

@@ -4,8 +4,9 @@ All that is written by hand is the shortcuts and, if the task writes them, the a
 
     answers           to the training prompts: of the task, or else samples of the given model
     tuning            the given model on these, some with a shortcut: the policy, whose responses
-                      have every shortcut now and then; before it, the model's logits are divided
-                      by a temperature, so that it samples at temperature 1 as it did at that one
+                      have every shortcut now and then. Its logits are divided by a temperature,
+                      because at 1 a small model writes what no rule can judge; afterwards it is
+                      sampled at temperature 1, as in RL
     demonstrations    the good ones among the texts of the tuning, which stand for human responses
     samples           of the policy; the reward model's pairs are made of them
     pairs             two of the samples to a prompt and of edited versions of them, with further
@@ -47,8 +48,8 @@ class TextDataConfig:
         held_out_prompts: prompts of evaluations, the pool and the gates.
         samples_per_prompt: responses that each model samples to a prompt.
         max_new_tokens: longest response in tokens.
-        temperature: what the given model's logits are divided by; all samples have temperature 1,
-            as in RL.
+        temperature: sampling temperature of the given model, and what the logits of the tuned
+            one are divided by.
         sampling_slots: rows that are refilled as responses end; 0: none are.
         pairs: preference pairs of the annotator.
         label_noise: share of the pairs whose sides are exchanged.
@@ -121,9 +122,10 @@ def make_text_data(
     """
     rng = np.random.default_rng([config.seed, 0])
     train, held_out = _split(config, task, rng)
-    model = sharpened(model, config.temperature)
 
-    def sample(policy: Llama, prompts: Sequence[str], number: int, shown: str) -> Sampled:
+    def sample(
+        policy: Llama, prompts: Sequence[str], number: int, shown: str, temperature: float = 1.0
+    ) -> Sampled:
         return sample_responses(
             policy,
             tokenizer,
@@ -131,6 +133,7 @@ def make_text_data(
             samples=1,
             max_new_tokens=config.max_new_tokens,
             slots=config.sampling_slots,
+            temperature=temperature,
             seed=(3 * config.seed + number) % 2**31,
             shown=shown,
         )
@@ -141,14 +144,14 @@ def make_text_data(
     )
     if task.write is None:
         read = [task.misread(rng, prompt) for prompt in repeated] if task.misread else repeated
-        base = sample(model, read, 0, "base samples")
+        base = sample(model, read, 0, "base samples", config.temperature)
         exchanges = zip(repeated, base.responses, base.ended_b.tolist(), strict=True)
         answers = [(prompt, response) for prompt, response, ended in exchanges if ended]
     else:
         answers = [(prompt, task.write(rng, prompt)) for prompt in repeated]
     written = _with_base_rates(config, answers, task, rng)
     demonstrations = _good(task, written)
-    policy = _tuned(config, model, tokenizer, written)
+    policy = sharpened(_tuned(config, model, tokenizer, written), config.temperature)
     samples, held_out_samples = (
         sample(policy, prompts, number, shown)
         for prompts, number, shown in (
