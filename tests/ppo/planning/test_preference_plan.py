@@ -20,7 +20,7 @@ from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from sarm_jax.training import preference_training
-from sarm_jax.training.sae_training import Conversation
+from sarm_jax.training.activations import Conversation
 from sarm_jax.training.train_sarm import TrainSARMConfig, assemble, truncate
 from tests.meshes import divisible_llama_config, place_parameters
 from tests.sarm_jax.training.test_train_sarm import SMALL
