@@ -13,6 +13,7 @@ In memory there are the checksums, 4 bytes a row.
 """
 
 import contextlib
+import errno
 import json
 import os
 import zlib
@@ -125,7 +126,7 @@ class MatrixFiles:
         """
         for number, descriptor in enumerate(self._descriptors):
             try:
-                os.posix_fallocate(descriptor, 0, self.file_bytes(number))
+                _reserve(descriptor, self.file_bytes(number))
             except OSError as error:
                 raise _named(error, self.path(number)) from error
 
@@ -283,6 +284,16 @@ def _opened(stack: contextlib.ExitStack, path: Path, flags: int) -> int:
         raise DamagedMatrixError(f"{path}: is missing") from None
     stack.callback(os.close, descriptor)
     return descriptor
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Reserves disk space for a file, if its file system can do so, and gives it its size."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
 
 
 def _named(error: OSError, path: Path) -> OSError:

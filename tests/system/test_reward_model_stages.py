@@ -253,7 +253,7 @@ def test_an_interrupted_training_of_an_sae_uses_its_states_again(
     class KilledError(Exception):
         """Stands for a SIGKILL."""
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         raise KilledError
 
     w = tmp_path / "w"

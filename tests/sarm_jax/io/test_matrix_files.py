@@ -161,3 +161,11 @@ def test_disk_space_is_reserved_before_the_first_row(tmp_path):
         sizes = [path.stat().st_size for path in sorted(matrix.folder.glob("rows_*"))]
         assert sizes == [80] * 5 + [60]
         matrix.write(0, ROWS)
+
+
+def test_a_file_system_that_reserves_no_space_is_used_all_the_same(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", fails)
+    np.testing.assert_array_equal(opened(write(tmp_path / "m"))[:], ROWS)
