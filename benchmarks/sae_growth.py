@@ -7,10 +7,10 @@
     sparse    the decoder product gathers k rows of the decoder a token, and its gradient adds to
               these rows; the encoder product and its gradient stay dense
 
-All three have the same loss, gradient and Adam step, which is checked on the first one. Temporaries
-are those that XLA plans for the step, of which the gradient itself takes `gradient`. Times are
-those of whole steps in turns; the state is handed from one implementation to the next, so that it
-is in memory once (24 bytes a weight, and the temporaries: 9 GiB for 65,536 latents of 4,096).
+All three have the same loss, gradient and Adam step (`tests/benchmarks/test_sae_growth.py`).
+Temporaries are those that XLA plans for a step. Times are those of whole steps in turns; the state
+is handed from one implementation to the next, so that it is in memory once (24 bytes a weight, and
+the temporaries: 9 GiB for 65,536 latents of 4,096).
 """
 
 import argparse

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.stages import Lowered
 from tqdm import tqdm
 
 from sarm_jax.io.errors import InputError
@@ -158,11 +159,38 @@ def _start(sae, train, rng, *, options, placement):
     new = initialise(sae, train, rng)
     new.placement = placement
     graphdef, params = nnx.split(new)
-    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
-    optimizer = optax.adam(schedule)
+    optimizer = _optimizer(options)
     params = placement.replicated(params)
     idle_f = jnp.zeros((sae.config.latent_size,), jnp.int32)
     return graphdef, optimizer, (params, *placement.replicated((optimizer.init(params), idle_f)))
+
+
+def _optimizer(options: SAETraining) -> optax.GradientTransformation:
+    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
+    return optax.adam(schedule)
+
+
+def lower_steps(sae: SAE, options: SAETraining) -> Lowered:
+    """Lowers the program of `pretrain_sae`, `STEPS_PER_CALL` steps, from shapes alone.
+
+    Args:
+        sae: the SAE, of descriptions of arrays, with its placement.
+        options: options of the training.
+    """
+    placement, optimizer = sae.placement, _optimizer(options)
+    graphdef, params = nnx.split(sae)
+    idle_f = jax.ShapeDtypeStruct((sae.config.latent_size,), jnp.int32)
+    state = params, jax.eval_shape(optimizer.init, params), idle_f
+    steps = min(STEPS_PER_CALL, options.steps)
+    shape = steps, options.batch_tokens, sae.config.hidden_size
+    return _sae_steps.lower(
+        graphdef,
+        optimizer,
+        options=options,
+        placement=placement,
+        state=placement.abstract_replicated(state),
+        x_sbd=placement.abstract_rows(shape, jnp.float32, dimension=1),
+    )
 
 
 def _dead_fraction(state, options):
