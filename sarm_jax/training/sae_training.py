@@ -20,7 +20,7 @@ cloud itself is reconstructed far better.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -114,29 +114,29 @@ def pretrain_sae(
     graphdef, optimizer, state = _start(sae, train, rng, options=options, placement=placement)
     done, state = progress.restore("sae", state)
     loss = progress.rows[-1]["loss"] if done else 0.0
+    batches = _batches(train, rng, done=done, options=options, placement=placement)
+    upcoming = next(batches, None)
     with (
         tqdm(total=options.steps, initial=done, desc="SAE", unit="step") as bar,
         progress.running(),
     ):
-        for start in range(0, options.steps, STEPS_PER_CALL):
-            steps = min(STEPS_PER_CALL, options.steps - start)
-            n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
-            if start < done:  # only the random numbers are those of the steps before
-                continue
+        while upcoming is not None:
+            steps, x_sbd = upcoming
             state, losses_s = _sae_steps(
                 graphdef,
                 optimizer,
                 options=options,
                 placement=placement,
                 state=state,
-                x_sbd=_read_batches(train, n_sb, placement),
+                x_sbd=x_sbd,
             )
+            upcoming = next(batches, None)  # is read while the device computes
             loss, dead = float(losses_s.mean()), _dead_fraction(state, options)
             check_loss(loss, "the SAE's loss", options.rate_option)
-            log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
-            bar.update(steps)
+            log({"stage": "sae", "step": steps, "loss": loss, "dead_fraction": dead})
+            bar.update(len(losses_s))
             bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
-            progress.keep("sae", start + steps, state)
+            progress.keep("sae", steps, state)
     check_loss(loss, "the SAE's loss", options.rate_option, LARGEST_LOSS)
     trained = nnx.merge(graphdef, state[0])
     check_weights(trained, options.rate_option)
@@ -144,14 +144,37 @@ def pretrain_sae(
     return trained, {**metrics, "dead_fraction": _dead_fraction(state, options)}
 
 
-def _read_batches(train: Activations, n_sb: np.ndarray, placement: Placement) -> Any:
-    """Reads minibatches `[S, B, D]`, given their row numbers; a process reads its share of them."""
-    with raising_on_all():
-        return placement.read_rows(
-            (*n_sb.shape, train.x_nd.shape[1]),
-            lambda region: train.x_nd[n_sb[region[:2]]],
-            dimension=1,
-        )
+def _batches(
+    train: Activations,
+    rng: np.random.Generator,
+    *,
+    done: int,
+    options: SAETraining,
+    placement: Placement,
+) -> Iterator[tuple[int, Any]]:
+    """Reads the minibatches `[S, B, D]` of each call; a process reads its share of them.
+
+    Yields:
+        (the number of steps after the call, its minibatches), for the steps that are not done. Of
+        the others only the random numbers are drawn.
+    """
+    for start in range(0, options.steps, STEPS_PER_CALL):
+        steps = min(STEPS_PER_CALL, options.steps - start)
+        n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
+        if start < done:
+            continue
+        with raising_on_all():
+            x_sbd = placement.read_rows(
+                (*n_sb.shape, train.x_nd.shape[1]),
+                partial(_read_region, train, n_sb),
+                dimension=1,
+            )
+        yield start + steps, x_sbd
+
+
+def _read_region(train: Activations, n_sb: np.ndarray, region: tuple[slice, ...]) -> np.ndarray:
+    """Reads a region of the minibatches `[S, B, D]` with the row numbers `n_sb`, at full width."""
+    return train.x_nd[n_sb[region[:2]]]
 
 
 def _start(sae, train, rng, *, options, placement):
