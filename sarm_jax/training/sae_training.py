@@ -123,12 +123,7 @@ def pretrain_sae(
         while upcoming is not None:
             steps, x_sbd = upcoming
             state, losses_s = _sae_steps(
-                graphdef,
-                optimizer,
-                options=options,
-                placement=placement,
-                state=state,
-                x_sbd=x_sbd,
+                graphdef, optimizer, options=options, placement=placement, state=state, x_sbd=x_sbd
             )
             upcoming = next(batches, None)  # is read while the device computes
             loss, dead = float(losses_s.mean()), _dead_fraction(state, options)

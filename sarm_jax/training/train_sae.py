@@ -11,6 +11,7 @@
 The reward model is not changed. All randomness follows from `seed`.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -141,9 +142,20 @@ def train_sae(
         DivergedError: training diverged.
         OSError: there is no disk space for the states.
     """
-    if folder is None:
-        with temporary_folder() as temporary:
-            return train_sae(config, model, tokenizer, responses, log=log, folder=temporary)
+    with contextlib.nullcontext(folder) if folder else temporary_folder() as used:
+        return _train(config, model, tokenizer, responses=responses, log=log, folder=used)
+
+
+def _train(
+    config: TrainSAEConfig,
+    model: LinearReward,
+    tokenizer: Any,
+    *,
+    responses: Sequence[tuple[Prompt, str]],
+    log: Log,
+    folder: ActivationFolder,
+) -> tuple[SAE, dict[str, Any]]:
+    """Trains an SAE, see `train_sae`."""
     responses = list(dict.fromkeys(responses))
     held_out_r = config.held_out([prompt for prompt, _ in responses])
     rows = [

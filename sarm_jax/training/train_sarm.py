@@ -13,6 +13,7 @@ for what the two sides differ in.
 Source: arXiv 2508.08746. All randomness follows from `seed`.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -216,12 +217,31 @@ def train_sarm(
         DivergedError: training diverged.
         OSError: there is no disk space for the activations.
     """
-    if folder is None:
-        with temporary_folder() as temporary:
-            return train_sarm(
-                config, policy, tokenizer, pairs, log=log, ties=ties, progress=progress,
-                folder=temporary,
-            )  # fmt: skip
+    with contextlib.nullcontext(folder) if folder else temporary_folder() as used:
+        return _train(
+            config,
+            policy,
+            tokenizer,
+            pairs=pairs,
+            log=log,
+            ties=ties,
+            progress=progress,
+            folder=used,
+        )
+
+
+def _train(
+    config: TrainSARMConfig,
+    policy: Llama,
+    tokenizer: Any,
+    *,
+    pairs: Sequence[Mapping[str, Any]],
+    log: Log,
+    ties: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    folder: ActivationFolder,
+) -> tuple[SARM, dict[str, Any]]:
+    """Trains a SARM, see `train_sarm`."""
     clock = [time.perf_counter()]
     data = encode_pairs(tokenizer, pairs, config, ties)
     trunk, (_, held_out_rows) = truncate(policy, config.source_layer), _split_rows(data.preferences)
