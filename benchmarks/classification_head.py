@@ -29,8 +29,8 @@ from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.models.conversation import to_json
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.linear_reward import LinearReward
+from sarm_jax.training.activations import collect_pooled
 from sarm_jax.training.held_out import draw_held_out
-from sarm_jax.training.sae_training import collect_activations
 from sarm_jax.training.train_sae import encode_response
 
 SIDES = ("chosen", "rejected")
@@ -96,10 +96,8 @@ def states(
     texts = list(dict.fromkeys((pair["prompt"], pair[side]) for pair in pairs for side in SIDES))
     model = cast(LinearReward, rm.model)
     rows = [encode_response(model, rm.tokenizer, *text, max_length) for text in texts]
-    collected = collect_activations(
-        model.trunk, rows, max_tokens=len(rows), seed=0, standardised=False
-    )
-    return {text: n for n, text in enumerate(texts)}, torch.tensor(collected.pooled_rd)
+    pooled_rd = collect_pooled(model.trunk, rows, standardised=False)
+    return {text: n for n, text in enumerate(texts)}, torch.tensor(pooled_rd)
 
 
 def fit_head(difference_pd: torch.Tensor, scale: torch.Tensor, ridge: float) -> torch.Tensor:

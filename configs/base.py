@@ -309,7 +309,9 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.mode = 3
     # Weight λ of the reconstruction loss in modes 2 and 3.
     config.train_sarm.reconstruction_weight = 1.0
-    config.train_sarm.sae_tokens = 100_000  # most activations collected to pretrain the SAE
+    # Most activations collected to pretrain the SAE. While the stage runs, each takes 4 bytes times
+    # the width of the model in the working directory.
+    config.train_sarm.sae_tokens = 100_000
     config.train_sarm.sae_steps = 1000  # optimizer steps of SAE pretraining
     config.train_sarm.sae_batch_tokens = 512  # activations per step of SAE pretraining
     config.train_sarm.sae_learning_rate = 1e-3  # peak learning rate of SAE pretraining

@@ -25,6 +25,8 @@ KEPT = 2  # newest checkpoints; if the last one is damaged, the other is used
 class SARMCheckpoints(Progress):
     """The progress of a training in checkpoints, whose numbers are those of the finished steps.
 
+    `made_from` is what the result depends on, as JSON.
+
     Args:
         directory: the folder of the checkpoints; it is made for the first one.
         every: steps between checkpoints; 0: there is one only at a signal.
@@ -46,7 +48,7 @@ class SARMCheckpoints(Progress):
         stage: Stage,
     ):
         self._directory, self._every, self._starts = directory, every, starts
-        self._made_from = dataclasses.asdict(made_from)
+        self.made_from = dataclasses.asdict(made_from)
         self._checkpoints = Checkpoints(directory, keep=KEPT)
         self._phase, self._notes, self._signal = "", {}, 0
         self.rows: list[dict[str, Any]] = []
@@ -95,7 +97,7 @@ class SARMCheckpoints(Progress):
         signal = processes.all_max(self._signal)
         if due or signal:
             facts = {"phase": phase, "notes": self._notes, "rows": self.rows}
-            facts |= {"made_from": self._made_from, "sarm_jax_version": VERSION}
+            facts |= {"made_from": self.made_from, "sarm_jax_version": VERSION}
             self._checkpoints.save(total, state, facts)
         if signal:
             LOG.info("stopped by signal %d after step %d of %s", signal, steps, phase)

@@ -10,10 +10,11 @@ from ml_collections import ConfigDict
 from conversion import load_reward_model
 from conversion.converted import save_with_sae
 from conversion.load import check_models, read_reward_config
+from pipeline.activation_files import activation_folder
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, mesh_config, placement
 from pipeline.options import required
-from pipeline.provenance import check_same_everywhere
+from pipeline.provenance import check_same_everywhere, provenance
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
@@ -27,6 +28,7 @@ from sarm_jax.training.train_sae import TrainSAEConfig, train_sae
 
 LOG = logging.getLogger(__name__)
 OUTPUT = "reward_model"
+ACTIVATIONS = "sae_activations"  # while the training lasts
 
 
 def validate(config: ConfigDict) -> TrainSAEConfig:
@@ -72,7 +74,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     reward_model = cast(LinearReward, model.model)
     reward_model.trunk.placement = placed
     rows: list[dict] = []
-    sae, summary = train_sae(options, reward_model, model.tokenizer, responses, rows.append)
+    made_from = dataclasses.asdict(provenance(STAGE, config, workdir))
+    with activation_folder(workdir / ACTIVATIONS, made_from) as folder:
+        sae, summary = train_sae(
+            options, reward_model, model.tokenizer, responses, log=rows.append, folder=folder
+        )
 
     def write() -> None:
         write_json(workdir / "sae_summary.json", summary)
@@ -113,7 +119,7 @@ STAGE = Stage(
         Input("train_sae.model", Kind.REWARD),
     ),
     output=OUTPUT,
-    makes=(f"{OUTPUT}/", "sae_summary.json", "sae_metrics.jsonl"),
+    makes=(f"{OUTPUT}/", "sae_summary.json", "sae_metrics.jsonl", f"{ACTIVATIONS}/"),
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sae.responses_jsonl),
     costly=lambda config: True,

@@ -11,6 +11,7 @@ from conversion import load_policy
 from conversion.checkpoint import open_checkpoint
 from conversion.load import read_policy_config
 from conversion.to_hf import save_sarm
+from pipeline.activation_files import activation_folder
 from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, check_remat, mesh_config, placement
 from pipeline.options import optional_paths, required
@@ -30,7 +31,7 @@ from sarm_jax.training.divergence import DivergedError
 from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
 
 LOG = logging.getLogger(__name__)
-CHECKPOINTS = "sarm_checkpoints"  # while the training lasts
+CHECKPOINTS, ACTIVATIONS = "sarm_checkpoints", "sarm_activations"  # while the training lasts
 
 
 def validate(config: ConfigDict) -> TrainSARMConfig:
@@ -84,15 +85,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
     policy.placement, policy.remat = placed, config.remat
     try:
-        sarm, summary = train_sarm(
-            options,
-            policy,
-            tokenizer,
-            pairs,
-            log=progress.rows.append,
-            ties=ties,
-            progress=progress,
-        )
+        with activation_folder(workdir / ACTIVATIONS, progress.made_from) as folder:
+            sarm, summary = train_sarm(
+                options,
+                policy,
+                tokenizer,
+                pairs,
+                log=progress.rows.append,
+                ties=ties,
+                progress=progress,
+                folder=folder,
+            )
     except DivergedError:  # with other options, it starts again
         progress.remove()
         raise
@@ -159,7 +162,13 @@ STAGE = Stage(
         Input("policy_model", Kind.POLICY, read_if=lambda config: not config.train_sarm.model),
     ),
     output="sarm",
-    makes=("sarm/", "sarm_summary.json", "sarm_metrics.jsonl", "sarm_checkpoints/"),
+    makes=(
+        "sarm/",
+        "sarm_summary.json",
+        "sarm_metrics.jsonl",
+        f"{CHECKPOINTS}/",
+        f"{ACTIVATIONS}/",
+    ),
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sarm.pairs_jsonl),
     costly=lambda config: True,

@@ -1,8 +1,9 @@
-"""Plans a step of `train_sarm` on preferences: compiles it for a machine from shapes alone.
+"""Plans `train_sarm`: compiles a step on preferences for a machine from shapes alone.
 
 Memory, traffic and time are those of `ppo.planning.plan`. All conversations of a batch have the
 longest length. While the step runs, the device also holds the policy that the trunk was cut from,
-and the trunk and the SAE before training, whose SAE is on every device.
+and the trunk and the SAE before training, whose SAE is on every device. The pretraining of the SAE,
+which comes before, is planned by `ppo.planning.sae_plan`.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from ppo.planning.chips import FLOPS, GIB, Chip
 from ppo.planning.costs import Cost, forward_flops, layer_weights
 from ppo.planning.plan import ASSUMPTIONS, Layout, layouts_for, program_row, target_placement
 from ppo.planning.programs import weight_bytes
+from ppo.planning.sae_plan import plan_sae
 from sarm_jax.models.chat import bucket_length
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAEConfig
@@ -82,12 +84,17 @@ class PreferencePlanner:
         )
         row["seconds"] += _slower_seconds(slow_flops, chip)
         held = weight_bytes(policy, placement) + weight_bytes(sarm.trunk, placement)
-        held += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(sarm.sae)))
-        return self._summary(layout, row, chip=chip, held=held)
+        of_sae = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(sarm.sae)))
+        in_float32 = dataclasses.replace(chip, flops=min(chip.flops, FLOPS["tensorfloat32"]))
+        sae = plan_sae(sarm.sae, config.sae_training(), chip=in_float32, mesh=layout.mesh)
+        sae["peak_bytes"] = sae["program"]["peak_bytes"] + held
+        sae["disk_bytes"] = 4 * config.sae_tokens * policy.config.hidden_size
+        return self._summary(layout, row, sae, chip=chip, held=held + of_sae)
 
-    def _summary(self, layout: Layout, row: dict, *, chip: Chip, held: int) -> dict:
+    def _summary(self, layout: Layout, row: dict, sae: dict, *, chip: Chip, held: int) -> dict:
         """Returns the content of plan.json; `held` is in bytes, beside those of the step."""
         config, peak = self.config, row["peak_bytes"] + held
+        usable = ASSUMPTIONS["share_of_memory"] * chip.memory
         tokens = 2 * config.batch_size * row["prompt_tokens"]
         return {
             "target": self.name,
@@ -96,7 +103,7 @@ class PreferencePlanner:
             "mode": config.mode,
             "batch": config.batch_size,
             "tokens": row["prompt_tokens"],
-            "fits": peak <= ASSUMPTIONS["share_of_memory"] * chip.memory,
+            "fits": max(peak, sae["peak_bytes"]) <= usable,
             "peak_bytes": peak,
             "held_bytes": held,
             "memory_bytes": chip.memory,
@@ -104,6 +111,7 @@ class PreferencePlanner:
             "tokens_per_second": tokens / row["seconds"],
             "assumptions": ASSUMPTIONS,
             "programs": [row],
+            "sae": sae,
         }
 
 
@@ -159,7 +167,7 @@ def _slower_seconds(flops: float, chip: Chip) -> float:
 
 def preference_table(plan: dict) -> str:
     """Formats a plan as Markdown."""
-    (row,) = plan["programs"]
+    (row,), sae = plan["programs"], plan["sae"]
     sent = sum(total["bytes"] for total in row["collectives"].values())
     return "\n".join(
         [
@@ -173,5 +181,10 @@ def preference_table(plan: dict) -> str:
             f"| {row['argument_bytes'] / GIB:.2f} | {row['temp_bytes'] / GIB:.2f} "
             f"| {plan['held_bytes'] / GIB:.2f} | {row['flops'] / 1e12:.1f} "
             f"| {row['bytes'] / 1e9:.1f} | {sent / 1e9:.1f} |",
+            "",
+            f"Before, pretraining of the SAE on {sae['batch']} activations a step: peak "
+            f"{sae['peak_bytes'] / GIB:.1f} GiB, {sae['step_seconds']:.3f} s a step, "
+            f"{sae['run_seconds'] / 60:.1f} min for {sae['steps']} steps; activations take at most "
+            f"{sae['disk_bytes'] / 1e9:.1f} GB of disk",
         ]
     )

@@ -17,7 +17,7 @@ from sarm_jax.models.chat import encode_conversation
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import is_constant
 from sarm_jax.reporting.statistics import count_wins
-from sarm_jax.training.sae_training import Conversation, collect_activations
+from sarm_jax.training.activations import Conversation, collect_pooled
 
 RESPONSES = 2000  # to fit a linear probe to, and as many to test it on
 PAIRS = 8000  # gives the accuracy a standard error of about 0.003
@@ -169,5 +169,4 @@ def _states(
         Conversation(encode_conversation(reward_model.tokenizer, prompt, response), turn_length=1)
         for prompt, response in exchanges
     ]
-    activations = collect_activations(reward_model.model.trunk, rows, max_tokens=len(rows), seed=0)
-    return activations.pooled_rd, exchanges
+    return collect_pooled(reward_model.model.trunk, rows), exchanges

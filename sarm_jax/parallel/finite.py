@@ -41,16 +41,42 @@ def is_finite(array: Any) -> jax.Array | bool:
 def require_finite(arrays: Mapping[str, np.ndarray], source: object) -> None:
     """Raises InputError, naming `source` and the tensor, if a host array is not finite."""
     for name, array in arrays.items():
-        if not is_finite(array):
-            raise InputError(f"{source}: {name}: {describe(array)}, expected finite numbers")
+        check = FiniteCheck()
+        check.add(array)
+        check.require(source, name)
 
 
 def describe(array: np.ndarray) -> str:
     """Describes what is not finite in an array."""
-    values = np.asarray(array).astype(np.float64)
-    bad = values[~np.isfinite(values)]
-    found = "NaN" if np.isnan(bad).any() else "infinity"
-    return f"holds {found} ({bad.size} of {values.size} numbers are not finite)"
+    check = FiniteCheck()
+    check.add(array)
+    return check.describe()
+
+
+class FiniteCheck:
+    """Counts the numbers of an array that are not finite, of which it gets a part at a time."""
+
+    def __init__(self) -> None:
+        self._size, self._bad, self._nan = 0, 0, False
+
+    def add(self, part: np.ndarray) -> None:
+        """Counts the numbers of a host array."""
+        part = np.asarray(part)
+        self._size += part.size
+        if not is_finite(part):
+            values = part.astype(np.float64)
+            bad = values[~np.isfinite(values)]
+            self._bad, self._nan = self._bad + bad.size, self._nan or bool(np.isnan(bad).any())
+
+    def describe(self) -> str:
+        """Describes what is not finite."""
+        found = "NaN" if self._nan else "infinity"
+        return f"holds {found} ({self._bad} of {self._size} numbers are not finite)"
+
+    def require(self, source: object, name: str) -> None:
+        """Raises InputError, naming `source` and the tensor, if a number was not finite."""
+        if self._bad:
+            raise InputError(f"{source}: {name}: {self.describe()}, expected finite numbers")
 
 
 @jax.jit

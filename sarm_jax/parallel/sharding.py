@@ -17,6 +17,7 @@ state are small and replicated.
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -28,7 +29,7 @@ from jax.tree_util import DictKey
 from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.devices import find_devices
 
-# A function that reads a region of a parameter; every slice has a start and a stop.
+# A function that reads a region of an array; every slice has a start and a stop.
 Read = Callable[[tuple[slice, ...]], np.ndarray]
 
 AXES = ("data", "fsdp", "tensor")
@@ -196,16 +197,7 @@ class Placement:
             return jax.block_until_ready(jax.device_put(array))
         padded = padded_shape(path, shape, self.mesh)
         sharding = self._at(partition_spec(path, padded, self.mesh))
-        devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-        for device, index in sharding.addressable_devices_indices_map(padded).items():
-            pairs = zip(index or (), padded, strict=True)
-            bounds = tuple((s.indices(size)[0], s.indices(size)[1]) for s, size in pairs)
-            devices.setdefault(bounds, []).append(device)
-        shards = []
-        for region, copies in devices.items():
-            piece = _read_padded(region, shape=shape, dtype=dtype, read=read)
-            shards += jax.block_until_ready([jax.device_put(piece, device) for device in copies])
-        return jax.make_array_from_single_device_arrays(padded, sharding, shards)
+        return _read_shards(padded, sharding, partial(_read_padded, shape, dtype, read))
 
     def parameters(self, tree: Any) -> Any:
         """Puts the parameters of a module where `load` puts them; on the mesh they are padded."""
@@ -226,6 +218,15 @@ class Placement:
         if self.mesh is None:
             return tree
         return jax.tree.map(lambda x: _put(x, self._at(self._rows(x.shape, dimension))), tree)
+
+    def read_rows(self, shape: Sequence[int], read: Read, dimension: int = 0) -> Any:
+        """Reads what `rows` would split; a process reads only the shards of its own devices.
+
+        Without a mesh the result is the host array.
+        """
+        if self.mesh is None:
+            return read(tuple(slice(0, size) for size in shape))
+        return _read_shards(shape, self._at(self._rows(shape, dimension)), read)
 
     def abstract(self, shape: Sequence[int], dtype: Any, spec: P) -> Any:
         """Describes an array that is split like `spec`, for compiling ahead of time."""
@@ -337,17 +338,30 @@ def _put(x: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
+def _read_shards(shape: Sequence[int], sharding: Sharding, read: Read) -> jax.Array:
+    """Reads each region that a device of this process has, once, and puts it there."""
+    devices: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(tuple(shape)).items():
+        pairs = zip(index or (), shape, strict=True)
+        bounds = tuple((s.indices(size)[0], s.indices(size)[1]) for s, size in pairs)
+        devices.setdefault(bounds, []).append(device)
+    shards = []
+    for region, copies in devices.items():
+        piece = read(tuple(slice(*bounds) for bounds in region))
+        shards += jax.block_until_ready([jax.device_put(piece, device) for device in copies])
+    return jax.make_array_from_single_device_arrays(tuple(shape), sharding, shards)
+
+
 def _read_padded(
-    bounds: Sequence[tuple[int, int]], shape: Sequence[int], dtype: Any, read: Read
+    shape: Sequence[int], dtype: Any, read: Read, region: tuple[slice, ...]
 ) -> np.ndarray:
-    """Reads the region between `bounds`, with zeros in rows beyond `shape`."""
-    (start, stop), *column_bounds = bounds
-    columns = [slice(*pair) for pair in column_bounds]
-    if stop <= shape[0]:
-        return read((slice(start, stop), *columns))
-    piece = np.zeros([high - low for low, high in bounds], dtype)
-    if start < shape[0]:
-        piece[: shape[0] - start] = read((slice(start, shape[0]), *columns))
+    """Reads a region, with zeros in rows beyond `shape`."""
+    rows, *columns = region
+    if rows.stop <= shape[0]:
+        return read(region)
+    piece = np.zeros([s.stop - s.start for s in region], dtype)
+    if rows.start < shape[0]:
+        piece[: shape[0] - rows.start] = read((slice(rows.start, shape[0]), *columns))
     return piece
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from sarm_jax.models.sae import SAE
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
+from sarm_jax.training.activations import Rows, read_rows
 from sarm_jax.training.divergence import check_loss
 from sarm_jax.training.preference_loss import bradley_terry_loss, pair_metrics
 from sarm_jax.training.preference_training import (
@@ -25,7 +26,7 @@ from sarm_jax.training.sae_training import Log
 
 def train_head(
     sae: SAE,
-    pooled_rd: np.ndarray,
+    pooled_rd: Rows,
     pairs_p2: np.ndarray,
     options: PreferenceTraining,
     log: Log,
@@ -65,7 +66,7 @@ def train_head(
 
 def train_heads(
     sae: SAE,
-    pooled_rd: np.ndarray,
+    pooled_rd: Rows,
     pairs_p2: np.ndarray,
     options: PreferenceTraining,
     log: Log,
@@ -145,7 +146,7 @@ def _train_head(
 
 
 def sparse_latents(
-    sae: SAE, x_rd: np.ndarray, placement: Placement = ONE_DEVICE, batch: int = 256
+    sae: SAE, x_rd: Rows, placement: Placement = ONE_DEVICE, batch: int = 256
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the latents that the head reads: k of each row with TopK, otherwise all M.
 
@@ -155,8 +156,8 @@ def sparse_latents(
     k = sae.config.k if sae.config.use_topk else sae.config.latent_size
     graphdef, state = nnx.split(sae)
     batches = [
-        _sparse_latents(graphdef, state, placement.rows(x_rd[start : start + batch]), k=k)
-        for start in range(0, len(x_rd), batch)
+        _sparse_latents(graphdef, state, placement.rows(read_rows(x_rd, rows)), k=k)
+        for rows in (slice(start, start + batch) for start in range(0, len(x_rd), batch))
     ]
     values, indices = zip(*batches, strict=True)
     return placement.replicated((jnp.concatenate(values), jnp.concatenate(indices)))

@@ -9,7 +9,7 @@ import numpy as np
 
 from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.conversation import Prompt
-from sarm_jax.training.sae_training import Conversation
+from sarm_jax.training.activations import Conversation
 
 SIDES = ("chosen", "rejected")
 

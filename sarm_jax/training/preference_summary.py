@@ -1,5 +1,6 @@
 """Scores of the pairs after training, and their summary: accuracy, margins, heads and ties."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,18 +11,13 @@ from flax import nnx
 from sarm_jax.models.sarm import SARM
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.reporting.statistics import count_wins, wilson_interval
+from sarm_jax.training.activations import Rows, read_rows
 from sarm_jax.training.pair_set import SIDES, PairSet
 
 
-def score_pooled(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndarray:
+def score_pooled(sarm: SARM, pooled_rd: Rows, batch: int = 256) -> np.ndarray:
     """Computes the scores `[R]` of pooled, standardised trunk states `[R, D]`."""
-    graphdef, state = nnx.split(sarm)
-    return np.concatenate(
-        [
-            fetch(_score_pooled(graphdef, state, pooled_rd[start : start + batch]))
-            for start in range(0, len(pooled_rd), batch)
-        ]
-    )
+    return _in_batches(_score_pooled, sarm, pooled_rd, batch)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -31,15 +27,17 @@ def _score_pooled(graphdef, state, x_bd):
     return sarm.head(sarm.sae.encode(x_bd))
 
 
-def score_by_head(sarm: SARM, pooled_rd: np.ndarray, batch: int = 256) -> np.ndarray:
+def score_by_head(sarm: SARM, pooled_rd: Rows, batch: int = 256) -> np.ndarray:
     """Computes the scores `[R, H]` that the heads of an ensemble give to pooled states `[R, D]`."""
+    return _in_batches(_score_by_head, sarm, pooled_rd, batch)
+
+
+def _in_batches(score: Callable, sarm: SARM, pooled_rd: Rows, batch: int) -> np.ndarray:
+    """Calls a compiled function of (structure, parameters, states) for `batch` states at a time."""
     graphdef, state = nnx.split(sarm)
-    starts = range(0, len(pooled_rd), batch)
+    batches = (slice(start, start + batch) for start in range(0, len(pooled_rd), batch))
     return np.concatenate(
-        [
-            fetch(_score_by_head(graphdef, state, pooled_rd[start : start + batch]))
-            for start in starts
-        ]
+        [fetch(score(graphdef, state, read_rows(pooled_rd, rows))) for rows in batches]
     )
 
 

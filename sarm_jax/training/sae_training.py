@@ -20,7 +20,7 @@ cloud itself is reconstructed far better.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,22 +29,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.stages import Lowered
 from tqdm import tqdm
 
 from sarm_jax.io.errors import InputError
-from sarm_jax.models.chat import pad_batch, scored_length
-from sarm_jax.models.llama import Llama
-from sarm_jax.models.sae import SAE, reconstruction_loss, standardise, top_k
-from sarm_jax.parallel.compilation import compile_programs
-from sarm_jax.parallel.finite import require_finite
-from sarm_jax.parallel.processes import fetch
+from sarm_jax.models.sae import SAE, reconstruction_loss, top_k
+from sarm_jax.parallel.processes import fetch, raising_on_all
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
 from sarm_jax.reporting.spread import is_constant
+from sarm_jax.training.activations import (
+    BLOCK,
+    Activations,
+    Rows,
+    all_equal,
+    mean_row,
+    pieces,
+    read_rows,
+)
 from sarm_jax.training.divergence import check_loss, check_weights
 from sarm_jax.training.progress import NOTHING_KEPT, Progress
 
 Log = Callable[[dict[str, Any]], None]
-TOKENS_PER_BATCH = 2048  # in one forward pass of the trunk
 STEPS_PER_CALL = 20  # minibatches on the device at a time
 # A reconstruction by 0 has a loss of 1, one that has the right length in a wrong direction of 4.
 LARGEST_LOSS = 10.0
@@ -78,125 +83,6 @@ class SAETraining:
     rate_option: str = "train_sarm.sae_learning_rate"
 
 
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """The token ids of an exchange; the last `turn_length` of them are the assistant turn."""
-
-    ids: list[int]
-    turn_length: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Activations:
-    """Trunk states of tokens, standardised for a SARM, in the order of the conversations.
-
-    Attributes:
-        x_nd: states `[N, D]` float32.
-        pooled_n: `[N]` bool, True for the last token of each conversation, which the head reads.
-    """
-
-    x_nd: np.ndarray
-    pooled_n: np.ndarray
-
-    @property
-    def pooled_rd(self) -> np.ndarray:
-        """The pooled states `[R, D]`, one of each conversation."""
-        return self.x_nd[self.pooled_n]
-
-
-def collect_activations(
-    trunk: Llama,
-    rows: Sequence[Conversation],
-    max_tokens: int,
-    seed: int,
-    standardised: bool = True,
-) -> Activations:
-    """Runs the trunk, on its mesh, and keeps the states of tokens of the assistant turns.
-
-    With `standardised` False they are kept as they are.
-
-    Every pooled token is kept. The other tokens are sampled without replacement, up to `max_tokens`
-    tokens in all; if there are more conversations than that, only the pooled tokens are kept.
-
-    Raises:
-        InputError: a state is not finite.
-    """
-    rng = np.random.default_rng(seed)
-    kept = _sample_tokens([row.turn_length for row in rows], max_tokens, rng)
-    offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])])
-    x_nd = np.empty((offsets[-1], trunk.config.hidden_size), np.float32)
-    graphdef, state = nnx.split(trunk)
-    placement = trunk.placement
-    states = _standardised if standardised else _states
-    length_r = np.asarray([scored_length(len(row.ids)) for row in rows])
-    batch_sizes = {n: _divisible(TOKENS_PER_BATCH // n, placement) for n in np.unique(length_r)}
-    examples = [
-        placement.rows(pad_batch([[0]] * size, length, 0)) for length, size in batch_sizes.items()
-    ]
-    compile_programs(
-        partial(states.lower, graphdef, state, tokens_bt, mask_bt)
-        for tokens_bt, mask_bt in examples
-    )
-    with tqdm(total=len(rows), desc="activations", unit="row") as bar:
-        for length, size in batch_sizes.items():
-            indices = np.flatnonzero(length_r == length)
-            for start in range(0, len(indices), size):
-                batch = indices[start : start + size]
-                ids = [rows[i].ids for i in batch]
-                ids += [ids[0]] * (size - len(ids))
-                tokens_bt, mask_bt = placement.rows(pad_batch(ids, length, 0))
-                x_btd = np.asarray(fetch(states(graphdef, state, tokens_bt, mask_bt)))
-                for x_td, i in zip(x_btd, batch, strict=False):
-                    x_nd[offsets[i] : offsets[i + 1]] = x_td[len(rows[i].ids) - 1 - kept[i]]
-                bar.update(len(batch))
-    pooled_n = np.zeros(len(x_nd), bool)
-    pooled_n[offsets[1:] - 1] = True
-    require_finite(
-        {
-            "the states of its layers"
-            if not standardised
-            else "the states of the first layers": x_nd
-        },
-        "the model",
-    )
-    return Activations(x_nd, pooled_n)
-
-
-def _divisible(rows: int, placement: Placement) -> int:
-    """Rounds up to a positive number of rows that the mesh divides."""
-    return max(-(-rows // placement.parts), 1) * placement.parts
-
-
-@partial(jax.jit, static_argnums=0)
-def _standardised(graphdef, state, tokens_bt, mask_bt):
-    """Computes the standardised trunk states `[B, T, D]` of a padded batch."""
-    return standardise(nnx.merge(graphdef, state).hidden(tokens_bt, mask_bt))
-
-
-@partial(jax.jit, static_argnums=0)
-def _states(graphdef, state, tokens_bt, mask_bt):
-    """Computes the trunk states `[B, T, D]` of a padded batch in float32."""
-    return nnx.merge(graphdef, state).hidden(tokens_bt, mask_bt).astype(jnp.float32)
-
-
-def _sample_tokens(turn_lengths, max_tokens, rng):
-    """Samples the tokens to keep of each turn.
-
-    Returns:
-        For each turn the kept tokens in reading order, counted from the end: 0 is the pooled one.
-    """
-    others_r = np.asarray(turn_lengths) - 1
-    end_r = np.cumsum(others_r)
-    total, room = int(end_r[-1]), max(max_tokens - len(turn_lengths), 0)
-    sample = np.arange(total)
-    if total > room:
-        sample = np.sort(rng.choice(total, room, replace=False))
-    row = np.searchsorted(end_r, sample, side="right")
-    back = sample - (end_r - others_r)[row] + 1
-    per_row = np.split(back, np.searchsorted(row, np.arange(1, len(turn_lengths))))
-    return [np.concatenate([k[::-1], [0]]) for k in per_row]
-
-
 def pretrain_sae(
     sae: SAE,
     train: Activations,
@@ -228,29 +114,24 @@ def pretrain_sae(
     graphdef, optimizer, state = _start(sae, train, rng, options=options, placement=placement)
     done, state = progress.restore("sae", state)
     loss = progress.rows[-1]["loss"] if done else 0.0
+    batches = _batches(train, rng, done=done, options=options, placement=placement)
+    upcoming = next(batches, None)
     with (
         tqdm(total=options.steps, initial=done, desc="SAE", unit="step") as bar,
         progress.running(),
     ):
-        for start in range(0, options.steps, STEPS_PER_CALL):
-            steps = min(STEPS_PER_CALL, options.steps - start)
-            n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
-            if start < done:  # only the random numbers are those of the steps before
-                continue
+        while upcoming is not None:
+            steps, x_sbd = upcoming
             state, losses_s = _sae_steps(
-                graphdef,
-                optimizer,
-                options=options,
-                placement=placement,
-                state=state,
-                x_sbd=placement.rows(train.x_nd[n_sb], dimension=1),
+                graphdef, optimizer, options=options, placement=placement, state=state, x_sbd=x_sbd
             )
+            upcoming = next(batches, None)  # is read while the device computes
             loss, dead = float(losses_s.mean()), _dead_fraction(state, options)
             check_loss(loss, "the SAE's loss", options.rate_option)
-            log({"stage": "sae", "step": start + steps, "loss": loss, "dead_fraction": dead})
-            bar.update(steps)
+            log({"stage": "sae", "step": steps, "loss": loss, "dead_fraction": dead})
+            bar.update(len(losses_s))
             bar.set_postfix(loss=f"{loss:.3f}", dead=f"{dead:.3f}")
-            progress.keep("sae", start + steps, state)
+            progress.keep("sae", steps, state)
     check_loss(loss, "the SAE's loss", options.rate_option, LARGEST_LOSS)
     trained = nnx.merge(graphdef, state[0])
     check_weights(trained, options.rate_option)
@@ -258,16 +139,76 @@ def pretrain_sae(
     return trained, {**metrics, "dead_fraction": _dead_fraction(state, options)}
 
 
+def _batches(
+    train: Activations,
+    rng: np.random.Generator,
+    *,
+    done: int,
+    options: SAETraining,
+    placement: Placement,
+) -> Iterator[tuple[int, Any]]:
+    """Reads the minibatches `[S, B, D]` of each call; a process reads its share of them.
+
+    Yields:
+        (the number of steps after the call, its minibatches), for the steps that are not done. Of
+        the others only the random numbers are drawn.
+    """
+    for start in range(0, options.steps, STEPS_PER_CALL):
+        steps = min(STEPS_PER_CALL, options.steps - start)
+        n_sb = sample_batches(train.pooled_n, (steps, options.batch_tokens), rng)
+        if start < done:
+            continue
+        with raising_on_all():
+            x_sbd = placement.read_rows(
+                (*n_sb.shape, train.x_nd.shape[1]),
+                partial(_read_region, train, n_sb),
+                dimension=1,
+            )
+        yield start + steps, x_sbd
+
+
+def _read_region(train: Activations, n_sb: np.ndarray, region: tuple[slice, ...]) -> np.ndarray:
+    """Reads a region of the minibatches `[S, B, D]` with the row numbers `n_sb`, at full width."""
+    return train.x_nd[n_sb[region[:2]]]
+
+
 def _start(sae, train, rng, *, options, placement):
     """Returns (structure, optimizer, (parameters, its state, idle steps of each latent `[M]`))."""
     new = initialise(sae, train, rng)
     new.placement = placement
     graphdef, params = nnx.split(new)
-    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
-    optimizer = optax.adam(schedule)
+    optimizer = _optimizer(options)
     params = placement.replicated(params)
     idle_f = jnp.zeros((sae.config.latent_size,), jnp.int32)
     return graphdef, optimizer, (params, *placement.replicated((optimizer.init(params), idle_f)))
+
+
+def _optimizer(options: SAETraining) -> optax.GradientTransformation:
+    schedule = warmup_cosine(options.learning_rate, options.warmup_fraction, options.steps)
+    return optax.adam(schedule)
+
+
+def lower_steps(sae: SAE, options: SAETraining) -> Lowered:
+    """Lowers the program of `pretrain_sae`, `STEPS_PER_CALL` steps, from shapes alone.
+
+    Args:
+        sae: the SAE, of descriptions of arrays, with its placement.
+        options: options of the training.
+    """
+    placement, optimizer = sae.placement, _optimizer(options)
+    graphdef, params = nnx.split(sae)
+    idle_f = jax.ShapeDtypeStruct((sae.config.latent_size,), jnp.int32)
+    state = params, jax.eval_shape(optimizer.init, params), idle_f
+    steps = min(STEPS_PER_CALL, options.steps)
+    shape = steps, options.batch_tokens, sae.config.hidden_size
+    return _sae_steps.lower(
+        graphdef,
+        optimizer,
+        options=options,
+        placement=placement,
+        state=placement.abstract_replicated(state),
+        x_sbd=placement.abstract_rows(shape, jnp.float32, dimension=1),
+    )
 
 
 def _dead_fraction(state, options):
@@ -290,7 +231,7 @@ def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
     Raises:
         InputError: the activations are all equal, so that there is nothing to reconstruct.
     """
-    if is_constant(train.x_nd, axis=0).all():
+    if all_equal(train.x_nd):
         raise InputError(
             f"the states of the {len(train.x_nd)} tokens that the SAE would learn from are all "
             "equal (is the model trained?)"
@@ -299,12 +240,12 @@ def initialise(sae: SAE, train: Activations, rng: np.random.Generator) -> SAE:
     new = nnx.merge(graphdef, jax.tree.map(lambda p: jnp.array(p, jnp.float32), state))
     directions_fd = rng.standard_normal(new.decoder.shape, np.float32)
     directions_fd /= np.linalg.norm(directions_fd, axis=1, keepdims=True)
-    bias_d = train.pooled_rd.mean(axis=0)
+    bias_d = mean_row(train.pooled)
     new.decoder[...] = jnp.asarray(directions_fd)
     new.encoder[...] = jnp.asarray(directions_fd.T)
     new.pre_bias[...] = jnp.asarray(bias_d)
     new.latent_bias[...] = jnp.zeros_like(new.latent_bias[...])
-    x_bd = train.x_nd[rng.integers(len(train.x_nd), size=1024)]
+    x_bd = read_rows(train.x_nd, rng.integers(len(train.x_nd), size=1024))
     x_hat_bd, _ = reconstruct(new, x_bd)
     centred_bd, output_bd = x_bd - bias_d, x_hat_bd - bias_d
     scale = (centred_bd * output_bd).sum() / np.square(output_bd).sum()
@@ -401,12 +342,18 @@ def sae_metrics(sae: SAE, activations: Activations) -> dict[str, float | None]:
         `explained_variance` of all tokens, `explained_variance_pooled` of the pooled tokens (None
         if it is undefined), and `l0`, the mean number of kept latents of a token that are not 0.
     """
-    x_hat_nd, l0 = reconstruct(sae, activations.x_nd)
-    pooled_n = activations.pooled_n
+    every, pooled = (_Explained.of(x_nd) for x_nd in (activations.x_nd, activations.pooled))
+    start, active = 0, 0.0
+    for x_kd in pieces(activations.x_nd):
+        x_hat_kd, kept = reconstruct(sae, x_kd)
+        pooled_k = activations.pooled_n[start : start + len(x_kd)]
+        every.add(x_kd, x_hat_kd)
+        pooled.add(x_kd[pooled_k], x_hat_kd[pooled_k])
+        start, active = start + len(x_kd), active + kept
     return {
-        "explained_variance": explained_variance(activations.x_nd, x_hat_nd),
-        "explained_variance_pooled": explained_variance(activations.pooled_rd, x_hat_nd[pooled_n]),
-        "l0": l0,
+        "explained_variance": every.variance(),
+        "explained_variance_pooled": pooled.variance(),
+        "l0": active / start,
     }
 
 
@@ -415,18 +362,43 @@ def explained_variance(x_nd: np.ndarray, x_hat_nd: np.ndarray) -> float | None:
 
     It is undefined, None, if the rows are equal up to rounding.
     """
-    if is_constant(x_nd, axis=0).all():
-        return None
-    unexplained = np.square(x_nd - x_hat_nd, dtype=np.float64).sum()
-    total = np.square(x_nd - x_nd.mean(axis=0), dtype=np.float64).sum()
-    return float(1 - unexplained / total)
+    sums = _Explained(x_nd.mean(axis=0), bool(is_constant(x_nd, axis=0).all()))
+    sums.add(x_nd, x_hat_nd)
+    return sums.variance()
 
 
-def reconstruct(sae: SAE, x_nd: np.ndarray, batch: int = 1024) -> tuple[np.ndarray, float]:
+class _Explained:
+    """The sums of an explained variance, of which it gets some rows at a time.
+
+    Args:
+        mean_d: the mean of all rows.
+        undefined: True if the rows are equal up to rounding.
+    """
+
+    def __init__(self, mean_d: np.ndarray, undefined: bool):
+        self._mean_d, self._undefined = mean_d, undefined
+        self._unexplained, self._total = np.float64(0), np.float64(0)
+
+    @classmethod
+    def of(cls, x_nd: Rows) -> "_Explained":
+        """Starts the sums for rows, which are read for their mean."""
+        return cls(mean_row(x_nd), all_equal(x_nd))
+
+    def add(self, x_kd: np.ndarray, x_hat_kd: np.ndarray) -> None:
+        """Adds rows and their reconstructions."""
+        self._unexplained += np.square(x_kd - x_hat_kd, dtype=np.float64).sum()
+        self._total += np.square(x_kd - self._mean_d, dtype=np.float64).sum()
+
+    def variance(self) -> float | None:
+        """Returns the explained variance of all rows; None if it is undefined."""
+        return None if self._undefined else float(1 - self._unexplained / self._total)
+
+
+def reconstruct(sae: SAE, x_nd: np.ndarray, batch: int = BLOCK) -> tuple[np.ndarray, float]:
     """Reconstructs activations through the k kept latents.
 
     Returns:
-        (x̂ `[N, D]`, the mean number of kept latents of a token that are not 0).
+        (x̂ `[N, D]`, the number of kept latents of all tokens that are not 0).
     """
     graphdef, state = nnx.split(sae)
     x_hat_nd, active = np.empty(x_nd.shape, np.float32), 0.0
@@ -436,7 +408,7 @@ def reconstruct(sae: SAE, x_nd: np.ndarray, batch: int = 1024) -> tuple[np.ndarr
         x_hat_bd, active_b = fetch(_reconstruct(graphdef, state, padded))
         x_hat_nd[start : start + batch] = x_hat_bd[: len(x_bd)]
         active += float(active_b[: len(x_bd)].sum())
-    return x_hat_nd, active / len(x_nd)
+    return x_hat_nd, active
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,6 +11,7 @@
 The reward model is not changed. All randomness follows from `seed`.
 """
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -28,17 +29,24 @@ from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.sae import SAE, TOPK, SAEConfig
 from sarm_jax.parallel.processes import fetch
 from sarm_jax.reporting.spread import is_constant
+from sarm_jax.training.activations import (
+    ActivationFolder,
+    Activations,
+    Conversation,
+    Rows,
+    all_equal,
+    mean_row,
+    pieces,
+    temporary_folder,
+)
 from sarm_jax.training.divergence import check_summary, check_weights
 from sarm_jax.training.held_out import draw_held_out
 from sarm_jax.training.option_checks import OptionChecks
 from sarm_jax.training.pair_set import encode_turn
 from sarm_jax.training.preference_training import cast
 from sarm_jax.training.sae_training import (
-    Activations,
-    Conversation,
     Log,
     SAETraining,
-    collect_activations,
     pretrain_sae,
     reconstruct,
     sae_metrics,
@@ -114,6 +122,7 @@ def train_sae(
     tokenizer: Any,
     responses: Sequence[tuple[Prompt, str]],
     log: Log,
+    folder: ActivationFolder | None = None,
 ) -> tuple[SAE, dict[str, Any]]:
     """Trains an SAE on the states of responses under a reward model.
 
@@ -123,6 +132,7 @@ def train_sae(
         tokenizer: its tokenizer.
         responses: (prompt, response) of each response.
         log: receives the metrics rows.
+        folder: where the states are kept; None: in a temporary folder.
 
     Returns:
         (the SAE in the dtype of the model, the summary for sae_summary.json).
@@ -130,15 +140,31 @@ def train_sae(
     Raises:
         InputError: the options do not fit the responses.
         DivergedError: training diverged.
+        OSError: there is no disk space for the states.
     """
+    with contextlib.nullcontext(folder) if folder else temporary_folder() as used:
+        return _train(config, model, tokenizer, responses=responses, log=log, folder=used)
+
+
+def _train(
+    config: TrainSAEConfig,
+    model: LinearReward,
+    tokenizer: Any,
+    *,
+    responses: Sequence[tuple[Prompt, str]],
+    log: Log,
+    folder: ActivationFolder,
+) -> tuple[SAE, dict[str, Any]]:
+    """Trains an SAE, see `train_sae`."""
     responses = list(dict.fromkeys(responses))
     held_out_r = config.held_out([prompt for prompt, _ in responses])
     rows = [
         encode_response(model, tokenizer, prompt, response, config.max_length)
         for prompt, response in responses
     ]
-    train, held_out = (_collect(config, model, rows, r) for r in (~held_out_r, held_out_r))
-    mean_d, scale = scaling(train.pooled_rd)
+    train = _collect(config, model, rows, keep_r=~held_out_r, folder=folder, name="train")
+    held_out = _collect(config, model, rows, keep_r=held_out_r, folder=folder, name="held_out")
+    mean_d, scale = scaling(train.pooled)
     sae, metrics = pretrain_sae(
         _new_sae(config, model),
         train=_scaled(train, mean_d, scale),
@@ -164,10 +190,17 @@ def train_sae(
 
 
 def _collect(
-    config: TrainSAEConfig, model: LinearReward, rows: Sequence[Conversation], keep_r: np.ndarray
+    config: TrainSAEConfig,
+    model: LinearReward,
+    rows: Sequence[Conversation],
+    *,
+    keep_r: np.ndarray,
+    folder: ActivationFolder,
+    name: str,
 ) -> Activations:
     """Collects the states of the rows that `keep_r` marks: the pooled ones and `token_states`."""
-    return collect_activations(
+    return folder.collect(
+        name,
         model.trunk,
         [row for row, kept in zip(rows, keep_r, strict=True) if kept],
         max_tokens=int(keep_r.sum()) + config.token_states,
@@ -186,19 +219,22 @@ def encode_response(
     return Conversation(ids[:end], max(row.turn_length - (len(ids) - end), 1))
 
 
-def scaling(pooled_rd: np.ndarray) -> tuple[np.ndarray, float]:
+def scaling(pooled_rd: Rows) -> tuple[np.ndarray, float]:
     """Returns the mean μ `[D]` of pooled states, and s that scales their distance from it to √D.
 
     Raises:
         InputError: the states are all equal.
     """
-    if is_constant(pooled_rd, axis=0).all():
+    if all_equal(pooled_rd):
         raise InputError(
             f"the states of the {len(pooled_rd)} responses that the SAE would learn from are all "
             "equal (is the reward model trained?)"
         )
-    mean_d = pooled_rd.mean(axis=0, dtype=np.float64)
-    variance = np.square(pooled_rd - mean_d).mean()
+    mean_d = mean_row(pooled_rd, np.float64)
+    squares = np.float64(0)
+    for x_kd in pieces(pooled_rd):
+        squares += np.square(x_kd - mean_d).sum()
+    variance = squares / (len(pooled_rd) * len(mean_d))
     return mean_d.astype(np.float32), float(1 / np.sqrt(variance))
 
 
@@ -254,8 +290,27 @@ def _fired(graphdef, state, x_bd):
     return nnx.merge(graphdef, state).encode(x_bd).astype(bool).any(axis=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _ScaledRows:
+    """Rows (x − μ) s of other rows x, which are read when they are asked for."""
+
+    x_nd: Rows
+    mean_d: np.ndarray
+    scale: np.float32
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.x_nd.shape
+
+    def __len__(self) -> int:
+        return len(self.x_nd)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return (self.x_nd[index] - self.mean_d) * self.scale
+
+
 def _scaled(activations: Activations, mean_d: np.ndarray, scale: float) -> Activations:
-    x_nd = (activations.x_nd - mean_d) * np.float32(scale)
+    x_nd = _ScaledRows(activations.x_nd, mean_d, np.float32(scale))
     return Activations(x_nd, activations.pooled_n)
 
 

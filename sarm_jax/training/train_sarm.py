@@ -13,6 +13,7 @@ for what the two sides differ in.
 Source: arXiv 2508.08746. All randomness follows from `seed`.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -31,6 +32,14 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig, centre_heads
 from sarm_jax.parallel.sharding import MeshConfig, Placement
+from sarm_jax.training.activations import (
+    ActivationFolder,
+    Activations,
+    Rows,
+    collect_pooled,
+    read_rows,
+    temporary_folder,
+)
 from sarm_jax.training.divergence import (
     DivergedError,
     check_loss,
@@ -50,14 +59,7 @@ from sarm_jax.training.preference_summary import (
 )
 from sarm_jax.training.preference_training import RATES, PreferenceTraining, cast, fine_tune
 from sarm_jax.training.progress import NOTHING_KEPT, Progress
-from sarm_jax.training.sae_training import (
-    Activations,
-    Log,
-    SAETraining,
-    collect_activations,
-    pretrain_sae,
-    sae_metrics,
-)
+from sarm_jax.training.sae_training import Log, SAETraining, pretrain_sae, sae_metrics
 
 LOG = logging.getLogger(__name__)
 
@@ -193,6 +195,7 @@ def train_sarm(
     log: Log,
     ties: Sequence[Mapping[str, Any]] = (),
     progress: Progress = NOTHING_KEPT,
+    folder: ActivationFolder | None = None,
 ) -> tuple[SARM, dict[str, Any]]:
     """Trains a SARM on the first layers of a policy.
 
@@ -204,6 +207,7 @@ def train_sarm(
         log: receives the metrics rows.
         ties: rows of the same kind whose sides are equally good; the rejected one has the shortcut.
         progress: where the training goes on, and what is kept of it.
+        folder: where the activations are kept; None: in a temporary folder.
 
     Returns:
         (the SARM in the policy's dtype, the summary for sarm_summary.json).
@@ -211,14 +215,40 @@ def train_sarm(
     Raises:
         InputError: the options do not fit the model or the pairs.
         DivergedError: training diverged.
+        OSError: there is no disk space for the activations.
     """
+    with contextlib.nullcontext(folder) if folder else temporary_folder() as used:
+        return _train(
+            config,
+            policy,
+            tokenizer,
+            pairs=pairs,
+            log=log,
+            ties=ties,
+            progress=progress,
+            folder=used,
+        )
+
+
+def _train(
+    config: TrainSARMConfig,
+    policy: Llama,
+    tokenizer: Any,
+    *,
+    pairs: Sequence[Mapping[str, Any]],
+    log: Log,
+    ties: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    folder: ActivationFolder,
+) -> tuple[SARM, dict[str, Any]]:
+    """Trains a SARM, see `train_sarm`."""
     clock = [time.perf_counter()]
     data = encode_pairs(tokenizer, pairs, config, ties)
     trunk, (_, held_out_rows) = truncate(policy, config.source_layer), _split_rows(data.preferences)
     sae, metrics = _new_sae(config, trunk), progress.noted("sae")
     activations: Any = None
     if metrics is None:  # otherwise the training on preferences, which has begun, restores the SAE
-        activations = _collect(config, trunk, data)
+        activations = _collect(config, trunk, data, folder)
         clock.append(time.perf_counter())
         sae, metrics = _pretrain(
             config, sae, data, activations, placement=trunk.placement, log=log, progress=progress
@@ -236,7 +266,8 @@ def train_sarm(
     check_weights(sarm, RATES)
     clock.append(time.perf_counter())
     if config.mode > 0:
-        activations = _collect_again(config, sarm, data)
+        folder.remove()
+        activations = _collect_again(config, sarm, data, folder)
         summary["sae_after"] = sae_metrics(sarm.sae, _select_rows(activations, held_out_rows))
     summary |= _summary_of_pairs(sarm, data, activations)
     _check_preferences(summary)
@@ -252,7 +283,7 @@ def _summary_of_pairs(sarm: SARM, data: PairSet, activations: Activations) -> di
     score_r = score_pooled(sarm, _pooled(sarm.trunk, data, activations))
     summary = preference_summary(data.preferences, score_r)
     if sarm.config.heads > 1:
-        score_rh = score_by_head(sarm, activations.pooled_rd)
+        score_rh = score_by_head(sarm, activations.pooled)
         summary["heads"] = head_summary(data.preferences, score_rh)
     if data.ties is not None:
         summary["ties"] = tie_summary(data.ties, score_r)
@@ -266,18 +297,35 @@ def _check_preferences(summary: Mapping[str, Any]) -> None:
     check_loss(margin, "the mean margin of a pair in nats", RATES, LARGEST_MARGIN)
 
 
-def _collect_again(config: TrainSARMConfig, sarm: SARM, data: PairSet) -> Activations:
+def _collect_again(
+    config: TrainSARMConfig, sarm: SARM, data: PairSet, folder: ActivationFolder
+) -> Activations:
     """Collects the states of the trained trunk; raises DivergedError if one is not finite."""
     try:
-        return _collect(config, sarm.trunk, data)
+        return _collect(config, sarm.trunk, data, folder, trained=True)
     except InputError as error:  # its states were finite before training
         raise DivergedError(f"{error}: training diverged; lower {RATES}") from None
 
 
-def _collect(config: TrainSARMConfig, trunk: Llama, data: PairSet) -> Activations:
-    """Collects the states of the conversations of the preferences."""
-    rows = data.preferences.rows
-    return collect_activations(trunk, rows, max_tokens=config.sae_tokens, seed=config.seed)
+def _collect(
+    config: TrainSARMConfig,
+    trunk: Llama,
+    data: PairSet,
+    folder: ActivationFolder,
+    trained: bool = False,
+) -> Activations:
+    """Collects the states of the conversations of the preferences; `trained` says of which trunk.
+
+    Those of the trunk before training are used again if the stage is resumed.
+    """
+    return folder.collect(
+        "trained" if trained else "pretrained",
+        trunk,
+        data.preferences.rows,
+        max_tokens=config.sae_tokens,
+        seed=config.seed,
+        reuse=not trained,
+    )
 
 
 def _pretrain(
@@ -339,10 +387,11 @@ def _train_heads(
     sarm.score[...] = train()
     if config.heads > 1:
         train_rows, _ = _split_rows(data.preferences)
-        sarm.score_bias[...] = centre_heads(score_by_head(sarm, pooled_rd[train_rows]))
+        of_training = read_rows(pooled_rd, train_rows)
+        sarm.score_bias[...] = centre_heads(score_by_head(sarm, of_training))
 
 
-def _pooled(trunk: Llama, data: PairSet, activations: Activations) -> np.ndarray:
+def _pooled(trunk: Llama, data: PairSet, activations: Activations) -> Rows:
     """Returns the pooled states of all conversations, `[R, D]`.
 
     Args:
@@ -350,11 +399,10 @@ def _pooled(trunk: Llama, data: PairSet, activations: Activations) -> np.ndarray
         data: the pairs.
         activations: states of the conversations of the preferences, which come first.
     """
-    others = data.rows[len(activations.pooled_rd) :]
+    others = data.rows[len(activations.pooled) :]
     if not others:
-        return activations.pooled_rd
-    of_ties = collect_activations(trunk, others, max_tokens=len(others), seed=0)
-    return np.concatenate([activations.pooled_rd, of_ties.pooled_rd])
+        return activations.pooled
+    return np.concatenate([activations.pooled_rd, collect_pooled(trunk, others)])
 
 
 def truncate(policy: Llama, source_layer: int) -> Llama:
@@ -455,4 +503,4 @@ def _select_rows(activations: Activations, rows: np.ndarray) -> Activations:
     # A pooled token is the last one of its conversation.
     row_n = np.cumsum(activations.pooled_n) - activations.pooled_n
     keep_n = np.isin(row_n, rows)
-    return Activations(activations.x_nd[keep_n], activations.pooled_n[keep_n])
+    return activations.select(keep_n)

@@ -1,5 +1,6 @@
 """The stage train_sarm, stopped and killed in each of its phases: it goes on to the same bytes."""
 
+import errno
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import pytest
 
 from pipeline.sarm_checkpoints import SARMCheckpoints
 from ppo.tracking.checkpoint import Checkpoints
+from sarm_jax.io.matrix_files import MatrixFiles
+from sarm_jax.training import activations
 from tests.command import run_main
 from tests.oracles import save_tiny_llama, tiny_llama_config, tiny_tokenizer
 
@@ -172,3 +175,74 @@ def test_a_training_that_diverges_leaves_no_checkpoint(train, capsys):
     assert "training diverged" in capsys.readouterr().err
     folder = train.world / "diverged"
     assert not (folder / "sarm_checkpoints").exists() and not (folder / "sarm").exists()
+
+
+def stopped_in_the_sae(train, monkeypatch, name):
+    """Stops a training after 20 steps of the SAE; returns its activations."""
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 1)
+        stopped(train, name)
+    return train.world / name / "sarm_activations" / "pretrained"
+
+
+def test_a_resumed_training_uses_its_activations_again_and_removes_them(
+    train, uninterrupted, monkeypatch, capsys
+):
+    folder = stopped_in_the_sae(train, monkeypatch, "again")
+    collect, lengths = activations._kept_states, []
+
+    def counted(trunk, rows, *arguments):
+        lengths.append(len(rows))
+        return collect(trunk, rows, *arguments)
+
+    monkeypatch.setattr(activations, "_kept_states", counted)
+    assert train("again") == 0
+    assert f"activations in {folder} again" in capsys.readouterr().err
+    assert lengths == [16, 16]  # after training: the preferences, then the ties
+    assert results(train.world / "again") == uninterrupted
+    assert not folder.parent.exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+def test_damaged_activations_are_named_and_collected_again(
+    train, uninterrupted, monkeypatch, capsys, damage
+):
+    """A file that is cut is found at once; a changed byte is, with exit code 2, when it is read."""
+    folder = stopped_in_the_sae(train, monkeypatch, damage)
+    path = folder / "rows_00000.f32"
+    data = path.read_bytes()
+    path.write_bytes(data[:-4] if damage == "cut" else bytes(len(data)))
+    if damage == "changed":
+        assert train(damage) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"error: {path}: row ") and "is damaged" in error
+        assert not folder.parent.exists() and numbers(train.world / damage) == [20]
+    assert train(damage) == 0
+    log = capsys.readouterr().err
+    assert (f"{path}: has" in log) == (damage == "cut")
+    assert "resuming after step 20 of the phase sae" in log
+    assert results(train.world / damage) == uninterrupted
+
+
+@pytest.mark.parametrize("call", ["reserve", "write"])
+def test_a_full_disk_ends_with_2_and_the_same_command_goes_on(
+    train, uninterrupted, monkeypatch, capsys, call
+):
+    folder = stopped_in_the_sae(train, monkeypatch, call)
+    for path in folder.iterdir():
+        path.unlink()
+
+    def fails(matrix, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", str(matrix.path(0)))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MatrixFiles, call, fails)
+        assert train(call) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    path = folder / "rows_00000.f32"
+    assert error == (
+        f"error: {path}: No space left on device; free space and run the same command again"
+    )
+    assert not path.exists() and numbers(train.world / call) == [20]
+    assert train(call) == 0
+    assert results(train.world / call) == uninterrupted

@@ -25,7 +25,8 @@ from sarm_jax.reporting.spread import is_constant, standard_deviation
 from sarm_jax.reporting.statistics import mean_interval, stratified_interval
 from sarm_jax.rewards.compound import ScoreScale
 from sarm_jax.rewards.density_ratio import _deviations
-from sarm_jax.training.sae_training import Activations, explained_variance, initialise
+from sarm_jax.training.activations import Activations
+from sarm_jax.training.sae_training import explained_variance, initialise
 
 CONSTANTS = [0.0, 1e-30, -3e-6, 0.1, -0.7, 1 / 3, 12.34, -4321.1, 1e5 / 7, 3e30]
 SIZES = [2, 3, 5, 7, 8, 16, 31, 64, 100, 1000]

@@ -15,6 +15,7 @@ from conversion.to_hf import export
 from ppo.tracking.metrics_csv import read_metrics
 from sarm_jax.features.dense_probe import load_probe
 from sarm_jax.models.attribution import attribution
+from sarm_jax.training import activations, sae_training
 from tests.command import run_main
 from tests.oracles import (
     save_tiny_classifier,
@@ -242,6 +243,30 @@ def test_bad_options_are_refused_before_anything_is_written(world, tmp_path, cap
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and REFUSED[option] in last, last
     assert not (tmp_path / "w/reward_model").exists()
+
+
+def test_an_interrupted_training_of_an_sae_uses_its_states_again(
+    world, workdir, tmp_path, monkeypatch, capsys
+):
+    """There are no checkpoints. The states are complete, and the trunk does not run again."""
+
+    class KilledError(Exception):
+        """Stands for a SIGKILL."""
+
+    def killed(*arguments, **options):
+        raise KilledError
+
+    w = tmp_path / "w"
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(sae_training, "_sae_steps", killed)
+        train_sae(world, w, states=50)
+    assert {path.name for path in (w / "sae_activations").iterdir()} == {"train", "held_out"}
+    monkeypatch.setattr(activations, "_kept_states", killed)
+    assert train_sae(world, w, states=50) == 0
+    assert "activations in" in capsys.readouterr().err
+    assert not (w / "sae_activations").exists()
+    for name in ("reward_model/model.safetensors", "sae_metrics.jsonl", "sae_summary.json"):
+        assert (w / name).read_bytes() == (workdir / name).read_bytes(), name
 
 
 def test_a_classifier_without_an_sae_is_no_sarm(world, tmp_path, capsys):

@@ -20,7 +20,7 @@ from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from sarm_jax.training import preference_training
-from sarm_jax.training.sae_training import Conversation
+from sarm_jax.training.activations import Conversation
 from sarm_jax.training.train_sarm import TrainSARMConfig, assemble, truncate
 from tests.meshes import divisible_llama_config, place_parameters
 from tests.sarm_jax.training.test_train_sarm import SMALL
@@ -112,6 +112,15 @@ def test_pieces_take_less_memory_and_every_layout_divides_the_batch(tokenizer, m
     assert plans[0]["held_bytes"] > 4 * 2 * 32 * 512  # at least the SAE
     text = preference_table(plans[0])
     assert "train_sarm.mode=3, mesh data=2" in text and "(fits)" in text
+    assert "pretraining of the SAE on 64 activations a step: peak" in text
+    sae = plans[0]["sae"]
+    assert sae["steps"] == 40 and sae["run_seconds"] == pytest.approx(40 * sae["step_seconds"])
+    assert sae["disk_bytes"] == 300 * 32 * 4
+    # Parameters, two moments and the gradient; the policy and the trunk stay beside it.
+    assert sae["program"]["peak_bytes"] > 4 * 4 * 2 * 32 * 512
+    assert sae["peak_bytes"] - sae["program"]["peak_bytes"] == plans[0]["held_bytes"] - 4 * (
+        2 * 32 * 512 + 32 + 512
+    )
     layouts = list(planner.layouts(2))
     assert {layout.accumulation for layout in layouts} == {1, 2, 4}
     rows = [8 / layout.accumulation / layout.mesh.batch_parts for layout in layouts]

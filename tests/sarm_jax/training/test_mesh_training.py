@@ -15,14 +15,10 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.parallel.sharding import ONE_DEVICE, MeshConfig, Placement, make_mesh
 from sarm_jax.training import preference_training
+from sarm_jax.training.activations import Conversation, temporary_folder
 from sarm_jax.training.head_training import train_heads
 from sarm_jax.training.preference_training import PreferenceTraining
-from sarm_jax.training.sae_training import (
-    Conversation,
-    SAETraining,
-    collect_activations,
-    pretrain_sae,
-)
+from sarm_jax.training.sae_training import SAETraining, pretrain_sae
 from sarm_jax.training.train_sarm import assemble, truncate
 from tests.closeness import assert_close
 from tests.meshes import divisible_llama_config, place_parameters
@@ -119,12 +115,18 @@ def test_ten_steps_equal_those_of_one_device(one_device, tokenizer, mode, shape,
 
 def train_frozen(tokenizer, placement, batch):
     """Collects activations, pretrains an SAE and trains three heads; returns arrays and the log."""
-    trunk, log = tiny_trunk(tokenizer, placement), []
-    activations = collect_activations(trunk, tiny_rows(), max_tokens=300, seed=0)
+    trunk = tiny_trunk(tokenizer, placement)
+    with temporary_folder() as folder:
+        activations = folder.collect("tiny", trunk, tiny_rows(), max_tokens=300, seed=0)
+        return train_on(activations, placement, batch)
+
+
+def train_on(activations, placement, batch):
     options = SAETraining(
         steps=30, batch_tokens=8 * batch, learning_rate=3e-3, warmup_fraction=0.1,
         dead_after_steps=3, aux_k=8, aux_weight=1 / 32, seed=0,
     )  # fmt: skip
+    log: list[dict] = []
     sae, metrics = pretrain_sae(
         SAE(SAEConfig(32, 48, 4), rngs=nnx.Rngs(0)), activations, activations, options, log.append,
         placement,
@@ -140,7 +142,7 @@ def train_frozen(tokenizer, placement, batch):
         tie_p=np.arange(20) % 3 == 0,
         placement=placement,
     )
-    return activations.x_nd, sae, heads_hm, log
+    return activations.x_nd[:], sae, heads_hm, log
 
 
 @pytest.mark.parametrize(("shape", "batch"), [((4, 1, 1), 4), ((1, 2, 2), 4), ((2, 2, 2), 3)])

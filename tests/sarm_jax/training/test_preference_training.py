@@ -13,8 +13,8 @@ from flax import nnx
 
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.training import head_training, preference_loss, preference_training
+from sarm_jax.training.activations import Conversation
 from sarm_jax.training.preference_training import PreferenceTraining
-from sarm_jax.training.sae_training import Conversation
 from sarm_jax.training.train_sarm import assemble, truncate
 from tests import oracles
 from tests.closeness import assert_close

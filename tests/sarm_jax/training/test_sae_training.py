@@ -9,10 +9,10 @@ import pytest
 import torch
 from flax import nnx
 
-from sarm_jax.models.sae import SAE, SAEConfig, standardise
+from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.training import sae_training
-from sarm_jax.training.sae_training import Activations, Conversation, SAETraining, warmup_cosine
-from sarm_jax.training.train_sarm import truncate
+from sarm_jax.training.activations import Activations
+from sarm_jax.training.sae_training import SAETraining, warmup_cosine
 from tests.closeness import assert_close
 
 OPTIONS = SAETraining(
@@ -46,20 +46,6 @@ def torch_loss(p, x_bd, k, dead_f, aux_k, aux_weight):
     e_bd = (x_bd - x_hat_bd).detach()
     e_hat_bd = keep(a_bf[:, dead], min(aux_k, len(dead))) @ p["decoder"][dead]
     return loss + aux_weight * (((e_hat_bd - e_bd) ** 2).mean(-1) / (e_bd**2).mean(-1)).mean()
-
-
-@pytest.mark.parametrize("max_tokens", [3, 40, 90, 1000])
-def test_tokens_are_sampled_without_replacement(max_tokens):
-    lengths = [7, 1, 60, 30, 2]
-    kept = sae_training._sample_tokens(lengths, max_tokens, np.random.default_rng(0))
-    others = [(row, back) for row, n in enumerate(lengths) for back in range(1, n)]
-    room = max(max_tokens - 5, 0)
-    if len(others) > room:
-        sample = np.random.default_rng(0).choice(len(others), room, replace=False)
-        others = [others[i] for i in sample]
-    for row, tokens in enumerate(kept):
-        assert tokens.tolist() == sorted({0} | {b for r, b in others if r == row}, reverse=True)
-    assert sum(map(len, kept)) == max(min(max_tokens, 100), 5)
 
 
 @pytest.mark.parametrize("dead", [0, 3, 20])
@@ -157,40 +143,6 @@ def test_explained_variance_by_hand():
     assert sae_training.explained_variance(x, x) == 1
     assert sae_training.explained_variance(x, np.asarray([[1.0, 0.0]] * 2)) == 0
     assert sae_training.explained_variance(x, np.asarray([[0.0, 0.0], [1.0, 0.0]])) == 0.5
-
-
-def conversations(rng, lengths, turns):
-    return [
-        Conversation(rng.integers(1, 200, n).tolist(), turn)
-        for n, turn in zip(lengths, turns, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("tokens", [32, 64, 2048])
-def test_activations_are_the_states_of_each_turn_in_order(policy, monkeypatch, tokens):
-    monkeypatch.setattr(sae_training, "TOKENS_PER_BATCH", tokens)
-    trunk = truncate(policy, 2)
-    rows = conversations(np.random.default_rng(0), [40, 9, 17, 33], [5, 1, 17, 12])
-    activations = sae_training.collect_activations(trunk, rows, max_tokens=1000, seed=0)
-    expected = [
-        standardise(trunk.hidden(jnp.asarray([r.ids]), jnp.ones((1, len(r.ids)), bool)))[0]
-        for r in rows
-    ]
-    turns = [e[-r.turn_length :] for e, r in zip(expected, rows, strict=True)]
-    assert_close(activations.x_nd, np.concatenate(turns))
-    assert_close(activations.pooled_rd, [t[-1] for t in turns])
-
-
-@pytest.mark.parametrize(("max_tokens", "expected"), [(10, 10), (2, 4), (1000, 35)])
-def test_the_limit_never_drops_pooled_tokens(policy, max_tokens, expected):
-    trunk = truncate(policy, 1)
-    rows = conversations(np.random.default_rng(0), [40, 9, 17, 33], [5, 1, 17, 12])
-    complete = sae_training.collect_activations(trunk, rows, max_tokens=1000, seed=0)
-    limited = sae_training.collect_activations(trunk, rows, max_tokens=max_tokens, seed=0)
-    assert len(limited.x_nd) == expected and limited.pooled_n.sum() == 4
-    np.testing.assert_array_equal(limited.pooled_rd, complete.pooled_rd)
-    kept = {row.tobytes() for row in limited.x_nd}
-    assert kept <= {row.tobytes() for row in complete.x_nd} and len(kept) == expected
 
 
 def test_a_fixed_share_of_a_minibatch_is_pooled():

@@ -15,7 +15,7 @@ from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.reporting.statistics import wilson_interval
 from sarm_jax.training import pair_set, preference_summary
 from sarm_jax.training import train_sarm as training
-from sarm_jax.training.sae_training import Conversation
+from sarm_jax.training.activations import Conversation
 from sarm_jax.training.train_sarm import TrainSARMConfig
 from tests.closeness import assert_close
 from tests.oracles import chatml_tokenizer
