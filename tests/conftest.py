@@ -57,6 +57,16 @@ MAPS, MAX_MAPS = Path("/proc/self/maps"), 12_000  # memory maps; Linux allows 65
 SECONDS_TO_COUNT = 1.0  # CPU seconds after which the maps are counted again
 
 
+def pytest_collection_modifyitems(items):
+    """Moves the files of whole runs to the front, so that no worker ends with a long one alone.
+
+    pytest-xdist deals files to workers in this order with `--no-loadscope-reorder`; by default it
+    begins with the files of most tests, and those of whole runs have few.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
