@@ -80,8 +80,9 @@ plan-h100: $(VENV)/.cuda ## what a PPO step of the 8B configuration takes on 4 H
 benchmark: $(VENV)/.dev $(SMOLLM2)/config.json ## a PPO iteration against PyTorch, in turns
 	$(BIN)/python -m benchmarks.ppo_iteration --model_dir=$(SMOLLM2)
 
-test: lint types imports docs ## everything: lint, types, imports, docs, all tests
-	$(PYTEST) -n $(WORKERS) --dist=loadfile --max-worker-restart=0
+test: $(VENV)/.dev $(VENV)/.docs ## everything: lint, types, imports, docs, all tests
+	$(MAKE) --no-print-directory --jobs=$(WORKERS) --output-sync=target lint types imports docs
+	$(PYTEST) -n $(WORKERS) --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
 
 test-fast: $(VENV)/.dev ## a useful subset of the tests, under 90 s on 2 cores
 	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not browser and not gpu" $(FAST)

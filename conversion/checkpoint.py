@@ -28,7 +28,7 @@ from conversion.hf_config import (
     sarm_config,
 )
 from conversion.hub import CONFIG_FILES, MODEL_FILES, locate
-from conversion.keys import TensorSpec, abstract_model, tensor_specs
+from conversion.keys import ModelConfig, TensorSpec, specs_of
 from conversion.mistaken import describe_directory, describe_workdir, is_run
 from conversion.model_code import name_repository
 from conversion.problems import report
@@ -43,7 +43,6 @@ from sarm_jax.models.sarm import SARMConfig
 
 LOG = logging.getLogger(__name__)
 Kind = Literal["policy", "sarm", "reward"]
-ModelConfig = LlamaConfig | SARMConfig | LinearRewardConfig
 DESCRIPTION, FORMAT = "sarm_jax.json", 1
 OVERHEAD = 1 << 20  # bytes; an upper bound for headers, index and description
 _QUANTISED = re.compile(  # tensors of bitsandbytes, GPTQ, AWQ and compressed-tensors
@@ -77,9 +76,9 @@ class Checkpoint:
     hf_config: dict[str, Any]
     converted: bool
 
-    def specs(self) -> list[TensorSpec]:
+    def specs(self) -> tuple[TensorSpec, ...]:
         """Returns the spec of every tensor that the model must have."""
-        return tensor_specs(abstract_model(self.config))
+        return specs_of(self.config)
 
     def stored_name(self, spec: TensorSpec) -> str:
         """Returns the tensor's name in the files of this layout."""

@@ -9,6 +9,7 @@ here they are put back in the order of Hugging Face. Source: llama.cpp, convert_
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from conversion.checkpoint import OVERHEAD
 from conversion.directory import atomic_directory, save_tokenizer, write_hf_json
 from conversion.gguf_tokenizer import tokenizer_from_metadata
 from conversion.hf_config import hf_llama_dict, llama_config
-from conversion.keys import TensorSpec, abstract_model, tensor_specs
+from conversion.keys import TensorSpec, specs_of
 from conversion.problems import report
 from conversion.safetensors_io import TensorWriter
 from sarm_jax.io.errors import InputError
@@ -95,7 +96,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
         config = _config(metadata, tied="output.weight" not in tensors)
         with as_input_error("the tokenizer cannot be built"):
             tokenizer = tokenizer_from_metadata(metadata, config.max_position_embeddings)
-        specs = tensor_specs(abstract_model(config))
+        specs = specs_of(config)
         _check_tensors(specs, tensors)
     except InputError as error:
         raise InputError(f"{src}: {error}") from error
@@ -200,7 +201,7 @@ def _gguf_name(spec: TensorSpec) -> str:
     return TABLE[".".join(spec.path)].format(spec.layer)
 
 
-def _check_tensors(specs: list[TensorSpec], tensors: dict[str, Any]) -> None:
+def _check_tensors(specs: Sequence[TensorSpec], tensors: dict[str, Any]) -> None:
     """Raises InputError if a tensor is missing, unexpected or of another shape."""
     unmatched = set(tensors)
     problems = []

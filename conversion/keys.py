@@ -6,6 +6,7 @@ one.
 """
 
 import dataclasses
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from sarm_jax.models.sarm import SARM, SARMConfig
 
 Layout = Literal["same", "transposed", "row"]
 Model = Llama | SARM | LinearReward
+ModelConfig = LlamaConfig | SARMConfig | LinearRewardConfig
 
 TABLE: dict[str, tuple[str, Layout]] = {  # our path without "trunk." → (HF name, its layout)
     "embed_tokens": ("model.embed_tokens.weight", "same"),
@@ -103,9 +105,7 @@ class TensorSpec:
         return name, "same" if layout == "row" and len(self.shape) == 2 else layout
 
 
-def abstract_model(
-    config: LlamaConfig | SARMConfig | LinearRewardConfig, dtype: str = "float32"
-) -> Model:
+def abstract_model(config: ModelConfig, dtype: str = "float32") -> Model:
     """Builds the model with shapes instead of weights, which costs nothing at any size."""
     models: dict[type, Any] = {
         LlamaConfig: Llama,
@@ -145,3 +145,12 @@ def tensor_specs(model: Model) -> list[TensorSpec]:
         else:
             specs.append(TensorSpec(path, None, tuple(variable.shape)))
     return sorted(specs, key=lambda spec: (spec.layer is not None, spec.layer or 0, spec.path))
+
+
+@lru_cache(maxsize=64)
+def specs_of(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Lists the tensors of a model of this config, like `tensor_specs`.
+
+    They are kept, because a model is traced for them and a checkpoint asks for them several times.
+    """
+    return tuple(tensor_specs(abstract_model(config)))

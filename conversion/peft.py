@@ -8,6 +8,7 @@ https://huggingface.co/docs/peft (checkpoint format).
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def load_adapter(src: str | Path, policy: Llama) -> LoRAConfig:
     return adapter.config
 
 
-def read_adapter(src: str | Path, base: list[TensorSpec]) -> Adapter:
+def read_adapter(src: str | Path, base: Sequence[TensorSpec]) -> Adapter:
     """Reads the adapter of a PEFT directory and checks it against the tensors of the base model.
 
     Raises:

@@ -14,7 +14,7 @@ train_sarm, which no other library combines.
 import contextlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,7 @@ from conversion.directory import (
 )
 from conversion.hf_config import hf_llama_dict, hf_policy_dict, hf_sarm_dict, with_dtype
 from conversion.hub import is_repository
-from conversion.keys import TensorSpec, abstract_model, parameters, tensor_specs
+from conversion.keys import TensorSpec, parameters, specs_of
 from conversion.load import load_hf_tokenizer
 from conversion.model_code import copy_model_code
 from conversion.peft import CONFIG as ADAPTER_CONFIG
@@ -121,7 +121,7 @@ def write_model(checkpoint: Checkpoint, dst: str | Path, adapter: Adapter | None
     return f"{dst}: {tensors} tensors{without}, {writer.total_bytes:,} bytes, {seconds:.1f} s"
 
 
-def _exported(checkpoint: Checkpoint) -> list[TensorSpec]:
+def _exported(checkpoint: Checkpoint) -> Sequence[TensorSpec]:
     """Returns the tensors that the HF layout has, which are all but the SAE of a classifier."""
     specs = checkpoint.specs()
     if not isinstance(checkpoint.config, LinearRewardConfig):
@@ -171,7 +171,7 @@ def _on_host(model: Llama | SARM) -> Iterator[Iterator[tuple[TensorSpec, np.ndar
     weights = parameters(model)
 
     def gather() -> Iterator[tuple[TensorSpec, np.ndarray]]:
-        for spec in tensor_specs(abstract_model(model.config)):
+        for spec in specs_of(model.config):
             value = weights[spec.path][...]
             array = np.asarray(fetch(value if spec.layer is None else value[spec.layer]))
             yield spec, array[tuple(map(slice, spec.shape))]

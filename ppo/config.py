@@ -1,6 +1,8 @@
 """Options of a PPO run. `configs/base.py` gives their defaults and units."""
 
 import dataclasses
+from functools import cached_property
+from typing import Any
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.sampling.generate import check_temperature
@@ -18,6 +20,19 @@ NOT_NEGATIVE = (
 
 ALGORITHMS = ("ppo", "rloo", "grpo")
 LOSS_AVERAGES = ("tokens", "responses", "constant")
+# Options that no compiled program depends on, with the values that they have in programs.
+NOT_IN_PROGRAMS: dict[str, Any] = {
+    "seed": 0,
+    "long_prompts": "error",
+    "missing_eos_penalty": 0.0,
+    **dict.fromkeys(
+        (
+            "max_prompt_tokens calibration_batches pack_levels checkpoint_every keep_checkpoints "
+            "samples_per_step eval_every eval_batches"
+        ).split(),
+        1,
+    ),
+}
 CRITIC_OPTIONS = ("vf_coef", "value_clip_range", "gamma", "gae_lambda", "whiten_advantages")
 
 
@@ -174,6 +189,21 @@ class PPOConfig:
     def unused(self) -> tuple[str, ...]:
         """Options that the algorithm does not use."""
         return () if self.has_critic else CRITIC_OPTIONS
+
+    @cached_property
+    def for_programs(self) -> "PPOConfig":
+        """The options without those that no compiled program depends on.
+
+        Options are static arguments of programs. Runs that differ only in other options, such as
+        the seed, share their programs. A constant learning rate does not depend on the number of
+        steps, and without a warm-up it does not depend on the number of updates in a step either.
+        """
+        changes = dict(NOT_IN_PROGRAMS)
+        if self.lr_schedule == "constant":
+            changes["total_steps"] = 1
+            if not self.warmup_steps:
+                changes["ppo_epochs"] = 1
+        return dataclasses.replace(self, **changes)
 
     @property
     def pieces(self) -> int:

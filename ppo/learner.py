@@ -8,7 +8,7 @@ predicts a token. The base is an argument of every program and is never copied.
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -120,6 +120,11 @@ class Learner:
         state = TrainState(params, learner.optimizer.init(params))
         return learner, state, base
 
+    @cached_property
+    def for_programs(self) -> "Learner":
+        """The learner that programs are compiled for; see `PPOConfig.for_programs`."""
+        return dataclasses.replace(self, config=self.config.for_programs)
+
     @property
     def optimizer(self) -> optax.GradientTransformation:
         """Optimizer of the policy's parameters."""
@@ -146,7 +151,9 @@ class Learner:
             key: random key.
             slots: slots of the packed prompts in each part of the mesh; None: prompts are padded.
         """
-        return self._compiled_rollout(self, params, base, tokens_bp, mask_bp, key, slots=slots)
+        return self._compiled_rollout(
+            self.for_programs, params, base, tokens_bp, mask_bp, key, slots=slots
+        )
 
     def rollout_of_runs(
         self, prompts_of_runs: Sequence[RunPrompts], base: nnx.State, slots: int | None = None
@@ -164,7 +171,7 @@ class Learner:
         assert self.samples_runs_together
         rows = len(prompts_of_runs) * self.config.rollout_rows // self.placement.parts
         compiled = _compile_rollout_of_runs(compiler_options(self.platform, rows))
-        return compiled(self, tuple(prompts_of_runs), base, slots=slots)
+        return compiled(self.for_programs, tuple(prompts_of_runs), base, slots=slots)
 
     @property
     def samples_runs_together(self) -> bool:
@@ -218,7 +225,6 @@ class Learner:
         )
         return self.placement.constrain_rows(generation)
 
-    @partial(jax.jit, static_argnums=0, static_argnames="slots")
     def reference_logp(
         self,
         base: nnx.State,
@@ -227,6 +233,10 @@ class Learner:
         slots: Slots | None = None,
     ) -> jax.Array:
         """Returns log π_ref of the response tokens, `[B, R]`, one microbatch at a time."""
+        return self.for_programs._reference_logp(base, tokens_bt, mask_bt, slots=slots)
+
+    @partial(jax.jit, static_argnums=0, static_argnames="slots")
+    def _reference_logp(self, base, tokens_bt, mask_bt, slots):
         reference = nnx.merge(self.reference_graph, base)
 
         def microbatch_logp(rows):
@@ -243,14 +253,14 @@ class Learner:
         tokens_bp, mask_bp = self._abstract_tokens(self.config.prompts_per_batch, prompt_length)
         key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
         return self._compiled_rollout.lower(
-            self, params, base, tokens_bp, mask_bp, key, slots=slots
+            self.for_programs, params, base, tokens_bp, mask_bp, key, slots=slots
         )
 
     def lower_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> Lowered:
         """Lowers `reference_logp` for prompts padded to `prompt_length` tokens."""
         length = prompt_length + self.config.max_new_tokens
         tokens_bt, mask_bt = self._abstract_tokens(self.config.batch_size, length)
-        return self.reference_logp.lower(self, base, tokens_bt, mask_bt, slots=slots)
+        return self._reference_logp.lower(self.for_programs, base, tokens_bt, mask_bt, slots=slots)
 
     def _abstract_tokens(self, rows, length):
         return [self.placement.abstract_rows((rows, length), dtype) for dtype in (jnp.int32, bool)]

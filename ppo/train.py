@@ -366,7 +366,8 @@ class Trainer:
             train_state, targets, scalars = self.updater.update(
                 state.train, self.base, batch, order=order, slots=slots
             )
-            scalars |= batch_metrics(self.config.ppo, batch, targets, rollout.generation.logp_br)
+            config = self.config.ppo.for_programs
+            scalars |= batch_metrics(config, batch, targets, rollout.generation.logp_br)
             metrics = jax.device_get(scalars | disc_metrics)
             skipped = metrics["skipped_updates"] + metrics.pop("skipped", 0)
         clock.append(time.perf_counter())

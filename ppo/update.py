@@ -8,7 +8,7 @@ they are computed before the first step, because whitening needs the advantages 
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -35,6 +35,11 @@ class Updater:
 
     learner: Learner
     screens: bool = False
+
+    @cached_property
+    def for_programs(self) -> "Updater":
+        """The updater that programs are compiled for; see `PPOConfig.for_programs`."""
+        return dataclasses.replace(self, learner=self.learner.for_programs)
 
     @property
     def config(self) -> PPOConfig:
@@ -68,21 +73,21 @@ class Updater:
             `skipped_updates` counts the steps that were not finite, and `screened_updates`, if the
             batch has screened responses, those without a response to learn from.
         """
-        config = self.config
+        config, programs = self.config, self.for_programs
         count, responses = self._counts(batch)
         single = config.pieces == 1
-        targets: Any = None if single else self._targets(state.params, base, batch, slots)
+        targets: Any = None if single else programs._targets(state.params, base, batch, slots)
         history = []
         for epoch_order in order:
             for rows in np.split(epoch_order, config.num_minibatches):
                 if single:
-                    state, targets, metrics = self._step(
+                    state, targets, metrics = programs._step(
                         state, base, batch, targets, count, slots, responses
                     )
                 else:
                     chosen = jax.tree.map(lambda x, rows=rows: x[rows], (batch, targets))
                     part, part_targets = self.learner.placement.rows(chosen)
-                    state, _, metrics = self._step(
+                    state, _, metrics = programs._step(
                         state, base, part, part_targets, count, slots, responses
                     )
                 history.append(metrics)
@@ -102,14 +107,15 @@ class Updater:
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         count = self.learner.placement.abstract_replicated(scalar)
         responses = count if self.screens else None
-        lower_step = partial(self._step.lower, self, state, base, batch)
+        static = self.for_programs
+        lower_step = partial(self._step.lower, static, state, base, batch)
         programs: dict[str, Callable[[], Lowered]] = {}
         if config.pieces == 1:
             programs["first_step"] = partial(lower_step, None, count, slots, responses)
         else:
             whole_batch, _ = self._abstract(config.batch_size, prompt_length)
             programs["targets"] = partial(
-                self._targets.lower, self, state.params, base, whole_batch, slots
+                self._targets.lower, static, state.params, base, whole_batch, slots
             )
         if config.pieces > 1 or config.ppo_epochs > 1:
             programs["step"] = partial(lower_step, targets, count, slots, responses)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,13 +45,26 @@ jax.config.update("jax_num_cpu_devices", 8)  # virtual devices, for the tests of
 # On few, busy cores the virtual devices may wait long for each other; XLA aborts after 40 seconds.
 TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # XLA's older code generator compiles in a third of the time and is fast enough for tiny models.
-# Later versions of XLA do not have it and exit at the unknown flag.
-OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUT} {OLD_EMITTERS}"
+# A program as one module of LLVM, not one per kernel, takes a fifth less CPU time to compile.
+# Later versions of XLA may not have these flags; they exit at an unknown one.
+CODE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+KNOWN_CODE = CODE if jax.__version_info__ < (0, 11) else ""
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUT} {KNOWN_CODE}"
 torch.set_num_threads(
     1
 )  # one core per worker; threads of several workers would wait for each other
 MAPS, MAX_MAPS = Path("/proc/self/maps"), 12_000  # memory maps; Linux allows 65,530
+SECONDS_TO_COUNT = 1.0  # CPU seconds after which the maps are counted again
+
+
+def pytest_collection_modifyitems(items):
+    """Moves the files of whole runs to the front, so that no worker ends with a long one alone.
+
+    pytest-xdist deals files to workers in this order with `--no-loadscope-reorder`; by default it
+    begins with the files of most tests, and those of whole runs have few.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -113,11 +127,24 @@ def keep_compiled_programs(tmp_path_factory):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture(scope="session")
+def counted_at():
+    """The CPU time of this process when its memory maps were last counted, in a list."""
+    return [0.0]
+
+
 @pytest.fixture(autouse=True)
-def forget_programs():
-    """Frees compiled programs before a worker with thousands of them runs out of memory maps."""
+def forget_programs(counted_at):
+    """Frees compiled programs before a worker with thousands of them runs out of memory maps.
+
+    Counting the maps takes longer than most tests. Programs take CPU time to compile, so that the
+    maps cannot have grown much if little of it has passed.
+    """
     yield
-    if MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MAX_MAPS:
+    if time.process_time() - counted_at[0] < SECONDS_TO_COUNT or not MAPS.is_file():
+        return
+    counted_at[0] = time.process_time()
+    if MAPS.read_bytes().count(b"\n") > MAX_MAPS:
         jax.clear_caches()
 
 
