@@ -1,5 +1,6 @@
 """Conversions that are killed, that lack disk space, or that run beside another one."""
 
+import copy
 import errno
 import json
 import os
@@ -138,14 +139,14 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
     argv = ["command", f"--src={source}", f"--dst={dst}", "--kind=policy"]
     free_bytes(12_345)
     with pytest.raises(SystemExit) as stopped:
-        cli.run(command.main, command.FLAGS, "", argv)
+        cli.run(command.main, copy.deepcopy(command.FLAGS), "", argv)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     assert f"{dst}: takes" in error and "only 12,345 are free" in error
     assert not dst.parent.exists()
     needed = int(error.split("takes ")[1].split()[0].replace(",", ""))
     free_bytes(needed)
-    cli.run(command.main, command.FLAGS, "", argv)
+    cli.run(command.main, copy.deepcopy(command.FLAGS), "", argv)
     written = sum(map(len, contents(dst).values()))
     assert written <= needed < written + (1 << 20)
 
@@ -157,7 +158,7 @@ def test_a_signal_leaves_nothing_behind(source, tmp_path, monkeypatch, leaving, 
         converted, "write_description", lambda *_, **__: os.kill(os.getpid(), number)
     )
     with pytest.raises(SystemExit) as stopped:
-        cli.run(from_hf.main, from_hf.FLAGS, "", options)
+        cli.run(from_hf.main, copy.deepcopy(from_hf.FLAGS), "", options)
     assert stopped.value.code == 128 + number
     assert "interrupted; the same command starts again" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -170,7 +171,7 @@ def test_the_error_for_a_full_disk_advises_to_free_space(source, tmp_path, monke
     monkeypatch.setattr(converted, "write_description", full)
     options = ["from_hf", "--kind=policy", f"--src={source}", f"--dst={tmp_path}/dst"]
     with pytest.raises(SystemExit) as stopped:
-        cli.run(from_hf.main, from_hf.FLAGS, "", options)
+        cli.run(from_hf.main, copy.deepcopy(from_hf.FLAGS), "", options)
     error = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and error.endswith("'x'; free space, and try again")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """Untrusted files cannot run code, reach other files, or read the secrets of the user."""
 
 import ast
+import copy
 import json
 import logging
 import os
@@ -257,7 +258,7 @@ def refused(arguments, folder, *, monkeypatch, capfd) -> str:
 def test_a_conversion_refuses_a_secret(only_login, tmp_path, capfd):
     options = ["--kind=policy", f"--src=https://{CANARY}@host/x", f"--dst={tmp_path}/new"]
     with pytest.raises(SystemExit) as stopped:
-        cli.run(from_hf.main, from_hf.FLAGS, "", ["from_hf", *options])
+        cli.run(from_hf.main, copy.deepcopy(from_hf.FLAGS), "", ["from_hf", *options])
     error = capfd.readouterr().err
     assert stopped.value.code == 2 and "[HF_TOKEN]" in error and CANARY not in error
     assert not list(tmp_path.iterdir())

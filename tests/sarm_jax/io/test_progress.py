@@ -1,6 +1,7 @@
 """The last line of a command that failed is its error, whatever is drawn on stderr."""
 
 import ast
+import copy
 import logging
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_error_of_a_conversion_is_the_last_line(capfd):
 
     with pytest.raises(SystemExit):
         options = ["from_hf", "--kind=policy", "--src=a", "--dst=b"]
-        cli.run(fails_with_open_bars, from_hf.FLAGS, "", options)
+        cli.run(fails_with_open_bars, copy.deepcopy(from_hf.FLAGS), "", options)
     assert capfd.readouterr().err.endswith("\nerror: ppo.seed=1: refused late\n")
 
 
