@@ -105,7 +105,7 @@ def frontier(
     with theme(dark):
         columns = 2 if runs else 1
         figure, panels = plt.subplots(
-            1, columns, figsize=(6 * columns, 5), layout="constrained", squeeze=False
+            1, columns, figsize=(4 + 4 * columns, 5), layout="constrained", squeeze=False
         )
         pool = panels[0, 0]
         for row in rankings:
@@ -130,13 +130,10 @@ def frontier(
             axes.grid(visible=True)
             lines, labels = axes.get_legend_handles_labels()
             handles |= dict(zip(labels, lines, strict=True))
-        figure.legend(
-            handles.values(),
-            handles.keys(),
-            loc="outside lower center",
-            ncols=min(len(handles), LEGEND_COLUMNS),
-            frameon=False,
-        )
+        # Beside a single panel, which is too narrow for a legend below it.
+        below = {"loc": "outside lower center", "ncols": min(len(handles), LEGEND_COLUMNS)}
+        place = below if runs else {"loc": "outside right upper"}
+        figure.legend(handles.values(), handles.keys(), frameon=False, **place)
         return png(figure)
 
 

@@ -1,0 +1,63 @@
+"""The figures of the study: nothing that is written beside a panel is cut off at an edge."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from sarm_jax.lab import figures
+from sarm_jax.lab.conditions import DESCRIPTIONS
+
+POINT = {"gold": 0.5, "score": 1.0, "ref_kl": 2.0, "flattery": 0.1, "told": 0.2}
+
+
+def runs_of(conditions: list[str]) -> dict[str, Any]:
+    """Returns two seeds of each condition, two points each."""
+    curve = [POINT | {"step": step} for step in (0, 2)]
+    return {
+        name: [{"seed": seed, "curve": curve, "gold_final": 0.5} for seed in (0, 1)]
+        for name in conditions
+    }
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, as long as they are open."""
+    seen: list[Figure] = []
+
+    def png(figure: Figure) -> bytes:
+        figure.canvas.draw()
+        seen.append(figure)
+        return b""
+
+    monkeypatch.setattr(figures, "png", png)
+    yield seen
+    for figure in seen:
+        figures.plt.close(figure)
+
+
+@pytest.mark.parametrize("count", [1, 5, 7, 12, len(DESCRIPTIONS)])
+@pytest.mark.parametrize("trained", [0, 2, 12])
+def test_legends_are_whole(drawn, count: int, trained: int):
+    names = list(DESCRIPTIONS)
+    rankings = [
+        {"condition": name, "weight": 1.0, "tau": 1.0, "gold": [{"mean": 0.1}, {"mean": 0.2}]}
+        for name in names[:count]
+    ]
+    runs = runs_of(names[: min(trained, count)])
+    figures.frontier(runs, rankings, [0.0, 1.0])
+    if runs:
+        figures.goodhart(runs)
+    for figure in drawn:
+        whole = figure.bbox
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            inside = [
+                box.x0 >= whole.x0,
+                box.y0 >= whole.y0,
+                box.x1 <= whole.x1,
+                box.y1 <= whole.y1,
+            ]
+            assert all(inside), (np.round(box.extents), np.round(whole.extents))
+        assert all(axes.get_window_extent().width > 200 for axes in figure.axes)
