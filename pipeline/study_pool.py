@@ -10,7 +10,7 @@ along with the policy.
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from pipeline.study_runs import condition_config
 from pipeline.tasks import task_of, task_records
 from sarm_jax.evaluation.best_of_n import kl_of_best_of
 from sarm_jax.features.dense_probe import probe_file
+from sarm_jax.features.penalties import cap_in_score
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.lab.conditions import DRAWS, PROBES, RETRAINED, UNTOLD_FILE, is_ranked
@@ -41,6 +42,8 @@ from sarm_jax.rewards.state_controls import state_controls
 LOG = logging.getLogger(__name__)
 FILE = "best_of_n.json"
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the weights of a condition's penalties
+ROUNDING = 1e-5  # of a penalty that is at its cap
+MOSTLY = 0.5  # share of a pool at the cap from which a condition is warned of
 TAU_FACTORS = (0.0, 0.5, 2.0)  # of the detectors' thresholds, beside 1
 
 
@@ -78,6 +81,7 @@ def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> No
         for variant, reward_b in _rewards(ranked, condition, pool, read, scale):
             means = pool.best_of(reward_b, score_b, sizes)
             rankings.append({"condition": condition, **variant, **means})
+            _warn_of_cap(condition, variant)
     selected = read_json(folder / "probes" / "selected_features.json")
     silent_b = ~_fires(read, selected["detectors"], selected["tau_detectors"])
     content = {
@@ -159,7 +163,11 @@ def _rows(pool: Pool) -> Iterator[dict[str, Any]]:
 def _rewards(
     config: ConfigDict, condition: str, pool: Pool, read: Readings, scale: ScoreScale
 ) -> Iterator[tuple[dict[str, float], np.ndarray]]:
-    """Yields the rewards of the pool under a condition, for several weights and thresholds."""
+    """Yields the rewards of the pool under a condition, for several weights and thresholds.
+
+    With each come its weight, the factor of its thresholds, and `at_cap`, the share of the
+    responses whose penalties reach `reward.penalty_cap`.
+    """
     reward = reward_config(config.reward)
     own = None
     if condition in RETRAINED or reward.clamp_features:
@@ -184,7 +192,20 @@ def _rewards(
         )
         if terms.screened_b is not None:
             reward_b = np.where(terms.screened_b, -np.inf, reward_b)
-        yield variant, reward_b
+        taken_b = terms.controls_b - terms.further.get("length_penalty", np.float32(0))
+        at_cap_b = taken_b >= (1 - ROUNDING) * cap_in_score(changed.penalty_cap, scale.std)
+        yield variant | {"at_cap": float(at_cap_b.mean())}, reward_b
+
+
+def _warn_of_cap(condition: str, variant: Mapping[str, float]) -> None:
+    """Warns if the penalties of a condition, at its own weight, mostly change no order."""
+    if variant["weight"] == variant["tau"] == 1 and variant["at_cap"] > MOSTLY:
+        LOG.warning(
+            "condition %s: its penalties reach the cap on a share of %.2f of the pool, where they "
+            "change no order: lower its weight",
+            condition,
+            variant["at_cap"],
+        )
 
 
 def _variants(reward: RewardConfig) -> Iterator[tuple[dict[str, float], RewardConfig]]:

@@ -231,6 +231,10 @@ def check_rankings(folder, pool, gold, rankings):
         ]
         row = rankings[condition, 1.0, 1.0]
         assert row["gold"][1] == pytest.approx(np.mean(best), abs=1e-6)
+        assert row["at_cap"] == pytest.approx(np.mean(controls >= 10.0), abs=1e-9)
+        if condition != "baseline":  # which has no weight
+            four_times = rankings[condition, 4.0, 1.0]["at_cap"]
+            assert four_times == pytest.approx(np.mean(4 * taken[condition] >= 10.0), abs=1e-9)
 
 
 def test_bad_studies_are_refused(study, capsys):
