@@ -17,6 +17,7 @@ All that is written by hand is the shortcuts and, if the task writes them, the a
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,22 +123,7 @@ def make_text_data(
     """
     rng = np.random.default_rng([config.seed, 0])
     train, held_out = _split(config, task, rng)
-
-    def sample(
-        policy: Llama, prompts: Sequence[str], number: int, shown: str, temperature: float = 1.0
-    ) -> Sampled:
-        return sample_responses(
-            policy,
-            tokenizer,
-            prompts,
-            samples=1,
-            max_new_tokens=config.max_new_tokens,
-            slots=config.sampling_slots,
-            temperature=temperature,
-            seed=(3 * config.seed + number) % 2**31,
-            shown=shown,
-        )
-
+    sample = partial(_sample, config, tokenizer)
     repeated, held_out_repeated = (
         [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
         for prompts in (train, held_out)
@@ -169,6 +155,29 @@ def make_text_data(
         held_out_samples=_rows(held_out_samples),
     )
     return data, policy
+
+
+def _sample(
+    config: TextDataConfig,
+    tokenizer: Any,
+    policy: Llama,
+    prompts: Sequence[str],
+    number: int,
+    shown: str,
+    temperature: float = 1.0,
+) -> Sampled:
+    """Samples a response to each prompt; `number` tells the calls of one seed apart."""
+    return sample_responses(
+        policy,
+        tokenizer,
+        prompts,
+        samples=1,
+        max_new_tokens=config.max_new_tokens,
+        slots=config.sampling_slots,
+        temperature=temperature,
+        seed=(3 * config.seed + number) % 2**31,
+        shown=shown,
+    )
 
 
 def sharpened(model: Llama, temperature: float) -> Llama:
