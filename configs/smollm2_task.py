@@ -7,10 +7,11 @@ emoji. Each seed tells the method three of the five.
 
 Command: make study-smollm2
 Hardware: 2 CPU cores, 8 GB of memory.
-Time: 16 to 24 minutes up to the gates beside other work; each condition of RL about 7 more.
+Time: 16 to 24 minutes up to the gates beside other work; each condition of RL 9 more.
 Expected result: all five gates pass. `make pool-smollm2` ranks one pool of samples under every
         condition instead of training policies: the penalty gains 0.04 of gold over the reward
-        model alone, a perfect detector 0.19 (two seeds; docs/results/english.md).
+        model alone, a perfect detector 0.19 (two seeds; docs/results/english.md). RL with these
+        settings learns little so far.
 """
 
 from ml_collections import ConfigDict
