@@ -524,6 +524,9 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.seeds = "0"  # comma-separated seeds or ranges such as 10-19
     config.lab.conditions = "baseline,full"  # names of conditions, comma-separated
     config.lab.processes = 1  # seeds that run at the same time, each in a process of its own
+    # Conditions of a seed that are trained at a time, over one copy of the models, like
+    # experiments_at_once.
+    config.lab.conditions_at_once = 1
     config.lab.alpha = 2.0  # penalty per detector that fires, in reward.unit
     config.lab.beta = 0.1  # weight of the latent KL on the carriers, in reward.unit per nat
     # Weight of a contrast pair in the condition ties. At about pairs / contrast_pairs all ties

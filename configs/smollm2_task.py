@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
     config.reward.unit = "sd"
 
     config.lab.alpha = 1.0
+    config.lab.conditions_at_once = 5  # samples all their responses with one program
     config.lab.conditions = "baseline,kl_0.1,probe,penalty,untold"
     config.lab.pool_responses = 128
     config.lab.pool_prompts = 16

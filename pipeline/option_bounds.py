@@ -33,7 +33,8 @@ LARGEST = dict.fromkeys(
         "train_sarm.gradient_accumulation_steps train_sae.max_length "
         "train_sae.latent_size train_sae.k train_sae.aux_k train_sae.batch_states "
         "identify.resamples probe.controls evaluate.resamples evaluate.samples "
-        "evaluate.batch_size lab.batch_size lab.processes lab.sampling_slots "
+        "evaluate.batch_size lab.batch_size lab.processes lab.conditions_at_once "
+        "lab.sampling_slots "
         "experiments_at_once"
     ).split(),
     ROWS,

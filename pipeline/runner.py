@@ -129,7 +129,7 @@ def _run_all(
     """Calls `train` for each run; of several runs, `experiments_at_once` at a time."""
     with kept_programs() if len(runs) > 1 else contextlib.nullcontext():
         if len(runs) > 1 and config.experiments_at_once > 1:
-            works = [(run[0], partial(train, *run)) for run in runs]
+            works = [(f"experiment {run[0]}", partial(train, *run)) for run in runs]
             run_together(works, config.experiments_at_once)
             return
         for run in runs:

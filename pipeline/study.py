@@ -21,6 +21,7 @@ from pipeline.study_options import (
     all_conditions,
     check_pool,
     check_study,
+    groups_of,
     ranked_conditions,
     trained_conditions,
 )
@@ -34,8 +35,10 @@ from pipeline.study_records import (
     study_options,
     write_record,
 )
-from pipeline.study_runs import preparation_config, run_condition, train_reward_model
+from pipeline.study_runs import preparation_config, run_group, train_reward_model
 from pipeline.tasks import task_of, task_records
+from pipeline.together import check_at_once
+from ppo.options import train_config
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_target, locked_output
@@ -68,6 +71,8 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     config = preparation_config(fill_in(template, folder), folder, all_conditions(template))
     used = [*preparation(), stages.load("train")]
     check(config, folder, [stage for stage in used if stage.wanted(config)])
+    at_once = config.lab.conditions_at_once
+    check_at_once("lab.conditions_at_once", at_once, config, train_config(config))
     settings = template.to_dict()
     with kept_programs() if len(seeds) > 1 else contextlib.nullcontext():
         if template.lab.processes == 1 or len(seeds) == 1:
@@ -187,14 +192,14 @@ def _run_conditions(config: ConfigDict, folder: Path) -> SeedOutcome:
         prepared = preparation_config(config, folder, all_conditions(config))
         run_stages(prepared, folder, preparation())
         stopped, unfinished = "", []
-        for condition in trained_conditions(config):
-            try:
-                run_condition(config, folder, condition)
-                finished.append(condition)
-            except TrainingStoppedError as error:  # the other conditions can still run
-                stopped = f"{condition}: {error}"
-                unfinished.append(condition)
-                LOG.error("stopped: %s", stopped)
+        at_once = config.lab.conditions_at_once
+        for group in groups_of(trained_conditions(config), at_once):
+            for condition, error in run_group(config, folder, group):
+                if error is None:
+                    finished.append(condition)
+                else:  # the other conditions can still run
+                    stopped = f"{condition}: {error}"
+                    unfinished.append(condition)
         for condition in set(RETRAINED) & set(ranked_conditions(config)):
             train_reward_model(config, folder, condition)
         if pooled := config.lab.pool_responses > 0:

@@ -1,5 +1,7 @@
 """Options of a study, checked: what the study sets itself, its seeds, conditions and pool."""
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from pipeline.option_bounds import OPTIONS
@@ -99,3 +101,14 @@ def ranked_conditions(config: ConfigDict) -> list[str]:
 def all_conditions(config: ConfigDict) -> list[str]:
     """Returns the conditions that are trained, then those that only rank the pool."""
     return [*trained_conditions(config), *ranked_conditions(config)]
+
+
+def groups_of(conditions: Sequence[str], at_once: int) -> list[list[str]]:
+    """Returns the conditions that are trained together, in order and at most `at_once` of them.
+
+    A condition with a reward model of its own shares no models and is trained alone.
+    """
+    shared = [name for name in conditions if name not in RETRAINED]
+    first = {shared[n]: shared[n : n + at_once] for n in range(0, len(shared), at_once)}
+    own = {name: [name] for name in conditions if name in RETRAINED}
+    return [(first | own)[name] for name in conditions if name in first | own]

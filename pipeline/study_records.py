@@ -23,7 +23,8 @@ LOG = logging.getLogger(__name__)
 FILE = "study.json"
 # Options, and whole sections, that do not affect the results of a seed.
 WITHOUT_EFFECT = (
-    "lab.seeds lab.processes mesh checkpoint profile plan report track track_project"
+    "lab.seeds lab.processes lab.conditions_at_once mesh checkpoint profile plan report track "
+    "track_project"
 ).split()
 
 

@@ -1,7 +1,8 @@
 """The runs of a study: the config of every condition of a seed, and what is made for it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -11,10 +12,12 @@ from pipeline import stage as stages
 from pipeline.models import load_reward_model
 from pipeline.runner import run_stages
 from pipeline.tasks import task_of
+from pipeline.together import run_together
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.features.dense_probe import probe_file
 from sarm_jax.features.human_support import human_support
 from sarm_jax.features.identify import further_random_control
+from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.json_files import read_json, write_json
 from sarm_jax.io.path_lists import split_paths
 from sarm_jax.lab.conditions import (
@@ -99,14 +102,62 @@ def train_reward_model(config: ConfigDict, folder: Path, condition: str) -> None
     run_stages(condition_config(config, folder, condition), workdir, [stages.load("train_sarm")])
 
 
-def run_condition(config: ConfigDict, folder: Path, condition: str) -> None:
-    """Trains under one condition of the study and writes its result.json."""
-    workdir = folder / condition
-    config = condition_config(config, folder, condition)
+def run_group(
+    config: ConfigDict, folder: Path, conditions: Sequence[str]
+) -> Iterator[tuple[str, TrainingStoppedError | None]]:
+    """Trains under one condition, or under several at a time that share policy and reward model.
+
+    Args:
+        config: the config of the seed.
+        folder: the folder of the seed.
+        conditions: names of the conditions.
+
+    Yields:
+        Each condition that has ended, with the error of one that a guard stopped. The others have
+        written their result.json.
+
+    Raises:
+        InputError: of a condition, once the others have ended.
+    """
+    runs = {name: condition_config(config, folder, name) for name in conditions}
+    ended: dict[str, TrainingStoppedError | None] = {}
+
+    def train(name: str) -> None:
+        try:
+            train_condition(runs[name], folder / name, name)
+            ended[name] = None
+        except TrainingStoppedError as error:
+            LOG.error("stopped: %s", error)
+            ended[name] = error
+
+    failed = None
+    try:
+        if len(conditions) == 1:
+            train(conditions[0])
+        else:
+            works = [(f"condition {name}", partial(train, name)) for name in conditions]
+            run_together(works, len(conditions))
+    except InputError as error:
+        failed = error
+    for name in sorted(ended, key=conditions.index):
+        if ended[name] is None:
+            write_result(runs[name], folder, name)
+        yield name, ended[name]
+    if failed is not None:
+        raise failed
+
+
+def train_condition(config: ConfigDict, workdir: Path, condition: str) -> None:
+    """Trains the policy under one condition, and its reward model if it has one of its own."""
     workdir.mkdir(exist_ok=True)
     LOG.info("condition %s", condition)
     names = ("train_sarm", "train") if condition in RETRAINED else ("train",)
     run_stages(config, workdir, [stages.load(name) for name in names])
+
+
+def write_result(config: ConfigDict, folder: Path, condition: str) -> None:
+    """Writes the result.json of a condition whose policy has been trained."""
+    workdir = folder / condition
     summary = read_json(workdir / "summary.json")
     features = read_json(folder / "probes" / "selected_features.json")
     rows = read_evaluations(workdir)

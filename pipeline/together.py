@@ -1,8 +1,8 @@
-"""Trains several experiments at a time: over one copy of the models, with shared rollouts.
+"""Trains several runs at a time: over one copy of the models, with shared rollouts.
 
-Each experiment keeps its working directory and everything in it. `experiments_at_once` limits how
-many are trained at a time; memory has to hold the adapters, optimizer states and KV caches of all
-of them.
+The runs are experiments, or conditions of a study. Each keeps its working directory and everything
+in it. `experiments_at_once` and `lab.conditions_at_once` limit how many are trained at a time;
+memory has to hold the adapters, optimizer states and KV caches of all of them.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from pipeline.models import load_policy_model, load_reward_model
 from ppo.run_group import Member, RunGroup
+from ppo.train import TrainConfig
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.progress import named_messages
 from sarm_jax.models.llama import Llama
@@ -68,8 +69,38 @@ def load_reward(config: ConfigDict, needs_features: bool) -> RewardModel:
     return place.models["reward_model"]
 
 
+def check_at_once(option: str, count: int, config: ConfigDict, options: TrainConfig) -> None:
+    """Checks the number of runs that are trained at a time.
+
+    Args:
+        option: the full name of the option that holds the number.
+        count: its value.
+        config: the config of the runs.
+        options: its options of training.
+
+    Raises:
+        InputError: the number is out of range, or another option allows one run only.
+    """
+    if count < 1:
+        raise InputError(f"{option}={count}: must be at least 1")
+    if count == 1:
+        return
+    if config.profile.start_step >= 0:
+        raise InputError(
+            f"profile.start_step={config.profile.start_step}: JAX traces one run at a time; set "
+            f"{option}=1 (it is {count})"
+        )
+    if "wandb" in options.tracking.services:
+        raise InputError(
+            f"track={config.track}: W&B has one run in a process; set {option}=1 (it is {count})"
+        )
+
+
 def run_together(works: Sequence[tuple[str, Callable[[], None]]], at_once: int) -> None:
     """Calls (name, function) pairs, each of which trains a run, `at_once` of them at a time.
+
+    All runs have the same policy and reward model. The name, such as "experiment tau_2", is put
+    before every message of a run.
 
     Raises:
         BaseException: the first error of a run, after the other runs of its group have ended;
@@ -87,7 +118,7 @@ def run_together(works: Sequence[tuple[str, Callable[[], None]]], at_once: int) 
 def _run(models: dict[str, Any], name: str, work: Callable[[], None], member: Member) -> None:
     """Trains a run; its error is logged at once, since the other runs go on."""
     _place.set(Place(member, models))  # of this thread alone
-    with named_messages(f"experiment {name}"):
+    with named_messages(name):
         try:
             work()
         except InputError as error:

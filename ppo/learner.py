@@ -169,8 +169,7 @@ class Learner:
             slots: as in `rollout`, enough for the prompts of each run.
         """
         assert self.samples_runs_together
-        rows = len(prompts_of_runs) * self.config.rollout_rows // self.placement.parts
-        compiled = _compile_rollout_of_runs(compiler_options(self.platform, rows))
+        compiled = self._compiled_rollout_of_runs(len(prompts_of_runs))
         return compiled(self.for_programs, tuple(prompts_of_runs), base, slots=slots)
 
     @property
@@ -186,6 +185,10 @@ class Learner:
     @property
     def _compiled_rollout(self):
         return _compile_rollout(self.decoding_options)
+
+    def _compiled_rollout_of_runs(self, runs: int):
+        rows = runs * self.config.rollout_rows // self.placement.parts
+        return _compile_rollout_of_runs(compiler_options(self.platform, rows))
 
     def _rollout_of_runs(self, prompts_of_runs, base, slots):
         def sample_run(run: RunPrompts) -> Generation:
@@ -254,6 +257,17 @@ class Learner:
         key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
         return self._compiled_rollout.lower(
             self.for_programs, params, base, tokens_bp, mask_bp, key, slots=slots
+        )
+
+    def lower_rollout_of_runs(
+        self, params: dict, base: nnx.State, prompt_length: int, slots: int | None, *, runs: int
+    ) -> Lowered:
+        """Lowers `rollout_of_runs` for a number of runs whose prompts have the same length."""
+        tokens_bp, mask_bp = self._abstract_tokens(self.config.prompts_per_batch, prompt_length)
+        key = self.placement.abstract_replicated(jax.eval_shape(jax.random.key, 0))
+        run = RunPrompts(params["lora"], tokens_bp, mask_bp, key)
+        return self._compiled_rollout_of_runs(runs).lower(
+            self.for_programs, (run,) * runs, base, slots=slots
         )
 
     def lower_reference(self, base: nnx.State, prompt_length: int, slots: Slots | None) -> Lowered:

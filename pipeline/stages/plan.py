@@ -13,6 +13,8 @@ from pipeline.inputs import Input
 from pipeline.models import check_remat, mesh_config
 from pipeline.options import required
 from pipeline.stage import Stage
+from pipeline.study_options import groups_of, trained_conditions
+from pipeline.together import check_at_once
 from ppo.config import PPOConfig
 from ppo.options import train_config
 from ppo.planning.chips import target_devices
@@ -68,6 +70,9 @@ def validate_training(config: ConfigDict) -> TrainSARMConfig:
 def validate_ppo(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
     """Validates PPO's options, and returns them with the share of batches by prompt length."""
     options = train_config(config)
+    for name, section in (("experiments_at_once", config), ("conditions_at_once", config.lab)):
+        option = name if section is config else f"lab.{name}"
+        check_at_once(option, section[name], config, options)
     for field, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
         if not config.plan[field]:
             required(config, model)
@@ -125,7 +130,18 @@ def make_planner(config: ConfigDict) -> Planner:
         score_batch=config.sarm_batch_size,
         watched=len(options.reward.penalize_features) + len(options.reward.latent_indices),
         shares=shares,
+        runs=runs_at_once(config),
     )
+
+
+def runs_at_once(config: ConfigDict) -> int:
+    """Returns how many runs are trained at a time: experiments, or conditions of a study."""
+    if config.experiments:
+        return min(config.experiments_at_once, len(config.experiments))
+    if config.prepare_data.source == "lab":
+        groups = groups_of(trained_conditions(config), config.lab.conditions_at_once)
+        return max(map(len, groups), default=1)
+    return 1
 
 
 def reward_config(
@@ -206,6 +222,10 @@ STAGE = Stage(
         "train_sae.k",
         "train_sae.activation",
         "train_sarm",
+        "experiments",
+        "experiments_at_once",
+        "lab.conditions",
+        "lab.conditions_at_once",
     ),
     inputs=(
         Input("plan.policy_config"),

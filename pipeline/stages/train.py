@@ -90,7 +90,13 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
     feature_names(config)  # raises for a malformed file
     check_available(options.tracking)
-    check_at_once(config, options)
+    count = config.experiments_at_once
+    together.check_at_once("experiments_at_once", count, config, options)
+    if count > 1 and len(config.experiments) < 2:
+        raise InputError(
+            f"experiments_at_once={count}: the config has {len(config.experiments)} experiments to "
+            "train at a time"
+        )
     mesh = mesh_config(config)
     make_mesh(mesh)  # raises if there are too few devices
     rows = options.ppo.batch_size // options.ppo.pieces
@@ -98,31 +104,6 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     mesh.check_batch(options.ppo.prompts_per_batch, "ppo.batch_size / samples_per_prompt")
     mesh.check_batch(options.ppo.rollout_slots, "ppo.rollout_slots")
     return options, profile
-
-
-def check_at_once(config: ConfigDict, options: TrainConfig) -> None:
-    """Raises InputError for `experiments_at_once` out of range, or with what allows only one."""
-    count = config.experiments_at_once
-    if count < 1:
-        raise InputError(f"experiments_at_once={count}: must be at least 1")
-    if count == 1:
-        return
-    if len(config.experiments) < 2:
-        raise InputError(
-            f"experiments_at_once={count}: the config has {len(config.experiments)} experiments to "
-            "train at a time"
-        )
-    if config.profile.start_step >= 0:
-        start = config.profile.start_step
-        raise InputError(
-            f"profile.start_step={start}: JAX traces one run at a time; set experiments_at_once=1 "
-            f"(it is {count})"
-        )
-    if "wandb" in options.tracking.services:
-        raise InputError(
-            f"track={config.track}: W&B has one run in a process; set experiments_at_once=1 (it is "
-            f"{count})"
-        )
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

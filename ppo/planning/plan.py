@@ -14,6 +14,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from ppo.config import PPOConfig
 from ppo.planning.chips import GIB, Chip, target
 from ppo.planning.costs import Cost, open_loops, step_costs
 from ppo.planning.hlo import Collective, by_kind, read_traffic
-from ppo.planning.programs import Program, step_programs, weight_bytes
+from ppo.planning.programs import Program, RunState, step_programs, weight_bytes
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.linear_reward import LinearReward
 from sarm_jax.models.llama import Llama
@@ -43,6 +44,7 @@ ASSUMPTIONS = {
     "share_of_memory": MEMORY_SHARE,
 }
 HALVES = ("prefill", "decode")  # parts of the program `rollout`, whose memory covers both
+OF_NO_RUN = RunState(total=0, adapter=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Planner:
         watched: number of latents that the reward reads.
         shares: share of the batches by padded prompt length; if empty, every batch is padded to
             `config.max_prompt_tokens`.
+        runs: runs that are trained at a time over one copy of the models.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Planner:
     score_batch: int
     watched: int
     shares: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    runs: int = 1
     _rows: dict[tuple, dict] = dataclasses.field(default_factory=dict, init=False, compare=False)
 
     def plan(self, layout: Layout) -> dict:
@@ -103,6 +107,8 @@ class Planner:
             shares=shares,
             rows=rows,
             weights=weights,
+            runs=self.runs,
+            state=RunState.of(self.config, self.lora, self.policy()),
         )
 
     def programs(self, layout: Layout, prompt_tokens: int) -> Iterator[Program]:
@@ -122,9 +128,9 @@ class Planner:
     ) -> list[dict]:
         """Compiles the programs under `config`; returns their rows of plan.json."""
         mesh, prompt_tokens = layout.mesh, config.max_prompt_tokens
-        costs = step_costs(
-            config,
-            self.lora,
+        inherent = partial(
+            step_costs,
+            lora=self.lora,
             policy=policy.config,
             sarm=sarm.config,
             mesh=mesh,
@@ -132,6 +138,10 @@ class Planner:
             remat=layout.remat,
             bytes_per_weight=policy.embed_tokens.dtype.itemsize,
         )
+        costs = inherent(config)
+        if self.runs > 1 and not config.rollout_slots:  # one program decodes the rows of all runs
+            wider = dataclasses.replace(config, batch_size=self.runs * config.batch_size)
+            costs |= {"rollout": inherent(wider)["rollout"]}
         rows = []
         for program in self._programs(config, policy, sarm):
             # Several layouts of a search have the same program, which is compiled once.
@@ -173,6 +183,7 @@ class Planner:
             sarm=sarm,
             score_batch=self.score_batch,
             watched=self.watched,
+            runs=self.runs,
         )
 
     def _models(self, config: PPOConfig, layout: Layout) -> tuple[Llama, SARM | LinearReward, Chip]:
@@ -229,9 +240,10 @@ def layouts_for(
 
 def table(plan: dict) -> str:
     """Formats a plan as Markdown: totals, prompt lengths if there are several, all programs."""
-    lengths = plan["prompt_lengths"]
+    lengths, runs = plan["prompt_lengths"], plan["runs_at_once"]
     lines = [
-        f"{plan['target']}, {plan['layout']}, batch {plan['batch']}: "
+        f"{plan['target']}, {plan['layout']}, batch {plan['batch']}"
+        f"{f' of each of {runs} runs' if runs > 1 else ''}: "
         f"peak {plan['peak_bytes'] / GIB:.1f} of {plan['memory_bytes'] / GIB:.0f} GiB a device "
         f"({'fits' if plan['fits'] else 'DOES NOT FIT'}), "
         f"{plan['step_seconds']:.2f} s a step{' in expectation' if len(lengths) > 1 else ''}, "
@@ -379,6 +391,8 @@ def _summary(
     shares: Mapping[int, float],
     rows: list[dict],
     weights: dict[str, int],
+    runs: int = 1,
+    state: RunState = OF_NO_RUN,
 ) -> dict:
     """Returns the content of plan.json.
 
@@ -390,13 +404,17 @@ def _summary(
         shares: share of the batches by padded prompt length.
         rows: the rows of all programs.
         weights: bytes of the weights of "policy" and "sarm" on one device.
+        runs: runs that are trained at a time.
+        state: what each of them has of its own; needed for several.
     """
     lengths = []
     for length, share in shares.items():
         own = [row for row in rows if row["prompt_tokens"] == length]
         # Both models stay on the device; the arguments of a program include only the one it runs.
         peaks = (
-            row["peak_bytes"] + weights["policy" if row["name"] == "score" else "sarm"]
+            row["peak_bytes"]
+            + weights["policy" if row["name"] == "score" else "sarm"]
+            + state.beside(row["name"], runs)
             for row in own
             if row["name"] not in HALVES
         )
@@ -415,6 +433,7 @@ def _summary(
         "mesh": dataclasses.asdict(layout.mesh),
         "layout": str(layout),
         "batch": config.batch_size,
+        "runs_at_once": runs,
         "algorithm": config.algorithm,
         "prompt_tokens": max(shares),
         "prompt_lengths": lengths,
@@ -423,7 +442,7 @@ def _summary(
         "peak_bytes": peak,
         "memory_bytes": chip.memory,
         "step_seconds": seconds,
-        "tokens_per_second": config.batch_size * config.max_new_tokens / seconds,
+        "tokens_per_second": runs * config.batch_size * config.max_new_tokens / seconds,
         "steps": config.total_steps,
         "run_seconds": config.total_steps * seconds,
         "assumptions": ASSUMPTIONS,

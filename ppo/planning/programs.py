@@ -42,7 +42,8 @@ class Program:
 
     Attributes:
         name: the name in plan.json.
-        runs: how often a PPO step runs it; 0 for the halves of another program.
+        runs: how often a PPO step runs it, for all runs that are trained at a time; 0 for the
+            halves of another program.
         lower: lowers the program.
         varies_with: the fields of a `Layout` on which the program depends.
     """
@@ -61,6 +62,7 @@ def step_programs(
     sarm: SARM | LinearReward,
     score_batch: int,
     watched: int,
+    runs: int = 1,
 ) -> Iterator[Program]:
     """Yields all programs, for batches in which every prompt and response is at its limit.
 
@@ -71,6 +73,8 @@ def step_programs(
         sarm: an abstract SARM.
         score_batch: conversations that are scored at a time.
         watched: number of latents that the reward reads.
+        runs: runs that are trained at a time over one base. They share the program of the rollout,
+            whose halves are then left out.
     """
     prompt, new, rows = config.max_prompt_tokens, config.max_new_tokens, config.batch_size
     placement = policy.placement
@@ -83,10 +87,14 @@ def step_programs(
         prefill = config.prompts_per_batch // placement.parts * prompt
 
     rollout = partial(learner.lower_rollout, state.params, base, prompt, prefill)
-    yield Program("rollout", 1, rollout)
-    halves = _Halves(learner=learner, state=state, base=base, prompt=prompt)
-    yield Program("prefill", 0, halves.lower_prefill)
-    yield Program("decode", 0, halves.lower_decode)
+    if runs > 1 and learner.samples_runs_together:
+        together = partial(learner.lower_rollout_of_runs, runs=runs)
+        yield Program("rollout", 1, partial(together, state.params, base, prompt, prefill))
+    else:
+        yield Program("rollout", runs, rollout)
+        halves = _Halves(learner=learner, state=state, base=base, prompt=prompt)
+        yield Program("prefill", 0, halves.lower_prefill)
+        yield Program("decode", 0, halves.lower_decode)
     calls = -(-rows // score_batch)
     graphdef, weights = nnx.split(sarm)
     scoring = partial(
@@ -98,14 +106,39 @@ def step_programs(
         length=scored_length(prompt + new),
         watched=watched,
     )
-    yield Program("score", calls, scoring)
+    yield Program("score", runs * calls, scoring)
     forward = "mesh", "accumulation"
-    yield Program("reference", 1, partial(learner.lower_reference, base, prompt, slots), forward)
+    yield Program("reference", runs, partial(learner.lower_reference, base, prompt, slots), forward)
     steps = config.updates_per_step
     for name, lower in Updater(learner).lower(state, base, prompt, slots).items():
-        runs = steps - (config.pieces == 1) if name == "step" else 1
+        calls = steps - (config.pieces == 1) if name == "step" else 1
         varies_with = forward if name == "targets" else (*forward, "remat")
-        yield Program(name, runs, lower, varies_with)
+        yield Program(name, runs * calls, lower, varies_with)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunState:
+    """Bytes on one device of what each run has of its own while all share the base.
+
+    Attributes:
+        total: adapter, value head and optimizer state.
+        adapter: the adapter, which the program of a shared rollout takes of every run.
+    """
+
+    total: int
+    adapter: int
+
+    @classmethod
+    def of(cls, config: PPOConfig, lora: LoRAConfig, policy: Llama) -> "RunState":
+        """Returns the bytes for an abstract policy, which gets an adapter."""
+        _, state, _ = Learner.attach(config, lora, policy=policy, pad=0)
+        size = partial(jax.tree.reduce, lambda total, x: total + x.size * x.dtype.itemsize)
+        return cls(total=size(state, 0), adapter=size(state.params["lora"], 0))
+
+    def beside(self, program: str, runs: int) -> int:
+        """Returns the bytes of `runs` runs that are not among the arguments of a program."""
+        held = self.total - self.adapter if program == "rollout" else self.total
+        return (runs - 1) * held
 
 
 def weight_bytes(model: Llama | SARM | LinearReward, placement: Placement) -> int:

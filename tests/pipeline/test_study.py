@@ -11,12 +11,15 @@ from safetensors.numpy import load_file
 from configs import demo
 from conversion import load_sarm
 from pipeline import study as study_of_seeds
+from pipeline import study_runs
 from pipeline.cli import fill_in
 from pipeline.study import study_names
+from pipeline.study_options import groups_of
 from pipeline.study_runs import draw_random_control
+from ppo.learner import Learner
 from sarm_jax.features.feature_names import FeatureNames
 from sarm_jax.io import secrets
-from sarm_jax.io.errors import InputError
+from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.lab import gates, world
 from sarm_jax.lab.conditions import (
     DESCRIPTIONS,
@@ -246,6 +249,7 @@ def test_bad_studies_are_refused(study, capsys):
         ("lab.seeds=1,x", "lab.seeds: found 'x'"),
         ("lab.conditions=baseline,best", "lab.conditions: found 'best'"),
         ("lab.processes=0", "lab.processes=0: must be at least 1"),
+        ("lab.conditions_at_once=0", "lab.conditions_at_once=0: must be at least 1"),
         ("reward.beta=0.1", "reward.beta=0.1: the conditions of the study set it"),
         ("reward.screen=True", "reward.screen=True: the conditions of the study set it"),
         ("reward.ensemble=min", "reward.ensemble=min: the conditions of the study set it"),
@@ -274,6 +278,69 @@ def test_bad_studies_are_refused(study, capsys):
     ):
         assert call("lab.pool_responses=4", f"lab.ranked_conditions={ranked}") == 2
         assert message in capsys.readouterr().err
+
+
+def test_conditions_that_are_trained_at_a_time_have_the_numbers_of_one_after_the_other(
+    study, monkeypatch
+):
+    call, workdir = study
+    folder = workdir / "seed_7"
+    before = json.loads((workdir / "lab.json").read_text())["conditions"]
+    for name in ("baseline", "full"):
+        (folder / name).rename(folder / f"{name}_alone")
+    sampled, sample = [], Learner.rollout_of_runs
+    monkeypatch.setattr(
+        Learner, "rollout_of_runs", lambda *args: sampled.append(len(args[1])) or sample(*args)
+    )
+    assert call("lab.ignore_failed_gates=True", "lab.conditions_at_once=2") == 0
+    assert sampled and set(sampled) == {2}
+    after = json.loads((workdir / "lab.json").read_text())["conditions"]
+    for name in ("baseline", "full"):
+        ((alone,), (together,)) = before[name], after[name]
+        assert alone.keys() == together.keys()
+        numbers = [key for key, value in alone.items() if isinstance(value, float)]
+        assert len(numbers) > 5 and "gold_final" in numbers
+        for key in set(numbers) - {"seconds"}:
+            assert together[key] == pytest.approx(alone[key], rel=1e-4, abs=1e-4), key
+        texts = [[sample["after"] for sample in run["samples"]] for run in (alone, together)]
+        assert texts[0] == texts[1]
+        (folder / f"{name}_alone").rename(folder / name / "alone")
+    finished = (workdir / "lab.json").read_text()
+    assert call("lab.ignore_failed_gates=True") == 0  # nothing is run again for the other number
+    assert (workdir / "lab.json").read_text() == finished
+
+
+def test_which_conditions_are_trained_at_a_time():
+    names = ["baseline", "ties", "penalty", "probe", "worst_of_four", "random"]
+    alone = [[name] for name in names]
+    assert groups_of(names, 1) == alone
+    assert groups_of(names, 3) == [
+        ["baseline", "penalty", "probe"], ["ties"], ["worst_of_four"], ["random"],
+    ]  # fmt: skip
+
+
+def test_one_condition_of_a_group_fails(tmp_path, monkeypatch):
+    """The others end; those that finished have their results, then the error is raised."""
+    names, written = ["baseline", "full", "penalty", "probe"], []
+    errors = {
+        "full": InputError("no file"),
+        "penalty": TrainingStoppedError("a guard"),
+    }
+
+    def train(config, workdir, condition):
+        if condition in errors:
+            raise errors[condition]
+
+    monkeypatch.setattr(study_runs, "condition_config", lambda config, folder, name: config)
+    monkeypatch.setattr(study_runs, "train_condition", train)
+    monkeypatch.setattr(
+        study_runs, "write_result", lambda config, folder, name: written.append(name)
+    )
+    with pytest.raises(InputError, match="no file"):
+        list(study_runs.run_group(demo.get_config(), tmp_path, names))
+    assert written == ["baseline", "probe"]
+    ended = dict(study_runs.run_group(demo.get_config(), tmp_path, ["baseline", "penalty"]))
+    assert ended == {"baseline": None, "penalty": errors["penalty"]}
 
 
 def test_the_page_shows_no_secret_of_an_error(tmp_path, monkeypatch):

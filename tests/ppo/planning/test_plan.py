@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from conversion.keys import abstract_policy, abstract_sarm
 from ppo.config import PPOConfig
-from ppo.planning import hlo
+from ppo.planning import hlo, programs
 from ppo.planning import plan as plan_module
 from ppo.planning.chips import Chip, target
 from ppo.planning.costs import (
@@ -372,3 +373,59 @@ ENTRY %main (x: f32[16,8], n: s32[]) -> f32[1,8] {
 }
 """
     assert hlo.read_traffic(text).bytes == (512 + 512) + 2 * 32
+
+
+def tiny_planner(ppo_config, runs, **options):
+    """A planner of the host, of two tiny models."""
+    return plan_module.Planner(
+        name="host",
+        config=ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5, **options),
+        lora=LoRAConfig(rank=3),
+        policy=lambda: abstract_policy(LLAMA, "float32"),
+        sarm=lambda: abstract_sarm(SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2)), "float32"),
+        score_batch=4,
+        watched=2,
+        runs=runs,
+    )
+
+
+def test_runs_that_are_trained_at_a_time(ppo_config):
+    """They share the program of the rollout; the others run once for each of them."""
+    layout = plan_module.Layout(MeshConfig(), "dots", 1)
+    one, three = (tiny_planner(ppo_config, runs).plan(layout) for runs in (1, 3))
+    alone, together = ({row["name"]: row for row in plan["programs"]} for plan in (one, three))
+    assert alone.keys() - together.keys() == {"prefill", "decode"}
+    for name in together.keys() - {"rollout"}:
+        assert together[name] == alone[name] | {"runs": 3 * alone[name]["runs"]}
+    rollout, rollout_alone = together["rollout"], alone["rollout"]
+    assert rollout["runs"] == 1
+    assert rollout["flops"] == pytest.approx(3 * rollout_alone["flops"])
+    # The weights are read once for all runs; the keys and values are each run's own.
+    weights = 4 * 6 * (2 * 120 + 40)
+    cache = rollout_alone["inherent_bytes"] - weights
+    assert rollout["inherent_bytes"] == weights + 3 * cache
+    adapter = 4 * 3 * 2 * (8 + 6 + 6 + 8)
+    prompts = 4 * 5 * (4 + 1)  # tokens and mask
+    more = rollout["argument_bytes"] - rollout_alone["argument_bytes"]
+    assert 2 * (adapter + prompts) <= more <= 2 * (adapter + prompts + 64)  # and a random key
+    state = programs.RunState.of(
+        ppo_config(), LoRAConfig(rank=3), abstract_policy(LLAMA, "float32")
+    )
+    head = 4 * (4 + 1)
+    assert state.adapter == adapter
+    assert 3 * (adapter + head) <= state.total <= 3 * (adapter + head) + 64  # counters of the steps
+    peaks = [row["peak_bytes"] + state.beside(row["name"], 3) for row in together.values()]
+    assert max(peaks) < three["peak_bytes"] < max(peaks) + 10**5  # with the other model's weights
+    assert three["runs_at_once"] == 3 and one["runs_at_once"] == 1
+    tokens = 3 * 4 * 6
+    assert three["tokens_per_second"] == pytest.approx(tokens / three["step_seconds"])
+    assert "of each of 3 runs" in plan_module.table(three)
+    assert "runs:" not in plan_module.table(one)
+
+
+def test_runs_with_refilled_slots_take_turns(ppo_config):
+    layout = plan_module.Layout(MeshConfig(), "dots", 1)
+    one, two = (tiny_planner(ppo_config, runs, rollout_slots=2).plan(layout) for runs in (1, 2))
+    for row, alone in zip(two["programs"], one["programs"], strict=True):
+        assert row == alone | {"runs": 2 * alone["runs"]}
+    assert two["step_seconds"] == pytest.approx(2 * one["step_seconds"])
