@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from ppo.config import NOT_IN_PROGRAMS
-from ppo.learner import Learner
-from ppo.update import Updater
+from ppo.learner import Learner, RunPrompts, _compile_rollout_of_runs
+from ppo.update import Updater, batch_metrics
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.rewards.density_ratio import DensityRatio, DiscriminatorConfig
 from tests.tiny_models import ALGORITHMS
 
 PROMPT = 5
@@ -23,16 +24,21 @@ OTHER = {
     "samples_per_step": 3, "eval_every": 9, "eval_batches": 4,
 }  # fmt: skip
 OF_A_CONSTANT_RATE = {"total_steps": 11, "ppo_epochs": 3}
+LORA = LoRAConfig(rank=2)
+OTHER_LORA = {"rank": 4, "alpha": 5.0, "dropout": 0.5, "target_modules": ("q_proj", "v_proj")}
+OTHER_DISCRIMINATOR = {
+    "learning_rate": 2e-3, "hidden_size": 8, "steps": 3, "batch_size": 4, "weight_decay": 0.0,
+    "folds": 2,
+}  # fmt: skip
 
 
 @pytest.fixture
 def make_updater(architecture, ppo_config):
     """Returns a function that makes (updater, state, base) with fields of PPOConfig changed."""
 
-    def make(**changes):
+    def make(lora=LORA, **changes):
         policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=(3,))
-        config = ppo_config(**changes)
-        learner, state, base = Learner.attach(config, LoRAConfig(rank=2), policy=policy, pad=1)
+        learner, state, base = Learner.attach(ppo_config(**changes), lora, policy=policy, pad=1)
         return Updater(learner), state, base
 
     return make
@@ -46,9 +52,9 @@ def text_of_step(updater, state, base):
 
 
 def texts_of_programs(updater, state, base):
-    """Lowers the programs like `text_of_step`."""
+    """Lowers all programs of a run like `text_of_step`."""
     learner = updater.learner
-    batch, _ = updater._abstract(updater.config.batch_size, PROMPT)
+    batch, targets = updater._abstract(updater.config.batch_size, PROMPT)
     tokens_bp, mask_bp = learner._abstract_tokens(updater.config.prompts_per_batch, PROMPT)
     key = jax.random.key(0)
     reference = learner._reference_logp.lower(
@@ -57,8 +63,16 @@ def texts_of_programs(updater, state, base):
     rollout = learner._compiled_rollout.lower(
         learner, state.params, base, tokens_bp, mask_bp, key, slots=None
     )
-    others = [lowered.as_text() for lowered in (reference, rollout)]
-    return [text_of_step(updater, state, base), *others]
+    lowered = [
+        reference,
+        rollout,
+        updater._targets.lower(updater, state.params, base, batch, None),
+        batch_metrics.lower(updater.config, batch, targets, batch.ref_logp_br),
+    ]
+    if learner.samples_runs_together:
+        runs = 2 * (RunPrompts(state.params["lora"], tokens_bp, mask_bp, key),)
+        lowered.append(_compile_rollout_of_runs(()).lower(learner, runs, base, slots=None))
+    return [text_of_step(updater, state, base), *(program.as_text() for program in lowered)]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -81,6 +95,27 @@ def test_other_options_are_kept_for_programs(ppo_config):
         same = getattr(config.for_programs, field.name) == getattr(config, field.name)
         assert same or field.name in left_out, field.name
     assert config.seed == 0 and dataclasses.replace(config, seed=3).seed == 3
+
+
+def test_an_adapter_shares_programs_only_with_those_that_compute_the_same(make_updater):
+    assert OTHER_LORA.keys() == {field.name for field in dataclasses.fields(LORA)}
+    one = make_updater()
+    others = {
+        name: make_updater(lora=dataclasses.replace(LORA, **{name: value}))
+        for name, value in OTHER_LORA.items()
+    }
+    shared = {name for name, made in others.items() if made[0].for_programs == one[0].for_programs}
+    assert shared == {"dropout"}  # it is recorded for PEFT alone
+    assert text_of_step(*others["dropout"]) == text_of_step(*one)
+
+
+def test_discriminators_share_no_program():
+    """Their number of human responses, and so their bound, is none of their options."""
+    config, z_ns = DiscriminatorConfig(), np.eye(6, 2, dtype=np.float32)
+    assert OTHER_DISCRIMINATOR.keys() == {field.name for field in dataclasses.fields(config)}
+    changed = [dataclasses.replace(config, **{n: v}) for n, v in OTHER_DISCRIMINATOR.items()]
+    made = [DensityRatio(c, z) for c in (config, *changed) for z in (z_ns, z_ns[:4], z_ns)]
+    assert len(set(made)) == len(made)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
