@@ -10,6 +10,7 @@ from flax import nnx
 
 from ppo.config import NOT_IN_PROGRAMS
 from ppo.learner import Learner, RunPrompts, _compile_rollout_of_runs
+from ppo.run_group import SHARED_OPTIONS
 from ppo.update import Updater, batch_metrics
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
@@ -24,6 +25,14 @@ OTHER = {
     "samples_per_step": 3, "eval_every": 9, "eval_batches": 4,
 }  # fmt: skip
 OF_A_CONSTANT_RATE = {"total_steps": 11, "ppo_epochs": 3}
+# Another value for every option that other programs depend on, but no rollout of several runs.
+OF_UPDATES = {
+    "algorithm": "grpo", "num_minibatches": 2, "gradient_accumulation_steps": 2,
+    "learning_rate": 0.5, "lr_schedule": "linear", "warmup_steps": 1, "weight_decay": 0.5,
+    "max_grad_norm": 2.5, "clip_range": 0.3, "clip_range_high": 0.4, "value_clip_range": 0.3,
+    "vf_coef": 0.7, "gamma": 0.9, "gae_lambda": 0.6, "kl_coef": 0.6, "whiten_advantages": False,
+    "scale_advantages": False, "loss_average": "constant", "logprob_chunk": 3,
+}  # fmt: skip
 LORA = LoRAConfig(rank=2)
 OTHER_LORA = {"rank": 4, "alpha": 5.0, "dropout": 0.5, "target_modules": ("q_proj", "v_proj")}
 OTHER_DISCRIMINATOR = {
@@ -70,9 +79,15 @@ def texts_of_programs(updater, state, base):
         batch_metrics.lower(updater.config, batch, targets, batch.ref_logp_br),
     ]
     if learner.samples_runs_together:
-        runs = 2 * (RunPrompts(state.params["lora"], tokens_bp, mask_bp, key),)
-        lowered.append(_compile_rollout_of_runs(()).lower(learner, runs, base, slots=None))
+        lowered.append(lower_rollout_of_runs(learner, state, base))
     return [text_of_step(updater, state, base), *(program.as_text() for program in lowered)]
+
+
+def lower_rollout_of_runs(learner, state, base):
+    """Lowers the rollout of two runs for exactly this learner, with all of its options."""
+    tokens_bp, mask_bp = learner._abstract_tokens(learner.config.prompts_per_batch, PROMPT)
+    runs = 2 * (RunPrompts(state.params["lora"], tokens_bp, mask_bp, jax.random.key(0)),)
+    return _compile_rollout_of_runs(()).lower(learner, runs, base, slots=None)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -95,6 +110,18 @@ def test_other_options_are_kept_for_programs(ppo_config):
         same = getattr(config.for_programs, field.name) == getattr(config, field.name)
         assert same or field.name in left_out, field.name
     assert config.seed == 0 and dataclasses.replace(config, seed=3).seed == 3
+
+
+def test_a_rollout_of_several_runs_depends_on_the_shared_options_alone(make_updater):
+    """`RunGroup` samples with one program for runs that agree in these."""
+    changed = OTHER | OF_A_CONSTANT_RATE | OF_UPDATES
+    named = {*changed, *SHARED_OPTIONS, "rollout_slots", "top_p"}  # no slots, and no other top_p
+    made = [make_updater(samples_per_prompt=2, **changes) for changes in ({}, changed)]
+    own, other = (updater.config for updater, *_ in made)
+    assert named == {field.name for field in dataclasses.fields(own)}
+    assert all(getattr(own, name) != getattr(other, name) for name in changed)
+    texts = [lower_rollout_of_runs(u.learner, *rest).as_text() for u, *rest in made]
+    assert texts[0] == texts[1]
 
 
 def test_an_adapter_shares_programs_only_with_those_that_compute_the_same(make_updater):
