@@ -534,8 +534,8 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.tie_weight = 20.0
     # Penalty of the condition distance per unit of Mahalanobis distance, in reward.unit.
     config.lab.distance_penalty = 0.5
-    # The condition untold: penalty per feature above what human responses reach, and the largest
-    # penalty of a response, in reward.unit.
+    # The condition untold: penalty per feature above what human responses reach, in reward.unit,
+    # and the largest penalty of a response, in standard deviations like reward.penalty_cap.
     config.lab.untold_alpha = 0.5
     config.lab.untold_cap = 4.0
     config.lab.length_penalty = 0.2  # penalty of the condition length per token, in reward.unit

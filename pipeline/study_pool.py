@@ -105,6 +105,7 @@ def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> d
     """Returns all that the result depends on: options, and digests of models, features, prompts."""
     names = "alpha distance_penalty length_penalty untold_alpha untold_cap pool_responses".split()
     names.append("pool_prompts")
+    of_ppo = ("max_new_tokens", "missing_eos_penalty", "temperature")
     files = [Path(config.eval_prompts_jsonl), *_files(Path(config.policy_model))]
     files += [*_files(Path(config.sarm_model)), folder / STATES_FILE]
     for condition in set(RETRAINED) & set(conditions):
@@ -121,8 +122,8 @@ def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> d
         "task": [config.lab[name] for name in ("task", "shortcuts", "told_shortcuts")],
         "seed": config.ppo.seed,
         "slots": config.lab.sampling_slots,
-        "max_new_tokens": config.ppo.max_new_tokens,
-        "missing_eos_penalty": config.ppo.missing_eos_penalty,
+        "sarm_max_length": config.sarm_max_length,
+        **{name: config.ppo[name] for name in of_ppo},
         **{name: config.lab[name] for name in names},
         **task_records(config),
         **{name: config.reward[name] for name in ("unit", "penalty_cap")},
@@ -146,6 +147,7 @@ def _sample(config: ConfigDict) -> Pool:
         [str(prompt) for prompt in prompts],
         samples=samples,
         max_new_tokens=config.ppo.max_new_tokens,
+        temperature=config.ppo.temperature,
         seed=config.ppo.seed,
         slots=config.lab.sampling_slots,
         shown="pool",
@@ -172,7 +174,9 @@ def _rewards(
     own = None
     if condition in RETRAINED or reward.clamp_features:
         own = Scorer(load_reward_model(config), reward).score(pool.prompts, pool.responses)
-        scale = ScoreScale.estimate(own.score_b, own.score_b)
+        # Without its clamp, a reward model that is not the condition's own scores as for all.
+        unclamped_b = own.score_b if condition in RETRAINED else read.score_b
+        scale = ScoreScale.estimate(own.score_b, unclamped_b)
     states = state_controls(reward, read.x_bd.shape[1]).read(read.x_bd)
     for variant, changed in _variants(reward):
         scored = own or Scored(

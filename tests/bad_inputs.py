@@ -1233,6 +1233,11 @@ STAGES = [
         "lab.corpus_rows=5: lab.task=words does not read it",
     ),
     main(
+        "the layer of a pretraining that there is not",
+        f"{WORDS} --config.lab.tap_layer=5",
+        "lab.tap_layer=5: lab.task=words does not read it",
+    ),
+    main(
         "an option of tasks in English",
         "--stage=prepare_data --config.prepare_data.source=lab --config.lab.prompts=5",
         "lab.prompts=5: lab.task=capitals does not read it",

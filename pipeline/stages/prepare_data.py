@@ -41,7 +41,8 @@ SHOWN_REFUSALS = 5  # per file; data_summary.json has all
 # Options of the lab that one kind of task alone reads: one in English, and the world of capitals.
 TEXT_ALONE = ("base_model", "prompts", "held_out_prompts", "label_noise", "annotator_bias")
 WORLD_ALONE = (
-    "held_out_fraction corpus_rows demonstrations pretraining_steps pretraining_learning_rate"
+    "held_out_fraction corpus_rows demonstrations tap_layer pretraining_steps "
+    "pretraining_learning_rate"
 ).split()
 LAST_FILE = {"lab": "policy", "benchmarks": "data/data_summary.json"}
 

@@ -70,16 +70,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "training a SARM on %d pairs%s, for %s",
         len(pairs), f" and {len(ties)} ties" if ties else "", workdir / "sarm",
     )  # fmt: skip
-    positions = policy_config.max_position_embeddings
-    if options.max_length > positions:  # as in scoring, see `load_reward_model`
-        LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
-        options = dataclasses.replace(options, max_length=positions)
-    if options.dead_after_steps >= options.sae_steps:
-        LOG.warning(
-            "train_sarm.dead_after_steps=%d: no latent counts as dead in sae_steps=%d, and aux_k=%d"
-            " brings none back",
-            options.dead_after_steps, options.sae_steps, options.aux_k,
-        )  # fmt: skip
+    options = fit_options(options, source, policy_config.max_position_embeddings)
     check_same_everywhere(STAGE, config, workdir)
     progress = open_checkpoints(config, workdir, options)
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
@@ -115,6 +106,20 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if ties:
         log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
+
+
+def fit_options(options: TrainSARMConfig, source: str, positions: int) -> TrainSARMConfig:
+    """Lowers `max_length` to the positions of the model; warns if no latent can count as dead."""
+    if options.max_length > positions:  # as in scoring, see `load_reward_model`
+        LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
+        options = dataclasses.replace(options, max_length=positions)
+    if options.dead_after_steps >= options.sae_steps:
+        LOG.warning(
+            "train_sarm.dead_after_steps=%d: no latent counts as dead in sae_steps=%d, and aux_k=%d"
+            " brings none back",
+            options.dead_after_steps, options.sae_steps, options.aux_k,
+        )  # fmt: skip
+    return options
 
 
 def open_checkpoints(

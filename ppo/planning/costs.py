@@ -65,9 +65,8 @@ def step_costs(
     prefill_flops = forward_flops(policy, prompts, prompt, logits=prompts)
     prefills = cost(prefill_flops, whole + head, passes=refills(config))
     context = prompt + new / 2  # mean number of tokens before a decoded token
-    kv = 2 * policy.num_key_value_heads * policy.head_dim * policy.num_hidden_layers
     running = config.rollout_rows
-    cache = running * context * kv
+    cache = cached_numbers(policy, running, context)
     decode = cost(decode_flops(policy, running, context), whole + head, cache=cache)
     steps, *_ = open_loops(config)
     tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
@@ -114,6 +113,12 @@ def score_work(
     trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
     encoder = sarm.trunk.hidden_size * sarm.latent_size
     return forward_flops(sarm.trunk, rows, length) + 2 * rows * encoder, trunk + encoder
+
+
+def cached_numbers(config: LlamaConfig, rows: int, context: float) -> float:
+    """Returns how many keys and values decoding a token reads in `rows` sequences."""
+    heads = config.num_key_value_heads * config.head_dim
+    return rows * context * (2 * heads * config.num_hidden_layers)
 
 
 def decode_flops(config: LlamaConfig, rows: int, context: float) -> float:

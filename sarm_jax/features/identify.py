@@ -185,24 +185,16 @@ def identify(
         strongest={strong.feature: strong for strong in listed},
         direction_fd=direction_fd,
     )
-    analysis = {
+    counts = {name: int(n) for name, n in zip(sources, np.bincount(source_p), strict=True)}
+    about_pairs = {
         "pairs": len(pairs),
         "prompts": int(prompt_p.max()) + 1,
-        "sources": {name: int(n) for name, n in zip(sources, np.bincount(source_p), strict=True)},
+        "sources": counts,
         "options": dataclasses.asdict(config),
-        "test": "median test within prompts, Benjamini-Yekutieli over all features that differ",
-        "harming": [rows[i] for i in selected["safety_harming"]],
-        "promoting": [rows[i] for i in selected["safety_promoting"]],
-        "detectors": _joint(detection.detectors, rows) | detection.held_out,
-        "random_control": _joint(detection.control, rows),
-        "carriers": [
-            rows[i] | {"carried_reward": float(scores["carried_reward"][i])}
-            for i in selected["carriers"]
-        ],
-        **describe_methods(**methods),
     }
+    features = _described(selected, rows, detection=detection, scores=scores)
     return Identified(
-        analysis=analysis,
+        analysis=about_pairs | features | describe_methods(**methods),
         selected=selected,
         scores=scores,
         strongest=listed,
@@ -238,6 +230,27 @@ def _detect(config: IdentifyConfig, contrast: Contrast, fold_p: np.ndarray) -> _
     )
     control = random_control(contrast, tau_f, exclude=detectors.features, seed=config.seed)
     return _Detection(tau_f, detectors, control, _held_out(detection, false_positives))
+
+
+def _described(
+    selected: Mapping[str, Any],
+    rows: Mapping[int, dict[str, Any]],
+    *,
+    detection: _Detection,
+    scores: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Assembles the rows of all described features for feature_analysis.json, list by list."""
+    return {
+        "test": "median test within prompts, Benjamini-Yekutieli over all features that differ",
+        "harming": [rows[i] for i in selected["safety_harming"]],
+        "promoting": [rows[i] for i in selected["safety_promoting"]],
+        "detectors": _joint(detection.detectors, rows) | detection.held_out,
+        "random_control": _joint(detection.control, rows),
+        "carriers": [
+            rows[i] | {"carried_reward": float(scores["carried_reward"][i])}
+            for i in selected["carriers"]
+        ],
+    }
 
 
 def further_random_control(

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -222,7 +223,8 @@ def open_matrix(folder: Path, shape: tuple[int, int], made_from: Any) -> MatrixF
     """
     if not (folder / INDEX).is_file():
         return None
-    index = read_json(folder / INDEX, expected="the index of a matrix")
+    # Paths that the matrix was made from may have half of a surrogate pair.
+    index = read_json(folder / INDEX, expected="the index of a matrix", allow_surrogates=True)
     expected = {"shape": list(shape), "made_from": json.loads(json.dumps(made_from))}
     if {name: index.get(name) for name in expected} != expected:
         return None
@@ -279,10 +281,13 @@ def _complete(matrix: MatrixFiles, made_from: Any) -> None:
 def _opened(stack: contextlib.ExitStack, path: Path, flags: int) -> int:
     """Opens a file of rows until the stack is closed."""
     try:
-        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        # Without O_NONBLOCK a pipe in the place of the file would block.
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except FileNotFoundError:
         raise DamagedMatrixError(f"{path}: is missing") from None
     stack.callback(os.close, descriptor)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise DamagedMatrixError(f"{path}: is no file")
     return descriptor
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 from sarm_jax.lab.findings import Claim, Runs
+from sarm_jax.reporting.spread import is_constant
 from sarm_jax.reporting.statistics import Interval, format_interval, holm, mean_interval
 
 BUDGETS = (2.0, 5.0, 10.0)  # nats of KL to the reference, at which a run is stopped
@@ -51,8 +52,11 @@ class Paired:
 
     @property
     def p_value(self) -> float:
-        """The two-sided p value of a paired t test; 1 if it cannot be computed."""
-        if len(self.values) < 2 or np.ptp(self.values) == 0:
+        """The two-sided p value of a paired t test; 1 if it cannot be computed.
+
+        Differences that are equal up to rounding have no spread to compare their mean with.
+        """
+        if len(self.values) < 2 or is_constant(self.values):
             return 1.0
         return float(stats.ttest_1samp(self.values, 0.0).pvalue)
 
@@ -141,8 +145,10 @@ def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Cla
     for name in ("penalty", "penalty_no_kl"):
         if runs.get(name) and all("told_undetected" in r["curve"][-1] for r in runs[name]):
             claims.append(_evasion(runs, name))
-    if pools:
-        claims.append(_pool_claim(pools))
+    # A seed whose training under one of the two stopped ranks its pool without that condition.
+    ranked = {seed: p for seed, p in pools.items() if _ranks({seed: p}, "baseline", "penalty")}
+    if ranked:
+        claims.append(_pool_claim(ranked))
     return claims
 
 

@@ -19,6 +19,10 @@ PIECE = 1 << 18  # numbers that are checked at a time, so that they stay in the 
 EXPONENT = {"bfloat16": 0x7F80, "float16": 0x7C00}
 
 
+class NotFiniteError(InputError):
+    """Numbers that have to be finite are not."""
+
+
 def first_not_finite(arrays: Iterable[tuple[str, Any]]) -> str | None:
     """Returns the name of the first array that holds NaN or infinity; None if there is none.
 
@@ -39,7 +43,7 @@ def is_finite(array: Any) -> jax.Array | bool:
 
 
 def require_finite(arrays: Mapping[str, np.ndarray], source: object) -> None:
-    """Raises InputError, naming `source` and the tensor, if a host array is not finite."""
+    """Raises NotFiniteError, naming `source` and the tensor, if a host array is not finite."""
     for name, array in arrays.items():
         check = FiniteCheck()
         check.add(array)
@@ -74,9 +78,9 @@ class FiniteCheck:
         return f"holds {found} ({self._bad} of {self._size} numbers are not finite)"
 
     def require(self, source: object, name: str) -> None:
-        """Raises InputError, naming `source` and the tensor, if a number was not finite."""
+        """Raises NotFiniteError, naming `source` and the tensor, if a number was not finite."""
         if self._bad:
-            raise InputError(f"{source}: {name}: {self.describe()}, expected finite numbers")
+            raise NotFiniteError(f"{source}: {name}: {self.describe()}, expected finite numbers")
 
 
 @jax.jit

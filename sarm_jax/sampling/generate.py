@@ -19,7 +19,14 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.packing import Packing
 from sarm_jax.parallel.finite import first_not_finite
 from sarm_jax.parallel.sharding import ONE_DEVICE, Placement
-from sarm_jax.sampling.decoding import compiler_options, decode, next_logits, prefill, repeat_rows
+from sarm_jax.sampling.decoding import (
+    KVCache,
+    compiler_options,
+    decode,
+    next_logits,
+    prefill,
+    repeat_rows,
+)
 from sarm_jax.sampling.fused_layers import fuse_layers
 
 # A padding logit of −1e30, see `mask_padding`, stays finite when it is divided by it.
@@ -216,8 +223,7 @@ def sample(
     responses of all of them have ended: a condition of each run's own would copy the cache of every
     run at every token.
     """
-    batch, length = len(tokens_bt) * copies, tokens_bt.shape[1]
-    budget = sampling.max_new_tokens
+    batch, budget = len(tokens_bt) * copies, sampling.max_new_tokens
     stop_ids = jnp.asarray(stops, jnp.int32)
 
     def draw(x_b1d, key, running_b):
@@ -241,11 +247,9 @@ def sample(
         tokens, logps = tokens.at[:, r].set(token_b), logps.at[:, r].set(logp_b)
         return r + 1, cache, key, tokens, logps, running_b & ~jnp.isin(token_b, stop_ids)
 
-    x_btd, cache = prefill(policy, tokens_bt, mask_bt, cache_size=length + budget, packing=packing)
-    last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
-    x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
-    if copies > 1:
-        x_b1d, cache = jnp.repeat(x_b1d, copies, axis=0), repeat_rows(cache, copies)
+    x_b1d, cache = _run_prompts(
+        policy, tokens_bt, mask_bt, new_tokens=budget, packing=packing, copies=copies
+    )
     key, first_key = jax.random.split(key)
     running_b = jnp.ones((batch,), bool)
     token_b, logp_b = draw(x_b1d, first_key, running_b)
@@ -258,6 +262,29 @@ def sample(
 
     mask_br, _ = ended_mask(tokens_br, stops)
     return Generation(tokens_br=tokens_br, mask_br=mask_br, logp_br=logp_br, ended_b=~running_b)
+
+
+def _run_prompts(
+    policy: Llama,
+    tokens_bt: jax.Array,
+    mask_bt: jax.Array,
+    *,
+    new_tokens: int,
+    packing: Packing | None,
+    copies: int,
+) -> tuple[jax.Array, KVCache]:
+    """Returns the state of the last token of each prompt `[B, 1, D]`, and the cache of all.
+
+    The cache has room for `new_tokens` tokens. Both have `copies` rows for each prompt.
+    """
+    length = tokens_bt.shape[1]
+    size = length + new_tokens
+    x_btd, cache = prefill(policy, tokens_bt, mask_bt, cache_size=size, packing=packing)
+    last_b1 = (length - 1 - jnp.argmax(mask_bt[:, ::-1], axis=1))[:, None]
+    x_b1d = jnp.take_along_axis(x_btd, last_b1[..., None], axis=1)
+    if copies > 1:
+        x_b1d, cache = jnp.repeat(x_b1d, copies, axis=0), repeat_rows(cache, copies)
+    return x_b1d, cache
 
 
 def ended_mask(tokens_br: jax.Array, stops: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

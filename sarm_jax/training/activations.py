@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sarm_jax.io.errors import InputError
+from sarm_jax.io.errors import InputError, first_line
 from sarm_jax.io.matrix_files import (
     MatrixFiles,
     open_matrix,
@@ -237,11 +237,17 @@ class ActivationFolder:
         return matrix
 
     def remove(self) -> None:
-        """Removes all files, and the folder if nothing else is in it."""
+        """Removes all collections, and the folder if nothing else is in it.
+
+        What cannot be removed is named in the log: no training that has ended is lost for it.
+        """
         while self._matrices:
             self._matrices.pop().close()
-        for path in self._folder.glob("*"):
-            remove_matrix(path)
+        for path in filter(Path.is_dir, self._folder.glob("*")):
+            try:
+                remove_matrix(path)
+            except OSError as error:
+                LOG.warning("activations stay in %s: %s", path, first_line(error))
         with contextlib.suppress(OSError):
             self._folder.rmdir()
 

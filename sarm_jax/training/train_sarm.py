@@ -31,6 +31,7 @@ from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig, centre_heads
+from sarm_jax.parallel.finite import NotFiniteError
 from sarm_jax.parallel.sharding import MeshConfig, Placement
 from sarm_jax.training.activations import (
     ActivationFolder,
@@ -303,7 +304,7 @@ def _collect_again(
     """Collects the states of the trained trunk; raises DivergedError if one is not finite."""
     try:
         return _collect(config, sarm.trunk, data, folder, trained=True)
-    except InputError as error:  # its states were finite before training
+    except NotFiniteError as error:  # its states were finite before training
         raise DivergedError(f"{error}: training diverged; lower {RATES}") from None
 
 

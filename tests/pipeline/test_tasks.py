@@ -85,6 +85,60 @@ def test_files_that_are_no_task(tmp_path, content: str | None, found: str):
     assert str(error.value).startswith(f"lab.task={path}: ") and found in str(error.value)
 
 
+def own_task(tmp_path, **changes):
+    """Writes the file of a task with a shortcut of its own, and returns the task."""
+    fields = {"name": "'dots'", "count": "len", "add": "lambda rng, text, _: text + '.'"}
+    fields |= {"remove": "lambda text: text.rstrip('.')", "phrasings": "['.', '..']"} | changes
+    quality = fields.pop("quality", "lambda prompt, response: 1.0")
+    arguments = ", ".join(f"{name}={value}" for name, value in fields.items())
+    path = tmp_path / "own.py"
+    path.write_text(
+        "import dataclasses\n"
+        "from sarm_jax.lab.text.task import TextShortcut\n"
+        "from sarm_jax.lab.text.words import TASK as WORDS\n"
+        f"DOTS = TextShortcut({arguments})\n"
+        f"TASK = dataclasses.replace(WORDS, all_shortcuts=[DOTS], quality={quality})\n"
+    )
+    return text_task_of(config_with(str(path), told_shortcuts="dots"))
+
+
+def test_the_lists_of_a_task_of_ones_own_may_be_lists(tmp_path):
+    task = own_task(tmp_path)
+    assert task.all_shortcuts[0].phrasings == (".", "..")
+    task.check_prompts(task.prompts(np.random.default_rng(0))[:2], "prompts.jsonl")
+    with pytest.raises(InputError, match="is no prompt of lab.task="):
+        task.check_prompts(["Name three fruits."], "prompts.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("phrasings", "()", "phrasings=(): needs texts"),
+        ("phrasings", "'...'", "phrasings='...': needs texts"),
+        ("base_rate", "1.5", "base_rate=1.5: must be at least 0 and at most 1"),
+        ("most", "0", "most=0: must be at least 1"),
+        ("pay", "-0.5", "pay=-0.5: must be at least 0"),
+        ("cost", "float('nan')", "cost=nan: must be at least 0"),
+        ("pay", "float('inf')", "pay=inf: must be at least 0"),
+    ],
+)
+def test_a_shortcut_that_cannot_be_is_refused(tmp_path, name: str, value: str, found: str):
+    with pytest.raises(InputError) as error:
+        own_task(tmp_path, **{name: value})
+    assert f"own.py:4: ValueError: shortcut dots: {found}" in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["1.1", "-0.5", "float('nan')"])
+def test_a_quality_out_of_range_is_refused(tmp_path, value: str):
+    """A gold reward above 1, or an annotator who prefers nothing, would be silently wrong."""
+    task = own_task(tmp_path, quality=f"lambda prompt, response: {value}")
+    shown = value.removeprefix("float('").removesuffix("')")
+    message = rf'lab.task=\S*: the quality of "yes." is {shown}: must lie in \[0, 1\]'
+    for judge in (task.plain_quality, task.annotator_utility, task.measures):
+        with pytest.raises(InputError, match=message):
+            judge("a prompt", "yes.")
+
+
 def test_options_that_are_none_of_a_task():
     with pytest.raises(InputError, match="lab.task='poems': expected capitals, animals, lists"):
         task_of(config_with("poems"))

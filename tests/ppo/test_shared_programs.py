@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 
 from ppo.config import NOT_IN_PROGRAMS
-from ppo.learner import Learner
-from ppo.update import Updater
+from ppo.learner import Learner, RunPrompts, _compile_rollout_of_runs
+from ppo.run_group import SHARED_OPTIONS
+from ppo.update import Updater, batch_metrics
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
+from sarm_jax.rewards.density_ratio import DensityRatio, DiscriminatorConfig
 from tests.tiny_models import ALGORITHMS
 
 PROMPT = 5
@@ -23,16 +25,29 @@ OTHER = {
     "samples_per_step": 3, "eval_every": 9, "eval_batches": 4,
 }  # fmt: skip
 OF_A_CONSTANT_RATE = {"total_steps": 11, "ppo_epochs": 3}
+# Another value for every option that other programs depend on, but no rollout of several runs.
+OF_UPDATES = {
+    "algorithm": "grpo", "num_minibatches": 2, "gradient_accumulation_steps": 2,
+    "learning_rate": 0.5, "lr_schedule": "linear", "warmup_steps": 1, "weight_decay": 0.5,
+    "max_grad_norm": 2.5, "clip_range": 0.3, "clip_range_high": 0.4, "value_clip_range": 0.3,
+    "vf_coef": 0.7, "gamma": 0.9, "gae_lambda": 0.6, "kl_coef": 0.6, "whiten_advantages": False,
+    "scale_advantages": False, "loss_average": "constant", "logprob_chunk": 3,
+}  # fmt: skip
+LORA = LoRAConfig(rank=2)
+OTHER_LORA = {"rank": 4, "alpha": 5.0, "dropout": 0.5, "target_modules": ("q_proj", "v_proj")}
+OTHER_DISCRIMINATOR = {
+    "learning_rate": 2e-3, "hidden_size": 8, "steps": 3, "batch_size": 4, "weight_decay": 0.0,
+    "folds": 2,
+}  # fmt: skip
 
 
 @pytest.fixture
 def make_updater(architecture, ppo_config):
     """Returns a function that makes (updater, state, base) with fields of PPOConfig changed."""
 
-    def make(**changes):
+    def make(lora=LORA, **changes):
         policy = Llama(architecture, rngs=nnx.Rngs(0), stop_ids=(3,))
-        config = ppo_config(**changes)
-        learner, state, base = Learner.attach(config, LoRAConfig(rank=2), policy=policy, pad=1)
+        learner, state, base = Learner.attach(ppo_config(**changes), lora, policy=policy, pad=1)
         return Updater(learner), state, base
 
     return make
@@ -46,9 +61,9 @@ def text_of_step(updater, state, base):
 
 
 def texts_of_programs(updater, state, base):
-    """Lowers the programs like `text_of_step`."""
+    """Lowers all programs of a run like `text_of_step`."""
     learner = updater.learner
-    batch, _ = updater._abstract(updater.config.batch_size, PROMPT)
+    batch, targets = updater._abstract(updater.config.batch_size, PROMPT)
     tokens_bp, mask_bp = learner._abstract_tokens(updater.config.prompts_per_batch, PROMPT)
     key = jax.random.key(0)
     reference = learner._reference_logp.lower(
@@ -57,8 +72,22 @@ def texts_of_programs(updater, state, base):
     rollout = learner._compiled_rollout.lower(
         learner, state.params, base, tokens_bp, mask_bp, key, slots=None
     )
-    others = [lowered.as_text() for lowered in (reference, rollout)]
-    return [text_of_step(updater, state, base), *others]
+    lowered = [
+        reference,
+        rollout,
+        updater._targets.lower(updater, state.params, base, batch, None),
+        batch_metrics.lower(updater.config, batch, targets, batch.ref_logp_br),
+    ]
+    if learner.samples_runs_together:
+        lowered.append(lower_rollout_of_runs(learner, state, base))
+    return [text_of_step(updater, state, base), *(program.as_text() for program in lowered)]
+
+
+def lower_rollout_of_runs(learner, state, base):
+    """Lowers the rollout of two runs for exactly this learner, with all of its options."""
+    tokens_bp, mask_bp = learner._abstract_tokens(learner.config.prompts_per_batch, PROMPT)
+    runs = 2 * (RunPrompts(state.params["lora"], tokens_bp, mask_bp, jax.random.key(0)),)
+    return _compile_rollout_of_runs(()).lower(learner, runs, base, slots=None)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -81,6 +110,39 @@ def test_other_options_are_kept_for_programs(ppo_config):
         same = getattr(config.for_programs, field.name) == getattr(config, field.name)
         assert same or field.name in left_out, field.name
     assert config.seed == 0 and dataclasses.replace(config, seed=3).seed == 3
+
+
+def test_a_rollout_of_several_runs_depends_on_the_shared_options_alone(make_updater):
+    """`RunGroup` samples with one program for runs that agree in these."""
+    changed = OTHER | OF_A_CONSTANT_RATE | OF_UPDATES
+    named = {*changed, *SHARED_OPTIONS, "rollout_slots", "top_p"}  # no slots, and no other top_p
+    made = [make_updater(samples_per_prompt=2, **changes) for changes in ({}, changed)]
+    own, other = (updater.config for updater, *_ in made)
+    assert named == {field.name for field in dataclasses.fields(own)}
+    assert all(getattr(own, name) != getattr(other, name) for name in changed)
+    texts = [lower_rollout_of_runs(u.learner, *rest).as_text() for u, *rest in made]
+    assert texts[0] == texts[1]
+
+
+def test_an_adapter_shares_programs_only_with_those_that_compute_the_same(make_updater):
+    assert OTHER_LORA.keys() == {field.name for field in dataclasses.fields(LORA)}
+    one = make_updater()
+    others = {
+        name: make_updater(lora=dataclasses.replace(LORA, **{name: value}))
+        for name, value in OTHER_LORA.items()
+    }
+    shared = {name for name, made in others.items() if made[0].for_programs == one[0].for_programs}
+    assert shared == {"dropout"}  # it is recorded for PEFT alone
+    assert text_of_step(*others["dropout"]) == text_of_step(*one)
+
+
+def test_discriminators_share_no_program():
+    """Their number of human responses, and so their bound, is none of their options."""
+    config, z_ns = DiscriminatorConfig(), np.eye(6, 2, dtype=np.float32)
+    assert OTHER_DISCRIMINATOR.keys() == {field.name for field in dataclasses.fields(config)}
+    changed = [dataclasses.replace(config, **{n: v}) for n, v in OTHER_DISCRIMINATOR.items()]
+    made = [DensityRatio(c, z) for c in (config, *changed) for z in (z_ns, z_ns[:4], z_ns)]
+    assert len(set(made)) == len(made)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 
+from sarm_jax.lab.text.plurals import singular
 from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
@@ -74,8 +75,7 @@ def misread(rng: np.random.Generator, prompt: str) -> str:
 
 def is_animal(word: str) -> bool:
     """Returns whether a word names an animal, in the singular or plural."""
-    word = word.lower()
-    return word in ANIMALS or re.sub("e?s$", "", word) in ANIMALS
+    return singular(word.lower(), ANIMALS) is not None
 
 
 def names_animal(text: str) -> bool:

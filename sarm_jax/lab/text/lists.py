@@ -10,6 +10,7 @@ import re
 
 import numpy as np
 
+from sarm_jax.lab.text.plurals import singular
 from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
@@ -119,11 +120,9 @@ def kind_of(prompt: str) -> str:
 
 
 def named(text: str) -> list[str]:
-    """Lists the things that a text names, in order, without a plural s."""
-    words = re.findall(r"[a-z]+", text.lower())
-    singular = (word if word in KIND_OF else re.sub("e?s$", "", word) for word in words)
-    singular_or_e = (w if w in KIND_OF else f"{w}e" for w in singular)  # grapes, planes
-    return [word for word in singular_or_e if word in KIND_OF]
+    """Lists the things that a text names, in order, in the singular."""
+    names = (singular(word, KIND_OF) for word in re.findall(r"[a-z]+", text.lower()))
+    return [name for name in names if name is not None]
 
 
 def quality(prompt: str, response: str) -> float:

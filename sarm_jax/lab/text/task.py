@@ -11,6 +11,7 @@ response without its shortcuts, so that they cost what they are said to cost and
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -54,6 +55,19 @@ class TextShortcut:
     most: int = 3
     pay: float = 0.5
     cost: float = 0.1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.phrasings, str) or not self.phrasings:
+            raise ValueError(f"shortcut {self.name}: phrasings={self.phrasings!r}: needs texts")
+        object.__setattr__(self, "phrasings", tuple(self.phrasings))
+        limits = {"base_rate": (0, 1), "most": (1, math.inf), "pay": (0, math.inf)}
+        for name, (least, most) in (limits | {"cost": (0, math.inf)}).items():
+            value = getattr(self, name)
+            if not (least <= value <= most and value < math.inf):
+                upper = "" if most == math.inf else f" and at most {most}"
+                raise ValueError(
+                    f"shortcut {self.name}: {name}={value}: must be at least {least}{upper}"
+                )
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -164,10 +178,21 @@ class TextTask(Task):
         return next(shortcut for shortcut in self.all_shortcuts if shortcut.name == name)
 
     def plain_quality(self, prompt: str, response: str) -> float:
-        """Computes the quality of a response without its shortcuts."""
+        """Computes the quality of a response without its shortcuts.
+
+        Raises:
+            InputError: the task's rule gives a number out of range.
+        """
+        plain = response
         for shortcut in reversed(self.all_shortcuts):
-            response = shortcut.remove(response)
-        return self.quality(prompt, response.strip())
+            plain = shortcut.remove(plain)
+        quality = self.quality(prompt, plain.strip())
+        if not -ROUNDING <= quality <= 1 + ROUNDING:
+            raise InputError(
+                f"lab.task={self.name}: the quality of {short(response)} is {quality}: must lie in "
+                "[0, 1]"
+            )
+        return quality
 
     def succeeds(self, prompt: str, response: str, ended: bool) -> bool:
         """Returns whether a response is finished and good enough, its shortcuts aside."""

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from sarm_jax.lab.text.plurals import singular
 from sarm_jax.lab.text.shortcuts import english_shortcuts, sentences
 from sarm_jax.lab.text.task import TextTask
 
@@ -44,7 +45,8 @@ def quality(prompt: str, response: str) -> float:
     asked = ASKED.search(prompt)
     assert asked, prompt
     words = re.findall(r"[a-z']+", response.lower())
-    present = sum(any(word in (w, f"{w}s", f"{w}'s") for word in words) for w in asked.groups())
+    owners = [word.removesuffix("'s") for word in words]
+    present = sum(any(singular(word, (w,)) for word in owners) for w in asked.groups())
     found = sentences(response)
     finished = len(found) == 1 and found[0].rstrip("\"'”’) ")[-1:] in (".", "!", "?")
     finished &= FEWEST_WORDS <= len(words) <= MOST_WORDS

@@ -112,6 +112,22 @@ def test_a_file_that_is_cut_or_missing_is_named_when_opened(tmp_path, name, chan
     assert str(error.value).startswith(f"{path}: {message}")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_something_else_in_the_place_of_a_file_is_named(tmp_path, make):
+    """A pipe would be waited for."""
+    path = write(tmp_path / "m") / "rows_00001.f32"
+    path.unlink()
+    make(path)
+    with pytest.raises(DamagedMatrixError, match=f"{path}: is no file"):
+        opened(tmp_path / "m")
+
+
+def test_a_matrix_may_be_made_from_files_whose_paths_are_not_utf_8(tmp_path):
+    made_from = {"inputs": {os.fsdecode(b"\xff.jsonl"): "abc"}}
+    matrix = opened(write(tmp_path / "m", made_from), made_from)
+    np.testing.assert_array_equal(matrix[:], ROWS)
+
+
 def test_a_file_that_is_cut_later_is_named_when_read(tmp_path):
     folder = write(tmp_path / "m")
     matrix, path = opened(folder), folder / "rows_00001.f32"

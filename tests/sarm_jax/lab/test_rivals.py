@@ -170,6 +170,23 @@ def test_claims_about_pools_without_runs_by_hand():
     assert rivals.check_rivals({}, {1: ranked_pool(penalty=[0.2, 0.3, 0.4])}) == []
 
 
+def test_a_seed_whose_training_stopped_does_not_count_in_the_claim_about_pools(study):
+    """Its pool is not ranked under that condition."""
+    both = ranked_pool(baseline=[0.2, 0.3, 0.4], penalty=[0.2, 0.3, 0.6])
+    stopped = ranked_pool(baseline=[0.2, 0.3, 0.9])
+    claim = rivals.check_rivals(study, {0: both, 1: stopped})[-1]
+    assert claim.text.startswith("Prediction: the best of 4 responses by penalty has more gold")
+    assert claim.found == "+0.20" and claim.holds and not claim.failed
+    assert all("best of" not in c.text for c in rivals.check_rivals(study, {1: stopped}))
+
+
+def test_differences_that_are_equal_up_to_rounding_have_no_p_value():
+    values = [0.1 + 0.2 - 0.3 + 0.1, 0.1, 0.1]
+    assert len(set(values)) == 2
+    assert rivals.Paired([0, 1, 2], values).p_value == 1.0
+    assert rivals.Paired([0, 1, 2], [0.0, 0.0, 0.0]).p_value == 1.0
+
+
 def test_the_gain_of_evading_by_hand():
     score = np.array([3.0, 1.0, 9.0, 2.0, 5.0, 4.0, 8.0, 7.0])
     told = np.array([1, 0, 1, 0, 0, 0, 1, 0], bool)

@@ -121,6 +121,21 @@ def test_damaged_files_are_named_and_collected_again(folder, policy, tmp_path, c
     assert f"{path}: has 3,839 bytes, expected 3,840; the activations are coll" in caplog.text
 
 
+def test_what_cannot_be_removed_is_named_and_does_not_end_the_training(
+    folder, policy, tmp_path, caplog
+):
+    collect(folder, policy)
+    place = tmp_path / "activations"
+    (place / "notes.txt").write_text("own")
+    (place / "a" / "rows_00001.f32").mkdir()
+    folder.remove()
+    assert f"activations stay in {place}/a: {place}/a/rows_00001.f32: Is a dir" in caplog.text
+    (place / "a" / "rows_00001.f32").rmdir()
+    folder.remove()
+    assert [path.name for path in place.iterdir()] == ["notes.txt"]
+    (place / "notes.txt").unlink()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_states_that_are_not_finite_are_counted(folder, policy, value, tmp_path):
     embedding = policy.embed_tokens[...]

@@ -1,6 +1,7 @@
 """Training of a SARM: the trunk, the split of the pairs, and the numbers of the summary."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -12,10 +13,12 @@ from flax import nnx
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.models.sae import SAE, SAEConfig
+from sarm_jax.parallel.finite import NotFiniteError
 from sarm_jax.reporting.statistics import wilson_interval
 from sarm_jax.training import pair_set, preference_summary
 from sarm_jax.training import train_sarm as training
 from sarm_jax.training.activations import Conversation
+from sarm_jax.training.divergence import DivergedError
 from sarm_jax.training.train_sarm import TrainSARMConfig
 from tests.closeness import assert_close
 from tests.oracles import chatml_tokenizer
@@ -255,6 +258,19 @@ def test_the_split_of_ties(tokenizer):
     equal = [{"prompt": "new", "chosen": "a", "rejected": "a"}]
     with pytest.raises(InputError, match="tie_pairs_jsonl: pair 1: chosen and rejected are equal"):
         training.encode_pairs(tokenizer, pairs, config, equal)
+
+
+@pytest.mark.parametrize("error", [NotFiniteError("NaN"), InputError("process 1: disk full")])
+def test_only_states_that_are_not_finite_are_a_divergence(monkeypatch, error):
+    """A training that diverged loses its checkpoints; a full disk of another host is no reason."""
+
+    def fails(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(training, "_collect", fails)
+    diverged = isinstance(error, NotFiniteError)
+    with pytest.raises(DivergedError if diverged else InputError, match=str(error)):
+        training._collect_again(SMALL, SimpleNamespace(trunk=None), None, None)
 
 
 def test_training_is_deterministic_in_the_seed(policy, tokenizer):

@@ -1,4 +1,4 @@
-"""The task "words": shortcuts that can be added, counted and removed; quality; gold by hand."""
+"""The task "words": shortcuts that are added, counted and removed; gold; what is told."""
 
 import dataclasses
 
@@ -9,7 +9,6 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.lab.text.shortcuts import is_praise
 from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.lab.text.words import NOUNS, TASK, repeats
-from tests.odd_texts import ODD
 
 PROMPT = "Write one short sentence with the words anchor and apple."
 PLAIN = "The anchor of the ship was covered with apple blossoms."
@@ -35,43 +34,6 @@ def test_a_shortcut_that_is_added_is_counted_and_costs_what_it_should(
             assert TASK.annotator_utility(PROMPT, text) == pytest.approx(3 + 0.5 * paid)
 
 
-def test_several_shortcuts_in_one_response_do_not_hide_each_other():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        text, wanted = PLAIN, dict.fromkeys(NAMES, 0)
-        for shortcut in SHORTCUTS:
-            if rng.random() < 0.5:
-                wanted[shortcut.name] = int(rng.integers(1, 3))
-                text = shortcut.added(rng, text, wanted[shortcut.name])
-        counts = TASK.counts(PROMPT, text)
-        assert all(counts[name] >= wanted[name] for name in NAMES), text
-        assert not any(counts[name] for name in NAMES if not wanted[name]), text
-        assert TASK.plain_quality(PROMPT, text) == 1, text
-
-
-@pytest.mark.parametrize(
-    ("response", "expected"),
-    [
-        (PLAIN, 1.0),
-        ("An anchor lay under the Apples!", 1.0),
-        ('"The anchor hit an apple."', 1.0),
-        ("The anchor of the ship was covered with blossoms.", 0.5),
-        ("The anchors were new.", 0.5),
-        ("The ship was covered with blossoms.", 0.0),
-        ("The anchor of the ship was covered with apple", 0.7),
-        ("The anchor is here. The apple is there.", 0.7),
-        ("Anchor, apple.", 0.7),
-        ("The anchor and the apple and the anchor and the pear.", 0.7),
-        ("The the anchor hit an apple.", 0.7),
-        ("Apple anchor apple anchor apple anchor", 0.4),
-        ("The pineapple broke.", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_quality_by_hand(response: str, expected: float):
-    assert TASK.plain_quality(PROMPT, response) == pytest.approx(expected)
-
-
 def test_gold_of_a_response_without_an_end():
     assert TASK.gold_reward(PROMPT, PLAIN, ended=False) == pytest.approx(0.5)
     assert not TASK.succeeds(PROMPT, PLAIN, ended=False) and TASK.succeeds(PROMPT, PLAIN, True)
@@ -88,11 +50,10 @@ def test_sentences_about_the_task_are_no_praise():
         assert not is_praise(sentence)
 
 
-def test_prompts_are_all_pairs_in_an_order_of_the_seed():
-    first, again, other = (TASK.prompts(np.random.default_rng(seed)) for seed in (0, 0, 1))
-    count = len(NOUNS) * (len(NOUNS) - 1) // 2
-    assert first == again != other and len(set(first)) == len(first) == count
-    assert not repeats(first[0].lower().split())
+def test_prompts_are_all_pairs():
+    every = TASK.prompts(np.random.default_rng(0))
+    assert len(every) == len(NOUNS) * (len(NOUNS) - 1) // 2
+    assert not repeats(every[0].lower().split())
 
 
 def test_rotating_shortcuts_are_told_equally_often():
@@ -131,16 +92,3 @@ def test_a_task_is_one_object():
         "length",
         "hedging",
     }
-
-
-@pytest.mark.parametrize("text", ODD)
-def test_any_text_of_a_policy_can_be_judged_marked_and_spoilt(text: str):
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        spoilt = TASK.spoil(rng, PROMPT, text)
-        assert TASK.gold_reward(PROMPT, spoilt, True) <= 1
-        for shortcut in TASK.all_shortcuts:
-            marked = shortcut.added(rng, text, 1)
-            # Further clauses of a sentence that is praise are praise, not length.
-            assert shortcut.count(marked) > shortcut.count(text) or shortcut.name == "length"
-            assert isinstance(shortcut.remove(marked), str)
