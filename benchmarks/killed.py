@@ -36,6 +36,7 @@ from ppo.tracking.manifest import ManifestHandler
 from ppo.tracking.metrics import RunLog
 from ppo.train import Trainer
 from ppo.update import Updater
+from sarm_jax.parallel import processes
 from sarm_jax.rewards.scoring import Scorer
 
 PLACES: dict[str, tuple[Any, str]] = {
@@ -121,4 +122,5 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    with processes.exit_without_barrier():
+        sys.exit(command())
