@@ -83,7 +83,8 @@ class PreferencePlanner:
         in_float32 = dataclasses.replace(chip, flops=min(chip.flops, FLOPS["tensorfloat32"]))
         sae = plan_sae(sarm.sae, config.sae_training(), chip=in_float32, mesh=layout.mesh)
         sae["peak_bytes"] = sae["program"]["peak_bytes"] + held
-        sae["disk_bytes"] = 4 * config.sae_tokens * policy.config.hidden_size
+        kept = max(config.sae_tokens, 2 * self.pairs)  # the pooled states are always among them
+        sae["disk_bytes"] = 4 * kept * policy.config.hidden_size
         collect = plan_activations(
             sarm.trunk,
             pairs=self.pairs,

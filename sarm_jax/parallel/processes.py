@@ -88,6 +88,9 @@ def connect(hosts: Hosts) -> None:
         )
     except RuntimeError as error:
         raise InputError(f"{flag}: {' '.join(str(error).split())}") from error
+    # Gloo connects the processes at their first collective, for which it waits 30 seconds. Here all
+    # of them have just come to the same point; later some may still import what others have.
+    all_max(hosts.number)
 
 
 def connected() -> bool:

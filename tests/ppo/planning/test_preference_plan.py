@@ -140,6 +140,8 @@ def test_mode_0_trains_the_head_on_latents_that_every_device_has(tokenizer):
     (row,) = plan["programs"]
     # Values and feature ids of both sides of ten pairs, and the row numbers of a batch.
     assert row["argument_bytes"] == 20 * 512 * 8 + SMALL.batch_size * 2 * 4 / 2
+    many = dataclasses.replace(planner, pairs=1000).plan(Layout(MeshConfig(data=2), "full", 1))
+    assert many["sae"]["disk_bytes"] == 2 * 1000 * 32 * 4  # more pooled states than sae_tokens
     assert plan["sae"]["steps"] == 40 and "once more" not in preference_table(plan)
     layouts = list(planner.layouts(2))
     assert len(layouts) == 3 and {(one.remat, one.accumulation) for one in layouts} == {("full", 1)}
