@@ -20,8 +20,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pipeline.policy_evaluation
+import pipeline.report.page
 import pipeline.runner
 import pipeline.sarm_checkpoints
+import pipeline.stages.human_latents
+import pipeline.stages.identify
+import pipeline.stages.probe
 import pipeline.stages.train
 from pipeline.command import main
 from ppo.held_out import HeldOut
@@ -31,6 +36,7 @@ from ppo.tracking.manifest import ManifestHandler
 from ppo.tracking.metrics import RunLog
 from ppo.train import Trainer
 from ppo.update import Updater
+from sarm_jax.parallel import processes
 from sarm_jax.rewards.scoring import Scorer
 
 PLACES: dict[str, tuple[Any, str]] = {
@@ -45,6 +51,15 @@ PLACES: dict[str, tuple[Any, str]] = {
     "manifest": (ManifestHandler, "finalize"),
     "sarm": (pipeline.sarm_checkpoints.SARMCheckpoints, "keep"),
     "export": (pipeline.stages.train, "save_adapter"),
+    # identify: all files are written but the one that ends the stage
+    "selection": (pipeline.stages.identify, "write_lab_files"),
+    "demonstrations": (pipeline.stages.human_latents, "collect_human_latents"),
+    # probe: first certificates.json, after the tables, then the file that ends the stage
+    "certificates": (pipeline.stages.probe, "write_json"),
+    # evaluate: the files on the policies after responses.jsonl
+    "policies": (pipeline.policy_evaluation, "write_json"),
+    # report: the figures, then the page
+    "page": (pipeline.report.page, "replacing"),
 }
 
 
@@ -107,4 +122,5 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    with processes.exit_without_barrier():
+        sys.exit(command())

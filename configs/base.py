@@ -449,12 +449,13 @@ def _add_plan(config: ConfigDict) -> None:
     # Stage plan: compiles every program of a PPO step, or the step of train_sarm on preferences,
     # from shapes alone, and reports its memory, traffic and time.
     config.plan = ConfigDict()
-    # What is planned: train, train_sarm in a mode that trains the trunk, or identify. In a plan of
-    # train_sarm all conversations have train_sarm.max_length tokens, and only target, policy_config
-    # and search of the options below are read. In one of identify, the collection of the latents,
-    # they have sarm_max_length tokens, and only target, sarm_config, pairs and search are read.
+    # What is planned: train, train_sarm or identify. In a plan of train_sarm all conversations have
+    # train_sarm.max_length tokens, and only target, policy_config, pairs and search of the options
+    # below are read. In one of identify, the collection of the latents, they have sarm_max_length
+    # tokens, and only target, sarm_config, pairs and search are read.
     config.plan.stage = "train"
-    config.plan.pairs = 100_000  # pairs of two responses whose latents identify collects
+    # Pairs of two responses whose latents identify collects, or whose states train_sarm collects.
+    config.plan.pairs = 100_000
     # Machine: "host", or a name such as h100x4 or h200x8, which need not be present.
     config.plan.target = "host"
     # Directory with the policy's config.json; empty: policy_model (or train_sarm.model).

@@ -11,6 +11,7 @@ interrupted, after a checkpoint.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ from sarm_jax.io.signals import exit_after_cleanup, on_signal
 from sarm_jax.io.workdir import open_workdir
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import exact_float32, set_memory_share
+from sarm_jax.parallel.lost_primary import on_lost_primary
 from sarm_jax.version import VERSION
 
 MEMORY_ADVICE = (
@@ -65,7 +67,7 @@ def main(argv: list[str]) -> int:
         show_error(str(error))
         processes.shut_down()
         return 3
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         if processes.lost_peer(error):
             show_error(f"{LOST_PEER} ({first_line(error)})")
             return 2
@@ -103,6 +105,8 @@ def set_up(template: ConfigDict, stage: str) -> None:
     if hosts:
         show_progress(f"process {hosts.number}: ", cli.log_level(), not hosts.number)
         processes.connect(hosts)
+        if hosts.number:
+            on_lost_primary(hosts, partial(show_error, f"{LOST_PEER} (process 0)"))
 
 
 def show_error(message: str) -> None:

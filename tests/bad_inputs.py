@@ -1108,9 +1108,9 @@ STAGES = [
         "sarm_batch_size = 3 rows do not divide over data × fsdp = 2 devices",
     ),
     main(
-        "plan of a head alone",
-        f"{PLAN}=host --config.plan.stage=train_sarm --config.train_sarm.mode=0",
-        "train_sarm.mode=0: has no step to plan",
+        "plan of training without pairs",
+        f"{PLAN}=host --config.plan.stage=train_sarm --config.plan.pairs=0",
+        "plan.pairs=0: must be at least 1",
     ),
     main(
         "plan of training without a model",

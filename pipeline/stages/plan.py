@@ -51,8 +51,7 @@ def validate_collection(config: ConfigDict) -> None:
     """Validates what a plan of identify reads."""
     if not config.plan.sarm_config:
         required(config, "sarm_model")
-    if config.plan.pairs < 1:
-        raise InputError(f"plan.pairs={config.plan.pairs}: must be at least 1")
+    check_pairs(config)
 
 
 def validate_training(config: ConfigDict) -> TrainSARMConfig:
@@ -61,10 +60,14 @@ def validate_training(config: ConfigDict) -> TrainSARMConfig:
     if not section.pop("model") and not config.plan.policy_config:
         required(config, "policy_model")
     check_remat(config.remat)
-    options = TrainSARMConfig(**section | {"tie_weight": 1.0})
-    if options.mode == 0:
-        raise InputError("train_sarm.mode=0: has no step to plan; expected 1, 2 or 3")
-    return options
+    check_pairs(config)
+    return TrainSARMConfig(**section | {"tie_weight": 1.0})
+
+
+def check_pairs(config: ConfigDict) -> None:
+    """Raises InputError if there are no pairs."""
+    if config.plan.pairs < 1:
+        raise InputError(f"plan.pairs={config.plan.pairs}: must be at least 1")
 
 
 def validate_ppo(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
@@ -98,6 +101,7 @@ def preference_planner(config: ConfigDict) -> PreferencePlanner:
         name=config.plan.target,
         config=validate_training(config),
         policy=lambda: abstract_policy(policy, config.dtype),
+        pairs=config.plan.pairs,
     )
 
 

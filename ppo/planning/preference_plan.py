@@ -2,8 +2,9 @@
 
 Memory, traffic and time are those of `ppo.planning.plan`. All conversations of a batch have the
 longest length. While the step runs, the device also holds the policy that the trunk was cut from,
-and the trunk and the SAE before training, whose SAE is on every device. The pretraining of the SAE,
-which comes before, is planned by `ppo.planning.sae_plan`.
+and the trunk and the SAE before training, whose SAE is on every device. `ppo.planning.sae_plan` and
+`ppo.planning.activation_plan` plan what comes before. In mode 0 a step trains the head alone, on
+latents of all pairs that every device has.
 """
 
 import dataclasses
@@ -13,16 +14,18 @@ from collections.abc import Callable, Iterator
 import jax
 from flax import nnx
 
+from ppo.planning.activation_plan import plan_activations
 from ppo.planning.chips import FLOPS, GIB, Chip
 from ppo.planning.costs import Cost, forward_flops, layer_weights
 from ppo.planning.plan import ASSUMPTIONS, Layout, layouts_for, program_row, target_placement
 from ppo.planning.programs import weight_bytes
 from ppo.planning.sae_plan import plan_sae
-from sarm_jax.models.chat import bucket_length
+from sarm_jax.models.chat import bucket_length, scored_length
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement
+from sarm_jax.training.head_training import lower_head_step
 from sarm_jax.training.preference_training import lower_step
 from sarm_jax.training.train_sarm import TrainSARMConfig
 
@@ -39,17 +42,21 @@ class PreferencePlanner:
         name: the target, as in `ppo.planning.chips.target`.
         config: options of the training.
         policy: makes the abstract policy, from whose first layers the SARM is trained.
+        pairs: number of pairs.
     """
 
     name: str
     config: TrainSARMConfig
     policy: Callable[[], Llama]
+    pairs: int
 
     def layouts(self, devices: int) -> Iterator[Layout]:
         """Yields every layout over `devices` devices that divides a batch of pairs."""
-        size = self.config.batch_size
-        pieces = [n for n in range(1, size + 1) if size % n == 0]
-        return layouts_for(devices, 2 * size, pieces)
+        size, is_head = self.config.batch_size, self.config.mode == 0
+        pieces = [n for n in range(1, size + 1) if size % n == 0 and not (is_head and n > 1)]
+        for layout in layouts_for(devices, 2 * size, pieces):
+            if not (is_head and layout.remat == "dots"):  # there is no backward pass of the trunk
+                yield layout
 
     def plan(self, layout: Layout) -> dict:
         """Returns the content of plan.json for one layout.
@@ -67,31 +74,55 @@ class PreferencePlanner:
         config.check_sae(placement, policy.config.hidden_size)
         sarm = abstract_sarm(config, policy, placement)
         sarm.trunk.remat, sarm.trunk.backend = layout.remat, backend
-        length = min(config.max_length, policy.config.max_position_embeddings)
-        length = min(bucket_length(length), policy.config.max_position_embeddings)
-        cost, slow_flops = step_cost(
-            config,
-            sarm.config,
-            length,
-            mesh=layout.mesh,
-            remat=layout.remat,
-            bytes_per_weight=dtype.itemsize,
-        )
+        most = min(config.max_length, policy.config.max_position_embeddings)
+        length = min(bucket_length(most), policy.config.max_position_embeddings)
         LOG.info("compiling a step of mode %d for %s on %s", config.mode, self.name, layout)
-        compiled = lower_step(sarm, config.preference_training(), length).compile()
-        row = program_row(
-            "step", 1, compiled, costs=(cost,), chip=chip, mesh=layout.mesh, tokens=length
-        )
-        row["seconds"] += _slower_seconds(slow_flops, chip)
+        row = self._step_row(config, sarm, length, layout=layout, chip=chip)
         held = weight_bytes(policy, placement) + weight_bytes(sarm.trunk, placement)
         of_sae = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(sarm.sae)))
         in_float32 = dataclasses.replace(chip, flops=min(chip.flops, FLOPS["tensorfloat32"]))
         sae = plan_sae(sarm.sae, config.sae_training(), chip=in_float32, mesh=layout.mesh)
         sae["peak_bytes"] = sae["program"]["peak_bytes"] + held
-        sae["disk_bytes"] = 4 * config.sae_tokens * policy.config.hidden_size
-        return self._summary(layout, row, sae, chip=chip, held=held + of_sae)
+        kept = max(config.sae_tokens, 2 * self.pairs)  # the pooled states are always among them
+        sae["disk_bytes"] = 4 * kept * policy.config.hidden_size
+        collect = plan_activations(
+            sarm.trunk,
+            pairs=self.pairs,
+            length=scored_length(most),
+            chip=chip,
+            mesh=layout.mesh,
+        )
+        collect["peak_bytes"] = collect["program"]["peak_bytes"] + held + of_sae
+        return self._summary(layout, row, sae, collect, chip=chip, held=held + of_sae)
 
-    def _summary(self, layout: Layout, row: dict, sae: dict, *, chip: Chip, held: int) -> dict:
+    def _step_row(
+        self, config: TrainSARMConfig, sarm: SARM, length: int, *, layout: Layout, chip: Chip
+    ) -> dict:
+        """Compiles a step on preferences and returns its row."""
+        options, mesh = config.preference_training(), layout.mesh
+        if config.mode == 0:
+            assert sarm.sae is not None
+            lowered, slow_flops = lower_head_step(sarm.sae, options, self.pairs), 0.0
+            cost = head_cost(config, mesh)
+        else:
+            lowered = lower_step(sarm, options, length)
+            cost, slow_flops = step_cost(
+                config,
+                sarm.config,
+                length,
+                mesh=mesh,
+                remat=layout.remat,
+                bytes_per_weight=sarm.trunk.embed_tokens.dtype.itemsize,
+            )
+        row = program_row(
+            "step", 1, lowered.compile(), costs=(cost,), chip=chip, mesh=mesh, tokens=length
+        )
+        row["seconds"] += _slower_seconds(slow_flops, chip)
+        return row
+
+    def _summary(
+        self, layout: Layout, row: dict, sae: dict, collect: dict, *, chip: Chip, held: int
+    ) -> dict:
         """Returns the content of plan.json; `held` is in bytes, beside those of the step."""
         config, peak = self.config, row["peak_bytes"] + held
         usable = ASSUMPTIONS["share_of_memory"] * chip.memory
@@ -103,7 +134,7 @@ class PreferencePlanner:
             "mode": config.mode,
             "batch": config.batch_size,
             "tokens": row["prompt_tokens"],
-            "fits": max(peak, sae["peak_bytes"]) <= usable,
+            "fits": max(peak, sae["peak_bytes"], collect["peak_bytes"]) <= usable,
             "peak_bytes": peak,
             "held_bytes": held,
             "memory_bytes": chip.memory,
@@ -112,6 +143,7 @@ class PreferencePlanner:
             "assumptions": ASSUMPTIONS,
             "programs": [row],
             "sae": sae,
+            "collect": collect,
         }
 
 
@@ -159,6 +191,13 @@ def step_cost(
     return cost, sae_flops / mesh.devices
 
 
+def head_cost(config: TrainSARMConfig, mesh: MeshConfig) -> Cost:
+    """Returns the cost of a step of mode 0 on one device, which reads values and feature ids."""
+    parts = mesh.batch_parts if config.batch_size % mesh.batch_parts == 0 else 1
+    kept = 2 * config.batch_size * (config.k if config.use_topk else config.latent_size) / parts
+    return Cost(3 * 2 * kept, 8 * kept + OPTIMIZER_BYTES * config.latent_size)
+
+
 def _slower_seconds(flops: float, chip: Chip) -> float:
     """Returns what these FLOPs take longer in TF32 than at the rate of the chip."""
     slower = max(1 / FLOPS["tensorfloat32"] - 1 / chip.flops, 0.0)
@@ -167,14 +206,15 @@ def _slower_seconds(flops: float, chip: Chip) -> float:
 
 def preference_table(plan: dict) -> str:
     """Formats a plan as Markdown."""
-    (row,), sae = plan["programs"], plan["sae"]
+    (row,), sae, collect = plan["programs"], plan["sae"], plan["collect"]
     sent = sum(total["bytes"] for total in row["collectives"].values())
+    again = "" if plan["mode"] == 0 else ", and once more at the end"
     return "\n".join(
         [
             f"{plan['target']}, train_sarm.mode={plan['mode']}, {plan['layout']}, "
             f"{plan['batch']} pairs of 2 × {plan['tokens']} tokens: peak "
             f"{plan['peak_bytes'] / GIB:.1f} of {plan['memory_bytes'] / GIB:.0f} GiB a device "
-            f"({'fits' if plan['fits'] else 'DOES NOT FIT'}), {plan['step_seconds']:.2f} s a step",
+            f"({'fits' if plan['fits'] else 'DOES NOT FIT'}), {plan['step_seconds']:.3g} s a step",
             "",
             "| arguments GiB | temporaries GiB | held beside GiB | TFLOP | GB moved | GB sent |",
             "|---|---|---|---|---|---|",
@@ -186,5 +226,10 @@ def preference_table(plan: dict) -> str:
             f"{sae['peak_bytes'] / GIB:.1f} GiB, {sae['step_seconds']:.3f} s a step, "
             f"{sae['run_seconds'] / 60:.1f} min for {sae['steps']} steps; activations take at most "
             f"{sae['disk_bytes'] / 1e9:.1f} GB of disk",
+            "",
+            f"Before that{again}, collection of the activations: peak "
+            f"{collect['peak_bytes'] / GIB:.1f} GiB, {collect['step_seconds']:.3f} s for "
+            f"{collect['batch']} conversations, {collect['run_seconds'] / 60:.1f} min for "
+            f"{collect['steps']} batches",
         ]
     )

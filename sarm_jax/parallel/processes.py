@@ -34,6 +34,10 @@ MESSAGE_BYTES = 1000  # of an error that the other processes receive
 MOST_PROCESSES = 1 << 16
 
 
+class OtherProcessError(InputError):
+    """Another process has bad input or a full disk; this one ends with it, and has neither."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Hosts:
     """One process of several: its number, their count, and where process 0 listens (host:port)."""
@@ -56,6 +60,12 @@ class Hosts:
                 f"--num_processes={self.count}"
             )
 
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port of the address; an IPv6 address loses its brackets."""
+        host, _, port = self.address.rpartition(":")
+        return host.strip("[]"), int(port)
+
 
 def connect(hosts: Hosts) -> None:
     """Connects this process to the others; call it before anything asks JAX for devices.
@@ -63,10 +73,9 @@ def connect(hosts: Hosts) -> None:
     Raises:
         InputError: process 0 cannot listen at the address, or no process listens there in time.
     """
-    host, _, port = hosts.address.rpartition(":")
     flag = f"--coordinator_address={hosts.address}"
     if hosts.number:
-        _wait_for(host.strip("[]"), port=int(port), timeout=hosts.timeout, flag=flag)
+        _wait_for(hosts, flag)
     # JAX's service handles SIGTERM in its own way; `Trainer` saves a checkpoint then.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -79,6 +88,9 @@ def connect(hosts: Hosts) -> None:
         )
     except RuntimeError as error:
         raise InputError(f"{flag}: {' '.join(str(error).split())}") from error
+    # Gloo connects the processes at their first collective, for which it waits 30 seconds. Here all
+    # of them have just come to the same point; later some may still import what others have.
+    all_max(hosts.number)
 
 
 def connected() -> bool:
@@ -134,7 +146,8 @@ def all_max(number: int) -> int:
 def raise_on_all(problem: str = "") -> None:
     """Raises InputError in every process, after shutting down, if any process has a problem.
 
-    All processes have to call it. A process that fails earlier calls `raise_on_others` instead.
+    It is an OtherProcessError in the processes that do not have it. All processes have to call it.
+    A process that fails earlier calls `raise_on_others` instead.
 
     Args:
         problem: the problem of this process; empty if it has none. Its secrets are redacted here,
@@ -147,9 +160,10 @@ def raise_on_all(problem: str = "") -> None:
     own[: len(text)] = text
     for number, received in enumerate(multihost_utils.process_allgather(own)):
         if received.any():
+            kind = InputError if number == jax.process_index() else OtherProcessError
             shut_down()
             message = received.tobytes().rstrip(b"\0").decode(errors="replace")
-            raise InputError(f"process {number}: {message}")
+            raise kind(f"process {number}: {message}")
 
 
 def raise_on_others(problem: str) -> None:
@@ -159,9 +173,12 @@ def raise_on_others(problem: str) -> None:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Returns True if an error of a collective means that another process has ended."""
+    """Returns True if an error of a collective means that another process has ended.
+
+    JAX raises a ValueError if the program had been dispatched and its result is then read.
+    """
     signs = ("gloo", "connection closed by peer", "connection reset by peer", "remote process")
-    is_collective = connected() and isinstance(error, jax.errors.JaxRuntimeError)
+    is_collective = connected() and isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
     return is_collective and any(sign in str(error).lower() for sign in signs)
 
 
@@ -194,8 +211,8 @@ def exit_without_barrier() -> Iterator[None]:
 def raising_on_all() -> Iterator[None]:
     """Ends all processes if the block fails in any of them with bad input or a full disk.
 
-    The process in which it failed raises its own error, the others an InputError that names the
-    process. All processes have to run the block, and to communicate alike in it, if at all.
+    The process in which it failed raises its own error, the others an OtherProcessError that names
+    the process. All processes have to run the block, and to communicate alike in it, if at all.
     """
     try:
         yield
@@ -243,20 +260,21 @@ def _broadcast_bytes(data: bytes) -> bytes:
     return multihost_utils.broadcast_one_to_all(own).tobytes()
 
 
-def _wait_for(host: str, port: int, timeout: int, flag: str) -> None:
+def _wait_for(hosts: Hosts, flag: str) -> None:
     """Waits until process 0 listens; JAX would end this process without a message if it does not.
 
     Raises:
-        InputError: no process listens within `timeout` seconds.
+        InputError: no process listens in time.
     """
-    end = time.monotonic() + timeout
+    end = time.monotonic() + hosts.timeout
     while True:
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            socket.create_connection(hosts.endpoint, timeout=5).close()
             return
         except OSError as error:
             if time.monotonic() > end:
                 raise InputError(
-                    f"{flag}: no answer in {timeout} s ({error}); process 0 is to listen there"
+                    f"{flag}: no answer in {hosts.timeout} s ({error}); process 0 is to listen "
+                    "there"
                 ) from None
         time.sleep(0.2)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Lowered
 from tqdm import tqdm
 
 from sarm_jax.io.errors import InputError, first_line
@@ -338,7 +339,7 @@ def _kept_states(
     placement = trunk.placement
     states = _standardised if standardised else _states
     length_r = np.asarray([scored_length(len(row.ids)) for row in rows])
-    batch_sizes = {n: _divisible(TOKENS_PER_BATCH // n, placement) for n in np.unique(length_r)}
+    batch_sizes = {int(n): batch_rows(int(n), placement) for n in np.unique(length_r)}
     examples = [
         placement.rows(pad_batch([[0]] * size, length, 0)) for length, size in batch_sizes.items()
     ]
@@ -360,9 +361,22 @@ def _kept_states(
                 bar.update(len(batch))
 
 
-def _divisible(rows: int, placement: Placement) -> int:
-    """Rounds up to a positive number of rows that the mesh divides."""
-    return max(-(-rows // placement.parts), 1) * placement.parts
+def batch_rows(length: int, placement: Placement) -> int:
+    """Returns how many conversations of a length run together, a number that the mesh divides."""
+    return max(-(-(TOKENS_PER_BATCH // length) // placement.parts), 1) * placement.parts
+
+
+def lower_states(trunk: Llama, length: int) -> Lowered:
+    """Lowers the program that collects standardised states, from shapes alone.
+
+    Args:
+        trunk: the trunk, of descriptions of arrays, with its placement.
+        length: tokens of a padded conversation.
+    """
+    placement, (graphdef, state) = trunk.placement, nnx.split(trunk)
+    shape = batch_rows(length, placement), length
+    tokens_bt, mask_bt = (placement.abstract_rows(shape, kind) for kind in (jnp.int32, bool))
+    return _standardised.lower(graphdef, placement.abstract_parameters(state), tokens_bt, mask_bt)
 
 
 @partial(jax.jit, static_argnums=0)

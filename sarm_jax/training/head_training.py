@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.stages import Lowered
 
 from sarm_jax.models.sae import SAE
 from sarm_jax.parallel.processes import fetch
@@ -145,6 +146,11 @@ def _train_head(
     return weights_m
 
 
+def kept_latents(sae: SAE) -> int:
+    """Returns how many latents of a row are stored: k with TopK, otherwise all M."""
+    return sae.config.k if sae.config.use_topk else sae.config.latent_size
+
+
 def sparse_latents(
     sae: SAE, x_rd: Rows, placement: Placement = ONE_DEVICE, batch: int = 256
 ) -> tuple[jax.Array, jax.Array]:
@@ -153,14 +159,36 @@ def sparse_latents(
     Returns:
         (values, feature ids), each `[R, k]`, on every device.
     """
-    k = sae.config.k if sae.config.use_topk else sae.config.latent_size
-    graphdef, state = nnx.split(sae)
+    k, (graphdef, state) = kept_latents(sae), nnx.split(sae)
     batches = [
         _sparse_latents(graphdef, state, placement.rows(read_rows(x_rd, rows)), k=k)
         for rows in (slice(start, start + batch) for start in range(0, len(x_rd), batch))
     ]
     values, indices = zip(*batches, strict=True)
     return placement.replicated((jnp.concatenate(values), jnp.concatenate(indices)))
+
+
+def lower_head_step(sae: SAE, options: PreferenceTraining, pairs: int) -> Lowered:
+    """Lowers a step of `train_head` on so many pairs, from shapes alone.
+
+    Args:
+        sae: the SAE, of descriptions of arrays, with its placement.
+        options: options of the training.
+        pairs: the pairs whose latents every device has.
+    """
+    placement, latents = sae.placement, (2 * pairs, kept_latents(sae))
+    values_rk, indices_rk = placement.abstract_replicated(
+        tuple(jax.ShapeDtypeStruct(latents, dtype) for dtype in (jnp.float32, jnp.int32))
+    )
+    return _head_steps.lower(
+        adamw(options.head_learning_rate, options, 2),
+        values_rk,
+        indices_rk,
+        pairs_sb2=placement.abstract_rows((1, min(options.batch_size, pairs), 2), jnp.int32, 1),
+        tie_sb=None,
+        tie_weight=options.tie_weight,
+        latent_size=sae.config.latent_size,
+    )
 
 
 @partial(jax.jit, static_argnames=("graphdef", "k"))

@@ -4,9 +4,12 @@ The stages are those of `--stage=all`: train_sarm in mode 3, identify, human_lat
 evaluate and report.
 """
 
+import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -130,26 +133,24 @@ def test_four_devices_give_the_numbers_of_one(world, one, mesh):
     assert_same_run(workdir, one)
 
 
-def start_two(world, workdir, *options, killed=(), primary=("main.py",), stage="all", others=()):
+def start_two(world, workdir, *options, programs=(("main.py",),) * 2, stage="all", others=()):
     """Starts all stages on two processes, each of which has half of every weight.
 
     Args:
         options: options of both processes.
-        killed: what ends process 1, arguments of `benchmarks.killed`.
-        primary: the program of process 0, as arguments of Python.
+        programs: the program of each process, as arguments of Python.
         stage: the stage.
         others: further options of process 1.
     """
     address = f"--coordinator_address=localhost:{unused_port()}"
     environment = os.environ | {
         "TQDM_DISABLE": "1",
+        "TMPDIR": str(temporary(world)),
         "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1",
     }
     started = []
-    for number in range(2):
+    for number, program in enumerate(programs):
         own = others if number else ()
-        program = ["-m", "benchmarks.killed", *killed, "--"] if killed else ["main.py"]
-        program = program if number else primary
         line = command(world, workdir, "mesh.fsdp=2", *options, *own, stage=stage)
         line += [address, "--num_processes=2", f"--process_id={number}"]
         text = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -159,9 +160,71 @@ def start_two(world, workdir, *options, killed=(), primary=("main.py",), stage="
     return started
 
 
+def temporary(world):
+    """Returns the temporary directory of both processes."""
+    folder = world / "temporary"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def killing(number, place, call=1, name="SIGKILL"):
+    """Returns the programs of both processes; process `number` ends at a call of a place."""
+    programs = [["main.py"], ["main.py"]]
+    arguments = [f"--place={place}", f"--call={call}", f"--signal={name}"]
+    programs[number] = ["-m", "benchmarks.killed", *arguments, "--"]
+    return programs
+
+
 def last_lines(finished):
     """Returns (exit code, last line of stderr) of each process; "" if it has written none."""
     return [(code, text.strip().rpartition("\n")[2]) for code, text in finished]
+
+
+def stages_of(log):
+    """Returns the stages that a run of `--stage=all` has begun, in order, by its log."""
+    return re.findall(r"process 0: stage (\w+): .* In ", log)
+
+
+def assert_killed(finished, number):
+    """Asserts that one process was killed, and that the other ended with 2 and one line of it."""
+    lines = last_lines(finished)
+    assert lines[number][0] == -signal.SIGKILL, finished
+    code, line = lines[1 - number]
+    assert code == 2 and line.startswith("error: another process of the run has ended"), finished
+
+
+@dataclasses.dataclass(frozen=True)
+class Kill:
+    """A SIGKILL of one process in a stage: what there is then, and what must not be there.
+
+    Attributes:
+        stage: the stage.
+        number: the process.
+        place: the place of `benchmarks.killed`.
+        call: the call of the place, from 1.
+        half: a file or folder that the stage has written by then.
+        last: the one that the stage ends with.
+    """
+
+    stage: str
+    number: int
+    place: str
+    call: int
+    half: str
+    last: str
+
+
+KILLS = (
+    Kill("train_sarm", 0, "sarm", 2, "sarm_activations/pretrained/matrix.json", "sarm"),
+    Kill(
+        "identify", 0, "selection", 1, "probes/feature_pages.json", "probes/selected_features.json"
+    ),
+    Kill("human_latents", 1, "demonstrations", 1, "stages.json", "human_latents.safetensors"),
+    Kill("probe", 0, "certificates", 2, "probes/certificates.json", "probes/probe_summary.json"),
+    Kill("train", 1, "update", 3, "checkpoints/2/state", "adapter/adapter_config.json"),
+    Kill("evaluate", 0, "policies", 1, "eval/responses.jsonl", "eval/policy.json"),
+    Kill("report", 0, "page", 2, "figures", "report.html"),
+)
 
 
 def test_two_processes_give_the_numbers_of_one(world, one):
@@ -178,12 +241,13 @@ def test_two_processes_give_the_numbers_of_one(world, one):
     assert not workdir.exists() or not files_of(workdir)
 
     # The signal is sent to the process that does not write, in the training on preferences.
-    term = ["--place=sarm", "--call=5", "--signal=SIGTERM"]
-    stopped = finish(*start_two(world, workdir, killed=term))
+    stopped = finish(*start_two(world, workdir, programs=killing(1, "sarm", 5, "SIGTERM")))
     assert [code for code, _ in stopped] == [143, 143], stopped
     assert list((workdir / "sarm_checkpoints").iterdir()) and not (workdir / "sarm").exists()
     # Then the disk of the other one is full when it writes the SARM.
-    full = finish(*start_two(world, workdir, primary=["-c", FULL_DISK], stage="train_sarm"))
+    full = finish(
+        *start_two(world, workdir, programs=[["-c", FULL_DISK], ["main.py"]], stage="train_sarm")
+    )
     assert [code for code, _ in full] == [2, 2], full
     first, second = (line for _, line in last_lines(full))
     message = "sarm: No space left on device"
@@ -191,12 +255,28 @@ def test_two_processes_give_the_numbers_of_one(world, one):
     assert second == f"error: process 0: {message}"
     assert "resuming after step" in full[0][1]
     assert list((workdir / "sarm_checkpoints").iterdir()) and not (workdir / "sarm").exists()
-    # Then the second process dies in the first step of PPO.
-    dead = finish(*start_two(world, workdir, killed=["--place=update", "--call=1"]))
-    assert [code for code, _ in dead] == [2, -9], dead
-    assert "another process of the run has ended" in last_lines(dead)[0][1]
-    assert (workdir / "sarm").exists() and (workdir / "human_latents.safetensors").exists()
     finished = finish(*start_two(world, workdir))
     assert [code for code, _ in finished] == [0, 0], finished
-    assert "train_sarm" not in finished[0][1]  # is up to date
     assert_same_run(workdir, one)
+
+
+def test_two_processes_killed_in_every_stage_give_the_numbers_of_one(world, one):
+    """The primary process is killed in some stages, the other one in others."""
+    workdir, resumed_in, logs = world / "killed" / "run", "train_sarm", {}
+    for kill in KILLS:
+        programs = killing(kill.number, kill.place, kill.call)
+        killed = finish(*start_two(world, workdir, programs=programs))
+        assert_killed(killed, kill.number)
+        stages = list(dict.fromkeys([resumed_in, kill.stage]))
+        assert stages_of(killed[0][1]) == stages, kill  # those before are up to date
+        assert (workdir / kill.half).exists() and not (workdir / kill.last).exists(), kill
+        records = json.loads((workdir / "stages.json").read_text())
+        assert [name for name, record in records.items() if not record["finished"]] == [kill.stage]
+        logs[resumed_in], resumed_in = killed[0][1], kill.stage
+    finished = finish(*start_two(world, workdir))
+    assert [code for code, _ in finished] == [0, 0], finished
+    assert stages_of(finished[0][1]) == ["report"]
+    assert_same_run(workdir, one)
+    # Both processes have used their activations again, and the training of the policy went on.
+    assert "activations in" in logs["train_sarm"] and "resuming after step 2 of 3" in logs["train"]
+    assert not (temporary(world) / f"sarm_jax_{os.getuid()}").exists()

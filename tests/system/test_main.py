@@ -466,6 +466,11 @@ def test_a_plan_of_train_sarm(run, tmp_path, capsys):
         "train_sarm.mode=3, mesh data=2 fsdp=1 tensor=1, remat dots, accumulation 2, 2 pairs"
         in (capsys.readouterr().out)
     )
+    head = "--config.train_sarm.mode=0", "--config.plan.pairs=1000"
+    assert run(*line, *head) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["mode"] == 0 and plan["collect"]["steps"] == -(-2000 // plan["collect"]["batch"])
+    assert plan["programs"][0]["argument_bytes"] >= 2000 * 4 * 8  # values and ids of all latents
 
 
 def test_a_plan_of_identify(run, tmp_path, capsys):

@@ -12,6 +12,7 @@ from ppo.planning.preference_plan import (
     OPTIMIZER_BYTES,
     PreferencePlanner,
     abstract_sarm,
+    head_cost,
     preference_table,
     step_cost,
 )
@@ -19,7 +20,7 @@ from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
-from sarm_jax.training import preference_training
+from sarm_jax.training import head_training, preference_training
 from sarm_jax.training.activations import Conversation
 from sarm_jax.training.train_sarm import TrainSARMConfig, assemble, truncate
 from tests.meshes import divisible_llama_config, place_parameters
@@ -90,11 +91,13 @@ def test_costs_by_hand(mode, products):
 
 
 def make_planner(tokenizer, **changes) -> PreferencePlanner:
-    config: TrainSARMConfig = dataclasses.replace(SMALL, mode=3, max_length=30, **changes)
+    options = {"mode": 3, "max_length": 30} | changes
+    config: TrainSARMConfig = dataclasses.replace(SMALL, **options)
     return PreferencePlanner(
         "host",
         config,
         lambda: nnx.eval_shape(lambda: Llama(divisible_llama_config(tokenizer), rngs=nnx.Rngs(0))),
+        pairs=10,
     )
 
 
@@ -121,7 +124,58 @@ def test_pieces_take_less_memory_and_every_layout_divides_the_batch(tokenizer, m
     assert sae["peak_bytes"] - sae["program"]["peak_bytes"] == plans[0]["held_bytes"] - 4 * (
         2 * 32 * 512 + 32 + 512
     )
+    collect = plans[0]["collect"]
+    assert collect["steps"] == 1 and collect["batch"] == 64  # of 32 tokens each
+    assert collect["peak_bytes"] - collect["program"]["peak_bytes"] == plans[0]["held_bytes"]
+    assert "once more at the end, collection of the activations: peak" in text
     layouts = list(planner.layouts(2))
     assert {layout.accumulation for layout in layouts} == {1, 2, 4}
     rows = [8 / layout.accumulation / layout.mesh.batch_parts for layout in layouts]
     assert all(row % 1 == 0 for row in rows) and len(layouts) == 3 * 3 * 2
+
+
+def test_mode_0_trains_the_head_on_latents_that_every_device_has(tokenizer):
+    planner = make_planner(tokenizer, mode=0, use_topk=False, latent_size=512)
+    plan = planner.plan(Layout(MeshConfig(data=2), "full", 1))
+    (row,) = plan["programs"]
+    # Values and feature ids of both sides of ten pairs, and the row numbers of a batch.
+    assert row["argument_bytes"] == 20 * 512 * 8 + SMALL.batch_size * 2 * 4 / 2
+    many = dataclasses.replace(planner, pairs=1000).plan(Layout(MeshConfig(data=2), "full", 1))
+    assert many["sae"]["disk_bytes"] == 2 * 1000 * 32 * 4  # more pooled states than sae_tokens
+    assert plan["sae"]["steps"] == 40 and "once more" not in preference_table(plan)
+    layouts = list(planner.layouts(2))
+    assert len(layouts) == 3 and {(one.remat, one.accumulation) for one in layouts} == {("full", 1)}
+
+
+@pytest.mark.parametrize(("batch", "shared"), [(8, 8 / 4), (6, 6)])
+def test_costs_of_a_head_by_hand(batch, shared):
+    config = dataclasses.replace(SMALL, mode=0, batch_size=batch, k=3, latent_size=8)
+    cost = head_cost(config, MeshConfig(data=2, fsdp=2))
+    assert cost.flops == 3 * 2 * 2 * shared * 3
+    assert cost.inherent_bytes == 2 * shared * 3 * 8 + 28 * 8
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1)])
+def test_the_program_of_mode_0_is_the_one_that_runs(monkeypatch, shape):
+    placement = Placement(make_mesh(MeshConfig(*shape)))
+    options = dataclasses.replace(SMALL, mode=0, epochs=1).preference_training()
+    texts, steps = [], head_training._head_steps
+
+    def recorded(*arguments, **options):
+        texts.append(steps.lower(*arguments, **options).as_text())
+        return steps(*arguments, **options)
+
+    monkeypatch.setattr(head_training, "_head_steps", recorded)
+    config = SAEConfig(32, 48, 6)
+    x_rd = np.random.default_rng(0).standard_normal((2 * options.batch_size, 32), np.float32)
+    pairs_p2 = np.arange(2 * options.batch_size).reshape(-1, 2)
+    sae = SAE(config, rngs=nnx.Rngs(0))
+    head_training.train_head(sae, x_rd, pairs_p2, options, lambda row: None, placement=placement)
+    monkeypatch.undo()
+    abstract = nnx.eval_shape(lambda: SAE(config, rngs=nnx.Rngs(0)))
+    abstract.placement = placement
+    lowered = head_training.lower_head_step(abstract, options, options.batch_size).as_text()
+    # The schedule of the learning rate depends on the number of steps.
+    numbers = [[line for line in text.splitlines() if "constant dense" not in line]
+               for text in (*texts, lowered)]  # fmt: skip
+    assert len(texts) == 1 and numbers[0] == numbers[1]
