@@ -382,6 +382,24 @@ def _collective_seconds(collective: Collective, chip: Chip, mesh: MeshConfig) ->
     return ASSUMPTIONS["seconds_per_collective"] + passes * ring * collective.bytes / chip.link
 
 
+def _of_length(length: int, share: float, rows: list[dict], held: Mapping[str, int]) -> dict:
+    """Returns the time and memory of a step whose prompts are padded to one length.
+
+    Args:
+        length: the length.
+        share: share of the batches with this length.
+        rows: the rows of its programs.
+        held: bytes on a device, by program, that are not among the arguments of the program.
+    """
+    peaks = (row["peak_bytes"] + held[row["name"]] for row in rows if row["name"] not in HALVES)
+    return {
+        "padded": length,
+        "share": share,
+        "step_seconds": sum(row["runs"] * row["seconds"] for row in rows),
+        "peak_bytes": max(peaks),
+    }
+
+
 def _summary(
     *,
     name: str,
@@ -407,25 +425,15 @@ def _summary(
         runs: runs that are trained at a time.
         state: what each of them has of its own; needed for several.
     """
-    lengths = []
-    for length, share in shares.items():
-        own = [row for row in rows if row["prompt_tokens"] == length]
-        # Both models stay on the device; the arguments of a program include only the one it runs.
-        peaks = (
-            row["peak_bytes"]
-            + weights["policy" if row["name"] == "score" else "sarm"]
-            + state.beside(row["name"], runs)
-            for row in own
-            if row["name"] not in HALVES
-        )
-        lengths.append(
-            {
-                "padded": length,
-                "share": share,
-                "step_seconds": sum(row["runs"] * row["seconds"] for row in own),
-                "peak_bytes": max(peaks),
-            }
-        )
+    held = {  # both models and the state of every run stay on the device
+        row["name"]: weights["policy" if row["name"] == "score" else "sarm"]
+        + state.beside(row["name"], runs)
+        for row in rows
+    }
+    lengths = [
+        _of_length(length, share, [row for row in rows if row["prompt_tokens"] == length], held)
+        for length, share in shares.items()
+    ]
     peak = max(row["peak_bytes"] for row in lengths)
     seconds = sum(row["share"] * row["step_seconds"] for row in lengths)
     return {

@@ -5,9 +5,13 @@ import re
 import numpy as np
 import pytest
 
-from configs import base, smollm2_task
+from configs import base, smollm2_task, smollm2_task_gpu
+from pipeline.option_bounds import checked
+from pipeline.study_options import check_pool, check_study, groups_of, trained_conditions
 from pipeline.tasks import is_text, task_of, text_task_of
+from ppo.options import train_config
 from sarm_jax.io.errors import InputError
+from sarm_jax.lab.conditions import parse_seeds
 from sarm_jax.lab.shortcuts import World
 from sarm_jax.lab.text.words import TASK
 from tests.paths import ROOT
@@ -28,6 +32,16 @@ def test_built_in_tasks():
     assert task_of(config_with("words")) == TASK.telling("praise", 0)
     config = smollm2_task.get_config()
     assert len({text_task_of(seeded(config, seed)).told for seed in range(5)}) == 5
+
+
+def test_the_study_on_a_gpu():
+    config = checked(smollm2_task_gpu.get_config())
+    check_study(config)
+    check_pool(config)
+    trained = groups_of(trained_conditions(config), config.lab.conditions_at_once)
+    assert [len(group) for group in trained] == [11, 1]
+    assert len(parse_seeds(config.lab.seeds)) == 10
+    assert train_config(config).ppo.prompts_per_batch == 16
 
 
 def seeded(config, seed: int):

@@ -87,7 +87,7 @@ def start_two(world, workdir, others=((), ()), programs=(("main.py",),) * 2):
     ]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("grpo", marks=pytest.mark.evidence)])
 def test_a_resumed_run_of_two_processes_equals_that_of_one(world, tmp_path, algorithm):
     """GRPO runs with refilled slots, PPO without."""
     others = (algorithm_options(algorithm),) * 2
