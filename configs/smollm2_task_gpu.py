@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.ppo.batch_size = 128
     config.ppo.samples_per_prompt = 8
     config.ppo.total_steps = 100
+    config.ppo.learning_rate = 3e-4
     config.ppo.eval_every = 10
     config.ppo.eval_batches = 2
     return config

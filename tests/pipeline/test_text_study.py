@@ -32,7 +32,7 @@ OPTIONS = (
     "train_sarm.source_layer=1 train_sarm.latent_size=32 train_sarm.k=4 train_sarm.aux_k=4 "
     "train_sarm.sae_steps=20 train_sarm.epochs=3 train_sarm.held_out_fraction=0.2 "
     "ppo.total_steps=2 ppo.batch_size=8 ppo.eval_every=2 ppo.eval_batches=1 "
-    "ppo.calibration_batches=1 ppo.max_prompt_tokens=80 lora.rank=2"
+    "ppo.calibration_batches=1 ppo.max_prompt_tokens=80 ppo.pack_levels=0 lora.rank=2"
 ).split()
 
 
