@@ -1108,6 +1108,11 @@ STAGES = [
         "sarm_batch_size = 3 rows do not divide over data × fsdp = 2 devices",
     ),
     main(
+        "no condition at a time",
+        f"{PLAN}=host --config.lab.conditions_at_once=0",
+        "lab.conditions_at_once=0: must be at least 1",
+    ),
+    main(
         "plan of training without pairs",
         f"{PLAN}=host --config.plan.stage=train_sarm --config.plan.pairs=0",
         "plan.pairs=0: must be at least 1",
