@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     _add_plan(config)
     _add_report(config)
     _add_lab(config)
+    _add_study(config)
     return config.lock()
 
 
@@ -520,8 +521,9 @@ def _add_lab(config: ConfigDict) -> None:
     # Factor of what the annotator pays for shortcuts; 0: a benign annotator, who pays for none.
     config.lab.annotator_bias = 1.0
 
-    # The study, --stage=all: every seed under every condition (sarm_jax/lab/conditions.py).
 
+def _add_study(config: ConfigDict) -> None:
+    # The study, --stage=all: every seed under every condition (sarm_jax/lab/conditions.py).
     config.lab.seeds = "0"  # comma-separated seeds or ranges such as 10-19
     config.lab.conditions = "baseline,full"  # names of conditions, comma-separated
     config.lab.processes = 1  # seeds that run at the same time, each in a process of its own
