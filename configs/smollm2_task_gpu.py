@@ -4,8 +4,7 @@ A diff from `configs/smollm2_task.py`. The conditions of a seed share one copy o
 sample together; only `ties` has a reward model of its own and is trained alone.
 
 Command: python main.py --config=configs/smollm2_task_gpu.py --stage=all
-Hardware: one GPU with 40 GB of memory or more.
-Time: not measured.
+Hardware: one GPU. Neither memory nor time has been measured.
 Expected result: not run. On CPUs, pools of two seeds show a gain of 0.04 of gold for the penalty
         (docs/results/english.md).
 """

@@ -96,6 +96,17 @@ def check_at_once(option: str, count: int, config: ConfigDict, options: TrainCon
         )
 
 
+def check_experiments_at_once(config: ConfigDict, options: TrainConfig) -> None:
+    """Raises InputError for `experiments_at_once` as `check_at_once`, or without experiments."""
+    count = config.experiments_at_once
+    check_at_once("experiments_at_once", count, config, options)
+    if count > 1 and len(config.experiments) < 2:
+        raise InputError(
+            f"experiments_at_once={count}: the config has {len(config.experiments)} experiments to "
+            "train at a time"
+        )
+
+
 def run_together(works: Sequence[tuple[str, Callable[[], None]]], at_once: int) -> None:
     """Calls (name, function) pairs, each of which trains a run, `at_once` of them at a time.
 

@@ -1108,6 +1108,11 @@ STAGES = [
         "sarm_batch_size = 3 rows do not divide over data × fsdp = 2 devices",
     ),
     main(
+        "plan of several experiments of none",
+        f"{PLAN}=host --config.experiments_at_once=2",
+        "experiments_at_once=2: the config has 0 experiments",
+    ),
+    main(
         "no condition at a time",
         f"{PLAN}=host --config.lab.conditions_at_once=0",
         "lab.conditions_at_once=0: must be at least 1",

@@ -8,6 +8,7 @@ from flax import nnx
 from configs import base
 from ppo.options import guard_config
 from ppo.tracking.guards import GuardConfig
+from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.rewards.density_ratio import DiscriminatorConfig
 from sarm_jax.rewards.options import reward_config
 from sarm_jax.rewards.reward_config import RewardConfig
@@ -32,6 +33,17 @@ ALGORITHMS: dict[str, dict] = {
 
 # Model types, for tests that hold for all of them; Mistral computes the same as Llama.
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
+
+# An architecture whose weights and costs are counted by hand.
+COUNTED = LlamaConfig(
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=6,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=2,
+)
 
 
 def reward_options(**changes) -> RewardConfig:

@@ -14,7 +14,7 @@ from pipeline.models import check_remat, mesh_config
 from pipeline.options import required
 from pipeline.stage import Stage
 from pipeline.study_options import groups_of, trained_conditions
-from pipeline.together import check_at_once
+from pipeline.together import check_at_once, check_experiments_at_once
 from ppo.config import PPOConfig
 from ppo.options import train_config
 from ppo.planning.chips import target_devices
@@ -73,9 +73,8 @@ def check_pairs(config: ConfigDict) -> None:
 def validate_ppo(config: ConfigDict) -> tuple[TrainConfig, dict[int, float]]:
     """Validates PPO's options, and returns them with the share of batches by prompt length."""
     options = train_config(config)
-    for name, section in (("experiments_at_once", config), ("conditions_at_once", config.lab)):
-        option = name if section is config else f"lab.{name}"
-        check_at_once(option, section[name], config, options)
+    check_experiments_at_once(config, options)
+    check_at_once("lab.conditions_at_once", config.lab.conditions_at_once, config, options)
     for field, model in (("policy_config", "policy_model"), ("sarm_config", "sarm_model")):
         if not config.plan[field]:
             required(config, model)

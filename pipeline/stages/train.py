@@ -90,13 +90,7 @@ def validate(config: ConfigDict) -> tuple[TrainConfig, ProfileConfig]:
     required(config, "policy_model", "sarm_model", "prompts_jsonl")
     feature_names(config)  # raises for a malformed file
     check_available(options.tracking)
-    count = config.experiments_at_once
-    together.check_at_once("experiments_at_once", count, config, options)
-    if count > 1 and len(config.experiments) < 2:
-        raise InputError(
-            f"experiments_at_once={count}: the config has {len(config.experiments)} experiments to "
-            "train at a time"
-        )
+    together.check_experiments_at_once(config, options)
     mesh = mesh_config(config)
     make_mesh(mesh)  # raises if there are too few devices
     rows = options.ppo.batch_size // options.ppo.pieces

@@ -108,7 +108,9 @@ class Planner:
             rows=rows,
             weights=weights,
             runs=self.runs,
-            state=RunState.of(self.config, self.lora, self.policy()),
+            state=RunState.of(self.config, self.lora, self.policy())
+            if self.runs > 1
+            else OF_NO_RUN,
         )
 
     def programs(self, layout: Layout, prompt_tokens: int) -> Iterator[Program]:

@@ -1,4 +1,4 @@
-"""Where the processes of a run keep activations, and when they are used again."""
+"""The folders of activations of several processes, and their use by a run that is resumed."""
 
 import logging
 from pathlib import Path

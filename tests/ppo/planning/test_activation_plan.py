@@ -6,12 +6,13 @@ from flax import nnx
 
 from ppo.planning.activation_plan import collection_cost, plan_activations
 from ppo.planning.chips import FLOPS, GIB, Chip
-from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.llama import Llama
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from sarm_jax.training import activations
 from sarm_jax.training.activations import Conversation, collect_pooled, lower_states
 from sarm_jax.training.train_sarm import truncate
 from tests.meshes import divisible_llama_config, place_parameters
+from tests.tiny_models import COUNTED
 
 LENGTH = 32  # of a padded conversation
 
@@ -41,16 +42,7 @@ def test_the_program_is_the_one_that_runs(tokenizer, monkeypatch, shape):
 
 def test_costs_by_hand_and_all_batches():
     """A layer has 120 weights; of 6 rows of 5 tokens it takes 2 · 30 · 120 + 4 · 6 · 15 · 4."""
-    config = LlamaConfig(
-        vocab_size=10,
-        hidden_size=4,
-        intermediate_size=6,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=2,
-    )
-    trunk = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    trunk = nnx.eval_shape(lambda: Llama(COUNTED, rngs=nnx.Rngs(0)))
     cost = collection_cost(trunk, 6, 5, MeshConfig(data=3, tensor=2))
     assert cost.flops == 2 * (2 * 30 * 120 + 4 * 6 * 15 * 4) / 6
     assert cost.inherent_bytes == 240 * 4 / 2

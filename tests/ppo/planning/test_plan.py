@@ -22,11 +22,11 @@ from ppo.planning.costs import (
 from ppo.planning.hlo import Collective, array_bytes, read_traffic
 from ppo.planning.plan import layouts_for
 from sarm_jax.io.errors import InputError
-from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.models.sae import SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig
+from tests.tiny_models import COUNTED
 
 HLO = """HloModule jit_f, is_scheduled=true
 
@@ -156,31 +156,20 @@ def test_array_bytes():
     assert array_bytes("(s32[], pred[3]{0}, f32[2,2]{1,0})") == 4 + 3 + 16
 
 
-LLAMA = LlamaConfig(
-    vocab_size=10,
-    hidden_size=4,
-    intermediate_size=6,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=2,
-)
-
-
 def test_costs_by_hand(ppo_config):
     # q and o 4 × 4, k and v 4 × 2, three products 4 × 6
-    assert layer_weights(LLAMA) == 16 + 16 + 8 + 8 + 72 == 120
-    assert adapted_widths(LLAMA, LoRAConfig()) == 2 * (8 + 6 + 6 + 8)
+    assert layer_weights(COUNTED) == 16 + 16 + 8 + 8 + 72 == 120
+    assert adapted_widths(COUNTED, LoRAConfig()) == 2 * (8 + 6 + 6 + 8)
     # 3 rows of 5 tokens: 15 tokens and 3 · 15 causal pairs; 4 FLOPs per pair and attention width
     layer = 2 * 15 * 120 + 4 * 45 * 4
-    assert forward_flops(LLAMA, 3, 5, logits=3) == 2 * layer + 2 * 3 * 40
+    assert forward_flops(COUNTED, 3, 5, logits=3) == 2 * layer + 2 * 3 * 40
     config: PPOConfig = ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5)
-    sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
+    sarm = SARMConfig(COUNTED, SAEConfig(4, latent_size=8, k=2))
     all_one, all_two = (
         step_costs(
             config,
             LoRAConfig(rank=3),
-            policy=LLAMA,
+            policy=COUNTED,
             sarm=sarm,
             mesh=mesh,
             score_rows=4,
@@ -199,19 +188,19 @@ def test_costs_by_hand(ppo_config):
     assert two["decode"].inherent_bytes == 2 * (280 / 2 + 4 * 8 * 8 / 4)
     assert one["score"].inherent_bytes == 2 * (240 + 32)
     assert two["step"].flops == one["step"].flops / 4
-    forward = forward_flops(LLAMA, 4, 11, logits=24)
+    forward = forward_flops(COUNTED, 4, 11, logits=24)
     assert one["step"].flops == 2 * forward + 3 * 2 * 4 * 11 * 3 * 56
 
 
 def test_refilled_slots_run_prompts_several_times(ppo_config):
     config = ppo_config(batch_size=32, max_new_tokens=6, max_prompt_tokens=5)
     slots = dataclasses.replace(config, rollout_slots=8)
-    sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
+    sarm = SARMConfig(COUNTED, SAEConfig(4, latent_size=8, k=2))
     at_once, refilled = (
         step_costs(
             own,
             LoRAConfig(rank=3),
-            policy=LLAMA,
+            policy=COUNTED,
             sarm=sarm,
             mesh=MeshConfig(),
             score_rows=4,
@@ -342,12 +331,12 @@ def test_an_all_reduce_passes_twice():
 
 def test_more_costs_by_hand(ppo_config):
     config = ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5)
-    sarm = SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2))
+    sarm = SARMConfig(COUNTED, SAEConfig(4, latent_size=8, k=2))
     dots, full = (
         step_costs(
             config,
             LoRAConfig(rank=3),
-            policy=LLAMA,
+            policy=COUNTED,
             sarm=sarm,
             mesh=MeshConfig(),
             score_rows=4,
@@ -356,10 +345,10 @@ def test_more_costs_by_hand(ppo_config):
         )
         for remat in ("dots", "full")
     )
-    forward = forward_flops(LLAMA, 4, 11, logits=24)
+    forward = forward_flops(COUNTED, 4, 11, logits=24)
     assert full["step"][0].flops - dots["step"][0].flops == forward
     assert dots["reference"][0].flops == dots["targets"][0].flops == forward
-    assert dots["score"][0].flops == forward_flops(LLAMA, 4, 11) + 2 * 4 * 4 * 8
+    assert dots["score"][0].flops == forward_flops(COUNTED, 4, 11) + 2 * 4 * 4 * 8
 
 
 def test_a_slice_outside_a_fusion_and_scratch_space():
@@ -381,8 +370,10 @@ def tiny_planner(ppo_config, runs, **options):
         name="host",
         config=ppo_config(batch_size=4, max_new_tokens=6, max_prompt_tokens=5, **options),
         lora=LoRAConfig(rank=3),
-        policy=lambda: abstract_policy(LLAMA, "float32"),
-        sarm=lambda: abstract_sarm(SARMConfig(LLAMA, SAEConfig(4, latent_size=8, k=2)), "float32"),
+        policy=lambda: abstract_policy(COUNTED, "float32"),
+        sarm=lambda: abstract_sarm(
+            SARMConfig(COUNTED, SAEConfig(4, latent_size=8, k=2)), "float32"
+        ),
         score_batch=4,
         watched=2,
         runs=runs,
@@ -409,7 +400,7 @@ def test_runs_that_are_trained_at_a_time(ppo_config):
     more = rollout["argument_bytes"] - rollout_alone["argument_bytes"]
     assert 2 * (adapter + prompts) <= more <= 2 * (adapter + prompts + 64)  # and a random key
     state = programs.RunState.of(
-        ppo_config(), LoRAConfig(rank=3), abstract_policy(LLAMA, "float32")
+        ppo_config(), LoRAConfig(rank=3), abstract_policy(COUNTED, "float32")
     )
     head = 4 * (4 + 1)
     assert state.adapter == adapter

@@ -16,7 +16,7 @@ from ppo.planning.preference_plan import (
     preference_table,
     step_cost,
 )
-from sarm_jax.models.llama import Llama, LlamaConfig
+from sarm_jax.models.llama import Llama
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
@@ -25,17 +25,9 @@ from sarm_jax.training.activations import Conversation
 from sarm_jax.training.train_sarm import TrainSARMConfig, assemble, truncate
 from tests.meshes import divisible_llama_config, place_parameters
 from tests.sarm_jax.training.test_train_sarm import SMALL
+from tests.tiny_models import COUNTED
 
 pytestmark = pytest.mark.slow
-TINY = LlamaConfig(
-    vocab_size=10,
-    hidden_size=4,
-    intermediate_size=6,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=2,
-)
 
 
 @pytest.mark.parametrize(("mode", "shape", "pieces"), [(3, (1, 2, 1), 2), (1, (2, 1, 2), 1)])
@@ -79,7 +71,7 @@ def test_costs_by_hand(mode, products):
     config = dataclasses.replace(
         SMALL, mode=mode, batch_size=3, gradient_accumulation_steps=3, latent_size=8
     )
-    sarm = SARMConfig(TINY, SAEConfig(4, latent_size=8, k=2))
+    sarm = SARMConfig(COUNTED, SAEConfig(4, latent_size=8, k=2))
     mesh = MeshConfig(data=3, fsdp=2, tensor=2)
     cost, of_float32 = step_cost(config, sarm, 5, mesh=mesh, remat="full", bytes_per_weight=2)
     trunk = 4 * 2 * (2 * 30 * 120 + 4 * 6 * 15 * 4)
