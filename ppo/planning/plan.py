@@ -108,10 +108,14 @@ class Planner:
             rows=rows,
             weights=weights,
             runs=self.runs,
-            state=RunState.of(self.config, self.lora, self.policy())
-            if self.runs > 1
-            else OF_NO_RUN,
+            state=self._state(),
         )
+
+    def _state(self) -> RunState:
+        """Returns what each run has of its own; a single one has nothing beside its programs."""
+        if self.runs == 1:
+            return OF_NO_RUN
+        return RunState.of(self.config, self.lora, self.policy())
 
     def programs(self, layout: Layout, prompt_tokens: int) -> Iterator[Program]:
         """Yields the programs that `plan` compiles for prompts padded to `prompt_tokens`."""

@@ -96,7 +96,7 @@ def test_a_pool_is_sampled_as_ppo_samples(monkeypatch):
 
 @pytest.mark.parametrize("field", OPTIONS)
 def test_a_pool_is_ranked_again_if_an_option_of_it_changes(field, tmp_path):
-    """The record of a pool has the digest of every file, such as the weights, that it depends on."""
+    """Weights and other files are in the record by their digests."""
     config = smollm2_task.get_config()
     config.policy_model = config.sarm_model = str(tmp_path / "model")
     before = study_pool._made_from(config, tmp_path, ["baseline"])
