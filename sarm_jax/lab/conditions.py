@@ -18,6 +18,11 @@ from sarm_jax.rewards.human_states import STATES_FILE
 
 MAX_RANGE = 1000  # seeds in one range
 KL_COEFS = {f"kl_{value}": value for value in (0.05, 0.1, 0.2, 0.5, 1.0)}
+GRID = {  # condition → (weight of the penalty, ppo.kl_coef)
+    f"alpha_{alpha}_kl_{kl}": (alpha, kl)
+    for alpha in (0.25, 0.5, 1.0, 2.0)
+    for kl in (0.0, 0.02, 0.1)
+}
 DRAWS = {f"random_{number}": number for number in range(1, 6)}
 HEADS = 4
 UNTOLD_FILE = "untold.json"  # features and thresholds of the condition untold
@@ -43,6 +48,10 @@ DESCRIPTIONS = {
     "untold": "as penalty, with all features, each above what human responses reach; capped",
     "oracle": "as penalty, with the world's own counts of its shortcuts instead of detectors",
     **{name: f"the reward model alone, with ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
+    **{
+        name: f"as penalty, with the weight {alpha:g} and ppo.kl_coef={kl:g}"
+        for name, (alpha, kl) in GRID.items()
+    },
     **{name: f"as random, another draw of features (draw {n})" for name, n in DRAWS.items()},
 }
 
@@ -60,7 +69,7 @@ def reward_options(
         counts: the features that count the world's shortcuts, for the condition oracle.
     """
     lists, file = read_json(selected), f"@{escaped(str(selected))}"
-    detecting = ("penalty", "full", "screen", "penalty_no_kl")
+    detecting = ("penalty", "full", "screen", "penalty_no_kl", *GRID)
     penalised_lists = dict.fromkeys(detecting, "detectors")
     penalised_lists |= dict.fromkeys(("random", *DRAWS), "random_control")
     options: dict[str, Any] = {}
@@ -77,7 +86,8 @@ def reward_options(
         if condition == "screen":
             options["screen"] = True
         else:
-            options["alpha_values"] = ",".join([str(section["alpha"])] * len(lists[name]))
+            alpha = GRID[condition][0] if condition in GRID else section["alpha"]
+            options["alpha_values"] = ",".join([str(alpha)] * len(lists[name]))
     if condition == "untold":
         support = selected.parent / UNTOLD_FILE
         file, features = f"@{escaped(str(support))}", read_json(support)["features"]
@@ -117,6 +127,8 @@ def other_options(
     options: dict[str, Any] = {}
     if condition in KL_COEFS:
         options["ppo.kl_coef"] = KL_COEFS[condition]
+    if condition in GRID:
+        options["ppo.kl_coef"] = GRID[condition][1]
     if condition == "penalty_no_kl":
         options |= {"ppo.kl_coef": 0.0, "ppo.total_steps": LONGER * total_steps}
     if condition == "ties":
@@ -134,10 +146,11 @@ def other_options(
 def is_ranked(condition: str) -> bool:
     """Returns whether the reward of a condition ranks a pool in a way of its own.
 
-    Other weights of the KL to the reference and a bound on the score do not change a ranking, and
-    the latent KL has a discriminator that is trained along with the policy.
+    Other weights of the KL to the reference and a bound on the score do not change a ranking, a
+    pool is ranked under several weights of the penalty anyway, and the latent KL has a
+    discriminator that is trained along with the policy.
     """
-    others = (*KL_COEFS, "bounded", "penalty_no_kl", "full", "latent_kl")
+    others = (*KL_COEFS, *GRID, "bounded", "penalty_no_kl", "full", "latent_kl")
     return condition not in others
 
 

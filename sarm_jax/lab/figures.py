@@ -8,11 +8,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sarm_jax.lab.conditions import DRAWS, KL_COEFS
+from sarm_jax.lab.conditions import DRAWS, GRID, KL_COEFS
 from sarm_jax.lab.findings import Runs
 from sarm_jax.reporting.plotting import by_step, png, theme
 from sarm_jax.reporting.statistics import mean_interval
 
+OF_ALPHA = {0.25: "#A6CEE3", 0.5: "#6BAED6", 1.0: "#3182BD", 2.0: "#08519C"}
+OF_KL = {0.0: ":", 0.02: "-", 0.1: "--"}
 COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "baseline": "#D55E00",
     "penalty": "#0072B2",
@@ -32,12 +34,14 @@ COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "penalty_no_kl": "#003355",
     "untold": "#DDAA33",
     **dict(zip(KL_COEFS, ("#AA4499", "#994488", "#883377", "#772266", "#661155"), strict=True)),
+    **{name: OF_ALPHA[alpha] for name, (alpha, _) in GRID.items()},
     **dict.fromkeys(DRAWS, "#888888"),
 }
 DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":", "ties": "--", "worst_of_four": "-."}
 DASHES |= {"screen": "--", "probe": "--", "mean_difference": "-.", "distance": ":", "length": "-."}
 DASHES |= {"bounded": ":", "penalty_no_kl": "--", "untold": "-."}
 DASHES |= {"oracle": ":"} | dict.fromkeys(KL_COEFS, "-.") | dict.fromkeys(DRAWS, ":")
+DASHES |= {name: OF_KL[kl] for name, (_, kl) in GRID.items()}
 LEGEND_COLUMNS = 6
 SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # of the thin line of a single seed
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sarm_jax.lab.conditions import DRAWS, KL_COEFS
+from sarm_jax.lab.conditions import DRAWS, GRID, KL_COEFS
 from sarm_jax.lab.gate import Gate, limits_of
 from sarm_jax.reporting.statistics import Interval, format_interval, mean_interval
 
@@ -38,6 +38,10 @@ IN_WORDS = {  # condition → the beginning of a sentence about its end
     "untold": "With every feature beyond human support penalised, and nothing told",
     "oracle": "With the shortcuts penalised by a perfect detector",
     **{name: f"With ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
+    **{
+        name: f"With the weight {alpha:g} of the penalty and ppo.kl_coef={kl:g}"
+        for name, (alpha, kl) in GRID.items()
+    },
     **{name: f"With draw {n} of random features penalised" for name, n in DRAWS.items()},
 }
 

@@ -119,6 +119,7 @@ def _content(
         "conditions": runs,
         "claims": [dataclasses.asdict(claim) for claim in claims],
         "comparison": rivals.table(runs),
+        "grid": rivals.grid(runs),
         "best_of_n": {
             "n": pool["n"],
             "kl": pool["kl"],

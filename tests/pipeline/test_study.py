@@ -24,6 +24,7 @@ from sarm_jax.lab import gates, world
 from sarm_jax.lab.conditions import (
     DESCRIPTIONS,
     DRAWS,
+    GRID,
     KL_COEFS,
     other_options,
     parse_conditions,
@@ -390,6 +391,7 @@ def test_conditions_by_hand(tmp_path):
     rivals |= {
         "screen": {**detecting, "screen": True},
         "penalty_no_kl": penalty,
+        "alpha_0.5_kl_0.1": penalty | {"alpha_values": "0.5,0.5"},
         "probe": {"probe": str(probes), "probe_penalty": 2.0},
         "mean_difference": {
             "probe": str(tmp_path / "dense_probe_mean_difference.safetensors"),
@@ -426,6 +428,9 @@ def test_options_of_the_rivals_by_hand(tmp_path):
         "oracle": {"lab.oracle": True},
         "kl_0.5": {"ppo.kl_coef": 0.5},
         "penalty_no_kl": {"ppo.kl_coef": 0.0, "ppo.total_steps": 180},
+        **{f"alpha_{alpha}_kl_0.1": {"ppo.kl_coef": 0.1} for alpha in (0.25, 0.5, 1.0, 2.0)},
+        **{f"alpha_{alpha}_kl_0.0": {"ppo.kl_coef": 0.0} for alpha in (0.25, 0.5, 1.0, 2.0)},
+        **{f"alpha_{alpha}_kl_0.02": {"ppo.kl_coef": 0.02} for alpha in (0.25, 0.5, 1.0, 2.0)},
     }
     for condition in DESCRIPTIONS:
         own = other_options(condition, tmp_path, section, 60)
@@ -434,7 +439,8 @@ def test_options_of_the_rivals_by_hand(tmp_path):
         config = demo.get_config()
         config.update_from_flattened_dict(own)  # every name is an option's
     assert other_options("kl_0.5", tmp_path, section, 60) == expected["kl_0.5"]
-    assert len(KL_COEFS) == len(DRAWS) == 5 and COLOURS.keys() == DESCRIPTIONS.keys()
+    assert len(KL_COEFS) == len(DRAWS) == 5 and len(GRID) == 12
+    assert COLOURS.keys() == DESCRIPTIONS.keys()
     assert {"baseline", *IN_WORDS} == DESCRIPTIONS.keys()
 
 

@@ -102,6 +102,24 @@ def test_the_table(study):
     assert rows["penalty"]["told_undetected"]["mean"] == pytest.approx(0.03)
 
 
+def test_the_grid_counts_what_has_become_of_the_shortcut():
+    honest = run(0, [0.3, 0.9], [0.0, 4.0], told=0.04, told_undetected=0.01)
+    caught = run(1, [0.3, 0.5], [0.0, 8.0], told=0.9, told_undetected=0.05)
+    evading = run(2, [0.3, -0.2], [0.0, 9.0], told=0.9, told_undetected=0.06)
+    runs = {
+        "baseline": [honest],
+        "alpha_0.5_kl_0.1": [honest, caught, evading, caught],
+        "alpha_2.0_kl_0.0": [honest],
+    }
+    first, second = rivals.grid(runs)
+    assert (first["alpha"], first["kl_coef"], first["seeds"]) == (0.5, 0.1, 4)
+    assert first["behaviours"] == {"honest": 1, "caught": 2, "evading": 1}
+    assert first["final"]["mean"] == pytest.approx(0.425) and first["kl"]["mean"] == 7.25
+    assert first["told_undetected"]["mean"] == pytest.approx(0.0425)
+    assert (second["alpha"], second["kl_coef"]) == (2.0, 0.0)
+    assert second["behaviours"] == {"honest": 1}
+
+
 def test_pools_are_joined_by_ranking():
     def pool(gold, more=()):
         rows = [("baseline", 1.0, 1.0, gold), ("penalty", 1.0, 1.0, gold + 0.2), *more]
