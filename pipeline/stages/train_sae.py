@@ -15,6 +15,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, mesh_config, placement
 from pipeline.options import required
 from pipeline.provenance import check_same_everywhere, provenance
+from pipeline.sae_options import fit_options
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
@@ -56,18 +57,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     LOG.info("training an SAE on %d responses, for %s", len(responses), workdir / OUTPUT)
     trunk = read_reward_config(options.model).trunk
     mesh_config(config).check_model(trunk)
-    positions = trunk.max_position_embeddings
-    if options.max_length > positions:  # as in scoring, see `load_reward_model`
-        LOG.info(
-            "%s has %d positions: train_sae.max_length=%d", options.model, positions, positions
-        )
-        options = dataclasses.replace(options, max_length=positions)
-    if options.dead_after_steps >= options.steps:
-        LOG.warning(
-            "train_sae.dead_after_steps=%d: no latent counts as dead in steps=%d, and aux_k=%d "
-            "brings none back",
-            options.dead_after_steps, options.steps, options.aux_k,
-        )  # fmt: skip
+    options = fit_options(options, options.model, trunk.max_position_embeddings)
     check_same_everywhere(STAGE, config, workdir)
     placed = placement(config)
     model = load_reward_model(options.model, config.dtype, placed.load)

@@ -1,6 +1,5 @@
 """Train a SARM from preference pairs."""
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import check_conversations, check_remat, mesh_config, placement
 from pipeline.options import optional_paths, required
 from pipeline.provenance import check_same_everywhere, provenance
+from pipeline.sae_options import fit_options
 from pipeline.sarm_checkpoints import SARMCheckpoints
 from pipeline.stage import Stage
 from ppo.tracking.checkpoint import CheckpointConfig
@@ -106,20 +106,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if ties:
         log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
-
-
-def fit_options(options: TrainSARMConfig, source: str, positions: int) -> TrainSARMConfig:
-    """Lowers `max_length` to the positions of the model; warns if no latent can count as dead."""
-    if options.max_length > positions:  # as in scoring, see `load_reward_model`
-        LOG.info("%s has %d positions: train_sarm.max_length=%d", source, positions, positions)
-        options = dataclasses.replace(options, max_length=positions)
-    if options.dead_after_steps >= options.sae_steps:
-        LOG.warning(
-            "train_sarm.dead_after_steps=%d: no latent counts as dead in sae_steps=%d, and aux_k=%d"
-            " brings none back",
-            options.dead_after_steps, options.sae_steps, options.aux_k,
-        )  # fmt: skip
-    return options
 
 
 def open_checkpoints(

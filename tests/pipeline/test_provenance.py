@@ -1,5 +1,6 @@
 """When a stage counts as up to date, and what is never overwritten."""
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -17,11 +18,12 @@ from pipeline.changes import Provenance, change
 from pipeline.cli import fill_in
 from pipeline.inputs import Kind
 from pipeline.preflight import check, check_input
-from pipeline.provenance import Records, digests, provenance
+from pipeline.provenance import Records, check_same_everywhere, digests, provenance
 from pipeline.runner import run_stage
 from pipeline.stage import load, load_all
 from pipeline.study import run_study
 from sarm_jax.io.errors import InputError
+from sarm_jax.parallel import processes
 from tests.stages import replace_run
 
 
@@ -47,6 +49,36 @@ def test_inputs_are_the_existing_files_that_the_stage_declares(tmp_path):
     pairs.write_text("changed")
     after = provenance(stage, config, tmp_path / "work").inputs
     assert {p for p in after if after[p] != before.inputs[p]} == {str(pairs)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "difference"),
+    [
+        ({"ppo.seed": 1}, "ppo.seed was 0 and is now 1"),
+        ({"lora.rank": 4}, "lora.rank was 16 and is now 4"),
+        ("another row", "{0} has changed"),
+        ({"mesh.data": 2}, ""),
+    ],
+)
+def test_a_process_that_has_not_what_process_0_has_is_refused(
+    tmp_path, monkeypatch, changed, difference
+):
+    """Every option and file that results depend on; not the devices that compute them."""
+    prompts, config, stage = tmp_path / "prompts.jsonl", base.get_config(), load("train")
+    prompts.write_text('{"prompt": "a row"}\n')
+    config.prompts_jsonl, said = str(prompts), []
+    first = dataclasses.asdict(provenance(stage, config, tmp_path))
+    monkeypatch.setattr(processes, "connected", lambda: True)
+    monkeypatch.setattr(processes, "raising_on_all", contextlib.nullcontext)
+    monkeypatch.setattr(processes, "broadcast", lambda own: first)
+    monkeypatch.setattr(processes, "raise_on_all", said.append)
+    if isinstance(changed, dict):
+        config.update_from_flattened_dict(changed)
+    else:
+        prompts.write_text(f'{{"prompt": "{changed}"}}\n')
+    check_same_everywhere(stage, config, tmp_path)
+    told = f"not what process 0 has: {difference.format(prompts)}" if difference else ""
+    assert said == [told]
 
 
 OF_ROWS = (Kind.ROWS, Kind.FILES, Kind.NAMED_FILES)

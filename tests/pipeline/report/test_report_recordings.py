@@ -37,8 +37,9 @@ def runs(tmp_path):
     ]
 
 
-def section(runs, anchor: str):
-    return next(part for part in run_sections(runs) if part.anchor == anchor)
+def sections(runs):
+    """Returns all sections by their anchors; drawing them takes seconds."""
+    return {part.anchor: part for part in run_sections(runs)}
 
 
 def column_of(table, title: str) -> dict[str, str]:
@@ -89,8 +90,9 @@ def test_a_run_without_times_has_no_minutes(tmp_path):
 
 def test_our_own_runs_look_the_same_beside_recorded_ones(runs):
     own = runs[-1]
+    parts = sections([own])
     for anchor in ("glance", "reward", "goodhart", "features", "length"):
-        alone = section([own], anchor)
+        alone = parts[anchor]
         assert not alone.footnotes and not any("†" in picture.caption for picture in alone.pictures)
     alone = column_of(tables.glance([own]), "own")
     assert column_of(tables.glance(runs), "own") == alone
@@ -99,7 +101,8 @@ def test_our_own_runs_look_the_same_beside_recorded_ones(runs):
 
 
 def test_the_notes_name_what_is_not_comparable(runs):
-    glance = section(runs, "glance")
+    parts = sections(runs)
+    glance = parts["glance"]
     text = " ".join(glance.footnotes)
     for part in (
         "† full, base: recorded by the reference implementation",
@@ -116,10 +119,10 @@ def test_the_notes_name_what_is_not_comparable(runs):
         assert text.count(part) == 1, part
     assert not glance.notes
     for anchor in ("reward", "features", "length"):
-        assert TWO_RESPONSES in " ".join(section(runs, anchor).footnotes)
-    assert "full: α is not recorded, so the penalties" in " ".join(section(runs, "reward").notes)
-    assert "full: τ is not recorded" in " ".join(section(runs, "features").notes)
-    (note,) = section(runs, "goodhart").notes
+        assert TWO_RESPONSES in " ".join(parts[anchor].footnotes)
+    assert "full: α is not recorded, so the penalties" in " ".join(parts["reward"].notes)
+    assert "full: τ is not recorded" in " ".join(parts["features"].notes)
+    (note,) = parts["goodhart"].notes
     assert note == "full, base: the KL to the reference policy is not recorded."
 
 
@@ -144,7 +147,7 @@ def test_rewards_of_different_programs_have_separate_scales(runs, monkeypatch):
 def test_lengths_with_padding_have_no_band_and_a_note(runs, monkeypatch):
     bands = []
     monkeypatch.setattr(Axes, "fill_between", lambda *_, **__: bands.append(1))
-    picture = section(runs, "length").pictures[0]
+    picture = sections(runs)["length"].pictures[0]
     assert len(bands) == 2  # of our run, light and dark
     assert picture.caption.endswith("† measured differently: lengths count padding: they are the "
                                     "width of the generated batch")  # fmt: skip
@@ -188,9 +191,10 @@ def test_metrics_of_an_unknown_program_have_a_note(tmp_path):
     path.write_text("step,total_reward,rm_score,penalty,loss\n10,-0.2,-0.1,0.1,0.03\n11,0,0,0,0\n")
     run = read_run("log", path)
     assert run.column("step").tolist() == [10, 11] and run.title == "log †"
-    (note,) = section([run], "glance").footnotes
+    parts = sections([run])
+    (note,) = parts["glance"].footnotes
     assert "† log: metrics of another program" in note and "not known" in note
-    (picture,) = section([run], "reward").pictures
+    (picture,) = parts["reward"].pictures
     assert picture.caption == "log †: the reward and the terms that are recorded"
 
 

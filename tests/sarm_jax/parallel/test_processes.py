@@ -87,6 +87,13 @@ def start_two(world, workdir, others=((), ()), programs=(("main.py",),) * 2):
     ]
 
 
+def assert_nothing_is_left_to_do(world, workdir, others):
+    summary = (workdir / "summary.json").read_text()
+    again = finish(*start_two(world, workdir, others))
+    assert [code for code, _ in again] == [0, 0], again
+    assert (workdir / "summary.json").read_text() == summary
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", pytest.param("grpo", marks=pytest.mark.evidence)])
 def test_a_resumed_run_of_two_processes_equals_that_of_one(world, tmp_path, algorithm):
     """GRPO runs with refilled slots, PPO without."""
@@ -102,10 +109,8 @@ def test_a_resumed_run_of_two_processes_equals_that_of_one(world, tmp_path, algo
     assert [code for code, _ in finished] == [0, 0], finished
     bar = f"{algorithm.upper()}: "  # of the progress, which the primary process alone shows
     assert "resuming after step 4 of 10" in finished[0][1] and bar not in finished[1][1]
-    summary = (tmp_path / "two" / "summary.json").read_text()
-    again = finish(*start_two(world, tmp_path / "two", others))  # nothing is left to do
-    assert [code for code, _ in again] == [0, 0], again
-    assert (tmp_path / "two" / "summary.json").read_text() == summary
+    if algorithm == "grpo":
+        assert_nothing_is_left_to_do(world, tmp_path / "two", others)
 
     one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     columns = [name for name in COMPARED_COLUMNS if algorithm == "ppo" or name != "value_loss"]
@@ -125,11 +130,6 @@ def test_a_resumed_run_of_two_processes_equals_that_of_one(world, tmp_path, algo
 
 
 def test_if_one_process_refuses_its_input_both_do(world, tmp_path):
-    (first, _), (second, second_error) = finish(
-        *start_two(world, tmp_path / "seeds", others=((), ("--seed=1",)))
-    )
-    assert (first, second) == (2, 2)
-    assert "error: process 1: not what process 0 has: ppo.seed was 0 and is now 1" in second_error
     missing = ("--prompts_jsonl=nowhere.jsonl",)
     (first, first_error), (second, second_error) = finish(
         *start_two(world, tmp_path / "files", others=((), missing))
@@ -138,6 +138,15 @@ def test_if_one_process_refuses_its_input_both_do(world, tmp_path):
     assert "error: nowhere.jsonl" in second_error
     assert "error: process 1: nowhere.jsonl" in first_error
     assert not list((tmp_path / "files").glob("checkpoints"))
+
+
+@pytest.mark.evidence  # `tests/pipeline/test_provenance.py` compares without processes
+def test_if_one_process_has_another_option_both_refuse(world, tmp_path):
+    (first, _), (second, second_error) = finish(
+        *start_two(world, tmp_path / "seeds", others=((), ("--seed=1",)))
+    )
+    assert (first, second) == (2, 2)
+    assert "error: process 1: not what process 0 has: ppo.seed was 0 and is now 1" in second_error
 
 
 def test_a_coordinator_that_does_not_answer_is_named():

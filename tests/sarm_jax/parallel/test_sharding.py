@@ -102,7 +102,9 @@ def test_decoding_with_adapters_equals_that_of_one_device(tokenizer, shape, mode
     assert_close(logp_br, expected_logp_br)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", ["ppo", "grpo", pytest.param("rloo", marks=pytest.mark.evidence)]
+)
 def test_minibatches_and_accumulation_on_a_mesh(tokenizer, ppo_config, tmp_path, algorithm):
     placement = Placement(make_mesh(MeshConfig(data=2)))
     cut = ALGORITHMS[algorithm] | {
