@@ -147,7 +147,7 @@ def write_naming_prompts(
 ) -> None:
     """Writes a prompt per feature with at most `most` responses; no prompts, no file.
 
-    If a feature has a name, it stands beside the prompt. Within the prompt it would bias the answer.
+    The name of a feature, if it has one, stands beside its prompt: in it, it would bias the answer.
     """
     rows = names.annotated(naming_prompts(strongest, most)) if most else []
     if not rows:
