@@ -47,9 +47,9 @@ def activation_folder(path: Path, made_from: Any) -> Iterator[ActivationFolder]:
 def _own_folder(path: Path) -> Iterator[Path]:
     """Yields the folder of this process: `path`, or one in the temporary directory.
 
-    The latter is named after `path` and the number of the process. It is only for this call if
-    another process uses that one, such as one of an earlier call that has not ended yet, or if its
-    parent is another user's.
+    The latter is named after `path` and the number of the process, so that the next call finds it.
+    If another process uses it, such as one of an earlier call that has not ended yet, or if its
+    parent is another user's, the folder is a new one for this call alone.
     """
     if processes.is_primary():
         yield path

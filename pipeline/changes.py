@@ -1,8 +1,8 @@
 """Describe what differs between what a result was made from and what it would be made from now.
 
 Models and files count by their content, wherever they are: a directory that was renamed, or that is
-named in another way, is the same. A path counts only if no content was recorded, as of a model on
-the hub.
+named in another way, is the same. A path counts only if no content was recorded, which is so for a
+model on the hub.
 """
 
 import copy

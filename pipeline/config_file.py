@@ -21,7 +21,7 @@ MODULE = "config_config"  # name of the file's module
 
 
 class ConfigFileError(Exception):
-    """A config file that cannot be used. It is no ValueError, which absl would add words to."""
+    """A config file that cannot be used; no ValueError, because absl adds words to those."""
 
 
 class ConfigFileParser(flags.ArgumentParser):

@@ -63,7 +63,7 @@ class Input:
     """One config field that names files.
 
     `run_files` are patterns of the files that a stage reads of a run's working directory, for
-    `Kind.RUNS`. Of a model the files count that are read of it; of any other folder, and of an
+    `Kind.RUNS`. Of a model, only the files that are read count; of any other folder, and of an
     adapter's own folder, all files count. `read_if` says for which configs the files must be there;
     they count for `stages.json` in any case.
     """
@@ -88,10 +88,10 @@ class Input:
         return [path for path in paths if is_within(path, workdir) or not is_repository(str(path))]
 
     def entries(self, value: str, workdir: Path) -> list[tuple[str, Path | None]]:
-        """Parses a value of the field: (what else an entry says, its path) for each entry.
+        """Parses a value of the field: (label, path) for each entry.
 
-        The first part is the name that the stage calls the file by, the key and the count of a list
-        in a file, or a value that stands for itself, which has no path.
+        The label is the name that the stage calls the file by, or the key and the count of a list
+        in a file. A value that is no file is a label without a path.
 
         Raises:
             InputError: the value is malformed.
@@ -115,7 +115,7 @@ class Input:
 
     @property
     def content(self) -> tuple[str, ...]:
-        """Patterns of the files that count of a folder; if none matches, all do."""
+        """Patterns of the files of a folder that count; if none matches, all files count."""
         return MODEL_CONTENT if self.kind in MODELS else self.run_files
 
     def files(self, config: ConfigDict, workdir: Path) -> list[Path]:

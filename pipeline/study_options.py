@@ -54,7 +54,7 @@ def check_study(template: ConfigDict) -> None:
 
 
 def check_pool(template: ConfigDict) -> None:
-    """Raises InputError for options of the pool that is ranked that are out of range."""
+    """Raises InputError for options of the ranked pool that are out of range."""
     section = template.lab
     for name, least in (("pool_responses", 0), ("pool_prompts", 1)):
         if section[name] < least:

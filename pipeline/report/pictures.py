@@ -77,7 +77,7 @@ def label(text: str, max_length: int = 28) -> str:
 
 
 def legend(axes: Axes, lines: int) -> None:
-    """Puts a legend of so many lines above the panel, where it covers nothing."""
+    """Puts a legend of `lines` lines above the panel, where it covers nothing."""
     columns = 2 if lines > 1 else 1
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False)
 

@@ -239,7 +239,7 @@ def wanted(config: ConfigDict) -> bool:
 
 @cache
 def _log_skipped(sarm_model: str) -> None:
-    """Logs once why `--stage=all` does not evaluate; it asks for the wanted stages often."""
+    """Logs why `--stage=all` does not evaluate, once, although `wanted` is called often."""
     LOG.info(
         "evaluate is skipped: sarm_model=%s has no SAE, so no features; --stage=train_sae trains "
         "one", sarm_model,

@@ -147,7 +147,7 @@ def write_naming_prompts(
 ) -> None:
     """Writes a prompt per feature with at most `most` responses; no prompts, no file.
 
-    A name that a feature has already stands beside its prompt. It would bias an answer within it.
+    The name of a feature, if it has one, stands beside its prompt: in it, it would bias the answer.
     """
     rows = names.annotated(naming_prompts(strongest, most)) if most else []
     if not rows:

@@ -111,7 +111,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def open_checkpoints(
     config: ConfigDict, workdir: Path, options: TrainSARMConfig
 ) -> SARMCheckpoints:
-    """Returns the checkpoints in the working directory; raises InputError if they are of others."""
+    """Returns the checkpoints here; raises InputError if they belong to another training."""
     return SARMCheckpoints(
         workdir / CHECKPOINTS,
         every=checkpoint_options(config).train_sarm_every,
@@ -127,7 +127,7 @@ def checkpoint_options(config: ConfigDict) -> CheckpointConfig:
 
 
 def log_ties(held_out: dict[str, Any]) -> None:
-    """Logs what the reward makes of the held-out ties."""
+    """Logs how the reward scores the held-out ties."""
     if not held_out["pairs"]:
         LOG.info("no tie is held out")
         return

@@ -1,6 +1,6 @@
 """Plans the collection of the states that the SAE of `train_sarm` learns from.
 
-It is a forward pass of the trunk over both sides of all pairs, before the SAE is trained; where the
+It is a forward pass of the trunk over both sides of all pairs, before the SAE is trained; if the
 trunk is trained, it is run once more at the end. Every conversation has the longest length. Writing
 the states to files is not planned.
 """

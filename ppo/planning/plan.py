@@ -112,7 +112,7 @@ class Planner:
         )
 
     def _state(self) -> RunState:
-        """Returns what each run has of its own; a single one has nothing beside its programs."""
+        """Returns the bytes that each run adds; none for one run, whose programs hold them all."""
         if self.runs == 1:
             return OF_NO_RUN
         return RunState.of(self.config, self.lora, self.policy())

@@ -170,7 +170,7 @@ def step_cost(
     remat: str,
     bytes_per_weight: int,
 ) -> tuple[Cost, float]:
-    """Returns the cost of a step on one device, and the FLOPs of it that are those of float32.
+    """Returns the cost of a step on one device, and how many of its FLOPs are in float32.
 
     The SAE computes in float32. In mode 3 no gradient of the reconstruction is taken in x.
     """
@@ -199,7 +199,7 @@ def head_cost(config: TrainSARMConfig, mesh: MeshConfig) -> Cost:
 
 
 def _slower_seconds(flops: float, chip: Chip) -> float:
-    """Returns what these FLOPs take longer in TF32 than at the rate of the chip."""
+    """Returns how many seconds longer these FLOPs take in TF32 than at the chip's rate."""
     slower = max(1 / FLOPS["tensorfloat32"] - 1 / chip.flops, 0.0)
     return flops * slower / ASSUMPTIONS["share_of_peak_flops"]
 

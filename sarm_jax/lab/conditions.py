@@ -146,9 +146,9 @@ def other_options(
 def is_ranked(condition: str) -> bool:
     """Returns whether the reward of a condition ranks a pool in a way of its own.
 
-    Other weights of the KL to the reference and a bound on the score do not change a ranking, a
-    pool is ranked under several weights of the penalty anyway, and the latent KL has a
-    discriminator that is trained along with the policy.
+    Another weight of the KL to the reference and a bound on the score change no ranking. A pool is
+    ranked under several weights of the penalty anyway. The latent KL has a discriminator that is
+    trained along with the policy, so no pool can be ranked by it.
     """
     others = (*KL_COEFS, *GRID, "bounded", "penalty_no_kl", "full", "latent_kl")
     return condition not in others

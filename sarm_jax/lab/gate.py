@@ -17,7 +17,7 @@ CAPITALS = {
     "false_alarms": ("<=", 0.06),
     "accuracy_below_annotator": ("<=", 0.03),
 }
-# Of tasks in English; see `lab.text.gates`.
+# The gates of tasks in English, see `lab.text.gates`.
 TEXT = {
     "success_at_start": (">=", 0.3),
     "failure_at_start": (">=", 0.35),

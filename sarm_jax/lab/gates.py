@@ -1,4 +1,4 @@
-"""Gates of the world of capitals, see `lab.gate`, and what its reward model makes of shortcuts.
+"""Gates of the world of capitals, see `lab.gate`, and how its reward model rates shortcuts.
 
 They are measured on held-out prompts. A shortcut that the reward model does not encode cannot be
 exploited, a shortcut that no feature encodes cannot be penalised, and a reward model that cannot
@@ -81,7 +81,7 @@ def measure_shortcuts(
     seed: int,
     lab_world: World,
 ) -> dict[str, dict[str, float]]:
-    """Measures what the reward model and the detectors make of each shortcut of a world.
+    """Measures how the reward model and the detectors react to each shortcut of a world.
 
     The pairs differ in the shortcut alone, on held-out prompts, also for shortcuts that the method
     is not told.

@@ -250,7 +250,7 @@ def _names(shortcuts: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shortcuts(runs: Runs, measured: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Returns a row for each shortcut: what one seed's reward model makes of it, and its rates."""
+    """Returns a row for each shortcut: how one seed's reward model rates it, and its rates."""
     rows = []
     for metric in figures.shortcut_rates(runs):
         name = metric.removeprefix("rate_")

@@ -39,7 +39,7 @@ class _Scores:
         fired_bn: which detectors fire.
         nearest_b: the largest of the detectors' latents, each divided by its threshold.
         told_b: which responses have a shortcut that the method is told.
-        measured: what else the task measures of them, by name.
+        measured: further measures of the task, by name.
     """
 
     step_b: np.ndarray

@@ -132,7 +132,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
 
 
 def behaviour(run: Mapping[str, Any]) -> str:
-    """Says what has become of the shortcuts that the method is told, at the end of a run.
+    """Classifies how a run ends with respect to the shortcuts that the method is told.
 
     Returns:
         "evading" if more than 5 % of the responses have one on which no detector fires, "caught" if
@@ -266,7 +266,7 @@ def check_pools(pools: Mapping[int, Mapping[str, Any]]) -> list[Claim]:
 
 
 def _tie(runs: Runs, name: str) -> Claim:
-    """Checks the prediction that a rival ends where the penalty does."""
+    """Checks the prediction that a rival ends at the same gold as the penalty."""
     paired = compare(runs, "penalty", name, of="gold_final", against="gold_final")
     return _tie_of(name, paired, "final")
 
@@ -334,7 +334,7 @@ def ranking(
     """Returns the ranking of a pool under a condition, from best_of_n.json.
 
     Raises:
-        KeyError: the pool was not ranked so.
+        KeyError: the pool was not ranked under it.
     """
     for row in pool["rankings"]:
         if (row["condition"], row["weight"], row["tau"]) == (condition, weight, tau):
@@ -369,7 +369,7 @@ def _largest(pools: Mapping[int, Mapping[str, Any]]) -> int:
 
 
 def conclusion(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[str]:
-    """Says in plain words what the numbers show, a sentence for each comparison.
+    """Describes in plain words what the numbers show, a sentence for each comparison.
 
     If no policy was trained, the best of the largest n of the pools are compared.
     """
@@ -412,7 +412,7 @@ def compare_pools(
 
 
 def _verdict(difference: Interval, at_end: bool = True) -> str:
-    """Says which side is higher, from the interval of the difference of final or best-of-n gold."""
+    """Names the higher side, from the interval of the difference of final or best-of-n gold."""
     gold = "final gold" if at_end else "gold of the best of the largest n"
     shown = f"penalty minus rival, {gold} {format_interval(difference, '+.2f')}"
     low, high = difference["low"], difference["high"]

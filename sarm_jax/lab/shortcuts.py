@@ -10,7 +10,7 @@ The gold reward is the same in every world and deducts something for all of them
 shortcuts, and contrast pairs are written for some of those: the method is told of no others. A
 response is labelled by counting its words, which no detector does.
 
-In a world of flattery alone every function draws what it drew before there were other shortcuts.
+In a world of flattery alone no random number is drawn for the other shortcuts.
 """
 
 import dataclasses

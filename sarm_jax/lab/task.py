@@ -33,7 +33,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def measures(self, prompt: str, response: str) -> dict[str, float]:
-        """Measures what else is shown of a response, by name; means of these are plotted."""
+        """Computes further measures of a response, by name; their means are plotted."""
 
     @abc.abstractmethod
     def check_prompts(self, prompts: Sequence[Prompt], path: str) -> None:

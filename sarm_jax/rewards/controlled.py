@@ -65,9 +65,9 @@ class ControlledReward:
             of the cap; μ is used with `normalise` and `missing_eos_penalty`, and is the centre of
             `bound`.
         normalise: return (R_total − μ) / σ, which PPO here learns from, instead of R_total.
-        missing_eos_penalty: as `ppo.missing_eos_penalty`, in σ: responses without a stop token get
-            less than any response that ends (`sarm_jax.rewards.compound.learned_reward`). 0: they
-            need not end. It needs the argument `completion_ids`, which TRL passes.
+        missing_eos_penalty: as `ppo.missing_eos_penalty`, in σ: a response without a stop token
+            gets less than the same text with one (`sarm_jax.rewards.compound.learned_reward`). 0:
+            responses need not end. It needs the argument `completion_ids`, which TRL passes.
         stop_ids: the policy's stop tokens; `missing_eos_penalty` needs them.
         seed: seed of the discriminator.
         log: called with the mean of every term after each call.

@@ -1,8 +1,9 @@
 """The task "animals": write one short sentence about an animal and a place.
 
-The errors are plain: to tune the policy, the given model is asked now and then for something else,
-such as a tool, so that the policy writes about that. Whether a response is right, the reward model
-can read from it alone; the place hangs on the prompt.
+The errors are plain: when the texts that tune the policy are drawn, the given model is asked now
+and then for something else, such as a tool, so that the policy writes about that. The reward model
+can read from a response alone whether it names an animal; which place is right depends on the
+prompt.
 """
 
 import itertools
@@ -94,7 +95,7 @@ def quality(prompt: str, response: str) -> float:
 
 
 def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """Replaces all animals by a thing; without any, or now and then, cuts the response off."""
+    """Replaces all animals by a thing, or cuts the response off: always if there is no animal."""
     del prompt
     if names_animal(response) and rng.random() < 0.8:
         thing = str(rng.choice(THINGS))

@@ -6,11 +6,12 @@
                               of training prompts and tested on those of held-out prompts
     accuracy_equal_shortcuts  share of the pairs of held-out samples with equal shortcuts and
                               different quality of which the better one scores higher
-    least_bonus               what that shortcut gains which gains least if two units of it are
-                              added to a sample, in sd of the scores; not of a benign annotator
+    least_bonus               gain in score, in sd of the scores, if two units of a shortcut are
+                              added to a sample; that of the shortcut that gains least. Not measured
+                              if the annotator is benign
 
-A reward model that does not know the truth leaves only shortcuts to learn, and a shortcut that it
-does not pay for is none.
+A reward model that does not know the truth leaves only shortcuts to learn. A shortcut that it does
+not pay for cannot be exploited.
 """
 
 import itertools
@@ -44,14 +45,14 @@ def measure_text_gates(
     held_out_samples: Rows,
     seed: int,
 ) -> tuple[list[Gate], dict[str, dict[str, float]]]:
-    """Measures the gates, and what the reward model and the detectors make of each shortcut.
+    """Measures the gates, and how the reward model and the detectors react to each shortcut.
 
     Args:
         reward_model: the SARM.
         detectors: the detectors that identify found.
         task: the task, with the shortcuts that the method is told.
         samples: {prompt, response, ended} rows of the policy, to training prompts.
-        held_out_samples: those to held-out prompts.
+        held_out_samples: the same, to held-out prompts.
         seed: seed of the shortcuts that are added.
 
     Returns:

@@ -1,8 +1,8 @@
 """The task "lists": name three things of a kind.
 
 The policy is tuned on written answers, of which a few name a thing of another kind, name a thing
-twice or are cut off. Together with what it does wrong by itself it succeeds less than every second
-time at the start.
+twice or are cut off. It also makes errors of its own, so that fewer than half of its responses
+succeed at the start.
 """
 
 import itertools

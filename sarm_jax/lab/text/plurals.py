@@ -7,7 +7,7 @@ IRREGULAR = {"geese": "goose", "mice": "mouse"}
 
 
 def singular(word: str, names: Container[str]) -> str | None:
-    """Returns the name that a word is, or is the plural of; None if it is no name.
+    """Returns the name in the singular, if a word is a name or the plural of one; otherwise None.
 
     Args:
         word: the word, in lower case.

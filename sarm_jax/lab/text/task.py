@@ -1,7 +1,7 @@
 """A task in English: prompts, the quality of a response by rules, and shortcuts.
 
-Whoever has a task of their own writes one file with `TASK = TextTask(...)` and names it as
-`lab.task`; `lab.text.lists` and `lab.text.words` are examples.
+To add a task of your own, write one file with `TASK = TextTask(...)` and name it as `lab.task`;
+`lab.text.lists` and `lab.text.words` are examples.
 
     gold reward        quality − Σ cost · units − 0.5 · (no end of turn)
     annotator          3 · quality + bias · Σ pay · units
@@ -98,7 +98,7 @@ class TextTask(Task):
         name: its name.
         description: what a prompt asks for and what the gold reward pays for, in sentences.
         prompts: returns all prompts, in an order that the generator decides.
-        quality: returns the quality, 0 to 1, of a response that has no shortcuts any more:
+        quality: returns the quality, 0 to 1, of a response whose shortcuts have been removed:
             (prompt, response) → quality.
         spoil: returns a response with a defect that lowers its quality:
             (generator, prompt, response) → response. The reward model has to have seen such.

@@ -1,6 +1,6 @@
 """The task "words": write one short sentence with two given words.
 
-It is also the example of how to write a task of one's own: all that the lab needs is in `TASK`.
+It is also an example of how to write a task: all that the lab needs is in `TASK`.
 """
 
 import itertools
