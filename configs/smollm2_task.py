@@ -7,11 +7,13 @@ emoji. Each seed tells the method three of the five.
 
 Command: make study-smollm2
 Hardware: 2 CPU cores, 8 GB of memory.
-Time: 9 minutes a seed up to the gates on idle cores; the five conditions of RL about 40 more.
-Expected result: all five gates pass. Trained on the reward model alone, gold rises and then falls
-        while the score goes on rising (a development run). `make pool-smollm2` ranks one pool of
-        samples under every condition instead of training policies: the penalty gains 0.04 of gold
-        over the reward model alone, a perfect detector 0.19 (two seeds; docs/results/english.md).
+Time: 9 minutes a seed up to the gates on idle cores; the five conditions of RL about 45 more, and
+        10 for the pool.
+Expected result: all five gates pass. Under every condition gold rises; in the one seed that has
+        been run, a dense probe ends highest (0.81), penalty and the reward model alone at 0.69.
+        `make pool-smollm2` ranks one pool of samples under every condition instead of training
+        policies: the penalty gains 0.04 of gold over the reward model alone, a perfect detector
+        0.19 (two seeds; docs/results/english.md).
 """
 
 from ml_collections import ConfigDict
