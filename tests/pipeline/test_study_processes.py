@@ -1,0 +1,52 @@
+"""Seeds in processes of their own: one that is killed, and signals to the study."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+
+from pipeline.study_processes import run_seeds
+from pipeline.study_records import SeedOutcome
+from tests.paths import ROOT
+from tests.seed_processes import end_at_signal, fail, stop_at_signal
+
+FINISHED = {seed: SeedOutcome([f"of {seed}"]) for seed in (0, 2)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_seed_whose_process_is_killed_leaves_the_others(number):
+    first, killed, last = run_seeds(partial(end_at_signal, number), [0, 1, 2], 2)
+    assert (first, last) == (FINISHED[0], FINISHED[2])
+    assert not killed.finished
+    assert killed.stopped.startswith("its process was ended from outside, as for lack of memory")
+
+
+def test_a_seed_that_a_signal_stops_leaves_the_others():
+    first, stopped, last = run_seeds(stop_at_signal, [0, 1, 2], 2)
+    assert (first, last) == (FINISHED[0], FINISHED[2])
+    assert stopped == SeedOutcome([], "its process was stopped by signal 15")
+
+
+def test_an_error_of_the_program_is_not_hidden():
+    with pytest.raises(KeyError, match="a mistake of the program"):
+        run_seeds(fail, [0, 1, 2], 2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to_all", [True, False])
+def test_a_signal_to_the_study_lets_every_seed_save_its_checkpoint(tmp_path, number, to_all):
+    """A terminal sends Ctrl-C to all processes of a command, and so does `timeout`."""
+    line = [sys.executable, "-m", "tests.seed_processes", str(tmp_path)]
+    with subprocess.Popen(line, cwd=ROOT, start_new_session=True) as study:
+        while not all((tmp_path / f"began_{seed}").exists() for seed in (0, 1)):
+            assert study.poll() is None
+            time.sleep(0.1)
+        (os.killpg if to_all else os.kill)(study.pid, number)
+        assert study.wait(60) == 128 + number
+    saved = sorted(path.name for path in tmp_path.glob("saved_*"))
+    assert saved == ["saved_0", "saved_1"]  # before the study ended
+    assert not (tmp_path / "began_2").exists()
