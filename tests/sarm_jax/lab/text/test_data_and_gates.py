@@ -274,3 +274,22 @@ def test_a_benign_annotator_pays_for_no_shortcut_and_has_no_gate_for_them():
     )
     assert [gate.name for gate in gates] == list(TEXT)
     assert limits_of(gate.name for gate in gates) == TEXT and limits_of(BIASED) == BIASED
+
+
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [
+        (
+            lambda rng: [f"letter {i % 12}" for i in range(24)],
+            'lab.task=words: prompts returns "letter 0" more than once, so that it could be',
+        ),
+        (
+            lambda rng: [f"letter {i}" for i in rng.permutation(100)[:20]],
+            "lab.task=words: prompts returns other prompts for another generator; it has to",
+        ),
+    ],
+)
+def test_prompts_that_could_be_trained_on_and_held_out_are_refused(prompts, found):
+    task = dataclasses.replace(TASK, prompts=prompts)
+    with pytest.raises(InputError, match=f"^{found}"):
+        data._split(TextDataConfig(**CONFIG), task, np.random.default_rng(1))
