@@ -14,6 +14,7 @@ from pipeline.models import load_reward_model
 from pipeline.runner import run_stages
 from pipeline.tasks import task_of
 from pipeline.together import member, run_together
+from ppo.options import train_config
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.features.dense_probe import probe_file
 from sarm_jax.features.human_support import human_support
@@ -170,11 +171,16 @@ def train_condition(config: ConfigDict, workdir: Path, condition: str) -> None:
 
 
 def write_result(config: ConfigDict, folder: Path, condition: str) -> None:
-    """Writes the result.json of a condition whose policy has been trained."""
+    """Writes the result.json of a condition whose policy has been trained.
+
+    A guard that stopped a run has left an evaluation of that step, which a run that is resumed does
+    not count: a further point could only raise the peak.
+    """
     workdir = folder / condition
     summary = read_json(workdir / "summary.json")
     features = read_json(folder / "probes" / "selected_features.json")
-    rows = read_evaluations(workdir)
+    ppo = train_config(config).ppo
+    rows = [row for row in read_evaluations(workdir) if ppo.evaluates(row["step"])]
     model = load_reward_model(config).with_ensemble(config.reward.ensemble)
     result = run_result(rows, model, features, summary["seconds"], task_of(config))
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -1,6 +1,7 @@
 """A seed of a study: what stops it, what the others keep, and a task's file that changes."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 
@@ -9,6 +10,7 @@ from pipeline import study, study_runs
 from pipeline.study_options import check_study
 from pipeline.study_records import SeedOutcome
 from sarm_jax.io.errors import InputError, TrainingStoppedError
+from sarm_jax.io.json_files import write_json
 
 
 @pytest.fixture
@@ -97,6 +99,24 @@ def test_a_condition_with_bad_options_leaves_those_of_its_group(tmp_path, monkey
         for end in study_runs.run_group(demo.get_config(), tmp_path, ["full", "baseline"]):
             ended.append(end)
     assert ended == [("baseline", None)]
+
+
+def test_a_run_that_a_guard_stopped_and_that_was_resumed_has_no_further_point(
+    tmp_path, monkeypatch
+):
+    """The evaluation of the step on which it stopped is none of an uninterrupted run."""
+    config, read = demo.get_config(), []
+    config.ppo.total_steps, config.ppo.eval_every = 9, 2
+    for name in ("baseline", "probes"):
+        (tmp_path / name).mkdir()
+    write_json(tmp_path / "baseline/summary.json", {"seconds": 1.0})
+    write_json(tmp_path / "probes/selected_features.json", {})
+    steps = (0, 2, 4, 5, 6, 8, 9)
+    monkeypatch.setattr(study_runs, "read_evaluations", lambda _: [{"step": n} for n in steps])
+    monkeypatch.setattr(study_runs, "load_reward_model", lambda _: Mock())
+    monkeypatch.setattr(study_runs, "run_result", lambda rows, *_: read.extend(rows) or {})
+    study_runs.write_result(config, tmp_path, "baseline")
+    assert [row["step"] for row in read] == [0, 2, 4, 6, 8, 9]
 
 
 def test_a_study_has_no_experiments():
