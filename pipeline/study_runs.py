@@ -148,7 +148,10 @@ def run_group(
         if name not in failed:
             yield name, ended[name]
     if failed:
-        raise InputError("; ".join(f"condition {name}: {e}" for name, e in failed.items()))
+        names: dict[str, list[str]] = {}  # reason → conditions, which often share it
+        for name in sorted(failed, key=conditions.index):
+            names.setdefault(str(failed[name]), []).append(name)
+        raise InputError("; ".join(f"condition {', '.join(n)}: {r}" for r, n in names.items()))
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from pipeline.study_records import SeedOutcome
 from tests.paths import ROOT
 from tests.seed_processes import end_at_signal, fail, stop_at_signal
 
+pytestmark = pytest.mark.slow  # processes are started
+
 FINISHED = {seed: SeedOutcome([f"of {seed}"]) for seed in (0, 2)}
 
 
@@ -36,8 +38,9 @@ def test_an_error_of_the_program_is_not_hidden():
         run_seeds(fail, [0, 1, 2], 2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("to_all", [True, False])
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
 def test_a_signal_to_the_study_lets_every_seed_save_its_checkpoint(tmp_path, number, to_all):
     """A terminal sends Ctrl-C to all processes of a command, and so does `timeout`."""
     line = [sys.executable, "-m", "tests.seed_processes", str(tmp_path)]

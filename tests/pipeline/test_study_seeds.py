@@ -85,6 +85,17 @@ def test_a_condition_without_a_result_leaves_those_of_its_group(tmp_path, monkey
     assert ended == [("baseline", None)]
 
 
+def test_a_reason_that_conditions_of_a_group_share_is_given_once(tmp_path, monkeypatch):
+    def train_condition(config, workdir, name):
+        raise InputError("a gate failed" if name != "full" else "no carriers")
+
+    monkeypatch.setattr(study_runs, "condition_config", lambda config, folder, name: config)
+    monkeypatch.setattr(study_runs, "train_condition", train_condition)
+    expected = "^condition baseline, penalty: a gate failed; condition full: no carriers$"
+    with pytest.raises(InputError, match=expected):
+        list(study_runs.run_group(demo.get_config(), tmp_path, ["baseline", "penalty", "full"]))
+
+
 def test_a_condition_with_bad_options_leaves_those_of_its_group(tmp_path, monkeypatch):
     def condition_config(config, folder, name):
         if name == "full":

@@ -22,6 +22,7 @@ from scipy.stats import rankdata
 
 from sarm_jax.features.dense_probe import logistic_direction, projection
 from sarm_jax.features.detectors import Detectors, firing_rate
+from sarm_jax.io.errors import InputError
 from sarm_jax.lab.gate import BIASED, TEXT, Gate
 from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.models.reward_model import RewardModel
@@ -57,6 +58,9 @@ def measure_text_gates(
     Returns:
         (the gates of `BIASED`, or of `TEXT` if the annotator is benign; for each shortcut the
         values of `_shortcut_values`).
+
+    Raises:
+        InputError: the policy answers nothing.
     """
     rng = np.random.default_rng([seed, 4])
     _, _, fit_nd = _read(reward_model, samples)
@@ -67,6 +71,11 @@ def measure_text_gates(
     )
     success = float(np.concatenate([fit_n, test_n]).mean())
     marked = [i for i, row in enumerate(held_out_samples) if row["response"].strip()][:MARKED]
+    if not marked:
+        raise InputError(
+            f"{task.option}: all {len(held_out_samples)} samples of the policy to held-out prompts "
+            "are empty, so that no shortcut can be measured"
+        )
     shortcuts = {
         shortcut.name: _shortcut_values(
             reward_model,

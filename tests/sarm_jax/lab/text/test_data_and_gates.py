@@ -216,6 +216,19 @@ def test_the_gates_of_a_perfect_reward_model():
     assert shortcuts["emoji"]["gain"] == pytest.approx(2 * 0.5 / deviation)
 
 
+def test_a_policy_that_answers_nothing_has_no_gates():
+    empty = [row | {"response": " "} for row in rows(samples())]
+    with pytest.raises(InputError, match="^lab.task=words: all 32 samples of the policy to held"):
+        measure_text_gates(
+            CountingModel(),  # type: ignore[arg-type]
+            Detectors((0,), (0.5,), 1.0, 0.0),
+            TOLD,
+            samples=rows(samples()),
+            held_out_samples=empty,
+            seed=0,
+        )
+
+
 def test_the_given_model_answers_misread_prompts_and_the_policy_is_tuned_on_the_real_ones(
     monkeypatch,
 ):
