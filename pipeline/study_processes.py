@@ -7,10 +7,11 @@ seed at once.
 
 import os
 import threading
+import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import active_children, get_context
+from multiprocessing.connection import Connection
 
 from pipeline.study_records import SeedOutcome
 from sarm_jax.io.signals import cleaning_up
@@ -52,16 +53,42 @@ def run_seeds(
 
 
 def _run_in_process(run_seed: Callable[[int], SeedOutcome], seed: int) -> SeedOutcome:
-    """Calls `run_seed` in a process in a group of its own, which gets no signals of this one's."""
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=os.setpgrp) as pool:
-        try:
-            return pool.submit(run_seed, seed).result()
-        except BrokenProcessPool:
-            return SeedOutcome(
-                [],
-                "its process was ended from outside, as for lack of memory; the same command goes "
-                "on, with lab.processes=1 in the least memory",
-            )
-        except SystemExit as end:
-            number = end.code - 128 if isinstance(end.code, int) else end.code
-            return SeedOutcome([], f"its process was stopped by signal {number}")
+    """Calls `run_seed` in a new process; raises its error here."""
+    context = get_context("spawn")  # a copy of this process would share the threads of JAX
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_work, args=(run_seed, seed, sender))
+    worker.start()
+    sender.close()  # this end of it, so that the end of the process ends the pipe
+    try:
+        result = receiver.recv()
+    except EOFError:
+        return SeedOutcome(
+            [],
+            "its process was ended from outside, as for lack of memory; the same command goes on, "
+            "with lab.processes=1 in the least memory",
+        )
+    finally:
+        receiver.close()
+        worker.join()
+    if isinstance(result, SystemExit):
+        number = result.code - 128 if isinstance(result.code, int) else result.code
+        return SeedOutcome([], f"its process was stopped by signal {number}")
+    if isinstance(result, BaseException):
+        raise result
+    assert isinstance(result, SeedOutcome)
+    return result
+
+
+def _work(run_seed: Callable[[int], SeedOutcome], seed: int, sender: Connection) -> None:
+    """Sends the outcome of a seed, or the error that ended it."""
+    os.setpgrp()  # a group of its own, which gets no signals of the study's
+    result: SeedOutcome | BaseException
+    try:
+        result = run_seed(seed)
+    except BaseException as error:
+        error.add_note(f"In the process of seed {seed}:\n{traceback.format_exc()}")
+        result = error
+    try:
+        sender.send(result)
+    except Exception:  # the error is of a class that cannot be pickled
+        sender.send(RuntimeError(f"{result}\n{traceback.format_exc()}"))

@@ -41,6 +41,15 @@ def fail(seed: int) -> SeedOutcome:
     return finish(seed)
 
 
+def fail_oddly(seed: int) -> SeedOutcome:
+    """Raises an error of a class that another process does not know."""
+
+    class OddError(RuntimeError):
+        pass
+
+    raise OddError("RESOURCE_EXHAUSTED: 7 GiB")
+
+
 def save_at_signal(folder: Path, seed: int) -> SeedOutcome:
     """Writes a checkpoint a step after the first signal; a second one ends the process."""
     received: list[int] = []
