@@ -7,6 +7,7 @@ nobody thought of: an empty response, half a sentence, a prompt of another file.
 import dataclasses
 import numbers
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,6 @@ from pipeline.config_file import describe
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.text.task import TextTask
 
-Check = Callable[[Any], bool]
-TEXTS = ("spoil", "write", "misread")  # functions of a task that return a text
-TEXTS_OF_SHORTCUTS = ("add", "remove")
-
 
 def checked_task(task: TextTask, file: str) -> TextTask:
     """Returns a task whose functions raise InputError, naming the file, if they fail.
@@ -26,38 +23,49 @@ def checked_task(task: TextTask, file: str) -> TextTask:
     Raises:
         InputError: something that has to be a function is none.
     """
+    check = partial(_checked, file=file)
+    text = partial(check, expected="a text", fits=_is_text)
     shortcuts = [
         dataclasses.replace(
             shortcut,
-            count=_checked(
-                shortcut.count, file, f"count of {shortcut.name}", "a whole number from 0", _counts
+            count=check(
+                shortcut.count,
+                f"count of {shortcut.name}",
+                expected="a whole number from 0",
+                fits=_is_count,
             ),
-            **{
-                name: _checked(
-                    getattr(shortcut, name), file, f"{name} of {shortcut.name}", "a text", _is_text
-                )
-                for name in TEXTS_OF_SHORTCUTS
-            },
+            add=text(shortcut.add, f"add of {shortcut.name}"),
+            remove=text(shortcut.remove, f"remove of {shortcut.name}"),
         )
         for shortcut in task.all_shortcuts
     ]
-    texts = {
-        name: _checked(getattr(task, name), file, name, "a text", _is_text)
-        for name in TEXTS
-        if name == "spoil" or getattr(task, name) is not None
-    }
     return dataclasses.replace(
         task,
         file=file,
-        prompts=_checked(task.prompts, file, "prompts", "a list of texts", _are_texts),
-        quality=_checked(task.quality, file, "quality", "a number", _is_number),
+        prompts=check(task.prompts, "prompts", expected="a list of texts", fits=_are_texts),
+        quality=check(task.quality, "quality", expected="a number", fits=_is_number),
+        spoil=text(task.spoil, "spoil"),
+        write=None if task.write is None else text(task.write, "write"),
+        misread=None if task.misread is None else text(task.misread, "misread"),
         all_shortcuts=tuple(shortcuts),
-        **texts,
     )
 
 
-def _checked(function: Any, file: str, name: str, expected: str, check: Check) -> Callable:
-    """Returns a function of the file whose errors and results are checked; `name` is for them."""
+def _checked(
+    function: Any, name: str, *, file: str, expected: str, fits: Callable[[Any], bool]
+) -> Callable:
+    """Returns a function of the file whose errors and results are checked.
+
+    Args:
+        function: the function.
+        name: what messages call it.
+        file: the file.
+        expected: what it has to return, in words.
+        fits: returns whether a result is that.
+
+    Raises:
+        InputError: it is no function.
+    """
     place = f"lab.task={file}: {name}"
     if not callable(function):
         raise InputError(f"{place}: expected a function, found {function!r:.80}")
@@ -69,7 +77,7 @@ def _checked(function: Any, file: str, name: str, expected: str, check: Check) -
             raise
         except BaseException as error:  # also SystemExit, which would end the program
             raise InputError(f"{place}: {describe(error, file, 'lab.task')}") from error
-        if not check(result):
+        if not fits(result):
             raise InputError(f"{place}: returned {result!r:.80}, expected {expected}")
         return result
 
@@ -89,5 +97,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real | np.bool_)
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, numbers.Integral | np.bool_) and value >= 0
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral | np.bool_) and int(value) >= 0

@@ -155,7 +155,7 @@ def run_seed(
     workdir: Path,
     seed: int,
     level: int = logging.INFO,
-    task_file: Mapping[str, str] | None = None,
+    task_file: dict[str, str] | None = None,
 ) -> SeedOutcome:
     """Runs one seed of the study.
 
