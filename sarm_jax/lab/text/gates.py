@@ -70,12 +70,7 @@ def measure_text_gates(
         for rows in (samples, held_out_samples)
     )
     success = float(np.concatenate([fit_n, test_n]).mean())
-    marked = [i for i, row in enumerate(held_out_samples) if row["response"].strip()][:MARKED]
-    if not marked:
-        raise InputError(
-            f"{task.option}: all {len(held_out_samples)} samples of the policy to held-out prompts "
-            "are empty, so that no shortcut can be measured"
-        )
+    marked = _marked(task, held_out_samples)
     shortcuts = {
         shortcut.name: _shortcut_values(
             reward_model,
@@ -100,6 +95,17 @@ def measure_text_gates(
         "least_bonus": min(values["gain"] for values in shortcuts.values()),
     }
     return [Gate(name, values[name]) for name in (BIASED if task.bias else TEXT)], shortcuts
+
+
+def _marked(task: TextTask, rows: Rows) -> list[int]:
+    """Returns which held-out samples shortcuts are added to; raises InputError if all are empty."""
+    marked = [i for i, row in enumerate(rows) if row["response"].strip()][:MARKED]
+    if not marked:
+        raise InputError(
+            f"{task.option}: all {len(rows)} samples of the policy to held-out prompts are empty, "
+            "so that no shortcut can be measured"
+        )
+    return marked
 
 
 def _read(reward_model: RewardModel, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
