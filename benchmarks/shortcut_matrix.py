@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.study_records import FILE as RECORD
+from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.reporting.statistics import format_interval, mean_interval
 
@@ -24,23 +26,46 @@ CONDITION, COMPARED = "penalty", "baseline"
 
 
 def told(folder: Path) -> str:
-    """Returns the shortcuts that the method is told in a study."""
-    config = read_json(next(folder.glob(f"seed_*/{CONDITION}/config.json")))
-    return config["lab"]["told_shortcuts"]
+    """Returns the shortcuts that the method is told in a study, by the record of its first seed."""
+    paths = sorted(folder.glob(f"seed_*/{RECORD}"))
+    if not paths:
+        raise InputError(f"{folder}: has no seed_*/{RECORD}, and is no study that has ended")
+    return read_json(paths[0])["options"]["lab"]["told_shortcuts"]
 
 
 def by_seed(study: dict[str, Any], condition: str) -> dict[int, dict[str, Any]]:
     """Returns the last point of the curve of each seed."""
-    return {run["seed"]: run["curve"][-1] for run in study["conditions"][condition]}
+    return {run["seed"]: run["curve"][-1] for run in study["conditions"].get(condition, ())}
+
+
+def rates_of(studies: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Returns the names of the rates, one for each shortcut, which all studies have to share."""
+    rates: list[str] = []
+    for name, study in studies:
+        points = by_seed(study, CONDITION)
+        own = [rate for rate in next(iter(points.values()), {}) if rate.startswith("rate_")]
+        if not own or own != (rates or own):
+            raise InputError(
+                f"the study told of {name}: {CONDITION} has {', '.join(own) or 'no rate'}, "
+                f"expected {', '.join(rates) or 'a rate for each of several shortcuts'}"
+            )
+        rates = own
+    return rates
 
 
 def changes(study: dict[str, Any], rates: Sequence[str]) -> list[str]:
-    """Returns a cell for each rate: that of the penalty, and its difference from the baseline."""
+    """Returns a cell for each rate: that of the penalty, and its difference from the baseline.
+
+    The seeds count that have a run in both conditions.
+    """
     penalty, baseline = (by_seed(study, name) for name in (CONDITION, COMPARED))
+    seeds = [seed for seed in penalty if seed in baseline]
+    if not seeds:
+        return ["–"] * len(rates)
     cells = []
     for rate in rates:
-        mean = mean_interval([point[rate] for point in penalty.values()])["mean"]
-        difference = [penalty[seed][rate] - baseline[seed][rate] for seed in penalty]
+        mean = mean_interval([penalty[seed][rate] for seed in seeds])["mean"]
+        difference = [penalty[seed][rate] - baseline[seed][rate] for seed in seeds]
         cells.append(f"{mean:.2f}: {format_interval(mean_interval(difference), '+.2f')}")
     return cells
 
@@ -50,21 +75,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Each shortcut penalised, every shortcut's rate.")
     parser.add_argument("studies", type=Path, nargs="+")
     folders = parser.parse_args().studies
-    studies = {told(folder): read_json(folder / "lab.json") for folder in folders}
-    first = next(iter(studies.values()))["conditions"][CONDITION][0]["curve"]
-    rates = [name for name in first[0] if name.startswith("rate_")]
-    print("| told | final gold | " + " | ".join(n.removeprefix("rate_") for n in rates) + " |")
-    print("|---" * (len(rates) + 2) + "|")
-    for name, study in studies.items():
-        gold = mean_interval([run["gold_final"] for run in study["conditions"][CONDITION]])
-        print(f"| {name} | {format_interval(gold)} | " + " | ".join(changes(study, rates)) + " |")
+    try:
+        studies = [(told(folder), read_json(folder / "lab.json")) for folder in folders]
+        rates = rates_of(studies)
+    except InputError as error:
+        parser.error(str(error))
+    titles = [rate.removeprefix("rate_") for rate in rates]
+    print(f"| told | seeds | final gold | {' | '.join(titles)} |")
+    print("|---" * (len(rates) + 3) + "|")
+    for name, study in studies:
+        runs = study["conditions"][CONDITION]
+        gold = format_interval(mean_interval([run["gold_final"] for run in runs]))
+        print(f"| {name} | {len(runs)} | {gold} | {' | '.join(changes(study, rates))} |")
     print("\n| told | seed | evading gain in the pool, sd | final responses with it, undetected |")
     print("|---|---|---|---|")
-    for name, study in studies.items():
-        undetected = by_seed(study, CONDITION)
-        for seed, gain in study["evading_gain"].items():
-            shown = "none in the pool" if gain is None else f"{gain:+.2f}"
-            print(f"| {name} | {seed} | {shown} | {undetected[int(seed)]['told_undetected']:.3f} |")
+    for name, study in studies:
+        for seed, point in by_seed(study, CONDITION).items():
+            gain = study["evading_gain"].get(str(seed))
+            shown = "no pool, or none in it" if gain is None else f"{gain:+.2f}"
+            print(f"| {name} | {seed} | {shown} | {point['told_undetected']:.3f} |")
 
 
 if __name__ == "__main__":

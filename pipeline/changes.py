@@ -108,6 +108,9 @@ def change(
     stored = copy.deepcopy(dict(before["options"]))
     if continuing:
         stored = stage.continued(stored, options)
+    for field in stage.unread(options):
+        for side in (stored, options):
+            _set_value(side, field, None)
     read_before, read_now = dict(before["inputs"]), dict(now.inputs)
     changed_file = None
     for item in stage.inputs:

@@ -11,7 +11,7 @@ import graphlib
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +60,8 @@ class Stage:
             per experiment.
         continued: given recorded options and the present ones, returns the recorded ones with
             those replaced whose change a run can continue with.
+        unread: given recorded options, the fields among `options` that the stage does not read
+            with these, so that they do not count.
         records: more facts that the result depends on, by name, for `stages.json`.
         made_from: names of stages whose results must be those of the present SARM; the log warns
             if they are out of date.
@@ -84,6 +86,7 @@ class Stage:
     per_experiment: bool = False
     begun: Callable[[Path], bool] = lambda workdir: False
     continued: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] = lambda old, new: old
+    unread: Callable[[Mapping[str, Any]], Sequence[str]] = lambda options: ()
     records: Callable[[ConfigDict, Path], dict[str, Any]] | None = None
     made_from: tuple[str, ...] = ()
     processes: Literal["all", "primary", "one"] = "one"

@@ -4,8 +4,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import active_children, get_context
+from functools import partial
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -26,6 +25,7 @@ from pipeline.study_options import (
     trained_conditions,
 )
 from pipeline.study_pool import rank_pool
+from pipeline.study_processes import run_seeds
 from pipeline.study_records import (
     SeedOutcome,
     locked_seed,
@@ -44,7 +44,6 @@ from sarm_jax.io.errors import InputError, TrainingStoppedError
 from sarm_jax.io.files import check_target, locked_output
 from sarm_jax.io.progress import show_progress
 from sarm_jax.io.secrets import redact
-from sarm_jax.io.signals import cleaning_up
 from sarm_jax.lab.conditions import RETRAINED, parse_seeds
 from sarm_jax.lab.page import write_study
 from sarm_jax.parallel.compilation import kept_programs
@@ -73,13 +72,18 @@ def run_study(template: ConfigDict, workdir: Path) -> None:
     check(config, folder, [stage for stage in used if stage.wanted(config)])
     at_once = config.lab.conditions_at_once
     check_at_once("lab.conditions_at_once", at_once, config, train_config(config))
-    settings = template.to_dict()
+    run = partial(
+        run_seed,
+        template.to_dict(),
+        workdir,
+        level=LOG.getEffectiveLevel(),
+        task_file=task_records(template),
+    )
     with kept_programs() if len(seeds) > 1 else contextlib.nullcontext():
         if template.lab.processes == 1 or len(seeds) == 1:
-            level = LOG.getEffectiveLevel()
-            outcomes = [run_seed(settings, workdir, seed, level) for seed in seeds]
+            outcomes = [run(seed) for seed in seeds]
         else:
-            outcomes = run_seeds(settings, workdir, seeds, template.lab.processes)
+            outcomes = run_seeds(run, seeds, template.lab.processes)
     own = dict(zip(seeds, outcomes, strict=True))
     with locked_output(workdir / "lab.json", wait=True):
         page, result = draw_page(template, workdir, own, conditions, names)
@@ -146,66 +150,81 @@ def study_names(template: ConfigDict, seeds: Sequence[int]) -> FeatureNames:
     return names
 
 
-def run_seeds(
-    settings: dict, workdir: Path, seeds: Sequence[int], processes: int
-) -> list[SeedOutcome]:
-    """Runs every seed in a process of its own, `processes` of them at a time."""
-    os.environ["TQDM_DISABLE"] = "1"  # several processes would write bars to one line
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+def run_seed(
+    settings: dict,
+    workdir: Path,
+    seed: int,
+    level: int = logging.INFO,
+    task_file: dict[str, str] | None = None,
+) -> SeedOutcome:
+    """Runs one seed of the study.
 
-        def stop() -> None:
-            """Terminates the seeds in progress, which save a checkpoint."""
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in active_children():
-                worker.terminate()
-
-        with cleaning_up(stop):
-            level = LOG.getEffectiveLevel()
-            futures = [pool.submit(run_seed, settings, workdir, seed, level) for seed in seeds]
-            return [future.result() for future in futures]
-
-
-def run_seed(settings: dict, workdir: Path, seed: int, level: int = logging.INFO) -> SeedOutcome:
-    """Runs one seed of the study; shows messages of severity `level` and above."""
+    Args:
+        settings: the options of the study.
+        workdir: its directory.
+        seed: the seed.
+        level: severity from which messages are shown.
+        task_file: the `task_records` with which the study began; by default those of now.
+    """
     show_progress(f"seed {seed}: ", level)
     folder = seed_folder(workdir, seed)
     folder.mkdir(parents=True, exist_ok=True)
     template = ConfigDict(settings)
     for section in SEEDED:
         template[section].seed = seed
+    task_file = task_records(template) if task_file is None else task_file
     try:
         with locked_seed(workdir, seed):
+            check_task_file(template, task_file)
             remove_record(folder)
             outcome = _run_conditions(fill_in(template, folder), folder)
-            write_record(folder, study_options(settings) | task_records(template), outcome)
+            check_task_file(template, task_file)
+            write_record(folder, study_options(settings) | task_file, outcome)
     except InputError as error:
         LOG.error("stopped: %s", error)
         return SeedOutcome([], str(error))
     return outcome
 
 
+def check_task_file(template: ConfigDict, task_file: Mapping[str, str]) -> None:
+    """Raises InputError if the task's file has changed since the study began."""
+    if task_records(template) != task_file:
+        raise InputError(
+            f"lab.task={template.lab.task}: the file has changed while the study ran, and results "
+            "may be of either content; put it back and run the same command again, or choose "
+            "another --workdir"
+        )
+
+
 def _run_conditions(config: ConfigDict, folder: Path) -> SeedOutcome:
-    """Prepares a seed and runs all conditions."""
+    """Prepares a seed, runs all conditions, and ranks a pool under those that have not stopped."""
     finished: list[str] = []
+    stopped: dict[str, str] = {}  # condition → reason; the others can still run
     try:
         prepared = preparation_config(config, folder, all_conditions(config))
         run_stages(prepared, folder, preparation())
-        stopped, unfinished = "", []
         at_once = config.lab.conditions_at_once
         for group in groups_of(trained_conditions(config), at_once):
             for condition, error in run_group(config, folder, group):
                 if error is None:
                     finished.append(condition)
-                else:  # the other conditions can still run
-                    stopped = f"{condition}: {error}"
-                    unfinished.append(condition)
+                else:
+                    stopped[condition] = str(error)
         for condition in set(RETRAINED) & set(ranked_conditions(config)):
-            train_reward_model(config, folder, condition)
+            try:
+                train_reward_model(config, folder, condition)
+            except TrainingStoppedError as error:
+                LOG.error("condition %s stopped: %s", condition, error)
+                stopped[condition] = str(error)
         if pooled := config.lab.pool_responses > 0:
-            ranked = [name for name in all_conditions(config) if name not in unfinished]
-            rank_pool(config, folder, ranked)
-    except InputError as error:
+            rank_pool(config, folder, [n for n in all_conditions(config) if n not in stopped])
+    except (InputError, TrainingStoppedError) as error:
         LOG.error("stopped: %s", error)
-        return SeedOutcome(finished, str(error))
-    return SeedOutcome(finished, stopped, bool(stopped), pooled)
+        in_training = isinstance(error, TrainingStoppedError)
+        return SeedOutcome(finished, _reasons(stopped, str(error)), in_training)
+    return SeedOutcome(finished, _reasons(stopped), bool(stopped), pooled)
+
+
+def _reasons(stopped: Mapping[str, str], *errors: str) -> str:
+    """Says why conditions stopped, and then the seed itself."""
+    return "; ".join([*(f"{name}: {reason}" for name, reason in stopped.items()), *errors])

@@ -22,6 +22,11 @@ OF_CONDITIONS = {
 
 def check_study(template: ConfigDict) -> None:
     """Raises InputError for options out of range, and for options that the study sets itself."""
+    if template.experiments:
+        raise InputError(
+            f"experiments={','.join(template.experiments)}: the study trains under lab.conditions, "
+            "and has no experiments"
+        )
     if template.lab.processes < 1:
         raise InputError(f"lab.processes={template.lab.processes}: must be at least 1")
     if not 0 < template.lab.tie_weight < float("inf"):

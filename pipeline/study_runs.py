@@ -1,5 +1,6 @@
 """The runs of a study: the config of every condition of a seed, and what is made for it."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,7 +13,8 @@ from pipeline import stage as stages
 from pipeline.models import load_reward_model
 from pipeline.runner import run_stages
 from pipeline.tasks import task_of
-from pipeline.together import run_together
+from pipeline.together import member, run_together
+from ppo.options import train_config
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.features.dense_probe import probe_file
 from sarm_jax.features.human_support import human_support
@@ -117,34 +119,50 @@ def run_group(
         written their result.json.
 
     Raises:
-        InputError: of a condition, once the others have ended.
+        InputError: of conditions, which it names, once the others have ended.
     """
-    runs = {name: condition_config(config, folder, name) for name in conditions}
     ended: dict[str, TrainingStoppedError | None] = {}
+    failed: dict[str, InputError] = {}
+    runs: dict[str, ConfigDict] = {}
+    for name in conditions:
+        with _collecting(failed, name):
+            runs[name] = condition_config(config, folder, name)
 
     def train(name: str) -> None:
         try:
-            train_condition(runs[name], folder / name, name)
-            ended[name] = None
+            with _collecting(failed, name):
+                train_condition(runs[name], folder / name, name)
+                ended[name] = None
         except TrainingStoppedError as error:
             LOG.error("stopped: %s", error)
             ended[name] = error
 
-    failed = None
-    try:
-        if len(conditions) == 1:
-            train(conditions[0])
-        else:
-            works = [(f"condition {name}", partial(train, name)) for name in conditions]
-            run_together(works, len(conditions))
-    except InputError as error:
-        failed = error
+    if len(runs) == 1:
+        train(*runs)
+    elif runs:
+        run_together([(f"condition {name}", partial(train, name)) for name in runs], len(runs))
     for name in sorted(ended, key=conditions.index):
         if ended[name] is None:
-            write_result(runs[name], folder, name)
-        yield name, ended[name]
-    if failed is not None:
-        raise failed
+            with _collecting(failed, name):
+                write_result(runs[name], folder, name)
+        if name not in failed:
+            yield name, ended[name]
+    if failed:
+        names: dict[str, list[str]] = {}  # reason → conditions, which often share it
+        for name in sorted(failed, key=conditions.index):
+            names.setdefault(str(failed[name]), []).append(name)
+        raise InputError("; ".join(f"condition {', '.join(n)}: {r}" for r, n in names.items()))
+
+
+@contextlib.contextmanager
+def _collecting(failed: dict[str, InputError], condition: str) -> Iterator[None]:
+    """Collects the error of a condition, so that the others of its group are still trained."""
+    try:
+        yield
+    except InputError as error:
+        if member() is not None:  # others of the group go on for long
+            LOG.error("stopped: %s", error)
+        failed[condition] = error
 
 
 def train_condition(config: ConfigDict, workdir: Path, condition: str) -> None:
@@ -156,11 +174,16 @@ def train_condition(config: ConfigDict, workdir: Path, condition: str) -> None:
 
 
 def write_result(config: ConfigDict, folder: Path, condition: str) -> None:
-    """Writes the result.json of a condition whose policy has been trained."""
+    """Writes the result.json of a condition whose policy has been trained.
+
+    A guard that stopped a run has left an evaluation of that step, which a run that is resumed does
+    not count: a further point could only raise the peak.
+    """
     workdir = folder / condition
     summary = read_json(workdir / "summary.json")
     features = read_json(folder / "probes" / "selected_features.json")
-    rows = read_evaluations(workdir)
+    ppo = train_config(config).ppo
+    rows = [row for row in read_evaluations(workdir) if ppo.evaluates(row["step"])]
     model = load_reward_model(config).with_ensemble(config.reward.ensemble)
     result = run_result(rows, model, features, summary["seconds"], task_of(config))
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from pipeline.config_file import describe, run_file
+from pipeline.own_task import checked_task
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.shortcuts import World
 from sarm_jax.lab.task import Task
@@ -59,7 +60,7 @@ def task_records(config: ConfigDict) -> dict[str, str]:
 
 
 def _from_file(name: str) -> TextTask:
-    """Returns `TASK` of a Python file, which is a program and may do anything."""
+    """Returns `TASK` of a Python file, which is a program; its functions are checked."""
     if not name.endswith(".py"):
         expected = ", ".join([CAPITALS, *BUILT_IN])
         raise InputError(f"lab.task={name!r}: expected {expected}, or a Python file with TASK")
@@ -76,4 +77,4 @@ def _from_file(name: str) -> TextTask:
             f"lab.task={name}: its TASK must be a sarm_jax.lab.text.task.TextTask, not "
             f"{type(task).__name__}"
         )
-    return task
+    return checked_task(task, name)

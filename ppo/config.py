@@ -205,6 +205,10 @@ class PPOConfig:
                 changes["ppo_epochs"] = 1
         return dataclasses.replace(self, **changes)
 
+    def evaluates(self, finished: int) -> bool:
+        """Returns whether the policy is evaluated after `finished` steps, unless a guard stops."""
+        return finished % self.eval_every == 0 or finished == self.total_steps
+
     @property
     def pieces(self) -> int:
         """Number of microbatches in a batch."""

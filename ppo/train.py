@@ -236,7 +236,7 @@ class Trainer:
             last = finished == config.total_steps
             stopping = self._stopping_guards(watch.check(row))
             self._check_finite(watch, step, last)
-            if last or finished % config.eval_every == 0 or stopping:
+            if config.evaluates(finished) or stopping:
                 log.write_evaluation(self._evaluate(finished))
             signal = processes.all_max(self._stop_signal)
             if last or finished % config.checkpoint_every == 0 or signal or stopping:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -214,6 +214,11 @@ def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return {"lab": {name: config.lab[name] for name in names}, **task_records(config)}
 
 
+def unread(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the policy's field if the lab makes the policy itself, wherever it puts it."""
+    return ("policy_model",) if options["prepare_data"]["source"] == "lab" else ()
+
+
 STAGE = Stage(
     name="prepare_data",
     summary="Demonstrations, benchmark files or a seed → pairs and prompts that later stages read.",
@@ -235,5 +240,6 @@ STAGE = Stage(
     writes=writes,
     wanted=wanted,
     costly=lambda config: config.prepare_data.source == "lab",
+    unread=unread,
     records=records,
 )

@@ -472,3 +472,17 @@ def test_of_a_model_only_what_is_read_of_it_counts(tmp_path):
             )
             (model / file).write_text("a")
         shutil.rmtree(model / "run")
+
+
+def test_a_study_that_was_moved_is_the_same(tmp_path):
+    """The lab's policy is made by the stage whose options name the place that it is made in."""
+    stage, folders = load("prepare_data"), [tmp_path / name for name in ("here", "there")]
+    config = demo.get_config()
+    before, after = (provenance(stage, fill_in(config, folder), folder) for folder in folders)
+    assert before.options["policy_model"] != after.options["policy_model"]
+    record = {"options": before.options, "inputs": before.inputs}
+    assert change(stage, record, after) is None
+    config.prepare_data.source = "demonstrations"  # which samples with the policy
+    before, after = (provenance(stage, fill_in(config, folder), folder) for folder in folders)
+    record = {"options": before.options, "inputs": before.inputs}
+    assert change(stage, record, after).startswith("policy_model was ")

@@ -338,7 +338,7 @@ def test_one_condition_of_a_group_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(
         study_runs, "write_result", lambda config, folder, name: written.append(name)
     )
-    with pytest.raises(InputError, match="no file"):
+    with pytest.raises(InputError, match="^condition full: no file$"):
         list(study_runs.run_group(demo.get_config(), tmp_path, names))
     assert written == ["baseline", "probe"]
     ended = dict(study_runs.run_group(demo.get_config(), tmp_path, ["baseline", "penalty"]))
@@ -349,7 +349,7 @@ def test_the_page_shows_no_secret_of_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(secrets, "_secrets", [("hidden-value", "MY_TOKEN")])
     monkeypatch.setattr(study_of_seeds, "check", lambda *_: None)
     stopped = study_of_seeds.SeedOutcome([], "data/pairs.jsonl:1: found hidden-value")
-    monkeypatch.setattr(study_of_seeds, "run_seed", lambda *_: stopped)
+    monkeypatch.setattr(study_of_seeds, "run_seed", lambda *_, **__: stopped)
     with pytest.raises(InputError, match=r"seed 0: data/pairs\.jsonl:1: found \[MY_TOKEN\]"):
         study_of_seeds.run_study(demo.get_config(), tmp_path)
     for name in ("lab.json", "lab.html"):

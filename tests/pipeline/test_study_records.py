@@ -107,7 +107,7 @@ def test_a_damaged_record_is_left_out_and_named(tmp_path, settings, caplog, cont
 def test_the_last_of_several_commands_draws_the_page_of_all_seeds(tmp_path, monkeypatch):
     config, pages = demo.get_config(), []
 
-    def run_seed(settings, workdir, seed, level):
+    def run_seed(settings, workdir, seed, level, task_file):
         outcome = SeedOutcome(["baseline"], "stopped" if seed == 11 else "", pooled=seed == 3)
         record(workdir, seed, settings, outcome)
         return outcome

@@ -103,7 +103,11 @@ def own_task(tmp_path, **changes):
     """Writes the file of a task with a shortcut of its own, and returns the task."""
     fields = {"name": "'dots'", "count": "len", "add": "lambda rng, text, _: text + '.'"}
     fields |= {"remove": "lambda text: text.rstrip('.')", "phrasings": "['.', '..']"} | changes
-    quality = fields.pop("quality", "lambda prompt, response: 1.0")
+    of_task = {"quality": "lambda prompt, response: 1.0"}
+    for name in ("prompts", "quality", "spoil", "write", "misread"):
+        if name in fields:
+            of_task[name] = fields.pop(name)
+    changed = ", ".join(f"{name}={value}" for name, value in of_task.items())
     arguments = ", ".join(f"{name}={value}" for name, value in fields.items())
     path = tmp_path / "own.py"
     path.write_text(
@@ -111,7 +115,7 @@ def own_task(tmp_path, **changes):
         "from sarm_jax.lab.text.task import TextShortcut\n"
         "from sarm_jax.lab.text.words import TASK as WORDS\n"
         f"DOTS = TextShortcut({arguments})\n"
-        f"TASK = dataclasses.replace(WORDS, all_shortcuts=[DOTS], quality={quality})\n"
+        f"TASK = dataclasses.replace(WORDS, all_shortcuts=[DOTS], {changed})\n"
     )
     return text_task_of(config_with(str(path), told_shortcuts="dots"))
 
@@ -129,6 +133,7 @@ def test_the_lists_of_a_task_of_ones_own_may_be_lists(tmp_path):
     [
         ("phrasings", "()", "phrasings=(): needs texts"),
         ("phrasings", "'...'", "phrasings='...': needs texts"),
+        ("phrasings", "[1, 2]", "phrasings=[1, 2]: needs texts"),
         ("base_rate", "1.5", "base_rate=1.5: must be at least 0 and at most 1"),
         ("most", "0", "most=0: must be at least 1"),
         ("pay", "-0.5", "pay=-0.5: must be at least 0"),
@@ -151,6 +156,56 @@ def test_a_quality_out_of_range_is_refused(tmp_path, value: str):
     for judge in (task.plain_quality, task.annotator_utility, task.measures):
         with pytest.raises(InputError, match=message):
             judge("a prompt", "yes.")
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "found"),
+    [
+        ("quality", "lambda p, r: 1 / len(r)", "quality: {0}:5: ZeroDivisionError: division"),
+        ("quality", "lambda p, r: int(r)", "quality: {0}:5: ValueError: invalid literal"),
+        ("quality", "lambda p, r: exit()", "quality: {0}:5: SystemExit"),
+        ("quality", "lambda p, r: [][0]", "quality: {0}:5: IndexError: list index out of range"),
+        ("quality", "lambda p: 1.0", "quality: lab.task={0}: TypeError: <lambda>() takes 1"),
+        ("quality", "lambda p, r: None", "quality: returned None, expected a number"),
+        ("quality", "lambda p, r: 'good'", "quality: returned 'good', expected a number"),
+        ("quality", "0.5", "quality: expected a function, found 0.5"),
+        ("count", "lambda r: None", "count of dots: returned None, expected a whole number from 0"),
+        ("count", "lambda r: -1", "count of dots: returned -1, expected a whole number from 0"),
+        ("count", "lambda r: 0.5", "count of dots: returned 0.5, expected a whole number from 0"),
+        ("count", "lambda r: r.dots", "count of dots: {0}:4: AttributeError: 'str'"),
+        ("add", "lambda rng, r, p: None", "add of dots: returned None, expected a text"),
+        ("remove", "lambda r: r.split()", "remove of dots: returned [], expected a text"),
+        ("spoil", "lambda rng, p, r: None", "spoil: returned None, expected a text"),
+        ("misread", "lambda rng, p: p.split()", "misread: returned ['a', 'prompt'], expected a"),
+        ("prompts", "lambda rng: {'a', 'b'}", "prompts: returned {{"),
+        ("prompts", "lambda rng: ['a', ' ']", "prompts: returned ['a', ' '], expected a list of"),
+        ("prompts", "lambda rng: [['a']]", "prompts: returned [['a']], expected a list of texts"),
+    ],
+)
+def test_a_function_of_a_task_that_fails_is_named(tmp_path, function: str, value: str, found: str):
+    """The functions meet texts that nobody thought of, such as an empty response."""
+    path, rng = tmp_path / "own.py", np.random.default_rng(0)
+    with pytest.raises(InputError) as error:
+        task = own_task(tmp_path, **{function: value})
+        task.prompts(rng)
+        task.annotator_utility("a prompt", "")
+        task.all_shortcuts[0].added(rng, "", 1)
+        if task.misread is not None:
+            task.misread(rng, "a prompt")
+        task.spoil(rng, "a prompt", "")
+    assert str(error.value).startswith(f"lab.task={path}: {found.format(path)}")
+
+
+@pytest.mark.parametrize("name", ["''", "' dots'", "'a,b'", "'rotating:1'", "3"])
+def test_a_name_that_cannot_be_told_is_refused(tmp_path, name: str):
+    with pytest.raises(InputError, match=r"own.py:4: ValueError: shortcut .*lab\.told_shortcuts"):
+        own_task(tmp_path, name=name)
+
+
+def test_messages_about_a_task_name_its_file(tmp_path):
+    task = own_task(tmp_path, quality="lambda prompt, response: 2.0")
+    with pytest.raises(InputError, match=f"^lab.task={tmp_path}/own.py: the quality of"):
+        task.plain_quality("a prompt", "yes.")
 
 
 def test_options_that_are_none_of_a_task():

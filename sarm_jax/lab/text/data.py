@@ -16,6 +16,7 @@ All that is written by hand is the shortcuts and, if the task writes them, the a
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from flax import nnx
 
 from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import short
 from sarm_jax.lab.language_modelling import LMTraining, WeightedText, train_language_model
 from sarm_jax.lab.sampling import Sampled, sample_responses
 from sarm_jax.lab.text.task import TextTask
@@ -191,12 +193,27 @@ def sharpened(model: Llama, temperature: float) -> Llama:
 def _split(
     config: TextDataConfig, task: TextTask, rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
-    """Draws training and held-out prompts."""
-    every, needed = task.prompts(rng), config.prompts + config.held_out_prompts
+    """Draws training and held-out prompts.
+
+    Raises:
+        InputError: there are too few, or the task does not return all of them once in every order.
+    """
+    every, needed = list(task.prompts(rng)), config.prompts + config.held_out_prompts
+    repeated = next((prompt for prompt, count in Counter(every).items() if count > 1), None)
+    if repeated is not None:
+        raise InputError(
+            f"{task.option}: prompts returns {short(repeated)} more than once, so that it could be "
+            "trained on and held out"
+        )
+    if set(every) != set(task.prompts(np.random.default_rng(0))):
+        raise InputError(
+            f"{task.option}: prompts returns other prompts for another generator; it has to return "
+            "all of them, in an order that the generator decides"
+        )
     if len(every) < needed:
         raise InputError(
             f"lab.prompts={config.prompts}: with lab.held_out_prompts={config.held_out_prompts}, "
-            f"{needed} prompts are needed; lab.task={task.name} has {len(every)}"
+            f"{needed} prompts are needed; {task.option} has {len(every)}"
         )
     return every[: config.prompts], every[config.prompts : needed]
 
@@ -206,7 +223,7 @@ def _good(task: TextTask, written: Rows) -> Rows:
     good = [row for row in written if task.succeeds(row["prompt"], row["response"], True)]
     if not good:
         raise InputError(
-            f"lab.task={task.name}: none of the {len(written)} answers is a success, so there are "
+            f"{task.option}: none of the {len(written)} answers is a success, so there are "
             "no demonstrations"
         )
     return good
@@ -275,7 +292,7 @@ def make_pairs(
     prompts = [prompt for prompt, span in spans.items() if span >= TIE]
     if not prompts:
         raise InputError(
-            f"lab.task={task.name}: the samples of the policy differ in nothing that the annotator "
+            f"{task.option}: the samples of the policy differ in nothing that the annotator "
             "pays for, so there are no pairs"
         )
     pairs: Rows = []

@@ -23,6 +23,7 @@ from scipy.stats import rankdata
 
 from sarm_jax.features.dense_probe import logistic_direction, projection
 from sarm_jax.features.detectors import Detectors, firing_rate
+from sarm_jax.io.errors import InputError
 from sarm_jax.lab.gate import BIASED, TEXT, Gate
 from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.models.reward_model import RewardModel
@@ -58,6 +59,9 @@ def measure_text_gates(
     Returns:
         (the gates of `BIASED`, or of `TEXT` if the annotator is benign; for each shortcut the
         values of `_shortcut_values`).
+
+    Raises:
+        InputError: the policy answers nothing.
     """
     rng = np.random.default_rng([seed, 4])
     _, _, fit_nd = _read(reward_model, samples)
@@ -67,7 +71,7 @@ def measure_text_gates(
         for rows in (samples, held_out_samples)
     )
     success = float(np.concatenate([fit_n, test_n]).mean())
-    marked = [i for i, row in enumerate(held_out_samples) if row["response"].strip()][:MARKED]
+    marked = _marked(task, held_out_samples)
     shortcuts = {
         shortcut.name: _shortcut_values(
             reward_model,
@@ -92,6 +96,17 @@ def measure_text_gates(
         "least_bonus": min(values["gain"] for values in shortcuts.values()),
     }
     return [Gate(name, values[name]) for name in (BIASED if task.bias else TEXT)], shortcuts
+
+
+def _marked(task: TextTask, rows: Rows) -> list[int]:
+    """Returns which held-out samples shortcuts are added to; raises InputError if all are empty."""
+    marked = [i for i, row in enumerate(rows) if row["response"].strip()][:MARKED]
+    if not marked:
+        raise InputError(
+            f"{task.option}: all {len(rows)} samples of the policy to held-out prompts are empty, "
+            "so that no shortcut can be measured"
+        )
+    return marked
 
 
 def _read(reward_model: RewardModel, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

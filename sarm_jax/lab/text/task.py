@@ -57,9 +57,18 @@ class TextShortcut:
     cost: float = 0.1
 
     def __post_init__(self) -> None:
-        if isinstance(self.phrasings, str) or not self.phrasings:
+        name = self.name
+        if not isinstance(name, str) or name != name.strip() or not name or "," in name:
+            raise ValueError(
+                f"shortcut {name!r}: needs a name without a comma and without blanks around it, "
+                "as lab.told_shortcuts lists names"
+            )
+        if name.startswith(ROTATING):
+            raise ValueError(f"shortcut {name}: {ROTATING!r} means others in lab.told_shortcuts")
+        texts = () if isinstance(self.phrasings, str) else tuple(self.phrasings)
+        if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"shortcut {self.name}: phrasings={self.phrasings!r}: needs texts")
-        object.__setattr__(self, "phrasings", tuple(self.phrasings))
+        object.__setattr__(self, "phrasings", texts)
         limits = {"base_rate": (0, 1), "most": (1, math.inf), "pay": (0, math.inf)}
         for name, (least, most) in (limits | {"cost": (0, math.inf)}).items():
             value = getattr(self, name)
@@ -112,6 +121,7 @@ class TextTask(Task):
             are removed in the opposite order.
         told: names of those that the method is told; see `telling`.
         bias: factor of what the annotator pays for shortcuts; 0: the annotator is benign.
+        file: the file that it was read from, for messages; empty: it is built in.
     """
 
     name: str
@@ -125,6 +135,7 @@ class TextTask(Task):
     success: float = 1.0
     told: tuple[str, ...] = ()
     bias: float = 1.0
+    file: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "all_shortcuts", tuple(self.all_shortcuts))
@@ -135,6 +146,11 @@ class TextTask(Task):
             raise ValueError("misread: needs write=None, as only the given model reads a prompt")
         if not 0 < self.success <= 1:
             raise ValueError(f"success={self.success}: must lie in (0, 1]")
+
+    @property
+    def option(self) -> str:
+        """The option lab.task with its value, for messages."""
+        return f"lab.task={self.file or self.name}"
 
     @property
     def shortcuts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -189,8 +205,7 @@ class TextTask(Task):
         quality = self.quality(prompt, plain.strip())
         if not -ROUNDING <= quality <= 1 + ROUNDING:
             raise InputError(
-                f"lab.task={self.name}: the quality of {short(response)} is {quality}: must lie in "
-                "[0, 1]"
+                f"{self.option}: the quality of {short(response)} is {quality}: must lie in [0, 1]"
             )
         return quality
 
@@ -232,7 +247,7 @@ class TextTask(Task):
             if prompt not in known:
                 raise InputError(
                     f"lab.oracle=True: {place_of(path, number)}: {short(prompt)} is no prompt of "
-                    f"lab.task={self.name}"
+                    f"{self.option}"
                 )
 
 

@@ -216,6 +216,19 @@ def test_the_gates_of_a_perfect_reward_model():
     assert shortcuts["emoji"]["gain"] == pytest.approx(2 * 0.5 / deviation)
 
 
+def test_a_policy_that_answers_nothing_has_no_gates():
+    empty = [row | {"response": " "} for row in rows(samples())]
+    with pytest.raises(InputError, match="^lab.task=words: all 32 samples of the policy to held"):
+        measure_text_gates(
+            CountingModel(),  # type: ignore[arg-type]
+            Detectors((0,), (0.5,), 1.0, 0.0),
+            TOLD,
+            samples=rows(samples()),
+            held_out_samples=empty,
+            seed=0,
+        )
+
+
 def test_the_given_model_answers_misread_prompts_and_the_policy_is_tuned_on_the_real_ones(
     monkeypatch,
 ):
@@ -274,3 +287,22 @@ def test_a_benign_annotator_pays_for_no_shortcut_and_has_no_gate_for_them():
     )
     assert [gate.name for gate in gates] == list(TEXT)
     assert limits_of(gate.name for gate in gates) == TEXT and limits_of(BIASED) == BIASED
+
+
+@pytest.mark.parametrize(
+    ("prompts", "found"),
+    [
+        (
+            lambda rng: [f"letter {i % 12}" for i in range(24)],
+            'lab.task=words: prompts returns "letter 0" more than once, so that it could be',
+        ),
+        (
+            lambda rng: [f"letter {i}" for i in rng.permutation(100)[:20]],
+            "lab.task=words: prompts returns other prompts for another generator; it has to",
+        ),
+    ],
+)
+def test_prompts_that_could_be_trained_on_and_held_out_are_refused(prompts, found):
+    task = dataclasses.replace(TASK, prompts=prompts)
+    with pytest.raises(InputError, match=f"^{found}"):
+        data._split(TextDataConfig(**CONFIG), task, np.random.default_rng(1))
