@@ -43,6 +43,7 @@ DASHES |= {"bounded": ":", "penalty_no_kl": "--", "untold": "-."}
 DASHES |= {"oracle": ":"} | dict.fromkeys(KL_COEFS, "-.") | dict.fromkeys(DRAWS, ":")
 DASHES |= {name: OF_KL[kl] for name, (_, kl) in GRID.items()}
 LEGEND_COLUMNS = 6
+BAND_SEEDS = 3  # the interval over two seeds, 13 standard errors, covers everything else
 SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # of the thin line of a single seed
 
 
@@ -200,10 +201,10 @@ def _over_steps(axes: Axes, runs: Runs, name: str) -> None:
         axes.plot(step_t, value_st.mean(axis=0), label=condition, **style)
         if len(value_st) > 1:
             axes.plot(step_t, value_st.T, **style | SEED_STYLE)
-    limits = axes.get_ylim()  # kept, because an interval over two seeds can be very wide
+    limits = axes.get_ylim()  # kept, because an interval over few seeds can be very wide
     for condition, results in runs.items():
         step_t, value_st = _curves(results, "step")[0], _curves(results, name)
-        if len(value_st) > 1:
+        if len(value_st) >= BAND_SEEDS:
             band = [mean_interval(value_s) for value_s in value_st.T]
             low_t, high_t = (np.asarray([b[end] for b in band], float) for end in ("low", "high"))
             colour = COLOURS[condition]

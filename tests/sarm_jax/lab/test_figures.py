@@ -13,11 +13,11 @@ RANKED = [name for name in DESCRIPTIONS if is_ranked(name)]
 POINT = {"gold": 0.5, "score": 1.0, "ref_kl": 2.0, "flattery": 0.1, "told": 0.2}
 
 
-def runs_of(conditions: list[str]) -> dict[str, Any]:
-    """Returns two seeds of each condition, two points each."""
+def runs_of(conditions: list[str], seeds: int = 2) -> dict[str, Any]:
+    """Returns runs of each condition, two points each."""
     curve = [POINT | {"step": step} for step in (0, 2)]
     return {
-        name: [{"seed": seed, "curve": curve, "gold_final": 0.5} for seed in (0, 1)]
+        name: [{"seed": seed, "curve": curve, "gold_final": 0.5} for seed in range(seeds)]
         for name in conditions
     }
 
@@ -61,3 +61,11 @@ def test_legends_are_whole(drawn, count: int, trained: int):
             ]
             assert all(inside), (np.round(box.extents), np.round(whole.extents))
         assert all(axes.get_window_extent().width > 200 for axes in figure.axes)
+
+
+@pytest.mark.parametrize(("seeds", "bands"), [(1, 0), (2, 0), (3, 4)])
+def test_two_seeds_have_lines_and_no_band(drawn, seeds, bands):
+    figures.goodhart(runs_of(["baseline", "penalty"], seeds))
+    gold, score, _ = drawn[0].axes
+    assert len(gold.collections) + len(score.collections) == bands
+    assert len(gold.lines) == 2 * (1 + seeds * (seeds > 1))
