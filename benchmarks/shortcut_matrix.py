@@ -3,8 +3,9 @@
     python -m benchmarks.shortcut_matrix outputs/told_*
 
 Each directory holds a study of the lab with the same shortcuts and seeds, and another
-`lab.told_shortcuts`. A row of the first table is a study: the shares of the final responses of
-`penalty` with each shortcut, minus those of `baseline` with the same seed. The second table asks
+`lab.told_shortcuts`. A row of the first table is a study. A cell has the share of the final
+responses of `penalty` with a shortcut and, after the colon, what it is above that of `baseline`
+with the same seed. The second table asks
 whether a pool of samples predicts evasion: the largest gain of reward by a sample with a told
 shortcut on which no detector fires, over the best sample without it, beside the share of such
 responses that training leads to.

@@ -428,9 +428,11 @@ def test_options_of_the_rivals_by_hand(tmp_path):
         "oracle": {"lab.oracle": True},
         "kl_0.5": {"ppo.kl_coef": 0.5},
         "penalty_no_kl": {"ppo.kl_coef": 0.0, "ppo.total_steps": 180},
-        **{f"alpha_{alpha}_kl_0.1": {"ppo.kl_coef": 0.1} for alpha in (0.25, 0.5, 1.0, 2.0)},
-        **{f"alpha_{alpha}_kl_0.0": {"ppo.kl_coef": 0.0} for alpha in (0.25, 0.5, 1.0, 2.0)},
-        **{f"alpha_{alpha}_kl_0.02": {"ppo.kl_coef": 0.02} for alpha in (0.25, 0.5, 1.0, 2.0)},
+        **{
+            f"alpha_{alpha}_kl_{kl}": {"ppo.kl_coef": kl}
+            for alpha in (0.25, 0.5, 1.0, 2.0)
+            for kl in (0.0, 0.02, 0.1)
+        },
     }
     for condition in DESCRIPTIONS:
         own = other_options(condition, tmp_path, section, 60)
