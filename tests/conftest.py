@@ -68,14 +68,24 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
-def pytest_collection_finish():
-    """Exempts what has been imported and collected from garbage collection.
+def exempt_from_collection():
+    """Exempts all objects that are alive from garbage collection.
 
     Every stage ends with a full collection, which takes longer than many tests if it goes through
-    the objects of torch, transformers and thousands of tests.
+    the objects of torch and transformers, thousands of tests, and all that JAX has traced.
     """
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish():
+    exempt_from_collection()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exempt_what_a_module_leaves():
+    yield
+    exempt_from_collection()
 
 
 @pytest.fixture(scope="session")
