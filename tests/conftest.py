@@ -54,7 +54,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUT} {KNOWN_C
 torch.set_num_threads(
     1
 )  # one core per worker; threads of several workers would wait for each other
-MAPS, MAX_MAPS = Path("/proc/self/maps"), 40_000  # memory maps; Linux allows 65,530
+MAPS, MAX_MAPS = Path("/proc/self/maps"), 16_000  # memory maps; Linux allows 65,530
 SECONDS_TO_COUNT = 1.0  # CPU seconds after which the maps are counted again
 
 
