@@ -8,8 +8,8 @@ Before: make smollm2
 Command: python main.py --config=configs/smollm2_rloo.py --stage=all
 Hardware: 2 CPU cores, 8 GB of memory.
 Time: about that of PPO in `configs/smollm2.py`.
-Expected result: a total reward of 1.4 to 1.6 standard deviations at 12 to 17 nats of KL to the
-        reference, where PPO has 1.0 to 1.2 at 12 to 14 (three seeds; docs/results/smollm2.md).
+Expected result: a total reward of 1.4 to 1.6 at 12 to 17 nats of KL to the reference, where PPO
+        has 1.0 to 1.2 at 12 to 14 (three seeds; docs/results/smollm2.md).
 """
 
 from ml_collections import ConfigDict
