@@ -82,7 +82,8 @@ benchmark: $(VENV)/.dev $(SMOLLM2)/config.json ## a PPO iteration against PyTorc
 
 test: $(VENV)/.dev $(VENV)/.docs ## everything: lint, types, imports, docs, all tests
 	$(MAKE) --no-print-directory --jobs=$(WORKERS) --output-sync=target lint types imports docs
-	$(PYTEST) -n $(WORKERS) --dist=loadfile --no-loadscope-reorder --max-worker-restart=0
+	$(PYTEST) -n $(WORKERS) --dist=loadfile --no-loadscope-reorder --max-worker-restart=0 \
+	  --durations=20 --durations-min=5
 
 test-fast: $(VENV)/.dev ## a useful subset of the tests, under 90 s on 2 cores
 	$(PYTEST) -n $(WORKERS) --dist=loadfile -m "not slow and not browser and not gpu" $(FAST)
