@@ -6,16 +6,14 @@ it if no two responses of a prompt have the same reward (Stiennon et al., arXiv 
 et al., arXiv 2401.01879).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.special import gammaln
 
 
 def best_of_n(reward_ps: np.ndarray, value_ps: np.ndarray, n: int) -> np.ndarray:
     """Returns the mean value of the best of n responses by reward, `[P]`, for each prompt.
-
-    It is the exact mean over all subsets of n of a prompt's S samples, not over random draws. Of
-    responses with equal rewards each is equally often the best. A reward of −inf is that of a
-    response that is taken only if there is no other.
 
     Args:
         reward_ps: reward of S samples for each of P prompts.
@@ -25,19 +23,40 @@ def best_of_n(reward_ps: np.ndarray, value_ps: np.ndarray, n: int) -> np.ndarray
     Raises:
         ValueError: n is out of range, or a reward is NaN.
     """
+    (weight_ps,) = best_of_n_weights(reward_ps, [n])
+    return (weight_ps * value_ps).sum(axis=1)
+
+
+def best_of_n_weights(reward_ps: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Returns how often each sample is the best of n samples of its prompt, `[N, P, S]`.
+
+    It is the exact share of all subsets of n of a prompt's S samples, not of random draws. Of
+    responses with equal rewards each is equally often the best. A reward of −inf is that of a
+    response that is taken only if there is no other.
+
+    Args:
+        reward_ps: reward of S samples for each of P prompts.
+        sizes: N values of n, from 1 to S.
+
+    Raises:
+        ValueError: an n is out of range, or a reward is NaN.
+    """
     samples = reward_ps.shape[1]
-    if not 1 <= n <= samples:
-        raise ValueError(f"n={n}: expected 1 to {samples}, the samples of a prompt")
+    for n in sizes:
+        if not 1 <= n <= samples:
+            raise ValueError(f"n={n}: expected 1 to {samples}, the samples of a prompt")
     if np.isnan(reward_ps).any():
         raise ValueError("a reward is NaN")
-    weight_s = _weights(samples, n)
-    means = []
-    for reward_s, value_s in zip(reward_ps, value_ps, strict=True):
+    by_rank_ns = np.stack([_weights(samples, n) for n in sizes])
+    weight_nps = np.empty((len(sizes), *reward_ps.shape))
+    for p, reward_s in enumerate(reward_ps):
         order = np.argsort(reward_s, kind="stable")
-        _, tie_s = np.unique(reward_s[order], return_inverse=True)
-        tied_weight = np.bincount(tie_s, weights=weight_s) / np.bincount(tie_s)
-        means.append(float(tied_weight[tie_s] @ value_s[order]))
-    return np.asarray(means)
+        _, first, tie_s, count = np.unique(
+            reward_s[order], return_index=True, return_inverse=True, return_counts=True
+        )
+        tied_weight = np.add.reduceat(by_rank_ns, first, axis=1) / count
+        weight_nps[:, p, order] = tied_weight[:, tie_s]
+    return weight_nps
 
 
 def _weights(samples: int, n: int) -> np.ndarray:

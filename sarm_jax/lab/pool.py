@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sarm_jax.evaluation.best_of_n import best_of_n
+from sarm_jax.evaluation.best_of_n import best_of_n_weights
 from sarm_jax.lab.sampling import Sampled
 from sarm_jax.lab.task import Task
 
@@ -48,11 +48,11 @@ class Pool:
             `gold`, `score`, and `told` and `untold`, the shares of the responses with a shortcut
             that the method is told and is not told.
         """
-        reward_ps = reward_b.reshape(self.shape)
+        weight_nps = best_of_n_weights(reward_b.reshape(self.shape), sizes)
 
         def means(value_b: np.ndarray) -> list[float]:
             value_ps = value_b.astype(np.float64).reshape(self.shape)
-            return [float(best_of_n(reward_ps, value_ps, n).mean()) for n in sizes]
+            return ((weight_nps * value_ps).sum(axis=2).mean(axis=1)).tolist()
 
         return {
             "gold": means(self.gold_b),
