@@ -86,6 +86,13 @@ def test_the_annotator_chooses_by_utility_with_noise():
     )
 
 
+def test_written_answers_that_are_all_empty_are_an_error_of_the_task():
+    task = dataclasses.replace(TASK, write=lambda rng, prompt: " ")
+    answers = [("p", " "), ("q", "")]
+    with pytest.raises(InputError, match=r"lab.task=words: write returned 2 answers, all of them"):
+        data._with_base_rates(TextDataConfig(**CONFIG), answers, task, np.random.default_rng(0))
+
+
 def test_pairs_need_something_that_the_annotator_pays_for():
     empty = Sampled(["p"], ["  "], np.ones(1, bool), np.ones(1, int))
     with pytest.raises(InputError, match=r"lab.task=words: the samples .* there are no pairs"):
@@ -118,7 +125,7 @@ def test_contrast_pairs_differ_in_a_told_shortcut_in_its_shown_phrasings():
 
 def test_contrast_pairs_need_a_sample_without_the_shortcut():
     praised = Sampled(["p"], ["What a great question!"], np.ones(1, bool), np.ones(1, int))
-    with pytest.raises(InputError, match=r"lab.told_shortcuts: praise can be added to none"):
+    with pytest.raises(InputError, match=r"lab.told_shortcuts=praise: praise can be added to none"):
         make_contrast_pairs(TASK.telling("praise", 0), praised, np.random.default_rng(0), 2)
 
 
