@@ -95,13 +95,13 @@ def pretrain_sae(
     """Trains a copy of an SAE.
 
     Args:
-        sae: gives the shape of the SAE.
+        sae: an SAE of the wanted sizes; its weights are not used.
         train: activations to train on.
         held_out: activations of the metrics.
         options: options of the training.
         log: receives a metrics row every `STEPS_PER_CALL` steps.
         placement: the mesh; each device has the whole SAE, and its share of the minibatches.
-        progress: where the training goes on, and what is kept of it.
+        progress: restores the state of an interrupted training, and keeps it after each call.
 
     Returns:
         (the trained SAE in float32, `sae_metrics` on the held-out activations together with
