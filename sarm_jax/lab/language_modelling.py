@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sarm_jax.models.chat import bucket_length, encode_conversation, encode_prompt, pad_batch
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.training.divergence import check_loss, check_weights
-from sarm_jax.training.sae_training import warmup_cosine
+from sarm_jax.training.schedule import warmup_cosine
 
 RATE = "lab.pretraining_learning_rate or lab.tuning_learning_rate"
 LARGEST_LOSS = 10.0  # in losses of a model for which all tokens are equally likely

@@ -22,7 +22,7 @@ from sarm_jax.training.preference_training import (
     adamw,
     defined_mean,
 )
-from sarm_jax.training.sae_training import Log
+from sarm_jax.training.progress import Log
 
 
 def train_head(

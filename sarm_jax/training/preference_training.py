@@ -36,8 +36,8 @@ from sarm_jax.parallel.sharding import Placement, parameter_paths
 from sarm_jax.training.activations import Conversation
 from sarm_jax.training.divergence import check_loss
 from sarm_jax.training.preference_loss import batch_metrics, piece_loss
-from sarm_jax.training.progress import NOTHING_KEPT, Progress
-from sarm_jax.training.sae_training import Log, warmup_cosine
+from sarm_jax.training.progress import NOTHING_KEPT, Log, Progress
+from sarm_jax.training.schedule import warmup_cosine
 
 T = TypeVar("T", bound=nnx.Module)
 HEAD_RATE = "train_sarm.head_learning_rate"

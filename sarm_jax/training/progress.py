@@ -1,8 +1,10 @@
 """The interface through which a training in phases keeps its progress, to be resumed."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+Log = Callable[[dict[str, Any]], None]  # receives the metrics rows of a training
 
 
 class Progress:

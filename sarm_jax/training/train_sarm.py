@@ -59,8 +59,8 @@ from sarm_jax.training.preference_summary import (
     tie_summary,
 )
 from sarm_jax.training.preference_training import RATES, PreferenceTraining, cast, fine_tune
-from sarm_jax.training.progress import NOTHING_KEPT, Progress
-from sarm_jax.training.sae_training import Log, SAETraining, pretrain_sae, sae_metrics
+from sarm_jax.training.progress import NOTHING_KEPT, Log, Progress
+from sarm_jax.training.sae_training import SAETraining, pretrain_sae, sae_metrics
 
 LOG = logging.getLogger(__name__)
 
