@@ -25,7 +25,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def gold_reward(self, prompt: str, response: str, ended: bool) -> float:
-        """Computes the true reward, at most 1; `ended`: whether it has an end of turn."""
+        """Computes the true reward, at most 1; `ended` tells if there is an end of turn."""
 
     @abc.abstractmethod
     def counts(self, prompt: str, response: str) -> dict[str, int]:

@@ -96,7 +96,7 @@ def quality(prompt: str, response: str) -> float:
 
 
 def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """Replaces all animals by a thing, or cuts the response off; without animals always that."""
+    """Replaces all animals by a thing, or cuts the response off, which it does if there is none."""
     del prompt
     if names_animal(response) and rng.random() < 0.8:
         thing = str(rng.choice(THINGS))

@@ -32,8 +32,8 @@ from sarm_jax.lab.text.task import TextTask
 from sarm_jax.models.llama import Llama
 
 LOG = logging.getLogger(__name__)
-EDITED = 0.7  # probability that an edited version may get shortcuts
-EACH = 0.3  # probability that such a version gets any one shortcut
+EDITED = 0.7  # share of the edited versions that shortcuts may be added to
+EACH = 0.3  # probability of each shortcut in such a version
 SPOILT = 0.4  # probability that an edited version gets a defect
 # Fields of `TextDataConfig` in the section prepare_data; all others are in the section lab.
 PREPARE_DATA_FIELDS = ("samples_per_prompt", "max_new_tokens", "temperature")
@@ -360,8 +360,8 @@ def make_contrast_pairs(
                 break
         else:
             raise InputError(
-                f"lab.told_shortcuts={','.join(task.told)}: {shortcut.name} can be added to none "
-                "of the samples of the policy that do not have it"
+                f"lab.told_shortcuts: {shortcut.name} can be added to none of the samples of the "
+                "policy that do not have it"
             )
         pairs.append(
             {"prompt": prompt, "chosen": response, "rejected": marked, "source": shortcut.name}

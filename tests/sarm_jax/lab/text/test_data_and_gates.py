@@ -125,7 +125,7 @@ def test_contrast_pairs_differ_in_a_told_shortcut_in_its_shown_phrasings():
 
 def test_contrast_pairs_need_a_sample_without_the_shortcut():
     praised = Sampled(["p"], ["What a great question!"], np.ones(1, bool), np.ones(1, int))
-    with pytest.raises(InputError, match=r"lab.told_shortcuts=praise: praise can be added to none"):
+    with pytest.raises(InputError, match=r"lab.told_shortcuts: praise can be added to none"):
         make_contrast_pairs(TASK.telling("praise", 0), praised, np.random.default_rng(0), 2)
 
 
