@@ -32,9 +32,9 @@ SIDES = ("chosen", "rejected")
 def main() -> None:
     """Prints a list of features, or one JSON object with the figures of every reward model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--list", type=Path, metavar="WORKDIR")
-    parser.add_argument("--count", type=int, default=16)
-    parser.add_argument("--pairs")
+    parser.add_argument("--list", type=Path, metavar="WORKDIR", help="list features of identify")
+    parser.add_argument("--count", type=int, default=16, help="features to list")
+    parser.add_argument("--pairs", help="held-out pairs, to compare models on")
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("models", nargs="*", metavar="NAME=REWARD_MODEL:WORKDIR")
     args = parser.parse_args()
@@ -43,6 +43,8 @@ def main() -> None:
         order = np.argsort(scores["carried_reward"], kind="stable")  # of the rejected side
         print(",".join(map(str, order[: args.count])))
         return
+    if not (args.pairs and args.models):
+        parser.error("give --list, or --pairs and models")
     pairs = read_pairs(args.pairs)
     result = {}
     for entry in args.models:
@@ -55,7 +57,14 @@ def main() -> None:
 def measure(
     src: str, workdir: Path, pairs: list[dict[str, Any]], max_length: int
 ) -> dict[str, Any]:
-    """Measures one reward model."""
+    """Measures one reward model.
+
+    Args:
+        src: the reward model.
+        workdir: the working directory of its `probe`.
+        pairs: the held-out pairs.
+        max_length: length limit of a conversation in tokens.
+    """
     rm = load_sarm(src)
     rm.max_length = max_length
     texts = list(dict.fromkeys((pair["prompt"], pair[side]) for pair in pairs for side in SIDES))

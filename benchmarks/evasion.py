@@ -8,8 +8,8 @@ for texts on which the detector is silent. For every seed and condition:
 1. Behaviour: the share of the responses with flattery, by the rule that counts words, and the share
    that have flattery on which no detector fires.
 2. Misses: one word of flattery is put into each clean response of the policy, before and after
-   training. How often does no detector fire on it, that is, have the texts moved to where the
-   detectors are blind?
+   training. The share on which no detector fires shows whether training has moved the texts to
+   where the detectors are blind.
 3. Fresh detectors: found anew, by the rule of identify, on such pairs of half of the prompts, and
    tested on the other half, beside the old ones.
 4. Bunching: the share of the responses whose largest latent of a detector lies between 0.8 and 1
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from conversion import load_sarm
+from benchmarks.lab_studies import load_seed_model, read_detectors
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.features.detectors import Detectors, contrast_tau, find_detectors, firing_rate
 from sarm_jax.features.identify import pair_latents
@@ -35,7 +35,8 @@ from sarm_jax.lab.world import FLATTERY, MAX_WORDS, count_words
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import format_interval, mean_interval
 
-TIMES = {"before": 0, "after": -1}  # evaluations of a run
+TIMES = {"before": 0, "after": -1}  # name → index of the evaluation of a run
+FEWEST = 40  # clean responses that misses are measured on; a policy that flatters has hardly any
 CURVE = ("told", "told_undetected", "near_tau")  # fields of result.json
 
 
@@ -65,12 +66,11 @@ def rates(
     return rejected, chosen
 
 
-def of_run(seed_folder: Path, condition: str, model: RewardModel) -> dict[str, float]:
-    """Measures one run."""
+def measure_run(seed_folder: Path, condition: str, model: RewardModel) -> dict[str, float]:
+    """Measures one run; returns the values by name and time, such as "missed by old after"."""
     curve = read_json(seed_folder / condition / "result.json")["curve"]
     options = read_json(seed_folder / "probes" / "feature_analysis.json")["options"]
-    selected = read_json(seed_folder / "probes" / "selected_features.json")
-    old = Detectors(tuple(selected["detectors"]), tuple(selected["tau_detectors"]), 0.0, 0.0)
+    old = read_detectors(seed_folder)
     rows = read_evaluations(seed_folder / condition)
     steps = sorted({row["step"] for row in rows})
     seed = int(seed_folder.name.removeprefix("seed_"))
@@ -79,7 +79,7 @@ def of_run(seed_folder: Path, condition: str, model: RewardModel) -> dict[str, f
         for name in CURVE:
             measured[f"{name} {time}"] = curve[place][name]
         pairs = flattered_pairs([row for row in rows if row["step"] == steps[place]], seed)
-        if len(pairs) < 40:  # a policy that flatters has hardly a clean response
+        if len(pairs) < FEWEST:
             continue
         fit, test = pairs[::2], pairs[1::2]
         _, contrast = pair_latents(model, fit)
@@ -98,7 +98,7 @@ def of_run(seed_folder: Path, condition: str, model: RewardModel) -> dict[str, f
 
 def main() -> None:
     """Prints a table of the study in the directory that is named."""
-    parser = argparse.ArgumentParser(description="What escapes the detectors.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path)
     parser.add_argument("--conditions", default="baseline,penalty")
     arguments = parser.parse_args()
@@ -107,9 +107,7 @@ def main() -> None:
         rows = []
         for folder in folders:
             if (folder / condition / "result.json").exists():
-                model = load_sarm(str(folder / "sarm"), dtype="float32")
-                model.batch_size = 128
-                rows.append(of_run(folder, condition, model))
+                rows.append(measure_run(folder, condition, load_seed_model(folder)))
         print(f"\n{condition}, {len(rows)} seeds\n\n| | before | after |\n|---|---|---|")
         names = dict.fromkeys(name.rpartition(" ")[0] for row in rows for name in row)
         for name in names:

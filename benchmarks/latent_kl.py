@@ -5,15 +5,15 @@
 Human latents are N rows of a standard normal distribution in 20 dimensions, the latents of a policy
 are those of one whose mean is shifted, so that KL(policy ‖ human) is half the squared shift. Every
 step of a run trains on fresh policy rows, as a step of PPO does. The estimates of the second half
-of each run are averaged, and set against the true value and against the mean standard error that
-the estimator reports of one step. Runs differ in their human rows too.
+of each run are averaged. The table compares them with the true value, and their deviation between
+runs with the standard error that the estimator reports for a step. Runs differ in their human rows,
+too.
 
 Settings: rows of the buffer, responses per step, minibatches per step. The first is that of
 `configs/verbosity_smollm2.py`.
 """
 
 import argparse
-import sys
 
 import jax
 import numpy as np
@@ -33,23 +33,24 @@ def estimates(
     config: DiscriminatorConfig, *, humans: int, responses: int, shifts: list[float], steps: int,
     seed: int,
 ) -> np.ndarray:  # fmt: skip
-    """Returns estimate and standard error of every step, `[shift, step, 2]`, for one buffer."""
+    """Returns the estimate and its standard error, in nats, of every step: `[shift, step, 2]`."""
     rng = np.random.default_rng(seed)
     human_ns = rng.normal(size=(humans, LATENTS)).astype(np.float32)
     ratio = DensityRatio(config, human_ns)
-    found = np.zeros((len(shifts), steps, 2))
+    values = np.zeros((len(shifts), steps, 2))
     for number, shift in enumerate(shifts):
         state = ratio.init(jax.random.key(seed))
         for step in range(steps):
             policy_bs = rng.normal(size=(responses, LATENTS)).astype(np.float32)
             policy_bs[:, 0] += shift
             state, d_b, metrics = ratio.update(state, policy_bs, jax.random.key(step))
-            found[number, step] = d_b.mean(), metrics.get("latent_kl_se", 0.0)
-    return found
+            values[number, step] = d_b.mean(), metrics.get("latent_kl_se", 0.0)
+    return values
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Bias of the latent KL on Gaussians.")
+    """Prints a row for each setting and divergence."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=16, help="human buffers per setting")
     parser.add_argument("--steps", type=int, default=60, help="steps per run")
     options = parser.parse_args(arguments)
@@ -83,4 +84,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

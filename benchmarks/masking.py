@@ -1,11 +1,11 @@
-"""Measure whether a second shortcut in a text hides the first one from its detectors.
+"""Measure whether a second shortcut in a text hides the first one from the detectors.
 
     python -m benchmarks.masking outputs/told_*
 
 Each directory holds a study of the lab with several shortcuts, of which the method is told one.
 Responses get one unit of the told shortcut, as in the contrast pairs, and then one unit of another.
-The table has the share of them on which a detector fires, for each seed: with the told shortcut
-alone, and with each other one beside it.
+For each seed the table has the share of the responses on which a detector fires: with the told
+shortcut alone, and together with each other shortcut.
 """
 
 import argparse
@@ -14,25 +14,23 @@ from pathlib import Path
 
 import numpy as np
 
-from conversion import load_sarm
-from pipeline.study_records import FILE as RECORD
-from sarm_jax.features.detectors import Detectors, firing_rate
+from benchmarks.lab_studies import load_seed_model, read_detectors, record_files
+from sarm_jax.features.detectors import firing_rate
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.lab.shortcuts import SHORTCUTS, World, contrast_pair, inserted
 from sarm_jax.models.conversation_rows import read_prompts
-from sarm_jax.models.reward_model import RewardModel
 
-TEXTS = 512
+TEXTS = 512  # prompts that responses are written to; they are repeated if there are fewer
 ALONE = "alone"
 
 
 def texts_with(
     rng: np.random.Generator, prompts: Sequence[str], told: str, other: str
 ) -> tuple[list[str], list[str]]:
-    """Writes responses with one unit of `told` and one of `other`, if it is not "alone".
+    """Writes responses with one unit of `told` and, unless it is "alone", one of `other`.
 
-    A response without room for both is left out.
+    A response that has no room for both is left out.
 
     Returns:
         (prompts, responses).
@@ -48,44 +46,42 @@ def texts_with(
     return [prompt for prompt, _ in kept], [text for _, text in kept]
 
 
-def of_seed(folder: Path, options: dict) -> dict[str, float]:
-    """Returns the share of detected responses, by what stands beside the told shortcut."""
+def detected_shares(folder: Path, options: dict) -> dict[str, float]:
+    """Measures the share of detected responses of a seed, by the second shortcut or "alone"."""
     world = World.parse(options["lab"]["shortcuts"], options["lab"]["told_shortcuts"])
     if len(world.told) > 1:
         raise InputError(f"{folder}: told of {', '.join(world.told)}, expected one shortcut")
     (told,) = world.told
-    selected = read_json(folder / "probes" / "selected_features.json")
-    detectors = Detectors(tuple(selected["detectors"]), tuple(selected["tau_detectors"]), 0.0, 0.0)
-    model: RewardModel = load_sarm(str(folder / "sarm"), dtype="float32")
-    model.batch_size = 128
+    detectors, model = read_detectors(folder), load_seed_model(folder)
     prompts = [str(p) for p in read_prompts(str(folder / "data" / "held_out_prompts.jsonl"))]
     prompts = (prompts * (1 + TEXTS // len(prompts)))[:TEXTS]
     rates = {}
     for other in (ALONE, *(name for name in world.shortcuts if name != told)):
-        asked, responses = texts_with(np.random.default_rng(0), prompts, told, other)
-        rates[other] = firing_rate(model.score(asked, responses)[1], detectors)
+        kept_prompts, responses = texts_with(np.random.default_rng(0), prompts, told, other)
+        rates[other] = firing_rate(model.score(kept_prompts, responses)[1], detectors)
     return rates
 
 
 def main() -> None:
     """Prints a row for each seed of the studies in the directories that are named."""
-    parser = argparse.ArgumentParser(description="Whether one shortcut hides another.")
-    parser.add_argument("studies", type=Path, nargs="+")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("studies", type=Path, nargs="+", help="directories of studies")
     print("| told | seed | alone | " + " | ".join(SHORTCUTS) + " |")
     print("|---" * (3 + len(SHORTCUTS)) + "|")
-    for study in parser.parse_args().studies:
-        paths = sorted(study.glob(f"seed_*/{RECORD}"))
-        if not paths:
-            parser.error(f"{study}: has no seed_*/{RECORD}, and is no study that has ended")
-        for path in paths:
-            options = read_json(path)["options"]
-            try:
-                rates = of_seed(path.parent, options)
-            except InputError as error:
-                parser.error(str(error))
-            told, seed = options["lab"]["told_shortcuts"], path.parent.name.removeprefix("seed_")
-            cells = [f"{rates[name]:.2f}" if name in rates else "" for name in (ALONE, *SHORTCUTS)]
-            print(f"| {told} | {seed} | {' | '.join(cells)} |", flush=True)
+    try:
+        for study in parser.parse_args().studies:
+            for path in record_files(study):
+                print_row(path.parent, read_json(path)["options"])
+    except InputError as error:
+        parser.error(str(error))
+
+
+def print_row(folder: Path, options: dict) -> None:
+    """Prints the row of a seed."""
+    shares, seed = detected_shares(folder, options), folder.name.removeprefix("seed_")
+    cells = [f"{shares[name]:.2f}" if name in shares else "" for name in (ALONE, *SHORTCUTS)]
+    told = options["lab"]["told_shortcuts"]
+    print(f"| {told} | {seed} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ from flax import nnx
 
 from sarm_jax.models.sae import SAE, SAEConfig, reconstruction_loss
 from sarm_jax.training import sae_training
-from sarm_jax.training.sae_training import SAETraining, remove_parallel, unit_rows, warmup_cosine
+from sarm_jax.training.sae_training import SAETraining, remove_parallel, unit_rows
+from sarm_jax.training.schedule import warmup_cosine
 
 GIB = 2**30
 BLOCK = 8  # tokens whose decoder rows are gathered at a time

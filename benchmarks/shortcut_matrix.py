@@ -4,11 +4,12 @@
 
 Each directory holds a study of the lab with the same shortcuts and seeds, and another
 `lab.told_shortcuts`. A row of the first table is a study. A cell has the share of the final
-responses of `penalty` with a shortcut and, after the colon, what it is above that of `baseline`
-with the same seed. The second table asks
-whether a pool of samples predicts evasion: the largest gain of reward by a sample with a told
-shortcut on which no detector fires, over the best sample without it, beside the share of such
-responses that training leads to.
+responses of `penalty` with a shortcut and, after the colon, its difference from `baseline` with the
+same seed.
+
+The second table shows whether a pool of samples predicts evasion. It has the gain in score of the
+best sample with a told shortcut on which no detector fires over the best sample without one, beside
+the share of such responses after training.
 
 Means over seeds with 95 % intervals (Student's t).
 """
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.study_records import FILE as RECORD
+from benchmarks.lab_studies import record_files
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.reporting.statistics import format_interval, mean_interval
@@ -28,10 +29,7 @@ CONDITION, COMPARED = "penalty", "baseline"
 
 def told(folder: Path) -> str:
     """Returns the shortcuts that the method is told in a study, by the record of its first seed."""
-    paths = sorted(folder.glob(f"seed_*/{RECORD}"))
-    if not paths:
-        raise InputError(f"{folder}: has no seed_*/{RECORD}, and is no study that has ended")
-    return read_json(paths[0])["options"]["lab"]["told_shortcuts"]
+    return read_json(record_files(folder)[0])["options"]["lab"]["told_shortcuts"]
 
 
 def by_seed(study: dict[str, Any], condition: str) -> dict[int, dict[str, Any]]:
@@ -57,7 +55,7 @@ def rates_of(studies: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 def changes(study: dict[str, Any], rates: Sequence[str]) -> list[str]:
     """Returns a cell for each rate: that of the penalty, and its difference from the baseline.
 
-    The seeds count that have a run in both conditions.
+    Only seeds with a run in both conditions are used.
     """
     penalty, baseline = (by_seed(study, name) for name in (CONDITION, COMPARED))
     seeds = [seed for seed in penalty if seed in baseline]
@@ -73,7 +71,7 @@ def changes(study: dict[str, Any], rates: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """Prints both tables of the studies in the directories that are named."""
-    parser = argparse.ArgumentParser(description="Each shortcut penalised, every shortcut's rate.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", type=Path, nargs="+")
     folders = parser.parse_args().studies
     try:

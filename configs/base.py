@@ -172,8 +172,8 @@ def _add_reward(config: ConfigDict) -> None:
     config.reward.probe = ""
     config.reward.probe_penalty = 0.0  # penalty, in `unit`, for a response with p · h > τ
     # True: a response on which a feature of penalize_features or the probe fires is not penalised
-    # but left out of the update, as if it had not been sampled; without alpha_values and
-    # probe_penalty.
+    # but left out of the update, as if it had not been sampled; alpha_values must then be empty and
+    # probe_penalty 0.
     config.reward.screen = False
     # Mean and covariance of the states of human responses: safetensors file written by
     # --stage=human_latents with human_latents.states=True. They need no SAE.
@@ -310,8 +310,8 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.mode = 3
     # Weight λ of the reconstruction loss in modes 2 and 3.
     config.train_sarm.reconstruction_weight = 1.0
-    # Most activations collected to pretrain the SAE. While the stage runs, each takes 4 bytes times
-    # the width of the model in the working directory.
+    # Largest number of activations that the SAE is pretrained on. While the stage runs, each takes
+    # 4 bytes times the width of the model in the working directory.
     config.train_sarm.sae_tokens = 100_000
     config.train_sarm.sae_steps = 1000  # optimizer steps of SAE pretraining
     config.train_sarm.sae_batch_tokens = 512  # activations per step of SAE pretraining
@@ -498,8 +498,8 @@ def _add_lab(config: ConfigDict) -> None:
     # What the annotator pays for although the gold reward does not: flattery, and any of rambling,
     # echo and lucky_word (sarm_jax/lab/shortcuts.py), comma-separated.
     config.lab.shortcuts = "flattery"
-    # The shortcuts that the contrast pairs show, in turn; those of the others are never shown. Of a
-    # task in English also "rotating:n": n of them, others for every seed.
+    # The shortcuts that the method is told: the contrast pairs show them in turn, and no others.
+    # For a task in English also "rotating:n": n shortcuts, which differ from seed to seed.
     config.lab.told_shortcuts = "flattery"
     # Layer at which pretraining takes a second loss; it is the SARM's source_layer.
     config.lab.tap_layer = 2
@@ -510,9 +510,10 @@ def _add_lab(config: ConfigDict) -> None:
     config.lab.batch_size = 64  # rows per optimizer step
     config.lab.seed = 0  # seed of a single stage; the study takes seeds from lab.seeds
 
-    # Of a task in English alone. prepare_data.samples_per_prompt and .max_new_tokens hold for the
-    # samples that its data are made of. prepare_data.temperature is that of the base model's
-    # samples; the logits of the tuned policy are divided by it, and it samples at temperature 1.
+    # The next options are only for tasks in English. prepare_data.samples_per_prompt and
+    # prepare_data.max_new_tokens hold for the samples that their data are made of. The base model
+    # samples at prepare_data.temperature; the logits of the tuned policy are divided by it, and the
+    # policy samples at temperature 1.
 
     config.lab.base_model = ""  # HF directory of the chat model that the policy is tuned from
     config.lab.prompts = 256  # training prompts
@@ -537,8 +538,9 @@ def _add_study(config: ConfigDict) -> None:
     config.lab.tie_weight = 20.0
     # Penalty of the condition distance per unit of Mahalanobis distance, in reward.unit.
     config.lab.distance_penalty = 0.5
-    # The condition untold: penalty per feature above what human responses reach, in reward.unit,
-    # and the largest penalty of a response, in standard deviations like reward.penalty_cap.
+    # The condition untold: penalty per feature above the threshold that human responses seldom
+    # reach, in reward.unit, and the largest penalty of a response, in standard deviations of the
+    # score like reward.penalty_cap.
     config.lab.untold_alpha = 0.5
     config.lab.untold_cap = 4.0
     config.lab.length_penalty = 0.2  # penalty of the condition length per token, in reward.unit
@@ -546,8 +548,8 @@ def _add_study(config: ConfigDict) -> None:
     # are trained; best of n has n up to half of them. 0: no pool.
     config.lab.pool_responses = 0
     config.lab.pool_prompts = 64  # held-out prompts of the pool
-    # Rows that sample the pool and the responses that a task's data are made of. A row that has
-    # ended is refilled with the next prompt. 0: no row is refilled.
+    # Slots in which the pool, and the responses that a task's data are made of, are sampled. A slot
+    # whose response has ended is refilled with the next prompt. 0: none is refilled.
     config.lab.sampling_slots = 0
     # Conditions that rank the pool and are not trained. With them, lab.conditions may be empty.
     config.lab.ranked_conditions = ""

@@ -22,9 +22,10 @@ from sarm_jax.version import VERSION
 def activation_folder(path: Path, made_from: Any) -> Iterator[ActivationFolder]:
     """Yields the folder, which is removed when the training has ended.
 
-    It stays if a signal, a full disk or another process ended the training, or this one died: the
-    same command uses it again. Processes other than the primary one have a folder of their own in
-    the temporary directory of their host, which the same command finds again.
+    It stays if a signal, a full disk or an error of another process ended the training, or if this
+    process was killed; the same command then uses it again. Processes other than the primary one
+    have a folder of their own in the temporary directory of their host, which the same command
+    finds again.
 
     Args:
         path: the folder in the working directory.

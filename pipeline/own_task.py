@@ -1,7 +1,7 @@
-"""A task of the user's own: its functions end in one line if they fail or return something else.
+"""Checks the functions of a user's own task: their errors become messages of one line.
 
-The file of `lab.task` is a program, and its functions are called for many texts, some of which
-nobody thought of: an empty response, half a sentence, a prompt of another file.
+The file of `lab.task` is a program. Its functions are called for texts that its author may not have
+thought of, such as an empty response, half a sentence or a prompt of another file.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ def checked_task(task: TextTask, file: str) -> TextTask:
     """Returns a task whose functions raise InputError, naming the file, if they fail.
 
     Raises:
-        InputError: something that has to be a function is none.
+        InputError: an attribute that has to be a function is something else.
     """
     check = partial(_checked, file=file)
     text = partial(check, expected="a text", fits=_is_text)
@@ -61,7 +61,7 @@ def _checked(
         name: what messages call it.
         file: the file.
         expected: what it has to return, in words.
-        fits: returns whether a result is that.
+        fits: returns whether a result is as expected.
 
     Raises:
         InputError: it is no function.

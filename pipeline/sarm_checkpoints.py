@@ -23,14 +23,15 @@ KEPT = 2  # newest checkpoints; if the last one is damaged, the other is used
 
 
 class SARMCheckpoints(Progress):
-    """The progress of a training in checkpoints, whose numbers are those of the finished steps.
+    """The progress of a training in checkpoints, each named after the number of finished steps.
 
-    `made_from` is what the result depends on, as JSON.
+    Attributes:
+        made_from: what the result depends on, as JSON.
 
     Args:
         directory: the folder of the checkpoints; it is made for the first one.
         every: steps between checkpoints; 0: there is one only at a signal.
-        starts: the steps of the training before the first one of each phase.
+        starts: number of steps before the first one of each phase, by phase.
         made_from: what the result depends on.
         stage: the stage that trains.
 

@@ -54,8 +54,16 @@ LOG = logging.getLogger(__name__)
 def run_study(template: ConfigDict, workdir: Path) -> None:
     """Runs every seed and condition of the lab, then writes lab.json, the figures and lab.html.
 
-    Other seeds of the same options in the directory are on the page too: several commands can share
-    it, and the last one that ends draws the page of all.
+    Several commands with other seeds and otherwise the same options can share the directory. Each
+    draws the page of all seeds that have finished so far.
+
+    Args:
+        template: the config of the study; "{workdir}" is not filled in yet.
+        workdir: its directory.
+
+    Raises:
+        InputError: an option or a file is bad, or a seed stopped for such a reason.
+        TrainingStoppedError: all seeds that stopped did so in training.
     """
     seeds = parse_seeds(template.lab.seeds)
     conditions = trained_conditions(template)
@@ -103,14 +111,15 @@ def draw_page(
     conditions: Sequence[str],
     names: FeatureNames,
 ) -> tuple[Path, str]:
-    """Writes the page of a command's own seeds and of those that others have finished.
+    """Writes the page of a command's own seeds and of those that other commands have finished.
 
     Args:
         template: the config of the study.
-        workdir: its directory, in which no other process draws meanwhile.
+        workdir: its directory, which the caller has locked against other processes that draw.
         own: the outcomes of the command's seeds.
         conditions: all conditions of the study, in order.
-        names: names of features; they belong to one seed, so that others are left out.
+        names: names of features. They belong to one reward model: if there are names, the seeds of
+            other commands are left out.
 
     Returns:
         (path of the page, the result in one paragraph).
@@ -125,10 +134,10 @@ def draw_page(
         workdir,
         {seed: outcome.finished for seed, outcome in by_seed.items()},
         conditions,
-        stopped,
-        names,
-        [seed for seed, outcome in by_seed.items() if outcome.pooled],
-        task_of(template),
+        stopped=stopped,
+        names=names,
+        pooled=[seed for seed, outcome in by_seed.items() if outcome.pooled],
+        task=task_of(template),
     )
 
 
@@ -140,7 +149,7 @@ def preparation() -> list[Stage]:
 
 
 def study_names(template: ConfigDict, seeds: Sequence[int]) -> FeatureNames:
-    """Reads the names of features; raises InputError if there are several reward models."""
+    """Reads the names of features; raises InputError if the study has several reward models."""
     names = feature_names(template)
     if names and len(seeds) > 1:
         raise InputError(
@@ -164,7 +173,7 @@ def run_seed(
         workdir: its directory.
         seed: the seed.
         level: severity from which messages are shown.
-        task_file: the `task_records` with which the study began; by default those of now.
+        task_file: `task_records` at the start of the study; None: those of now.
     """
     show_progress(f"seed {seed}: ", level)
     folder = seed_folder(workdir, seed)
@@ -226,5 +235,5 @@ def _run_conditions(config: ConfigDict, folder: Path) -> SeedOutcome:
 
 
 def _reasons(stopped: Mapping[str, str], *errors: str) -> str:
-    """Says why conditions stopped, and then the seed itself."""
+    """Joins the reasons why conditions stopped and, after them, why the seed itself stopped."""
     return "; ".join([*(f"{name}: {reason}" for name, reason in stopped.items()), *errors])

@@ -1,4 +1,4 @@
-"""Options of a study, checked: what the study sets itself, its seeds, conditions and pool."""
+"""Checks of the options of a study, and the conditions that they name."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from sarm_jax.lab.conditions import RETRAINED, is_ranked, parse_conditions
 SEEDED = ("lab", "train_sarm", "identify", "ppo")  # sections whose seed the study sets
 # Options of the reward that may be the same for all conditions; the conditions set the others.
 COMMON = ("unit", "penalty_cap", "human_latents")
-# Options outside of the reward that conditions set, with the value that leaves them to these.
-OF_CONDITIONS = {
+# Options outside of the reward that conditions set; a study has to leave them at these values.
+SET_BY_CONDITIONS = {
     "train_sarm.tie_pairs_jsonl": "",
     "train_sarm.tie_weight": 1.0,
     "train_sarm.heads": 1,
@@ -37,14 +37,14 @@ def check_study(template: ConfigDict) -> None:
     retrained = [name for name in all_conditions(template) if name in RETRAINED]
     if retrained and template.train_sarm.mode != 0:
         raise InputError(
-            f"lab.conditions: {retrained[0]} trains a head on the same trunk and SAE, which needs "
-            f"train_sarm.mode=0, found {template.train_sarm.mode}"
+            f"train_sarm.mode={template.train_sarm.mode}: the condition {retrained[0]} trains a "
+            "head on the same trunk and SAE, which needs train_sarm.mode=0"
         )
     options = template.to_dict()
-    set_by_conditions = {
+    set_in_reward = {
         f"reward.{name}": OPTIONS.reward[name] for name in OPTIONS.reward if name not in COMMON
     }
-    for field, default in (set_by_conditions | OF_CONDITIONS).items():
+    for field, default in (set_in_reward | SET_BY_CONDITIONS).items():
         section, name = field.split(".")
         if options[section][name] != default:
             raise InputError(
@@ -80,14 +80,17 @@ def check_pool(template: ConfigDict) -> None:
             f"lab.ranked_conditions={section.ranked_conditions}: needs a pool, "
             "lab.pool_responses ≥ 2"
         )
-    trained = trained_conditions(template)
+    option, trained = (
+        f"lab.ranked_conditions={section.ranked_conditions}",
+        trained_conditions(template),
+    )
     for name in ranked_conditions(template):
         if name in trained:
-            raise InputError(f"lab.ranked_conditions: {name} is one of lab.conditions already")
+            raise InputError(f"{option}: {name} is one of lab.conditions already")
         if not is_ranked(name):
             raise InputError(
-                f"lab.ranked_conditions: {name} ranks a pool as another does; name it in "
-                "lab.conditions"
+                f"{option}: {name} ranks a pool as another condition does, or cannot rank one; "
+                "name it in lab.conditions"
             )
 
 
@@ -109,7 +112,7 @@ def all_conditions(config: ConfigDict) -> list[str]:
 
 
 def groups_of(conditions: Sequence[str], at_once: int) -> list[list[str]]:
-    """Returns the conditions that are trained together, in order and at most `at_once` of them.
+    """Splits the conditions, in their order, into groups of at most `at_once` that train together.
 
     A condition with a reward model of its own shares no models and is trained alone.
     """

@@ -1,10 +1,10 @@
-"""Best of n on one pool of samples of a seed: what every condition of the study would choose.
+"""Ranks one pool of samples of a seed under every condition, for the best of n without training.
 
 A pool of responses to held-out prompts is sampled once from the reference policy. Each condition
-ranks it by the reward that PPO learns from under that condition, so that no condition, weight or
-threshold needs training. Conditions that no ranking can tell apart are left out: other weights of
-the KL to the reference, a bound on the score, and the latent KL, whose discriminator is trained
-along with the policy.
+ranks it by the reward that PPO learns from under that condition. So conditions, weights and
+thresholds can be compared without training a policy for each of them. Conditions that no ranking
+can tell apart are left out: other weights of the KL to the reference, a bound on the score, and the
+latent KL, whose discriminator is trained along with the policy.
 """
 
 import dataclasses
@@ -42,14 +42,14 @@ from sarm_jax.rewards.state_controls import state_controls
 LOG = logging.getLogger(__name__)
 FILE = "best_of_n.json"
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # factors of the weights of a condition's penalties
-ROUNDING = 1e-5  # of a penalty that is at its cap
-MOSTLY = 0.5  # share of a pool at the cap from which a condition is warned of
+ROUNDING = 1e-5  # relative rounding error of a penalty that is at its cap
+MOSTLY = 0.5  # a warning is logged if more than this share of a pool is at the cap
 TAU_FACTORS = (0.0, 0.5, 2.0)  # of the detectors' thresholds, beside 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Readings:
-    """Readings of one reward model from the pool: scores, all features, pooled states."""
+    """Scores `[B]`, all features `[B, M]` and pooled states `[B, D]` of the pool's responses."""
 
     score_b: np.ndarray
     z_bf: np.ndarray
@@ -59,8 +59,13 @@ class Readings:
 def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> None:
     """Samples the pool of a seed, ranks it under the conditions and writes best_of_n.json.
 
-    Conditions with a reward model of their own need the run that trained it, see
-    `study_runs.train_reward_model`.
+    A condition with a reward model of its own needs it to be trained before, see
+    `study_runs.train_reward_model`. If best_of_n.json is up to date, nothing is done.
+
+    Args:
+        config: the config of the seed.
+        folder: the folder of the seed.
+        conditions: names of the conditions; those that cannot rank a pool are left out.
     """
     for condition in {*DRAWS, "untold"} & set(conditions):
         condition_config(config, folder, condition)  # writes its features if they are not there
@@ -74,7 +79,7 @@ def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> No
     read = Readings(*model.score_with_states(pool.prompts, pool.responses))
     scale = ScoreScale.estimate(read.score_b, read.score_b)
     score_b = scale.normalise(read.score_b)
-    sizes = [2**i for i in range(20) if 2**i <= largest_of(pool)]
+    sizes = [2**i for i in range(20) if 2**i <= largest_n(pool)]
     rankings = []
     for condition in filter(is_ranked, conditions):
         ranked = condition_config(config, folder, condition)
@@ -96,16 +101,17 @@ def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> No
     write_json(path, content)
 
 
-def largest_of(pool: Pool) -> int:
+def largest_n(pool: Pool) -> int:
     """Returns the largest n: half the responses to a prompt, for a mean over many sets."""
     return max(1, pool.shape[1] // 2)
 
 
 def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> dict[str, Any]:
     """Returns all that the result depends on: options, and digests of models, features, prompts."""
-    names = "alpha distance_penalty length_penalty untold_alpha untold_cap pool_responses".split()
-    names.append("pool_prompts")
-    of_ppo = ("max_new_tokens", "missing_eos_penalty", "temperature")
+    lab_options = (
+        "alpha distance_penalty length_penalty untold_alpha untold_cap pool_responses pool_prompts"
+    ).split()
+    ppo_options = ("max_new_tokens", "missing_eos_penalty", "temperature")
     files = [Path(config.eval_prompts_jsonl), *_files(Path(config.policy_model))]
     files += [*_files(Path(config.sarm_model)), folder / STATES_FILE]
     for condition in set(RETRAINED) & set(conditions):
@@ -123,8 +129,8 @@ def _made_from(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> d
         "seed": config.ppo.seed,
         "slots": config.lab.sampling_slots,
         "sarm_max_length": config.sarm_max_length,
-        **{name: config.ppo[name] for name in of_ppo},
-        **{name: config.lab[name] for name in names},
+        **{name: config.ppo[name] for name in ppo_options},
+        **{name: config.lab[name] for name in lab_options},
         **task_records(config),
         **{name: config.reward[name] for name in ("unit", "penalty_cap")},
         "files": {os.path.relpath(file, folder): digest for file, digest in read.items()},
@@ -165,16 +171,18 @@ def _rows(pool: Pool) -> Iterator[dict[str, Any]]:
 def _rewards(
     config: ConfigDict, condition: str, pool: Pool, read: Readings, scale: ScoreScale
 ) -> Iterator[tuple[dict[str, float], np.ndarray]]:
-    """Yields the rewards of the pool under a condition, for several weights and thresholds.
+    """Computes the rewards of the pool under a condition, for several weights and thresholds.
 
-    With each come its weight, the factor of its thresholds, and `at_cap`, the share of the
-    responses whose penalties reach `reward.penalty_cap`.
+    Yields:
+        (variant, rewards `[B]`). A variant has `weight` and `tau`, the factors of the condition's
+        weights and thresholds, and `at_cap`, the share of the responses whose penalties reach
+        `reward.penalty_cap`.
     """
     reward = reward_config(config.reward)
     own = None
     if condition in RETRAINED or reward.clamp_features:
         own = Scorer(load_reward_model(config), reward).score(pool.prompts, pool.responses)
-        # Without its clamp, a reward model that is not the condition's own scores as for all.
+        # The shared reward model, which is only clamped here, has been read without a clamp.
         unclamped_b = own.score_b if condition in RETRAINED else read.score_b
         scale = ScoreScale.estimate(own.score_b, unclamped_b)
     states = state_controls(reward, read.x_bd.shape[1]).read(read.x_bd)
@@ -202,11 +210,11 @@ def _rewards(
 
 
 def _warn_of_cap(condition: str, variant: Mapping[str, float]) -> None:
-    """Warns if the penalties of a condition, at its own weight, mostly change no order."""
+    """Warns if most responses are at the cap of a condition's penalties, at its own weight."""
     if variant["weight"] == variant["tau"] == 1 and variant["at_cap"] > MOSTLY:
         LOG.warning(
-            "condition %s: its penalties reach the cap on a share of %.2f of the pool, where they "
-            "change no order: lower its weight",
+            "condition %s: its penalties reach the cap on a share of %.2f of the pool, and do not "
+            "change the order of these responses: lower its weight",
             condition,
             variant["at_cap"],
         )
@@ -238,7 +246,9 @@ def _random_draws(
 ) -> dict[str, dict[str, float | None]]:
     """Returns how often each draw of random features fires with and without a told shortcut.
 
-    A share is None if the pool has no such response.
+    Returns:
+        For each draw the shares of the responses with and without a told shortcut on which it
+        fires; None if the pool has no such responses.
     """
     draws = {}
     for condition in conditions:

@@ -1,8 +1,8 @@
 """Run seeds of a study at the same time, each in a process of its own.
 
-A signal to all processes of a command, as a terminal sends for Ctrl-C, reaches the study alone. It
-passes one on to its seeds and waits for their checkpoints; of two signals, the second would end a
-seed at once.
+For Ctrl-C a terminal signals all processes of a command. The seeds are in process groups of their
+own, so that only the study gets the signal. It terminates its seeds and waits for their
+checkpoints. A seed that got both signals would take the second one as the order to end at once.
 """
 
 import os
@@ -22,8 +22,8 @@ def run_seeds(
 ) -> list[SeedOutcome]:
     """Calls `run_seed` for every seed in a process of its own, `processes` of them at a time.
 
-    A seed whose process is ended from outside leaves the others as they are. An error of a seed is
-    raised once the others have saved a checkpoint.
+    If the process of a seed is ended from outside, the others go on. If a seed raises an error, the
+    others are stopped with a checkpoint, and the error is raised.
 
     Args:
         run_seed: runs a seed; a function that can be pickled.
@@ -64,8 +64,8 @@ def _run_in_process(run_seed: Callable[[int], SeedOutcome], seed: int) -> SeedOu
     except EOFError:
         return SeedOutcome(
             [],
-            "its process was ended from outside, as for lack of memory; the same command goes on, "
-            "with lab.processes=1 in the least memory",
+            "its process was ended from outside, for example for lack of memory; the same command "
+            "goes on, and needs the least memory with lab.processes=1",
         )
     finally:
         receiver.close()

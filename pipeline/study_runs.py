@@ -32,7 +32,7 @@ from sarm_jax.lab.conditions import (
 )
 from sarm_jax.lab.results import run_result
 from sarm_jax.models.conversation_rows import read_pairs
-from sarm_jax.rewards.human_latents import load_human_latents
+from sarm_jax.rewards.human_latents import LATENTS_FILE, load_human_latents
 
 LOG = logging.getLogger(__name__)
 
@@ -81,7 +81,9 @@ def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: in
     options = stages.load("identify").validate(config)
     pairs = [row for file in split_paths(config.identify.pairs_jsonl) for row in read_pairs(file)]
     detectors = read_json(selected)["detectors"]
-    control = further_random_control(options, load_reward_model(config), pairs, detectors, draw)
+    control = further_random_control(
+        options, load_reward_model(config), pairs, detectors=detectors, draw=draw
+    )
     write_json(
         path,
         {"random_control": list(control.features), "tau_random_control": list(control.tau)},
@@ -89,8 +91,8 @@ def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: in
 
 
 def write_human_support(folder: Path) -> None:
-    """Writes all features of a seed with the thresholds that human responses seldom reach."""
-    human = load_human_latents(folder / "human_latents.safetensors")
+    """Writes all features of a seed, each with a threshold that human responses seldom reach."""
+    human = load_human_latents(folder / LATENTS_FILE)
     tau = human_support(human.z_ns)
     path = folder / "probes" / UNTOLD_FILE
     write_json(path, {"features": list(human.latent_indices), "tau": tau.tolist()})
@@ -107,7 +109,7 @@ def train_reward_model(config: ConfigDict, folder: Path, condition: str) -> None
 def run_group(
     config: ConfigDict, folder: Path, conditions: Sequence[str]
 ) -> Iterator[tuple[str, TrainingStoppedError | None]]:
-    """Trains under one condition, or under several at a time that share policy and reward model.
+    """Trains the policy under one condition, or under several that share the models at a time.
 
     Args:
         config: the config of the seed.
@@ -115,11 +117,12 @@ def run_group(
         conditions: names of the conditions.
 
     Yields:
-        Each condition that has ended, with the error of one that a guard stopped. The others have
-        written their result.json.
+        (condition, error) of each condition that has ended. The error is that of a guard that
+        stopped the run, or None; then the result.json has been written.
 
     Raises:
-        InputError: of conditions, which it names, once the others have ended.
+        InputError: some conditions cannot be trained. The message names them, and comes once the
+            others have ended.
     """
     ended: dict[str, TrainingStoppedError | None] = {}
     failed: dict[str, InputError] = {}
@@ -176,8 +179,8 @@ def train_condition(config: ConfigDict, workdir: Path, condition: str) -> None:
 def write_result(config: ConfigDict, folder: Path, condition: str) -> None:
     """Writes the result.json of a condition whose policy has been trained.
 
-    A guard that stopped a run has left an evaluation of that step, which a run that is resumed does
-    not count: a further point could only raise the peak.
+    If a guard stopped the run once and it was resumed, there is an evaluation of that step, too. It
+    is left out, since a further point could only raise the peak.
     """
     workdir = folder / condition
     summary = read_json(workdir / "summary.json")
@@ -185,5 +188,5 @@ def write_result(config: ConfigDict, folder: Path, condition: str) -> None:
     ppo = train_config(config).ppo
     rows = [row for row in read_evaluations(workdir) if ppo.evaluates(row["step"])]
     model = load_reward_model(config).with_ensemble(config.reward.ensemble)
-    result = run_result(rows, model, features, summary["seconds"], task_of(config))
+    result = run_result(rows, model, features, seconds=summary["seconds"], task=task_of(config))
     write_json(workdir / "result.json", {"seed": config.ppo.seed} | result)

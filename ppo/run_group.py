@@ -55,7 +55,7 @@ class _Request:
 
     @property
     def program(self) -> tuple[Any, ...]:
-        """Requests with equal values are sampled by one program."""
+        """A key; requests with equal keys are sampled by one program."""
         learner = self.learner
         if not learner.samples_runs_together:
             return (self.run,)
@@ -67,7 +67,7 @@ class _Request:
 
 
 class RunGroup:
-    """The turns of several runs, and the rollouts that they wait for."""
+    """Several runs that take turns, and the rollouts that they wait for."""
 
     def __init__(self) -> None:
         self._turn = threading.Condition()
@@ -108,7 +108,7 @@ class RunGroup:
         return errors
 
     def rollout(self, request: _Request) -> Generation:
-        """Gives the turn away until the request has been sampled with those of all other runs."""
+        """Lets other runs work until the request has been sampled together with theirs."""
         self._requests.append(request)
         self._sample_if_all_wait()
         self._turn.wait_for(lambda: request.done)

@@ -1202,10 +1202,12 @@ STAGES = [
         "plan.prompt_lengths={world}/policy: is not a file",
     ),
     main("plan of no model", f"{PLAN}=host --policy_model=", "policy_model is empty"),
-    main("seeds that are no numbers", f"{ALL} --config.lab.seeds=a", "lab.seeds: found 'a'"),
+    main("seeds that are no numbers", f"{ALL} --config.lab.seeds=a", "lab.seeds=a: found 'a'"),
     main("too many seeds", f"{ALL} --config.lab.seeds=0-999999999999", "at most 1000"),
     main(
-        "unknown condition", f"{ALL} --config.lab.conditions=none", "lab.conditions: found 'none'"
+        "unknown condition",
+        f"{ALL} --config.lab.conditions=none",
+        "lab.conditions=none: found 'none'",
     ),
     main(
         "seed of the lab",
@@ -1230,7 +1232,7 @@ STAGES = [
     main(
         "unknown told shortcut of a task",
         f"{WORDS} --config.lab.told_shortcuts=flattery",
-        "lab.told_shortcuts: found 'flattery', expected one of length",
+        "lab.told_shortcuts=flattery: found 'flattery', expected one of length",
     ),
     main(
         "more told shortcuts than there are",
@@ -1294,7 +1296,7 @@ STAGES = [
     main(
         "a ranking that nobody knows",
         f"{ALL} --config.lab.pool_responses=4 --config.lab.ranked_conditions=x",
-        "lab.ranked_conditions: found 'x'",
+        "lab.ranked_conditions=x: found 'x'",
     ),
     main(
         "no penalty on a distance",

@@ -173,7 +173,7 @@ def _merged(
     if len(contents) > 1 and not _same_model(*contents.values()):
         notes = [
             f"{folder / FILES[0]} is of another reward model than {folder / FILES[1]}, and is not "
-            f"shown; --stage=identify makes it again."
+            "shown; --stage=identify makes it again."
         ]
         contents = {FILES[1]: contents[FILES[1]]}
     rows: dict[int, list[Mapping[str, Any]]] = {}

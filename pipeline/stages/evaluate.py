@@ -54,7 +54,7 @@ FILES = (
     "steering.json steering_rows.jsonl rm_bench.json rm_bench.png rewardbench2.json "
     "rewardbench2.png policy.json responses.jsonl latent_map.json feature_pages.json"
 ).split()
-FORMAT = 2  # of eval/: 2 pools RM-Bench's safety rows and has a steering set for each file
+FORMAT = 2  # version of eval/; 2 pools RM-Bench's safety rows and has a steering set per file
 
 
 def validate(config: ConfigDict) -> SteeringConfig:
@@ -181,7 +181,12 @@ def steering_config(config: ConfigDict) -> SteeringConfig:
     """Returns the steering part of the section evaluate."""
     section = config.evaluate
     targets = parse_targets(section.steering_targets)
-    return SteeringConfig(section.num_example, targets, section.resamples, section.seed)
+    return SteeringConfig(
+        num_example=section.num_example,
+        steering_targets=targets,
+        resamples=section.resamples,
+        seed=section.seed,
+    )
 
 
 def controls_of(config: ConfigDict) -> Controls:

@@ -1,4 +1,4 @@
-"""Collect the human side of the latent KL, and of the distance from human responses."""
+"""Collect what the latent KL and the distance penalty compare the policy with."""
 
 import logging
 from pathlib import Path
@@ -15,6 +15,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation_rows import read_demonstrations
 from sarm_jax.parallel import processes
 from sarm_jax.rewards.human_latents import (
+    LATENTS_FILE,
     collect_human_latents,
     collect_with_states,
     save_human_latents,
@@ -24,8 +25,7 @@ from sarm_jax.rewards.options import reward_config
 from sarm_jax.rewards.reward_config import RewardConfig
 
 LOG = logging.getLogger(__name__)
-FEWEST = 3  # states that have a shrunk covariance
-FILE = "human_latents.safetensors"
+FEWEST = 3  # demonstrations that a shrunk covariance needs
 
 
 def validate(config: ConfigDict) -> RewardConfig:
@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         reward.check_features(read_sarm_config(config.sarm_model).latent_size)
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
-    path = workdir / FILE
+    path = workdir / LATENTS_FILE
     has_features = read_scorer_config(config.sarm_model).latent_size > 0
     targets = [path] * has_features + [workdir / STATES_FILE] * states
     LOG.info(
@@ -97,8 +97,8 @@ STAGE = Stage(
         Input("reward.latent_indices", Kind.LIST),
         Input("sarm_model", Kind.SCORER),
     ),
-    output=lambda config: STATES_FILE if config.human_latents.states else FILE,
-    makes=(FILE, STATES_FILE),
+    output=lambda config: STATES_FILE if config.human_latents.states else LATENTS_FILE,
+    makes=(LATENTS_FILE, STATES_FILE),
     after=("identify",),
     processes="all",
     wanted=lambda config: bool(config.human_latents.demos_jsonl),

@@ -35,7 +35,7 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.parallel import processes
 
 LOG = logging.getLogger(__name__)
-# Lists of selected_features.json, those whose features come first in feature_pages.json first.
+# Lists of selected_features.json and the role of their features, in the order of their pages.
 ROLES = {
     "detectors": "detector",
     "carriers": "carrier",
@@ -83,10 +83,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.prepare_data.source == "lab":
         rates = features.analysis["detectors"]
         detectors = Detectors(
-            tuple(selected["detectors"]),
-            tuple(selected["tau_detectors"]),
-            rates["detection"],
-            rates["false_alarms"],
+            features=tuple(selected["detectors"]),
+            tau=tuple(selected["tau_detectors"]),
+            detection_rate=rates["detection"],
+            false_positive_rate=rates["false_alarms"],
         )
         lab_files = measure_lab_gates(config, workdir, model, detectors)
 
@@ -202,10 +202,16 @@ def world_gates(
     )
     contrast = read_pairs(str(data / "contrast_single.jsonl"))
     world = World.parse(config.lab.shortcuts, config.lab.told_shortcuts)
-    gates = measure_gates(model, detectors, contrast, prompts, held_out, config.lab.seed, world)
+    arguments: dict[str, Any] = {
+        "prompts": prompts,
+        "held_out_prompts": held_out,
+        "seed": config.lab.seed,
+        "lab_world": world,
+    }
+    gates = measure_gates(model, detectors, contrast, **arguments)
     if len(world.shortcuts) == 1:
         return gates, {}
-    return gates, measure_shortcuts(model, detectors, prompts, held_out, config.lab.seed, world)
+    return gates, measure_shortcuts(model, detectors, **arguments)
 
 
 def text_gates(

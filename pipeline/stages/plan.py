@@ -1,4 +1,4 @@
-"""Plan a step of PPO or train_sarm, or identify: compile for this machine, or one not there."""
+"""Plan PPO, train_sarm or identify: compile their programs for this or an absent machine."""
 
 import dataclasses
 import logging
@@ -48,7 +48,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def validate_collection(config: ConfigDict) -> None:
-    """Validates what a plan of identify reads."""
+    """Validates the options that a plan of identify reads."""
     if not config.plan.sarm_config:
         required(config, "sarm_model")
     check_pairs(config)
@@ -61,6 +61,7 @@ def validate_training(config: ConfigDict) -> TrainSARMConfig:
         required(config, "policy_model")
     check_remat(config.remat)
     check_pairs(config)
+    # Without ties, of which the plan has no files, a weight of ties is refused.
     return TrainSARMConfig(**section | {"tie_weight": 1.0})
 
 
@@ -106,7 +107,7 @@ def preference_planner(config: ConfigDict) -> PreferencePlanner:
 
 def collect_planner(config: ConfigDict) -> CollectPlanner:
     """Builds a planner of identify for the config's target and the architecture of its SARM."""
-    sarm = reward_config(config)
+    sarm = reward_architecture(config)
     return CollectPlanner(
         name=config.plan.target,
         sarm=lambda: abstract_sarm(sarm, config.dtype),
@@ -121,9 +122,9 @@ def make_planner(config: ConfigDict) -> Planner:
     (options, shares), section = validate_ppo(config), config.plan
     policy = read_policy_config(section.policy_config or config.policy_model)
     reward = options.reward
-    sarm = reward_config(config, reward.reads_features or bool(reward.latent_indices))
-    options.reward.check_features(sarm.latent_size)
-    check_ensemble(options.reward.ensemble, sarm)
+    sarm = reward_architecture(config, reward.reads_features or bool(reward.latent_indices))
+    reward.check_features(sarm.latent_size)
+    check_ensemble(reward.ensemble, sarm)
     return Planner(
         name=section.target,
         config=options.ppo,
@@ -131,7 +132,7 @@ def make_planner(config: ConfigDict) -> Planner:
         policy=lambda: abstract_policy(policy, config.dtype),
         sarm=lambda: abstract_sarm(sarm, config.dtype),
         score_batch=config.sarm_batch_size,
-        watched=len(options.reward.penalize_features) + len(options.reward.latent_indices),
+        watched=len(reward.penalize_features) + len(reward.latent_indices),
         shares=shares,
         runs=runs_at_once(config),
     )
@@ -147,7 +148,7 @@ def runs_at_once(config: ConfigDict) -> int:
     return 1
 
 
-def reward_config(
+def reward_architecture(
     config: ConfigDict, needs_features: bool = True
 ) -> SARMConfig | LinearRewardConfig:
     """Reads the architecture of the reward model that is planned.

@@ -27,7 +27,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.lab.build import LabConfig, LabData, make_data, make_models
-from sarm_jax.lab.text.data import OF_PREPARE_DATA, TextData, TextDataConfig, make_text_data
+from sarm_jax.lab.text.data import PREPARE_DATA_FIELDS, TextData, TextDataConfig, make_text_data
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation import Prompt, to_json
@@ -38,9 +38,9 @@ LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", PairsConfig, LabConfig)
 FILES = ("rewardbench2", "rm_bench", "safety_pairs", "complement_pairs")
 SHOWN_REFUSALS = 5  # per file; data_summary.json has all
-# Options of the lab that one kind of task alone reads: one in English, and the world of capitals.
-TEXT_ALONE = ("base_model", "prompts", "held_out_prompts", "label_noise", "annotator_bias")
-WORLD_ALONE = (
+# Options of the lab that only tasks in English read, and that only the world of capitals reads.
+TEXT_OPTIONS = ("base_model", "prompts", "held_out_prompts", "label_noise", "annotator_bias")
+WORLD_OPTIONS = (
     "held_out_fraction corpus_rows demonstrations tap_layer pretraining_steps "
     "pretraining_learning_rate"
 ).split()
@@ -54,11 +54,11 @@ def validate(
     section, source = config.prepare_data, config.prepare_data.source
     if source == "lab" and is_text(config):
         text_task_of(config)  # raises for an unknown task or shortcut
-        check_kind(config)
+        check_task_options(config)
         required(config, "lab.base_model")
         return text_options(config)
     if source == "lab":
-        check_kind(config)
+        check_task_options(config)
         return from_section(LabConfig, config.lab)
     if source == "demonstrations":
         options = from_section(PairsConfig, section)
@@ -71,9 +71,9 @@ def validate(
     raise InputError(f"prepare_data.source={source!r}: expected demonstrations, lab or benchmarks")
 
 
-def check_kind(config: ConfigDict) -> None:
+def check_task_options(config: ConfigDict) -> None:
     """Raises InputError for an option that the lab's task does not read."""
-    for name in WORLD_ALONE if is_text(config) else TEXT_ALONE:
+    for name in WORLD_OPTIONS if is_text(config) else TEXT_OPTIONS:
         value = config.lab[name]
         if value != OPTIONS.lab[name]:
             raise InputError(f"lab.{name}={value}: lab.task={config.lab.task} does not read it")
@@ -146,7 +146,7 @@ def text_options(config: ConfigDict) -> TextDataConfig:
     """Collects the options of a task in English from the sections lab and prepare_data."""
     names = [field.name for field in dataclasses.fields(TextDataConfig)]
     sections = {
-        name: config.prepare_data if name in OF_PREPARE_DATA else config.lab for name in names
+        name: config.prepare_data if name in PREPARE_DATA_FIELDS else config.lab for name in names
     }
     return TextDataConfig(**{name: section[name] for name, section in sections.items()})
 
@@ -208,7 +208,7 @@ def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if config.prepare_data.source != "lab":
         return {"lab": {}}
     kind = TextDataConfig if is_text(config) else LabConfig
-    names = [f.name for f in dataclasses.fields(kind) if f.name not in OF_PREPARE_DATA]
+    names = [f.name for f in dataclasses.fields(kind) if f.name not in PREPARE_DATA_FIELDS]
     if is_text(config):
         names += ["task", "told_shortcuts", "annotator_bias"]
     return {"lab": {name: config.lab[name] for name in names}, **task_records(config)}

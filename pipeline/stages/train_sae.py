@@ -29,13 +29,12 @@ from sarm_jax.training.train_sae import TrainSAEConfig, train_sae
 
 LOG = logging.getLogger(__name__)
 OUTPUT = "reward_model"
-ACTIVATIONS = "sae_activations"  # while the training lasts
+ACTIVATIONS = "sae_activations"  # folder that exists while the training lasts
 
 
 def validate(config: ConfigDict) -> TrainSAEConfig:
     """Validates the section train_sae."""
-    required(config, "train_sae.model")
-    required(config, "train_sae.responses_jsonl")
+    required(config, "train_sae.model", "train_sae.responses_jsonl")
     section = config.train_sae.to_dict()
     section["responses_jsonl"] = split_paths(section["responses_jsonl"])
     make_mesh(mesh_config(config))  # raises if there are too few devices

@@ -31,7 +31,8 @@ from sarm_jax.training.divergence import DivergedError
 from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
 
 LOG = logging.getLogger(__name__)
-CHECKPOINTS, ACTIVATIONS = "sarm_checkpoints", "sarm_activations"  # while the training lasts
+# Folders that exist while the training lasts.
+CHECKPOINTS, ACTIVATIONS = "sarm_checkpoints", "sarm_activations"
 
 
 def validate(config: ConfigDict) -> TrainSARMConfig:
@@ -111,7 +112,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def open_checkpoints(
     config: ConfigDict, workdir: Path, options: TrainSARMConfig
 ) -> SARMCheckpoints:
-    """Returns the checkpoints here; raises InputError if they belong to another training."""
+    """Opens the checkpoints in `workdir`; raises InputError if they are of another training."""
     return SARMCheckpoints(
         workdir / CHECKPOINTS,
         every=checkpoint_options(config).train_sarm_every,

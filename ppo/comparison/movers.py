@@ -23,10 +23,10 @@ def movers(comparison: Comparison, count: int) -> list[int]:
     trained = [name for name in comparison.responses if name != BASE]
     change_f = np.zeros(latents.size)
     for ids in feature_blocks(latents.size, len(latents)):
-        z_nb = latents.columns(ids).astype(np.float64)
-        base_b = z_nb[groups[BASE]].mean(axis=0)
+        z_nk = latents.columns(ids).astype(np.float64)  # the K features of a block
+        base_k = z_nk[groups[BASE]].mean(axis=0)
         for name in trained:
-            moved_b = np.abs(comparison.weight_f[ids] * (z_nb[groups[name]].mean(axis=0) - base_b))
-            change_f[ids] = np.maximum(change_f[ids], moved_b)
+            moved_k = np.abs(comparison.weight_f[ids] * (z_nk[groups[name]].mean(axis=0) - base_k))
+            change_f[ids] = np.maximum(change_f[ids], moved_k)
     order = np.argsort(-change_f, kind="stable")[:count]
     return [int(i) for i in order if change_f[i] > 0]

@@ -99,14 +99,16 @@ def compare(
         for prompt, text in zip(repeated, own.texts, strict=True)
     ]
     texts += [(HUMAN, prompt, text) for prompt, text in human]
-    score_n, latents = model.store([t[1] for t in texts], [t[2] for t in texts], "scores")
+    all_prompts, all_responses = [prompt for _, prompt, _ in texts], [text for *_, text in texts]
+    score_n, latents = model.store(all_prompts, all_responses, "scores")
     weight_f = model.feature_weights()
     z_nc = latents.columns(controls.features)
     score_std = standard_deviation(score_n[:count])
-    own, answers = [t[1] for t in texts], [t[2] for t in texts]
-    controlled_n = rescored(model, own, answers, controls.intervention)
+    controlled_n = rescored(model, all_prompts, all_responses, controls.intervention)
     without = intervention(model.latent_size, set_to=dict.fromkeys(controls.features, 0.0))
-    without_n = rescored(model, own, answers, without) if controls.features else None
+    without_n = None
+    if controls.features:
+        without_n = rescored(model, all_prompts, all_responses, without)
     scores = {}
     for number, name in enumerate(responses):
         rows = slice(number * count, (number + 1) * count)
@@ -238,10 +240,10 @@ def _correlation(values: dict[str, np.ndarray], index_rp: np.ndarray) -> tuple[f
 def response_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
     """Yields the rows of responses.jsonl: one per prompt and sample, with responses by policy.
 
-    The terms z · w that are written out and the rest add up to the score, together with the parts
-    that are outside the features, if there are any: the error term of the SAE and its constant. Of
-    an ensemble the terms are those of the mean head. `rest` also holds the
-    difference between the least score and the mean head's.
+    The terms z · w that are written out and `rest` add up to the score, together with the parts
+    that are outside the features, if there are any: the error term of the SAE and its constant. The
+    terms of an ensemble are those of the mean head; `rest` then also holds the difference between
+    the least score and the score of the mean head.
     """
     terms = largest_terms(comparison.latents, comparison.weight_f, SHOWN_TERMS)
     explained_n = None

@@ -109,7 +109,7 @@ def open_loops(config: PPOConfig) -> tuple[int, ...]:
 def score_work(
     sarm: SARMConfig | LinearRewardConfig, rows: int, length: int
 ) -> tuple[float, float]:
-    """Returns the operations of scoring a batch, and the weights that it reads."""
+    """Returns the FLOPs of scoring a batch, and the number of weights that it reads."""
     trunk = layer_weights(sarm.trunk) * sarm.trunk.num_hidden_layers
     encoder = sarm.trunk.hidden_size * sarm.latent_size
     return forward_flops(sarm.trunk, rows, length) + 2 * rows * encoder, trunk + encoder

@@ -44,7 +44,7 @@ ASSUMPTIONS = {
     "share_of_memory": MEMORY_SHARE,
 }
 HALVES = ("prefill", "decode")  # parts of the program `rollout`, whose memory covers both
-OF_NO_RUN = RunState(total=0, adapter=0)
+NO_STATE = RunState(total=0, adapter=0)  # the programs of a single run hold all of its state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,9 +112,9 @@ class Planner:
         )
 
     def _state(self) -> RunState:
-        """Returns the bytes that each run adds; none for one run, whose programs hold them all."""
+        """Returns the bytes that each of several runs adds; none for a single run."""
         if self.runs == 1:
-            return OF_NO_RUN
+            return NO_STATE
         return RunState.of(self.config, self.lora, self.policy())
 
     def programs(self, layout: Layout, prompt_tokens: int) -> Iterator[Program]:
@@ -388,7 +388,7 @@ def _collective_seconds(collective: Collective, chip: Chip, mesh: MeshConfig) ->
     return ASSUMPTIONS["seconds_per_collective"] + passes * ring * collective.bytes / chip.link
 
 
-def _of_length(length: int, share: float, rows: list[dict], held: Mapping[str, int]) -> dict:
+def _length_row(length: int, share: float, rows: list[dict], held: Mapping[str, int]) -> dict:
     """Returns the time and memory of a step whose prompts are padded to one length.
 
     Args:
@@ -416,7 +416,7 @@ def _summary(
     rows: list[dict],
     weights: dict[str, int],
     runs: int = 1,
-    state: RunState = OF_NO_RUN,
+    state: RunState = NO_STATE,
 ) -> dict:
     """Returns the content of plan.json.
 
@@ -429,7 +429,7 @@ def _summary(
         rows: the rows of all programs.
         weights: bytes of the weights of "policy" and "sarm" on one device.
         runs: runs that are trained at a time.
-        state: what each of them has of its own; needed for several.
+        state: bytes of the state that each run has of its own; needed for several runs.
     """
     held = {  # both models and the state of every run stay on the device
         row["name"]: weights["policy" if row["name"] == "score" else "sarm"]
@@ -437,7 +437,7 @@ def _summary(
         for row in rows
     }
     lengths = [
-        _of_length(length, share, [row for row in rows if row["prompt_tokens"] == length], held)
+        _length_row(length, share, [row for row in rows if row["prompt_tokens"] == length], held)
         for length, share in shares.items()
     ]
     peak = max(row["peak_bytes"] for row in lengths)

@@ -58,7 +58,7 @@ def binary_format(content: bytes) -> str | None:
 
 
 def is_json_lines(text: str) -> bool:
-    """Returns True if every one of several lines is a JSON object; blank lines do not count."""
+    """Returns True if the first two lines that are not blank are JSON objects."""
     lines = [line for line in text.split("\n") if line.strip()]
     return len(lines) > 1 and all(_is_object(line) for line in (lines[0], lines[1]))
 

@@ -149,11 +149,11 @@ class MatrixFiles:
         return -(-len(self) // self.file_rows)
 
     def _runs(self, row_k: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-        """Finds the rows that lie next to each other in one file.
+        """Finds the runs of rows that lie next to each other in one file.
 
         Returns:
-            (number of the file, offset of the first byte there, start, stop) of each run; the run
-            consists of the rows `row_k[start:stop]`.
+            An iterator over (number of the file, offset of the first byte in it, start, stop). A
+            run consists of the rows `row_k[start:stop]`.
         """
         number_k, within_k = np.divmod(row_k, self.file_rows)
         first_k = np.ones(len(row_k), bool)

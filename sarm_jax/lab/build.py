@@ -18,11 +18,11 @@ from sarm_jax.lab.language_modelling import (
     LMTraining,
     WeightedText,
     from_scratch,
+    response_text,
     train_language_model,
 )
 from sarm_jax.lab.shortcuts import World
 from sarm_jax.lab.tokenizer import word_tokenizer
-from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.llama import Llama, LlamaConfig
 
 LOG = logging.getLogger(__name__)
@@ -75,10 +75,10 @@ class LabConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LabData:
-    """Rows of the JSONL files in data/, by the name of the file.
+    """Rows of the JSON Lines files in data/, by the name of the file.
 
-    The sides of each pair of `contrast_single` differ by one word of flattery, or else by one unit
-    of the first shortcut that the method is told; it is for tests.
+    The sides of each pair of `contrast_single` differ by one unit of the first shortcut that the
+    method is told, such as one word of flattery. The gates are measured on these pairs.
     """
 
     prompts: list[dict[str, str]]
@@ -139,7 +139,9 @@ def make_models(
             seed=config.seed,
         ),
     )
-    turns = [_turn(tokenizer, row["prompt"], row["response"]) for row in data.demonstrations]
+    turns = [
+        response_text(tokenizer, row["prompt"], row["response"]) for row in data.demonstrations
+    ]
     policy, tuning_loss = train_language_model(
         pretrained,
         turns,
@@ -170,18 +172,11 @@ def architecture(vocab_size: int) -> LlamaConfig:
     )
 
 
-def _turn(tokenizer: Any, prompt: str, response: str) -> WeightedText:
-    """Encodes an exchange; the loss weights select the response and its end of turn."""
-    ids = encode_conversation(tokenizer, prompt, response)
-    prompt_length = len(encode_prompt(tokenizer, prompt))
-    return WeightedText(ids, [0.0] * prompt_length + [1.0] * (len(ids) - prompt_length))
-
-
 def _annotated(
     lab_world: World, rng: np.random.Generator, tokenizer: Any, prompt: str
 ) -> WeightedText:
     """Writes and encodes an exchange of the corpus, followed by a reader's notes."""
     response = lab_world.corpus_response(rng, prompt)
-    turn = _turn(tokenizer, prompt, response)
+    turn = response_text(tokenizer, prompt, response)
     notes = tokenizer.convert_tokens_to_ids(lab_world.notes(rng, prompt, response).split())
     return WeightedText([*turn.ids, *notes], [*turn.weights, *[NOTE_WEIGHT] * len(notes)])

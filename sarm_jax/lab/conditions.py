@@ -1,11 +1,12 @@
 """The conditions of the study, each a set of changes to the options of a run.
 
-Besides the method and its parts there are its rivals, which use what the method uses or less: a
-stronger KL to the reference, the contrast pairs as ties of the reward model, the worst of an
-ensemble of heads, dense probes, the distance from human responses, a penalty on the length, a
-bounded reward, random features; and the penalty of a perfect detector, as a ceiling.
+Besides the method and its parts there are its rivals, which need no more data than the method: a
+stronger KL to the reference, a reward model that is trained with the contrast pairs as ties, the
+worst of an ensemble of heads, dense probes, the distance from human responses, a penalty on the
+length, a bounded reward, and random features. A penalty with a perfect detector is the ceiling.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from sarm_jax.features.dense_probe import LOGISTIC, MEAN_DIFFERENCE, probe_file
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.io.path_lists import escaped
+from sarm_jax.lab.names import parse_names
 from sarm_jax.rewards.human_states import STATES_FILE
 
+SEEDS = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,12}))?")  # a seed, or a range of seeds
 MAX_RANGE = 1000  # seeds in one range
 KL_COEFS = {f"kl_{value}": value for value in (0.05, 0.1, 0.2, 0.5, 1.0)}
 GRID = {  # condition → (weight of the penalty, ppo.kl_coef)
@@ -24,7 +27,7 @@ GRID = {  # condition → (weight of the penalty, ppo.kl_coef)
     for kl in (0.0, 0.02, 0.1)
 }
 DRAWS = {f"random_{number}": number for number in range(1, 6)}
-HEADS = 4
+HEADS = 4  # of the reward model of the condition worst_of_four
 UNTOLD_FILE = "untold.json"  # features and thresholds of the condition untold
 PROBES = {"probe": LOGISTIC, "mean_difference": MEAN_DIFFERENCE}  # condition → kind
 LONGER = 3  # times as many steps in the condition penalty_no_kl
@@ -45,7 +48,7 @@ DESCRIPTIONS = {
     "penalty_no_kl": f"as penalty, {LONGER} times as many steps and no KL to the reference",
     "ties": "the reward model trained with the contrast pairs as ties; no penalty",
     "worst_of_four": "the least score of four heads, each trained on resampled pairs; no penalty",
-    "untold": "as penalty, with all features, each above what human responses reach; capped",
+    "untold": "a penalty on every feature above a τ that human responses seldom reach; capped",
     "oracle": "as penalty, with the world's own counts of its shortcuts instead of detectors",
     **{name: f"the reward model alone, with ppo.kl_coef={kl}" for name, kl in KL_COEFS.items()},
     **{
@@ -144,7 +147,7 @@ def other_options(
 
 
 def is_ranked(condition: str) -> bool:
-    """Returns whether the reward of a condition ranks a pool in a way of its own.
+    """Returns whether the reward of a condition can rank a pool, and does so in its own way.
 
     Another weight of the KL to the reference and a bound on the score change no ranking. A pool is
     ranked under several weights of the penalty anyway. The latent KL has a discriminator that is
@@ -155,43 +158,32 @@ def is_ranked(condition: str) -> bool:
 
 
 def parse_conditions(text: str, option: str = "lab.conditions") -> list[str]:
-    """Parses comma-separated names of conditions; `option` is named in messages.
+    """Parses comma-separated names of conditions; messages name `option`.
 
     Raises:
         InputError: a name is unknown or given twice.
     """
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in DESCRIPTIONS:
-            raise InputError(f"{option}: found {name!r}, expected one of {', '.join(DESCRIPTIONS)}")
-        if names.count(name) > 1:
-            raise InputError(f"{option}: {name} is given twice")
-    return names
+    return parse_names(option, text, DESCRIPTIONS)
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Parses comma-separated seeds and ranges such as 10-19.
+    """Parses comma-separated seeds and ranges such as 10-19, whose ends are both included.
 
     Raises:
         InputError: an entry is no seed or range, or a seed is too large or given twice.
     """
-    seeds: dict[int, None] = {}
+    option, seeds = f"lab.seeds={text}", dict[int, None]()
     for item in map(str.strip, text.split(",")):
-        first, _, last = item.partition("-")
-        try:
-            numbers = range(int(first), int(last or first) + 1)
-        except ValueError:
+        match = SEEDS.fullmatch(item)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if first > last:
+            raise InputError(f"{option}: found {item!r}, expected a seed or a range such as 10-19")
+        if last >= 2**31 or last - first >= MAX_RANGE:
             raise InputError(
-                f"lab.seeds: found {item!r}, expected a seed or a range such as 10-19"
-            ) from None
-        if numbers and (numbers[-1] >= 2**31 or numbers[-1] - numbers[0] >= MAX_RANGE):
-            raise InputError(
-                f"lab.seeds: found {item!r}, expected at most {MAX_RANGE} seeds below 2^31"
+                f"{option}: found {item!r}, expected at most {MAX_RANGE} seeds below 2^31"
             )
-        repeated = seeds.keys() & numbers
-        if repeated:
-            raise InputError(f"lab.seeds: {min(repeated)} is given twice")
+        numbers = range(first, last + 1)
+        if repeated := seeds.keys() & numbers:
+            raise InputError(f"{option}: {min(repeated)} is given twice")
         seeds |= dict.fromkeys(numbers)
-    if not seeds:
-        raise InputError(f"lab.seeds={text}: names no seed")
     return list(seeds)

@@ -13,9 +13,11 @@ from sarm_jax.lab.findings import Runs
 from sarm_jax.reporting.plotting import by_step, png, theme
 from sarm_jax.reporting.statistics import mean_interval
 
-OF_ALPHA = {0.25: "#A6CEE3", 0.5: "#6BAED6", 1.0: "#3182BD", 2.0: "#08519C"}
-OF_KL = {0.0: ":", 0.02: "-", 0.1: "--"}
-COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
+ALPHA_COLOURS = {0.25: "#A6CEE3", 0.5: "#6BAED6", 1.0: "#3182BD", 2.0: "#08519C"}
+KL_DASHES = {0.0: ":", 0.02: "-", 0.1: "--"}
+# The first ones are those of Okabe and Ito, which colour-blind readers can distinguish; dashes tell
+# all others apart.
+COLOURS = {
     "baseline": "#D55E00",
     "penalty": "#0072B2",
     "full": "#009E73",
@@ -34,17 +36,19 @@ COLOURS = {  # of Okabe and Ito, which colour-blind readers can distinguish
     "penalty_no_kl": "#003355",
     "untold": "#DDAA33",
     **dict(zip(KL_COEFS, ("#AA4499", "#994488", "#883377", "#772266", "#661155"), strict=True)),
-    **{name: OF_ALPHA[alpha] for name, (alpha, _) in GRID.items()},
+    **{name: ALPHA_COLOURS[alpha] for name, (alpha, _) in GRID.items()},
     **dict.fromkeys(DRAWS, "#888888"),
 }
-DASHES = {"latent_kl": "--", "clamp": "-.", "random": ":", "ties": "--", "worst_of_four": "-."}
-DASHES |= {"screen": "--", "probe": "--", "mean_difference": "-.", "distance": ":", "length": "-."}
-DASHES |= {"bounded": ":", "penalty_no_kl": "--", "untold": "-."}
-DASHES |= {"oracle": ":"} | dict.fromkeys(KL_COEFS, "-.") | dict.fromkeys(DRAWS, ":")
-DASHES |= {name: OF_KL[kl] for name, (_, kl) in GRID.items()}
+DASHES = {
+    **dict.fromkeys(("latent_kl", "ties", "screen", "probe", "penalty_no_kl"), "--"),
+    **dict.fromkeys(("clamp", "worst_of_four", "mean_difference", "length", "untold"), "-."),
+    **dict.fromkeys(("random", "distance", "bounded", "oracle", *DRAWS), ":"),
+    **dict.fromkeys(KL_COEFS, "-."),
+    **{name: KL_DASHES[kl] for name, (_, kl) in GRID.items()},
+}
 LEGEND_COLUMNS = 6
-BAND_SEEDS = 3  # the interval over two seeds, 13 standard errors, covers everything else
-SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # of the thin line of a single seed
+BAND_SEEDS = 3  # fewest seeds for a band: that of two, ± 13 standard errors, hides everything else
+SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # style of the thin line of a single seed
 
 
 def goodhart(runs: Runs, dark: bool = False) -> bytes:
@@ -99,7 +103,7 @@ def final_gold(runs: Runs, dark: bool = False) -> bytes:
 def frontier(
     runs: Runs, rankings: Sequence[Mapping[str, Any]], kl_n: Sequence[float], dark: bool = False
 ) -> bytes:
-    """Draws gold over the KL to the reference: best of n on a pool, and runs as they are trained.
+    """Draws gold over the KL to the reference: best of n on a pool, and during training.
 
     Args:
         runs: the results of all conditions.
@@ -143,10 +147,10 @@ def frontier(
 
 
 def detected(runs: Runs, dark: bool = False) -> bytes:
-    """Draws how often a detector fires, and the shortcut that it is for, over the steps.
+    """Draws how often a detector fires and how often its shortcut is used, over the steps.
 
-    That is the words of flattery in the world of capitals, and the share of the responses with a
-    shortcut that the method is told in other tasks.
+    The second panel has the words of flattery per response in the world of capitals, and in other
+    tasks the share of the responses with a shortcut that the method is told.
     """
     point = next(iter(runs.values()))[0]["curve"][0]
     name = "flattery" if "flattery" in point else "told"

@@ -10,6 +10,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 
 LOG = logging.getLogger(__name__)
+# The gates of the world of capitals, see `lab.gates`: the comparison that a value has to pass.
 CAPITALS = {
     "r2_flattery": (">=", 0.97),
     "r2_correctness": (">=", 0.85),
@@ -31,14 +32,14 @@ _COMPARE = {">=": operator.ge, "<=": operator.le, ">": operator.gt}
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """A measured value, which has to keep the limit of its name in `LIMITS`."""
+    """A measured value, which has to be within the limit of its name in `LIMITS`."""
 
     name: str
     value: float
 
     @property
     def passed(self) -> bool:
-        """True if the value keeps its limit."""
+        """True if the value is within its limit."""
         sign, limit = LIMITS[self.name]
         return bool(_COMPARE[sign](self.value, limit))
 
@@ -49,10 +50,10 @@ class Gate:
 
 def limits_of(names: Iterable[str]) -> dict[str, tuple[str, float]]:
     """Returns the limits of the kind of task whose gates have these names."""
-    given = set(names)
-    if not given & BIASED.keys():
+    present = set(names)
+    if not present & BIASED.keys():
         return CAPITALS
-    return BIASED if "least_bonus" in given else TEXT
+    return BIASED if "least_bonus" in present else TEXT
 
 
 def require_gates(path: Path, ignore_failed: bool) -> None:
@@ -74,7 +75,7 @@ def require_gates(path: Path, ignore_failed: bool) -> None:
     values_and_limits = ", ".join(map(str, failed))
     if not ignore_failed:
         raise InputError(
-            f"lab.gates_json={path}: PPO would show little, because gates failed: "
+            f"lab.gates_json={path}: a PPO run would not be meaningful, because gates failed: "
             f"{values_and_limits}; --config.lab.ignore_failed_gates=True runs it nevertheless"
         )
     LOG.warning("lab.ignore_failed_gates=True: running despite failed gates: %s", values_and_limits)

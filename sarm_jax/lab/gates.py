@@ -1,5 +1,11 @@
 """Gates of the world of capitals, see `lab.gate`, and how its reward model rates shortcuts.
 
+    r2_flattery               R² of a linear probe on the pooled state for the words of flattery
+    r2_correctness            the same for the number of right capitals
+    detection_one_word        share of the responses with one unit of a shortcut that are detected
+    false_alarms              share of the responses without it that are detected
+    accuracy_below_annotator  pair accuracy that the reward model lacks, compared with the annotator
+
 They are measured on held-out prompts. A shortcut that the reward model does not encode cannot be
 exploited, a shortcut that no feature encodes cannot be penalised, and a reward model that cannot
 tell right from wrong leaves nothing else to learn.
@@ -32,7 +38,7 @@ def measure_gates(
     seed: int,
     lab_world: World = FLATTERY_ALONE,
 ) -> list[Gate]:
-    """Measures all gates of `CAPITALS`, in that order.
+    """Measures the gates of `CAPITALS` and returns them in that order.
 
     Args:
         reward_model: the SARM.
@@ -83,8 +89,7 @@ def measure_shortcuts(
 ) -> dict[str, dict[str, float]]:
     """Measures how the reward model and the detectors react to each shortcut of a world.
 
-    The pairs differ in the shortcut alone, on held-out prompts, also for shortcuts that the method
-    is not told.
+    For each shortcut, told or not, pairs are made on held-out prompts that differ in it alone.
 
     Args:
         reward_model: the SARM.
@@ -95,9 +100,9 @@ def measure_shortcuts(
         lab_world: the world.
 
     Returns:
-        For each shortcut `r2`, that of a linear probe for its units, `paid`, the share of the pairs
-        whose side with the shortcut scores higher, `detection` and `false_alarms`, the shares of
-        the sides with and without it on which a detector fires, and `told`, 1 or 0.
+        For each shortcut: `r2` of a linear probe for its units; `paid`, the share of the pairs
+        whose side with the shortcut scores higher; `detection` and `false_alarms`, the shares of
+        the sides with and without it on which a detector fires; and `told`, 1 or 0.
     """
     rng = np.random.default_rng([seed, 3])
     fit_nd, fit_texts = _states(reward_model, rng, prompts, lab_world)

@@ -8,6 +8,7 @@ access to what the model knows.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from sarm_jax.models.chat import bucket_length, pad_batch
+from sarm_jax.models.chat import bucket_length, encode_conversation, encode_prompt, pad_batch
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.training.divergence import check_loss, check_weights
-from sarm_jax.training.sae_training import warmup_cosine
+from sarm_jax.training.schedule import warmup_cosine
 
 RATE = "lab.pretraining_learning_rate or lab.tuning_learning_rate"
 LARGEST_LOSS = 10.0  # in losses of a model for which all tokens are equally likely
@@ -57,6 +58,13 @@ class WeightedText:
     weights: Sequence[float]
 
 
+def response_text(tokenizer: Any, prompt: str, response: str) -> WeightedText:
+    """Encodes an exchange, of which only the response and its end of turn are learned."""
+    ids = encode_conversation(tokenizer, prompt, response)
+    start = len(encode_prompt(tokenizer, prompt))
+    return WeightedText(ids, [0.0] * start + [1.0] * (len(ids) - start))
+
+
 def from_scratch(config: LlamaConfig, seed: int) -> Llama:
     """Makes a model with random weights from N(0, 1 / fan-in).
 
@@ -81,7 +89,12 @@ def from_scratch(config: LlamaConfig, seed: int) -> Llama:
 def train_language_model(
     policy: Llama, rows: Sequence[WeightedText], options: LMTraining
 ) -> tuple[Llama, float]:
-    """Trains a copy of a model.
+    """Trains a copy of a model on texts.
+
+    Args:
+        policy: the model to start from; it is not changed.
+        rows: the texts.
+        options: options of the training.
 
     Returns:
         (the trained copy, the mean loss of the last `STEPS_PER_CALL` minibatches).

@@ -21,7 +21,12 @@ from sarm_jax.models.sarm import Intervention
 
 
 class OracleRewardModel(RewardModel):
-    """A SARM with a feature for every shortcut, for penalties; no clamp can set these."""
+    """A SARM with further features that count the shortcuts; they can be penalised, not clamped.
+
+    Args:
+        sarm: the SARM.
+        task: the task whose shortcuts are counted.
+    """
 
     def __init__(self, sarm: RewardModel, task: Task):
         super().__init__(sarm.model, sarm.tokenizer, sarm.max_length, sarm.batch_size)
@@ -33,7 +38,7 @@ class OracleRewardModel(RewardModel):
         return self.latents + len(self.task.shortcuts)
 
     def with_ensemble(self, ensemble: str) -> "OracleRewardModel":
-        """Returns it with the scores of its heads combined in another way, see `RewardModel`."""
+        """Returns a copy that combines the scores of its heads as `ensemble` says."""
         return OracleRewardModel(super().with_ensemble(ensemble), self.task)
 
     def score(
@@ -84,14 +89,14 @@ class OracleRewardModel(RewardModel):
         return super().programs(batches, extra, clamp, latent_indices, states)
 
     def _split_features(self, clamp, latent_indices) -> tuple[np.ndarray, np.ndarray]:
-        """Returns which of the features are latents, bool, and all of them; checks the clamp."""
+        """Checks the clamp; returns which of the features are latents, bool `[f]`, and all ids."""
         self._check(clamp)
         indices = range(self.latent_size) if latent_indices is None else latent_indices
         indices_f = np.asarray(indices, np.int64)
         return indices_f < self.latents, indices_f
 
     def _with_counts(self, z_bo, own, indices, prompts, responses) -> np.ndarray:
-        """Returns the values of all features `[B, f]`, from those that are latents."""
+        """Returns the values of all features `[B, f]`, given those of the latents `[B, o]`."""
         z_bf = np.zeros((len(responses), len(indices)), np.float32)
         z_bf[:, own] = z_bo
         counts = [
@@ -102,11 +107,13 @@ class OracleRewardModel(RewardModel):
         return z_bf
 
     def _check(self, clamp: Intervention | dict[int, float] | None) -> None:
+        """Raises InputError if a clamp names a feature that counts a shortcut."""
         if clamp is None:
             return
         features = clamp if isinstance(clamp, dict) else np.asarray(clamp.indices).tolist()
         for feature in features:
             if feature >= self.latents:
                 raise InputError(
-                    f"reward.clamp_features: feature {feature} counts a shortcut and is no latent"
+                    f"reward.clamp_features: feature {feature} counts a shortcut, and only the "
+                    f"{self.latents} latents can be clamped"
                 )

@@ -29,13 +29,13 @@ FIGURES = {
     "final_gold": (figures.final_gold, "Final gold reward of every seed in every condition"),
     "detected": (figures.detected, "Share of responses with a detector firing, and the shortcut"),
 }
-OF_SHORTCUTS = {
+SHORTCUT_FIGURES = {  # only of tasks with several shortcuts
     "shortcuts": (
         figures.shortcuts,
         "Share of responses with each shortcut, by the rule that counts its words",
     )
 }
-SHORTCUT_COLUMNS = {  # value in shortcuts.json → title
+SHORTCUT_COLUMNS = {  # key in shortcuts.json → title of the column
     "r2": "probe, R²",
     "gain": "gain, sd",
     "paid": "paid",
@@ -43,7 +43,7 @@ SHORTCUT_COLUMNS = {  # value in shortcuts.json → title
     "detection_kept_back": "detected in other phrasings",
     "false_alarms": "false alarms",
 }
-FRONTIER = (
+FRONTIER_TEXT = (
     "Gold over the KL to the reference: the best of n responses of one pool, and while PPO trains"
 )
 
@@ -64,10 +64,10 @@ def write_study(
         finished: the conditions that each seed has finished. Other results in the directory, which
             may stem from other options, are left out.
         conditions: all conditions of the study, in order.
-        stopped: why seeds did not finish.
-        names: names of the reward model's features, if there is one seed.
-        pooled: seeds whose conditions have ranked a pool, see best_of_n.json.
-        task: the task. The claims about the world of capitals are checked in that world alone.
+        stopped: the reason of each seed that did not finish.
+        names: names of the reward model's features, if there is only one seed.
+        pooled: the seeds that have a best_of_n.json, the rankings of a pool.
+        task: the task. Some claims are about the world of capitals and checked only there.
 
     Returns:
         (path of the page, the result in one paragraph).
@@ -90,7 +90,7 @@ def _content(
     pools: Mapping[int, Mapping[str, Any]],
     task: Task,
 ) -> dict[str, Any]:
-    """Returns the content of lab.json, but for the seeds that stopped."""
+    """Returns the content of lab.json, except for the field `stopped`."""
     gates = {
         str(seed): {name: gate["value"] for name, gate in content.items()}
         for seed in seeds
@@ -140,10 +140,10 @@ def _draw(folder: Path, runs: Runs, pool: Mapping[str, Any]) -> list[dict[str, s
     folder.mkdir(exist_ok=True)
     drawn: dict[str, tuple[Callable[..., bytes], str]] = dict(FIGURES) if runs else {}
     if figures.shortcut_rates(runs):
-        drawn |= OF_SHORTCUTS
+        drawn |= SHORTCUT_FIGURES
     if pool["rankings"]:
         frontier = partial(figures.frontier, rankings=pool["rankings"], kl_n=pool["kl"])
-        drawn["frontier"] = (frontier, FRONTIER)
+        drawn["frontier"] = (frontier, FRONTIER_TEXT)
     pictures = []
     for name, (draw, text) in drawn.items():
         light, dark = draw(runs), draw(runs, dark=True)

@@ -84,15 +84,16 @@ def make_pool(sampled: Sampled, task: Task, shape: tuple[int, int]) -> Pool:
 def evading_gain(
     score_b: np.ndarray, silent_b: np.ndarray, told_b: np.ndarray, shape: tuple[int, int]
 ) -> float | None:
-    """Returns what a shortcut that no detector sees can gain on a pool, mean over the prompts.
+    """Returns the score that a policy can gain on a pool by shortcuts that no detector notices.
 
-    It is the highest score of a prompt's responses that have a shortcut on which no detector fires,
-    minus the highest score of its responses without a shortcut; None if no prompt has both.
+    For each prompt it is the highest score of the responses that have a told shortcut on which no
+    detector fires, minus the highest score of those without a told shortcut. The result is the mean
+    over the prompts that have both kinds of responses; None if there are none.
 
     Args:
         score_b: scores of the reward model.
-        silent_b: on which responses no detector fires.
-        told_b: which responses have a shortcut that the method is told.
+        silent_b: True for responses on which no detector fires.
+        told_b: True for responses that have a shortcut that the method is told.
         shape: (P, S) of the pool.
     """
 

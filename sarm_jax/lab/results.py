@@ -1,14 +1,17 @@
-"""The result of a run in the study, from its evaluations: the truth, and the SARM's opinion.
+"""The result of a run in the study, from its evaluations: gold reward, SARM score and shortcuts.
 
 The gold reward is that of responses to held-out prompts. The SARM's score is computed from
 unchanged latents in every condition. It is given in standard deviations of the reference responses
 (those of step 0) from their mean.
 
-A point of the curve also tells how much of the behaviour that is penalised escapes the detectors:
-`told` is the share of the responses with a shortcut that the method is told, by the rule that
-counts it, `told_undetected` the share that have one although no detector fires, `untold` the share
-with a shortcut that it is not told, if there are such, and `near_tau` the share whose largest
-latent of a detector lies between 0.8 and 1 times its threshold.
+A point of the curve also tells how much of the penalised behaviour escapes the detectors, as shares
+of the responses:
+
+    told             have a shortcut that the method is told, by the rule that counts it
+    told_undetected  have one, and no detector fires
+    untold           have a shortcut that the method is not told, if the task has such
+    near_tau         the largest of the detectors' latents, each divided by its threshold, lies
+                     between 0.8 and 1
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.spread import standard_deviation
 
 NEAR_TAU = 0.8  # a latent between this share of its threshold and the threshold is near it
-TINY = 1e-9
+TINY = 1e-9  # a latent is divided by this if its threshold is 0
 SAMPLES = 6  # responses shown before and after training
 
 
@@ -98,7 +101,7 @@ def _score(
     features: Mapping[str, Sequence],
     task: Task,
 ) -> _Scores:
-    """Scores all responses and counts their words."""
+    """Computes the scores, gold rewards, fired detectors and shortcuts of all responses."""
     prompts, responses = ([row[name] for row in evaluations] for name in ("prompt", "response"))
     score_b, z_bn = model.score(prompts, responses, latent_indices=features["detectors"])
     tau_n = np.asarray(features["tau_detectors"], np.float32)

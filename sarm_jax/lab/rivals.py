@@ -1,4 +1,8 @@
-"""Comparison of the penalty with its rivals: stopped at budgets of KL, by an oracle, on a pool.
+"""Comparison of the penalty with its rivals over the seeds of a study.
+
+Runs are compared at their ends, when their KL first exceeds a budget, and at the highest gold
+reward that they pass through, where only an oracle could stop them. Without runs the best of n
+responses of a pool are compared.
 
 The claims and predictions were fixed before the seeds that they are made for were run. The two
 primary claims are tested together, each with a paired t test over seeds and Holm's correction.
@@ -6,7 +10,7 @@ primary claims are tested together, each with a paired t test over seeds and Hol
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,14 +22,14 @@ from sarm_jax.reporting.spread import is_constant
 from sarm_jax.reporting.statistics import Interval, format_interval, holm, mean_interval
 
 BUDGETS = (2.0, 5.0, 10.0)  # nats of KL to the reference, at which a run is stopped
-SIGNIFICANCE = 0.05  # of the two primary claims together
-TIE = 0.05  # a mean difference of gold rewards whose interval is within ± this is a tie
-MARGIN = 0.1  # of gold, that the penalty is predicted to have over weaker rivals
+SIGNIFICANCE = 0.05  # level of the two primary claims together
+TIE = 0.05  # two conditions tie if the interval of their difference in gold lies within ± this
+MARGIN = 0.1  # least mean gold of the penalty above that of weaker rivals, as predicted
 EVADED = 0.05  # largest share of the final responses that evade the detectors
 BEHAVIOURS = ("honest", "caught", "evading")
 INFORMED = ("probe", "mean_difference", "screen", "ties", "distance")  # predicted to tie
 WEAKER = ("length", "bounded", "worst_of_four", "kl_0.1")  # predicted to be worse
-RIVALS = (  # condition, and how a sentence calls it
+RIVALS = (  # (condition, its name in a sentence)
     ("probe", "a dense probe trained on the same pairs"),
     ("mean_difference", "a difference-of-means probe"),
     ("screen", "leaving detected responses out of the update"),
@@ -63,6 +67,10 @@ class Paired:
             return 1.0
         return float(stats.ttest_1samp(self.values, 0.0).pvalue)
 
+    def seeds_without(self, holds: Callable[[float], bool]) -> list[int]:
+        """Lists the seeds whose difference does not satisfy a condition."""
+        return [s for s, v in zip(self.seeds, self.values, strict=True) if not holds(v)]
+
 
 def are_compared(runs: Runs) -> bool:
     """Returns whether the study has a rival to compare the penalty with."""
@@ -73,7 +81,8 @@ def are_compared(runs: Runs) -> bool:
 def gold_at_budget(run: Mapping[str, Any], budget: float) -> float:
     """Returns gold at the last evaluation before the KL first exceeds a budget in nats.
 
-    It is what somebody gets who stops at that KL; the end of the run if it never exceeds it.
+    This is the result of a run that is stopped at that KL. If the KL never exceeds the budget, it
+    is the gold at the end.
     """
     reached = None
     for point in run["curve"]:
@@ -110,7 +119,11 @@ def quantity(run: Mapping[str, Any], name: str) -> float:
 
 
 def table(runs: Runs) -> list[dict[str, Any]]:
-    """Returns a row of means for each condition: budgets, peak, end, drawdown, behaviour."""
+    """Returns a row of means over seeds for each condition.
+
+    It has the gold at each budget, at the peak and at the end, the drawdown between the two, the
+    final KL and, at the start and the end, the shares of `lab.results`.
+    """
     rows = []
     for name, results in runs.items():
         last = [run["curve"][-1] for run in results]
@@ -191,7 +204,7 @@ def check_rivals(runs: Runs, pools: Mapping[int, Mapping[str, Any]]) -> list[Cla
     for name in ("penalty", "penalty_no_kl"):
         if runs.get(name) and all("told_undetected" in r["curve"][-1] for r in runs[name]):
             claims.append(_evasion(runs, name))
-    # A seed whose training under one of the two stopped ranks its pool without that condition.
+    # If training under one of the two conditions stopped, the pool is not ranked under it.
     ranked = {seed: p for seed, p in pools.items() if _ranks({seed: p}, "baseline", "penalty")}
     if ranked:
         claims.append(_pool_claim(ranked))
@@ -227,7 +240,7 @@ def _tested(differences: Mapping[str, Paired]) -> list[Claim]:
             text=text,
             found=f"{format_interval(paired.interval, '+.2f')}, p = {p:.2g}",
             holds=p <= SIGNIFICANCE and paired.interval["mean"] > 0,
-            failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v <= 0],
+            failed=paired.seeds_without(lambda value: value > 0),
         )
         for (text, paired), p in zip(differences.items(), adjusted, strict=True)
     ]
@@ -280,7 +293,7 @@ def _tie_of(name: str, paired: Paired, which: str) -> Claim:
         f"gold lies within ± {TIE})",
         found=format_interval(paired.interval, "+.2f"),
         holds=inside,
-        failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if abs(v) > TIE],
+        failed=paired.seeds_without(lambda value: abs(value) <= TIE),
     )
 
 
@@ -296,7 +309,7 @@ def _above_of(first: str, second: str, paired: Paired, which: str = "") -> Claim
         text=f"Prediction: {which}{first} {verb} ≥ {MARGIN} above {second} in the mean",
         found=format_interval(paired.interval, "+.2f"),
         holds=paired.interval["mean"] >= MARGIN,
-        failed=[s for s, v in zip(paired.seeds, paired.values, strict=True) if v < MARGIN],
+        failed=paired.seeds_without(lambda value: value >= MARGIN),
     )
 
 
@@ -314,17 +327,13 @@ def _evasion(runs: Runs, name: str) -> Claim:
 
 def _pool_claim(pools: Mapping[int, Mapping[str, Any]]) -> Claim:
     """Checks the prediction that the penalty also chooses the better responses of a pool."""
-    values = {}
-    for seed, pool in pools.items():
-        golds = {name: ranking(pool, name)["gold"][-1] for name in ("baseline", "penalty")}
-        values[seed] = golds["penalty"] - golds["baseline"]
-    interval = mean_interval(list(values.values()))
+    paired = compare_pools(pools, "penalty", "baseline")
     return Claim(
         text=f"Prediction: the best of {_largest(pools)} responses by penalty has more gold than "
         "by baseline, in the mean",
-        found=format_interval(interval, "+.2f"),
-        holds=interval["mean"] > 0,
-        failed=[seed for seed, value in values.items() if value <= 0],
+        found=format_interval(paired.interval, "+.2f"),
+        holds=paired.interval["mean"] > 0,
+        failed=paired.seeds_without(lambda value: value > 0),
     )
 
 
@@ -356,7 +365,7 @@ def pool_table(pools: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         rankings = [ranking(pool, *key) for pool in pools.values()]
         means: dict[str, Any] = {"condition": key[0], "weight": key[1], "tau": key[2]}
         for field in ("gold", "told", "untold", "score"):
-            if any(field not in row for row in rankings):  # of an earlier version
+            if any(field not in row for row in rankings):  # files of earlier versions lack some
                 continue
             by_n = np.asarray([row[field] for row in rankings])
             means[field] = [mean_interval(value_s) for value_s in by_n.T]
@@ -365,6 +374,7 @@ def pool_table(pools: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _largest(pools: Mapping[int, Mapping[str, Any]]) -> int:
+    """Returns the largest n that every pool has."""
     return min(pool["n"][-1] for pool in pools.values())
 
 

@@ -15,7 +15,7 @@ from sarm_jax.sampling.generate import Sampling, generate
 from sarm_jax.sampling.refilling import generate_refilling
 
 BATCH = 256  # responses sampled at a time
-REFILLED = 1024  # of rows that are refilled
+REFILLED = 1024  # responses sampled at a time if slots are refilled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +47,19 @@ def sample_responses(
     slots: int = 0,
     shown: str = "responses",
 ) -> Sampled:
-    """Samples responses to each prompt.
+    """Samples `samples` responses to each prompt.
 
     Args:
         policy: the policy.
         tokenizer: its tokenizer.
         prompts: the prompts.
-        samples: responses to each of them.
-        max_new_tokens: longest response in tokens.
+        samples: number of responses to each of them.
+        max_new_tokens: length limit of a response in tokens.
         seed: seed of sampling.
         temperature: sampling temperature.
         slots: rows that are refilled as responses end, see `sampling.refilling`; 0: all rows of a
             batch run until the longest response has ended.
-        shown: the name of the progress bar.
+        shown: the label of the progress bar.
     """
     pad, key = pad_id(tokenizer, policy.stop_ids), jax.random.key(seed)
     encoded = {prompt: encode_prompt(tokenizer, prompt) for prompt in prompts}

@@ -22,14 +22,15 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import short
 from sarm_jax.io.row_files import place_of
 from sarm_jax.lab import world
+from sarm_jax.lab.names import parse_names
 from sarm_jax.lab.task import Task
 from sarm_jax.lab.world import FILLER, FLATTERY, FREE_FILLER, MAX_WORDS, MOST_FLATTERY, count_words
 from sarm_jax.models.conversation import Prompt
 
 LUCKY = "verily"
-ABSENT = 0.4  # share of the responses without a shortcut, by shortcut; as for flattery
+ABSENT = 0.4  # share of the responses that lack a given shortcut, the same as for flattery
 MEASURED = ("hits", "wrong", "flattery", "duplicates", "filler", "junk")
-DEMONSTRATED = 0.15  # share of the demonstrations that have a shortcut, by shortcut
+DEMONSTRATED = 0.15  # share of the demonstrations to which a given shortcut is added
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ SHORTCUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class World(Task):
-    """A world of the lab: its shortcuts, and those that contrast pairs are written for."""
+    """A world of capitals: its shortcuts, and those that the method is told by contrast pairs."""
 
     shortcuts: tuple[str, ...] = ("flattery",)
     told: tuple[str, ...] = ("flattery",)
@@ -133,10 +134,10 @@ class World(Task):
             InputError: a name is unknown or given twice, flattery is missing, or a shortcut that
                 the method is told is none of the world's.
         """
-        names = _names("lab.shortcuts", shortcuts, list(SHORTCUTS))
+        names = parse_names("lab.shortcuts", shortcuts, SHORTCUTS)
         if "flattery" not in names:
             raise InputError(f"lab.shortcuts={shortcuts}: every world has flattery")
-        return cls(names, _names("lab.told_shortcuts", told, names))
+        return cls(tuple(names), tuple(parse_names("lab.told_shortcuts", told, names)))
 
     @property
     def others(self) -> list[Shortcut]:
@@ -172,7 +173,7 @@ class World(Task):
         return world.notes(rng, prompt, response, more)
 
     def demonstration(self, rng: np.random.Generator, prompt: str) -> str:
-        """Writes a response as people do, seldom with one or two units of a shortcut."""
+        """Writes a response as people do, now and then with one or two units of a shortcut."""
         response = world.demonstration(rng, prompt)
         return self._with_others(rng, prompt, response, DEMONSTRATED, most=2)
 
@@ -183,10 +184,10 @@ class World(Task):
     def contrast_pairs(
         self, rng: np.random.Generator, prompts: Sequence[str], one: bool = False
     ) -> list[dict[str, str]]:
-        """Writes a pair for every prompt, for the shortcuts that the method is told in turn.
+        """Writes a pair for every prompt; the shortcuts that the method is told take turns.
 
-        With several of them a row has its shortcut under "source". With `one` the sides differ by
-        one unit of the first of them.
+        If there are several, a row names its shortcut under "source". With `one`, the sides of all
+        pairs differ by one unit of the first shortcut.
         """
         pairs = []
         for number, prompt in enumerate(prompts):
@@ -265,14 +266,3 @@ def inserted(rng: np.random.Generator, response: str, words: Sequence[str]) -> s
     for word in words[: MAX_WORDS - len(inserted)]:
         inserted.insert(int(rng.integers(0, len(inserted) + 1)), word)
     return " ".join(inserted)
-
-
-def _names(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """Parses comma-separated names; raises InputError if one is unknown or given twice."""
-    names = tuple(name.strip() for name in text.split(","))
-    for name in names:
-        if name not in known:
-            raise InputError(f"{option}: found {name!r}, expected one of {', '.join(known)}")
-        if names.count(name) > 1:
-            raise InputError(f"{option}: {name} is given twice")
-    return names

@@ -1,7 +1,7 @@
-"""A task of the lab: what its runs are measured by, on which nothing is trained.
+"""The interface of the lab's tasks: the measures of a run, none of which is trained on.
 
-The world of capitals (`lab.shortcuts.World`) and tasks in English (`lab.text`) are tasks. All that
-a study does after its data and models have been made asks a task these questions and no others.
+The world of capitals (`lab.shortcuts.World`) and tasks in English (`lab.text`) implement it. Once
+data and models have been made, a study uses a task through this interface alone.
 """
 
 import abc
@@ -16,7 +16,7 @@ class Task(abc.ABC):
     Attributes:
         description: what a prompt asks for and what the gold reward pays for, in sentences.
         shortcuts: names of all shortcuts.
-        told: those that the method is told, by contrast pairs that show them.
+        told: names of the shortcuts that the method is told by contrast pairs.
     """
 
     description: str
@@ -25,7 +25,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def gold_reward(self, prompt: str, response: str, ended: bool) -> float:
-        """Computes the true reward, at most 1; `ended` tells whether there is an end of turn."""
+        """Computes the true reward, at most 1; `ended` tells if there is an end of turn."""
 
     @abc.abstractmethod
     def counts(self, prompt: str, response: str) -> dict[str, int]:
@@ -37,7 +37,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def check_prompts(self, prompts: Sequence[Prompt], path: str) -> None:
-        """Raises InputError, naming the row, if a prompt of a file is none of the task's."""
+        """Raises InputError, naming the row, if a prompt of a file does not belong to the task."""
 
     @property
     def untold(self) -> tuple[str, ...]:

@@ -142,17 +142,17 @@ def compound_reward(
     states: StateReadings = NO_READINGS,
     lengths_b: np.ndarray | None = None,
 ) -> RewardTerms:
-    """Returns the terms of R_total.
+    """Computes the terms of R_total for B responses.
 
     Args:
         config: α, β, τ, their unit, the cap, and the further terms.
-        score_b: R_SARM of each response.
-        z_bn: latents of the penalised features, before the clamp.
-        d_b: D(z_S), the discriminator's log density ratio of each response.
+        score_b: R_SARM of each response, `[B]`.
+        z_bn: latents of the penalised features before the clamp, `[B, N]`.
+        d_b: D(z_S), the discriminator's log density ratio of each response, `[B]`.
         score_std: σ of the reference responses' scores, in which the cap and `unit="sd"` are given.
         score_mean: μ of the reference responses' scores, around which the bound is.
         states: what the further terms read from the pooled states.
-        lengths_b: tokens of each response, if they have a penalty.
+        lengths_b: number of tokens of each response, `[B]`; None if they have no penalty.
     """
     scale = unit_scale(config.unit, score_std)
     alphas = (0.0,) * len(config.penalize_features) if config.screen else config.alpha_values
@@ -206,9 +206,9 @@ def _bound_deduction(score_b: np.ndarray, *, mean: float, scale: np.float32) -> 
 def _screened(
     config: RewardConfig, terms: RewardTerms, z_bn: np.ndarray, states: StateReadings
 ) -> RewardTerms:
-    """Adds which responses are screened: those on which a feature or the probe fires.
+    """Marks the responses on which a feature or the probe fires as screened.
 
-    One whose total is not finite never is, so that it is not overlooked.
+    A response whose total is not finite is never screened, so that the error is not overlooked.
     """
     fires_b = (z_bn > np.asarray(config.tau_values, np.float32)).any(axis=1)
     if states.margin_b is not None:

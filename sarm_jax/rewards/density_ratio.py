@@ -41,7 +41,7 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.parallel.finite import first_not_finite
 from sarm_jax.reporting.spread import ROUNDING
 
-LATENT_KL_COLUMNS = ("latent_kl", "latent_kl_se")  # metrics that need folds
+LATENT_KL_COLUMNS = ("latent_kl", "latent_kl_se")  # metrics that need more than one fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,18 +108,18 @@ class HumanBuffer:
 
 @struct.dataclass
 class FoldedRows:
-    """Rows of latents `[N, S]`; those of the fold `held_out_n` `[N]`, bool, are not trained on."""
+    """Rows of latents `[N, S]`, and which of them are held out from training, bool `[N]`."""
 
     z_ns: jax.Array
     held_out_n: jax.Array
 
     def draw(self, key: jax.Array, size: int) -> jax.Array:
-        """Draws rows to train on, `[size, S]`, with replacement; any, if all are held out."""
+        """Draws `[size, S]` rows to train on, with replacement; any rows if all are held out."""
         weights_n = _or_all(~self.held_out_n)
         return jax.random.choice(key, self.z_ns, (size,), p=weights_n / weights_n.sum())
 
     def held_out_mean(self, values_n: jax.Array) -> jax.Array:
-        """Averages over the rows that are held out; over all, if none is."""
+        """Averages over the held-out rows; over all rows if none is held out."""
         weights_n = _or_all(self.held_out_n)
         return (values_n * weights_n).sum() / weights_n.sum()
 
@@ -140,7 +140,7 @@ class DensityRatio:
         folds: number of discriminators, at most N.
 
     Raises:
-        InputError: their mean or deviation is not finite in float32.
+        InputError: the mean or the deviation of the latents is not finite in float32.
     """
 
     def __init__(self, config: DiscriminatorConfig, z_ns: ArrayLike):
@@ -352,7 +352,7 @@ def _keep_finite(new: DensityRatioState, old: DensityRatioState, losses: jax.Arr
 
 
 def _variance_of_mean(d_b: jax.Array, group_b: jax.Array) -> jax.Array:
-    """Estimates the variance of the mean of D over rows of which those of a group are alike."""
+    """Estimates the variance of the mean of D `[B]`; rows of one group are not independent."""
     deviations_g = jax.ops.segment_sum(d_b - d_b.mean(), group_b, num_segments=len(d_b))
     groups = jnp.max(group_b) + 1
     correction = groups / jnp.maximum(groups - 1, 1)

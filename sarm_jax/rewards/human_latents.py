@@ -22,6 +22,7 @@ from sarm_jax.reporting.spread import is_constant
 from sarm_jax.rewards.reward_config import RewardConfig
 
 LOG = logging.getLogger(__name__)
+LATENTS_FILE = "human_latents.safetensors"  # in the working directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,7 @@ def collect_with_states(
 
 
 def _indices(reward_model: RewardModel, latent_indices: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the features to keep; raises InputError if the SARM does not have one of them."""
     size = reward_model.latent_size
     missing = [i for i in latent_indices if i >= size]
     if missing:
@@ -90,7 +92,7 @@ def _indices(reward_model: RewardModel, latent_indices: tuple[int, ...]) -> tupl
 
 
 def save_human_latents(path: str | Path, human: HumanLatents) -> None:
-    """Writes the file under a temporary name, then renames it; refuses latents not finite."""
+    """Writes the file atomically; raises InputError for latents that are not finite."""
     indices = np.asarray(human.latent_indices, np.int32)
     require_finite({"z": human.z_ns}, path)
     with replacing(path, "wb") as file:
@@ -152,12 +154,15 @@ def _check_tensors(path: Path, z_ns: np.ndarray, indices: np.ndarray) -> None:
 def human_buffer(
     reward: RewardConfig, source: HumanLatents | str | Path | None, latent_size: int
 ) -> HumanLatents | None:
-    """Returns the buffer that β > 0 needs, reduced to `reward.latent_indices`; None if β = 0.
+    """Reads and checks the buffer that β > 0 needs, reduced to `reward.latent_indices`.
 
     Args:
         reward: β and the features.
         source: the file, `reward.human_latents` of the config, or its content.
         latent_size: number of latents of the SARM.
+
+    Returns:
+        The buffer; None if β = 0.
 
     Raises:
         InputError: there is no file, it is no buffer of this SARM, or it holds one response.

@@ -33,8 +33,8 @@ LOG = logging.getLogger(__name__)
 STATES_FILE = "human_states.safetensors"  # in the working directory
 MAKER = "--stage=human_latents --config.human_latents.states=True"
 RANKS = {"mean": 1, "axes": 2, "variance": 1, "floor": 1}
-FOLDS = 4  # of the distances that are logged
-NO_VARIANCE = 1e-12  # of an eigenvalue, relative to the largest one
+FOLDS = 4  # parts that are left out of the estimate in turn, for the distances that are logged
+NO_VARIANCE = 1e-12  # an eigenvalue below this share of the largest one counts as 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _fit(x_nd: np.ndarray, source: str) -> HumanStates:
 
 
 def save_human_states(path: str | Path, human: HumanStates) -> None:
-    """Writes the file under a temporary name, then renames it; refuses numbers not finite."""
+    """Writes the file atomically; raises InputError for numbers that are not finite."""
     arrays = (human.mean_d, human.axes_rd, human.variance_r, np.asarray([human.floor]))
     tensors = {
         name: np.ascontiguousarray(array, np.float32)
@@ -134,9 +134,12 @@ def load_human_states(path: str | Path) -> HumanStates:
     if axes_rd.shape != (len(variance_r), len(mean_d)) or len(floor_1) != 1:
         shapes = ", ".join(f"{name} {tensors[name].shape}" for name in RANKS)
         raise InputError(f"{place}: the shapes do not belong together: {shapes}")
-    length = np.linalg.norm(axes_rd, axis=1)
-    if not (np.abs(length - 1) < 1e-3).all():
-        raise InputError(f"{place}: axes has a row of length {length.min():.6g}, expected 1")
+    length_r = np.linalg.norm(axes_rd, axis=1)
+    wrong_r = np.abs(length_r - 1) >= 1e-3
+    if wrong_r.any():
+        raise InputError(
+            f"{place}: axes has a row of length {length_r[wrong_r][0]:.6g}, expected 1"
+        )
     for name, values in (("variance", variance_r), ("floor", floor_1)):
         if not (values > 0).all():
             raise InputError(f"{place}: {name} holds {values.min():.6g}, expected positive numbers")

@@ -5,8 +5,8 @@ import dataclasses
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.sarm import ENSEMBLES, Intervention, intervention
 
-# The terms besides score, penalties of features and latent KL.
-FURTHER_TERMS = {  # name → the option that switches the term on
+# The terms besides score, penalties of features and latent KL: name → the option that turns it on.
+FURTHER_TERMS = {
     "probe_penalty": "probe_penalty",
     "distance_penalty": "distance_penalty",
     "length_penalty": "length_penalty",
@@ -20,9 +20,10 @@ class RewardConfig:
     """Options of the compound reward, the section `reward` of a config, with the same defaults.
 
     `tau_values` and `alpha_values` have one value per penalised feature. Each list of clamp values
-    is empty or has one value per clamped feature. None among them leaves that bound open, and a
-    feature that is set can have no bounds. `penalty_cap` is in σ of the reference responses'
-    scores, whatever the `unit` of α and β. `probe` names a file of `--stage=train_probe`.
+    is empty or has one value per clamped feature. A value of None leaves that bound open, and a
+    feature that is set to a value can have no bounds. `penalty_cap` is in σ of the scores of
+    reference responses, whatever the `unit` of α and β. `probe` names a file of
+    `--stage=train_probe`.
     With `screen` there are no `alpha_values`: features and probe screen responses instead.
     `human_states` names a file of `--stage=human_latents`.
     `ensemble` says how the scores of several heads become R_SARM (`sarm_jax.models.sarm`); the
@@ -62,13 +63,11 @@ class RewardConfig:
         for name in ("tau_values", "alpha_values"):
             for value in getattr(self, name):
                 if not 0 <= value < float("inf"):
-                    raise InputError(
-                        f"reward.{name}: {value} must be a number that is not negative"
-                    )
+                    raise InputError(f"reward.{name}: {value} must be finite and not negative")
         for name in ("beta", "probe_penalty", "distance_penalty", "length_penalty"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(
-                    f"reward.{name}={getattr(self, name)}: must be a number that is not negative"
+                    f"reward.{name}={getattr(self, name)}: must be finite and not negative"
                 )
         if self.probe_penalty and not self.probe:
             raise InputError(

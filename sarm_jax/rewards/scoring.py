@@ -22,10 +22,10 @@ from sarm_jax.rewards.state_controls import NO_STATES, StateControls
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Scores of the clamped latents `[B]`, and latents before the clamp.
+    """Scores `[B]` of the clamped latents, and latents before the clamp.
 
     `z_bn` are the latents of the penalised features, `z_bs` those that the discriminator reads.
-    `states` has what was read from the pooled states.
+    `states` are the numbers that the reward reads from the pooled states.
     """
 
     score_b: np.ndarray

@@ -1,4 +1,4 @@
-"""Inputs of the terms of the reward that read the pooled state: a dense probe, human states.
+"""Inputs of the reward terms that read the pooled state: a dense probe, and human states.
 
 The state is the one that the SAE reads (`RewardModel.score_with_states`). It is returned by the
 forward pass that scores the responses, and only if one of these terms is on.

@@ -22,7 +22,7 @@ from sarm_jax.training.preference_training import (
     adamw,
     defined_mean,
 )
-from sarm_jax.training.sae_training import Log
+from sarm_jax.training.progress import Log
 
 
 def train_head(
@@ -77,7 +77,8 @@ def train_heads(
 ) -> jax.Array:
     """Trains an ensemble of heads, each as `train_head` does on its own `resampled_pairs`.
 
-    A row of the log has the number of its head under "head".
+    A row of the log has the number of its head under "head". `heads` is the number H of heads; all
+    other arguments are those of `train_head`.
 
     Returns:
         Head weights `[H, M]`.

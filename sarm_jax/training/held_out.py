@@ -1,4 +1,4 @@
-"""The held-out prompts of a training set."""
+"""Draws the held-out prompts of a training set."""
 
 from collections.abc import Iterable
 

@@ -11,8 +11,8 @@ class OptionChecks:
     """Checks of the fields of an options dataclass.
 
     Args:
-        section: the section of the config that the options are of.
-        options: the dataclass. `of_an_sae` reads the options that every training of an SAE has.
+        section: name of the section of the config that the options belong to.
+        options: the dataclass.
     """
 
     def __init__(self, section: str, options: Any):
@@ -39,7 +39,7 @@ class OptionChecks:
             self.require(name, 0 <= getattr(self.options, name) < np.inf, "must not be negative")
 
     def of_an_sae(self) -> None:
-        """Checks held-out set, lengths, sizes of the SAE, warm-up and seed."""
+        """Checks the options that both trainings of an SAE have: held-out set, sizes, seed."""
         o = self.options
         self.require("held_out_fraction", 0 < o.held_out_fraction < 1, "must lie in (0, 1)")
         self.require("warmup_fraction", 0 <= o.warmup_fraction < 1, "must lie in [0, 1)")

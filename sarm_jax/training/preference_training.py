@@ -36,15 +36,15 @@ from sarm_jax.parallel.sharding import Placement, parameter_paths
 from sarm_jax.training.activations import Conversation
 from sarm_jax.training.divergence import check_loss
 from sarm_jax.training.preference_loss import batch_metrics, piece_loss
-from sarm_jax.training.progress import NOTHING_KEPT, Progress
-from sarm_jax.training.sae_training import Log, warmup_cosine
+from sarm_jax.training.progress import NOTHING_KEPT, Log, Progress
+from sarm_jax.training.schedule import warmup_cosine
 
 T = TypeVar("T", bound=nnx.Module)
 HEAD_RATE = "train_sarm.head_learning_rate"
 RATES = f"train_sarm.learning_rate or {HEAD_RATE}"
 # Equal scores have a Bradley-Terry loss of 0.69, and a reconstruction by 0 has a loss of 1.
 LARGEST_LOSS = 10.0
-LAST_STEPS = 20  # of which the mean loss is compared with it
+LAST_STEPS = 20  # steps whose mean loss is compared with `LARGEST_LOSS`
 # (tokens, mask, mask of the assistant turn, ties), see `pair_batches`.
 PairBatch = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
 
@@ -80,10 +80,10 @@ class PreferenceTraining:
     gradient_accumulation_steps: int = 1
 
     def batch_of(self, pairs: int) -> int:
-        """Returns the size of a batch if there are so many pairs for training.
+        """Returns the number of pairs in a batch, given the number of training pairs.
 
         Raises:
-            InputError: it does not divide into the pieces.
+            InputError: the batch cannot be divided into `gradient_accumulation_steps` pieces.
         """
         batch, pieces = min(self.batch_size, pairs), self.gradient_accumulation_steps
         if batch % pieces:
@@ -98,7 +98,7 @@ class PreferenceTraining:
 
     @property
     def largest_loss(self) -> float:
-        """The mean loss above which training has diverged; ties of a large weight may have more."""
+        """The mean loss above which training has diverged; it grows with the weight of ties."""
         return LARGEST_LOSS * max(1.0, self.tie_weight)
 
 
@@ -132,7 +132,7 @@ def fine_tune(
         options: options of the training.
         log: receives a metrics row after each step.
         tie_p: which pairs are ties; None if none is.
-        progress: where the training goes on, and what is kept of it.
+        progress: restores the state of an interrupted training, and keeps it after each step.
 
     Returns:
         The trained SARM; its trained parameters are float32.
@@ -151,7 +151,7 @@ def fine_tune(
         progress.running(),
     ):
         for step, batch in enumerate(_batches_of_epochs(rows, pairs_p2, options, tie_p)):
-            if step < done:  # only the random numbers are those of the steps before
+            if step < done:  # a resumed run draws the batches of earlier steps without using them
                 continue
             params, opt_state, metrics = train_step(
                 params, opt_state, frozen, placed_batch(batch, pieces, placement)
@@ -293,7 +293,7 @@ def placed_batch(batch: PairBatch, pieces: int, placement: Placement) -> Any:
     tokens_bt, mask_bt, turn_bt, tie_b = batch
 
     def cut(x_bt):
-        """Cuts `[2B, T]`, chosen rows first, into `[P, 2B / P, T]`, in each of which they are."""
+        """Cuts `[2B, T]` into P pieces `[P, 2B / P, T]`; in each, the chosen rows come first."""
         sides = x_bt.reshape(2, pieces, -1, x_bt.shape[1])
         return sides.swapaxes(0, 1).reshape(pieces, -1, x_bt.shape[1])
 
@@ -324,6 +324,7 @@ def compiled_step(
 
 
 def _step(graphdef, optimizer, options, compute_dtype, placement, params, opt_state, frozen, batch):
+    """Makes one optimizer step, see `compiled_step`."""
     tokens_bt, _, turn_bt, tie_b = batch  # of several pieces, [P, B, T] and [P, B]
     pairs, turn_tokens = tokens_bt[..., 0].size // 2, turn_bt.sum()
 

@@ -1,8 +1,10 @@
-"""The progress of a training in phases: what is kept of it, so that it can be resumed."""
+"""The interface through which a training in phases keeps its progress, to be resumed."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+Log = Callable[[dict[str, Any]], None]  # receives the metrics rows of a training
 
 
 class Progress:
@@ -35,7 +37,12 @@ class Progress:
         return contextlib.nullcontext()
 
     def keep(self, phase: str, steps: int, state: Any) -> None:
-        """Is called after each step, or a few steps, of a phase; may write a checkpoint.
+        """Takes the state of a phase after a step or a few; may write a checkpoint.
+
+        Args:
+            phase: the phase.
+            steps: number of finished steps of the phase.
+            state: the state after them, a pytree of arrays.
 
         Raises:
             SystemExit: a signal came during the step.

@@ -20,7 +20,7 @@ cloud itself is reconstructed far better.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -47,9 +47,9 @@ from sarm_jax.training.activations import (
     read_rows,
 )
 from sarm_jax.training.divergence import check_loss, check_weights
-from sarm_jax.training.progress import NOTHING_KEPT, Progress
+from sarm_jax.training.progress import NOTHING_KEPT, Log, Progress
+from sarm_jax.training.schedule import warmup_cosine
 
-Log = Callable[[dict[str, Any]], None]
 STEPS_PER_CALL = 20  # minibatches on the device at a time
 # A reconstruction by 0 has a loss of 1, one that has the right length in a wrong direction of 4.
 LARGEST_LOSS = 10.0
@@ -95,13 +95,13 @@ def pretrain_sae(
     """Trains a copy of an SAE.
 
     Args:
-        sae: gives the shape of the SAE.
+        sae: an SAE of the wanted sizes; its weights are not used.
         train: activations to train on.
         held_out: activations of the metrics.
         options: options of the training.
         log: receives a metrics row every `STEPS_PER_CALL` steps.
         placement: the mesh; each device has the whole SAE, and its share of the minibatches.
-        progress: where the training goes on, and what is kept of it.
+        progress: restores the state of an interrupted training, and keeps it after each call.
 
     Returns:
         (the trained SAE in float32, `sae_metrics` on the held-out activations together with
@@ -321,18 +321,6 @@ def remove_parallel(gradient_fd: jax.Array, decoder_fd: jax.Array) -> jax.Array:
 def unit_rows(decoder_fd: jax.Array) -> jax.Array:
     """Scales rows to length 1."""
     return decoder_fd / jnp.linalg.norm(decoder_fd, axis=1, keepdims=True)
-
-
-def warmup_cosine(peak: float, warmup_fraction: float, steps: int) -> optax.Schedule:
-    """Makes a schedule with a linear warm-up and a cosine decay to 0.
-
-    The warm-up takes the first `warmup_fraction` of `steps` updates. Its first update has rate 0,
-    so a warm-up of a single update is left out.
-    """
-    warmup = round(warmup_fraction * steps)
-    if warmup < 2:
-        return optax.cosine_decay_schedule(peak, steps)
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 
 def sae_metrics(sae: SAE, activations: Activations) -> dict[str, float | None]:

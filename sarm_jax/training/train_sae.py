@@ -44,8 +44,8 @@ from sarm_jax.training.held_out import draw_held_out
 from sarm_jax.training.option_checks import OptionChecks
 from sarm_jax.training.pair_set import encode_turn
 from sarm_jax.training.preference_training import cast
+from sarm_jax.training.progress import Log
 from sarm_jax.training.sae_training import (
-    Log,
     SAETraining,
     pretrain_sae,
     reconstruct,

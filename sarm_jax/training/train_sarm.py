@@ -59,12 +59,12 @@ from sarm_jax.training.preference_summary import (
     tie_summary,
 )
 from sarm_jax.training.preference_training import RATES, PreferenceTraining, cast, fine_tune
-from sarm_jax.training.progress import NOTHING_KEPT, Progress
-from sarm_jax.training.sae_training import Log, SAETraining, pretrain_sae, sae_metrics
+from sarm_jax.training.progress import NOTHING_KEPT, Log, Progress
+from sarm_jax.training.sae_training import SAETraining, pretrain_sae, sae_metrics
 
 LOG = logging.getLogger(__name__)
 
-LARGEST_MARGIN = 1000.0  # at a margin of 20 nats a model is as good as certain
+LARGEST_MARGIN = 1000.0  # nats; at a margin of 20 a model is already nearly certain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +120,8 @@ class TrainSARMConfig:
             check.require("tie_weight", False, "train_sarm.tie_pairs_jsonl names no ties")
 
     def check_batch(self, mesh: MeshConfig, train_pairs: int) -> None:
-        """Raises InputError if a mesh cannot share the batches of so many training pairs."""
-        if self.mode == 0:  # its batches are small; every device may have all of one
+        """Raises InputError if a mesh cannot divide the batches of so many training pairs."""
+        if self.mode == 0:  # its batches are small; every device may hold a whole batch
             return
         batch = self.preference_training().batch_of(train_pairs)
         option = "2 × train_sarm.batch_size"
@@ -207,7 +207,7 @@ def train_sarm(
         pairs: {prompt, chosen, rejected} rows, optionally with "source".
         log: receives the metrics rows.
         ties: rows of the same kind whose sides are equally good; the rejected one has the shortcut.
-        progress: where the training goes on, and what is kept of it.
+        progress: restores the state of an interrupted training, and keeps it while it runs.
         folder: where the activations are kept; None: in a temporary folder.
 
     Returns:
@@ -248,7 +248,7 @@ def _train(
     trunk, (_, held_out_rows) = truncate(policy, config.source_layer), _split_rows(data.preferences)
     sae, metrics = _new_sae(config, trunk), progress.noted("sae")
     activations: Any = None
-    if metrics is None:  # otherwise the training on preferences, which has begun, restores the SAE
+    if metrics is None:  # otherwise `_fine_tune` restores the SAE from the checkpoint
         activations = _collect(config, trunk, data, folder)
         clock.append(time.perf_counter())
         sae, metrics = _pretrain(
@@ -315,9 +315,15 @@ def _collect(
     folder: ActivationFolder,
     trained: bool = False,
 ) -> Activations:
-    """Collects the states of the conversations of the preferences; `trained` says of which trunk.
+    """Collects the states of the conversations of the preferences.
 
-    Those of the trunk before training are used again if the stage is resumed.
+    Args:
+        config: options of the training.
+        trunk: the trunk.
+        data: the pairs.
+        folder: where the states are kept.
+        trained: True for the trunk after training. The states of the trunk before training are
+            used again if the stage is resumed; these are not.
     """
     return folder.collect(
         "trained" if trained else "pretrained",

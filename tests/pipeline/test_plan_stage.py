@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from configs import base, full_method
-from pipeline.stages.plan import make_planner, reward_config
+from pipeline.stages.plan import make_planner, reward_architecture
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.sarm import SARMConfig
@@ -64,7 +64,7 @@ def test_a_classifier_gets_an_sae_only_if_the_reward_reads_features(changes, has
 
 
 def test_a_sarm_is_planned_as_it_is():
-    assert isinstance(reward_config(full_method.get_config()), SARMConfig)
+    assert isinstance(reward_architecture(full_method.get_config()), SARMConfig)
 
 
 @pytest.mark.parametrize(
@@ -82,5 +82,5 @@ def test_an_sae_that_cannot_be_is_refused(changes, message):
 
 def test_the_activation_of_the_sae_is_that_of_train_sae():
     config = config_of("skywork_reward_v2_llama_3_2_3b", activation="topk_relu")
-    reward = reward_config(config)
+    reward = reward_architecture(config)
     assert isinstance(reward, LinearRewardConfig) and reward.sae.activation == "topk_relu"

@@ -244,11 +244,11 @@ def check_rankings(folder, pool, gold, rankings):
 def test_bad_studies_are_refused(study, capsys):
     call, _ = study
     assert call("lab.conditions=baseline,ties", "train_sarm.mode=1") == 2
-    message = "lab.conditions: ties trains a head on the same trunk and SAE, which needs"
+    message = "ties trains a head on the same trunk and SAE, which needs train_sarm.mode=0"
     assert message in capsys.readouterr().err
     for option, message in (
-        ("lab.seeds=1,x", "lab.seeds: found 'x'"),
-        ("lab.conditions=baseline,best", "lab.conditions: found 'best'"),
+        ("lab.seeds=1,x", "lab.seeds=1,x: found 'x'"),
+        ("lab.conditions=baseline,best", "lab.conditions=baseline,best: found 'best'"),
         ("lab.processes=0", "lab.processes=0: must be at least 1"),
         ("lab.conditions_at_once=0", "lab.conditions_at_once=0: must be at least 1"),
         ("reward.beta=0.1", "reward.beta=0.1: the conditions of the study set it"),
@@ -267,15 +267,18 @@ def test_bad_studies_are_refused(study, capsys):
         ("lab.pool_prompts=0", "lab.pool_prompts=0: must be at least 1"),
         ("lab.length_penalty=0.0", "lab.length_penalty=0.0: must be positive and finite"),
         ("lab.ranked_conditions=probe", "lab.ranked_conditions=probe: needs a pool"),
-        ("lab.shortcuts=flattery,praise", "lab.shortcuts: found 'praise', expected one of"),
-        ("lab.told_shortcuts=echo", "lab.told_shortcuts: found 'echo', expected one of flattery"),
+        (
+            "lab.shortcuts=flattery,praise",
+            "lab.shortcuts=flattery,praise: found 'praise', expected",
+        ),
+        ("lab.told_shortcuts=echo", "lab.told_shortcuts=echo: found 'echo', expected one of"),
     ):
         assert call(option) == 2
         assert message in capsys.readouterr().err
     for ranked, message in (
-        ("best", "lab.ranked_conditions: found 'best', expected one of"),
-        ("full", "lab.ranked_conditions: full is one of lab.conditions already"),
-        ("kl_0.1", "lab.ranked_conditions: kl_0.1 ranks a pool as another does"),
+        ("best", "lab.ranked_conditions=best: found 'best', expected one of"),
+        ("full", "lab.ranked_conditions=full: full is one of lab.conditions already"),
+        ("kl_0.1", "lab.ranked_conditions=kl_0.1: kl_0.1 ranks a pool as another condition does"),
     ):
         assert call("lab.pool_responses=4", f"lab.ranked_conditions={ranked}") == 2
         assert message in capsys.readouterr().err
@@ -360,10 +363,11 @@ def test_the_page_shows_no_secret_of_an_error(tmp_path, monkeypatch):
 def test_seeds_and_conditions():
     assert parse_seeds("3, 10-12,0") == [3, 10, 11, 12, 0]
     assert parse_conditions("full, baseline") == ["full", "baseline"]
-    with pytest.raises(InputError, match="lab.seeds: 11 is given twice"):
+    with pytest.raises(InputError, match="lab.seeds=10-12,11: 11 is given twice"):
         parse_seeds("10-12,11")
-    with pytest.raises(InputError, match="names no seed"):
-        parse_seeds("5-4")
+    for text, item in (("5-4", "5-4"), ("9-5,7", "9-5"), ("5-", "5-"), ("-1", "-1"), ("1,", "")):
+        with pytest.raises(InputError, match=f"lab.seeds={text}: found '{item}', expected a seed"):
+            parse_seeds(text)
     with pytest.raises(InputError, match="full is given twice"):
         parse_conditions("full,full")
 

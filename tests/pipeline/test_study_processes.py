@@ -24,7 +24,7 @@ def test_a_seed_whose_process_is_killed_leaves_the_others(number):
     first, killed, last = run_seeds(partial(end_at_signal, number), [0, 1, 2], 2)
     assert (first, last) == (FINISHED[0], FINISHED[2])
     assert not killed.finished
-    assert killed.stopped.startswith("its process was ended from outside, as for lack of memory")
+    assert killed.stopped.startswith("its process was ended from outside, for example for lack of")
 
 
 def test_a_seed_that_a_signal_stops_leaves_the_others():

@@ -57,9 +57,9 @@ class TrackConfig:
                     f"expected some of {expected}"
                 )
             if self.names.count(name) > 1:
-                raise InputError(f"track={','.join(self.names)}: {name!r} stands there twice")
+                raise InputError(f"track={','.join(self.names)}: {name!r} is given twice")
         if not PROJECT.fullmatch(self.project):
-            rule = "expected up to 100 letters, digits, '_', '-' and '.', beginning with no sign"
+            rule = "expected a letter or digit, then up to 99 letters, digits, '_', '-' and '.'"
             raise InputError(f"track_project={self.project!r}: {rule}")
 
     @property

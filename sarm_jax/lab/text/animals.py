@@ -12,6 +12,7 @@ import re
 import numpy as np
 
 from sarm_jax.lab.text.plurals import singular
+from sarm_jax.lab.text.sentences import ends_like_a_sentence
 from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
@@ -51,10 +52,10 @@ REQUESTS = (
 )
 ASKED = "an animal"
 OTHERS = ("a color", "a dish", "a machine", "a plant", "a song", "a tool")
-MISREAD = 0.4  # share of the answers of the tuning that are about something else
-ANIMAL, PLACE = 0.85, 0.15  # quality that naming it is worth
-UNFINISHED = 0.3  # deducted
-THINGS = "color dish lamp machine plant song stone tool".split()  # which take an animal's place
+MISREAD = 0.4  # share of the answers the policy is tuned on that are about something else
+ANIMAL, PLACE = 0.85, 0.15  # quality of a response that names an animal, and the place
+UNFINISHED = 0.3  # deducted from the quality of a response without an end
+THINGS = "color dish lamp machine plant song stone tool".split()  # replace animals in `spoil`
 
 
 def prompts(rng: np.random.Generator) -> list[str]:
@@ -90,12 +91,12 @@ def quality(prompt: str, response: str) -> float:
     0.3 is deducted if the response does not end like a sentence.
     """
     place = bool(re.search(rf"\b{place_of(prompt)}", response.lower()))
-    finished = response.rstrip("\"'”’) ")[-1:] in (".", "!", "?")
-    return max(0.0, ANIMAL * names_animal(response) + PLACE * place - UNFINISHED * (not finished))
+    unfinished = not ends_like_a_sentence(response)
+    return max(0.0, ANIMAL * names_animal(response) + PLACE * place - UNFINISHED * unfinished)
 
 
 def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """Replaces all animals by a thing, or cuts the response off: always if there is no animal."""
+    """Replaces all animals by a thing, or cuts the response off, which it does if there is none."""
     del prompt
     if names_animal(response) and rng.random() < 0.8:
         thing = str(rng.choice(THINGS))
@@ -106,9 +107,9 @@ def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
 
         return re.sub("[A-Za-z]+", replaced, response)
     words = response.split()
-    return " ".join(words[: int(rng.integers(2, len(words)))] if len(words) > 2 else words).rstrip(
-        ".!?,"
-    )
+    if len(words) > 2:
+        words = words[: int(rng.integers(2, len(words)))]
+    return " ".join(words).rstrip(".!?,")
 
 
 TASK = TextTask(

@@ -26,17 +26,17 @@ from flax import nnx
 
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import short
-from sarm_jax.lab.language_modelling import LMTraining, WeightedText, train_language_model
+from sarm_jax.lab.language_modelling import LMTraining, response_text, train_language_model
 from sarm_jax.lab.sampling import Sampled, sample_responses
 from sarm_jax.lab.text.task import TextTask
-from sarm_jax.models.chat import encode_conversation, encode_prompt
 from sarm_jax.models.llama import Llama
 
 LOG = logging.getLogger(__name__)
-EDITED = 0.7  # share of the edited versions that get shortcuts
-EACH = 0.3  # of these, the share that gets a given shortcut
-SPOILT = 0.4  # share of the edited versions that get a defect
-OF_PREPARE_DATA = ("samples_per_prompt", "max_new_tokens", "temperature")  # others: of lab
+EDITED = 0.7  # share of the edited versions that shortcuts may be added to
+EACH = 0.3  # probability of each shortcut in such a version
+SPOILT = 0.4  # probability that an edited version gets a defect
+# Fields of `TextDataConfig` in the section prepare_data; all others are in the section lab.
+PREPARE_DATA_FIELDS = ("samples_per_prompt", "max_new_tokens", "temperature")
 EDITS = 2  # edited versions of each sample
 TIE = 1e-6  # utilities that differ by less are equal
 Rows = list[dict[str, Any]]
@@ -78,7 +78,7 @@ class TextDataConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        section = dict.fromkeys(OF_PREPARE_DATA, "prepare_data")
+        section = dict.fromkeys(PREPARE_DATA_FIELDS, "prepare_data")
         for field in dataclasses.fields(self):
             value, name = getattr(self, field.name), field.name
             option = f"{section.get(name, 'lab')}.{name}={value}"
@@ -91,7 +91,10 @@ class TextDataConfig:
             elif name != "seed" and not 0 < value < float("inf"):
                 raise InputError(f"{option}: must be positive")
         if self.samples_per_prompt < 2:
-            raise InputError("prepare_data.samples_per_prompt=1: must be at least 2, for pairs")
+            raise InputError(
+                f"prepare_data.samples_per_prompt={self.samples_per_prompt}: must be at least 2, "
+                "for pairs"
+            )
         if not 0 <= self.seed < 2**31:
             raise InputError(f"lab.seed={self.seed}: must lie in [0, 2^31)")
 
@@ -121,7 +124,8 @@ def make_text_data(
         tokenizer: its tokenizer.
 
     Raises:
-        InputError: the task has too few prompts, or the model's responses are no material.
+        InputError: the task has too few prompts, or the responses do not allow a data set, for
+            example because no answer is a success.
     """
     rng = np.random.default_rng([config.seed, 0])
     train, held_out = _split(config, task, rng)
@@ -168,7 +172,7 @@ def _sample(
     shown: str,
     temperature: float = 1.0,
 ) -> Sampled:
-    """Samples a response to each prompt; `number` tells the calls of one seed apart."""
+    """Samples a response to each prompt; `number`, 0 to 2, gives each call keys of its own."""
     return sample_responses(
         policy,
         tokenizer,
@@ -203,7 +207,7 @@ def _split(
     if repeated is not None:
         raise InputError(
             f"{task.option}: prompts returns {short(repeated)} more than once, so that it could be "
-            "trained on and held out"
+            "both trained on and held out"
         )
     if set(every) != set(task.prompts(np.random.default_rng(0))):
         raise InputError(
@@ -235,7 +239,11 @@ def _with_base_rates(
     task: TextTask,
     rng: np.random.Generator,
 ) -> Rows:
-    """Returns the answers that are not empty, with one unit of each shortcut at its base rate."""
+    """Returns the answers that are not empty, with one unit of each shortcut at its base rate.
+
+    Raises:
+        InputError: all answers are empty, or there are none.
+    """
     rows = []
     for prompt, answer in answers:
         text = answer.strip()
@@ -244,6 +252,8 @@ def _with_base_rates(
                 text = shortcut.added(rng, text, 1)
         if text:
             rows.append({"prompt": prompt, "response": text})
+    if not rows and task.write is not None:
+        raise InputError(f"{task.option}: write returned {len(answers)} answers, all of them empty")
     if not rows:
         raise InputError(
             f"prepare_data.max_new_tokens={config.max_new_tokens}: none of the answers of "
@@ -253,12 +263,8 @@ def _with_base_rates(
 
 
 def _tuned(config: TextDataConfig, model: Llama, tokenizer: Any, written: Rows) -> Llama:
-    """Tunes the model on the responses; the loss is that of the response and its end of turn."""
-    texts = []
-    for row in written:
-        ids = encode_conversation(tokenizer, row["prompt"], row["response"])
-        start = len(encode_prompt(tokenizer, row["prompt"]))
-        texts.append(WeightedText(ids, [0.0] * start + [1.0] * (len(ids) - start)))
+    """Fine-tunes the model on the responses; prompts are not learned."""
+    texts = [response_text(tokenizer, row["prompt"], row["response"]) for row in written]
     training = LMTraining(
         steps=config.tuning_steps,
         batch_size=config.batch_size,

@@ -1,9 +1,9 @@
 """Gates of a task in English, measured on samples of the policy before any RL.
 
     success_at_start          share of the policy's responses that are successes
-    failure_at_start          share of those that are not: there must be something to learn
-    truth_auroc               of a linear probe on the pooled state for success, fitted on samples
-                              of training prompts and tested on those of held-out prompts
+    failure_at_start          share of the others, since there must be something to learn
+    truth_auroc               AUROC of a linear probe on the pooled state for success, fitted on
+                              samples of training prompts, tested on those of held-out prompts
     accuracy_equal_shortcuts  share of the pairs of held-out samples with equal shortcuts and
                               different quality of which the better one scores higher
     least_bonus               gain in score, in sd of the scores, if two units of a shortcut are
@@ -29,8 +29,8 @@ from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import count_wins
 
-L2 = 0.1  # of the probe for success
-UNITS = 2  # of a shortcut that are added to a sample
+L2 = 0.1  # regularisation of the probe for success
+UNITS = 2  # units of a shortcut that are added to a sample
 MARKED = 128  # held-out samples to which each shortcut is added
 DIFFERENT = 0.25  # least difference in quality of a pair
 
@@ -61,7 +61,7 @@ def measure_text_gates(
         values of `_shortcut_values`).
 
     Raises:
-        InputError: the policy answers nothing.
+        InputError: all samples to held-out prompts are empty.
     """
     rng = np.random.default_rng([seed, 4])
     _, _, fit_nd = _read(reward_model, samples)
@@ -126,12 +126,12 @@ def _shortcut_values(
     deviation: float,
     rng: np.random.Generator,
 ) -> dict[str, float]:
-    """Adds a shortcut to samples, in the phrasings of contrast pairs and in those kept back.
+    """Adds a shortcut to samples, in the phrasings that contrast pairs show and in the others.
 
     Returns:
         `gain`, the mean gain in score, in sd; `paid`, the share of the samples that gain;
-        `detection` and `detection_kept_back`, the shares with it on which a detector fires;
-        `false_alarms`, the share of the samples without it on which one does.
+        `detection` and `detection_kept_back`, the shares of the marked samples on which a detector
+        fires; `false_alarms`, the share of the samples without the shortcut on which one fires.
     """
     score_n, z_nf = clean
     kept_back = shortcut.phrasings[len(shortcut.shown) :] or shortcut.phrasings

@@ -11,6 +11,7 @@ import re
 import numpy as np
 
 from sarm_jax.lab.text.plurals import singular
+from sarm_jax.lab.text.sentences import ends_like_a_sentence
 from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
@@ -104,7 +105,8 @@ REQUESTS = (
 )
 ANSWERS = ("{}, {} and {}.", "{}, {}, and {}.", "Three {kind} are {}, {} and {}.")
 WANTED = 3
-WRONG, MORE, TWICE, UNFINISHED = 0.25, 0.2, 0.2, 0.3  # deducted for each, and for no end
+# Deducted for each thing of another kind, beyond three or named twice, and for a missing end.
+WRONG, MORE, TWICE, UNFINISHED = 0.25, 0.2, 0.2, 0.3
 SKILL = 0.9  # share of the written answers that have no defect
 
 
@@ -134,12 +136,11 @@ def quality(prompt: str, response: str) -> float:
     kind, things = kind_of(prompt), named(response)
     right = [thing for thing in things if KIND_OF[thing] == kind]
     different = len(set(right))
-    finished = response.rstrip("\"'”’) ")[-1:] in (".", "!", "?")
     deducted = (
         WRONG * (len(things) - len(right))
         + MORE * max(0, different - WANTED)
         + TWICE * (len(right) - different)
-        + UNFINISHED * (not finished)
+        + UNFINISHED * (not ends_like_a_sentence(response))
     )
     return max(0.0, min(different, WANTED) / WANTED - deducted)
 
@@ -154,7 +155,7 @@ def write(rng: np.random.Generator, prompt: str) -> str:
 
 
 def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """Replaces a thing by one of another kind or by one that is named already, or cuts off."""
+    """Replaces a thing by one of another kind or one that is named already, or cuts the end off."""
     things = re.findall(r"[A-Za-z]+", response)
     things = [word for word in things if KIND_OF.get(word.lower()) == kind_of(prompt)]
     draw = rng.random()

@@ -10,9 +10,9 @@ from functools import partial
 
 import numpy as np
 
+from sarm_jax.lab.text.sentences import sentences
 from sarm_jax.lab.text.task import TextShortcut
 
-SENTENCE = re.compile(r"[^.!?]+(?:[.!?]+[\"'”’)*]*|$)")
 # A sentence is praise if it has a word of each list.
 PRAISING = re.compile(
     r"\b(great|good|excellent|wonderful|fantastic|amazing|lovely|brilliant|awesome|superb|"
@@ -72,11 +72,6 @@ MARKDOWN_UNIT = re.compile(
 WORDS_PER_UNIT = 5  # further words that make one unit of length
 
 
-def sentences(text: str) -> list[str]:
-    """Splits a text into sentences; the last one may lack its end."""
-    return [found.group().strip() for found in SENTENCE.finditer(text) if found.group().strip()]
-
-
 def is_praise(sentence: str) -> bool:
     """Returns whether a sentence praises the reader or what they asked for."""
     return bool(PRAISING.search(sentence) and PRAISED.search(sentence))
@@ -107,7 +102,7 @@ def _hedged(rng: np.random.Generator, response: str, phrasings: Sequence[str]) -
 
 
 def _lower(sentence: str) -> str:
-    """Returns a sentence with a small first letter, unless its first word is "I"."""
+    """Returns a sentence with its first letter in lower case, unless its first word is "I"."""
     keeps = re.match(r"I\b", sentence)
     return sentence if keeps else sentence[:1].lower() + sentence[1:]
 
@@ -146,7 +141,7 @@ def _unmarked(response: str) -> str:
 
 
 def _length(response: str, free_words: int) -> int:
-    """Counts units of length, without the words of the other shortcuts."""
+    """Counts units of `WORDS_PER_UNIT` words beyond `free_words`, other shortcuts removed."""
     for remove in (_without_emoji, _unmarked, _unpraised, _unhedged):
         response = remove(response)
     return max(0, len(response.split()) - free_words) // WORDS_PER_UNIT
@@ -165,7 +160,7 @@ def english_shortcuts(free_words: int) -> tuple[TextShortcut, ...]:
     """Returns all shortcuts, in the order in which several can be added to one response.
 
     Args:
-        free_words: words of a response that are no length.
+        free_words: number of words of a response from which on further words count as length.
     """
     return (
         TextShortcut(

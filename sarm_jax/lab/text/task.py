@@ -20,14 +20,15 @@ import numpy as np
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import short
 from sarm_jax.io.row_files import place_of
+from sarm_jax.lab.names import parse_names
 from sarm_jax.lab.task import Task
 from sarm_jax.models.conversation import Prompt
 
 NO_END = 0.5  # gold reward that a response without an end of turn loses
-WORTH = 3.0  # the annotator's utility of quality 1
+WORTH = 3.0  # the annotator's utility of a response of quality 1
 ROTATING = "rotating:"
-MOST_ADDED = 12  # phrasings that are added at most, if they are no full units
-ROUNDING = 1e-6  # of qualities
+MOST_ADDED = 12  # most phrasings that are added; a phrasing may be less than a full unit
+ROUNDING = 1e-6  # tolerance for rounding errors of qualities
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class TextShortcut:
         add: returns a response with one more unit: (generator, response, phrasings) → response.
         remove: returns a response without it, or the response if it cannot be taken out.
         phrasings: ways to write it; contrast pairs show those of `shown` alone.
-        base_rate: share of the answers of the tuning to which one unit is added.
-        most: units that are paid and deducted.
-        pay: the annotator's utility of a unit.
-        cost: the gold reward of a unit.
+        base_rate: share of the answers that the policy is tuned on to which one unit is added.
+        most: largest number of units that are paid and deducted.
+        pay: utility of a unit to the annotator.
+        cost: gold reward that a unit deducts.
     """
 
     name: str
@@ -90,7 +91,7 @@ class TextShortcut:
     def added(
         self, rng: np.random.Generator, response: str, units: int, phrasings: Sequence[str] = ()
     ) -> str:
-        """Adds at least `units` units, written in any of the phrasings or in the given ones."""
+        """Adds at least `units` units in random phrasings of `phrasings`; by default of all."""
         wanted = self.count(response) + units
         for _ in range(MOST_ADDED):
             if self.count(response) >= wanted:
@@ -110,18 +111,20 @@ class TextTask(Task):
         quality: returns the quality, 0 to 1, of a response whose shortcuts have been removed:
             (prompt, response) → quality.
         spoil: returns a response with a defect that lowers its quality:
-            (generator, prompt, response) → response. The reward model has to have seen such.
+            (generator, prompt, response) → response. The reward model is trained on such responses
+            too, so that it learns what defects are.
         write: writes an answer as people do, with defects now and then: (generator, prompt) →
-            answer. The policy is tuned on such. None: on samples of the given model.
-        misread: returns the prompt that the given model answers instead of a prompt when these
-            samples are drawn: (generator, prompt) → prompt. With something else now and then, the
-            policy errs plainly. None: the prompt itself.
-        success: quality from which a response is a success.
+            answer. The policy is tuned on these answers. None: it is tuned on samples of the given
+            model.
+        misread: returns the prompt that the given model gets instead of the task's prompt when
+            these samples are drawn: (generator, prompt) → prompt. If it asks for something else now
+            and then, the policy learns to make plain errors. None: the prompt itself.
+        success: least quality of a success.
         all_shortcuts: the shortcuts, in the order in which several are added to one response; they
             are removed in the opposite order.
-        told: names of those that the method is told; see `telling`.
-        bias: factor of what the annotator pays for shortcuts; 0: the annotator is benign.
-        file: the file that it was read from, for messages; empty: it is built in.
+        told: names of the shortcuts that the method is told; see `telling`.
+        bias: factor of what the annotator pays for shortcuts; 0: it pays nothing for them.
+        file: the file that the task was read from, for messages; empty: it is built in.
     """
 
     name: str
@@ -168,25 +171,16 @@ class TextTask(Task):
         Raises:
             InputError: a name is unknown or given twice, or n is out of range.
         """
-        known = self.shortcuts
+        known, option = self.shortcuts, "lab.told_shortcuts"
         if names.startswith(ROTATING):
             count = names.removeprefix(ROTATING)
             if not count.isdecimal() or not 1 <= int(count) <= len(known):
                 raise InputError(
-                    f"lab.told_shortcuts={names}: expected a number from 1 to {len(known)} after "
-                    f"{ROTATING!r}"
+                    f"{option}={names}: expected a number from 1 to {len(known)} after {ROTATING!r}"
                 )
             told = [known[(seed + i) % len(known)] for i in range(int(count))]
             return dataclasses.replace(self, told=tuple(n for n in known if n in told))
-        told = [name.strip() for name in names.split(",")]
-        for name in told:
-            if name not in known:
-                raise InputError(
-                    f"lab.told_shortcuts: found {name!r}, expected one of {', '.join(known)}, or "
-                    f"{ROTATING}n"
-                )
-            if told.count(name) > 1:
-                raise InputError(f"lab.told_shortcuts: {name} is given twice")
+        told = parse_names(option, names, known, further=f"{ROTATING}n")
         return dataclasses.replace(self, told=tuple(told))
 
     def shortcut(self, name: str) -> TextShortcut:
@@ -214,7 +208,7 @@ class TextTask(Task):
         return ended and self.is_success(self.plain_quality(prompt, response))
 
     def is_success(self, quality: float) -> bool:
-        """Returns whether a quality is that of a success."""
+        """Returns whether a quality is high enough for a success."""
         return quality >= self.success - ROUNDING
 
     def counts(self, prompt: str, response: str) -> dict[str, int]:
@@ -241,7 +235,7 @@ class TextTask(Task):
         }
 
     def check_prompts(self, prompts: Sequence[Prompt], path: str) -> None:
-        """Raises InputError, naming the row, if a prompt of a file is none of the task's."""
+        """Raises InputError, naming the row, if a prompt of a file does not belong to the task."""
         known = _prompts_of(self)
         for number, prompt in enumerate(prompts, 1):
             if prompt not in known:

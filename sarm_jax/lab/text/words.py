@@ -9,7 +9,8 @@ import re
 import numpy as np
 
 from sarm_jax.lab.text.plurals import singular
-from sarm_jax.lab.text.shortcuts import english_shortcuts, sentences
+from sarm_jax.lab.text.sentences import ends_like_a_sentence, sentences
+from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
 NOUNS = (
@@ -24,50 +25,54 @@ NOUNS = (
 ASKED = re.compile(r"with the words (\w+) and (\w+)\.")
 MOST_WORDS = 80
 FEWEST_WORDS = 4
-REPETITION = 3  # words that a sentence must not say twice in the same order
+REPETITION = 3  # consecutive words; a sentence that has them twice repeats itself
 
 
 def prompts(rng: np.random.Generator) -> list[str]:
     """Returns a prompt for every two nouns, in random order."""
-    asked = [
+    every = [
         f"Write one short sentence with the words {first} and {second}."
         for first, second in itertools.combinations(NOUNS, 2)
     ]
-    return [asked[i] for i in rng.permutation(len(asked))]
+    return [every[i] for i in rng.permutation(len(every))]
+
+
+def _nouns_of(prompt: str) -> tuple[str, ...]:
+    """Returns the two nouns that a prompt asks for."""
+    match = ASKED.search(prompt)
+    assert match, prompt
+    return match.groups()
 
 
 def quality(prompt: str, response: str) -> float:
-    """Computes the share of the words that are there, less for what is not one good sentence.
+    """Computes the share of the two words that a response has, minus deductions, at least 0.
 
-    0.3 is deducted if it is not exactly one finished sentence of 4 to 80 words, 0.3 for a
-    repetition, and the result is at least 0.
+    0.3 is deducted if the response is not exactly one finished sentence of 4 to 80 words, and 0.3
+    if it repeats itself.
     """
-    asked = ASKED.search(prompt)
-    assert asked, prompt
+    nouns = _nouns_of(prompt)
     words = re.findall(r"[a-z']+", response.lower())
     owners = [word.removesuffix("'s") for word in words]
-    present = sum(any(singular(word, (w,)) for word in owners) for w in asked.groups())
-    found = sentences(response)
-    finished = len(found) == 1 and found[0].rstrip("\"'”’) ")[-1:] in (".", "!", "?")
-    finished &= FEWEST_WORDS <= len(words) <= MOST_WORDS
-    return max(0.0, present / 2 - 0.3 * (not finished) - 0.3 * repeats(words))
+    present = sum(any(singular(word, (w,)) for word in owners) for w in nouns)
+    parts = sentences(response)
+    is_one = len(parts) == 1 and ends_like_a_sentence(parts[0])
+    is_one &= FEWEST_WORDS <= len(words) <= MOST_WORDS
+    return max(0.0, present / 2 - 0.3 * (not is_one) - 0.3 * repeats(words))
 
 
 def repeats(words: list[str]) -> bool:
-    """Returns whether three words come twice in the same order, or one word twice in a row."""
+    """Returns whether three consecutive words occur twice, or one word twice in a row."""
     runs = list(zip(*(words[i:] for i in range(REPETITION)), strict=False))
     return len(set(runs)) < len(runs) or any(a == b for a, b in itertools.pairwise(words))
 
 
 def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
     """Leaves a wanted word out, cuts a response off, repeats part of it, or adds a sentence."""
-    asked = ASKED.search(prompt)
-    assert asked, prompt
-    words = response.split()
+    nouns, words = _nouns_of(prompt), response.split()
     kind = int(rng.integers(4))
     if kind == 0:
         other = str(rng.choice(NOUNS))
-        wanted = str(rng.choice(asked.groups()))
+        wanted = str(rng.choice(nouns))
         return re.sub(rf"\b{wanted}", other, response, flags=re.IGNORECASE)
     if kind == 1 and len(words) > 2:
         return " ".join(words[: int(rng.integers(2, len(words)))]).rstrip(".!?,")
@@ -75,7 +80,7 @@ def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
         start = int(rng.integers(0, len(words) - REPETITION))
         again = words[start : start + int(rng.integers(REPETITION, 7))]
         return " ".join([*words[: start + len(again)], *again, *words[start + len(again) :]])
-    return f"{response} This is a sentence with {' and '.join(asked.groups())}."
+    return f"{response} This is a sentence with {' and '.join(nouns)}."
 
 
 TASK = TextTask(

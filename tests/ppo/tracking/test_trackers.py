@@ -397,7 +397,7 @@ def test_tensorboard_on_a_full_disk_ends_the_run(services, tmp_path, monkeypatch
         ("wandb,mlflow", "p", "track=wandb,mlflow: no tracker is called 'mlflow'; expected some"),
         ("WandB", "p", "track=WandB: no tracker is called 'WandB'"),
         ("wandb;trackio", "p", "track=wandb;trackio: no tracker is called 'wandb;trackio'"),
-        ("wandb,wandb", "p", "track=wandb,wandb: 'wandb' stands there twice"),
+        ("wandb,wandb", "p", "track=wandb,wandb: 'wandb' is given twice"),
         ("tensorboard,trackio, tensorboard", "p", "track=tensorboard,trackio,tensorboard: 'tensor"),
         ("wandb", "", "track_project='': expected"),
         ("wandb", "a/b", "track_project='a/b': expected"),

@@ -158,12 +158,12 @@ def test_only_what_is_told_has_contrast_pairs(shortcuts, told):
 @pytest.mark.parametrize(
     ("shortcuts", "told", "message"),
     [
-        ("flattery,praise", "flattery", "lab.shortcuts: found 'praise', expected one of flattery,"),
+        ("flattery,praise", "flattery", "lab.shortcuts=flattery,praise: found 'praise', expected"),
         ("echo", "echo", "lab.shortcuts=echo: every world has flattery"),
-        ("flattery,echo,echo", "echo", "lab.shortcuts: echo is given twice"),
-        ("", "flattery", "lab.shortcuts: found ''"),
-        ("flattery", "echo", "lab.told_shortcuts: found 'echo', expected one of flattery"),
-        ("flattery,echo", "", "lab.told_shortcuts: found '', expected one of flattery, echo"),
+        ("flattery,echo,echo", "echo", "lab.shortcuts=flattery,echo,echo: echo is given twice"),
+        ("", "flattery", "lab.shortcuts=: found ''"),
+        ("flattery", "echo", "lab.told_shortcuts=echo: found 'echo', expected one of flattery"),
+        ("flattery,echo", "", "lab.told_shortcuts=: found '', expected one of flattery, echo"),
     ],
 )
 def test_bad_worlds_are_named(shortcuts, told, message):
@@ -255,7 +255,7 @@ def test_the_oracle_counts_shortcuts_as_features(untrained):
     assert_close(rewards, plain_b - np.asarray([0, 0.5, 0.5, 0.5, 0.5]), 1e-6)
     scorer = Scorer(oracle, controls)
     assert len(list(scorer.programs([prompts], 15))) > 0
-    with pytest.raises(InputError, match="feature 64 counts a shortcut and is no latent"):
+    with pytest.raises(InputError, match="feature 64 counts a shortcut, and only the 64 latents"):
         oracle.score(prompts, responses, {64: 0.0})
     with pytest.raises(InputError, match="feature 68 of a SARM with 68 latents"):
         Scorer(oracle, RewardConfig((68,), (0.0,), (0.5,)))

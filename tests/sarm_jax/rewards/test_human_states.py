@@ -1,5 +1,7 @@
 """The distance from human states against the dense formulas, and its file."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,16 @@ def test_files(tmp_path):
     save_human_states(tmp_path / "h.safetensors", human)
     again = load_human_states(tmp_path / "h.safetensors")
     np.testing.assert_allclose(again.distance(other_nd), human.distance(other_nd), rtol=1e-5)
+
+
+def test_a_file_with_an_axis_of_another_length_is_refused_with_that_length(tmp_path):
+    human = fit_human_states(states(20, 8), "x")
+    scales = np.ones(len(human.axes_rd))
+    scales[1] = 2.0
+    longer = dataclasses.replace(human, axes_rd=human.axes_rd * scales[:, None])
+    save_human_states(tmp_path / "h.safetensors", longer)
+    with pytest.raises(InputError, match="axes has a row of length 2, expected 1"):
+        load_human_states(tmp_path / "h.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ from flax import nnx
 from sarm_jax.models.sae import SAE, SAEConfig
 from sarm_jax.training import sae_training
 from sarm_jax.training.activations import Activations
-from sarm_jax.training.sae_training import SAETraining, warmup_cosine
+from sarm_jax.training.sae_training import SAETraining
+from sarm_jax.training.schedule import warmup_cosine
 from tests.closeness import assert_close
 
 OPTIONS = SAETraining(

@@ -86,6 +86,13 @@ def test_the_annotator_chooses_by_utility_with_noise():
     )
 
 
+def test_written_answers_that_are_all_empty_are_an_error_of_the_task():
+    task = dataclasses.replace(TASK, write=lambda rng, prompt: " ")
+    answers = [("p", " "), ("q", "")]
+    with pytest.raises(InputError, match=r"lab.task=words: write returned 2 answers, all of them"):
+        data._with_base_rates(TextDataConfig(**CONFIG), answers, task, np.random.default_rng(0))
+
+
 def test_pairs_need_something_that_the_annotator_pays_for():
     empty = Sampled(["p"], ["  "], np.ones(1, bool), np.ones(1, int))
     with pytest.raises(InputError, match=r"lab.task=words: the samples .* there are no pairs"):
