@@ -15,14 +15,19 @@ is a SARM or a classifier with an SAE. With F = Σ_i w_i z_i and R the score, ov
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
+from benchmarks.lab_studies import refusing
 from conversion import load_sarm
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.files import check_file
 from sarm_jax.io.json_files import read_json
+from sarm_jax.io.libraries import as_input_error
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.reporting.statistics import count_wins, mean_interval
 
@@ -38,19 +43,38 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("models", nargs="*", metavar="NAME=REWARD_MODEL:WORKDIR")
     args = parser.parse_args()
-    if args.list is not None:
-        scores = load_file(args.list / "probes" / "feature_scores.safetensors")
-        order = np.argsort(scores["carried_reward"], kind="stable")  # of the rejected side
-        print(",".join(map(str, order[: args.count])))
-        return
-    if not (args.pairs and args.models):
-        parser.error("give --list, or --pairs and models")
-    pairs = read_pairs(args.pairs)
-    result = {}
-    for entry in args.models:
+    with refusing(parser):
+        if args.list is not None:
+            print_features(args.list, args.count)
+        elif args.pairs and args.models:
+            print_figures(args.models, args.pairs, args.max_length)
+        else:
+            parser.error("give --list, or --pairs and models")
+
+
+def print_features(workdir: Path, count: int) -> None:
+    """Prints the features of identify that carry most of the margin, separated by commas."""
+    path = workdir / "probes" / "feature_scores.safetensors"
+    check_file(path, str(path))
+    with as_input_error(f"{path}: not a safetensors file"):
+        scores = load_file(path)
+    order = np.argsort(scores["carried_reward"], kind="stable")  # of the rejected side
+    print(",".join(map(str, order[:count])))
+
+
+def print_figures(models: Sequence[str], pairs_file: str, max_length: int) -> None:
+    """Prints one JSON object with the figures of every reward model, NAME=REWARD_MODEL:WORKDIR."""
+    named = {}
+    for entry in models:
         name, _, paths = entry.partition("=")
         src, _, workdir = paths.rpartition(":")
-        result[name] = measure(src, Path(workdir), pairs, args.max_length)
+        if not (name and src and workdir):
+            raise InputError(f"{entry}: expected NAME=REWARD_MODEL:WORKDIR")
+        named[name] = (src, Path(workdir))
+    pairs = read_pairs(pairs_file)
+    result = {
+        name: measure(src, workdir, pairs, max_length) for name, (src, workdir) in named.items()
+    }
     print(json.dumps(result, indent=2))
 
 

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab_studies import begun_seeds, refusing
 from sarm_jax.io.json_files import read_json
 from sarm_jax.reporting.statistics import format_interval, mean_interval
 
@@ -59,8 +60,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Penalties against stopping early.")
     parser.add_argument("study", type=Path)
     study = parser.parse_args().study
-    seeds = sorted(study.glob("seed_*"), key=lambda path: int(path.name.removeprefix("seed_")))
-    rows = {seed.name.removeprefix("seed_"): row_of(seed) for seed in seeds}
+    with refusing(parser):
+        rows = {seed: row_of(folder) for seed, folder in begun_seeds(study).items()}
     print("| seed | baseline's best gold | at step | penalty's final gold | difference |")
     print("|---|---|---|---|---|")
     for seed, row in rows.items():

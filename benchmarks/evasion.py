@@ -25,11 +25,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab_studies import load_seed_model, read_detectors
+from benchmarks.lab_studies import (
+    begun_seeds,
+    load_seed_model,
+    read_detectors,
+    refusing,
+)
 from ppo.tracking.metrics import read_evaluations
 from sarm_jax.features.detectors import Detectors, contrast_tau, find_detectors, firing_rate
 from sarm_jax.features.identify import pair_latents
+from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
+from sarm_jax.lab.conditions import parse_conditions
 from sarm_jax.lab.shortcuts import inserted
 from sarm_jax.lab.world import FLATTERY, MAX_WORDS, count_words
 from sarm_jax.models.reward_model import RewardModel
@@ -102,12 +109,23 @@ def main() -> None:
     parser.add_argument("study", type=Path)
     parser.add_argument("--conditions", default="baseline,penalty")
     arguments = parser.parse_args()
-    folders = sorted(arguments.study.glob("seed_*"), key=lambda p: int(p.name.split("_")[1]))
-    for condition in arguments.conditions.split(","):
-        rows = []
-        for folder in folders:
-            if (folder / condition / "result.json").exists():
-                rows.append(measure_run(folder, condition, load_seed_model(folder)))
+    with refusing(parser):
+        print_tables(arguments.study, parse_conditions(arguments.conditions, "--conditions"))
+
+
+def print_tables(study: Path, conditions: Sequence[str]) -> None:
+    """Prints a table for each condition; raises InputError if one has no finished run."""
+    seeds = begun_seeds(study).values()
+    finished = {
+        condition: [seed for seed in seeds if (seed / condition / "result.json").exists()]
+        for condition in conditions
+    }
+    for condition, folders in finished.items():
+        if not folders:
+            option = f"--conditions={','.join(conditions)}"
+            raise InputError(f"{option}: {study} has no finished run of {condition}")
+    for condition, folders in finished.items():
+        rows = [measure_run(folder, condition, load_seed_model(folder)) for folder in folders]
         print(f"\n{condition}, {len(rows)} seeds\n\n| | before | after |\n|---|---|---|")
         names = dict.fromkeys(name.rpartition(" ")[0] for row in rows for name in row)
         for name in names:

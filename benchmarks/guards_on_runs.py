@@ -8,23 +8,25 @@ of the final gold reward of the runs on which the guard fired, and of the other 
 """
 
 import argparse
-import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.lab_studies import refusing
 from configs import base
 from ppo.options import guard_config
 from ppo.tracking.guards import GUARDS, Watch
 from ppo.tracking.metrics_csv import read_metrics
+from sarm_jax.io.errors import InputError
+from sarm_jax.io.json_files import read_json
 from sarm_jax.rewards.options import reward_config
 
 
 def warnings_of(workdir: Path) -> list[dict]:
     """Returns the warnings of the guards on the rows of metrics.csv."""
-    settings = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["reward"]
-    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+    settings = read_json(workdir / "config.json")["reward"]
+    summary = read_json(workdir / "summary.json")
     try:
         reward = reward_config({"penalty_cap": float("inf")} | settings)
         alphas = reward.alphas_sd(summary["score_std_at_start"])
@@ -42,21 +44,41 @@ def gold_of(workdir: Path) -> float | None:
     path = workdir / "result.json"
     if not path.exists():
         return None
-    return json.loads(path.read_text(encoding="utf-8"))["gold_final"]
+    gold: float = read_json(path)["gold_final"]
+    return gold
 
 
 def main() -> None:
     """Prints a line per run, and lines per condition."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    args = parser.parse_args()
+    paths = parser.parse_args().runs
     logging.disable()
+    with refusing(parser):
+        print_runs(runs_among(paths))
+
+
+def runs_among(paths: Sequence[Path]) -> list[Path]:
+    """Returns the runs among folders; raises InputError if a path is no folder, or none is a run.
+
+    Patterns such as seed_*/* also name folders that hold data and models.
+    """
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such directory")
+    runs = [path for path in paths if (path / "summary.json").exists()]
+    if not runs:
+        names = f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else str(paths[0])
+        raise InputError(f"{names}: no run (no summary.json)")
+    return runs
+
+
+def print_runs(runs: Sequence[Path]) -> None:
+    """Prints a line per run, then lines per condition."""
     # condition → guard → (fired, final gold) of each run
     fired: dict[str, dict[str, list[tuple[bool, float | None]]]]
     fired = defaultdict(lambda: defaultdict(list))
-    for workdir in args.runs:
-        if not (workdir / "summary.json").exists():
-            continue
+    for workdir in runs:
         warnings, gold = warnings_of(workdir), gold_of(workdir)
         text = ", ".join(f"{w['guard']} from {w['first_step']} on {w['steps']}" for w in warnings)
         print(f"{workdir}: {text or 'none'}" + (f"; gold {gold:.2f}" if gold is not None else ""))

@@ -14,10 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.lab_studies import load_seed_model, read_detectors, record_files
+from benchmarks.lab_studies import (
+    load_seed_model,
+    read_detectors,
+    recorded_options,
+    refusing,
+)
 from sarm_jax.features.detectors import firing_rate
 from sarm_jax.io.errors import InputError
-from sarm_jax.io.json_files import read_json
 from sarm_jax.lab.shortcuts import SHORTCUTS, World, contrast_pair, inserted
 from sarm_jax.models.conversation_rows import read_prompts
 
@@ -66,14 +70,13 @@ def main() -> None:
     """Prints a row for each seed of the studies in the directories that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", type=Path, nargs="+", help="directories of studies")
-    print("| told | seed | alone | " + " | ".join(SHORTCUTS) + " |")
-    print("|---" * (3 + len(SHORTCUTS)) + "|")
-    try:
-        for study in parser.parse_args().studies:
-            for path in record_files(study):
-                print_row(path.parent, read_json(path)["options"])
-    except InputError as error:
-        parser.error(str(error))
+    studies = parser.parse_args().studies
+    with refusing(parser):
+        seeds = [seed for study in studies for seed in recorded_options(study).items()]
+        print("| told | seed | alone | " + " | ".join(SHORTCUTS) + " |")
+        print("|---" * (3 + len(SHORTCUTS)) + "|")
+        for folder, options in seeds:
+            print_row(folder, options)
 
 
 def print_row(folder: Path, options: dict) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lab_studies import record_files
+from benchmarks.lab_studies import recorded_options, refusing
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
 from sarm_jax.reporting.statistics import format_interval, mean_interval
@@ -29,7 +29,7 @@ CONDITION, COMPARED = "penalty", "baseline"
 
 def told(folder: Path) -> str:
     """Returns the shortcuts that the method is told in a study, by the record of its first seed."""
-    return read_json(record_files(folder)[0])["options"]["lab"]["told_shortcuts"]
+    return next(iter(recorded_options(folder).values()))["lab"]["told_shortcuts"]
 
 
 def by_seed(study: dict[str, Any], condition: str) -> dict[int, dict[str, Any]]:
@@ -74,11 +74,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("studies", type=Path, nargs="+")
     folders = parser.parse_args().studies
-    try:
+    with refusing(parser):
         studies = [(told(folder), read_json(folder / "lab.json")) for folder in folders]
         rates = rates_of(studies)
-    except InputError as error:
-        parser.error(str(error))
     titles = [rate.removeprefix("rate_") for rate in rates]
     print(f"| told | seeds | final gold | {' | '.join(titles)} |")
     print("|---" * (len(rates) + 3) + "|")

@@ -59,11 +59,21 @@ def check_input(item: Input, config: ConfigDict, workdir: Path) -> None:
     paths = [path for path in item.paths(config, workdir) if not is_within(path, workdir)]
     if item.kind in MODELS:
         for path in paths:
-            MODELS[item.kind](str(path))
+            _check_model(item, path)
         return
     for path in paths:
         if not path.exists():
             raise InputError(f"{item.field}={path}: no such file")
+
+
+def _check_model(item: Input, path: Path) -> None:
+    """Raises InputError for a model that cannot be read, with the option that names it."""
+    try:
+        MODELS[item.kind](str(path))
+    except InputError as error:
+        if str(error).startswith(f"{path}: "):  # another message names a file of the model
+            raise InputError(f"{item.field}={error}") from error
+        raise
 
 
 def without_future_lists(config: ConfigDict, workdir: Path) -> ConfigDict:

@@ -21,6 +21,7 @@ from sarm_jax.io.workdir import first_difference
 
 LOG = logging.getLogger(__name__)
 FILE = "study.json"
+SEED_NAME = re.compile(r"seed_(0|[1-9][0-9]{0,11})")  # of the folder of a seed
 # Options, and whole sections, that do not affect the results of a seed.
 WITHOUT_EFFECT = (
     "lab.seeds lab.processes lab.conditions_at_once mesh checkpoint profile plan report track "
@@ -86,29 +87,35 @@ def read_records(workdir: Path, options: Mapping[str, Any]) -> dict[int, SeedOut
     A seed with other options, or whose record cannot be read, is named in the log and left out.
     """
     outcomes = {}
-    paths = {int(p.parent.name[5:]): p for p in workdir.glob(f"seed_*/{FILE}") if _is_seed(p)}
-    for seed in sorted(paths):
-        with contextlib.suppress(FileNotFoundError):  # it is run again at this moment
-            try:
-                stored, outcome = _parse(paths[seed])
-            except InputError as error:
-                LOG.warning("the page leaves out seed %d: %s", seed, error)
-                continue
-            difference = first_difference(stored, dict(options))
-            if difference:
-                LOG.warning("the page leaves out seed %d of other options: %s", seed, difference)
-            else:
-                outcomes[seed] = outcome
+    for seed, folder in seed_folders(workdir).items():
+        if not (folder / FILE).exists():  # it has not ended, or is run again
+            continue
+        try:
+            stored, outcome = read_record(folder)
+        except InputError as error:
+            LOG.warning("the page leaves out seed %d: %s", seed, error)
+            continue
+        difference = first_difference(stored, dict(options))
+        if difference:
+            LOG.warning("the page leaves out seed %d of other options: %s", seed, difference)
+        else:
+            outcomes[seed] = outcome
     return outcomes
 
 
-def _is_seed(record: Path) -> bool:
-    """Returns whether a record lies in the folder of a seed."""
-    return bool(re.fullmatch(r"seed_(0|[1-9]\d*)", record.parent.name))
+def seed_folders(workdir: Path) -> dict[int, Path]:
+    """Returns the folders of all seeds of a study that have begun, by seed and in their order."""
+    folders = [path for path in workdir.glob("seed_*") if SEED_NAME.fullmatch(path.name)]
+    return dict(sorted((int(path.name.removeprefix("seed_")), path) for path in folders))
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], SeedOutcome]:
-    """Reads a record; raises InputError if it is none."""
+def read_record(folder: Path) -> tuple[dict[str, Any], SeedOutcome]:
+    """Reads the record in the folder of a seed; raises InputError if there is none.
+
+    Returns:
+        (the options that the results depend on, the outcome).
+    """
+    path = folder / FILE
     content = read_json(path, expected="the record of a seed")
     options = content.pop("options", None)
     names = {field.name for field in dataclasses.fields(SeedOutcome)}

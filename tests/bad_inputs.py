@@ -1240,6 +1240,17 @@ STAGES = [
         "lab.told_shortcuts=rotating:9: expected a number from 1 to 5",
     ),
     main(
+        "told shortcuts counted in other digits",
+        f"{WORDS} --config.lab.told_shortcuts=rotating:٣",
+        "lab.told_shortcuts=rotating:٣: expected a number from 1 to 5",
+    ),
+    main(
+        "told shortcuts of too many digits",
+        f"{WORDS} --config.lab.told_shortcuts=rotating:{'9' * 5000}",
+        "lab.told_shortcuts=rotating:999",
+        "expected a number from 1 to 5",
+    ),
+    main(
         "an option of the world of capitals",
         f"{WORDS} --config.lab.corpus_rows=5",
         "lab.corpus_rows=5: lab.task=words does not read it",
@@ -1258,6 +1269,21 @@ STAGES = [
     main("a negative bias", f"{WORDS} --config.lab.annotator_bias=-1", "lab.annotator_bias=-1"),
     main("a bias of capitals", f"{ALL} --config.lab.annotator_bias=0", "lab.annotator_bias=0"),
     main("a task without prompts", f"{WORDS} --config.lab.prompts=0", "lab.prompts=0"),
+    main(
+        "more prompts than a task has",
+        f"{WORDS} --config.lab.prompts=5000",
+        "lab.prompts=5000: with lab.held_out_prompts=64, 5064 prompts are needed; lab.task=words",
+    ),
+    main(
+        "a study of no model",
+        f"{ALL} --config.lab.task=words --config.lab.base_model=gone",
+        "error: lab.base_model=gone: no such directory",
+    ),
+    main(
+        "unknown source of data for all stages",
+        "--stage=all --config.prepare_data.source=labs",
+        "prepare_data.source='labs': expected demonstrations, lab or benchmarks",
+    ),
     main(
         "a task without held-out prompts",
         f"{WORDS} --config.lab.held_out_prompts=0",

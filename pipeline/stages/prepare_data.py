@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from conversion.load import load_hf_tokenizer, load_policy, read_policy_config
@@ -27,7 +28,13 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.lab.build import LabConfig, LabData, make_data, make_models
-from sarm_jax.lab.text.data import PREPARE_DATA_FIELDS, TextData, TextDataConfig, make_text_data
+from sarm_jax.lab.text.data import (
+    PREPARE_DATA_FIELDS,
+    TextData,
+    TextDataConfig,
+    make_text_data,
+    split_prompts,
+)
 from sarm_jax.models.chat import encode_prompt
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation import Prompt, to_json
@@ -44,6 +51,7 @@ WORLD_OPTIONS = (
     "held_out_fraction corpus_rows demonstrations tap_layer pretraining_steps "
     "pretraining_learning_rate"
 ).split()
+DEMONSTRATIONS = "demonstrations"  # the source by default, read if demos_jsonl is named
 LAST_FILE = {"lab": "policy", "benchmarks": "data/data_summary.json"}
 
 
@@ -53,14 +61,16 @@ def validate(
     """Validates the section prepare_data, or lab; benchmark files keep the names given to them."""
     section, source = config.prepare_data, config.prepare_data.source
     if source == "lab" and is_text(config):
-        text_task_of(config)  # raises for an unknown task or shortcut
+        task = text_task_of(config)  # raises for an unknown task or shortcut
         check_task_options(config)
         required(config, "lab.base_model")
-        return text_options(config)
+        text = text_options(config)
+        split_prompts(text, task, np.random.default_rng(0))  # raises if there are too few
+        return text
     if source == "lab":
         check_task_options(config)
         return from_section(LabConfig, config.lab)
-    if source == "demonstrations":
+    if source == DEMONSTRATIONS:
         options = from_section(PairsConfig, section)
         required(config, "prepare_data.demos_jsonl", "policy_model")
         return options
@@ -185,8 +195,8 @@ def prepare_benchmarks(options: BenchmarkDataConfig, workdir: Path) -> None:
 
 
 def wanted(config: ConfigDict) -> bool:
-    """Returns whether the config names a source of data."""
-    return config.prepare_data.source in LAST_FILE or bool(config.prepare_data.demos_jsonl)
+    """Returns whether the config names a source of data, which `validate` may refuse."""
+    return config.prepare_data.source != DEMONSTRATIONS or bool(config.prepare_data.demos_jsonl)
 
 
 def writes(config: ConfigDict) -> list[str]:

@@ -128,7 +128,7 @@ def make_text_data(
             example because no answer is a success.
     """
     rng = np.random.default_rng([config.seed, 0])
-    train, held_out = _split(config, task, rng)
+    train, held_out = split_prompts(config, task, rng)
     sample = partial(_sample, config, tokenizer)
     repeated, held_out_repeated = (
         [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
@@ -194,7 +194,7 @@ def sharpened(model: Llama, temperature: float) -> Llama:
     return sharp
 
 
-def _split(
+def split_prompts(
     config: TextDataConfig, task: TextTask, rng: np.random.Generator
 ) -> tuple[list[str], list[str]]:
     """Draws training and held-out prompts.

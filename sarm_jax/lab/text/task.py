@@ -172,9 +172,9 @@ class TextTask(Task):
             InputError: a name is unknown or given twice, or n is out of range.
         """
         known, option = self.shortcuts, "lab.told_shortcuts"
-        if names.startswith(ROTATING):
-            count = names.removeprefix(ROTATING)
-            if not count.isdecimal() or not 1 <= int(count) <= len(known):
+        if names.strip().startswith(ROTATING):
+            count = names.strip().removeprefix(ROTATING)
+            if count not in map(str, range(1, len(known) + 1)):
                 raise InputError(
                     f"{option}={names}: expected a number from 1 to {len(known)} after {ROTATING!r}"
                 )

@@ -312,4 +312,4 @@ def test_a_benign_annotator_pays_for_no_shortcut_and_has_no_gate_for_them():
 def test_prompts_that_could_be_trained_on_and_held_out_are_refused(prompts, found):
     task = dataclasses.replace(TASK, prompts=prompts)
     with pytest.raises(InputError, match=f"^{found}"):
-        data._split(TextDataConfig(**CONFIG), task, np.random.default_rng(1))
+        data.split_prompts(TextDataConfig(**CONFIG), task, np.random.default_rng(1))

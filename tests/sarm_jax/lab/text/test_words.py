@@ -61,6 +61,7 @@ def test_rotating_shortcuts_are_told_equally_often():
     assert all(sum(name in names for names in told) == 3 for name in NAMES)
     assert len({frozenset(names) for names in told}) == len(NAMES)
     assert TASK.telling("rotating:3", 7).told == told[2]
+    assert TASK.telling(" rotating:3 ", 7).told == told[2]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,8 @@ def test_rotating_shortcuts_are_told_equally_often():
         ("rotating:6", "expected a number from 1 to 5"),
         ("rotating:0", "expected a number from 1 to 5"),
         ("rotating:x", "expected a number from 1 to 5"),
+        ("rotating:٣", "expected a number from 1 to 5"),
+        (f"rotating:{'9' * 5000}", "expected a number from 1 to 5"),
     ],
 )
 def test_told_shortcuts_that_are_none(names: str, found: str):
