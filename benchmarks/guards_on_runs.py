@@ -8,9 +8,10 @@ of the final gold reward of the runs on which the guard fired, and of the other 
 """
 
 import argparse
+import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.lab_studies import refusing
@@ -48,13 +49,22 @@ def gold_of(workdir: Path) -> float | None:
     return gold
 
 
+@contextlib.contextmanager
+def logging_disabled() -> Iterator[None]:
+    """Disables all logging while the context is open."""
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def main() -> None:
     """Prints a line per run, and lines per condition."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     paths = parser.parse_args().runs
-    logging.disable()
-    with refusing(parser):
+    with refusing(parser), logging_disabled():  # the guards log what is printed here
         print_runs(runs_among(paths))
 
 

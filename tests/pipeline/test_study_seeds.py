@@ -125,7 +125,7 @@ def test_a_run_that_a_guard_stopped_and_that_was_resumed_has_no_further_point(
     steps = (0, 2, 4, 5, 6, 8, 9)
     monkeypatch.setattr(study_runs, "read_evaluations", lambda _: [{"step": n} for n in steps])
     monkeypatch.setattr(study_runs, "load_reward_model", lambda _: Mock())
-    monkeypatch.setattr(study_runs, "run_result", lambda rows, *_: read.extend(rows) or {})
+    monkeypatch.setattr(study_runs, "run_result", lambda rows, *_, **__: read.extend(rows) or {})
     study_runs.write_result(config, tmp_path, "baseline")
     assert [row["step"] for row in read] == [0, 2, 4, 6, 8, 9]
 
