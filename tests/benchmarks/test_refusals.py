@@ -1,6 +1,7 @@
 """Scripts that read finished runs refuse bad input with exit code 2 and one clear last line."""
 
 import importlib
+import logging
 import sys
 
 import pytest
@@ -67,3 +68,4 @@ def test_bad_input_is_refused(script, arguments, message, root, monkeypatch, cap
     assert stopped.value.code == 2
     assert shown[-1].startswith(f"{script}: error: ")
     assert message.format(root=root) in shown[-1]
+    assert logging.root.manager.disable == logging.NOTSET  # also for what runs after it

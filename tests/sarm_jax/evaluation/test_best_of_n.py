@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sarm_jax.evaluation.best_of_n import best_of_n, kl_of_best_of
+from sarm_jax.evaluation.best_of_n import best_of_n, best_of_n_weights, kl_of_best_of
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -23,6 +23,21 @@ def test_it_is_the_mean_over_all_subsets(n, ties):
         ]
         expected.append(np.mean(best))
     np.testing.assert_allclose(best_of_n(reward_ps, value_ps, n), expected, rtol=1e-12)
+
+
+def test_weights_of_several_sizes_at_once():
+    """Each size has the weights that it has alone; they are those of a share."""
+    rng = np.random.default_rng(2)
+    reward_ps = rng.integers(0, 9, (5, 16)).astype(float)
+    weight_nps = best_of_n_weights(reward_ps, [1, 4, 16])
+    np.testing.assert_allclose(weight_nps.sum(axis=2), 1)
+    for weight_ps, n in zip(weight_nps, (1, 4, 16), strict=True):
+        np.testing.assert_array_equal(weight_ps, best_of_n_weights(reward_ps, [n])[0])
+        mean_p = [
+            weight_s @ reward_s for weight_s, reward_s in zip(weight_ps, reward_ps, strict=True)
+        ]
+        np.testing.assert_allclose(best_of_n(reward_ps, reward_ps, n), mean_p)
+    np.testing.assert_allclose(weight_nps[0], 1 / 16, rtol=1e-12)
 
 
 def test_large_pools():
