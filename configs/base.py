@@ -297,6 +297,10 @@ def _add_train_sarm(config: ConfigDict) -> None:
     config.train_sarm.tie_pairs_jsonl = ""
     # Weight of a tie in the loss; a preference pair has the weight 1.
     config.train_sarm.tie_weight = 1.0
+    # SARM whose SAE is used, instead of an SAE pretrained here with the options from sae_steps to
+    # aux_weight. Both SARMs then have the same features. source_layer, latent_size, k and use_topk
+    # must be the ones of that SARM. Empty: an SAE is pretrained.
+    config.train_sarm.sae_model = ""
     config.train_sarm.held_out_fraction = 0.2  # share of the prompts in the held-out set
     # Longest conversation, in tokens; a longer one loses its beginning.
     config.train_sarm.max_length = 4096

@@ -21,7 +21,7 @@ from conversion.checkpoint import (
     verified_files,
 )
 from conversion.hub import CONFIG_FILES, TOKENIZER_FILES, locate
-from conversion.keys import Model, TensorSpec, abstract_model
+from conversion.keys import TensorSpec, abstract_model
 from conversion.safetensors_io import TensorFiles, contiguous
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import read_json
@@ -31,6 +31,7 @@ from sarm_jax.models.chat_template import chat_template
 from sarm_jax.models.linear_reward import LinearReward, LinearRewardConfig
 from sarm_jax.models.llama import Llama, LlamaConfig
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sae import SAE
 from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.finite import describe, first_not_finite, is_finite
 from sarm_jax.parallel.processes import raising_on_all
@@ -82,6 +83,15 @@ def load_scorer(src: str | Path, dtype: str = "float32", place: Place | None = N
     return _reward_model(*_open_reward(src, _kind_of_sarm(src)), dtype=dtype, place=place)
 
 
+def load_sae(src: str | Path, place: Place | None = None) -> SAE:
+    """Loads the SAE of a SARM in float32, and no weight of its trunk; see `load_policy`.
+
+    The dotted path that `place` gets begins with "sae".
+    """
+    checkpoint, files, _ = _open_sarm(src)
+    return cast(SAE, _fill(checkpoint, files, dtype="float32", place=place, part="sae"))
+
+
 def load_reward_model(
     src: str | Path, dtype: str = "float32", place: Place | None = None
 ) -> RewardModel:
@@ -96,8 +106,8 @@ def load_reward_model(
 def _reward_model(
     checkpoint: Checkpoint, files: TensorFiles, tokenizer: Any, *, dtype: str, place: Place | None
 ) -> RewardModel:
-    model = _fill(checkpoint, files, dtype=dtype, place=place)
-    return RewardModel(cast(SARM | LinearReward, model), tokenizer)
+    model = cast(SARM | LinearReward, _fill(checkpoint, files, dtype=dtype, place=place))
+    return RewardModel(model, tokenizer)
 
 
 def check_models(
@@ -218,21 +228,29 @@ def load_hf_tokenizer(src: str | Path, vocab_size: int | None = None) -> Any:
     return tokenizer
 
 
-def _fill(checkpoint: Checkpoint, files: TensorFiles, dtype: str, place: Place | None) -> Model:
-    """Builds the model of a checkpoint, loads its parameters one by one and checks their values."""
+def _fill(
+    checkpoint: Checkpoint,
+    files: TensorFiles,
+    dtype: str,
+    place: Place | None,
+    part: str = "",
+) -> nnx.Module:
+    """Builds a model, or its attribute `part`; loads its parameters and checks their values."""
     place = ONE_DEVICE.load if place is None else place
     specs: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in checkpoint.specs():
         specs.setdefault(spec.path, []).append(spec)
-    graphdef, state = nnx.split(abstract_model(checkpoint.config, dtype))
+    model = abstract_model(checkpoint.config, dtype)
+    graphdef, state = nnx.split(getattr(model, part) if part else model)
+    prefix = (part,) if part else ()
     filled = []
     with raising_on_all():  # a file may be damaged on one host only
         for keys, variable in nnx.to_flat_state(state):
-            path = tuple(map(str, keys))
+            path = (*prefix, *map(str, keys))
             read = _reader(checkpoint, files, specs=specs[path], dtype=variable.dtype)
             array = place(".".join(path), variable.shape, variable.dtype, read)
             filled.append((keys, variable.replace(array)))
-    arrays = ((".".join(map(str, keys)), variable[...]) for keys, variable in filled)
+    arrays = ((".".join((*prefix, *map(str, keys))), v[...]) for keys, v in filled)
     bad = first_not_finite(arrays)
     if bad is not None:
         raise InputError(

@@ -45,6 +45,7 @@ DEFAULTS = {
     "train_sarm": {
         "tie_pairs_jsonl": "",
         "tie_weight": 1.0,
+        "sae_model": "",
         "heads": 1,
         "gradient_accumulation_steps": 1,
     },

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from conversion.load import read_sarm_config
 from pipeline import stage as stages
 from pipeline.models import load_reward_model
+from pipeline.provenance import Records
 from pipeline.runner import run_stages
 from pipeline.tasks import task_of
 from pipeline.together import member, run_together
@@ -57,7 +58,9 @@ def condition_config(config: ConfigDict, folder: Path, condition: str) -> Config
     lab, counts = config.lab.to_dict(), range(0)
     lists = folder / "probes" / "selected_features.json"
     config = config.copy_and_resolve_references()
-    own = other_options(condition, folder, lab, config.ppo.total_steps)
+    own = other_options(condition, folder, lab, config.ppo.total_steps, config.sarm_model)
+    if pretrained_own_sae(folder / condition):
+        own.pop("train_sarm.sae_model", None)
     config.update_from_flattened_dict(own)
     if condition in DRAWS:
         selected, lists = lists, folder / "probes" / f"{condition}.json"
@@ -69,6 +72,15 @@ def condition_config(config: ConfigDict, folder: Path, condition: str) -> Config
         counts = range(latents, latents + len(task_of(config).shortcuts))
     config.reward.update(reward_options(condition, lists, lab, counts))
     return config
+
+
+def pretrained_own_sae(workdir: Path) -> bool:
+    """Returns whether a SARM was made here before conditions took the SAE of the shared SARM.
+
+    Its SAE has the same numbers, because it was pretrained on the same states.
+    """
+    record = Records(workdir).stages.get("train_sarm")
+    return record is not None and not record["options"]["train_sarm"].get("sae_model")
 
 
 def draw_random_control(config: ConfigDict, selected: Path, path: Path, draw: int) -> None:

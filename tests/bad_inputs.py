@@ -875,6 +875,38 @@ STAGES = [
         "train_sarm.tie_weight=2.0: train_sarm.tie_pairs_jsonl names no ties",
     ),
     main(
+        "SAE of a SARM that is not there",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.source_layer=2 --config.train_sarm.sae_model={world}/nothing",
+        "train_sarm.sae_model={world}/nothing: ",
+    ),
+    main(
+        "SAE of a policy",
+        "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+        "--config.train_sarm.source_layer=2 "
+        "--config.train_sarm.sae_model={world}/policy",
+        "train_sarm.sae_model={world}/policy: ",
+    ),
+    *(
+        main(
+            f"SAE of another {name}",
+            "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
+            "--config.train_sarm.sae_model={world}/sarm --config.train_sarm.aux_k=8 "
+            + " ".join(f"--config.train_sarm.{option}" for option in options.split()),
+            f"train_sarm.sae_model={{world}}/sarm: {message}",
+        )
+        for name, options, message in (
+            ("layer", "source_layer=1", "its SAE reads layer 2, expected train_sarm.source_layer="),
+            ("size", "source_layer=2 latent_size=63 k=8", "its SAE has 64 latents, expected"),
+            ("k", "source_layer=2 latent_size=64 k=7", "its SAE has k=8, expected train_sarm.k=7"),
+            (
+                "activation",
+                "source_layer=2 latent_size=64 k=8 use_topk=False",
+                "its head reads latents with use_topk=True, expected train_sarm.use_topk=False",
+            ),
+        )
+    ),
+    main(
         "several heads on a trunk that is trained",
         "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
         "--config.train_sarm.heads=4 --config.train_sarm.mode=2",

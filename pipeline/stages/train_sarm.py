@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from conversion import load_policy
 from conversion.checkpoint import open_checkpoint
-from conversion.load import read_policy_config
+from conversion.load import load_sae, read_policy_config, read_sarm_config
 from conversion.to_hf import save_sarm
 from pipeline.activation_files import activation_folder
 from pipeline.inputs import Input, Kind
@@ -24,6 +24,7 @@ from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
+from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.reporting.statistics import Interval, format_interval
@@ -41,6 +42,7 @@ def validate(config: ConfigDict) -> TrainSARMConfig:
     section = config.train_sarm.to_dict()
     section["pairs_jsonl"] = split_paths(section["pairs_jsonl"])
     section["tie_pairs_jsonl"] = optional_paths(section["tie_pairs_jsonl"])
+    section.pop("sae_model")
     if not section.pop("model"):
         required(config, "policy_model")
     check_remat(config.remat)
@@ -65,6 +67,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     options.check_sae(placed, policy_config.hidden_size)
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(source, prompts)
+    if sae_model := config.train_sarm.sae_model:
+        check_sae_model(sae_model, options, policy_config.hidden_size)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
     LOG.info(
@@ -76,6 +80,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     progress = open_checkpoints(config, workdir, options)
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
     policy.placement, policy.remat = placed, config.remat
+    sae = load_sae(sae_model, placed.load) if sae_model else None
     try:
         with activation_folder(workdir / ACTIVATIONS, progress.made_from) as folder:
             sarm, summary = train_sarm(
@@ -87,6 +92,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
                 ties=ties,
                 progress=progress,
                 folder=folder,
+                sae=sae,
             )
     except DivergedError:  # with other options, it starts again
         progress.remove()
@@ -107,6 +113,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if ties:
         log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
+
+
+def check_sae_model(src: str, options: TrainSARMConfig, hidden_size: int) -> None:
+    """Raises InputError if `src` is no SARM, or one whose SAE does not fit the options."""
+    try:
+        config = read_sarm_config(src)
+        if not isinstance(config, SARMConfig):
+            raise InputError(
+                "a classifier with an SAE, expected a SARM: its SAE reads states after the final "
+                "norm, which the trunk of a SARM does not have"
+            )
+        options.check_sae_of(config, hidden_size)
+    except InputError as error:
+        reason = str(error).removeprefix(f"{src}: ")
+        raise InputError(f"train_sarm.sae_model={src}: {reason}") from None
 
 
 def open_checkpoints(
@@ -151,6 +172,7 @@ STAGE = Stage(
         Input("train_sarm.pairs_jsonl", Kind.FILES),
         Input("train_sarm.tie_pairs_jsonl", Kind.FILES),
         Input("train_sarm.model", Kind.POLICY),
+        Input("train_sarm.sae_model", Kind.SARM),
         Input("policy_model", Kind.POLICY, read_if=lambda config: not config.train_sarm.model),
     ),
     output="sarm",

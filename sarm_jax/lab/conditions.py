@@ -117,7 +117,7 @@ def reward_options(
 
 
 def other_options(
-    condition: str, folder: Path, section: dict[str, Any], total_steps: int
+    condition: str, folder: Path, section: dict[str, Any], total_steps: int, shared: str
 ) -> dict[str, Any]:
     """Returns the options outside of `config.reward` that a condition sets, by their full names.
 
@@ -126,6 +126,7 @@ def other_options(
         folder: the folder of the seed, with its data and the runs of its conditions.
         section: options of the lab, of which `tie_weight` is read.
         total_steps: PPO steps of the other conditions.
+        shared: the SARM of the other conditions. A reward model of a condition's own has its SAE.
     """
     options: dict[str, Any] = {}
     if condition in KL_COEFS:
@@ -141,6 +142,7 @@ def other_options(
         options["train_sarm.heads"] = HEADS
     if condition in RETRAINED:
         options["sarm_model"] = str(folder / condition / "sarm")
+        options["train_sarm.sae_model"] = shared
     if condition == "oracle":
         options["lab.oracle"] = True
     return options

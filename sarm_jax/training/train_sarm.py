@@ -169,6 +169,33 @@ class TrainSARMConfig:
             )
         return held_out
 
+    def sae_config(self, hidden_size: int) -> SAEConfig:
+        """Returns the architecture of the SAE for states of so many dimensions."""
+        return SAEConfig(
+            hidden_size=hidden_size,
+            latent_size=self.latent_size,
+            k=self.k,
+            activation="topk" if self.use_topk else "identity",
+        )
+
+    def check_sae_of(self, sarm: SARMConfig, hidden_size: int) -> None:
+        """Raises InputError if the SAE of a SARM is not one for states of so many dimensions."""
+        own, expected = sarm.sae, self.sae_config(hidden_size)
+        differences = (
+            ("its SAE reads states of {} dimensions", own.hidden_size, hidden_size,
+             "the model's {}"),
+            ("its SAE reads layer {}", sarm.trunk.num_hidden_layers, self.source_layer,
+             "train_sarm.source_layer={}"),
+            ("its SAE has {} latents", own.latent_size, self.latent_size,
+             "train_sarm.latent_size={}"),
+            ("its SAE has k={}", own.k, self.k, "train_sarm.k={}"),
+            ("its head reads latents with use_topk={}", own.use_topk, expected.use_topk,
+             "train_sarm.use_topk={}"),
+        )  # fmt: skip
+        for text, value, wanted, option in differences:
+            if value != wanted:
+                raise InputError(f"{text.format(value)}, expected {option.format(wanted)}")
+
     def sae_training(self) -> SAETraining:
         """Returns the options of SAE pretraining."""
         return SAETraining(
@@ -197,6 +224,7 @@ def train_sarm(
     ties: Sequence[Mapping[str, Any]] = (),
     progress: Progress = NOTHING_KEPT,
     folder: ActivationFolder | None = None,
+    sae: SAE | None = None,
 ) -> tuple[SARM, dict[str, Any]]:
     """Trains a SARM on the first layers of a policy.
 
@@ -209,6 +237,7 @@ def train_sarm(
         ties: rows of the same kind whose sides are equally good; the rejected one has the shortcut.
         progress: restores the state of an interrupted training, and keeps it while it runs.
         folder: where the activations are kept; None: in a temporary folder.
+        sae: an SAE of the configured sizes to use; None: one is pretrained.
 
     Returns:
         (the SARM in the policy's dtype, the summary for sarm_summary.json).
@@ -228,6 +257,7 @@ def train_sarm(
             ties=ties,
             progress=progress,
             folder=used,
+            given=sae,
         )
 
 
@@ -241,19 +271,26 @@ def _train(
     ties: Sequence[Mapping[str, Any]],
     progress: Progress,
     folder: ActivationFolder,
+    given: SAE | None,
 ) -> tuple[SARM, dict[str, Any]]:
-    """Trains a SARM, see `train_sarm`."""
+    """Trains a SARM, see `train_sarm`; `given` is the SAE to use, or None."""
     clock = [time.perf_counter()]
     data = encode_pairs(tokenizer, pairs, config, ties)
     trunk, (_, held_out_rows) = truncate(policy, config.source_layer), _split_rows(data.preferences)
-    sae, metrics = _new_sae(config, trunk), progress.noted("sae")
+    sae, metrics = given or _new_sae(config, trunk), progress.noted("sae")
     activations: Any = None
     if metrics is None:  # otherwise `_fine_tune` restores the SAE from the checkpoint
         activations = _collect(config, trunk, data, folder)
         clock.append(time.perf_counter())
-        sae, metrics = _pretrain(
-            config, sae, data, activations, placement=trunk.placement, log=log, progress=progress
-        )
+        if given is None:
+            sae, metrics = _pretrain(
+                config, sae, data, activations, placement=trunk.placement, log=log,
+                progress=progress,
+            )  # fmt: skip
+        else:
+            sae.placement = trunk.placement
+            metrics = sae_metrics(sae, _select_rows(activations, held_out_rows))
+        LOG.info("SAE: %s", {name: value and round(value, 4) for name, value in metrics.items()})
         progress.note("sae", metrics)
     clock.append(time.perf_counter())
     summary: dict[str, Any] = {"sae": metrics}
@@ -356,7 +393,6 @@ def _pretrain(
         placement=placement,
         progress=progress,
     )
-    LOG.info("SAE: %s", {name: value and round(value, 4) for name, value in metrics.items()})
     return sae, metrics
 
 
@@ -496,13 +532,7 @@ def _split_rows(data: PairSet) -> tuple[np.ndarray, np.ndarray]:
 
 def _new_sae(config: TrainSARMConfig, trunk: Llama) -> SAE:
     """Makes an SAE of the configured size for the states of a trunk."""
-    sae_config = SAEConfig(
-        hidden_size=trunk.config.hidden_size,
-        latent_size=config.latent_size,
-        k=config.k,
-        activation="topk" if config.use_topk else "identity",
-    )
-    return SAE(sae_config, rngs=nnx.Rngs(config.seed))
+    return SAE(config.sae_config(trunk.config.hidden_size), rngs=nnx.Rngs(config.seed))
 
 
 def _select_rows(activations: Activations, rows: np.ndarray) -> Activations:

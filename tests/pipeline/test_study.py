@@ -424,10 +424,12 @@ def test_options_of_the_rivals_by_hand(tmp_path):
             "train_sarm.tie_pairs_jsonl": f"{tmp_path}/data/contrast.jsonl",
             "train_sarm.tie_weight": 3.0,
             "sarm_model": f"{tmp_path}/ties/sarm",
+            "train_sarm.sae_model": "shared",
         },
         "worst_of_four": {
             "train_sarm.heads": 4,
             "sarm_model": f"{tmp_path}/worst_of_four/sarm",
+            "train_sarm.sae_model": "shared",
         },
         "oracle": {"lab.oracle": True},
         "kl_0.5": {"ppo.kl_coef": 0.5},
@@ -439,12 +441,12 @@ def test_options_of_the_rivals_by_hand(tmp_path):
         },
     }
     for condition in DESCRIPTIONS:
-        own = other_options(condition, tmp_path, section, 60)
+        own = other_options(condition, tmp_path, section, 60, "shared")
         if condition not in KL_COEFS:
             assert own == expected.get(condition, {})
         config = demo.get_config()
         config.update_from_flattened_dict(own)  # every name is an option's
-    assert other_options("kl_0.5", tmp_path, section, 60) == expected["kl_0.5"]
+    assert other_options("kl_0.5", tmp_path, section, 60, "shared") == expected["kl_0.5"]
     assert len(KL_COEFS) == len(DRAWS) == 5 and len(GRID) == 12
     assert COLOURS.keys() == DESCRIPTIONS.keys()
     assert {"baseline", *IN_WORDS} == DESCRIPTIONS.keys()

@@ -9,14 +9,43 @@ from functools import partial
 
 import pytest
 
-from pipeline.study_processes import run_seeds
+from pipeline.study_processes import run_seeds, shares_of_cores
 from pipeline.study_records import SeedOutcome
 from tests.paths import ROOT
-from tests.seed_processes import end_at_signal, fail, fail_oddly, stop_at_signal
+from tests.seed_processes import end_at_signal, fail, fail_oddly, report_cores, stop_at_signal
 
 pytestmark = pytest.mark.slow  # processes are started
 
 FINISHED = {seed: SeedOutcome([f"of {seed}"]) for seed in (0, 2)}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "processes", "shares"),
+    [
+        ({0, 1}, 2, [[0], [1]]),
+        ({1, 4, 5, 7, 9}, 2, [[1, 4, 5], [7, 9]]),
+        ({3}, 1, [[3]]),
+        ({3}, 2, [[], []]),  # too few: both may use it
+    ],
+)
+def test_the_cores_are_divided_among_the_seeds(monkeypatch, allowed, processes, shares):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: allowed, raising=False)
+    assert shares_of_cores(processes) == shares
+
+
+def test_without_a_way_to_confine_processes_every_seed_may_use_all_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert shares_of_cores(2) == [[], []]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system confines no process")
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core cannot be divided")
+def test_seeds_at_the_same_time_have_cores_of_their_own():
+    """Three seeds, two at a time: the third gets the cores of the one that ended first."""
+    cores = [outcome.finished for outcome in run_seeds(report_cores, [0, 1, 2], 2)]
+    assert not set(cores[0]) & set(cores[1])
+    assert {*cores[0], *cores[1]} == set(map(str, os.sched_getaffinity(0)))
+    assert cores[2] in cores[:2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
