@@ -17,8 +17,10 @@ from conversion.load import (
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation import Prompt
 from sarm_jax.models.conversation_rows import check_turns
+from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import REMAT, Llama
 from sarm_jax.models.reward_model import RewardModel
+from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 
 
@@ -37,17 +39,29 @@ def load_reward_model(config: ConfigDict, needs_features: bool = True) -> Reward
     Raises:
         InputError: the reward model has no SAE, but `needs_features`; or as `load_sarm`.
     """
-    read, load = (
-        (read_sarm_config, load_sarm) if needs_features else (read_scorer_config, load_scorer)
-    )
-    mesh_config(config).check_model(read(config.sarm_model).trunk)
+    check_reward_model(config, needs_features)
     placed = placement(config)
+    load = load_sarm if needs_features else load_scorer
     model = load(config.sarm_model, config.dtype, placed.load)
     positions = model.model.config.trunk.max_position_embeddings
     model.max_length = min(config.sarm_max_length, positions)
     model.batch_size = config.sarm_batch_size
     model.model.trunk.placement = placed
     return model
+
+
+def check_reward_model(
+    config: ConfigDict, needs_features: bool = True
+) -> SARMConfig | LinearRewardConfig:
+    """Reads the architecture of the reward model, and checks that the mesh can divide its trunk.
+
+    Raises:
+        InputError: the mesh cannot; or the reward model has no SAE, but `needs_features`.
+    """
+    read = read_sarm_config if needs_features else read_scorer_config
+    architecture = read(config.sarm_model)
+    mesh_config(config).check_model(architecture.trunk)
+    return architecture
 
 
 def lacks_features(sarm_model: str) -> bool:

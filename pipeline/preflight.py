@@ -25,8 +25,9 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
     """Checks the options of the stages `wanted`, and the inputs of all stages.
 
     Raises:
-        InputError: an option is out of range, there is no such file or model and no stage is
-            going to write it, or something is in the way of what a stage writes.
+        InputError: an option is out of range or does not fit a model, there is no such file or
+            model and no stage is going to write it, or something is in the way of what a stage
+            writes.
     """
     for item in inputs():
         needed = any(item.kind is i.kind for stage in wanted for i in stage.inputs)
@@ -38,6 +39,8 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
         for _, run_config, folder in runs_of(stage, config, workdir):
             ready = without_future_lists(run_config, workdir)
             stage.validate(ready)
+            if stage.has_models(ready):
+                stage.check_architectures(ready)
             if processes.is_primary():
                 stage.check_outputs(ready, folder)
 
@@ -54,9 +57,19 @@ def inputs() -> list[Input]:
 
 def check_input(item: Input, config: ConfigDict, workdir: Path) -> None:
     """Raises InputError for a file or a model that is not there and is outside of `workdir`."""
-    if item.kind is Kind.LIST:
-        return  # the parsers of lists read their files
-    paths = [path for path in item.paths(config, workdir) if not is_within(path, workdir)]
+    paths = item.paths(config, workdir) if item.kind is not Kind.LIST else []
+    _check_paths(item, [path for path in paths if not is_within(path, workdir)])
+
+
+def check_inputs(stage: Stage, config: ConfigDict, workdir: Path) -> None:
+    """Raises InputError, with its option, for a file or a model of one stage that is not there."""
+    for item in stage.inputs:
+        if item.kind not in (Kind.LIST, Kind.RUNS) and item.read_if(config):
+            _check_paths(item, item.paths(config, workdir))
+
+
+def _check_paths(item: Input, paths: Sequence[Path]) -> None:
+    """Raises InputError for a path that is not there; parsers of lists read their files."""
     if item.kind in MODELS:
         for path in paths:
             _check_model(item, path)

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from pipeline import stage as stages
 from pipeline.changes import Provenance
 from pipeline.experiments import runs_of, with_runs
+from pipeline.preflight import check_inputs
 from pipeline.provenance import Records, check_claim, claim_workdir, provenance
 from pipeline.stage import Stage
 from pipeline.together import member, run_together
@@ -74,7 +75,7 @@ def run_stage(
         if run_name and member() is None:  # otherwise every message of the run has its name
             LOG.info("experiment %s", run_name)
         with continuing_with_others(run_name, stopped), _opened(folder):
-            refuse_missing_inputs(stage, run_config, workdir)
+            check_call(stage, run_config, workdir)
             made_from = provenance(stage, run_config, folder)
             _run(stage, run_config, folder, made_from)
 
@@ -172,6 +173,13 @@ def continuing_with_others(run_name: str, stopped: list[TrainingStoppedError]) -
         else:
             LOG.error("stopped: %s", error)
         stopped.append(type(error)(f"experiment {run_name}: {error}"))
+
+
+def check_call(stage: Stage, config: ConfigDict, workdir: Path) -> None:
+    """Raises InputError for bad options or missing inputs of a stage that is called alone."""
+    refuse_missing_inputs(stage, config, workdir)
+    stage.validate(config)
+    check_inputs(stage, config, workdir)
 
 
 def refuse_missing_inputs(stage: Stage, config: ConfigDict, workdir: Path) -> None:

@@ -42,6 +42,9 @@ class Stage:
         validate: reads the stage's options from the config alone and returns them; raises
             InputError for the first that is out of range.
         run: does the work, given the config and the working directory.
+        check_architectures: compares the options with the architectures of the models, which it
+            reads from their config files; raises InputError. `run` calls it too. `--stage=all`
+            calls it before the first stage runs, if the models are there by then.
         options: the config fields, or whole sections, that the result depends on.
         inputs: the fields that name files.
         own_inputs: patterns of further files in the working directory that are read.
@@ -77,6 +80,7 @@ class Stage:
     options: tuple[str, ...]
     inputs: tuple[Input, ...] = ()
     own_inputs: tuple[str, ...] = ()
+    check_architectures: Callable[[ConfigDict], Any] = lambda config: None
     output: str | Callable[[ConfigDict], str] | None = None
     makes: tuple[str, ...] = ()
     writes: Callable[[ConfigDict], Sequence[str]] | None = None
@@ -90,6 +94,16 @@ class Stage:
     records: Callable[[ConfigDict, Path], dict[str, Any]] | None = None
     made_from: tuple[str, ...] = ()
     processes: Literal["all", "primary", "one"] = "one"
+
+    def has_models(self, config: ConfigDict) -> bool:
+        """Returns whether all models that the stage reads with this config are local directories.
+
+        A model that an earlier stage makes may not be there yet, and one on the hub is not read
+        before it is needed.
+        """
+        read = (item for item in self.inputs if item.kind in MODELS and item.read_if(config))
+        values = [field_value(config, item.field) for item in read]
+        return all(Path(value).is_dir() for value in values if value)
 
     def output_path(self, config: ConfigDict, workdir: Path) -> Path:
         """Returns the path of what the stage writes last."""

@@ -906,6 +906,49 @@ STAGES = [
             ),
         )
     ),
+    # Found before the first stage, identify or train_sarm, loads a weight.
+    *(
+        main(
+            f"{name}, before the first stage",
+            "--stage=all --config.identify.pairs_jsonl={world}/pairs.jsonl "
+            + " ".join(f"--config.{option}" for option in options.split()),
+            message,
+        )
+        for name, options, message in (
+            (
+                "a penalised feature that the SARM lacks",
+                "reward.penalize_features=64 reward.tau_values=0 reward.alpha_values=1",
+                "reward.penalize_features: feature 64 of a SARM with 64 latents",
+            ),
+            (
+                "a latent of the KL that the SARM lacks",
+                "reward.latent_indices=70 reward.beta=1 "
+                "reward.human_latents={world}/demos.jsonl",
+                "reward.latent_indices: feature 70 of a SARM with 64 latents",
+            ),
+            (
+                "a probed feature that the SARM lacks",
+                "probe.data_jsonl={world}/pairs.jsonl probe.feature=64",
+                "probe.feature=64: the SARM has 64 latents, numbered from 0",
+            ),
+            (
+                "an ensemble of one head",
+                "reward.ensemble=min",
+                "reward.ensemble='min': the reward model has one head",
+            ),
+            (
+                "a trunk that is too deep",
+                "train_sarm.pairs_jsonl={world}/pairs.jsonl train_sarm.source_layer=99",
+                "train_sarm.source_layer=99: the model has 3 layers",
+            ),
+            (
+                "an SAE of another layer",
+                "train_sarm.pairs_jsonl={world}/pairs.jsonl train_sarm.source_layer=1 "
+                "train_sarm.sae_model={world}/sarm",
+                "its SAE reads layer 2, expected train_sarm.source_layer=1",
+            ),
+        )
+    ),
     main(
         "several heads on a trunk that is trained",
         "--stage=train_sarm --config.train_sarm.pairs_jsonl={world}/pairs.jsonl "
@@ -1419,7 +1462,7 @@ REWARD_MODELS = [
         for name, options in {
             "penalties": "--penalize_features=1 --tau_values=1 --alpha_values=1",
             "clamps": "--clamp_features=1 --clamp_set_values=1",
-            "latent KL": "--beta=1 --human_latents=x",
+            "latent KL": "--beta=1 --human_latents={world}/demos.jsonl",
             "human latents": "--stage=human_latents "
             "--config.human_latents.demos_jsonl={world}/demos.jsonl",
         }.items()

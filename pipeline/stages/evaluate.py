@@ -8,10 +8,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from conversion.load import read_sarm_config
 from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
-from pipeline.models import lacks_features, load_reward_model
+from pipeline.models import check_reward_model, lacks_features, load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.policy_evaluation import evaluate_policies, policy_inputs, response_config
 from pipeline.provenance import check_same_everywhere
@@ -66,6 +65,14 @@ def validate(config: ConfigDict) -> SteeringConfig:
     return steering_config(config)
 
 
+def check_architectures(config: ConfigDict) -> FeatureNames:
+    """Compares controls and names with the reward model; returns the names."""
+    reward, architecture = reward_config(config.reward), check_reward_model(config)
+    reward.check_features(architecture.latent_size)
+    check_ensemble(reward.ensemble, architecture)
+    return feature_names(config, architecture.latent_size)
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Run every evaluation that the config names files for.
 
@@ -85,8 +92,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             "evaluate.rewardbench2 or evaluate.prompts_jsonl with evaluate.runs"
         )
     check_ties(choices, f"evaluate.rewardbench2={section.rewardbench2}")
-    controls = controls_of(config)
-    names = feature_names(config, read_sarm_config(config.sarm_model).latent_size)
+    controls, names = controls_of(config), check_architectures(config)
     if answers:
         check_steering(steering, answers, controls)
     folder = workdir / "eval"
@@ -192,10 +198,7 @@ def steering_config(config: ConfigDict) -> SteeringConfig:
 def controls_of(config: ConfigDict) -> Controls:
     """Returns the clamps and penalties of the section reward, with those of the steering file."""
     reward = reward_config(config.reward)
-    sarm_config = read_sarm_config(config.sarm_model)
-    size = sarm_config.latent_size
-    reward.check_features(size)
-    check_ensemble(reward.ensemble, sarm_config)
+    check_architectures(config)
     further = [*reward.further_terms, *(["screen"] if reward.screen else [])]
     if further:
         LOG.info(
@@ -205,7 +208,7 @@ def controls_of(config: ConfigDict) -> Controls:
     path = config.evaluate.steering_json
     steering = read_steering(path) if path else {}
     try:
-        change = reward.clamp(size, steering)
+        change = reward.clamp(check_reward_model(config).latent_size, steering)
     except InputError as error:  # the clamps alone have been checked: it is the file
         raise InputError(f"evaluate.steering_json={path}: {error}") from None
     return Controls(
@@ -267,6 +270,7 @@ STAGE = Stage(
     summary="The SARM on benchmarks and under steering; policies against their base → eval/.",
     validate=validate,
     run=run,
+    check_architectures=check_architectures,
     options=(
         "evaluate",
         "reward",

@@ -5,14 +5,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from conversion.load import read_sarm_config, read_scorer_config
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_conversations, load_reward_model
+from pipeline.models import check_conversations, check_reward_model, load_reward_model
 from pipeline.options import required
 from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from sarm_jax.io.errors import InputError
 from sarm_jax.models.conversation_rows import read_demonstrations
+from sarm_jax.models.linear_reward import LinearRewardConfig
+from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel import processes
 from sarm_jax.rewards.human_latents import (
     LATENTS_FILE,
@@ -34,6 +35,20 @@ def validate(config: ConfigDict) -> RewardConfig:
     return reward_config(config.reward)
 
 
+def needs_features(config: ConfigDict) -> bool:
+    """Returns whether the reward model must have an SAE."""
+    reward = reward_config(config.reward)
+    return not config.human_latents.states or reward.reads_features or bool(reward.latent_indices)
+
+
+def check_architectures(config: ConfigDict) -> SARMConfig | LinearRewardConfig:
+    """Checks that the reward model has the features; returns its architecture."""
+    architecture = check_reward_model(config, needs_features(config))
+    if needs_features(config):
+        reward_config(config.reward).check_features(architecture.latent_size)
+    return architecture
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Score human demonstrations and save the latents that the discriminator compares with.
 
@@ -48,20 +63,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"{len(demonstrations)} demonstrations: human_latents.states=True needs at least "
             f"{FEWEST}"
         )
-    needs_features = not states or reward.reads_features or bool(reward.latent_indices)
-    if needs_features:
-        reward.check_features(read_sarm_config(config.sarm_model).latent_size)
+    has_features = check_architectures(config).latent_size > 0
     prompts = [row["prompt"] for row in demonstrations]
     check_conversations(config.sarm_model, {config.human_latents.demos_jsonl: prompts})
     path = workdir / LATENTS_FILE
-    has_features = read_scorer_config(config.sarm_model).latent_size > 0
     targets = [path] * has_features + [workdir / STATES_FILE] * states
     LOG.info(
         "reading %d demonstrations, for %s",
         len(demonstrations), " and ".join(map(str, targets)),
     )  # fmt: skip
     check_same_everywhere(STAGE, config, workdir)
-    model = load_reward_model(config, needs_features)
+    model = load_reward_model(config, needs_features(config))
     if states:
         human, x_nd = collect_with_states(model, demonstrations, reward.latent_indices)
         source = f"human_latents.demos_jsonl={config.human_latents.demos_jsonl}"
@@ -85,6 +97,7 @@ STAGE = Stage(
     summary="Human demonstrations → the latents that the discriminator compares the policy's with.",
     validate=validate,
     run=run,
+    check_architectures=check_architectures,
     options=(
         "human_latents",
         "reward.latent_indices",

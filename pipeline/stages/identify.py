@@ -8,10 +8,9 @@ from typing import Any
 from ml_collections import ConfigDict
 from safetensors.numpy import save
 
-from conversion.load import read_sarm_config
 from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_conversations, load_reward_model
+from pipeline.models import check_conversations, check_reward_model, load_reward_model
 from pipeline.options import optional_paths, required
 from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
@@ -59,6 +58,11 @@ def validate(config: ConfigDict) -> IdentifyConfig:
     return IdentifyConfig(**section)
 
 
+def check_architectures(config: ConfigDict) -> FeatureNames:
+    """Checks that the reward model has the latents that are named; returns their names."""
+    return feature_names(config, check_reward_model(config).latent_size)
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Find the latents that tell chosen from rejected responses, with thresholds."""
     options = validate(config)
@@ -70,7 +74,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     verbosity_pairs = [row for path in verbosity_paths for row in files[path]]
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(config.sarm_model, prompts)
-    names = feature_names(config, read_sarm_config(config.sarm_model).latent_size)
+    names = check_architectures(config)
     folder = workdir / "probes"
     LOG.info("features that tell the sides of %d pairs apart, for %s", len(pairs), folder)
     check_same_everywhere(STAGE, config, workdir)
@@ -252,6 +256,7 @@ STAGE = Stage(
     summary="Preference pairs → latents that tell chosen from rejected, with thresholds.",
     validate=validate,
     run=run,
+    check_architectures=check_architectures,
     options=(
         "identify",
         "sarm_model",

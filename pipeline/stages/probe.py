@@ -6,16 +6,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from conversion.load import read_sarm_config
 from pipeline.feature_names import feature_names
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_conversations, load_reward_model
+from pipeline.models import check_conversations, check_reward_model, load_reward_model
 from pipeline.options import required
 from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
 from sarm_jax.features.certificates import CertificateConfig
 from sarm_jax.features.feature_lists import parse_features
-from sarm_jax.features.probing import ProbeConfig, check_probe, probe, write_probes
+from sarm_jax.features.feature_names import FeatureNames
+from sarm_jax.features.probing import ProbeConfig, check_latents, check_probe, probe, write_probes
 from sarm_jax.io.json_files import write_json
 from sarm_jax.models.conversation_rows import read_probe_rows
 from sarm_jax.parallel import processes
@@ -45,13 +45,19 @@ def validate(config: ConfigDict) -> ProbeConfig:
     return options
 
 
+def check_architectures(config: ConfigDict) -> FeatureNames:
+    """Checks that the SARM has the latents that are probed or named; returns their names."""
+    latent_size = check_reward_model(config).latent_size
+    check_latents(validate(config), latent_size)
+    return feature_names(config, latent_size)
+
+
 def run(config: ConfigDict, workdir: Path) -> None:
     """Set or bound one feature at a time and write what the reward does."""
     options, path = validate(config), config.probe.data_jsonl
     rows = read_probe_rows(path, options.mode)
-    latent_size = read_sarm_config(config.sarm_model).latent_size
-    check_probe(options, latent_size, rows, path)
-    names = feature_names(config, latent_size)
+    check_probe(options, check_reward_model(config).latent_size, rows, path)
+    names = check_architectures(config)
     check_conversations(config.sarm_model, {path: [row["prompt"] for row in rows]})
     folder = workdir / "probes"
     LOG.info("probing %d features on %d rows, for %s", len(options.features), len(rows), folder)
@@ -86,6 +92,7 @@ STAGE = Stage(
     summary="Responses, with a feature set or bounded → what the reward does, and certificates.",
     validate=validate,
     run=run,
+    check_architectures=check_architectures,
     options=("probe", "sarm_model", "sarm_max_length", "dtype"),
     inputs=(
         Input("probe.feature", Kind.LIST),

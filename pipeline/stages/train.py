@@ -15,8 +15,6 @@ from conversion.load import (
     check_models,
     load_hf_tokenizer,
     read_policy_config,
-    read_sarm_config,
-    read_scorer_config,
 )
 from conversion.peft import save_adapter
 from pipeline import together
@@ -26,6 +24,7 @@ from pipeline.inputs import Input, Kind
 from pipeline.models import (
     check_conversations,
     check_remat,
+    check_reward_model,
     mesh_config,
 )
 from pipeline.options import required
@@ -54,13 +53,15 @@ from sarm_jax.lab.gate import require_gates
 from sarm_jax.lab.oracle import OracleRewardModel
 from sarm_jax.models.checks import check_positions
 from sarm_jax.models.conversation_rows import read_prompts
+from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import Llama
 from sarm_jax.models.reward_model import RewardModel
-from sarm_jax.models.sarm import check_ensemble
+from sarm_jax.models.sarm import SARMConfig, check_ensemble
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.devices import describe_devices
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.rewards.human_latents import HumanLatents, human_buffer
+from sarm_jax.rewards.options import reward_config
 from sarm_jax.rewards.state_controls import StateControls, state_controls
 
 LOG = logging.getLogger(__name__)
@@ -147,12 +148,7 @@ def read_inputs(config: ConfigDict) -> RunInputs:
     if config.lab.gates_json:
         require_gates(Path(config.lab.gates_json), config.lab.ignore_failed_gates)
     prompts = read_prompts(config.prompts_jsonl)
-    mesh_config(config).check_model(read_policy_config(config.policy_model))
-    read_config = read_sarm_config if options.reward.reads_features else read_scorer_config
-    scorer = read_config(config.sarm_model)
-    features = scorer.latent_size + (len(task_of(config).shortcuts) if config.lab.oracle else 0)
-    options.reward.check_features(features)
-    check_ensemble(options.reward.ensemble, scorer)
+    scorer, features = check_architectures(config)
     human = human_buffer(options.reward, config.reward.human_latents, features)
     states = state_controls(options.reward, scorer.trunk.hidden_size)
     options = dataclasses.replace(options, names=feature_names(config, scorer.latent_size))
@@ -170,6 +166,22 @@ def read_inputs(config: ConfigDict) -> RunInputs:
             task_of(config).check_prompts(rows, path)
     check_conversations(config.sarm_model, files)
     return RunInputs(options, profile, tokenizer, deck, eval_deck, human, states)
+
+
+def check_architectures(config: ConfigDict) -> tuple[SARMConfig | LinearRewardConfig, int]:
+    """Compares the options with the policy and the reward model.
+
+    Returns:
+        (architecture of the reward model, number of its features, with those of `lab.oracle`).
+    """
+    mesh_config(config).check_model(read_policy_config(config.policy_model))
+    reward = reward_config(config.reward)
+    scorer = check_reward_model(config, reward.reads_features)
+    features = scorer.latent_size + (len(task_of(config).shortcuts) if config.lab.oracle else 0)
+    reward.check_features(features)
+    check_ensemble(reward.ensemble, scorer)
+    feature_names(config, scorer.latent_size)
+    return scorer, features
 
 
 def reward_model_of(config: ConfigDict, needs_features: bool) -> RewardModel:
@@ -408,6 +420,7 @@ STAGE = Stage(
     summary="PPO with the compound reward → metrics, samples, checkpoints and a PEFT adapter.",
     validate=validate,
     run=run,
+    check_architectures=check_architectures,
     options=(
         "policy_model",
         "sarm_model",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from pipeline.inputs import Input, Kind
-from pipeline.models import check_conversations, load_reward_model
+from pipeline.models import check_conversations, check_reward_model, load_reward_model
 from pipeline.options import required
 from pipeline.provenance import check_same_everywhere
 from pipeline.stage import Stage
@@ -163,6 +164,7 @@ STAGE = Stage(
     summary="Preference pairs → dense probes of the reward model's states, rivals of detectors.",
     validate=validate,
     run=run,
+    check_architectures=partial(check_reward_model, needs_features=False),
     options=(
         "train_probe",
         "identify.pairs_jsonl",

@@ -23,6 +23,7 @@ from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import split_paths
 from sarm_jax.models.conversation_rows import read_responses
 from sarm_jax.models.linear_reward import LinearReward
+from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.training.train_sae import TrainSAEConfig, train_sae
@@ -54,8 +55,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if (workdir / OUTPUT).exists():
         raise InputError(f"{workdir / OUTPUT} exists already: delete it to train again")
     LOG.info("training an SAE on %d responses, for %s", len(responses), workdir / OUTPUT)
-    trunk = read_reward_config(options.model).trunk
-    mesh_config(config).check_model(trunk)
+    trunk = check_architectures(config)
     options = fit_options(options, options.model, trunk.max_position_embeddings)
     check_same_everywhere(STAGE, config, workdir)
     placed = placement(config)
@@ -80,6 +80,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     LOG.info("the reward model with its SAE is in %s: name it as sarm_model", workdir / OUTPUT)
 
 
+def check_architectures(config: ConfigDict) -> LlamaConfig:
+    """Checks that the mesh can divide the reward model's trunk; returns its architecture."""
+    trunk = read_reward_config(config.train_sae.model).trunk
+    mesh_config(config).check_model(trunk)
+    return trunk
+
+
 def _report(summary: dict) -> None:
     """Logs what the SAE explains on held-out responses."""
 
@@ -102,6 +109,7 @@ STAGE = Stage(
     summary="Responses and a reward model → the reward model with an SAE, for `sarm_model`.",
     validate=validate,
     run=run,
+    check_architectures=check_architectures,
     options=("train_sae", "dtype"),
     inputs=(
         Input("train_sae.responses_jsonl", Kind.FILES),

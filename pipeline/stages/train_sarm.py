@@ -24,6 +24,7 @@ from sarm_jax.io.json_files import write_json
 from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
+from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
@@ -60,15 +61,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     ties = [{"source": names[path]} | row for path in tie_paths for row in files[path]]
     held_out, mesh = options.held_out(pairs, ties), mesh_config(config)
     options.check_batch(mesh, sum(pair["prompt"] not in held_out for pair in (*pairs, *ties)))
-    policy_config = read_policy_config(source)
-    options.check_layers(policy_config.num_hidden_layers)
-    mesh.check_model(policy_config)
-    placed = placement(config)
-    options.check_sae(placed, policy_config.hidden_size)
+    policy_config = check_architectures(config)
     prompts = {path: [row["prompt"] for row in rows] for path, rows in files.items()}
     check_conversations(source, prompts)
-    if sae_model := config.train_sarm.sae_model:
-        check_sae_model(sae_model, options, policy_config.hidden_size)
     if (workdir / "sarm").exists():
         raise InputError(f"{workdir / 'sarm'} exists already: delete it to train again")
     LOG.info(
@@ -78,6 +73,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     options = fit_options(options, source, policy_config.max_position_embeddings)
     check_same_everywhere(STAGE, config, workdir)
     progress = open_checkpoints(config, workdir, options)
+    placed, sae_model = placement(config), config.train_sarm.sae_model
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
     policy.placement, policy.remat = placed, config.remat
     sae = load_sae(sae_model, placed.load) if sae_model else None
@@ -113,6 +109,18 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if ties:
         log_ties(summary["ties"]["held_out"])
     LOG.info("SARM in %s, numbers in %s", workdir / "sarm", workdir / "sarm_summary.json")
+
+
+def check_architectures(config: ConfigDict) -> LlamaConfig:
+    """Compares the options with the model and the given SAE; returns the model's architecture."""
+    options, mesh = validate(config), mesh_config(config)
+    policy_config = read_policy_config(config.train_sarm.model or config.policy_model)
+    options.check_layers(policy_config.num_hidden_layers)
+    mesh.check_model(policy_config)
+    options.check_sae(placement(config), policy_config.hidden_size)
+    if sae_model := config.train_sarm.sae_model:
+        check_sae_model(sae_model, options, policy_config.hidden_size)
+    return policy_config
 
 
 def check_sae_model(src: str, options: TrainSARMConfig, hidden_size: int) -> None:
@@ -167,6 +175,7 @@ STAGE = Stage(
     summary="Preference pairs → a SARM on the first layers of the policy model, in the HF layout.",
     validate=validate,
     run=run,
+    check_architectures=check_architectures,
     options=("train_sarm", "policy_model", "dtype"),
     inputs=(
         Input("train_sarm.pairs_jsonl", Kind.FILES),

@@ -171,6 +171,15 @@ def probe(
     return probes, certificates
 
 
+def check_latents(config: ProbeConfig, latent_size: int) -> None:
+    """Raises InputError for a feature that a SARM of so many latents does not have."""
+    too_large = [i for i in config.features if i >= latent_size]
+    if too_large:
+        raise InputError(
+            f"probe.feature={too_large[0]}: the SARM has {latent_size} latents, numbered from 0"
+        )
+
+
 def check_probe(
     config: ProbeConfig,
     latent_size: int,
@@ -188,11 +197,7 @@ def check_probe(
     Raises:
         InputError: names the feature, or the row of the data, that is not valid.
     """
-    too_large = [i for i in config.features if i >= latent_size]
-    if too_large:
-        raise InputError(
-            f"probe.feature={too_large[0]}: the SARM has {latent_size} latents, numbered from 0"
-        )
+    check_latents(config, latent_size)
     groups = []
     for number, row in enumerate(data, 1):
         try:

@@ -47,7 +47,7 @@ CASES = [
 def test_what_is_in_the_way_is_found_before_the_work(name, variant, target, tmp_path, monkeypatch):
     worked = []
     replace_run(monkeypatch, name, lambda *_: worked.append(1))
-    monkeypatch.setattr("pipeline.runner.refuse_missing_inputs", lambda *_: None)
+    monkeypatch.setattr("pipeline.runner.check_call", lambda *_: None)
     config = config_of(name, variant)
     path = tmp_path / target
     obstacles = [path.touch if target.endswith("/") else partial(path.mkdir, parents=True)]
@@ -76,7 +76,7 @@ def test_what_is_in_the_way_is_found_before_the_work(name, variant, target, tmp_
 
 def test_a_file_in_the_place_of_all_experiments(tmp_path, monkeypatch):
     replace_run(monkeypatch, "train", lambda *_: pytest.fail("it runs"))
-    monkeypatch.setattr("pipeline.runner.refuse_missing_inputs", lambda *_: None)
+    monkeypatch.setattr("pipeline.runner.check_call", lambda *_: None)
     config = config_of("train", "")
     config.prompts_jsonl = "a.jsonl"
     with config.unlocked():

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -418,6 +419,28 @@ def test_a_file_that_is_not_there_is_refused_first(tmp_path, everything, field):
     everything.update_from_flattened_dict({field: "gone.x"})
     with pytest.raises(Exception, match="gone.x"):
         preflight.check(everything, tmp_path, ALL)
+
+
+ONE_STAGE = [
+    (stage.name, item)
+    for stage in load_all()
+    if stage.output
+    for item in stage.inputs
+    if item.kind not in (Kind.LIST, Kind.RUNS)
+]
+
+
+@pytest.mark.parametrize(("name", "item"), ONE_STAGE, ids=lambda case: getattr(case, "field", case))
+def test_a_stage_that_is_called_alone_names_the_option_of_a_missing_file(tmp_path, name, item):
+    """Also of a file in the working directory, which no stage makes."""
+    stage, config = load(name), base.get_config()
+    stage = dataclasses.replace(
+        stage, inputs=(dataclasses.replace(item, read_if=lambda config: True),)
+    )
+    for gone in (tmp_path / "gone.x", tmp_path.parent / "gone.x"):
+        config.update_from_flattened_dict({item.field: str(gone)})
+        with pytest.raises(InputError, match=rf"^{re.escape(f'{item.field}={gone}')}: no such "):
+            preflight.check_inputs(stage, config, tmp_path)
 
 
 REWARD_FILES = ("human_latents", "probe", "human_states")
