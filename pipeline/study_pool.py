@@ -72,7 +72,6 @@ def rank_pool(config: ConfigDict, folder: Path, conditions: Sequence[str]) -> No
     path, made_from = folder / FILE, _made_from(config, folder, conditions)
     if path.exists() and read_json(path).get("made_from") == made_from:
         return
-    LOG.info("best of n on a pool of %d responses per prompt", config.lab.pool_responses)
     pool = _sample(config)
     write_jsonl(folder / "pool.jsonl", _rows(pool))
     model = OracleRewardModel(load_reward_model(config), task_of(config))
@@ -147,6 +146,11 @@ def _sample(config: ConfigDict) -> Pool:
     policy, tokenizer = load_policy(config.policy_model, config.dtype)
     prompts = read_prompts(config.eval_prompts_jsonl)[: config.lab.pool_prompts]
     samples = config.lab.pool_responses
+    LOG.info(
+        "best of n on a pool of %d responses to each of %d held-out prompts%s", samples,
+        len(prompts),
+        ", which are all" if len(prompts) < config.lab.pool_prompts else "",
+    )  # fmt: skip
     sampled = sample_responses(
         policy,
         tokenizer,

@@ -922,8 +922,7 @@ STAGES = [
             ),
             (
                 "a latent of the KL that the SARM lacks",
-                "reward.latent_indices=70 reward.beta=1 "
-                "reward.human_latents={world}/demos.jsonl",
+                "reward.latent_indices=70 reward.beta=1 reward.human_latents={world}/demos.jsonl",
                 "reward.latent_indices: feature 70 of a SARM with 64 latents",
             ),
             (

@@ -51,9 +51,13 @@ TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 CODE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 KNOWN_CODE = CODE if jax.__version_info__ < (0, 11) else ""
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUT} {KNOWN_CODE}"
-torch.set_num_threads(
-    1
-)  # one core per worker; threads of several workers would wait for each other
+# Cores of its own for each worker: threads of several on the same cores would wait for each other.
+torch.set_num_threads(1)
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    CORES = sorted(os.sched_getaffinity(0))
+    OWN = CORES[int(WORKER) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, OWN or CORES)
 MAPS, MAX_MAPS = Path("/proc/self/maps"), 16_000  # memory maps; Linux allows 65,530
 SECONDS_TO_COUNT = 1.0  # CPU seconds after which the maps are counted again
 
