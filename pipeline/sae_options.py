@@ -4,8 +4,8 @@ import dataclasses
 import logging
 from typing import TypeVar
 
+from sarm_jax.training.sarm_options import TrainSARMConfig
 from sarm_jax.training.train_sae import TrainSAEConfig
-from sarm_jax.training.train_sarm import TrainSARMConfig
 
 LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", TrainSARMConfig, TrainSAEConfig)

@@ -27,8 +27,8 @@ from sarm_jax.io.errors import InputError
 from sarm_jax.io.json_files import write_json
 from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.sarm import SARMConfig, check_ensemble
+from sarm_jax.training.sarm_options import TrainSARMConfig
 from sarm_jax.training.train_sae import TrainSAEConfig
-from sarm_jax.training.train_sarm import TrainSARMConfig
 
 LOG = logging.getLogger(__name__)
 STAGES = ("train", "train_sarm", "identify")  # that can be planned

@@ -30,7 +30,8 @@ from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.reporting.statistics import Interval, format_interval
 from sarm_jax.training.divergence import DivergedError
-from sarm_jax.training.train_sarm import TrainSARMConfig, train_sarm
+from sarm_jax.training.sarm_options import TrainSARMConfig
+from sarm_jax.training.train_sarm import train_sarm
 
 LOG = logging.getLogger(__name__)
 # Folders that exist while the training lasts.

@@ -27,7 +27,7 @@ from sarm_jax.models.sarm import SARM, SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement
 from sarm_jax.training.head_training import lower_head_step
 from sarm_jax.training.preference_training import lower_step
-from sarm_jax.training.train_sarm import TrainSARMConfig
+from sarm_jax.training.sarm_options import TrainSARMConfig
 
 LOG = logging.getLogger(__name__)
 # AdamW reads a parameter, its gradient and its two moments, and writes all but the gradient.

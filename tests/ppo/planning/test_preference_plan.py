@@ -22,7 +22,8 @@ from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from sarm_jax.training import head_training, preference_training
 from sarm_jax.training.activations import Conversation
-from sarm_jax.training.train_sarm import TrainSARMConfig, assemble, truncate
+from sarm_jax.training.sarm_options import TrainSARMConfig
+from sarm_jax.training.train_sarm import assemble, truncate
 from tests.meshes import divisible_llama_config, place_parameters
 from tests.sarm_jax.training.test_train_sarm import SMALL
 from tests.tiny_models import COUNTED

@@ -19,7 +19,7 @@ from sarm_jax.training import pair_set, preference_summary
 from sarm_jax.training import train_sarm as training
 from sarm_jax.training.activations import Conversation
 from sarm_jax.training.divergence import DivergedError
-from sarm_jax.training.train_sarm import TrainSARMConfig
+from sarm_jax.training.sarm_options import TrainSARMConfig
 from tests.closeness import assert_close
 from tests.oracles import chatml_tokenizer
 
