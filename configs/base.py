@@ -298,8 +298,9 @@ def _add_train_sarm(config: ConfigDict) -> None:
     # Weight of a tie in the loss; a preference pair has the weight 1.
     config.train_sarm.tie_weight = 1.0
     # SARM whose SAE is used, instead of an SAE pretrained here with the options from sae_steps to
-    # aux_weight. Both SARMs then have the same features. source_layer, latent_size, k and use_topk
-    # must be the ones of that SARM. Empty: an SAE is pretrained.
+    # aux_weight. In mode 0, on the same model, both SARMs then have the same features; modes 2 and
+    # 3 train the SAE further. source_layer, latent_size, k and use_topk must be the ones of that
+    # SARM. Empty: an SAE is pretrained.
     config.train_sarm.sae_model = ""
     config.train_sarm.held_out_fraction = 0.2  # share of the prompts in the held-out set
     # Longest conversation, in tokens; a longer one loses its beginning.

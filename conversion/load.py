@@ -89,7 +89,7 @@ def load_sae(src: str | Path, place: Place | None = None) -> SAE:
     The dotted path that `place` gets begins with "sae".
     """
     checkpoint, files, _ = _open_sarm(src)
-    return cast(SAE, _fill(checkpoint, files, dtype="float32", place=place, part="sae"))
+    return cast(SAE, _fill(checkpoint, files, dtype="float32", place=place, attribute="sae"))
 
 
 def load_reward_model(
@@ -233,16 +233,16 @@ def _fill(
     files: TensorFiles,
     dtype: str,
     place: Place | None,
-    part: str = "",
+    attribute: str = "",
 ) -> nnx.Module:
-    """Builds a model, or its attribute `part`; loads its parameters and checks their values."""
+    """Builds a model, or its `attribute`; loads its parameters and checks their values."""
     place = ONE_DEVICE.load if place is None else place
     specs: dict[tuple[str, ...], list[TensorSpec]] = {}
     for spec in checkpoint.specs():
         specs.setdefault(spec.path, []).append(spec)
     model = abstract_model(checkpoint.config, dtype)
-    graphdef, state = nnx.split(getattr(model, part) if part else model)
-    prefix = (part,) if part else ()
+    graphdef, state = nnx.split(getattr(model, attribute) if attribute else model)
+    prefix = (attribute,) if attribute else ()
     filled = []
     with raising_on_all():  # a file may be damaged on one host only
         for keys, variable in nnx.to_flat_state(state):

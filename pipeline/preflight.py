@@ -1,10 +1,11 @@
-"""Refuse bad options and missing inputs before the first stage of `--stage=all` runs.
+"""Refuse bad options and missing inputs before a stage runs; all of them with `--stage=all`.
 
 Hours later is too late for a typing error. Files that an earlier stage writes are not there yet,
 and lists that are read from them are checked later.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -36,13 +37,24 @@ def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
     check_remat(config.remat)
     make_mesh(mesh_config(config))
     for stage in wanted:
-        for _, run_config, folder in runs_of(stage, config, workdir):
-            ready = without_future_lists(run_config, workdir)
-            stage.validate(ready)
-            if stage.has_models(ready):
-                stage.check_architectures(ready)
-            if processes.is_primary():
-                stage.check_outputs(ready, folder)
+        for name, run_config, folder in runs_of(stage, config, workdir):
+            with naming_experiment(name):
+                ready = without_future_lists(run_config, workdir)
+                stage.validate(ready)
+                if stage.has_models(ready):  # a list that is there may be made again by then
+                    later = without_future_lists(run_config, workdir, makers=wanted)
+                    stage.check_architectures(later)
+                if processes.is_primary():
+                    stage.check_outputs(ready, folder)
+
+
+@contextlib.contextmanager
+def naming_experiment(name: str) -> Iterator[None]:
+    """Adds the name of an experiment, if there is one, to the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"experiment {name}: {error}" if name else str(error)) from error
 
 
 def inputs() -> list[Input]:
@@ -57,7 +69,9 @@ def inputs() -> list[Input]:
 
 def check_input(item: Input, config: ConfigDict, workdir: Path) -> None:
     """Raises InputError for a file or a model that is not there and is outside of `workdir`."""
-    paths = item.paths(config, workdir) if item.kind is not Kind.LIST else []
+    if item.kind is Kind.LIST:
+        return  # the parsers of lists read their files
+    paths = item.paths(config, workdir)
     _check_paths(item, [path for path in paths if not is_within(path, workdir)])
 
 
@@ -69,7 +83,7 @@ def check_inputs(stage: Stage, config: ConfigDict, workdir: Path) -> None:
 
 
 def _check_paths(item: Input, paths: Sequence[Path]) -> None:
-    """Raises InputError for a path that is not there; parsers of lists read their files."""
+    """Raises InputError for a path that is not there, or for a model that cannot be read."""
     if item.kind in MODELS:
         for path in paths:
             _check_model(item, path)
@@ -89,10 +103,18 @@ def _check_model(item: Input, path: Path) -> None:
         raise
 
 
-def without_future_lists(config: ConfigDict, workdir: Path) -> ConfigDict:
-    """Returns a copy without the lists whose files are yet to be written; checks all others."""
+def without_future_lists(
+    config: ConfigDict, workdir: Path, makers: Sequence[Stage] = ()
+) -> ConfigDict:
+    """Returns a copy without the lists whose files are yet to be written; checks all others.
+
+    Args:
+        config: the config of a run.
+        workdir: the working directory.
+        makers: stages that will run. A list in a file of theirs is left out, too.
+    """
     config = config.copy_and_resolve_references()
-    waiting = [name for name in PARSERS if _is_future(config.reward[name], workdir)]
+    waiting = [name for name in PARSERS if _is_future(config.reward[name], workdir, makers)]
     if waiting:  # the other lists are emptied as well, since they must be of the same length
         for name, parse in PARSERS.items():
             if name not in waiting:
@@ -101,11 +123,15 @@ def without_future_lists(config: ConfigDict, workdir: Path) -> ConfigDict:
         if config.reward.screen:
             check_screens_alone(config.reward.alpha_values, config.reward.probe_penalty)
         config.reward.screen = False  # which needs the features
-    if _is_future(config.probe.feature, workdir):
+    if _is_future(config.probe.feature, workdir, makers):
         config.probe.feature = "0"
     return config
 
 
-def _is_future(text: str, workdir: Path) -> bool:
-    """Returns whether a list is read from a file that a stage has not written yet."""
-    return any(is_within(path, workdir) and not path.exists() for path in files_of_list(text))
+def _is_future(text: str, workdir: Path, makers: Sequence[Stage] = ()) -> bool:
+    """Returns whether a list is read from a file that a stage has yet to write or to renew."""
+    files = [path for path in files_of_list(text) if is_within(path, workdir)]
+    return any(
+        not file.exists() or any(maker.makes_path(file, workdir) for maker in makers)
+        for file in files
+    )

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from pipeline import stage as stages
 from pipeline.changes import Provenance
 from pipeline.experiments import runs_of, with_runs
-from pipeline.preflight import check_inputs
+from pipeline.preflight import check_inputs, naming_experiment
 from pipeline.provenance import Records, check_claim, claim_workdir, provenance
 from pipeline.stage import Stage
 from pipeline.together import member, run_together
@@ -146,13 +146,12 @@ def check_runs(stage: Stage, config: ConfigDict, workdir: Path) -> None:
     """Raises InputError for bad options of any of several experiments, before the first is run."""
     for run_name, run_config, folder in runs_of(stage, config, workdir):
         if run_name:
-            try:
-                refuse_missing_inputs(stage, run_config, workdir)
-                stage.validate(run_config)
+            with naming_experiment(run_name):
+                check_call(stage, run_config, workdir)
+                if stage.has_models(run_config):
+                    stage.check_architectures(run_config)
                 stage.check_outputs(run_config, folder)
                 check_claim(stage, run_config, folder)
-            except InputError as error:
-                raise InputError(f"experiment {run_name}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -162,9 +161,8 @@ def continuing_with_others(run_name: str, stopped: list[TrainingStoppedError]) -
     Errors name the experiment. A run without a name has no others, and its error passes.
     """
     try:
-        yield
-    except InputError as error:
-        raise InputError(f"experiment {run_name}: {error}" if run_name else str(error)) from error
+        with naming_experiment(run_name):
+            yield
     except TrainingStoppedError as error:
         if not run_name:
             raise
@@ -176,7 +174,7 @@ def continuing_with_others(run_name: str, stopped: list[TrainingStoppedError]) -
 
 
 def check_call(stage: Stage, config: ConfigDict, workdir: Path) -> None:
-    """Raises InputError for bad options or missing inputs of a stage that is called alone."""
+    """Raises InputError for bad options or missing inputs of a stage that is about to run."""
     refuse_missing_inputs(stage, config, workdir)
     stage.validate(config)
     check_inputs(stage, config, workdir)

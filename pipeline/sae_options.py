@@ -11,13 +11,14 @@ LOG = logging.getLogger(__name__)
 Options = TypeVar("Options", TrainSARMConfig, TrainSAEConfig)
 
 
-def fit_options(options: Options, model: str, positions: int) -> Options:
+def fit_options(options: Options, model: str, positions: int, pretrains: bool = True) -> Options:
     """Lowers `max_length` to the positions of the model; warns if no latent can count as dead.
 
     Args:
         options: the section of a stage.
         model: name or directory of the model, for the log.
         positions: the positions that the model has.
+        pretrains: whether an SAE is trained.
     """
     if isinstance(options, TrainSARMConfig):
         section, name, steps = "train_sarm", "sae_steps", options.sae_steps
@@ -26,7 +27,7 @@ def fit_options(options: Options, model: str, positions: int) -> Options:
     if options.max_length > positions:  # as in scoring, see `load_reward_model`
         LOG.info("%s has %d positions: %s.max_length=%d", model, positions, section, positions)
         options = dataclasses.replace(options, max_length=positions)
-    if options.dead_after_steps >= steps:
+    if pretrains and options.dead_after_steps >= steps:
         LOG.warning(
             "%s.dead_after_steps=%d: no latent counts as dead in %s=%d, and aux_k=%d brings none "
             "back",

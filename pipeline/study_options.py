@@ -16,6 +16,7 @@ SET_BY_CONDITIONS = {
     "train_sarm.tie_pairs_jsonl": "",
     "train_sarm.tie_weight": 1.0,
     "train_sarm.heads": 1,
+    "train_sarm.sae_model": "",
     "lab.oracle": False,
 }
 

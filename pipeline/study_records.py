@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.changes import DEFAULTS
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import locked_output
 from sarm_jax.io.json_files import read_json, write_json
@@ -95,7 +96,7 @@ def read_records(workdir: Path, options: Mapping[str, Any]) -> dict[int, SeedOut
         except InputError as error:
             LOG.warning("the page leaves out seed %d: %s", seed, error)
             continue
-        difference = first_difference(stored, dict(options))
+        difference = first_difference(stored, dict(options), defaults=DEFAULTS)
         if difference:
             LOG.warning("the page leaves out seed %d of other options: %s", seed, difference)
         else:

@@ -51,7 +51,7 @@ TIMEOUT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 CODE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 KNOWN_CODE = CODE if jax.__version_info__ < (0, 11) else ""
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {TIMEOUT} {KNOWN_CODE}"
-# Cores of its own for each worker: threads of several on the same cores would wait for each other.
+# Each worker has cores of its own: threads of several on one core would wait for each other.
 torch.set_num_threads(1)
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
 if WORKER and hasattr(os, "sched_setaffinity"):

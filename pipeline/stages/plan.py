@@ -57,7 +57,8 @@ def validate_collection(config: ConfigDict) -> None:
 def validate_training(config: ConfigDict) -> TrainSARMConfig:
     """Validates the section train_sarm, except for its files, and returns its options."""
     section = config.train_sarm.to_dict() | {"pairs_jsonl": (), "tie_pairs_jsonl": ()}
-    section.pop("sae_model")
+    if section.pop("sae_model"):
+        LOG.info("train_sarm.sae_model: the plan counts the pretraining of an SAE all the same")
     if not section.pop("model") and not config.plan.policy_config:
         required(config, "policy_model")
     check_remat(config.remat)

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -224,6 +224,11 @@ def records(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return {"lab": {name: config.lab[name] for name in names}, **task_records(config)}
 
 
+def reads_source(source: str) -> Callable[[ConfigDict], bool]:
+    """Returns a function that tells whether a config takes its data from the source."""
+    return lambda config: config.prepare_data.source == source
+
+
 def unread(options: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns the policy's field if the lab makes the policy itself, wherever it puts it."""
     return ("policy_model",) if options["prepare_data"]["source"] == "lab" else ()
@@ -236,14 +241,14 @@ STAGE = Stage(
     run=run,
     options=("prepare_data", "policy_model", "lab.base_model", "dtype"),
     inputs=(
-        Input("prepare_data.demos_jsonl", Kind.ROWS),
-        Input("prepare_data.steering_dir"),
-        Input("prepare_data.rewardbench2", Kind.FILES),
-        Input("prepare_data.rm_bench", Kind.FILES),
-        Input("prepare_data.safety_pairs", Kind.FILES),
-        Input("prepare_data.complement_pairs", Kind.FILES),
-        Input("policy_model", Kind.POLICY),
-        Input("lab.base_model", Kind.POLICY),
+        Input("prepare_data.demos_jsonl", Kind.ROWS, read_if=reads_source(DEMONSTRATIONS)),
+        Input("prepare_data.steering_dir", read_if=reads_source("benchmarks")),
+        Input("prepare_data.rewardbench2", Kind.FILES, read_if=reads_source("benchmarks")),
+        Input("prepare_data.rm_bench", Kind.FILES, read_if=reads_source("benchmarks")),
+        Input("prepare_data.safety_pairs", Kind.FILES, read_if=reads_source("benchmarks")),
+        Input("prepare_data.complement_pairs", Kind.FILES, read_if=reads_source("benchmarks")),
+        Input("policy_model", Kind.POLICY, read_if=reads_source(DEMONSTRATIONS)),
+        Input("lab.base_model", Kind.POLICY, read_if=reads_source("lab")),
     ),
     output=lambda config: LAST_FILE.get(config.prepare_data.source, "data/pairs.jsonl"),
     makes=("data/*", "policy/", "pretrained/"),

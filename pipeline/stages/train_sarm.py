@@ -1,6 +1,8 @@
 """Train a SARM from preference pairs."""
 
+import contextlib
 import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from sarm_jax.io.jsonl import write_jsonl
 from sarm_jax.io.path_lists import short_names, split_paths
 from sarm_jax.models.conversation_rows import read_pairs
 from sarm_jax.models.llama import LlamaConfig
+from sarm_jax.models.sae import SAE
 from sarm_jax.models.sarm import SARMConfig
 from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
@@ -34,6 +37,15 @@ from sarm_jax.training.sarm_options import TrainSARMConfig
 from sarm_jax.training.train_sarm import train_sarm
 
 LOG = logging.getLogger(__name__)
+# Options that only the pretraining of an SAE reads.
+PRETRAINING = (
+    "train_sarm.sae_steps",
+    "train_sarm.sae_batch_tokens",
+    "train_sarm.sae_learning_rate",
+    "train_sarm.dead_after_steps",
+    "train_sarm.aux_k",
+    "train_sarm.aux_weight",
+)
 # Folders that exist while the training lasts.
 CHECKPOINTS, ACTIVATIONS = "sarm_checkpoints", "sarm_activations"
 
@@ -71,13 +83,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
         "training a SARM on %d pairs%s, for %s",
         len(pairs), f" and {len(ties)} ties" if ties else "", workdir / "sarm",
     )  # fmt: skip
-    options = fit_options(options, source, policy_config.max_position_embeddings)
+    positions, sae_model = policy_config.max_position_embeddings, config.train_sarm.sae_model
+    options = fit_options(options, source, positions, pretrains=not sae_model)
     check_same_everywhere(STAGE, config, workdir)
     progress = open_checkpoints(config, workdir, options)
-    placed, sae_model = placement(config), config.train_sarm.sae_model
+    placed, sae = placement(config), shared_sae(config)
     policy, tokenizer = load_policy(source, config.dtype, placed.load)
     policy.placement, policy.remat = placed, config.remat
-    sae = load_sae(sae_model, placed.load) if sae_model else None
     try:
         with activation_folder(workdir / ACTIVATIONS, progress.made_from) as folder:
             sarm, summary = train_sarm(
@@ -118,15 +130,16 @@ def check_architectures(config: ConfigDict) -> LlamaConfig:
     policy_config = read_policy_config(config.train_sarm.model or config.policy_model)
     options.check_layers(policy_config.num_hidden_layers)
     mesh.check_model(policy_config)
-    options.check_sae(placement(config), policy_config.hidden_size)
-    if sae_model := config.train_sarm.sae_model:
-        check_sae_model(sae_model, options, policy_config.hidden_size)
+    sae_model, width = config.train_sarm.sae_model, policy_config.hidden_size
+    options.check_sae(placement(config), width, split=bool(sae_model))
+    if sae_model:
+        check_sae_model(sae_model, options, width)
     return policy_config
 
 
 def check_sae_model(src: str, options: TrainSARMConfig, hidden_size: int) -> None:
     """Raises InputError if `src` is no SARM, or one whose SAE does not fit the options."""
-    try:
+    with naming_sae_model(src):
         config = read_sarm_config(src)
         if not isinstance(config, SARMConfig):
             raise InputError(
@@ -134,9 +147,31 @@ def check_sae_model(src: str, options: TrainSARMConfig, hidden_size: int) -> Non
                 "norm, which the trunk of a SARM does not have"
             )
         options.check_sae_of(config, hidden_size)
+
+
+def shared_sae(config: ConfigDict) -> SAE | None:
+    """Loads the SAE that `train_sarm.sae_model` names; returns None if it names none."""
+    src = config.train_sarm.sae_model
+    if not src:
+        return None
+    LOG.info("the SAE is that of %s: %s are not used", src, ", ".join(PRETRAINING))
+    with naming_sae_model(src):
+        return load_sae(src, placement(config).load)
+
+
+@contextlib.contextmanager
+def naming_sae_model(src: str) -> Iterator[None]:
+    """Adds the option train_sarm.sae_model to the message of an InputError."""
+    try:
+        yield
     except InputError as error:
         reason = str(error).removeprefix(f"{src}: ")
         raise InputError(f"train_sarm.sae_model={src}: {reason}") from None
+
+
+def unread(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns the options of SAE pretraining if no SAE is pretrained."""
+    return PRETRAINING if options["train_sarm"].get("sae_model") else ()
 
 
 def open_checkpoints(
@@ -146,7 +181,7 @@ def open_checkpoints(
     return SARMCheckpoints(
         workdir / CHECKPOINTS,
         every=checkpoint_options(config).train_sarm_every,
-        starts={"sae": 0, "preferences": options.sae_steps},
+        starts={"sae": 0, "preferences": 0 if config.train_sarm.sae_model else options.sae_steps},
         made_from=provenance(STAGE, config, workdir),
         stage=STAGE,
     )
@@ -196,5 +231,6 @@ STAGE = Stage(
     after=("prepare_data",),
     wanted=lambda config: bool(config.train_sarm.pairs_jsonl),
     costly=lambda config: True,
+    unread=unread,
     processes="all",
 )

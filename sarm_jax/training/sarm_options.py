@@ -80,9 +80,15 @@ class TrainSARMConfig:
         rows = 2 * batch // self.gradient_accumulation_steps
         mesh.check_batch(rows, f"{option} / train_sarm.gradient_accumulation_steps")
 
-    def check_sae(self, placement: Placement, hidden_size: int) -> None:
-        """Raises InputError if the SAE that is trained with the trunk does not fit the mesh."""
-        if self.mode > 0:
+    def check_sae(self, placement: Placement, hidden_size: int, split: bool = False) -> None:
+        """Raises InputError if the mesh cannot divide the SAE.
+
+        Args:
+            placement: the mesh.
+            hidden_size: dimensions of the states.
+            split: True for an SAE that is loaded, which is split also if the trunk is not trained.
+        """
+        if self.mode > 0 or split:
             shape = (hidden_size, self.latent_size)
             placement.abstract_parameter("sae.encoder", shape, jnp.float32)
 
@@ -130,16 +136,16 @@ class TrainSARMConfig:
 
     def check_sae_of(self, sarm: SARMConfig, hidden_size: int) -> None:
         """Raises InputError if the SAE of a SARM is not one for states of so many dimensions."""
-        own, expected = sarm.sae, self.sae_config(hidden_size)
+        sae, expected = sarm.sae, self.sae_config(hidden_size)
         differences = (
-            ("its SAE reads states of {} dimensions", own.hidden_size, hidden_size,
+            ("its SAE reads states of {} dimensions", sae.hidden_size, hidden_size,
              "the model's {}"),
             ("its SAE reads layer {}", sarm.trunk.num_hidden_layers, self.source_layer,
              "train_sarm.source_layer={}"),
-            ("its SAE has {} latents", own.latent_size, self.latent_size,
+            ("its SAE has {} latents", sae.latent_size, self.latent_size,
              "train_sarm.latent_size={}"),
-            ("its SAE has k={}", own.k, self.k, "train_sarm.k={}"),
-            ("its head reads latents with use_topk={}", own.use_topk, expected.use_topk,
+            ("its SAE has k={}", sae.k, self.k, "train_sarm.k={}"),
+            ("its head reads latents with use_topk={}", sae.use_topk, expected.use_topk,
              "train_sarm.use_topk={}"),
         )  # fmt: skip
         for text, value, wanted, option in differences:

@@ -108,7 +108,7 @@ def train_sarm(
             ties=ties,
             progress=progress,
             folder=used,
-            given=sae,
+            shared=sae,
         )
 
 
@@ -122,25 +122,25 @@ def _train(
     ties: Sequence[Mapping[str, Any]],
     progress: Progress,
     folder: ActivationFolder,
-    given: SAE | None,
+    shared: SAE | None,
 ) -> tuple[SARM, dict[str, Any]]:
-    """Trains a SARM, see `train_sarm`; `given` is the SAE to use, or None."""
+    """Trains a SARM, see `train_sarm`, whose `sae` is called `shared` here."""
     clock = [time.perf_counter()]
     data = encode_pairs(tokenizer, pairs, config, ties)
     trunk, (_, held_out_rows) = truncate(policy, config.source_layer), _split_rows(data.preferences)
-    sae, metrics = given or _new_sae(config, trunk), progress.noted("sae")
+    sae, metrics = shared or _new_sae(config, trunk), progress.noted("sae")
     activations: Any = None
     if metrics is None:  # otherwise `_fine_tune` restores the SAE from the checkpoint
         activations = _collect(config, trunk, data, folder)
         clock.append(time.perf_counter())
-        if given is None:
+        if shared is None:
             sae, metrics = _pretrain(
                 config, sae, data, activations, placement=trunk.placement, log=log,
                 progress=progress,
             )  # fmt: skip
         else:
             sae.placement = trunk.placement
-            metrics = sae_metrics(sae, _select_rows(activations, held_out_rows))
+            metrics = _metrics_of_shared(sae, _select_rows(activations, held_out_rows))
         LOG.info("SAE: %s", {name: value and round(value, 4) for name, value in metrics.items()})
         progress.note("sae", metrics)
     clock.append(time.perf_counter())
@@ -245,6 +245,19 @@ def _pretrain(
         progress=progress,
     )
     return sae, metrics
+
+
+def _metrics_of_shared(sae: SAE, held_out: Activations) -> dict[str, float | None]:
+    """Measures an SAE that was trained elsewhere; warns if it does not fit the states."""
+    metrics = sae_metrics(sae, held_out)
+    explained = metrics["explained_variance"]
+    if explained is not None and explained < 0:
+        LOG.warning(
+            "train_sarm.sae_model: the SAE explains less of the states than their mean does "
+            "(explained variance %.3g): it may be one of another model",
+            explained,
+        )
+    return metrics
 
 
 def _fine_tune(

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, demo
+from configs import base, demo, smollm2_task, verbosity_smollm2_baseline
 from configs.ablations import VARIANTS
 from pipeline import preflight
 from pipeline.all_stages import run_all
 from pipeline.changes import Provenance, change
 from pipeline.cli import fill_in
 from pipeline.inputs import Kind
-from pipeline.preflight import check, check_input
+from pipeline.preflight import check, check_input, check_inputs
 from pipeline.provenance import Records, check_same_everywhere, digests, provenance
 from pipeline.runner import run_stage
 from pipeline.stage import load, load_all
@@ -421,6 +421,48 @@ def test_a_file_that_is_not_there_is_refused_first(tmp_path, everything, field):
         preflight.check(everything, tmp_path, ALL)
 
 
+def test_a_list_that_will_be_made_again_is_not_compared_with_a_new_reward_model(tmp_path, world):
+    """`identify` would find other features in it; those of the old file need not exist."""
+    config, path = base.get_config(), tmp_path / "probes" / "selected_features.json"
+    config.policy_model, config.sarm_model = f"{world}/policy", f"{world}/sarm"
+    config.prompts_jsonl = f"{world}/demos.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"detectors": [400], "tau_detectors": [0.1]}))
+    config.identify.pairs_jsonl = f"{world}/demos.jsonl"
+    config.reward.penalize_features = f"@{path}:detectors"
+    config.reward.tau_values = f"@{path}:tau_detectors"
+    config.reward.alpha_values = "1"
+    identify, train = load("identify"), load("train")
+    preflight.check(config, tmp_path, [identify, train])
+    with pytest.raises(InputError, match="feature 400 of a SARM with 64 latents"):
+        preflight.check(config, tmp_path, [train])  # nothing makes the file again
+
+
+def test_the_preflight_names_the_experiment(tmp_path, world):
+    config = base.get_config()
+    config.policy_model, config.sarm_model = f"{world}/policy", f"{world}/sarm"
+    config.prompts_jsonl = f"{world}/demos.jsonl"
+    controls = {"penalize_features": "64", "tau_values": "1", "alpha_values": "1"}
+    with config.unlocked():
+        config.experiments = {"a": {}, "b": {"reward": controls}}
+    message = "^experiment b: reward.penalize_features: feature 64 of a SARM with 64 latents"
+    with pytest.raises(InputError, match=message):
+        preflight.check(config, tmp_path, [load("train")])
+
+
+@pytest.mark.parametrize("source", [demo, smollm2_task, verbosity_smollm2_baseline])
+def test_prepare_data_alone_needs_no_policy_that_it_makes_or_does_not_read(tmp_path, source):
+    config = source.get_config()
+    config.policy_model = "{workdir}/policy"
+    config.lab.base_model = ""  # on this machine it need not be there
+    config = fill_in(config, tmp_path)
+    stage = load("prepare_data")
+    check_inputs(stage, config, tmp_path)
+    config.prepare_data.source = "demonstrations"
+    with pytest.raises(InputError, match="^policy_model="):
+        check_inputs(stage, config, tmp_path)
+
+
 ONE_STAGE = [
     (stage.name, item)
     for stage in load_all()
@@ -432,7 +474,7 @@ ONE_STAGE = [
 
 @pytest.mark.parametrize(("name", "item"), ONE_STAGE, ids=lambda case: getattr(case, "field", case))
 def test_a_stage_that_is_called_alone_names_the_option_of_a_missing_file(tmp_path, name, item):
-    """Also of a file in the working directory, which no stage makes."""
+    """The file may be in the working directory, if no stage makes it, or elsewhere."""
     stage, config = load(name), base.get_config()
     stage = dataclasses.replace(
         stage, inputs=(dataclasses.replace(item, read_if=lambda config: True),)
@@ -440,7 +482,7 @@ def test_a_stage_that_is_called_alone_names_the_option_of_a_missing_file(tmp_pat
     for gone in (tmp_path / "gone.x", tmp_path.parent / "gone.x"):
         config.update_from_flattened_dict({item.field: str(gone)})
         with pytest.raises(InputError, match=rf"^{re.escape(f'{item.field}={gone}')}: no such "):
-            preflight.check_inputs(stage, config, tmp_path)
+            check_inputs(stage, config, tmp_path)
 
 
 REWARD_FILES = ("human_latents", "probe", "human_states")

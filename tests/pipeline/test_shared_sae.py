@@ -1,11 +1,14 @@
 """The stage train_sarm with the SAE of another SARM: the same bytes as with an SAE of its own."""
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pipeline.sarm_checkpoints import SARMCheckpoints
 from pipeline.study_runs import pretrained_own_sae
 from tests.closeness import assert_close
 from tests.command import run_main
@@ -95,7 +98,37 @@ def test_a_trained_trunk_starts_from_the_sae_on_any_mesh(train, frozen):
     name = next(name for name in weights(one) if name.endswith(encoder))
     np.testing.assert_array_equal(weights(train.root / "kept")[name], weights(frozen)[name])
     assert not np.array_equal(weights(one)[name], weights(frozen)[name])  # mode 3 trains it
-    mesh = train("mesh", "mode=3", option, mesh=("data", "fsdp", "tensor"))
-    assert weights(mesh).keys() == weights(one).keys()
-    for name, expected in weights(one).items():
-        assert_close(weights(mesh)[name], expected, 1e-4, name=name)
+    for mode, expected in ((3, one), (0, frozen)):
+        mesh = train(f"mesh_{mode}", f"mode={mode}", option, mesh=("data", "fsdp", "tensor"))
+        assert weights(mesh).keys() == weights(expected).keys()
+        for name, array in weights(expected).items():
+            assert_close(weights(mesh)[name], array, 1e-4, name=name)
+
+
+def test_an_interrupted_training_on_a_shared_sae_goes_on(train, frozen, monkeypatch):
+    """Its checkpoints count the steps on preferences alone."""
+    options, saved = ("mode=3", f"sae_model={frozen}/sarm"), []
+    expected = train("whole", *options)
+    keep = SARMCheckpoints.keep
+
+    def stop(self, phase, steps, state):
+        saved.append(steps)
+        if steps == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        keep(self, phase, steps, state)
+
+    monkeypatch.setattr(SARMCheckpoints, "keep", stop)
+    with pytest.raises(SystemExit):
+        train("resumed", *options)
+    folder = train.root / "resumed"
+    assert [path.name for path in (folder / "sarm_checkpoints").iterdir()] == ["4"]
+    monkeypatch.setattr(SARMCheckpoints, "keep", keep)
+    train("resumed", *options)
+    for file in (expected / "sarm").iterdir():
+        assert file.read_bytes() == (folder / "sarm" / file.name).read_bytes(), file.name
+
+
+def test_an_sae_of_another_model_is_warned_of(train, frozen, capfd):
+    save_tiny_llama(train.root / "policy", tiny_llama_config(), tiny_tokenizer(), seed=1)
+    train("other", "mode=0", f"sae_model={frozen}/sarm")
+    assert "it may be one of another model" in capfd.readouterr().err

@@ -255,6 +255,7 @@ def test_bad_studies_are_refused(study, capsys):
         ("reward.screen=True", "reward.screen=True: the conditions of the study set it"),
         ("reward.ensemble=min", "reward.ensemble=min: the conditions of the study set it"),
         ("train_sarm.heads=2", "train_sarm.heads=2: the conditions of the study set it"),
+        ("train_sarm.sae_model=x", "train_sarm.sae_model=x: the conditions of the study set it"),
         ("lab.oracle=True", "lab.oracle=True: the conditions of the study set it"),
         ("ppo.seed=5", "ppo.seed=5: the study takes its seeds from lab.seeds"),
         ("lab.tie_weight=0.0", "lab.tie_weight=0.0: must be positive and finite"),

@@ -41,14 +41,19 @@ def test_without_a_way_to_confine_processes_every_seed_may_use_all_cores(monkeyp
 @pytest.fixture
 def all_cores():
     """Lets this process use all cores, of which a worker of the tests has a share."""
+    if not hasattr(os, "sched_getaffinity"):
+        pytest.skip("the system confines no process")
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, range(os.cpu_count()))
-    yield os.sched_getaffinity(0)
-    os.sched_setaffinity(0, own)
+    cores = os.sched_getaffinity(0)
+    try:
+        if len(cores) < 2:
+            pytest.skip("one core cannot be divided")
+        yield cores
+    finally:
+        os.sched_setaffinity(0, own)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system confines no process")
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core cannot be divided")
 def test_seeds_at_the_same_time_have_cores_of_their_own(all_cores):
     """Three seeds, two at a time: the third gets the cores of the one that ended first."""
     cores = [outcome.finished for outcome in run_seeds(report_cores, [0, 1, 2], 2)]

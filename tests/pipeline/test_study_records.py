@@ -72,6 +72,14 @@ def test_a_seed_of_other_options_is_left_out_and_named(tmp_path, settings, caplo
     assert message.startswith(f"the page leaves out seed 1 of other options: {field} was 'another'")
 
 
+def test_a_seed_from_before_an_option_existed_is_not_left_out(tmp_path, settings):
+    path = record(tmp_path, 0, settings)
+    content = json.loads(path.read_text())
+    del content["options"]["train_sarm"]["sae_model"]
+    path.write_text(json.dumps(content))
+    assert list(read_records(tmp_path, study_options(settings))) == [0]
+
+
 @pytest.mark.parametrize("field", WITHOUT_EFFECT)
 def test_options_without_an_effect_on_results_may_differ(tmp_path, settings, field):
     record(tmp_path, 0, changed(settings, field, "another"))
