@@ -65,13 +65,15 @@ class Input:
     `run_files` are patterns of the files that a stage reads of a run's working directory, for
     `Kind.RUNS`. Of a model, only the files that are read count; of any other folder, and of an
     adapter's own folder, all files count. `read_if` says for which configs the files must be there;
-    they count for `stages.json` in any case.
+    they count for `stages.json` in any case. `maker` is the command that makes such a file, for the
+    message about one that is missing.
     """
 
     field: str
     kind: Kind = Kind.FILE
     run_files: tuple[str, ...] = ()
     read_if: Callable[[ConfigDict], bool] = lambda config: True
+    maker: str = ""
 
     def paths(self, config: ConfigDict, workdir: Path) -> list[Path]:
         """Returns the local paths that the field names, whether they exist or not.

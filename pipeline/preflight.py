@@ -5,6 +5,7 @@ and lists that are read from them are checked later.
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from sarm_jax.parallel import processes
 from sarm_jax.parallel.sharding import make_mesh
 from sarm_jax.rewards.options import PARSERS
 from sarm_jax.rewards.reward_config import check_screens_alone
+
+ADDRESS = re.compile(r"(?!hf:)[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # as in https://, as a path
 
 
 def check(config: ConfigDict, workdir: Path, wanted: Sequence[Stage]) -> None:
@@ -89,8 +92,9 @@ def _check_paths(item: Input, paths: Sequence[Path]) -> None:
             _check_model(item, path)
         return
     for path in paths:
-        if not path.exists():
-            raise InputError(f"{item.field}={path}: no such file")
+        if not path.exists() and not ADDRESS.match(str(path)):  # reading tells what is expected
+            advice = f"; make it with {item.maker}" if item.maker else ""
+            raise InputError(f"{item.field}={path}: no such file{advice}")
 
 
 def _check_model(item: Input, path: Path) -> None:

@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from pipeline.inputs import Input, Kind
+from sarm_jax.rewards.human_states import MAKER
 from sarm_jax.rewards.options import PARSERS
 
 # Lists of features and of their values.
@@ -16,7 +17,15 @@ def reads_probe(config: ConfigDict) -> bool:
 
 # Files that a PPO run reads.
 REWARD_FILES = (
-    Input("reward.human_latents", read_if=lambda config: config.reward.beta != 0),
-    Input("reward.probe", read_if=reads_probe),
-    Input("reward.human_states", read_if=lambda config: config.reward.distance_penalty != 0),
+    Input(
+        "reward.human_latents",
+        read_if=lambda config: config.reward.beta != 0,
+        maker="--stage=human_latents",
+    ),
+    Input("reward.probe", read_if=reads_probe, maker="--stage=train_probe"),
+    Input(
+        "reward.human_states",
+        read_if=lambda config: config.reward.distance_penalty != 0,
+        maker=MAKER,
+    ),
 )

@@ -665,7 +665,11 @@ REWARD = [
 ]
 
 JSONL = [
-    main("no file", "--prompts_jsonl=/no/such/file.jsonl", "/no/such/file.jsonl: cannot be read"),
+    main(
+        "no file",
+        "--prompts_jsonl=/no/such/file.jsonl",
+        "prompts_jsonl=/no/such/file.jsonl: no such",
+    ),
     prompts(
         "conversation with a tool's turn",
         '{"prompt": [{"role": "tool", "content": "4"}, {"role": "user", "content": "and?"}]}',
@@ -2090,7 +2094,7 @@ BENCHMARKS = [
         "rm_bench={world}/demos.jsonl num_example=-2",
         "evaluate.num_example=-2",
     ),
-    bench("no such file", "rm_bench=none.json", "none.json: cannot be read"),
+    bench("no such file", "rm_bench=none.json", "evaluate.rm_bench=none.json: no such file"),
     bench("address of something else", "rm_bench=https://x.y/z.json", "expected a path or hf://"),
     bench(
         "another benchmark",
@@ -2183,12 +2187,14 @@ BENCHMARKS = [
     bench("nothing steered", ANSWERS, "no feature is steered: give evaluate.steering_json"),
     bench(
         "no answers",
-        "data_jsonl={world}/pairs.jsonl steering_json=s.json",
+        "data_jsonl={world}/pairs.jsonl steering_json={world}/answers.jsonl",
         "pairs.jsonl:1: field 'answer' or 'response' is missing",
     ),
     bench("answers twice", f"{ANSWERS},{{world}}/answers.jsonl", "answers.jsonl is given twice"),
     bench("answers without a name", "data_jsonl=={world}/answers.jsonl", "expected FILE or NAME="),
-    bench("no steering file", f"{ANSWERS} steering_json=none.json", "none.json: cannot be read"),
+    bench(
+        "no steering file", f"{ANSWERS} steering_json=none.json", "steering_json=none.json: no such"
+    ),
     bench(
         "steering beyond the SARM",
         STEER,
@@ -2268,7 +2274,7 @@ BENCHMARKS = [
     bench(
         "no human responses",
         "prompts_jsonl={world}/demos.jsonl runs={world}/adapter human_jsonl=none.jsonl",
-        "none.jsonl: cannot be read",
+        "evaluate.human_jsonl=none.jsonl: no such file",
     ),
 ]
 
