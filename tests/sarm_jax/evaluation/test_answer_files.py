@@ -304,8 +304,7 @@ def test_four_files_through_the_command_line(sarm, four, tmp_path, capsys):
 
     before = (folder / "steering.json").read_bytes()
     for stage in ("evaluate", "all"):
-        missing = "no such file" if stage == "all" else "cannot be read"
-        refused("a=gone.jsonl", f"gone.jsonl: {missing}", stage)
+        refused("a=gone.jsonl", f"{OPTION}=gone.jsonl: no such file", stage)
         refused(f"{four[0]},{four[0]}", f"{OPTION}: {four[0]} is given twice", stage)
     assert (folder / "steering.json").read_bytes() == before
 

@@ -135,8 +135,8 @@ def test_if_one_process_refuses_its_input_both_do(world, tmp_path):
         *start_two(world, tmp_path / "files", others=((), missing))
     )
     assert (first, second) == (2, 2)
-    assert "error: nowhere.jsonl" in second_error
-    assert "error: process 1: nowhere.jsonl" in first_error
+    assert "error: prompts_jsonl=nowhere.jsonl" in second_error
+    assert "error: process 1: prompts_jsonl=nowhere.jsonl" in first_error
     assert not list((tmp_path / "files").glob("checkpoints"))
 
 
