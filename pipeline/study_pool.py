@@ -149,7 +149,7 @@ def _sample(config: ConfigDict) -> Pool:
     LOG.info(
         "best of n on a pool of %d responses to each of %d held-out prompts%s", samples,
         len(prompts),
-        ", which are all" if len(prompts) < config.lab.pool_prompts else "",
+        ", all that there are" if len(prompts) < config.lab.pool_prompts else "",
     )  # fmt: skip
     sampled = sample_responses(
         policy,
