@@ -27,7 +27,7 @@ right every time would set the reward by how long it has been trained.
 
 import dataclasses
 from collections.abc import Hashable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -129,81 +129,49 @@ def _or_all(chosen_n: jax.Array) -> jax.Array:
     return jnp.where(chosen_n.any(), chosen_n, True).astype(jnp.float32)
 
 
-class DensityRatio:
-    """The estimator of D for one run; holds no state that changes.
+@dataclasses.dataclass(frozen=True)
+class _Estimator:
+    """The programs of a `DensityRatio`; equal ones share what has been compiled.
 
-    Args:
-        config: size and training of the discriminators.
-        z_ns: the buffer of human latents, `[N, S]`.
-
-    Attributes:
-        folds: number of discriminators, at most N.
-
-    Raises:
-        InputError: the mean or the deviation of the latents is not finite in float32.
+    The human latents are an argument of the programs: as a constant they would be compiled into
+    each of them.
     """
 
-    def __init__(self, config: DiscriminatorConfig, z_ns: ArrayLike):
-        self.config = config
-        z_ns = jnp.asarray(z_ns, jnp.float32)
-        mean_s, deviation_s = z_ns.mean(axis=0), _deviations(z_ns)
-        if first_not_finite([("mean", mean_s), ("deviation", deviation_s)]):
-            largest = float(jnp.abs(z_ns).max())
-            raise InputError(
-                f"reward.human_latents: latents up to {largest:.3g} are too large to be compared"
-            )
-        # An argument of the programs below: as a constant it would be compiled into each of them.
-        self._human = HumanBuffer((z_ns - mean_s) / deviation_s, mean_s, deviation_s)
-        self._bound = float(np.log(len(z_ns)))
-        self.folds = min(config.folds, len(z_ns))
-        self._optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
-        model = Discriminator(z_ns.shape[1], config.hidden_size, rngs=nnx.Rngs(0))
-        self._graphdef = nnx.graphdef(model)
+    config: DiscriminatorConfig
+    humans: int
+    latents: int
+
+    @property
+    def folds(self) -> int:
+        return min(self.config.folds, self.humans)
+
+    @property
+    def bound(self) -> float:
+        """The largest |D| in nats."""
+        return float(np.log(self.humans))
+
+    @cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return optax.adamw(self.config.learning_rate, weight_decay=self.config.weight_decay)
+
+    def discriminator(self, rngs: nnx.Rngs) -> Discriminator:
+        return Discriminator(self.latents, self.config.hidden_size, rngs=rngs)
+
+    @cached_property
+    def graphdef(self) -> nnx.GraphDef:
+        return nnx.graphdef(nnx.eval_shape(lambda: self.discriminator(nnx.Rngs(0))))
 
     def init(self, key: jax.Array) -> DensityRatioState:
-        """Returns a fresh state, for which D = 0 everywhere."""
         if self.folds == 1:
             return self._init_one(key)
         return jax.vmap(self._init_one)(jax.random.split(key, self.folds))
 
     def _init_one(self, key: jax.Array) -> DensityRatioState:
-        size = self._human.z_ns.shape[1]
-        model = Discriminator(size, self.config.hidden_size, rngs=nnx.Rngs(params=key))
-        params = nnx.state(model)
-        return DensityRatioState(params, self._optimizer.init(params))
-
-    def update(
-        self,
-        state: DensityRatioState,
-        z_bs: ArrayLike,
-        key: jax.Array,
-        group_b: np.ndarray | None = None,
-    ) -> tuple[DensityRatioState, jax.Array, dict[str, jax.Array]]:
-        """Trains on the policy latents of a PPO step, then evaluates D on them.
-
-        Args:
-            state: state before the step.
-            z_bs: latents of the policy's responses, `[B, S]`.
-            key: random key of the minibatches.
-            group_b: rows of one group are in one fold, see `groups_of`; None: rows are unrelated.
-
-        Returns:
-            The new state; D `[B]` of `z_bs` under that state; and the metrics. With folds,
-            `latent_kl` is the mean of D and `latent_kl_se` its standard error, in nats, and
-            `disc_loss` and `disc_acc` are of rows that are held out; with one discriminator they
-            are of its minibatches. If training made a number non-finite, the state is unchanged and
-            `skipped` is the number of optimizer steps that were not applied, otherwise 0.
-        """
-        z_bs = jnp.asarray(z_bs)
-        groups_b = jnp.arange(len(z_bs)) if group_b is None else jnp.asarray(group_b)
-        return self._update(self._human, state, z_bs, key, groups_b)
-
-    def read(self, state: DensityRatioState, z_bs: ArrayLike) -> jax.Array:
-        """Evaluates D `[B]` of rows that no discriminator was trained on, without training."""
-        return self._read(self._human, state, jnp.asarray(z_bs))
+        params = nnx.state(self.discriminator(nnx.Rngs(params=key)))
+        return DensityRatioState(params, self.optimizer.init(params))
 
     @partial(jax.jit, static_argnums=0)
-    def _update(self, human: HumanBuffer, state: DensityRatioState, z_bs, key, group_b):
+    def update(self, human: HumanBuffer, state: DensityRatioState, z_bs, key, group_b):
         z_bs = human.standardise(z_bs)
         if self.folds == 1:
             keys = jax.random.split(key, self.config.steps)
@@ -288,7 +256,7 @@ class DensityRatio:
             return 0.5 * loss, 0.5 * ((d_human < 0).mean() + (d_policy > 0).mean())
 
         values, grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         return DensityRatioState(optax.apply_updates(state.params, updates), opt_state), values
 
     def _held_out(self, params, human: FoldedRows, policy: FoldedRows):
@@ -310,7 +278,7 @@ class DensityRatio:
         return jnp.maximum(jnp.log(mean), 0), variance / mean**2
 
     @partial(jax.jit, static_argnums=0)
-    def _read(self, human: HumanBuffer, state: DensityRatioState, z_bs):
+    def read(self, human: HumanBuffer, state: DensityRatioState, z_bs):
         z_bs = human.standardise(z_bs)
         if self.folds == 1:
             return self._logits_bounded(state.params, z_bs)
@@ -324,13 +292,75 @@ class DensityRatio:
         return self._bounded(d_kb.mean(axis=0))
 
     def _bounded(self, d_b: jax.Array) -> jax.Array:
-        return jnp.clip(d_b, -self._bound, self._bound)
+        return jnp.clip(d_b, -self.bound, self.bound)
 
     def _logits_bounded(self, params: nnx.State, z_ns: jax.Array) -> jax.Array:
         return self._bounded(self._logits(params, z_ns))
 
     def _logits(self, params: nnx.State, z_ns: jax.Array) -> jax.Array:
-        return nnx.merge(self._graphdef, params)(z_ns)
+        return nnx.merge(self.graphdef, params)(z_ns)
+
+
+class DensityRatio:
+    """The estimator of D for one run; holds no state that changes.
+
+    Args:
+        config: size and training of the discriminators.
+        z_ns: the buffer of human latents, `[N, S]`.
+
+    Attributes:
+        folds: number of discriminators, at most N.
+
+    Raises:
+        InputError: the mean or the deviation of the latents is not finite in float32.
+    """
+
+    def __init__(self, config: DiscriminatorConfig, z_ns: ArrayLike):
+        self.config = config
+        z_ns = jnp.asarray(z_ns, jnp.float32)
+        mean_s, deviation_s = z_ns.mean(axis=0), _deviations(z_ns)
+        if first_not_finite([("mean", mean_s), ("deviation", deviation_s)]):
+            largest = float(jnp.abs(z_ns).max())
+            raise InputError(
+                f"reward.human_latents: latents up to {largest:.3g} are too large to be compared"
+            )
+        self._human = HumanBuffer((z_ns - mean_s) / deviation_s, mean_s, deviation_s)
+        self._estimator = _Estimator(config, humans=len(z_ns), latents=z_ns.shape[1])
+        self.folds = self._estimator.folds
+
+    def init(self, key: jax.Array) -> DensityRatioState:
+        """Returns a fresh state, for which D = 0 everywhere."""
+        return self._estimator.init(key)
+
+    def update(
+        self,
+        state: DensityRatioState,
+        z_bs: ArrayLike,
+        key: jax.Array,
+        group_b: np.ndarray | None = None,
+    ) -> tuple[DensityRatioState, jax.Array, dict[str, jax.Array]]:
+        """Trains on the policy latents of a PPO step, then evaluates D on them.
+
+        Args:
+            state: state before the step.
+            z_bs: latents of the policy's responses, `[B, S]`.
+            key: random key of the minibatches.
+            group_b: rows of one group are in one fold, see `groups_of`; None: rows are unrelated.
+
+        Returns:
+            The new state; D `[B]` of `z_bs` under that state; and the metrics. With folds,
+            `latent_kl` is the mean of D and `latent_kl_se` its standard error, in nats, and
+            `disc_loss` and `disc_acc` are of rows that are held out; with one discriminator they
+            are of its minibatches. If training made a number non-finite, the state is unchanged and
+            `skipped` is the number of optimizer steps that were not applied, otherwise 0.
+        """
+        z_bs = jnp.asarray(z_bs)
+        groups_b = jnp.arange(len(z_bs)) if group_b is None else jnp.asarray(group_b)
+        return self._estimator.update(self._human, state, z_bs, key, groups_b)
+
+    def read(self, state: DensityRatioState, z_bs: ArrayLike) -> jax.Array:
+        """Evaluates D `[B]` of rows that no discriminator was trained on, without training."""
+        return self._estimator.read(self._human, state, jnp.asarray(z_bs))
 
 
 def groups_of(prompts: Sequence[Hashable]) -> np.ndarray:

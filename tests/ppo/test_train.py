@@ -340,6 +340,7 @@ def test_a_resumed_run_compiles_before_its_second_step(make_trainer, tmp_path, c
     options = {"pack_levels": 3, "stop_ids": many}
     make_trainer(tmp_path / "run", total_steps=3, **options).run()
     trainer = make_trainer(tmp_path / "run", total_steps=9, **options)
+    jax.clear_caches()  # as in a new process
     compiled = compilations(trainer)
     trainer.run()
     assert compiled and max(compiled) < 4
