@@ -285,6 +285,7 @@ def test_bad_studies_are_refused(study, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.evidence
 def test_conditions_that_are_trained_at_a_time_have_the_numbers_of_one_after_the_other(
     study, monkeypatch
 ):

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.study_processes import run_seeds, shares_of_cores
 from pipeline.study_records import SeedOutcome
+from tests.further import further
 from tests.paths import ROOT
 from tests.seed_processes import end_at_signal, fail, fail_oddly, report_cores, stop_at_signal
 
@@ -62,7 +63,7 @@ def test_seeds_at_the_same_time_have_cores_of_their_own(all_cores):
     assert cores[2] in cores[:2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, further(signal.SIGTERM)])
 def test_a_seed_whose_process_is_killed_leaves_the_others(number):
     first, killed, last = run_seeds(partial(end_at_signal, number), [0, 1, 2], 2)
     assert (first, last) == (FINISHED[0], FINISHED[2])
@@ -88,7 +89,8 @@ def test_an_error_that_cannot_be_sent_keeps_its_text():
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+    ("number", "to_all"),
+    [(signal.SIGINT, True), further(signal.SIGTERM, True), further(signal.SIGTERM, False)],
 )
 def test_a_signal_to_the_study_lets_every_seed_save_its_checkpoint(tmp_path, number, to_all):
     """A terminal sends Ctrl-C to all processes of a command, and so does `timeout`."""

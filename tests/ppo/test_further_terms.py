@@ -155,6 +155,7 @@ def test_a_run_whose_responses_are_all_screened_learns_nothing(make_trainer, scr
         assert np.isfinite(list(own.values())).all()
 
 
+@pytest.mark.evidence
 def test_two_devices_compute_what_one_does(screen, tokenizer, ppo_config, tmp_path):
     runs = {
         name: train_on_mesh(

@@ -20,6 +20,7 @@ from ppo.prompt_lengths import (
 from ppo.prompts import PromptDeck, encode_prompts
 from sarm_jax.io.errors import InputError
 from sarm_jax.models import chat
+from tests.further import further
 from tests.tiny_models import PROMPTS
 
 LONG = "a long story " + "x" * 300 + " the end"
@@ -217,7 +218,7 @@ def test_results_do_not_depend_on_the_padded_length(make_trainer, tmp_path, monk
         np.testing.assert_allclose(a["rm_score"], b["rm_score"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("pack_levels", [0, 1])
+@pytest.mark.parametrize("pack_levels", [0, further(1)])
 def test_no_step_compiles_after_the_first(make_trainer, tmp_path, pack_levels):
     """The programs of all lengths of the batches are compiled before the first step."""
     trainer = make_trainer(

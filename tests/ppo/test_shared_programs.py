@@ -136,13 +136,15 @@ def test_an_adapter_shares_programs_only_with_those_that_compute_the_same(make_u
     assert text_of_step(*others["dropout"]) == text_of_step(*one)
 
 
-def test_discriminators_share_no_program():
+def test_discriminators_share_programs_only_with_those_that_compute_the_same():
     """Their number of human responses, and so their bound, is none of their options."""
     config, z_ns = DiscriminatorConfig(), np.eye(6, 2, dtype=np.float32)
     assert OTHER_DISCRIMINATOR.keys() == {field.name for field in dataclasses.fields(config)}
     changed = [dataclasses.replace(config, **{n: v}) for n, v in OTHER_DISCRIMINATOR.items()]
-    made = [DensityRatio(c, z) for c in (config, *changed) for z in (z_ns, z_ns[:4], z_ns)]
+    sizes = [z_ns, z_ns[:4], z_ns[:, :1]]
+    made = [DensityRatio(c, z)._estimator for c in (config, *changed) for z in sizes]
     assert len(set(made)) == len(made)
+    assert DensityRatio(config, 3 * z_ns + 1)._estimator == made[0]  # latents are an argument
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

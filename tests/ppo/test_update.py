@@ -18,6 +18,7 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.models.lora import LoRAConfig
 from sarm_jax.parallel.sharding import MeshConfig, Placement, make_mesh
 from tests.closeness import assert_close, assert_same_metrics
+from tests.further import further
 from tests.oracles import gae_loop, masked_whiten_loop, ppo_loss_loop
 from tests.tiny_models import ALGORITHMS, scale_matrices
 
@@ -86,7 +87,9 @@ def test_zero_adapter_is_the_reference_policy(make_setup, batch):
     np.testing.assert_array_equal(now.values_br, 0)
 
 
-@pytest.mark.parametrize(("minibatches", "accumulation"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("minibatches", "accumulation"), [(2, 2), further(1, 1), further(2, 1), further(1, 2)]
+)
 def test_first_ratio_is_one(make_setup, batch, minibatches, accumulation):
     setup = make_setup(num_minibatches=minibatches, gradient_accumulation_steps=accumulation)
     state = moved(setup.state)

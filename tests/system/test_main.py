@@ -294,6 +294,7 @@ def test_the_stage_that_makes_a_missing_file_is_named(run, world, tmp_path, caps
     assert re.search(rf"(; --stage={stage} makes it|; make it with --stage={stage})$", error)
 
 
+@pytest.mark.evidence
 def test_a_mesh_does_not_change_the_metrics(run, tmp_path):
     rows = []
     for name, mesh in (("one", []), ("four", ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"])):
@@ -497,6 +498,7 @@ def test_a_search_selects_the_fastest_layout_that_fits(run, tmp_path, monkeypatc
     assert all(not o["fits"] or o["step_seconds"] >= plan["step_seconds"] for o in others)
 
 
+@pytest.mark.evidence
 def test_pairs_are_sampled_and_a_sarm_is_trained_on_a_mesh(world, tmp_path):
     models = ["--config=configs/base.py", f"--policy_model={world}/policy"]
     sample = ["--stage=prepare_data", "--config.prepare_data.max_new_tokens=6"]

@@ -175,6 +175,7 @@ def test_every_later_stage_works_on_it(world, workdir):
         assert shown["outside"].keys() == {"error", "constant"}
 
 
+@pytest.mark.evidence
 def test_every_later_stage_works_on_an_sae_from_elsewhere(world, tmp_path):
     rng, d, m = np.random.default_rng(0), 32, 64
     shapes = {"W_enc": (d, m), "W_dec": (m, d), "b_enc": (m,), "b_dec": (d,), "threshold": (m,)}

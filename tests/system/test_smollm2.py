@@ -89,6 +89,7 @@ def test_greedy_decoding_is_token_identical(models):
     assert identical >= 5
 
 
+@pytest.mark.evidence
 def test_cached_decoding_matches_the_full_forward_pass(models):
     policy, tokenizer, _ = models
     row = encode_prompt(tokenizer, PROMPTS[0])

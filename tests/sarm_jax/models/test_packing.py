@@ -12,6 +12,7 @@ from ppo.slots import SlotPlan, Slots
 from sarm_jax.models.packing import Packing
 from sarm_jax.sampling.decoding import prefill
 from tests.closeness import assert_close
+from tests.further import further
 
 MASK = np.asarray([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 1, 0]], bool)
 
@@ -85,7 +86,7 @@ def test_prefill_fills_the_same_cache(policy, batch_bt):
     np.testing.assert_array_equal(cache.position_b, expected.position_b)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_minibatches": 2, "logprob_chunk": 2}])
+@pytest.mark.parametrize("options", [further({}), {"num_minibatches": 2, "logprob_chunk": 2}])
 def test_a_packed_run_equals_a_padded_run(make_trainer, tmp_path, options):
     options = options | {"stop_ids": tuple(range(3, 70)), "total_steps": 2}
     runs = []

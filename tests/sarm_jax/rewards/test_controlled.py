@@ -15,6 +15,7 @@ from sarm_jax.models.chat import stop_ids
 from sarm_jax.rewards import RewardConfig, ScoreScale, controlled_reward, reward_config
 from sarm_jax.rewards.human_latents import collect_human_latents, save_human_latents
 from sarm_jax.rewards.scoring import Scored
+from tests.further import further
 from tests.tiny_models import ACTIVE, ALGORITHMS, DISCRIMINATOR, PROMPTS, REWARD
 
 PENALTIES = RewardConfig(penalize_features=(3, 5), tau_values=(0.1, 0.2), alpha_values=(0.2, 0.1))
@@ -29,7 +30,7 @@ def human(reward_model):
     return collect_human_latents(reward_model, rows, ACTIVE)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["ppo", further("rloo"), further("grpo")])
 def test_the_reward_that_the_trainer_here_learns_from(
     make_trainer, reward_model, tokenizer, human, tmp_path, algorithm
 ):

@@ -23,6 +23,7 @@ from sarm_jax.rewards.human_latents import (
     save_human_latents,
 )
 from tests.closeness import assert_close
+from tests.further import further
 from tests.tiny_models import reward_options
 
 CONFIG = DiscriminatorConfig(1e-2, hidden_size=32, steps=200, batch_size=256, weight_decay=0.0)
@@ -245,7 +246,9 @@ def test_groups_are_numbered_by_prompt():
     np.testing.assert_array_equal(groups_of(["a", "a", "a"]), [0, 1, 2])
 
 
-@pytest.mark.parametrize(("rows", "humans"), [(1, 50), (3, 50), (16, 3), (2, 2), (5, 4)])
+@pytest.mark.parametrize(
+    ("rows", "humans"), [(1, 50), (3, 50), (16, 3), further(2, 2), further(5, 4)]
+)
 def test_fewer_rows_than_folds(rows, humans):
     rng = np.random.default_rng(6)
     human, policy = rng.normal(size=(humans, 3)), rng.normal(size=(rows, 3))

@@ -12,6 +12,7 @@ from sarm_jax.models.llama import Llama
 from sarm_jax.sampling.generate import Sampling, sample
 from sarm_jax.sampling.refilling import refill_size, sample_refilling
 from tests.closeness import assert_close
+from tests.further import further
 from tests.tiny_models import MODEL_TYPES, scale_matrices
 
 PROMPTS, LENGTH, NEW = 12, 9, 14
@@ -56,7 +57,7 @@ def all_at_once(policy, prompts):
     return run(policy, prompts, slots=PROMPTS)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5, 8])
+@pytest.mark.parametrize("slots", [1, 5, further(2), further(8)])
 def test_a_response_does_not_depend_on_its_slot(policy, prompts, all_at_once, slots):
     few = run(policy, prompts, slots=slots)
     np.testing.assert_array_equal(few.tokens_br, all_at_once.tokens_br)
@@ -68,7 +69,7 @@ def test_a_response_does_not_depend_on_its_slot(policy, prompts, all_at_once, sl
 
 
 @pytest.mark.parametrize("architecture", MODEL_TYPES, indirect=True)
-@pytest.mark.parametrize("slots", [3, 12])
+@pytest.mark.parametrize("slots", [3, further(12)])
 def test_greedy_responses_are_those_of_rows_without_refilling(policy, prompts, slots):
     few = run(policy, prompts, slots=slots, temperature=0.0)
     expected = sample(
@@ -80,7 +81,7 @@ def test_greedy_responses_are_those_of_rows_without_refilling(policy, prompts, s
     assert_close(few.logp_br, expected.logp_br, 2e-6)
 
 
-@pytest.mark.parametrize("slots", [4, 6])
+@pytest.mark.parametrize("slots", [6, further(4)])
 def test_copies_of_a_prompt_share_its_prefill(policy, prompts, slots):
     tokens, mask = (y[:4] for y in prompts)
     copied = run(policy, (tokens, mask), slots=slots, copies=2)

@@ -21,6 +21,7 @@ from sarm_jax.training.preference_training import PreferenceTraining
 from sarm_jax.training.sae_training import SAETraining, pretrain_sae
 from sarm_jax.training.train_sarm import assemble, truncate
 from tests.closeness import assert_close
+from tests.further import further
 from tests.meshes import divisible_llama_config, place_parameters
 from tests.tiny_models import scale_matrices
 
@@ -94,7 +95,10 @@ def one_device(tokenizer):
 
 @pytest.mark.parametrize(
     ("mode", "shape", "pieces"),
-    [(1, (4, 1, 1), 1), (2, (2, 2, 2), 1), (3, (1, 2, 1), 1), (2, (1, 1, 1), 4), (3, (1, 2, 2), 2)],
+    [
+        *(further(1, (4, 1, 1), 1), further(2, (2, 2, 2), 1), further(3, (1, 2, 1), 1)),
+        *((2, (1, 1, 1), 4), (3, (1, 2, 2), 2)),
+    ],
 )
 def test_ten_steps_equal_those_of_one_device(one_device, tokenizer, mode, shape, pieces):
     options = dataclasses.replace(TEN_STEPS, mode=mode, gradient_accumulation_steps=pieces)
@@ -145,7 +149,9 @@ def train_on(activations, placement, batch):
     return activations.x_nd[:], sae, heads_hm, log
 
 
-@pytest.mark.parametrize(("shape", "batch"), [((4, 1, 1), 4), ((1, 2, 2), 4), ((2, 2, 2), 3)])
+@pytest.mark.parametrize(
+    ("shape", "batch"), [further((4, 1, 1), 4), further((1, 2, 2), 4), ((2, 2, 2), 3)]
+)
 def test_states_sae_and_heads_equal_those_of_one_device(tokenizer, shape, batch):
     """The last mesh does not divide the batches of the heads, which it then does not share."""
     placement = Placement(make_mesh(MeshConfig(*shape)))
