@@ -10,9 +10,9 @@ rejected answers, and with the latent KL to the written answers.
 Command: make smollm2
 Hardware: 2 CPU cores, 8 GB of memory.
 Time: 23 minutes, of which PPO takes 12.
-Expected result: the total reward rises by about 1.5 standard deviations and nearly all responses
+Expected result: the total reward rises by 1.5 to 1.75 standard deviations and nearly all responses
         end by themselves. The reward is exploited as well: short, wrong answers score high, and
-        the guard on the KL to the reference warns.
+        the guard on the KL to the reference may warn.
 """
 
 from ml_collections import ConfigDict
