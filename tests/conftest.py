@@ -58,8 +58,8 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     CORES = sorted(os.sched_getaffinity(0))
     OWN = CORES[int(WORKER) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
     os.sched_setaffinity(0, OWN or CORES)
-# With Python's thresholds, collections take a tenth of the tests' time: JAX makes many objects while
-# it traces, and few of them are garbage.
+# With Python's thresholds, collections take a tenth of the tests' time: JAX makes many objects
+# while it traces, and few of them are garbage.
 gc.set_threshold(50_000, 20, 50)
 MAPS, MAX_MAPS = Path("/proc/self/maps"), 16_000  # memory maps; Linux allows 65,530
 SECONDS_TO_COUNT = 1.0  # CPU seconds after which the maps are counted again

@@ -487,6 +487,7 @@ def test_a_plan_of_identify(run, tmp_path, capsys):
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.evidence  # tests/ppo/planning has the choice by hand
 def test_a_search_selects_the_fastest_layout_that_fits(run, tmp_path, monkeypatch):
     few = [Layout(MeshConfig(tensor=2), "dots", 1), Layout(MeshConfig(), "full", 1)]
     monkeypatch.setattr("pipeline.stages.plan.layouts_for", lambda devices, rows: few)
