@@ -98,7 +98,7 @@ FAST = tests/configs tests/docs tests/ppo/test_advantages.py tests/ppo/test_loss
 # Tests start the program in processes of their own, which import what others have compiled.
 PYTEST = JAX_PLATFORMS=cpu PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
-evidence: $(VENV)/.dev ## tests that compute for minutes, and further settings of what `make test` shows on one
+evidence: $(VENV)/.dev ## tests that compute for minutes, or repeat a test with other settings
 	$(PYTEST) -m evidence tests
 
 lint: $(VENV)/.dev

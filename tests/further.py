@@ -1,4 +1,4 @@
-"""Parameters that repeat on another setting what the tests of `make test` show on one."""
+"""Parameters that repeat a test of `make test` with other settings."""
 
 from typing import Any
 

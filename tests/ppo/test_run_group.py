@@ -182,7 +182,7 @@ def test_an_error_of_the_shared_program_reaches_every_run(
     [
         further((1, 1, 1), {}, None),
         ((1, 1, 1), {}, 16),
-        further((1, 1, 1), {"algorithm": "rloo", "samples_per_prompt": 2}, None),
+        ((1, 1, 1), {"algorithm": "rloo", "samples_per_prompt": 2}, None),
         further((2, 1, 1), {}, 8),
         further((1, 2, 1), {}, None),
         further((1, 1, 2), {}, None),

@@ -137,7 +137,7 @@ def test_an_adapter_shares_programs_only_with_those_that_compute_the_same(make_u
 
 
 def test_discriminators_share_programs_only_with_those_that_compute_the_same():
-    """Their number of human responses, and so their bound, is none of their options."""
+    """Their number of human responses, and so their bound, is not among their options."""
     config, z_ns = DiscriminatorConfig(), np.eye(6, 2, dtype=np.float32)
     assert OTHER_DISCRIMINATOR.keys() == {field.name for field in dataclasses.fields(config)}
     changed = [dataclasses.replace(config, **{n: v}) for n, v in OTHER_DISCRIMINATOR.items()]

@@ -344,7 +344,7 @@ def test_a_resumed_run_compiles_before_its_second_step(make_trainer, tmp_path, c
     make_trainer(tmp_path / "run", total_steps=3, **options).run()
     trainer = make_trainer(tmp_path / "run", total_steps=9, **options)
     for program in (Learner._reference_logp, Updater._targets, Updater._step):
-        program.clear_cache()  # as in a new process
+        program.clear_cache()  # compiled again, as in a new process
     compiled = compilations(trainer)
     trainer.run()
     assert compiled and max(compiled) < 4

@@ -96,7 +96,7 @@ def one_device(tokenizer):
 @pytest.mark.parametrize(
     ("mode", "shape", "pieces"),
     [
-        *(further(1, (4, 1, 1), 1), further(2, (2, 2, 2), 1), further(3, (1, 2, 1), 1)),
+        *(further(1, (4, 1, 1), 1), (2, (2, 2, 2), 1), further(3, (1, 2, 1), 1)),
         *((2, (1, 1, 1), 4), (3, (1, 2, 2), 2)),
     ],
 )
@@ -150,10 +150,10 @@ def train_on(activations, placement, batch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "batch"), [further((4, 1, 1), 4), further((1, 2, 2), 4), ((2, 2, 2), 3)]
+    ("shape", "batch"), [further((4, 1, 1), 4), ((1, 2, 2), 4), ((2, 2, 2), 3)]
 )
 def test_states_sae_and_heads_equal_those_of_one_device(tokenizer, shape, batch):
-    """The last mesh does not divide the batches of the heads, which it then does not share."""
+    """(2, 2, 2) does not divide batches of 3 rows, so that the heads are not sharded there."""
     placement = Placement(make_mesh(MeshConfig(*shape)))
     x_nd, sae, heads_hm, log = train_frozen(tokenizer, placement, batch)
     expected_x_nd, expected_sae, expected_heads_hm, expected_log = train_frozen(
