@@ -70,6 +70,12 @@ def test_the_digest_depends_on_the_last_digit_of_a_log(uninterrupted, tmp_path):
     assert {name for name in first if first[name] != changed[name]} == {"metrics.csv"}
 
 
+@pytest.mark.evidence
+def test_the_same_command_writes_the_same_bytes(world, uninterrupted, tmp_path):
+    assert train(world, tmp_path / "again")[0] == 0
+    assert run_digest(uninterrupted) == run_digest(tmp_path / "again")
+
+
 def test_a_killed_and_preempted_run_ends_like_an_uninterrupted_one(world, uninterrupted, tmp_path):
     """To the byte; also the steps before the kill, which another process has taken."""
     resumed = tmp_path / "resumed"

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from sarm_jax.lab import figures
 from sarm_jax.lab.conditions import DESCRIPTIONS, is_ranked
+from tests.further import further
 
 RANKED = [name for name in DESCRIPTIONS if is_ranked(name)]
 POINT = {"gold": 0.5, "score": 1.0, "ref_kl": 2.0, "flattery": 0.1, "told": 0.2}
@@ -38,8 +39,8 @@ def drawn(monkeypatch):
         figures.plt.close(figure)
 
 
-@pytest.mark.parametrize("count", [1, 7, len(RANKED)])
-@pytest.mark.parametrize("trained", [0, 2, len(DESCRIPTIONS)])
+@pytest.mark.parametrize("count", [1, 7, len(RANKED), further(5), further(12)])
+@pytest.mark.parametrize("trained", [0, 2, len(DESCRIPTIONS), further(12)])
 def test_legends_are_whole(drawn, count: int, trained: int):
     rankings = [
         {"condition": name, "weight": 1.0, "tau": 1.0, "gold": [{"mean": 0.1}, {"mean": 0.2}]}
