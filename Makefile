@@ -32,12 +32,12 @@ smollm2: $(SMOLLM2)/config.json ## a real 135M model: a SARM from it, PPO, evalu
 	$(BIN)/python main.py --config=configs/smollm2.py --stage=all
 	test -e $(RUN)/merged || $(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
 
-study-smollm2: $(SMOLLM2)/config.json ## the lab in English: a real 135M model, five shortcuts, a known true reward
-	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all
+study-smollm2: $(SMOLLM2)/config.json ## the lab in English: a real 135M model, five shortcuts, four seeds
+	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all --config.lab.seeds=4-7 --config.lab.processes=2
 
 pool-smollm2: $(SMOLLM2)/config.json ## the same without RL: every condition chooses among the same samples
 	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all --workdir=outputs/smollm2_pool \
-	  --config.lab.conditions= \
+	  --config.lab.conditions= --config.lab.pool_responses=128 \
 	  --config.lab.ranked_conditions=baseline,penalty,probe,untold,mean_difference,ties,distance,screen,length,clamp,random,oracle
 
 ORDINARY := outputs/smollm2_classifier

@@ -92,7 +92,5 @@ def get_config() -> ConfigDict:
     config.lab.alpha = 1.0
     config.lab.conditions_at_once = 5  # samples all their responses with one program
     config.lab.conditions = "baseline,kl_0.1,probe,penalty,untold"
-    config.lab.pool_responses = 128
     config.lab.pool_prompts = 16
-    config.lab.ranked_conditions = "mean_difference,ties,distance,screen,length,clamp,random,oracle"
     return config
