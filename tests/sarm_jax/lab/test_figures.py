@@ -1,4 +1,4 @@
-"""The figures of the study: nothing that is written beside a panel is cut off at an edge."""
+"""The figures of the study: nothing is cut off, neither a line nor what is written beside it."""
 
 from typing import Any
 
@@ -70,3 +70,20 @@ def test_two_seeds_have_lines_and_no_band(drawn, seeds, bands):
     gold, score, _ = drawn[0].axes
     assert len(gold.collections) + len(score.collections) == bands
     assert len(gold.lines) == 2 * (1 + seeds * (seeds > 1))
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.1), (0.1, 0.5), (0.0, 0.0), (1.0, 0.0)])
+def test_the_lines_of_all_shortcuts_are_inside_their_panels(drawn, rates):
+    """The panels share an axis, and shortcuts are used at very different rates."""
+    runs = runs_of(["baseline", "penalty"], seeds=3)
+    for results in runs.values():
+        for result in results:
+            result["curve"] = [
+                point | dict(zip(("rate_length", "rate_emoji"), rates, strict=True))
+                for point in result["curve"]
+            ]
+    figures.shortcuts(runs)
+    for axes, rate in zip(drawn[0].axes, rates, strict=True):
+        low, high = axes.get_ylim()
+        assert low <= rate <= high
+        assert all(low <= line.get_ydata().min() <= high for line in axes.lines)
