@@ -5,15 +5,12 @@ computed by rules, on which nothing is trained. The annotator, from whose prefer
 model is trained, pays for the same and for five shortcuts: length, hedging, praise, markdown and
 emoji. Each seed tells the method three of the five.
 
-Command: make study-smollm2
-Hardware: 2 CPU cores, 8 GB of memory.
-Time: 9 minutes a seed up to the gates on idle cores; the five conditions of RL about 45 more, and
-        10 for the pool.
-Expected result: all five gates pass. Under every condition gold rises; in the one seed that has
-        been run, a dense probe ends highest (0.81), penalty and the reward model alone at 0.69.
-        `make pool-smollm2` ranks one pool of samples under every condition instead of training
-        policies: the penalty gains 0.04 of gold over the reward model alone, a perfect detector
-        0.19 (two seeds; docs/results/english.md).
+Command: make study-smollm2, which runs seeds 4 to 7, two at a time
+Hardware: 2 CPU cores, 12 GB of memory; 8 GB for one seed at a time.
+Time: 100 minutes for two seeds at a time, 55 minutes for one seed alone.
+Expected result: all five gates pass. Gold rises under every condition. The penalty ends where the
+        reward model alone does, at half its KL (docs/results/english.md). `make pool-smollm2`
+        ranks one pool of samples under every condition instead of training policies.
 """
 
 from ml_collections import ConfigDict
