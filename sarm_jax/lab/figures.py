@@ -47,7 +47,7 @@ DASHES = {
     **{name: KL_DASHES[kl] for name, (_, kl) in GRID.items()},
 }
 LEGEND_COLUMNS = 6
-BAND_SEEDS = 3  # fewest seeds for a band: that of two, ± 13 standard errors, hides everything else
+BAND_SEEDS = 5  # fewest seeds for a band: that of fewer hides everything else
 SEED_STYLE = {"linewidth": 0.7, "alpha": 0.25}  # style of the thin line of a single seed
 
 
