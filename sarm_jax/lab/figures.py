@@ -179,7 +179,7 @@ def shortcuts(runs: Runs, dark: bool = False) -> bytes:
             _over_steps(axes, runs, name)
             by_step(axes, ylabel="share of responses", title=name.removeprefix("rate_"))
         highest = max(_curves(rows, name).max() for rows in runs.values() for name in names)
-        panels[0, 0].set_ylim(0, 1.05 * highest or 1)  # of all panels: each has kept its own
+        panels[0, 0].set_ylim(0, 1.05 * highest or 1)  # the panels share the axis
         _add_grid_and_legend(figure, columns=len(runs))
         return png(figure)
 
