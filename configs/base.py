@@ -133,7 +133,8 @@ def _add_ppo(config: ConfigDict) -> None:
     # conversation after the system turn, then the beginning of the user's text.
     config.ppo.long_prompts = "error"
     config.ppo.calibration_batches = 2  # batches of reference responses that μ and σ come from
-    # Number of sizes of packed batches (ppo/slots.py), each compiled once; 0: padded batches.
+    # Number of sizes of packed batches (ppo/slots.py), each compiled once; 0: padded batches. In a
+    # packed batch responses to the same prompt share what the policy computes for it.
     config.ppo.pack_levels = 0
     # Response positions per projection onto the vocabulary; 0: all positions at once.
     config.ppo.logprob_chunk = 0

@@ -330,7 +330,13 @@ class Learner:
                 vocab_size=size,
             )
             return logp_br, entropy_br, x_brd
-        packing = Packing.from_mask(mask_bt, slots.tokens, parts)
+        packing = Packing.from_mask(
+            mask_bt,
+            slots.tokens,
+            parts,
+            copies=slots.copies,
+            prefix=mask_bt.shape[1] - responses,
+        )
         x_brd = model.hidden(tokens_bt, mask_bt, packing=packing)[:, -responses - 1 : -1]
         packing = Packing.from_mask(mask_bt[:, -responses:], slots.responses, parts)
         packed = packing.pack(x_brd), packing.pack(targets_br)

@@ -4,6 +4,9 @@ Programs are compiled for a fixed number of slots (see `sarm_jax.models.packing`
 a few numbers, all known before the first step. The prompts of every step are known, so the slots
 for prompts are the most that any step needs. The slots for responses are one of `ppo.pack_levels`
 sizes, chosen once the responses have been sampled.
+
+If microbatches hold all responses to their prompts, each prompt has slots once, and the policy
+computes it once for all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +21,14 @@ MULTIPLE = 8  # every size is a multiple of it, which suits matrix units
 
 
 class Slots(NamedTuple):
-    """Slots of one group of rows: for all tokens, and for the response tokens among them."""
+    """Slots of one group of rows: for all tokens, and for the response tokens among them.
+
+    `copies` consecutive rows have the same prompt, which has slots once.
+    """
 
     tokens: int
     responses: int
+    copies: int = 1
 
 
 class SlotPlan:
@@ -49,13 +56,17 @@ class SlotPlan:
     ):
         self._rows = config.batch_size // (config.pieces * parts)
         self._levels, self._new_tokens = config.pack_levels, config.max_new_tokens
+        self._copies = copies_sharing_slots(config, parts)
         self.prefill: int | None = None
         if self._levels:
             rows = config.prompts_per_batch // parts
             self.prefill = _rounded(max(_fullest(n, None, rows) for n in prompt_lengths))
-            copies = config.samples_per_prompt
-            pairs = zip((np.repeat(n, copies) for n in prompt_lengths), orders, strict=True)
-            self._prompts = _rounded(max(_fullest(n, order, self._rows) for n, order in pairs))
+            self._prompts = _rounded(
+                max(
+                    self._fullest_prompts(np.repeat(lengths, config.samples_per_prompt), order)
+                    for lengths, order in zip(prompt_lengths, orders, strict=True)
+                )
+            )
             self._unit = _rounded(-(-self._rows * config.max_new_tokens // self._levels))
 
     @property
@@ -79,7 +90,32 @@ class SlotPlan:
         return [self._slots(level + 1) for level in range(levels)]
 
     def _slots(self, level: int) -> Slots:
-        return Slots(self._prompts + level * self._unit, level * self._unit)
+        return Slots(self._prompts + level * self._unit, level * self._unit, self._copies)
+
+    def _fullest_prompts(self, lengths_b: np.ndarray, order: np.ndarray) -> int:
+        """Returns the most slots that the prompts of a group of rows need."""
+        firsts = slice(None, None, self._copies)
+        order = order[:, firsts] // self._copies
+        return _fullest(lengths_b[firsts], order, self._rows // self._copies)
+
+
+def copies_sharing_slots(config: PPOConfig, parts: int = 1) -> int:
+    """Returns how many consecutive rows of a microbatch share the slots of their prompt.
+
+    These are all responses to a prompt, if every part of a microbatch holds all or none of them,
+    and else 1.
+    """
+    rows = config.batch_size // (config.pieces * parts)
+    return config.samples_per_prompt if rows % config.samples_per_prompt == 0 else 1
+
+
+def largest_slots(config: PPOConfig, prompt_length: int, parts: int = 1) -> Slots | None:
+    """Returns the slots of batches whose prompts and responses are all at their limit."""
+    if not config.pack_levels:
+        return None
+    rows = config.batch_size // (config.pieces * parts)
+    copies, responses = copies_sharing_slots(config, parts), rows * config.max_new_tokens
+    return Slots(rows // copies * prompt_length + responses, responses, copies)
 
 
 def slot_plans(

@@ -9,6 +9,7 @@ import dataclasses
 import math
 
 from ppo.config import PPOConfig
+from ppo.slots import largest_slots
 from sarm_jax.models.linear_reward import LinearRewardConfig
 from sarm_jax.models.llama import LlamaConfig
 from sarm_jax.models.lora import LoRAConfig
@@ -71,7 +72,9 @@ def step_costs(
     steps, *_ = open_loops(config)
     tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
     score_flops, score_weights = score_work(sarm, score_rows, length)
-    reference_flops = forward_flops(policy, rows, length, logits=rows * new)
+    reference_flops = forward_flops(
+        policy, rows, length, logits=rows * new, tokens=computed_tokens(config)
+    )
     reference = cost(reference_flops, whole + head, passes=config.pieces)
     passes = (3 if remat == "full" else 2) * config.gradient_accumulation_steps
     step = cost(step_flops(config, lora, policy, remat), whole + head, passes=passes)
@@ -133,11 +136,22 @@ def step_flops(config: PPOConfig, lora: LoRAConfig, policy: LlamaConfig, remat: 
     """Returns the FLOPs of an optimizer step, with every prompt and response at its limit."""
     rows = config.batch_size // config.num_minibatches
     length = config.max_prompt_tokens + config.max_new_tokens
-    forward = forward_flops(policy, rows, length, logits=rows * config.max_new_tokens)
-    adapters = 2 * rows * length * lora.rank * adapted_widths(policy, lora)
+    tokens = computed_tokens(config) // config.num_minibatches
+    forward = forward_flops(
+        policy, rows, length, logits=rows * config.max_new_tokens, tokens=tokens
+    )
+    adapters = 2 * tokens * lora.rank * adapted_widths(policy, lora)
     # The backward pass: gradients of activations and adapters, and what is computed again.
     again = forward if remat == "full" else 0.0
     return 2 * forward + again + 3 * adapters
+
+
+def computed_tokens(config: PPOConfig) -> int:
+    """Returns the tokens of a batch that a forward pass computes: a shared prompt counts once."""
+    slots = largest_slots(config, config.max_prompt_tokens)
+    if slots is None:
+        return config.batch_size * (config.max_prompt_tokens + config.max_new_tokens)
+    return config.pieces * slots.tokens
 
 
 def layer_weights(config: LlamaConfig) -> int:
@@ -163,12 +177,15 @@ def adapted_widths(config: LlamaConfig, lora: LoRAConfig) -> int:
     return config.num_hidden_layers * sum(widths[name] for name in lora.target_modules)
 
 
-def forward_flops(config: LlamaConfig, rows: int, length: int, logits: int = 0) -> float:
+def forward_flops(
+    config: LlamaConfig, rows: int, length: int, logits: int = 0, tokens: int | None = None
+) -> float:
     """Returns the FLOPs of a forward pass over `rows` sequences of `length` tokens.
 
-    `logits` is the number of tokens for which the vocabulary projection is computed.
+    `logits` is the number of tokens for which the vocabulary projection is computed, and `tokens`
+    that of the tokens for which all other products are; None: all.
     """
-    products = 2 * rows * length * layer_weights(config)
+    products = 2 * (rows * length if tokens is None else tokens) * layer_weights(config)
     heads = config.num_attention_heads * config.head_dim
     attention = 4 * rows * (length * (length + 1) / 2) * heads
     vocabulary = 2 * logits * config.vocab_size * config.hidden_size

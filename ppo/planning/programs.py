@@ -19,7 +19,7 @@ from jax.stages import Lowered
 
 from ppo.config import PPOConfig
 from ppo.learner import Learner, TrainState
-from ppo.slots import Slots
+from ppo.slots import largest_slots
 from ppo.update import Updater
 from sarm_jax.models.chat import scored_length
 from sarm_jax.models.linear_reward import LinearReward
@@ -80,8 +80,7 @@ def step_programs(
     placement = policy.placement
     learner, fresh, frozen = Learner.attach(config, lora, policy=policy, pad=0)
     base, state = _abstract(frozen, placement), placement.abstract_replicated(fresh)
-    group = rows // (config.pieces * placement.parts)
-    slots = Slots(group * (prompt + new), group * new) if config.pack_levels else None
+    slots = largest_slots(config, prompt, placement.parts)
     prefill = None
     if config.pack_levels:
         prefill = config.prompts_per_batch // placement.parts * prompt

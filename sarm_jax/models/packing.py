@@ -5,6 +5,10 @@ rows. A group is a run of consecutive rows with N slots, so that on a mesh each 
 keeps its tokens. N is fixed in advance and must be at least the number of real tokens of every
 group. Groups and slots form a single axis: XLA splits work among a CPU's cores only along the first
 axis, and sums over the last axis twenty times slower if a unit axis stands before it.
+
+Several responses to one prompt begin alike. What a causal model computes for the prompt is then the
+same in all of their rows, so these tokens have slots in the first of the rows only, and are copied
+to the others where rows are needed.
 """
 
 from functools import partial
@@ -21,19 +25,39 @@ class Packing:
     Attributes:
         source_gn: the index, among the rows · T tokens of its group, that slot n is filled from.
         used_gn: True if slot n holds a token.
-        slot_bt: the slot of a real token.
-        mask_bt: True for real tokens.
+        slot_bt: the slot of a token that has one.
+        own_bt: True for real tokens that have a slot.
+        copies: number of consecutive rows that begin with the same `prefix` columns.
+        prefix: these columns have slots in the first of the rows only.
     """
 
     source_gn: jax.Array
     used_gn: jax.Array
     slot_bt: jax.Array
-    mask_bt: jax.Array
+    own_bt: jax.Array
+    copies: int = struct.field(pytree_node=False, default=1)
+    prefix: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
-    def from_mask(cls, mask_bt: jax.Array, slots: int, groups: int = 1) -> "Packing":
-        """Packs the tokens that `mask_bt` marks; a group loses its tokens beyond `slots`."""
-        mask_gm = mask_bt.astype(bool).reshape(groups, -1)
+    def from_mask(
+        cls, mask_bt: jax.Array, slots: int, groups: int = 1, *, copies: int = 1, prefix: int = 0
+    ) -> "Packing":
+        """Packs the tokens that `mask_bt` marks; a group loses its tokens beyond `slots`.
+
+        Args:
+            mask_bt: True for real tokens.
+            slots: slots of a group.
+            groups: number of groups, in each of which rows are a multiple of `copies`.
+            copies: see the attributes; the mask and the tokens of these rows must be the same in
+                the columns before `prefix`.
+            prefix: number of columns.
+        """
+        rows, columns = mask_bt.shape
+        own_bt = mask_bt.astype(bool)
+        if copies > 1:
+            is_first_b, in_prefix_t = jnp.arange(rows) % copies == 0, jnp.arange(columns) < prefix
+            own_bt &= is_first_b[:, None] | ~in_prefix_t
+        mask_gm = own_bt.reshape(groups, -1)
         slot_gm = jnp.cumsum(mask_gm, axis=1) - 1
         source_gn = jnp.argsort(~mask_gm, axis=1, stable=True)[:, :slots].astype(jnp.int32)
         used_gn = jnp.arange(source_gn.shape[1]) < mask_gm.sum(axis=1, keepdims=True)
@@ -41,7 +65,9 @@ class Packing:
             source_gn=source_gn,
             used_gn=used_gn,
             slot_bt=slot_gm.reshape(mask_bt.shape),
-            mask_bt=mask_bt.astype(bool),
+            own_bt=own_bt,
+            copies=copies,
+            prefix=prefix,
         )
 
     def pack(self, x_bt: jax.Array) -> jax.Array:
@@ -54,7 +80,17 @@ class Packing:
         """Converts `[G · N, …]` to `[B, T, …]`; padding is 0."""
         x_gn = x_s.reshape(*self.used_gn.shape, *x_s.shape[1:])
         y_gm = _move(x_gn, self._to_rows, self._to_slots)
-        return y_gm.reshape(*self.mask_bt.shape, *x_s.shape[1:])
+        return self._with_copies(y_gm.reshape(*self.own_bt.shape, *x_s.shape[1:]))
+
+    def _with_copies(self, y_bt):
+        """Copies the prefix from the first of `copies` rows to the others."""
+        if self.copies == 1:
+            return y_bt
+        y_pct = y_bt.reshape(-1, self.copies, *y_bt.shape[1:])
+        prefix_pct = y_pct[:, :1, : self.prefix]
+        shape = y_pct.shape[:2] + prefix_pct.shape[2:]
+        copied = jnp.broadcast_to(prefix_pct, shape)
+        return jnp.concatenate([copied, y_pct[:, :, self.prefix :]], axis=2).reshape(y_bt.shape)
 
     @property
     def _to_slots(self):
@@ -63,7 +99,7 @@ class Packing:
     @property
     def _to_rows(self):
         groups = self.used_gn.shape[0]
-        return self.slot_bt.reshape(groups, -1), self.mask_bt.reshape(groups, -1)
+        return self.slot_bt.reshape(groups, -1), self.own_bt.reshape(groups, -1)
 
 
 @jax.custom_vjp

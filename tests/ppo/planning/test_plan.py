@@ -13,11 +13,13 @@ from ppo.planning import plan as plan_module
 from ppo.planning.chips import Chip, target
 from ppo.planning.costs import (
     adapted_widths,
+    computed_tokens,
     forward_flops,
     layer_weights,
     open_loops,
     refills,
     step_costs,
+    step_flops,
 )
 from ppo.planning.hlo import Collective, array_bytes, read_traffic
 from ppo.planning.plan import layouts_for
@@ -190,6 +192,19 @@ def test_costs_by_hand(ppo_config):
     assert two["step"].flops == one["step"].flops / 4
     forward = forward_flops(COUNTED, 4, 11, logits=24)
     assert one["step"].flops == 2 * forward + 3 * 2 * 4 * 11 * 3 * 56
+
+
+def test_a_shared_prompt_counts_once(ppo_config):
+    sizes = {"batch_size": 8, "samples_per_prompt": 4, "num_minibatches": 2}
+    packed = ppo_config(pack_levels=1, max_new_tokens=6, max_prompt_tokens=5, **sizes)
+    padded = dataclasses.replace(packed, pack_levels=0)
+    assert computed_tokens(padded) == 8 * 11
+    assert computed_tokens(packed) == 2 * 5 + 8 * 6
+    alone, shared = (
+        step_flops(config, LoRAConfig(rank=3), COUNTED, remat="dots") for config in (padded, packed)
+    )
+    left_out = (8 - 2) // 2 * 5  # prompt tokens of a minibatch
+    assert alone - shared == left_out * 2 * (2 * 2 * layer_weights(COUNTED) + 3 * 3 * 56)
 
 
 def test_refilled_slots_run_prompts_several_times(ppo_config):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo.slots import SlotPlan, Slots
+from ppo.slots import SlotPlan, Slots, largest_slots
+from ppo.train import order_of_rows
 from sarm_jax.models.packing import Packing
 from sarm_jax.sampling.decoding import prefill
 from tests.closeness import assert_close
@@ -45,6 +46,33 @@ def test_gradients_are_those_of_indexing():
     weight_bt = rng.normal(size=(4, 4))
     gradient = jax.grad(lambda y: (packing.unpack(y) * weight_bt).sum())(jnp.zeros(14))
     np.testing.assert_allclose(gradient, packing.pack(jnp.asarray(weight_bt)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("groups", "slots"), [(1, 11), (1, 20), (2, 6)])
+def test_a_prefix_of_copies_has_slots_once(groups, slots):
+    # Two prompts of 2 and 3 tokens, padded on the left, with two responses each.
+    mask = np.asarray([[0, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]], bool)
+    x = np.random.default_rng(0).normal(size=(4, 5, 2))
+    x[[1, 3], :3] = x[[0, 2], :3]
+    packing = Packing.from_mask(jnp.asarray(mask), slots, groups, copies=2, prefix=3)
+    own = [[(0, 1), (0, 2), (0, 3), (0, 4), (1, 3)]]
+    own += [[(2, 0), (2, 1), (2, 2), (2, 3), (3, 3), (3, 4)]]
+    if groups == 1:
+        own = [own[0] + own[1]]
+    packed = packing.pack(jnp.asarray(x))
+    expected = np.zeros((groups, packed.shape[0] // groups, 2))
+    for g, tokens in enumerate(own):
+        for n, token in enumerate(tokens):
+            expected[g, n] = x[token]
+    np.testing.assert_allclose(packed, expected.reshape(-1, 2), rtol=1e-6)
+    rows = packing.unpack(packed)
+    np.testing.assert_allclose(rows, np.where(mask[..., None], x, 0), rtol=1e-6)
+    # The gradient of a token in a slot is summed over the rows that it is copied to.
+    weight = np.random.default_rng(1).normal(size=x.shape)
+    gradient = jax.grad(lambda y: (packing.unpack(y) * weight).sum())(jnp.zeros(packed.shape))
+    summed = np.where(mask[..., None], weight, 0)
+    summed[[0, 2], :3] += summed[[1, 3], :3]
+    np.testing.assert_allclose(gradient, packing.pack(jnp.asarray(summed)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +114,36 @@ def test_prefill_fills_the_same_cache(policy, batch_bt):
     np.testing.assert_array_equal(cache.position_b, expected.position_b)
 
 
-@pytest.mark.parametrize("options", [further({}), {"num_minibatches": 2, "logprob_chunk": 2}])
+def test_responses_that_share_a_prompt_equal_separate_ones(policy, batch_bt):
+    tokens, mask = (np.repeat(x, 3, axis=0) for x in (batch_bt.left.tokens, batch_bt.left.mask))
+    rng, (rows, columns) = np.random.default_rng(0), tokens.shape
+    responses = rng.integers(3, 60, size=(rows, 4))
+    tokens = jnp.asarray(np.concatenate([tokens, responses], axis=1))
+    lengths = np.arange(rows) % 4 + 1
+    mask = jnp.asarray(np.concatenate([mask, np.arange(4) < lengths[:, None]], axis=1), bool)
+    graphdef, state = nnx.split(policy)
+    weight = jnp.asarray(rng.normal(size=(rows, columns + 4, 1)), jnp.float32)
+    slots = int(mask.sum())
+
+    def loss(state, packing):
+        x_btd = nnx.merge(graphdef, state).hidden(tokens, mask, packing=packing)
+        return (jnp.sin(x_btd) * weight * mask[..., None]).sum(), x_btd
+
+    shared = Packing.from_mask(mask, slots, copies=3, prefix=columns)
+    assert shared.used_gn.sum() == np.sum(batch_bt.left.mask) + lengths.sum()
+    (_, ours), our_gradient = jax.value_and_grad(loss, has_aux=True)(state, shared)
+    (_, theirs), their_gradient = jax.value_and_grad(loss, has_aux=True)(state, None)
+    assert_close(ours[mask], theirs[mask], 3e-6)
+    for a, b in zip(*map(jax.tree.leaves, (our_gradient, their_gradient)), strict=True):
+        assert_close(a, b)
+
+
+SHARING = {"algorithm": "rloo", "samples_per_prompt": 2, "batch_size": 8, "num_minibatches": 2}
+
+
+@pytest.mark.parametrize(
+    "options", [further({}), {"num_minibatches": 2, "logprob_chunk": 2}, SHARING]
+)
 def test_a_packed_run_equals_a_padded_run(make_trainer, tmp_path, options):
     options = options | {"stop_ids": tuple(range(3, 70)), "total_steps": 2}
     runs = []
@@ -120,3 +177,32 @@ def test_slots_hold_the_batchs_own_order(ppo_config):
     config = ppo_config(batch_size=4, max_new_tokens=20, pack_levels=4, num_minibatches=2)
     order, lengths = np.asarray([[0, 2, 1, 3]]), np.asarray([20, 20, 1, 1])
     assert SlotPlan(config, [lengths], [order]).slots_for(lengths, order).responses == 48
+
+
+def test_slots_of_shared_prompts_by_hand(ppo_config):
+    config = ppo_config(
+        batch_size=8, samples_per_prompt=2, max_new_tokens=4, pack_levels=1, num_minibatches=2
+    )
+    lengths, order = np.asarray([20, 3, 1, 5]), order_of_rows(config, step=0)
+    assert sorted(order[0]) == list(range(8))
+    assert all(second == first + 1 for first, second in order.reshape(-1, 2))
+    # Two prompts to a microbatch: the longest two may meet; each has slots once.
+    longest = max(sum(lengths[rows // 2]) for rows in order[:, ::2].reshape(-1, 2))
+    longest = max(longest, 20 + 3)  # the batch's own order
+    rounded = -(-longest // 8) * 8
+    assert SlotPlan(config, [lengths], [order]).all_slots() == [Slots(rounded + 16, 16, 2)]
+    assert largest_slots(config, prompt_length=20) == Slots(2 * 20 + 16, 16, 2)
+    # A part of the mesh has 4 / 4 rows: no room for both responses.
+    assert largest_slots(config, prompt_length=20, parts=4) == Slots(20 + 4, 4, 1)
+    plan = SlotPlan(config, [lengths], [order], parts=4)
+    assert plan.all_slots() == [Slots(24 + 8, 8, 1)]
+
+
+def test_rows_are_shuffled_one_by_one_if_microbatches_cut_groups(ppo_config):
+    config = ppo_config(batch_size=12, samples_per_prompt=4, num_minibatches=2)
+    order = order_of_rows(config, step=0)
+    assert any(np.diff(row.reshape(-1, 2)).tolist() != [[1]] * 6 for row in order)
+    expected = np.random.default_rng((config.seed, 0)).permuted(
+        np.tile(np.arange(12), (config.ppo_epochs, 1)), axis=1
+    )
+    np.testing.assert_array_equal(order, expected)
