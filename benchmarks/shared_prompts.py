@@ -27,7 +27,7 @@ from ppo.slots import Slots, largest_slots
 from ppo.update import Updater
 from sarm_jax.models.lora import LoRAConfig
 
-TITLES = ("k", "prompt", "tokens", "shared tokens", "separate s", "shared s", "ratio")
+TITLES = ("k", "prompt", "all tokens", "shared tokens", "separate s", "shared s", "ratio")
 
 
 def main() -> None:
@@ -52,7 +52,8 @@ def make_config(args: argparse.Namespace, copies: int, prompt: int) -> PPOConfig
     options = base.get_config().ppo.to_dict()
     options |= {"algorithm": "rloo", "samples_per_prompt": copies, "batch_size": args.batch}
     options |= {"max_prompt_tokens": prompt, "max_new_tokens": args.new_tokens}
-    return PPOConfig(**(options | {"pack_levels": 1, "ppo_epochs": 1}))
+    options |= {"pack_levels": 1, "ppo_epochs": 1, "num_minibatches": 1}
+    return PPOConfig(**(options | {"gradient_accumulation_steps": 1}))
 
 
 def make_side(

@@ -235,7 +235,10 @@ class Learner:
         mask_bt: jax.Array,
         slots: Slots | None = None,
     ) -> jax.Array:
-        """Returns log π_ref of the response tokens, `[B, R]`, one microbatch at a time."""
+        """Returns log π_ref of the response tokens, `[B, R]`, one microbatch at a time.
+
+        `slots` are those of a microbatch, see `evaluate`.
+        """
         return self.for_programs._reference_logp(base, tokens_bt, mask_bt, slots=slots)
 
     @partial(jax.jit, static_argnums=0, static_argnames="slots")
@@ -295,6 +298,7 @@ class Learner:
             tokens_bt: prompt and response `[B, P + R]`, with the response in the last R columns.
             mask_bt: False for padding.
             slots: slots of the packed rows, so that padding is not computed; None: rows are padded.
+                Every `slots.copies` consecutive rows must have the same prompt.
         """
         policy = nnx.merge(self.graphdef, params["lora"], base)
         logp_br, entropy_br, x_brd = self._logprobs(policy, tokens_bt, mask_bt, slots=slots)

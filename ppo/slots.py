@@ -5,10 +5,11 @@ a few numbers, all known before the first step. The prompts of every step are kn
 for prompts are the most that any step needs. The slots for responses are one of `ppo.pack_levels`
 sizes, chosen once the responses have been sampled.
 
-If microbatches hold all responses to their prompts, each prompt has slots once, and the policy
-computes it once for all of them.
+Several responses to a prompt share the slots of the prompt, and the policy computes it once for all
+of them, as far as they are in the same part of a microbatch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ MULTIPLE = 8  # every size is a multiple of it, which suits matrix units
 class Slots(NamedTuple):
     """Slots of one group of rows: for all tokens, and for the response tokens among them.
 
-    `copies` consecutive rows have the same prompt, which has slots once.
+    Every `copies` consecutive rows have the same prompt, whose tokens have slots once.
     """
 
     tokens: int
@@ -42,7 +43,7 @@ class SlotPlan:
         prompt_lengths: tokens of the N prompts of every batch, each `[N]`; N is B divided by
             `ppo.samples_per_prompt`.
         orders: the rows of every batch in each epoch, `[epochs, B]`, in the order in which the
-            batch is cut into microbatches.
+            batch is cut into microbatches, as in `order_of_rows`.
         parts: number of groups that a microbatch is packed in, one for each part of the mesh that
             has rows of its own.
     """
@@ -54,7 +55,7 @@ class SlotPlan:
         orders: Sequence[np.ndarray],
         parts: int = 1,
     ):
-        self._rows = config.batch_size // (config.pieces * parts)
+        self._rows = _rows_of_a_group(config, parts)
         self._levels, self._new_tokens = config.pack_levels, config.max_new_tokens
         self._copies = copies_sharing_slots(config, parts)
         self.prefill: int | None = None
@@ -94,26 +95,49 @@ class SlotPlan:
 
     def _fullest_prompts(self, lengths_b: np.ndarray, order: np.ndarray) -> int:
         """Returns the most slots that the prompts of a group of rows need."""
-        firsts = slice(None, None, self._copies)
-        order = order[:, firsts] // self._copies
-        return _fullest(lengths_b[firsts], order, self._rows // self._copies)
+        shared = order.reshape(len(order), -1, self._copies) // self._copies
+        assert (shared == shared[..., :1]).all(), "rows that share slots are not together"
+        return _fullest(lengths_b[:: self._copies], shared[..., 0], self._rows // self._copies)
 
 
 def copies_sharing_slots(config: PPOConfig, parts: int = 1) -> int:
-    """Returns how many consecutive rows of a microbatch share the slots of their prompt.
+    """Returns how many consecutive rows share the slots of their prompt in each of `parts` parts.
 
-    These are all responses to a prompt, if every part of a microbatch holds all or none of them,
-    and else 1.
+    These are all responses to a prompt, or those of them that are in a microbatch and a part.
     """
-    rows = config.batch_size // (config.pieces * parts)
-    return config.samples_per_prompt if rows % config.samples_per_prompt == 0 else 1
+    if not keeps_prompts_together(config):
+        return 1
+    return math.gcd(_rows_of_a_group(config, parts), config.samples_per_prompt)
+
+
+def keeps_prompts_together(config: PPOConfig) -> bool:
+    """Returns whether a minibatch holds all responses to its prompts.
+
+    That depends neither on the microbatches nor on the mesh, so that they change no result.
+    """
+    return config.batch_size // config.num_minibatches % config.samples_per_prompt == 0
+
+
+def order_of_rows(config: PPOConfig, step: int) -> np.ndarray:
+    """Returns the rows of the batch in each epoch of a step, `[epochs, B]`.
+
+    Responses to the same prompt stay together if they are in the same minibatch, so that they can
+    share the slots of their prompt.
+    """
+    together = config.samples_per_prompt if keeps_prompts_together(config) else 1
+    first = np.tile(np.arange(0, config.batch_size, together), (config.ppo_epochs, 1))
+    first = np.random.default_rng((config.seed, step)).permuted(first, axis=1)
+    return (first[..., None] + np.arange(together)).reshape(config.ppo_epochs, -1)
 
 
 def largest_slots(config: PPOConfig, prompt_length: int, parts: int = 1) -> Slots | None:
-    """Returns the slots of batches whose prompts and responses are all at their limit."""
+    """Returns the slots if all prompts have `prompt_length` tokens, and responses their limit.
+
+    Without packing it returns None.
+    """
     if not config.pack_levels:
         return None
-    rows = config.batch_size // (config.pieces * parts)
+    rows = _rows_of_a_group(config, parts)
     copies, responses = copies_sharing_slots(config, parts), rows * config.max_new_tokens
     return Slots(rows // copies * prompt_length + responses, responses, copies)
 
@@ -149,6 +173,11 @@ def slot_plans(
         )
         for length, own in numbers.items()
     }
+
+
+def _rows_of_a_group(config: PPOConfig, parts: int) -> int:
+    """Returns the rows that are packed together: those of a microbatch in one of `parts` parts."""
+    return config.batch_size // (config.pieces * parts)
 
 
 def _fullest(lengths_b: np.ndarray, order: np.ndarray | None, rows: int) -> int:

@@ -27,7 +27,7 @@ from ppo.prompts import PromptDeck
 from ppo.rollout import Rollout, Sampler
 from ppo.run_group import Member
 from ppo.run_state import RunState
-from ppo.slots import SlotPlan, Slots, copies_sharing_slots, slot_plans
+from ppo.slots import SlotPlan, Slots, order_of_rows, slot_plans
 from ppo.step_rows import sample_rows, step_row
 from ppo.tracking.checkpoint import CheckpointConfig, Checkpoints
 from ppo.tracking.guards import (
@@ -496,18 +496,6 @@ def run_slots(config: PPOConfig, deck: PromptDeck, parts: int) -> dict[int, Slot
         order_of=partial(order_of_rows, config),
         parts=parts,
     )
-
-
-def order_of_rows(config: PPOConfig, step: int) -> np.ndarray:
-    """Returns the rows of the batch in each epoch of a step, `[epochs, B]`.
-
-    Responses to the same prompt stay together if a microbatch has room for all of them, so that
-    they can share the slots of their prompt.
-    """
-    copies = copies_sharing_slots(config)
-    first = np.tile(np.arange(0, config.batch_size, copies), (config.ppo_epochs, 1))
-    first = np.random.default_rng((config.seed, step)).permuted(first, axis=1)
-    return (first[..., None] + np.arange(copies)).reshape(config.ppo_epochs, -1)
 
 
 def _broadcast_primary(

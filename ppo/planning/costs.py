@@ -73,11 +73,13 @@ def step_costs(
     tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
     score_flops, score_weights = score_work(sarm, score_rows, length)
     reference_flops = forward_flops(
-        policy, rows, length, logits=rows * new, tokens=computed_tokens(config)
+        policy, rows, length, logits=rows * new, tokens=computed_tokens(config, mesh.batch_parts)
     )
     reference = cost(reference_flops, whole + head, passes=config.pieces)
     passes = (3 if remat == "full" else 2) * config.gradient_accumulation_steps
-    step = cost(step_flops(config, lora, policy, remat), whole + head, passes=passes)
+    step = cost(
+        step_flops(config, lora, policy, remat, mesh.batch_parts), whole + head, passes=passes
+    )
     return {
         "rollout": (prefills, tokens),
         "prefill": (cost(prefill_flops, whole + head),),
@@ -132,11 +134,16 @@ def decode_flops(config: LlamaConfig, rows: int, context: float) -> float:
     return 2.0 * rows * weights + 4 * rows * context * heads * config.num_hidden_layers
 
 
-def step_flops(config: PPOConfig, lora: LoRAConfig, policy: LlamaConfig, remat: str) -> float:
-    """Returns the FLOPs of an optimizer step, with every prompt and response at its limit."""
+def step_flops(
+    config: PPOConfig, lora: LoRAConfig, policy: LlamaConfig, remat: str, parts: int = 1
+) -> float:
+    """Returns the FLOPs of an optimizer step, with every prompt and response at its limit.
+
+    `parts` is the number of parts that a batch is split into, see `computed_tokens`.
+    """
     rows = config.batch_size // config.num_minibatches
     length = config.max_prompt_tokens + config.max_new_tokens
-    tokens = computed_tokens(config) // config.num_minibatches
+    tokens = computed_tokens(config, parts) // config.num_minibatches
     forward = forward_flops(
         policy, rows, length, logits=rows * config.max_new_tokens, tokens=tokens
     )
@@ -146,12 +153,16 @@ def step_flops(config: PPOConfig, lora: LoRAConfig, policy: LlamaConfig, remat: 
     return 2 * forward + again + 3 * adapters
 
 
-def computed_tokens(config: PPOConfig) -> int:
-    """Returns the tokens of a batch that a forward pass computes: a shared prompt counts once."""
-    slots = largest_slots(config, config.max_prompt_tokens)
+def computed_tokens(config: PPOConfig, parts: int = 1) -> int:
+    """Returns the tokens of a batch that a forward pass computes.
+
+    In packed batches a prompt counts once for all its responses in the same microbatch and the same
+    of `parts` parts.
+    """
+    slots = largest_slots(config, config.max_prompt_tokens, parts)
     if slots is None:
         return config.batch_size * (config.max_prompt_tokens + config.max_new_tokens)
-    return config.pieces * slots.tokens
+    return config.pieces * parts * slots.tokens
 
 
 def layer_weights(config: LlamaConfig) -> int:
@@ -182,8 +193,9 @@ def forward_flops(
 ) -> float:
     """Returns the FLOPs of a forward pass over `rows` sequences of `length` tokens.
 
-    `logits` is the number of tokens for which the vocabulary projection is computed, and `tokens`
-    that of the tokens for which all other products are; None: all.
+    `logits` is the number of tokens for which the vocabulary projection is computed. `tokens` is
+    the number that the weights of the layers are applied to; None: all. Attention is computed for
+    all.
     """
     products = 2 * (rows * length if tokens is None else tokens) * layer_weights(config)
     heads = config.num_attention_heads * config.head_dim

@@ -2,9 +2,10 @@
 
 Norms and matrix products process one token at a time and need no padding; only attention needs the
 rows. A group is a run of consecutive rows with N slots, so that on a mesh each part of the batch
-keeps its tokens. N is fixed in advance and must be at least the number of real tokens of every
-group. Groups and slots form a single axis: XLA splits work among a CPU's cores only along the first
-axis, and sums over the last axis twenty times slower if a unit axis stands before it.
+keeps its tokens. N is fixed in advance and must be at least the number of tokens of every group
+that have a slot: all real ones, except for those of shared prompts. Groups and slots form a single
+axis: XLA splits work among a CPU's cores only along the first axis, and sums over the last axis
+twenty times slower if a unit axis stands before it.
 
 Several responses to one prompt begin alike. What a causal model computes for the prompt is then the
 same in all of their rows, so these tokens have slots in the first of the rows only, and are copied
@@ -28,7 +29,7 @@ class Packing:
         slot_bt: the slot of a token that has one.
         own_bt: True for real tokens that have a slot.
         copies: number of consecutive rows that begin with the same `prefix` columns.
-        prefix: these columns have slots in the first of the rows only.
+        prefix: number of these columns, which have slots in the first of the rows only.
     """
 
     source_gn: jax.Array
@@ -47,12 +48,13 @@ class Packing:
         Args:
             mask_bt: True for real tokens.
             slots: slots of a group.
-            groups: number of groups, in each of which rows are a multiple of `copies`.
-            copies: see the attributes; the mask and the tokens of these rows must be the same in
-                the columns before `prefix`.
+            groups: number of groups.
+            copies: number of consecutive rows whose first `prefix` columns are the same, both mask
+                and tokens; it divides the rows of a group.
             prefix: number of columns.
         """
         rows, columns = mask_bt.shape
+        assert rows % (groups * copies) == 0
         own_bt = mask_bt.astype(bool)
         if copies > 1:
             is_first_b, in_prefix_t = jnp.arange(rows) % copies == 0, jnp.arange(columns) < prefix
@@ -86,11 +88,11 @@ class Packing:
         """Copies the prefix from the first of `copies` rows to the others."""
         if self.copies == 1:
             return y_bt
-        y_pct = y_bt.reshape(-1, self.copies, *y_bt.shape[1:])
-        prefix_pct = y_pct[:, :1, : self.prefix]
-        shape = y_pct.shape[:2] + prefix_pct.shape[2:]
-        copied = jnp.broadcast_to(prefix_pct, shape)
-        return jnp.concatenate([copied, y_pct[:, :, self.prefix :]], axis=2).reshape(y_bt.shape)
+        by_prompt = y_bt.reshape(-1, self.copies, *y_bt.shape[1:])
+        first = by_prompt[:, :1, : self.prefix]
+        copied = jnp.broadcast_to(first, by_prompt.shape[:2] + first.shape[2:])
+        rest = by_prompt[:, :, self.prefix :]
+        return jnp.concatenate([copied, rest], axis=2).reshape(y_bt.shape)
 
     @property
     def _to_slots(self):

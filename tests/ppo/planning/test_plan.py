@@ -200,6 +200,23 @@ def test_a_shared_prompt_counts_once(ppo_config):
     padded = dataclasses.replace(packed, pack_levels=0)
     assert computed_tokens(padded) == 8 * 11
     assert computed_tokens(packed) == 2 * 5 + 8 * 6
+    assert computed_tokens(packed, parts=2) == 4 * 5 + 8 * 6  # two responses on a device
+    on_two, on_one = (
+        step_costs(
+            packed,
+            LoRAConfig(rank=3),
+            policy=COUNTED,
+            sarm=SARMConfig(COUNTED, SAEConfig(4, latent_size=8, k=2)),
+            mesh=MeshConfig(data=data),
+            score_rows=8,
+            remat="dots",
+            bytes_per_weight=2,
+        )
+        for data in (2, 1)
+    )
+    more = 2 * 2 * 5 * layer_weights(COUNTED) * 2  # two prompts more, in two layers
+    assert 2 * on_two["reference"][0].flops - on_one["reference"][0].flops == more
+    assert 2 * on_two["step"][0].flops > on_one["step"][0].flops
     alone, shared = (
         step_flops(config, LoRAConfig(rank=3), COUNTED, remat="dots") for config in (padded, packed)
     )

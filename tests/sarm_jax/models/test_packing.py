@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ppo.slots import SlotPlan, Slots, largest_slots
-from ppo.train import order_of_rows
+from ppo.slots import SlotPlan, Slots, copies_sharing_slots, largest_slots, order_of_rows
 from sarm_jax.models.packing import Packing
 from sarm_jax.sampling.decoding import prefill
 from tests.closeness import assert_close
@@ -114,7 +113,8 @@ def test_prefill_fills_the_same_cache(policy, batch_bt):
     np.testing.assert_array_equal(cache.position_b, expected.position_b)
 
 
-def test_responses_that_share_a_prompt_equal_separate_ones(policy, batch_bt):
+@pytest.mark.parametrize("groups", [1, 2])
+def test_responses_that_share_a_prompt_equal_separate_ones(policy, batch_bt, groups):
     tokens, mask = (np.repeat(x, 3, axis=0) for x in (batch_bt.left.tokens, batch_bt.left.mask))
     rng, (rows, columns) = np.random.default_rng(0), tokens.shape
     responses = rng.integers(3, 60, size=(rows, 4))
@@ -123,13 +123,13 @@ def test_responses_that_share_a_prompt_equal_separate_ones(policy, batch_bt):
     mask = jnp.asarray(np.concatenate([mask, np.arange(4) < lengths[:, None]], axis=1), bool)
     graphdef, state = nnx.split(policy)
     weight = jnp.asarray(rng.normal(size=(rows, columns + 4, 1)), jnp.float32)
-    slots = int(mask.sum())
+    slots = 2 * int(mask.sum())
 
     def loss(state, packing):
         x_btd = nnx.merge(graphdef, state).hidden(tokens, mask, packing=packing)
         return (jnp.sin(x_btd) * weight * mask[..., None]).sum(), x_btd
 
-    shared = Packing.from_mask(mask, slots, copies=3, prefix=columns)
+    shared = Packing.from_mask(mask, slots // groups, groups, copies=3, prefix=columns)
     assert shared.used_gn.sum() == np.sum(batch_bt.left.mask) + lengths.sum()
     (_, ours), our_gradient = jax.value_and_grad(loss, has_aux=True)(state, shared)
     (_, theirs), their_gradient = jax.value_and_grad(loss, has_aux=True)(state, None)
@@ -142,15 +142,23 @@ SHARING = {"algorithm": "rloo", "samples_per_prompt": 2, "batch_size": 8, "num_m
 
 
 @pytest.mark.parametrize(
-    "options", [further({}), {"num_minibatches": 2, "logprob_chunk": 2}, SHARING]
+    ("options", "copies"),
+    [
+        further({}, 1),
+        ({"num_minibatches": 2, "logprob_chunk": 2}, 1),
+        (SHARING, 2),
+        (SHARING | {"gradient_accumulation_steps": 2}, 2),
+    ],
 )
-def test_a_packed_run_equals_a_padded_run(make_trainer, tmp_path, options):
+def test_a_packed_run_equals_a_padded_run(make_trainer, tmp_path, options, copies):
     options = options | {"stop_ids": tuple(range(3, 70)), "total_steps": 2}
     runs = []
     for levels in (0, 3):
         trainer = make_trainer(tmp_path / str(levels), pack_levels=levels, **options)
         trainer.run()
         runs.append(trainer.state.train.params)
+        sizes = [slots for plan in trainer._slot_plans.values() for slots in plan.all_slots()]
+        assert {slots.copies for slots in sizes if slots} == ({copies} if levels else set())
     for padded, packed in zip(*map(jax.tree.leaves, runs), strict=True):
         assert_close(packed, padded, 5e-5)
 
@@ -183,26 +191,43 @@ def test_slots_of_shared_prompts_by_hand(ppo_config):
     config = ppo_config(
         batch_size=8, samples_per_prompt=2, max_new_tokens=4, pack_levels=1, num_minibatches=2
     )
-    lengths, order = np.asarray([20, 3, 1, 5]), order_of_rows(config, step=0)
-    assert sorted(order[0]) == list(range(8))
-    assert all(second == first + 1 for first, second in order.reshape(-1, 2))
-    # Two prompts to a microbatch: the longest two may meet; each has slots once.
-    longest = max(sum(lengths[rows // 2]) for rows in order[:, ::2].reshape(-1, 2))
-    longest = max(longest, 20 + 3)  # the batch's own order
-    rounded = -(-longest // 8) * 8
-    assert SlotPlan(config, [lengths], [order]).all_slots() == [Slots(rounded + 16, 16, 2)]
+    lengths, own = np.asarray([20, 3, 1, 5]), np.arange(8)[None]
+    # A minibatch has two prompts. In the batch's own order they have 20 + 3 or 1 + 5 tokens.
+    assert SlotPlan(config, [lengths], [own]).all_slots() == [Slots(24 + 16, 16, 2)]
+    order = np.asarray([[0, 1, 6, 7, 2, 3, 4, 5]])  # 20 + 5 and 3 + 1 tokens
+    plan = SlotPlan(config, [lengths], [order])
+    assert plan.all_slots() == [Slots(32 + 16, 16, 2)]
+    assert plan.slots_for(np.full(8, 4), order) == Slots(32 + 16, 16, 2)
+    with pytest.raises(AssertionError, match="not together"):
+        SlotPlan(config, [lengths], [np.asarray([[0, 2, 1, 3, 4, 5, 6, 7]])])
     assert largest_slots(config, prompt_length=20) == Slots(2 * 20 + 16, 16, 2)
-    # A part of the mesh has 4 / 4 rows: no room for both responses.
+    assert largest_slots(dataclasses.replace(config, pack_levels=0), prompt_length=20) is None
+    # On four parts a minibatch has one row in each, whose prompt no other row there has.
     assert largest_slots(config, prompt_length=20, parts=4) == Slots(20 + 4, 4, 1)
-    plan = SlotPlan(config, [lengths], [order], parts=4)
-    assert plan.all_slots() == [Slots(24 + 8, 8, 1)]
+    assert SlotPlan(config, [lengths], [order], parts=4).all_slots() == [Slots(24 + 8, 8, 1)]
 
 
-def test_rows_are_shuffled_one_by_one_if_microbatches_cut_groups(ppo_config):
-    config = ppo_config(batch_size=12, samples_per_prompt=4, num_minibatches=2)
-    order = order_of_rows(config, step=0)
-    assert any(np.diff(row.reshape(-1, 2)).tolist() != [[1]] * 6 for row in order)
-    expected = np.random.default_rng((config.seed, 0)).permuted(
-        np.tile(np.arange(12), (config.ppo_epochs, 1)), axis=1
-    )
-    np.testing.assert_array_equal(order, expected)
+def test_responses_share_their_prompt_as_far_as_they_are_together(ppo_config):
+    config = ppo_config(batch_size=24, samples_per_prompt=6, num_minibatches=2, pack_levels=1)
+    assert copies_sharing_slots(config) == 6
+    assert copies_sharing_slots(config, parts=3) == 2  # of 4 rows
+    accumulated = dataclasses.replace(config, gradient_accumulation_steps=4)
+    assert copies_sharing_slots(accumulated) == 3  # of 3 rows
+    cut = dataclasses.replace(config, num_minibatches=6)  # of 4 rows
+    assert copies_sharing_slots(cut) == 1
+
+
+def test_rows_of_a_prompt_stay_together_in_a_minibatch(ppo_config):
+    config = ppo_config(batch_size=24, samples_per_prompt=6, num_minibatches=2)
+    order = order_of_rows(config, step=3)
+    assert order.shape == (config.ppo_epochs, 24)
+    for rows in order:
+        assert sorted(rows) == list(range(24))
+        for minibatch in np.split(rows, 2):
+            assert len(set(minibatch // 6)) == 2
+    for pieces in (2, 4):
+        accumulated = dataclasses.replace(config, gradient_accumulation_steps=pieces)
+        np.testing.assert_array_equal(order_of_rows(accumulated, step=3), order)
+    # Minibatches that cut a group: the rows of all groups are shuffled one by one.
+    cut = dataclasses.replace(config, num_minibatches=6)
+    assert any(len(set(rows // 6)) > 1 for rows in order_of_rows(cut, step=3).reshape(-1, 6))

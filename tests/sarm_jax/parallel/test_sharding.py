@@ -109,12 +109,17 @@ def test_minibatches_and_accumulation_on_a_mesh(tokenizer, ppo_config, tmp_path,
         "num_minibatches": 2,
         "gradient_accumulation_steps": 2,
     }
-    runs = [
-        train_on_mesh(
-            tokenizer, ppo_config, placement=place, workdir=tmp_path / str(n), **cut
-        ).state.train.params
+    if algorithm != "ppo":  # four of the responses to a prompt share it on one device, two on two
+        cut |= {"batch_size": 16, "samples_per_prompt": 4, "pack_levels": 1}
+        cut["rollout_slots"] = 4 if algorithm == "grpo" else 0
+    trainers = [
+        train_on_mesh(tokenizer, ppo_config, placement=place, workdir=tmp_path / str(n), **cut)
         for n, place in enumerate((ONE_DEVICE, placement))
     ]
+    for trainer, copies in zip(trainers, (4, 2), strict=True):
+        sizes = [slots for plan in trainer._slot_plans.values() for slots in plan.all_slots()]
+        assert algorithm == "ppo" or {slots.copies for slots in sizes if slots} == {copies}
+    runs = [trainer.state.train.params for trainer in trainers]
     for a, b in zip(*map(jax.tree.leaves, runs), strict=True):
         assert_close(a, b, TRAINED)
 
