@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.lab_studies import refusing
 from benchmarks.workload import parse_numbers
 from configs import base
 from conversion import load_policy
@@ -32,7 +33,15 @@ TITLES = ("k", "prompt", "all tokens", "shared tokens", "separate s", "shared s"
 
 def main() -> None:
     """Prints a row for each number of responses to a prompt, and each length of prompts."""
-    args = parse_arguments()
+    parser = make_parser()
+    with refusing(parser):
+        compare(parser.parse_args())
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Times both sides for all sizes; raises InputError for sizes that do not go together."""
+    for copies in args.copies:
+        make_config(args, copies, max(args.prompt_lengths))
     print(" ".join(f"{title:>13}" for title in TITLES), flush=True)
     for copies in args.copies:
         for prompt in args.prompt_lengths:
@@ -100,8 +109,8 @@ def take_turns(sides: list[Callable[[], None]], turns: int) -> list[list[float]]
     return seconds
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parses the command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_dir", required=True)
     parser.add_argument("--copies", type=parse_numbers, default=(2, 4, 8))
@@ -110,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new_tokens", type=int, default=32)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def _add_ppo(config: ConfigDict) -> None:
     config.ppo.long_prompts = "error"
     config.ppo.calibration_batches = 2  # batches of reference responses that μ and σ come from
     # Number of sizes of packed batches (ppo/slots.py), each compiled once; 0: padded batches. In a
-    # packed batch the responses to a prompt that are on the same device share its computation.
+    # packed batch the responses to a prompt share its computation, as far as they are in the same
+    # microbatch on the same device.
     config.ppo.pack_levels = 0
     # Response positions per projection onto the vocabulary; 0: all positions at once.
     config.ppo.logprob_chunk = 0

@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     config.ppo.ppo_epochs = 1
     # Twice this rate on half the responses moves far from the reference and learns nothing.
     config.ppo.learning_rate = 7e-4
-    config.ppo.pack_levels = 8  # updates take half as long: prompts are shared, lengths differ
+    config.ppo.pack_levels = 8  # responses share their prompt, and their lengths differ
     config.ppo.lr_schedule = "linear"
     config.ppo.max_new_tokens = 64
     config.ppo.max_prompt_tokens = 64

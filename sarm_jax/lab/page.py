@@ -189,6 +189,7 @@ def _render(
         .render(
             **study,
             pictures=pictures,
+            band_seeds=figures.BAND_SEEDS,
             conditions_table=[_condition_row(runs, name) for name in runs],
             seeds=sorted(seeds, key=lambda seed: (seed not in failed, seed)),
             failed=failed,
