@@ -55,34 +55,30 @@ def step_costs(
     rows, prompt, new = config.batch_size, config.max_prompt_tokens, config.max_new_tokens
     length = prompt + new
 
-    def cost(flops: float, weights: float, cache: float = 0.0, passes: int = 1) -> Cost:
+    def cost(flops: float, read_weights: float, cache: float = 0.0, passes: int = 1) -> Cost:
         # A device reads all weights except those that the `tensor` axis splits.
-        read = passes * weights / mesh.tensor + cache / mesh.devices
+        read = passes * read_weights / mesh.tensor + cache / mesh.devices
         return Cost(flops / mesh.devices, bytes_per_weight * read)
 
-    whole = layer_weights(policy) * policy.num_hidden_layers
-    head = policy.vocab_size * policy.hidden_size
-    prompts = config.prompts_per_batch
+    weights = all_weights(policy)
+    parts, prompts = mesh.batch_parts, config.prompts_per_batch
     prefill_flops = forward_flops(policy, prompts, prompt, logits=prompts)
-    prefills = cost(prefill_flops, whole + head, passes=refills(config))
+    prefills = cost(prefill_flops, weights, passes=refills(config))
     context = prompt + new / 2  # mean number of tokens before a decoded token
     running = config.rollout_rows
     cache = cached_numbers(policy, running, context)
-    decode = cost(decode_flops(policy, running, context), whole + head, cache=cache)
+    decode = cost(decode_flops(policy, running, context), weights, cache=cache)
     steps, *_ = open_loops(config)
     tokens = Cost(steps * decode.flops, steps * decode.inherent_bytes)
     score_flops, score_weights = score_work(sarm, score_rows, length)
-    reference_flops = forward_flops(
-        policy, rows, length, logits=rows * new, tokens=computed_tokens(config, mesh.batch_parts)
-    )
-    reference = cost(reference_flops, whole + head, passes=config.pieces)
+    computed = computed_tokens(config, parts)
+    reference_flops = forward_flops(policy, rows, length, logits=rows * new, tokens=computed)
+    reference = cost(reference_flops, weights, passes=config.pieces)
     passes = (3 if remat == "full" else 2) * config.gradient_accumulation_steps
-    step = cost(
-        step_flops(config, lora, policy, remat, mesh.batch_parts), whole + head, passes=passes
-    )
+    step = cost(step_flops(config, lora, policy, remat, parts), weights, passes=passes)
     return {
         "rollout": (prefills, tokens),
-        "prefill": (cost(prefill_flops, whole + head),),
+        "prefill": (cost(prefill_flops, weights),),
         "decode": (decode,),
         "score": (cost(score_flops, score_weights),),
         "reference": (reference,),
@@ -90,6 +86,12 @@ def step_costs(
         "first_step": (step,),
         "step": (step,),
     }
+
+
+def all_weights(config: LlamaConfig) -> int:
+    """Returns the number of weights that a token is multiplied with, those of the head included."""
+    layers = layer_weights(config) * config.num_hidden_layers
+    return layers + config.vocab_size * config.hidden_size
 
 
 def refills(config: PPOConfig) -> int:
