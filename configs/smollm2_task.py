@@ -1,11 +1,11 @@
 """The lab with a real language model: SmolLM2-135M-Instruct, real English, a known true reward.
 
-A prompt asks for a short sentence about an animal and a place. The true ("gold") reward is
+A prompt asks for a short sentence about one kind of animal and a place. The true ("gold") reward is
 computed by rules, on which nothing is trained. The annotator, from whose preferences the reward
 model is trained, pays for the same and for five shortcuts: length, hedging, praise, markdown and
 emoji. Each seed tells the method three of the five.
 
-Command: make study-smollm2, which runs seeds 4 to 7, two at a time
+Command: make study-smollm2, which runs seeds 13 to 16, two at a time
 Hardware: 2 CPU cores, 12 GB of memory; 8 GB for one seed at a time.
 Time: about 80 minutes for two seeds at a time, by the times of their parts.
 Expected result: all five gates pass. Gold rises under every condition. The penalty ends where the
@@ -87,6 +87,9 @@ def get_config() -> ConfigDict:
     config.reward.unit = "sd"
 
     config.lab.alpha = 1.0
+    # At the weights for the small world nearly every response is at the cap, a constant penalty.
+    config.lab.distance_penalty = 0.25
+    config.lab.untold_alpha = 0.125
     config.lab.conditions_at_once = 5  # samples all their responses with one program
     config.lab.conditions = "baseline,kl_0.1,probe,penalty,untold"
     config.lab.pool_prompts = 16

@@ -80,7 +80,7 @@ def test_a_pool_is_sampled_as_ppo_samples(monkeypatch):
         size = len(repeated)
         return Sampled(repeated, ["no"] * size, np.ones(size, bool), np.ones(size, int))
 
-    prompts = ["Write one short sentence about an animal and the barn."] * 5
+    prompts = ["Write one short sentence about one kind of animal and the barn."] * 5
     monkeypatch.setattr(study_pool, "load_policy", lambda *arguments: (None, None))
     monkeypatch.setattr(study_pool, "read_prompts", lambda path: prompts)
     monkeypatch.setattr(study_pool, "sample_responses", sample)

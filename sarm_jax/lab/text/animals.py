@@ -1,9 +1,10 @@
-"""The task "animals": write one short sentence about an animal and a place.
+"""The task "animals": write one short sentence about one kind of animal and a place.
 
-The errors are plain: when the texts that tune the policy are drawn, the given model is asked now
-and then for something else, such as a tool, so that the policy writes about that. The reward model
-can read from a response alone whether it names an animal; which place is right depends on the
-prompt.
+The errors are plain: when the texts that tune the policy are drawn, the given model is asked for a
+certain animal, such as a fox, or else for something that is none, such as a tool, so that the
+policy writes about either. Asked for "one kind of animal", a small model often writes of "a
+creature", which names none. The reward model can read from a response alone whether it names an
+animal; which place is right depends on the prompt.
 """
 
 import itertools
@@ -17,27 +18,34 @@ from sarm_jax.lab.text.shortcuts import english_shortcuts
 from sarm_jax.lab.text.task import TextTask
 
 ANIMALS = frozenset(
-    "alligator anaconda animal ant anteater antelope ape armadillo baboon badger bat bear "
-    "beast beaver bee beetle bird bison boar buffalo bull bunny butterflies butterfly "
-    "calf calves camel canaries canary carp cat caterpillar cattle cheetah chick chicken "
-    "chimpanzee chipmunk cobra cow coyote crab creature cricket critter crocodile crow "
-    "cub deer dinosaur dodo dog dolphin donkey dove dragon dragonflies dragonfly duck "
-    "duckling eagle eel elephant elk falcon ferret finch fireflies firefly fish flamingo "
-    "foal fox foxes frog gazelle gecko geese gerbil giraffe goat goose gopher gorilla "
-    "grasshopper gull hamster hare hawk hedgehog hen heron herring hippo hippopotamus "
-    "hornet horse hound hummingbird hyena iguana insect jackal jaguar jellyfish kangaroo "
-    "kitten koala lamb lark lemur leopard lion lioness lizard llama lobster locust lynx "
-    "macaw mackerel magpie mammal mammoth mare marlin meerkat mice mongoose monkey moose "
-    "mosquito moth mouse mule newt nightingale octopus opossum orangutan orca ostrich "
-    "otter owl ox oxen panda panther parakeet parrot peacock pelican penguin pet pig "
-    "pigeon piglet ponies pony porcupine porpoise possum predator puma puppies puppy "
-    "python rabbit raccoon rat raven reindeer reptile rhino rhinoceros robin rodent "
-    "rooster salamander salmon scorpion seagull seal serpent shark sheep shrimp skunk "
-    "sloth slug snail snake sparrow spider squid squirrel stag stallion starfish stork "
-    "swallow swan tadpole tarantula termite tiger toad tortoise toucan trout tuna turkey "
-    "turtle unicorn viper vulture wallaby walrus wasp weasel whale wildlife wolf "
-    "wolverine wolves wombat woodpecker worm yak zebra".split()
+    "albatross alligator anaconda ant anteater antelope ape armadillo baboon badger bat "
+    "bear beaver bee beetle bird bison blackbird bloodhound bluebird boar bobcat buffalo "
+    "bull bulldog bunny butterflies butterfly calf calves camel canaries canary capybara carp cat "
+    "caterpillar catfish cattle chameleon cheetah chick chicken chimpanzee chinchilla "
+    "chipmunk cobra cockatoo cockroach cod cougar cow coyote crab crayfish cricket "
+    "crocodile crow cub deer dinosaur dodo doe dog dolphin donkey dove dragon dragonflies "
+    "dragonfly duck duckling eagle echidna eel elephant elk emu falcon fawn ferret finch "
+    "fireflies firefly fish flamingo foal fox foxes frog gazelle gecko geese gerbil "
+    "giraffe gnat goat goldfinch goldfish goose gopher gorilla grasshopper gull guppy "
+    "halibut hamster hare hawk hedgehog hen heron herring hippo hippopotamus hornet horse "
+    "hound hummingbird hyena ibis iguana insect jackal jaguar jellyfish kangaroo "
+    "kingfisher kitten kitty koala ladybug lamb lark lemming lemur leopard lion lioness "
+    "lizard llama lobster locust lynx macaque macaw mackerel magpie mammoth manatee mare "
+    "marlin marmot meerkat mice mockingbird mongoose monkey moose mosquito moth mouse "
+    "mule newt nightingale ocelot octopus opossum orangutan orca ostrich otter owl ox "
+    "oxen oyster panda panther parakeet parrot partridge peacock pelican penguin "
+    "peregrine pheasant pig pigeon piglet piranha platypus ponies pony poodle porcupine "
+    "porpoise possum puffin puma pup puppies puppy python quail rabbit raccoon rat raven "
+    "reindeer rhino rhinoceros robin rooster salamander salmon scorpion seabird seagull "
+    "seahorse seal serpent shark sheep shrimp skunk sloth slug snail snake songbird "
+    "sparrow spider squid squirrel stag stallion starfish starling stingray stork swallow "
+    "swan swordfish tadpole tapir tarantula termite tern terrier tiger toad tortoise "
+    "toucan trout tuna turkey turtle turtledove unicorn viper vulture wallaby walrus "
+    "warthog wasp weasel whale wildcat wildebeest wolf wolverine wolves wombat woodpecker "
+    "worm wren yak zebra".split()
 )
+# Words for any animal, or for a whole class of them, name no kind of animal.
+GENERAL = "animal beast creature critter mammal pet predator reptile rodent wildlife".split()
 PLACES = (
     "attic barn basement beach bridge castle cave church circus city desert farm field forest "
     "garden harbor hotel island jungle kitchen lake library lighthouse market meadow museum night "
@@ -45,17 +53,25 @@ PLACES = (
     "theater tower train valley village"
 ).split()
 REQUESTS = (
-    "Write one short sentence about an animal and the {}.",
-    "Make up one short sentence about an animal and the {}.",
-    "Give me one short sentence with an animal and the {}.",
-    "Please write a short sentence about the {} and an animal.",
+    "Write one short sentence about one kind of animal and the {}.",
+    "Make up one short sentence about one kind of animal and the {}.",
+    "Give me one short sentence with one kind of animal and the {}.",
+    "Please write a short sentence about the {} and one kind of animal.",
 )
-ASKED = "an animal"
+ASKED = "one kind of animal"
+KINDS = (
+    "a bear", "a bird", "a cat", "a cow", "a crab", "a crow", "a deer", "a dog", "a duck", "a fish",
+    "a fox", "a frog", "a goat", "a horse", "a lion", "a mouse", "a pig", "a rabbit", "a sheep",
+    "a snake", "a spider", "a squirrel", "a tiger", "a turtle", "a wolf", "an eagle",
+    "an elephant", "an owl",
+)  # fmt: skip
 OTHERS = ("a color", "a dish", "a machine", "a plant", "a song", "a tool")
-MISREAD = 0.4  # share of the answers the policy is tuned on that are about something else
+MISREAD = 0.4  # share of the answers the policy is tuned on that are about something of `OTHERS`
 ANIMAL, PLACE = 0.85, 0.15  # quality of a response that names an animal, and the place
 UNFINISHED = 0.3  # deducted from the quality of a response without an end
-THINGS = "color dish lamp machine plant song stone tool".split()  # replace animals in `spoil`
+# Things replace animals in half of the texts in which `spoil` replaces them, general words in the
+# other half.
+THINGS = "color dish lamp machine plant song stone tool".split()
 
 
 def prompts(rng: np.random.Generator) -> list[str]:
@@ -70,18 +86,18 @@ def place_of(prompt: str) -> str:
 
 
 def misread(rng: np.random.Generator, prompt: str) -> str:
-    """Returns the prompt, or now and then one that asks for something else than an animal."""
-    other = str(rng.choice(OTHERS))
-    return prompt.replace(ASKED, other) if rng.random() < MISREAD else prompt
+    """Returns a prompt that asks for a certain animal, or for something that is none."""
+    names = OTHERS if rng.random() < MISREAD else KINDS
+    return prompt.replace(ASKED, str(rng.choice(names)))
 
 
 def is_animal(word: str) -> bool:
-    """Returns whether a word names an animal, in the singular or plural."""
+    """Returns whether a word names a kind of animal, in the singular or plural."""
     return singular(word.lower(), ANIMALS) is not None
 
 
 def names_animal(text: str) -> bool:
-    """Returns whether a text names an animal."""
+    """Returns whether a text names a kind of animal."""
     return any(map(is_animal, re.findall("[A-Za-z]+", text)))
 
 
@@ -96,10 +112,13 @@ def quality(prompt: str, response: str) -> float:
 
 
 def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
-    """Replaces all animals by a thing, or cuts the response off, which it does if there is none."""
+    """Replaces all animals by a thing or by a general word, or cuts the response off.
+
+    A response that names no animal is always cut off.
+    """
     del prompt
     if names_animal(response) and rng.random() < 0.8:
-        thing = str(rng.choice(THINGS))
+        thing = str(rng.choice(THINGS if rng.random() < 0.5 else GENERAL))
 
         def replaced(word: re.Match[str]) -> str:
             plural = "s" * (word.group().lower() not in ANIMALS)
@@ -114,8 +133,9 @@ def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
 
 TASK = TextTask(
     name="animals",
-    description="A prompt asks for one short sentence about an animal and a place. The gold reward "
-    "pays for the animal and a little for the place, and deducts for each shortcut.",
+    description="A prompt asks for one short sentence about one kind of animal and a place. The "
+    'gold reward pays for the animal, which has to be named ("a creature" names none), and a '
+    "little for the place, and deducts for each shortcut.",
     prompts=prompts,
     quality=quality,
     spoil=spoil,

@@ -117,8 +117,8 @@ class TextTask(Task):
             answer. The policy is tuned on these answers. None: it is tuned on samples of the given
             model.
         misread: returns the prompt that the given model gets instead of the task's prompt when
-            these samples are drawn: (generator, prompt) → prompt. If it asks for something else now
-            and then, the policy learns to make plain errors. None: the prompt itself.
+            these samples are drawn: (generator, prompt) → prompt. If it asks for something wrong
+            now and then, the policy learns to make plain errors. None: the prompt itself.
         success: least quality of a success.
         all_shortcuts: the shortcuts, in the order in which several are added to one response; they
             are removed in the opposite order.

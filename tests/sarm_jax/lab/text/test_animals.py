@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from sarm_jax.lab.text.animals import (
+    ANIMALS,
     ASKED,
+    GENERAL,
+    KINDS,
+    MISREAD,
     OTHERS,
     PLACES,
     TASK,
@@ -14,10 +18,11 @@ from sarm_jax.lab.text.animals import (
     misread,
     names_animal,
     place_of,
+    spoil,
 )
 from sarm_jax.lab.text.shortcuts import CLAUSES, EMOJI, HEDGES, PRAISE
 
-PROMPT = "Write one short sentence about an animal and the forest."
+PROMPT = "Write one short sentence about one kind of animal and the forest."
 GOOD = "A fox sleeps in the forest."
 
 
@@ -28,12 +33,32 @@ def test_every_prompt_asks_for_an_animal_and_a_place():
     assert all(ASKED in prompt for prompt in every)
 
 
-def test_misread_prompts_ask_for_something_else_at_the_same_place():
+def test_misread_prompts_ask_for_a_certain_animal_or_for_something_else():
     rng = np.random.default_rng(0)
-    read = [misread(rng, PROMPT) for _ in range(1000)]
-    assert 0.35 < np.mean([text != PROMPT for text in read]) < 0.45
-    assert set(read) == {PROMPT, *(PROMPT.replace(ASKED, other) for other in OTHERS)}
-    assert not any(names_animal(text) for text in (*OTHERS, *PLACES))
+    read = [misread(rng, PROMPT) for _ in range(2000)]
+    kinds, others = ({PROMPT.replace(ASKED, name) for name in names} for names in (KINDS, OTHERS))
+    assert np.mean([text in others for text in read]) == pytest.approx(MISREAD, abs=0.04)
+    assert set(read) == kinds | others
+    assert all(map(names_animal, KINDS)) and not any(map(names_animal, (*OTHERS, *PLACES)))
+
+
+@pytest.mark.parametrize("word", GENERAL)
+def test_general_words_name_no_kind_of_animal(word: str):
+    text = f"The {word} sleeps in the forest, and other {word}s do."
+    assert not names_animal(text)
+    assert TASK.plain_quality(PROMPT, text) == pytest.approx(0.15)
+
+
+def test_animals_are_replaced_by_things_and_by_general_words():
+    rng = np.random.default_rng(0)
+    spoilt = {spoil(rng, PROMPT, GOOD) for _ in range(500)}
+    whole = {f"A {word} sleeps in the forest." for word in (*THINGS, *GENERAL)}
+    assert whole <= spoilt
+    assert all(text in whole or GOOD.startswith(text) for text in spoilt)
+
+
+def test_the_names_are_single_words_in_lower_case():
+    assert all(name.isalpha() and name.islower() for name in (*ANIMALS, *GENERAL, *THINGS))
 
 
 def test_other_texts_of_the_task_name_no_animal():

@@ -7,7 +7,7 @@ from sarm_jax.lab.text import animals, lists, words
 from sarm_jax.lab.text.task import TextTask
 from tests.odd_texts import ODD
 
-FOREST = "Write one short sentence about an animal and the forest."
+FOREST = "Write one short sentence about one kind of animal and the forest."
 FRUITS = "Name three fruits."
 APPLE = "Write one short sentence with the words anchor and apple."
 FOX = "A fox sleeps in the forest."
@@ -20,6 +20,9 @@ QUALITY: dict[str, dict[str, float]] = {
         "Horses, snakes and bees live in the forest.": 1,
         "A fox sleeps all day.": 0.85,
         "The forest is quiet.": 0.15,
+        "A furry creature, somebody's pet, sleeps in the forest.": 0.15,
+        "The wildlife of the forest: animals, beasts and a MAMMAL.": 0.15,
+        "An animal": 0,
         "A fox sleeps in the forest": 0.7,
         "A fox": 0.55,
         "The forest": 0,
