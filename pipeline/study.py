@@ -28,9 +28,11 @@ from pipeline.study_pool import rank_pool
 from pipeline.study_processes import run_seeds
 from pipeline.study_records import (
     SeedOutcome,
+    drawn_results,
     locked_seed,
     read_records,
     remove_record,
+    results_of,
     seed_folder,
     study_options,
     write_record,
@@ -113,6 +115,9 @@ def draw_page(
 ) -> tuple[Path, str]:
     """Writes the page of a command's own seeds and of those that other commands have finished.
 
+    A call that is refused, for example because an option differs from that of the finished runs,
+    does not replace the page by one with fewer results.
+
     Args:
         template: the config of the study.
         workdir: its directory, which the caller has locked against other processes that draw.
@@ -130,6 +135,10 @@ def draw_page(
     if others.keys() - own.keys():
         by_seed = dict(sorted((others | by_seed).items()))
     stopped = {seed: redact(o.stopped) for seed, o in by_seed.items() if o.stopped}
+    page = workdir / "lab.html"
+    refused = any(outcome.stopped and not outcome.in_training for outcome in own.values())
+    if refused and page.exists() and results_of(by_seed) < drawn_results(workdir):
+        return page, "The page is left as it was: it has results that this call does not."
     return write_study(
         workdir,
         {seed: outcome.finished for seed, outcome in by_seed.items()},

@@ -22,6 +22,7 @@ from sarm_jax.io.workdir import first_difference
 
 LOG = logging.getLogger(__name__)
 FILE = "study.json"
+POOL = "pool"  # in the results of a seed
 SEED_NAME = re.compile(r"seed_(0|[1-9][0-9]{0,11})")  # of the folder of a seed
 # Options, and whole sections, that do not affect the results of a seed.
 WITHOUT_EFFECT = (
@@ -102,6 +103,25 @@ def read_records(workdir: Path, options: Mapping[str, Any]) -> dict[int, SeedOut
         else:
             outcomes[seed] = outcome
     return outcomes
+
+
+def results_of(outcomes: Mapping[int, SeedOutcome]) -> set[tuple[int, str]]:
+    """Returns the results of seeds: each with a condition, or with `POOL` for its ranked pool."""
+    return {
+        (seed, name)
+        for seed, outcome in outcomes.items()
+        for name in [*outcome.finished, *([POOL] if outcome.pooled else [])]
+    }
+
+
+def drawn_results(workdir: Path) -> set[tuple[int, str]]:
+    """Returns the results on the page of a study, from lab.json; none if it cannot be read."""
+    try:
+        content = read_json(workdir / "lab.json", expected="the numbers of a study")
+        runs = {(run["seed"], name) for name, of in content["conditions"].items() for run in of}
+        return runs | {(seed, POOL) for seed in content["best_of_n"]["seeds"]}
+    except (InputError, AttributeError, KeyError, TypeError):
+        return set()
 
 
 def seed_folders(workdir: Path) -> dict[int, Path]:

@@ -1,6 +1,7 @@
 """Records of the seeds of a study, by which several commands in one directory share a page."""
 
 import copy
+import dataclasses
 import json
 import logging
 
@@ -19,6 +20,7 @@ from pipeline.study_records import (
     study_options,
     write_record,
 )
+from sarm_jax.features.feature_names import NO_NAMES
 from sarm_jax.io import secrets
 from sarm_jax.io.errors import InputError
 
@@ -142,6 +144,44 @@ def test_the_last_of_several_commands_draws_the_page_of_all_seeds(tmp_path, monk
         ([3, 11, 20, 21], {11: "stopped"}, [3]),
     ]
     assert not list(tmp_path.glob(".*"))  # no lock is left
+
+
+REFUSED = SeedOutcome(["baseline"], "stage train: ppo.learning_rate=0.1 differs")
+
+
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({0: REFUSED}, True),
+        ({0: SeedOutcome([], REFUSED.stopped)}, True),
+        ({0: SeedOutcome(["baseline", "penalty"], "pool: no file")}, True),  # without the pool
+        ({0: dataclasses.replace(REFUSED, in_training=True)}, False),
+        ({0: SeedOutcome(["baseline"])}, False),  # asked for fewer conditions
+        ({0: REFUSED, 1: SeedOutcome(["baseline"])}, False),  # has a result that the page lacks
+        ({0: SeedOutcome(["baseline", "penalty"], "", pooled=True)}, False),
+    ],
+)
+def test_a_refused_call_does_not_replace_a_page_with_more_results(tmp_path, monkeypatch, own, kept):
+    runs = {"baseline": [{"seed": 0}], "penalty": [{"seed": 0}]}
+    content = json.dumps({"conditions": runs, "best_of_n": {"seeds": [0]}})
+    (tmp_path / "lab.json").write_text(content)
+    (tmp_path / "lab.html").write_text("the page")
+    drawn = (tmp_path / "lab.html", "the result")
+    monkeypatch.setattr(study, "write_study", lambda *_, **__: drawn)
+    arguments = (demo.get_config(), tmp_path, own, ["baseline", "penalty"], NO_NAMES)
+    page, result = study.draw_page(*arguments)
+    assert page == drawn[0]
+    assert result == (
+        "The page is left as it was: it has results that this call does not."
+        if kept
+        else "the result"
+    )
+    for damaged in ("", "[]", "{}", '{"conditions": 3}', '{"conditions": {"full": [4]}}'):
+        (tmp_path / "lab.json").write_text(damaged)
+        assert study.draw_page(*arguments) == drawn
+    (tmp_path / "lab.json").write_text(content)
+    (tmp_path / "lab.html").unlink()
+    assert study.draw_page(*arguments) == drawn
 
 
 def test_a_seed_that_another_process_runs_is_refused(tmp_path, settings, monkeypatch):
