@@ -33,7 +33,7 @@ smollm2: $(SMOLLM2)/config.json ## a real 135M model: a SARM from it, PPO, evalu
 	test -e $(RUN)/merged || $(BIN)/python -m conversion.to_hf --src=$(RUN) --dst=$(RUN)/merged --merge
 
 study-smollm2: $(SMOLLM2)/config.json ## the lab in English: a real 135M model, five shortcuts, four seeds
-	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all --config.lab.seeds=13-16 --config.lab.processes=2
+	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all --config.lab.seeds=17-20 --config.lab.processes=2
 
 pool-smollm2: $(SMOLLM2)/config.json ## the same without RL: every condition chooses among the same samples
 	$(BIN)/python main.py --config=configs/smollm2_task.py --stage=all --workdir=outputs/smollm2_pool \

@@ -5,7 +5,7 @@ computed by rules, on which nothing is trained. The annotator, from whose prefer
 model is trained, pays for the same and for five shortcuts: length, hedging, praise, markdown and
 emoji. Each seed tells the method three of the five.
 
-Command: make study-smollm2, which runs seeds 13 to 16, two at a time
+Command: make study-smollm2, which runs seeds 17 to 20, two at a time
 Hardware: 2 CPU cores, 12 GB of memory; 8 GB for one seed at a time.
 Time: about 80 minutes for two seeds at a time, by the times of their parts.
 Expected result: all five gates pass. Gold rises under every condition. The penalty ends where the

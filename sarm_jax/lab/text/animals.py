@@ -66,7 +66,7 @@ KINDS = (
     "an elephant", "an owl",
 )  # fmt: skip
 OTHERS = ("a color", "a dish", "a machine", "a plant", "a song", "a tool")
-MISREAD = 0.4  # share of the answers the policy is tuned on that are about something of `OTHERS`
+MISREAD = 0.25  # share of the answers the policy is tuned on that are about something of `OTHERS`
 ANIMAL, PLACE = 0.85, 0.15  # quality of a response that names an animal, and the place
 UNFINISHED = 0.3  # deducted from the quality of a response without an end
 # Things replace animals in half of the texts in which `spoil` replaces them, general words in the

@@ -3,7 +3,8 @@
     success_at_start          share of the policy's responses that are successes
     failure_at_start          share of the others, since there must be something to learn
     truth_auroc               AUROC of a linear probe on the pooled state for success, fitted on
-                              samples of training prompts, tested on those of held-out prompts
+                              samples of training prompts, tested on those of held-out prompts. Its
+                              regularisation is chosen on the last quarter of the former
     accuracy_equal_shortcuts  share of the pairs of held-out samples with equal shortcuts and
                               different quality of which the better one scores higher
     least_bonus               gain in score, in sd of the scores, if two units of a shortcut are
@@ -29,7 +30,8 @@ from sarm_jax.lab.text.task import TextShortcut, TextTask
 from sarm_jax.models.reward_model import RewardModel
 from sarm_jax.reporting.statistics import count_wins
 
-L2 = 0.1  # regularisation of the probe for success
+L2 = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)  # regularisations of the probe for success
+CHOOSING = 0.25  # share of the samples to training prompts on which one of them is chosen
 UNITS = 2  # units of a shortcut that are added to a sample
 MARKED = 128  # held-out samples to which each shortcut is added
 DIFFERENT = 0.25  # least difference in quality of a pair
@@ -156,11 +158,28 @@ def probe_auroc(
     """Fits a logistic probe to the states of both classes; returns its AUROC on the test states.
 
     It is 0.5 if one side has a single class, because there is nothing to tell apart.
+
+    Args:
+        fit_nd: states `[N, D]`; those to one prompt are neighbours. The last quarter of them
+            chooses the regularisation, and the probe is then fitted to all.
+        fit_n: the class of each, `[N]`.
+        test_nd: test states `[K, D]`.
+        test_n: the class of each, `[K]`.
     """
     if len(set(fit_n.tolist())) < 2 or len(set(test_n.tolist())) < 2:
         return 0.5
-    direction_d = logistic_direction(fit_nd[~fit_n], fit_nd[fit_n], L2)
-    return auroc(projection(test_nd, direction_d), test_n)
+
+    def fitted(first: int, *, l2: float, test_nd: np.ndarray, test_n: np.ndarray) -> float:
+        states_nd, class_n = fit_nd[:first], fit_n[:first]
+        direction_d = logistic_direction(states_nd[~class_n], states_nd[class_n], l2)
+        return auroc(projection(test_nd, direction_d), test_n)
+
+    first = round(len(fit_n) * (1 - CHOOSING))
+    l2 = L2[0]
+    if len(set(fit_n[:first].tolist())) == 2 == len(set(fit_n[first:].tolist())):
+        chosen_on = {"test_nd": fit_nd[first:], "test_n": fit_n[first:]}
+        l2 = max(L2, key=lambda value: fitted(first, l2=value, **chosen_on))
+    return fitted(len(fit_n), l2=l2, test_nd=test_nd, test_n=test_n)
 
 
 def auroc(value_n: np.ndarray, positive_n: np.ndarray) -> float:
