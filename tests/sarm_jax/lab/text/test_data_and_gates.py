@@ -12,7 +12,7 @@ from sarm_jax.features.detectors import Detectors
 from sarm_jax.io.errors import InputError
 from sarm_jax.lab.gate import BIASED, TEXT, limits_of
 from sarm_jax.lab.sampling import Sampled
-from sarm_jax.lab.text import data
+from sarm_jax.lab.text import data, gates
 from sarm_jax.lab.text.data import TextDataConfig, make_contrast_pairs, make_pairs
 from sarm_jax.lab.text.gates import (
     auroc,
@@ -168,6 +168,22 @@ def test_the_probe_finds_a_direction_and_no_direction_in_noise():
     noise = probe_auroc(x_nd[:200], truth_n[:200], test_nd=x_nd[200:], test_n=truth_n[200:])
     assert abs(noise - 0.5) < 0.12
     assert probe_auroc(x_nd[:9], truth_n[:9] | True, **sides) == 0.5
+
+
+def test_the_probe_for_success_chooses_its_regularisation_on_training_samples(monkeypatch):
+    """A truth of little variance beside larger noise needs a weak one."""
+    rng = np.random.default_rng(0)
+    x_nd, truth_n = 2 * rng.normal(size=(800, 16)), rng.random(800) < 0.5
+    x_nd[:, 0] = truth_n + 0.3 * rng.normal(size=800)
+    sides = (x_nd[:600], truth_n[:600])
+    held_out = {"test_nd": x_nd[600:], "test_n": truth_n[600:]}
+    assert probe_auroc(*sides, **held_out) > 0.9
+    reversed_n = {"test_nd": x_nd[600:], "test_n": ~truth_n[600:]}  # the test decides nothing
+    assert probe_auroc(*sides, **reversed_n) == pytest.approx(1 - probe_auroc(*sides, **held_out))
+    one_class = np.concatenate([truth_n[:450], np.ones(150, bool)])  # nothing to choose on
+    assert 0.5 < probe_auroc(x_nd[:600], one_class, **held_out) < 0.9
+    monkeypatch.setattr(gates, "L2", (0.3,))
+    assert probe_auroc(*sides, **held_out) < 0.85
 
 
 def test_pairs_with_equal_shortcuts_are_compared():
