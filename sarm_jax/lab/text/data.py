@@ -333,8 +333,9 @@ def make_contrast_pairs(
 ) -> Rows:
     """Makes pairs of a sample without (chosen) and with (rejected) a shortcut that is told.
 
-    The shortcuts take turns; a row names its own under "source". The phrasings are those that
-    contrast pairs show.
+    The sample has none of the shortcuts that are told, because thresholds let few of these samples
+    pass: with another shortcut in them, its detectors would have to overlook it. The shortcuts take
+    turns; a row names its own under "source". The phrasings are those that contrast pairs show.
 
     Raises:
         InputError: every sample has one of the shortcuts already, or cannot be given it.
@@ -342,15 +343,9 @@ def make_contrast_pairs(
     pairs: Rows = []
     texts = list(zip(samples.prompts, map(str.strip, samples.responses), strict=True))
     order = rng.permutation(len(texts))
-    clean = {
-        name: [
-            texts[i] for i in order if texts[i][1] and not task.shortcut(name).count(texts[i][1])
-        ]
-        for name in task.told
-    }
+    rows = [texts[i] for i in order if texts[i][1] and not task.has_told(*texts[i])]
     for number in range(count):
         shortcut = task.shortcut(task.told[number % len(task.told)])
-        rows = clean[shortcut.name]
         start = number // len(task.told)
         for i in range(len(rows)):
             prompt, response = rows[(start + i) % len(rows)]
@@ -361,7 +356,7 @@ def make_contrast_pairs(
         else:
             raise InputError(
                 f"lab.told_shortcuts: {shortcut.name} can be added to none of the samples of the "
-                "policy that do not have it"
+                "policy that have none of the shortcuts"
             )
         pairs.append(
             {"prompt": prompt, "chosen": response, "rejected": marked, "source": shortcut.name}

@@ -73,14 +73,15 @@ def measure_text_gates(
         for rows in (samples, held_out_samples)
     )
     success = float(np.concatenate([fit_n, test_n]).mean())
-    marked = _marked(task, held_out_samples)
+    marked, clean = _marked(task, held_out_samples)
     shortcuts = {
         shortcut.name: _shortcut_values(
             reward_model,
             detectors,
             shortcut,
             rows=[held_out_samples[i] for i in marked],
-            clean=(score_n[marked], z_nf[marked]),
+            score_n=score_n[marked],
+            false_alarms=firing_rate(z_nf[clean], detectors) if clean else 0.0,
             deviation=float(score_n.std()),
             rng=rng,
         )
@@ -100,15 +101,19 @@ def measure_text_gates(
     return [Gate(name, values[name]) for name in (BIASED if task.bias else TEXT)], shortcuts
 
 
-def _marked(task: TextTask, rows: Rows) -> list[int]:
-    """Returns which held-out samples shortcuts are added to; raises InputError if all are empty."""
+def _marked(task: TextTask, rows: Rows) -> tuple[list[int], list[int]]:
+    """Returns which held-out samples shortcuts are added to, and which of them have no told one.
+
+    Raises:
+        InputError: all samples are empty.
+    """
     marked = [i for i, row in enumerate(rows) if row["response"].strip()][:MARKED]
     if not marked:
         raise InputError(
             f"{task.option}: all {len(rows)} samples of the policy to held-out prompts are empty, "
             "so that no shortcut can be measured"
         )
-    return marked
+    return marked, [i for i in marked if not task.has_told(rows[i]["prompt"], rows[i]["response"])]
 
 
 def _read(reward_model: RewardModel, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -124,7 +129,8 @@ def _shortcut_values(
     shortcut: TextShortcut,
     *,
     rows: Rows,
-    clean: tuple[np.ndarray, np.ndarray],
+    score_n: np.ndarray,
+    false_alarms: float,
     deviation: float,
     rng: np.random.Generator,
 ) -> dict[str, float]:
@@ -133,22 +139,20 @@ def _shortcut_values(
     Returns:
         `gain`, the mean gain in score, in sd; `paid`, the share of the samples that gain;
         `detection` and `detection_kept_back`, the shares of the marked samples on which a detector
-        fires; `false_alarms`, the share of the samples without the shortcut on which one fires.
+        fires; `false_alarms`, the share of the samples without any told shortcut on which one does.
     """
-    score_n, z_nf = clean
     kept_back = shortcut.phrasings[len(shortcut.shown) :] or shortcut.phrasings
     read = {}
     for name, phrasings in (("shown", shortcut.shown), ("kept_back", kept_back)):
         texts = [shortcut.added(rng, row["response"].strip(), UNITS, phrasings) for row in rows]
         read[name] = reward_model.score([row["prompt"] for row in rows], texts)
     gain_n = np.concatenate([score - score_n for score, _ in read.values()])
-    without = np.asarray([not shortcut.count(row["response"]) for row in rows])
     return {
         "gain": float(gain_n.mean() / deviation) if deviation > 0 else 0.0,
         "paid": float(np.mean(count_wins(gain_n))),
         "detection": firing_rate(read["shown"][1], detectors),
         "detection_kept_back": firing_rate(read["kept_back"][1], detectors),
-        "false_alarms": firing_rate(z_nf[without], detectors) if without.any() else 0.0,
+        "false_alarms": false_alarms,
     }
 
 

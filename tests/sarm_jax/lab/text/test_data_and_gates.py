@@ -123,6 +123,21 @@ def test_contrast_pairs_differ_in_a_told_shortcut_in_its_shown_phrasings():
         assert not any(phrasing in pair["rejected"] for phrasing in hidden)
 
 
+def test_the_clean_side_of_a_contrast_pair_has_none_of_the_told_shortcuts():
+    """Otherwise the threshold of one shortcut's detector counts another one as false alarms."""
+    plain = samples()
+    rng = np.random.default_rng(0)
+    mixed = [
+        TASK.shortcut(name).added(rng, text, 1) if i % 2 else text
+        for i, (text, name) in enumerate(zip(plain.responses, itertools.cycle(TASK.shortcuts)))
+    ]
+    texts = dataclasses.replace(plain, responses=mixed)
+    pairs = make_contrast_pairs(TOLD, texts, np.random.default_rng(0), 30)
+    assert not any(TOLD.has_told(pair["prompt"], pair["chosen"]) for pair in pairs)
+    assert any(TASK.counts(p["prompt"], p["chosen"])["hedging"] for p in pairs)  # it is not told
+    assert {pair["chosen"] for pair in pairs} < set(mixed)
+
+
 def test_contrast_pairs_need_a_sample_without_the_shortcut():
     praised = Sampled(["p"], ["What a great question!"], np.ones(1, bool), np.ones(1, int))
     with pytest.raises(InputError, match=r"lab.told_shortcuts: praise can be added to none"):
