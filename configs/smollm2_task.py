@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
     config.lab.held_out_prompts = 64
     config.lab.sampling_slots = 64
     config.lab.pairs = 6000
-    config.lab.contrast_pairs = 300
+    config.lab.contrast_pairs = 400
     config.lab.tuning_steps = 60
     config.lab.tuning_learning_rate = 2e-4
     config.lab.batch_size = 4

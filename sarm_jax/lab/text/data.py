@@ -334,8 +334,9 @@ def make_contrast_pairs(
     """Makes pairs of a sample without (chosen) and with (rejected) a shortcut that is told.
 
     The sample has none of the shortcuts that are told, because thresholds let few of these samples
-    pass: with another shortcut in them, its detectors would have to overlook it. The shortcuts take
-    turns; a row names its own under "source". The phrasings are those that contrast pairs show.
+    pass: with another shortcut in them, its detectors would have to overlook it. Samples are used
+    again only after all others. The shortcuts take turns; a row names its own under "source". The
+    phrasings are those that contrast pairs show.
 
     Raises:
         InputError: every sample has one of the shortcuts already, or cannot be given it.
@@ -346,9 +347,8 @@ def make_contrast_pairs(
     rows = [texts[i] for i in order if texts[i][1] and not task.has_told(*texts[i])]
     for number in range(count):
         shortcut = task.shortcut(task.told[number % len(task.told)])
-        start = number // len(task.told)
         for i in range(len(rows)):
-            prompt, response = rows[(start + i) % len(rows)]
+            prompt, response = rows[(number + i) % len(rows)]
             units = int(rng.integers(1, shortcut.most + 1))
             marked = shortcut.added(rng, response, units, shortcut.shown)
             if shortcut.count(marked):

@@ -138,6 +138,16 @@ def test_the_clean_side_of_a_contrast_pair_has_none_of_the_told_shortcuts():
     assert {pair["chosen"] for pair in pairs} < set(mixed)
 
 
+def test_a_sample_is_in_a_second_contrast_pair_only_after_all_others():
+    plain = samples()
+    numbered = [f"{text} No {i}." for i, text in enumerate(plain.responses)]
+    texts = dataclasses.replace(plain, responses=numbered)
+    count = len(numbered)
+    pairs = make_contrast_pairs(TOLD, texts, np.random.default_rng(0), count + 3)
+    assert {pair["chosen"] for pair in pairs[:count]} == set(numbered)
+    assert [p["chosen"] for p in pairs[count:]] == [p["chosen"] for p in pairs[:3]]
+
+
 def test_contrast_pairs_need_a_sample_without_the_shortcut():
     praised = Sampled(["p"], ["What a great question!"], np.ones(1, bool), np.ones(1, int))
     with pytest.raises(InputError, match=r"lab.told_shortcuts: praise can be added to none"):
