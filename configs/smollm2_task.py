@@ -82,7 +82,7 @@ def get_config() -> ConfigDict:
     config.ppo.max_prompt_tokens = 64
     config.ppo.kl_coef = 0.02
     config.ppo.calibration_batches = 4
-    config.ppo.eval_every = 4
+    config.ppo.eval_every = 7
     config.ppo.eval_batches = 4
     config.reward.unit = "sd"
 
