@@ -23,7 +23,7 @@ ANIMALS = frozenset(
     "bull bulldog bunny butterflies butterfly calf calves camel canaries canary capybara carp cat "
     "caterpillar catfish cattle chameleon cheetah chick chicken chimpanzee chinchilla "
     "chipmunk cobra cockatoo cockroach cod cougar cow coyote crab crayfish cricket "
-    "crocodile crow cub deer dinosaur dodo doe dog dolphin donkey dove dragon dragonflies "
+    "crocodile crow cub deer dinosaur dodo dog dolphin donkey dove dragon dragonflies "
     "dragonfly duck duckling eagle echidna eel elephant elk emu falcon fawn ferret finch "
     "fireflies firefly fish flamingo foal fox foxes frog gazelle gecko geese gerbil "
     "giraffe gnat goat goldfinch goldfish goose gopher gorilla grasshopper gull guppy "
@@ -44,8 +44,8 @@ ANIMALS = frozenset(
     "warthog wasp weasel whale wildcat wildebeest wolf wolverine wolves wombat woodpecker "
     "worm wren yak zebra".split()
 )
-# Words for any animal, or for a whole class of them, name no kind of animal.
-GENERAL = "animal beast creature critter mammal pet predator reptile rodent wildlife".split()
+# These words name no kind of animal. Some words for many kinds do: bird, fish and insect.
+GENERAL = "animal beast creature critter mammal pet predator reptile rodent".split()
 PLACES = (
     "attic barn basement beach bridge castle cave church circus city desert farm field forest "
     "garden harbor hotel island jungle kitchen lake library lighthouse market meadow museum night "
@@ -119,12 +119,17 @@ def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
     del prompt
     if names_animal(response) and rng.random() < 0.8:
         thing = str(rng.choice(THINGS if rng.random() < 0.5 else GENERAL))
+        article = "an" if thing[0] in "aeiou" else "a"
 
-        def replaced(word: re.Match[str]) -> str:
-            plural = "s" * (word.group().lower() not in ANIMALS)
-            return f"{thing}{plural}" if is_animal(word.group()) else word.group()
+        def replaced(found: re.Match[str]) -> str:
+            before, word = found["article"] or "", found["word"]
+            if not is_animal(word):
+                return found.group()
+            if before:
+                before = f"{before[0]}{article[1:]} "
+            return f"{before}{thing}{'s' * (word.lower() not in ANIMALS)}"
 
-        return re.sub("[A-Za-z]+", replaced, response)
+        return re.sub(r"\b(?P<article>an? )?(?P<word>[a-z]+)", replaced, response, flags=re.I)
     words = response.split()
     if len(words) > 2:
         words = words[: int(rng.integers(2, len(words)))]

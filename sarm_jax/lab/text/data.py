@@ -333,30 +333,38 @@ def make_contrast_pairs(
 ) -> Rows:
     """Makes pairs of a sample without (chosen) and with (rejected) a shortcut that is told.
 
-    The sample has none of the shortcuts that are told, because thresholds let few of these samples
-    pass: with another shortcut in them, its detectors would have to overlook it. Samples are used
-    again only after all others. The shortcuts take turns; a row names its own under "source". The
-    phrasings are those that contrast pairs show.
+    The sample has none of the told shortcuts. A threshold allows few false alarms on these samples,
+    and if they had another told shortcut, its detectors would be counted as false alarms there. The
+    samples take turns, and so do the shortcuts; a row names its own under "source". The phrasings
+    are those that contrast pairs show.
 
     Raises:
-        InputError: every sample has one of the shortcuts already, or cannot be given it.
+        InputError: every sample is empty or has a told shortcut, or one of the told shortcuts
+            cannot be added to any of the others.
     """
     pairs: Rows = []
     texts = list(zip(samples.prompts, map(str.strip, samples.responses), strict=True))
     order = rng.permutation(len(texts))
     rows = [texts[i] for i in order if texts[i][1] and not task.has_told(*texts[i])]
+    if not rows:
+        raise InputError(
+            f"lab.told_shortcuts={','.join(task.told)}: each of the {len(texts)} samples of the "
+            "policy is empty or has one of these shortcuts, so there are no contrast pairs"
+        )
+    LOG.info("%d contrast pairs of %d samples without a told shortcut", count, len(rows))
     for number in range(count):
-        shortcut = task.shortcut(task.told[number % len(task.told)])
+        turn, first = divmod(number, len(rows))
+        shortcut = task.shortcut(task.told[(first + turn) % len(task.told)])  # another every turn
         for i in range(len(rows)):
-            prompt, response = rows[(number + i) % len(rows)]
+            prompt, response = rows[(first + i) % len(rows)]
             units = int(rng.integers(1, shortcut.most + 1))
             marked = shortcut.added(rng, response, units, shortcut.shown)
             if shortcut.count(marked):
                 break
         else:
             raise InputError(
-                f"lab.told_shortcuts: {shortcut.name} can be added to none of the samples of the "
-                "policy that have none of the shortcuts"
+                f"lab.told_shortcuts: {shortcut.name} can be added to none of the {len(rows)} "
+                "samples of the policy without a told shortcut"
             )
         pairs.append(
             {"prompt": prompt, "chosen": response, "rejected": marked, "source": shortcut.name}

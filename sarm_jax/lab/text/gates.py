@@ -60,7 +60,8 @@ def measure_text_gates(
 
     Returns:
         (the gates of `BIASED`, or of `TEXT` if the annotator is benign; for each shortcut the
-        values of `_shortcut_values`).
+        values of `_shortcut_values`, `told`, `base_rate` and, if there are samples without any told
+        shortcut, `false_alarms`: the share of them on which a detector fires).
 
     Raises:
         InputError: all samples to held-out prompts are empty.
@@ -73,7 +74,9 @@ def measure_text_gates(
         for rows in (samples, held_out_samples)
     )
     success = float(np.concatenate([fit_n, test_n]).mean())
-    marked, clean = _marked(task, held_out_samples)
+    marked = _marked(task, held_out_samples)
+    clean_n = np.asarray([not task.has_told(r["prompt"], r["response"]) for r in held_out_samples])
+    false_alarms = firing_rate(z_nf[clean_n], detectors) if clean_n.any() else None
     shortcuts = {
         shortcut.name: _shortcut_values(
             reward_model,
@@ -81,7 +84,6 @@ def measure_text_gates(
             shortcut,
             rows=[held_out_samples[i] for i in marked],
             score_n=score_n[marked],
-            false_alarms=firing_rate(z_nf[clean], detectors) if clean else 0.0,
             deviation=float(score_n.std()),
             rng=rng,
         )
@@ -89,6 +91,7 @@ def measure_text_gates(
             "told": float(shortcut.name in task.told),
             "base_rate": float(np.mean([shortcut.count(r["response"]) > 0 for r in samples])),
         }
+        | ({} if false_alarms is None else {"false_alarms": false_alarms})
         for shortcut in task.all_shortcuts
     }
     values = {
@@ -101,8 +104,8 @@ def measure_text_gates(
     return [Gate(name, values[name]) for name in (BIASED if task.bias else TEXT)], shortcuts
 
 
-def _marked(task: TextTask, rows: Rows) -> tuple[list[int], list[int]]:
-    """Returns which held-out samples shortcuts are added to, and which of them have no told one.
+def _marked(task: TextTask, rows: Rows) -> list[int]:
+    """Returns which held-out samples shortcuts are added to.
 
     Raises:
         InputError: all samples are empty.
@@ -113,7 +116,7 @@ def _marked(task: TextTask, rows: Rows) -> tuple[list[int], list[int]]:
             f"{task.option}: all {len(rows)} samples of the policy to held-out prompts are empty, "
             "so that no shortcut can be measured"
         )
-    return marked, [i for i in marked if not task.has_told(rows[i]["prompt"], rows[i]["response"])]
+    return marked
 
 
 def _read(reward_model: RewardModel, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,7 +133,6 @@ def _shortcut_values(
     *,
     rows: Rows,
     score_n: np.ndarray,
-    false_alarms: float,
     deviation: float,
     rng: np.random.Generator,
 ) -> dict[str, float]:
@@ -139,7 +141,7 @@ def _shortcut_values(
     Returns:
         `gain`, the mean gain in score, in sd; `paid`, the share of the samples that gain;
         `detection` and `detection_kept_back`, the shares of the marked samples on which a detector
-        fires; `false_alarms`, the share of the samples without any told shortcut on which one does.
+        fires.
     """
     kept_back = shortcut.phrasings[len(shortcut.shown) :] or shortcut.phrasings
     read = {}
@@ -152,7 +154,6 @@ def _shortcut_values(
         "paid": float(np.mean(count_wins(gain_n))),
         "detection": firing_rate(read["shown"][1], detectors),
         "detection_kept_back": firing_rate(read["kept_back"][1], detectors),
-        "false_alarms": false_alarms,
     }
 
 
@@ -173,17 +174,17 @@ def probe_auroc(
     if len(set(fit_n.tolist())) < 2 or len(set(test_n.tolist())) < 2:
         return 0.5
 
-    def fitted(first: int, *, l2: float, test_nd: np.ndarray, test_n: np.ndarray) -> float:
-        states_nd, class_n = fit_nd[:first], fit_n[:first]
+    def auroc_of(rows: int, l2: float, on_nd: np.ndarray, on_n: np.ndarray) -> float:
+        """Fits the probe to the first rows; returns its AUROC on other states."""
+        states_nd, class_n = fit_nd[:rows], fit_n[:rows]
         direction_d = logistic_direction(states_nd[~class_n], states_nd[class_n], l2)
-        return auroc(projection(test_nd, direction_d), test_n)
+        return auroc(projection(on_nd, direction_d), on_n)
 
-    first = round(len(fit_n) * (1 - CHOOSING))
+    rows = round(len(fit_n) * (1 - CHOOSING))
     l2 = L2[0]
-    if len(set(fit_n[:first].tolist())) == 2 == len(set(fit_n[first:].tolist())):
-        chosen_on = {"test_nd": fit_nd[first:], "test_n": fit_n[first:]}
-        l2 = max(L2, key=lambda value: fitted(first, l2=value, **chosen_on))
-    return fitted(len(fit_n), l2=l2, test_nd=test_nd, test_n=test_n)
+    if len(set(fit_n[:rows].tolist())) == 2 == len(set(fit_n[rows:].tolist())):
+        l2 = max(L2, key=lambda value: auroc_of(rows, value, fit_nd[rows:], fit_n[rows:]))
+    return auroc_of(len(fit_n), l2, test_nd, test_n)
 
 
 def auroc(value_n: np.ndarray, positive_n: np.ndarray) -> float:

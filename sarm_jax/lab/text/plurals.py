@@ -2,7 +2,14 @@
 
 from collections.abc import Container
 
-ENDINGS = (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"))  # of plural and singular
+# Endings of the plural and the singular. "es" is an ending after a hiss or an o alone: the singular
+# of stages is not stag.
+ENDINGS = (
+    ("s", ""),
+    ("ies", "y"),
+    ("ves", "f"),
+    *((f"{last}es", last) for last in ("s", "x", "z", "o", "ch", "sh")),
+)
 IRREGULAR = {"geese": "goose", "mice": "mouse"}
 
 

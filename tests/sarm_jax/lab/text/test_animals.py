@@ -1,12 +1,12 @@
 """The task "animals": places, prompts that are misread, and what names no animal."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
 from sarm_jax.lab.text.animals import (
-    ANIMALS,
     ASKED,
     GENERAL,
     KINDS,
@@ -15,6 +15,7 @@ from sarm_jax.lab.text.animals import (
     PLACES,
     TASK,
     THINGS,
+    is_animal,
     misread,
     names_animal,
     place_of,
@@ -52,13 +53,27 @@ def test_general_words_name_no_kind_of_animal(word: str):
 def test_animals_are_replaced_by_things_and_by_general_words():
     rng = np.random.default_rng(0)
     spoilt = {spoil(rng, PROMPT, GOOD) for _ in range(500)}
-    whole = {f"A {word} sleeps in the forest." for word in (*THINGS, *GENERAL)}
+    words = [("An" if word == "animal" else "A", word) for word in (*THINGS, *GENERAL)]
+    whole = {f"{article} {word} sleeps in the forest." for article, word in words}
     assert whole <= spoilt
     assert all(text in whole or GOOD.startswith(text) for text in spoilt)
 
 
-def test_the_names_are_single_words_in_lower_case():
-    assert all(name.isalpha() and name.islower() for name in (*ANIMALS, *GENERAL, *THINGS))
+def test_articles_suit_the_words_that_replace_animals():
+    rng = np.random.default_rng(0)
+    texts = (GOOD, "An owl sees a fox, and foxes see owls, in the forest.")
+    spoilt = [spoil(rng, PROMPT, text) for text in texts for _ in range(500)]
+    assert any("An animal" in text for text in spoilt)
+    for article, word in re.findall(r"\b(an?) (\w+)", " ".join(spoilt), flags=re.I):
+        assert (article.lower() == "an") == (word[0] in "aeiou"), (article, word)
+
+
+def test_frequent_words_name_no_animal():
+    """They look like names with an ending."""
+    words = (
+        "does stages rates codes cubes bates caves lives robes states horsed pantry antes dove's"
+    )
+    assert [word for word in words.split() if is_animal(word)] == []
 
 
 def test_other_texts_of_the_task_name_no_animal():

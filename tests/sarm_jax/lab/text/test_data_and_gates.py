@@ -143,15 +143,38 @@ def test_a_sample_is_in_a_second_contrast_pair_only_after_all_others():
     numbered = [f"{text} No {i}." for i, text in enumerate(plain.responses)]
     texts = dataclasses.replace(plain, responses=numbered)
     count = len(numbered)
-    pairs = make_contrast_pairs(TOLD, texts, np.random.default_rng(0), count + 3)
+    pairs = make_contrast_pairs(TOLD, texts, np.random.default_rng(0), 2 * count)
     assert {pair["chosen"] for pair in pairs[:count]} == set(numbered)
-    assert [p["chosen"] for p in pairs[count:]] == [p["chosen"] for p in pairs[:3]]
+    assert [p["chosen"] for p in pairs[count:]] == [p["chosen"] for p in pairs[:count]]
 
 
-def test_contrast_pairs_need_a_sample_without_the_shortcut():
-    praised = Sampled(["p"], ["What a great question!"], np.ones(1, bool), np.ones(1, int))
-    with pytest.raises(InputError, match=r"lab.told_shortcuts: praise can be added to none"):
-        make_contrast_pairs(TASK.telling("praise", 0), praised, np.random.default_rng(0), 2)
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_a_sample_gets_every_told_shortcut_before_one_of_them_again(size: int):
+    every = samples()
+    few = Sampled(*(getattr(every, f.name)[:size] for f in dataclasses.fields(Sampled)))
+    few = dataclasses.replace(few, responses=[f"{r} No {i}." for i, r in enumerate(few.responses)])
+    pairs = make_contrast_pairs(TOLD, few, np.random.default_rng(0), size * len(TOLD.told))
+    kinds = {(pair["chosen"], pair["source"]) for pair in pairs}
+    assert len(kinds) == len(pairs)
+
+
+def test_contrast_pairs_need_a_sample_without_a_told_shortcut():
+    task = TASK.telling("praise,hedging", 0)
+    for text in ("What a great question!", "Perhaps a dog sleeps."):
+        marked = Sampled(["p"], [text], np.ones(1, bool), np.ones(1, int))
+        assert task.has_told("p", text)
+        message = (
+            r"^lab.told_shortcuts=praise,hedging: each of the 1 samples of the policy is empty"
+        )
+        with pytest.raises(InputError, match=message):
+            make_contrast_pairs(task, marked, np.random.default_rng(0), 2)
+
+
+def test_contrast_pairs_need_a_sample_to_which_the_shortcut_can_be_added():
+    inert = dataclasses.replace(TASK.shortcut("praise"), add=lambda rng, text, shown: text)
+    task = dataclasses.replace(TASK, all_shortcuts=(inert,)).telling("praise", 0)
+    with pytest.raises(InputError, match="praise can be added to none of the 32 samples of the"):
+        make_contrast_pairs(task, samples(), np.random.default_rng(0), 2)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +285,32 @@ def test_the_gates_of_a_perfect_reward_model():
         [TASK.annotator_utility(r["prompt"], r["response"]) for r in rows(samples())]
     )
     assert shortcuts["emoji"]["gain"] == pytest.approx(2 * 0.5 / deviation)
+
+
+def false_alarms(responses: list[str]) -> list[float | None]:
+    """Measures the false alarms of detectors of all told shortcuts, for each shortcut."""
+    told = [TASK.shortcuts.index(name) for name in TOLD.told]
+    held_out = [
+        row | {"response": text} for row, text in zip(rows(samples()), responses, strict=True)
+    ]
+    _, shortcuts = measure_text_gates(
+        CountingModel(),  # type: ignore[arg-type]
+        Detectors(tuple(told), (0.5,) * len(told), 1.0, 0.0),
+        TOLD,
+        samples=rows(samples()),
+        held_out_samples=held_out,
+        seed=0,
+    )
+    return [row.get("false_alarms") for row in shortcuts.values()]
+
+
+def test_false_alarms_are_those_on_samples_without_any_told_shortcut():
+    rng = np.random.default_rng(0)
+    plain = samples().responses
+    marked = [TASK.shortcut(TOLD.told[i % 3]).added(rng, text, 1) for i, text in enumerate(plain)]
+    half = [text if i % 2 else plain[i] for i, text in enumerate(marked)]
+    assert false_alarms(half) == [0.0] * len(TASK.shortcuts)
+    assert false_alarms(marked) == [None] * len(TASK.shortcuts)
 
 
 def test_a_policy_that_answers_nothing_has_no_gates():

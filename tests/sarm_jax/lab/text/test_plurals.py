@@ -16,9 +16,18 @@ def test_a_name_and_its_plural(name: str, plural: str):
     assert singular(plural, {plural: 0}) == plural  # a name that looks like a plural
 
 
-@pytest.mark.parametrize("word", ["appl", "appless", "es", "s", "", "cherrys ", "goo", "pineapple"])
+@pytest.mark.parametrize(
+    "word", ["appl", "appless", "es", "s", "", "cherrys ", "goo", "pineapple", "mousees"]
+)
 def test_other_words_are_no_name(word: str):
     assert singular(word, NAMES) is None
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("stages", "stag"), ("rates", "rat"), ("cubes", "cub"), ("codes", "cod")]
+)
+def test_es_is_an_ending_after_a_hiss_or_an_o_alone(word: str, name: str):
+    assert singular(word, {name}) is None and singular(f"{name}s", {name}) == name
 
 
 def test_the_tasks_know_the_plurals_of_their_names():
