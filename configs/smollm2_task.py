@@ -87,11 +87,10 @@ def get_config() -> ConfigDict:
     config.reward.unit = "sd"
 
     config.lab.alpha = 1.0
-    # At the weights for the small world nearly every response is at the cap, a constant penalty, and
-    # a penalty per token takes away more than shortcuts.
+    # At the weights for the small world nearly every response is at the cap, a constant penalty.
     config.lab.distance_penalty = 0.25
     config.lab.untold_alpha = 0.125
-    config.lab.length_penalty = 0.1
+    config.lab.length_penalty = 0.1  # the small world's makes responses too short
     config.lab.conditions_at_once = 5  # samples all their responses with one program
     config.lab.conditions = "baseline,kl_0.1,probe,penalty,untold"
     config.lab.pool_prompts = 16

@@ -31,11 +31,10 @@ from pipeline.study_records import (
     drawn_results,
     locked_seed,
     read_records,
-    remove_record,
+    replacing_record,
     results_of,
     seed_folder,
     study_options,
-    write_record,
 )
 from pipeline.study_runs import preparation_config, run_group, train_reward_model
 from pipeline.tasks import task_of, task_records
@@ -116,7 +115,7 @@ def draw_page(
     """Writes the page of a command's own seeds and of those that other commands have finished.
 
     A call that is refused, for example because an option differs from that of the finished runs,
-    does not replace the page by one with fewer results.
+    leaves the page as it was if results would be lost.
 
     Args:
         template: the config of the study.
@@ -136,9 +135,9 @@ def draw_page(
         by_seed = dict(sorted((others | by_seed).items()))
     stopped = {seed: redact(o.stopped) for seed, o in by_seed.items() if o.stopped}
     page = workdir / "lab.html"
-    refused = any(outcome.stopped and not outcome.in_training for outcome in own.values())
-    if refused and page.exists() and results_of(by_seed) < drawn_results(workdir):
-        return page, "The page is left as it was: it has results that this call does not."
+    refused = any(outcome.refused for outcome in own.values())
+    if refused and page.exists() and drawn_results(workdir) - results_of(by_seed):
+        return page, "The page is left as it was: it has results that this call does not have."
     return write_study(
         workdir,
         {seed: outcome.finished for seed, outcome in by_seed.items()},
@@ -194,10 +193,9 @@ def run_seed(
     try:
         with locked_seed(workdir, seed):
             check_task_file(template, task_file)
-            remove_record(folder)
-            outcome = _run_conditions(fill_in(template, folder), folder)
-            check_task_file(template, task_file)
-            write_record(folder, study_options(settings) | task_file, outcome)
+            with replacing_record(folder, study_options(settings) | task_file) as outcomes:
+                outcomes.append(outcome := _run_conditions(fill_in(template, folder), folder))
+                check_task_file(template, task_file)
     except InputError as error:
         LOG.error("stopped: %s", error)
         return SeedOutcome([], str(error))

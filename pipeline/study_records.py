@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.changes import DEFAULTS
+from pipeline.provenance import Records
 from sarm_jax.io.errors import InputError
 from sarm_jax.io.files import locked_output
 from sarm_jax.io.json_files import read_json, write_json
@@ -22,7 +23,7 @@ from sarm_jax.io.workdir import first_difference
 
 LOG = logging.getLogger(__name__)
 FILE = "study.json"
-POOL = "pool"  # in the results of a seed
+POOL = "pool"  # name of a seed's ranked pool among its results
 SEED_NAME = re.compile(r"seed_(0|[1-9][0-9]{0,11})")  # of the folder of a seed
 # Options, and whole sections, that do not affect the results of a seed.
 WITHOUT_EFFECT = (
@@ -42,6 +43,11 @@ class SeedOutcome:
     stopped: str = ""
     in_training: bool = False
     pooled: bool = False
+
+    @property
+    def refused(self) -> bool:
+        """Whether the seed stopped for a bad option or file, and not in training."""
+        return bool(self.stopped) and not self.in_training
 
 
 def seed_folder(workdir: Path, seed: int) -> Path:
@@ -83,6 +89,33 @@ def remove_record(folder: Path) -> None:
     (folder / FILE).unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def replacing_record(folder: Path, options: Mapping[str, Any]) -> Iterator[list[SeedOutcome]]:
+    """Removes the record of a seed while it runs, and records the outcome afterwards.
+
+    A call with other options that is refused before it has made anything for the seed leaves the
+    earlier record as it was, which tells what is in the folder.
+
+    Args:
+        folder: the folder of the seed.
+        options: those of `study_options` with which the seed runs.
+
+    Yields:
+        A list, to which the outcome is added.
+    """
+    earlier, world = None, Records(folder).stages
+    with contextlib.suppress(InputError):
+        earlier = read_record(folder)
+    remove_record(folder)
+    outcomes: list[SeedOutcome] = []
+    yield outcomes
+    (outcome,) = outcomes
+    if earlier and outcome.refused and Records(folder).stages == world:
+        differs = first_difference(earlier[0], dict(options), defaults=DEFAULTS)
+        options, outcome = earlier if differs else (options, outcome)
+    write_record(folder, options, outcome)
+
+
 def read_records(workdir: Path, options: Mapping[str, Any]) -> dict[int, SeedOutcome]:
     """Returns the records of all seeds with these options, in the order of the seeds.
 
@@ -118,7 +151,8 @@ def drawn_results(workdir: Path) -> set[tuple[int, str]]:
     """Returns the results on the page of a study, from lab.json; none if it cannot be read."""
     try:
         content = read_json(workdir / "lab.json", expected="the numbers of a study")
-        runs = {(run["seed"], name) for name, of in content["conditions"].items() for run in of}
+        results = content["conditions"].items()
+        runs = {(run["seed"], name) for name, of_name in results for run in of_name}
         return runs | {(seed, POOL) for seed in content["best_of_n"]["seeds"]}
     except (InputError, AttributeError, KeyError, TypeError):
         return set()

@@ -130,10 +130,8 @@ def cached_numbers(config: LlamaConfig, rows: int, context: float) -> float:
 
 def decode_flops(config: LlamaConfig, rows: int, context: float) -> float:
     """Returns the FLOPs of decoding a token in `rows` sequences, after `context` tokens."""
-    weights = layer_weights(config) * config.num_hidden_layers
-    weights += config.vocab_size * config.hidden_size
     heads = config.num_attention_heads * config.head_dim
-    return 2.0 * rows * weights + 4 * rows * context * heads * config.num_hidden_layers
+    return 2.0 * rows * all_weights(config) + 4 * rows * context * heads * config.num_hidden_layers
 
 
 def step_flops(

@@ -157,7 +157,7 @@ REFUSED = SeedOutcome(["baseline"], "stage train: ppo.learning_rate=0.1 differs"
         ({0: SeedOutcome(["baseline", "penalty"], "pool: no file")}, True),  # without the pool
         ({0: dataclasses.replace(REFUSED, in_training=True)}, False),
         ({0: SeedOutcome(["baseline"])}, False),  # asked for fewer conditions
-        ({0: REFUSED, 1: SeedOutcome(["baseline"])}, False),  # has a result that the page lacks
+        ({0: REFUSED, 1: SeedOutcome(["baseline"])}, True),  # has a result that the page lacks
         ({0: SeedOutcome(["baseline", "penalty"], "", pooled=True)}, False),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_refused_call_does_not_replace_a_page_with_more_results(tmp_path, monk
     page, result = study.draw_page(*arguments)
     assert page == drawn[0]
     assert result == (
-        "The page is left as it was: it has results that this call does not."
+        "The page is left as it was: it has results that this call does not have."
         if kept
         else "the result"
     )
@@ -182,6 +182,35 @@ def test_a_refused_call_does_not_replace_a_page_with_more_results(tmp_path, monk
     (tmp_path / "lab.json").write_text(content)
     (tmp_path / "lab.html").unlink()
     assert study.draw_page(*arguments) == drawn
+
+
+@pytest.mark.parametrize("other", [True, False])
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("outcome", [REFUSED, dataclasses.replace(REFUSED, in_training=True), DONE])
+def test_a_call_with_other_options_that_is_refused_keeps_the_record(
+    tmp_path, settings, monkeypatch, outcome, other, made
+):
+    """Otherwise the next call with the earlier options would leave its results out of the page."""
+    monkeypatch.setattr(study, "show_progress", lambda *_: None)
+    own = changed(settings, "ppo.learning_rate", 0.1) if other else settings
+    folder = record(tmp_path, 0, settings).parent
+    world = folder / "stages.json"
+    world.write_text("{}")
+
+    def run(config, folder):
+        if made:
+            world.write_text('{"identify": {"options": {}, "inputs": {}, "finished": "now"}}')
+        return outcome
+
+    monkeypatch.setattr(study, "_run_conditions", run)
+    assert study.run_seed(own, tmp_path, 0) == outcome
+    kept = other and not made and outcome == REFUSED
+    assert read_records(tmp_path, study_options(settings)) == (
+        {0: DONE} if kept else {} if other else {0: outcome}
+    )
+    if other and not kept:
+        ran = study_options(own)
+        assert list(read_records(tmp_path, ran)) == [0]
 
 
 def test_a_seed_that_another_process_runs_is_refused(tmp_path, settings, monkeypatch):
