@@ -123,7 +123,7 @@ def train_language_model(
         for start in range(0, options.steps, steps_per_call):
             steps = min(steps_per_call, options.steps - start)
             n_sb = rng.integers(len(rows), size=(steps, options.batch_size))
-            own = bucket_length(max(len(rows[n].ids) for n in n_sb.flat), smallest=8)
+            own = bucket_length(max(len(rows[n].ids) for n in n_sb.ravel().tolist()), smallest=8)
             batches = tuple(array_nt[n_sb, :own] for array_nt in (tokens_nt, mask_nt, weights_nt))
             params, opt_state, loss_s = _steps(
                 graphdef,
