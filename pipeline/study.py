@@ -129,10 +129,8 @@ def draw_page(
         (path of the page, the result in one paragraph).
     """
     options = study_options(template.to_dict()) | task_records(template)
-    others = {} if names else read_records(workdir, options)
-    by_seed = dict(own)
-    if others.keys() - own.keys():
-        by_seed = dict(sorted((others | by_seed).items()))
+    others = {} if names else read_records(workdir, options, without=own.keys())
+    by_seed = dict(sorted((others | dict(own)).items())) if others else dict(own)
     stopped = {seed: redact(o.stopped) for seed, o in by_seed.items() if o.stopped}
     page = workdir / "lab.html"
     refused = any(outcome.refused for outcome in own.values())

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +116,17 @@ def replacing_record(folder: Path, options: Mapping[str, Any]) -> Iterator[list[
     write_record(folder, options, outcome)
 
 
-def read_records(workdir: Path, options: Mapping[str, Any]) -> dict[int, SeedOutcome]:
+def read_records(
+    workdir: Path, options: Mapping[str, Any], without: Collection[int] = ()
+) -> dict[int, SeedOutcome]:
     """Returns the records of all seeds with these options, in the order of the seeds.
 
     A seed with other options, or whose record cannot be read, is named in the log and left out.
+    The seeds in `without` are not read.
     """
     outcomes = {}
     for seed, folder in seed_folders(workdir).items():
-        if not (folder / FILE).exists():  # it has not ended, or is run again
+        if seed in without or not (folder / FILE).exists():  # it has not ended, or is run again
             continue
         try:
             stored, outcome = read_record(folder)

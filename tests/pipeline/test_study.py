@@ -137,20 +137,35 @@ def test_the_study_goes_on_where_it_stopped(study):
     assert len(adapters) == 2 and [path.stat().st_mtime_ns for path in adapters] == times
 
 
-def test_a_seed_of_other_options_is_not_mixed_in(study, capsys):
+@pytest.mark.parametrize(
+    ("option", "difference"),
+    [
+        ("lab.pairs=100", "lab.pairs was 200 and is now 100"),  # of the seed's data
+        ("ppo.learning_rate=1e-3", "ppo.learning_rate was 0.002 and is now 0.001"),  # of its runs
+    ],
+)
+def test_other_options_are_refused_and_results_stay(study, capsys, option, difference):
     call, workdir = study
-    assert call("lab.ignore_failed_gates=True", "lab.pairs=100") == 2
-    content = json.loads((workdir / "lab.json").read_text())
-    assert "lab.pairs was 200 and is now 100" in content["stopped"]["7"]
-    assert content["conditions"] == {}
+    files = [workdir / name for name in ("lab.json", "lab.html", "seed_7/study.json")]
+    before = [path.read_bytes() for path in files]
+    assert call("lab.ignore_failed_gates=True", option) == 2
+    output = capsys.readouterr()
+    assert difference in output.err.splitlines()[-1]
+    assert "The page is left as it was" in output.out and "leaves out" not in output.err
+    assert [path.read_bytes() for path in files] == before
 
 
-def test_a_finished_run_of_other_options_is_not_passed_off(study):
+@pytest.mark.parametrize("option", ["lab.pairs=100", "ppo.learning_rate=1e-3"])
+def test_a_page_without_results_names_the_other_options(study, option):
     call, workdir = study
-    assert call("lab.ignore_failed_gates=True", "ppo.learning_rate=1e-3") == 2
-    content = json.loads((workdir / "lab.json").read_text())
-    assert "ppo.learning_rate was 0.002 and is now 0.001" in content["stopped"]["7"]
-    assert content["conditions"] == {}
+    page, content = (workdir / name for name in ("lab.html", "lab.json"))
+    before = page.read_bytes(), content.read_bytes()
+    page.unlink()
+    assert call("lab.ignore_failed_gates=True", option) == 2
+    drawn = json.loads(content.read_text())
+    assert f"{option.split('=')[0]} was " in drawn["stopped"]["7"] and drawn["conditions"] == {}
+    for path, kept in zip((page, content), before, strict=True):
+        path.write_bytes(kept)
 
 
 def test_the_commands_of_the_first_pages(study, tmp_path):

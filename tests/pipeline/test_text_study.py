@@ -127,7 +127,7 @@ def test_the_untold_condition_bounds_every_feature(study):
     assert bound["features"] == list(range(32)) and len(bound["tau"]) == 32
     config = json.loads((workdir / "seed_1/untold/config.json").read_text())
     assert config["reward"]["penalty_cap"] == 4.0
-    assert set(config["reward"]["alpha_values"].split(",")) == {"0.5"}
+    assert set(config["reward"]["alpha_values"].split(",")) == {"0.125"}
 
 
 def test_a_task_whose_file_changed_is_prepared_again(study, capsys):
