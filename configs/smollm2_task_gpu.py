@@ -5,8 +5,8 @@ sample together; only `ties` has a reward model of its own and is trained alone.
 
 Command: python main.py --config=configs/smollm2_task_gpu.py --stage=all
 Hardware: one GPU. Neither memory nor time has been measured.
-Expected result: not run. On CPUs, pools of two seeds show a gain of 0.04 of gold for the penalty
-        (docs/results/english.md).
+Expected result: not run. On CPUs, pools of two seeds showed a gain of 0.04 of gold for the penalty
+        when general words counted as animals (docs/results/english_general_words.md).
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     """Returns the diff from `configs/smollm2_task.py`."""
     config = smollm2_task.get_config()
     config.sarm_batch_size = 64
-    config.lab.seeds = "10-19"
+    config.lab.seeds = "30-39"
     config.lab.conditions = CONDITIONS
     config.lab.conditions_at_once = 12
     config.lab.ranked_conditions = "clamp,random"

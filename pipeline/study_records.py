@@ -46,7 +46,7 @@ class SeedOutcome:
 
     @property
     def refused(self) -> bool:
-        """Whether the seed stopped for a bad option or file, and not in training."""
+        """True if the seed stopped for a bad option or file, and not in training."""
         return bool(self.stopped) and not self.in_training
 
 
@@ -93,8 +93,9 @@ def remove_record(folder: Path) -> None:
 def replacing_record(folder: Path, options: Mapping[str, Any]) -> Iterator[list[SeedOutcome]]:
     """Removes the record of a seed while it runs, and records the outcome afterwards.
 
-    A call with other options that is refused before it has made anything for the seed leaves the
-    earlier record as it was, which tells what is in the folder.
+    If a call with other options is refused, and no stage of the seed's preparation has run since,
+    the earlier record is kept, because the folder still holds its results. Conditions that the
+    refused call has trained are not in it; a later call finds them up to date.
 
     Args:
         folder: the folder of the seed.
@@ -103,14 +104,14 @@ def replacing_record(folder: Path, options: Mapping[str, Any]) -> Iterator[list[
     Yields:
         A list, to which the outcome is added.
     """
-    earlier, world = None, Records(folder).stages
+    earlier, stages_before = None, Records(folder).stages
     with contextlib.suppress(InputError):
         earlier = read_record(folder)
     remove_record(folder)
     outcomes: list[SeedOutcome] = []
     yield outcomes
     (outcome,) = outcomes
-    if earlier and outcome.refused and Records(folder).stages == world:
+    if earlier and outcome.refused and Records(folder).stages == stages_before:
         differs = first_difference(earlier[0], dict(options), defaults=DEFAULTS)
         options, outcome = earlier if differs else (options, outcome)
     write_record(folder, options, outcome)

@@ -24,9 +24,9 @@ from sarm_jax.training.schedule import warmup_cosine
 
 RATE = "lab.pretraining_learning_rate or lab.tuning_learning_rate"
 LARGEST_LOSS = 10.0  # in losses of a model for which all tokens are equally likely
-STEPS_PER_CALL = 20  # minibatches on the device at a time, if texts are short
-SHORT = 64  # tokens; minibatches with longer texts are padded to a length of their own
-LAST = 20  # minibatches that the reported loss is the mean of
+STEPS_PER_CALL = 20  # minibatches on the device at a time, if all texts are short
+SHORT_TEXT = 64  # tokens; if any text is longer, each minibatch is padded to its own longest text
+LOSS_WINDOW = 20  # the reported loss is the mean of this many last minibatches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def train_language_model(
         options: options of the training.
 
     Returns:
-        (the trained copy, the mean loss of the last `LAST` minibatches).
+        (the trained copy, the mean loss of the last `LOSS_WINDOW` minibatches).
 
     Raises:
         DivergedError: training diverged.
@@ -117,14 +117,18 @@ def train_language_model(
     params = jax.tree.map(jnp.copy, params)  # because `_steps` donates its arguments
     opt_state = optimizer.init(params)
     rng = np.random.default_rng(options.seed)
-    steps_per_call = STEPS_PER_CALL if length <= SHORT else 1
+    steps_per_call = STEPS_PER_CALL if length <= SHORT_TEXT else 1
     loss, losses = float("nan"), []
     with tqdm(total=options.steps, desc="language model", unit="step") as bar:
         for start in range(0, options.steps, steps_per_call):
             steps = min(steps_per_call, options.steps - start)
             n_sb = rng.integers(len(rows), size=(steps, options.batch_size))
-            own = bucket_length(max(len(rows[n].ids) for n in n_sb.ravel().tolist()), smallest=8)
-            batches = tuple(array_nt[n_sb, :own] for array_nt in (tokens_nt, mask_nt, weights_nt))
+            padded_length = bucket_length(
+                max(len(rows[n].ids) for n in n_sb.ravel().tolist()), smallest=8
+            )
+            batches = tuple(
+                array_nt[n_sb, :padded_length] for array_nt in (tokens_nt, mask_nt, weights_nt)
+            )
             params, opt_state, loss_s = _steps(
                 graphdef,
                 optimizer,
@@ -134,7 +138,7 @@ def train_language_model(
                 batches=batches,
             )
             losses.extend(np.asarray(loss_s).tolist())
-            loss = float(np.mean(losses[-LAST:]))
+            loss = float(np.mean(losses[-LOSS_WINDOW:]))
             check_loss(loss, "the language model's loss", RATE)
             bar.update(steps)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)

@@ -186,7 +186,15 @@ def test_a_refused_call_does_not_replace_a_page_with_more_results(tmp_path, monk
 
 @pytest.mark.parametrize("other", [True, False])
 @pytest.mark.parametrize("made", [True, False])
-@pytest.mark.parametrize("outcome", [REFUSED, dataclasses.replace(REFUSED, in_training=True), DONE])
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        REFUSED,
+        dataclasses.replace(REFUSED, finished=["kl_0.1"]),
+        dataclasses.replace(REFUSED, in_training=True),
+        DONE,
+    ],
+)
 def test_a_call_with_other_options_that_is_refused_keeps_the_record(
     tmp_path, settings, monkeypatch, outcome, other, made
 ):
@@ -204,7 +212,7 @@ def test_a_call_with_other_options_that_is_refused_keeps_the_record(
 
     monkeypatch.setattr(study, "_run_conditions", run)
     assert study.run_seed(own, tmp_path, 0) == outcome
-    kept = other and not made and outcome == REFUSED
+    kept = other and not made and outcome.refused
     assert read_records(tmp_path, study_options(settings)) == (
         {0: DONE} if kept else {} if other else {0: outcome}
     )

@@ -129,7 +129,8 @@ def spoil(rng: np.random.Generator, prompt: str, response: str) -> str:
                 before = f"{before[0]}{article[1:]} "
             return f"{before}{thing}{'s' * (word.lower() not in ANIMALS)}"
 
-        return re.sub(r"\b(?P<article>an? )?(?P<word>[a-z]+)", replaced, response, flags=re.I)
+        pattern = r"(?<![A-Za-z])(?P<article>[Aa]n? )?(?P<word>[A-Za-z]+)"
+        return re.sub(pattern, replaced, response)
     words = response.split()
     if len(words) > 2:
         words = words[: int(rng.integers(2, len(words)))]

@@ -333,14 +333,14 @@ def make_contrast_pairs(
 ) -> Rows:
     """Makes pairs of a sample without (chosen) and with (rejected) a shortcut that is told.
 
-    The sample has none of the told shortcuts. A threshold allows few false alarms on these samples,
-    and if they had another told shortcut, its detectors would be counted as false alarms there. The
-    samples take turns, and so do the shortcuts; a row names its own under "source". The phrasings
-    are those that contrast pairs show.
+    The sample has none of the told shortcuts. Thresholds allow few false alarms on these samples:
+    if one had another told shortcut, a detector that rightly fires on it would count as a false
+    alarm. The samples take turns, and so do the shortcuts; a row names its own under "source". The
+    phrasings are those that contrast pairs show.
 
     Raises:
-        InputError: every sample is empty or has a told shortcut, or one of the told shortcuts
-            cannot be added to any of the others.
+        InputError: every sample is empty or has a told shortcut, or a told shortcut cannot be added
+            to any of the remaining samples.
     """
     pairs: Rows = []
     texts = list(zip(samples.prompts, map(str.strip, samples.responses), strict=True))

@@ -75,7 +75,12 @@ def measure_text_gates(
     )
     success = float(np.concatenate([fit_n, test_n]).mean())
     marked = _marked(task, held_out_samples)
-    clean_n = np.asarray([not task.has_told(r["prompt"], r["response"]) for r in held_out_samples])
+    clean_n = np.asarray(
+        [
+            bool(row["response"].strip()) and not task.has_told(row["prompt"], row["response"])
+            for row in held_out_samples
+        ]
+    )
     false_alarms = firing_rate(z_nf[clean_n], detectors) if clean_n.any() else None
     shortcuts = {
         shortcut.name: _shortcut_values(
