@@ -75,13 +75,7 @@ def measure_text_gates(
     )
     success = float(np.concatenate([fit_n, test_n]).mean())
     marked = _marked(task, held_out_samples)
-    clean_n = np.asarray(
-        [
-            bool(row["response"].strip()) and not task.has_told(row["prompt"], row["response"])
-            for row in held_out_samples
-        ]
-    )
-    false_alarms = firing_rate(z_nf[clean_n], detectors) if clean_n.any() else None
+    false_alarms = _false_alarms(task, held_out_samples, detectors=detectors, z_nf=z_nf)
     shortcuts = {
         shortcut.name: _shortcut_values(
             reward_model,
@@ -92,11 +86,8 @@ def measure_text_gates(
             deviation=float(score_n.std()),
             rng=rng,
         )
-        | {
-            "told": float(shortcut.name in task.told),
-            "base_rate": float(np.mean([shortcut.count(r["response"]) > 0 for r in samples])),
-        }
-        | ({} if false_alarms is None else {"false_alarms": false_alarms})
+        | {"told": float(shortcut.name in task.told), "base_rate": _base_rate(shortcut, samples)}
+        | false_alarms
         for shortcut in task.all_shortcuts
     }
     values = {
@@ -107,6 +98,33 @@ def measure_text_gates(
         "least_bonus": min(values["gain"] for values in shortcuts.values()),
     }
     return [Gate(name, values[name]) for name in (BIASED if task.bias else TEXT)], shortcuts
+
+
+def _base_rate(shortcut: TextShortcut, rows: Rows) -> float:
+    """Returns the share of the samples that have a shortcut."""
+    return float(np.mean([shortcut.count(row["response"]) > 0 for row in rows]))
+
+
+def _false_alarms(
+    task: TextTask, rows: Rows, *, detectors: Detectors, z_nf: np.ndarray
+) -> dict[str, float]:
+    """Computes on which share of the samples without any told shortcut a detector fires.
+
+    Args:
+        task: the task, with the shortcuts that the method is told.
+        rows: the samples.
+        detectors: the detectors.
+        z_nf: features of the samples, `[N, M]`.
+
+    Returns:
+        `false_alarms`; nothing if every sample is empty or has a told shortcut.
+    """
+    clean = [
+        i
+        for i, row in enumerate(rows)
+        if row["response"].strip() and not task.has_told(row["prompt"], row["response"])
+    ]
+    return {"false_alarms": firing_rate(z_nf[clean], detectors)} if clean else {}
 
 
 def _marked(task: TextTask, rows: Rows) -> list[int]:
