@@ -31,7 +31,8 @@ from pipeline.study_records import (
     drawn_results,
     locked_seed,
     read_records,
-    replacing_record,
+    remove_record,
+    replace_record,
     results_of,
     seed_folder,
     study_options,
@@ -191,9 +192,10 @@ def run_seed(
     try:
         with locked_seed(workdir, seed):
             check_task_file(template, task_file)
-            with replacing_record(folder, study_options(settings) | task_file) as outcomes:
-                outcomes.append(outcome := _run_conditions(fill_in(template, folder), folder))
-                check_task_file(template, task_file)
+            earlier = remove_record(folder)
+            outcome = _run_conditions(fill_in(template, folder), folder)
+            check_task_file(template, task_file)
+            replace_record(folder, study_options(settings) | task_file, outcome, earlier)
     except InputError as error:
         LOG.error("stopped: %s", error)
         return SeedOutcome([], str(error))

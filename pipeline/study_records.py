@@ -50,6 +50,15 @@ class SeedOutcome:
         return bool(self.stopped) and not self.in_training
 
 
+@dataclasses.dataclass(frozen=True)
+class EarlierRecord:
+    """The record of an earlier call for a seed, and the stages that had run in its folder."""
+
+    options: dict[str, Any]
+    outcome: SeedOutcome
+    stages: dict[str, dict]
+
+
 def seed_folder(workdir: Path, seed: int) -> Path:
     """Returns the folder of a seed's world and runs."""
     return workdir / f"seed_{seed}"
@@ -84,36 +93,45 @@ def write_record(folder: Path, options: Mapping[str, Any], outcome: SeedOutcome)
     write_json(folder / FILE, {"options": options, **dataclasses.asdict(outcome)})
 
 
-def remove_record(folder: Path) -> None:
-    """Removes the record of a seed that is about to run again."""
+def remove_record(folder: Path) -> EarlierRecord | None:
+    """Removes the record of a seed that is about to run again, and returns what it said.
+
+    Raises:
+        InputError: the records of the stages in the folder cannot be read. Nothing is removed.
+    """
+    stages = Records(folder).stages
+    earlier = None
+    with contextlib.suppress(InputError):
+        earlier = EarlierRecord(*read_record(folder), stages)
     (folder / FILE).unlink(missing_ok=True)
+    return earlier
 
 
-@contextlib.contextmanager
-def replacing_record(folder: Path, options: Mapping[str, Any]) -> Iterator[list[SeedOutcome]]:
-    """Removes the record of a seed while it runs, and records the outcome afterwards.
+def replace_record(
+    folder: Path,
+    options: Mapping[str, Any],
+    outcome: SeedOutcome,
+    earlier: EarlierRecord | None,
+) -> None:
+    """Records what a seed has finished, or puts the earlier record back.
 
-    If a call with other options is refused, and no stage of the seed's preparation has run since,
+    If a call with other options was refused, and no stage of the seed's preparation has run since,
     the earlier record is kept, because the folder still holds its results. Conditions that the
     refused call has trained are not in it; a later call finds them up to date.
 
     Args:
         folder: the folder of the seed.
-        options: those of `study_options` with which the seed runs.
-
-    Yields:
-        A list, to which the outcome is added.
+        options: those of `study_options` with which the seed has run.
+        outcome: what has come of it.
+        earlier: what `remove_record` returned before it ran.
     """
-    earlier, stages_before = None, Records(folder).stages
-    with contextlib.suppress(InputError):
-        earlier = read_record(folder)
-    remove_record(folder)
-    outcomes: list[SeedOutcome] = []
-    yield outcomes
-    (outcome,) = outcomes
-    if earlier and outcome.refused and Records(folder).stages == stages_before:
-        differs = first_difference(earlier[0], dict(options), defaults=DEFAULTS)
-        options, outcome = earlier if differs else (options, outcome)
+    if (
+        earlier
+        and outcome.refused
+        and Records(folder).stages == earlier.stages
+        and first_difference(earlier.options, dict(options), defaults=DEFAULTS)
+    ):
+        options, outcome = earlier.options, earlier.outcome
     write_record(folder, options, outcome)
 
 

@@ -104,7 +104,7 @@ def train_language_model(
     Raises:
         DivergedError: training diverged.
     """
-    length = bucket_length(max(len(row.ids) for row in rows), smallest=8)
+    length = _padded_length(rows)
     tokens_nt, mask_nt = pad_batch([row.ids for row in rows], length, 0)
     weights_nt = np.zeros(tokens_nt.shape, np.float32)
     for weights_t, row in zip(weights_nt, rows, strict=True):
@@ -123,12 +123,8 @@ def train_language_model(
         for start in range(0, options.steps, steps_per_call):
             steps = min(steps_per_call, options.steps - start)
             n_sb = rng.integers(len(rows), size=(steps, options.batch_size))
-            padded_length = bucket_length(
-                max(len(rows[n].ids) for n in n_sb.ravel().tolist()), smallest=8
-            )
-            batches = tuple(
-                array_nt[n_sb, :padded_length] for array_nt in (tokens_nt, mask_nt, weights_nt)
-            )
+            used = length if steps_per_call > 1 else _padded_length([rows[n] for n in n_sb[0]])
+            batches = tuple(array_nt[n_sb, :used] for array_nt in (tokens_nt, mask_nt, weights_nt))
             params, opt_state, loss_s = _steps(
                 graphdef,
                 optimizer,
@@ -148,6 +144,11 @@ def train_language_model(
     trained = nnx.merge(graphdef, params)
     check_weights(trained, RATE)
     return trained, loss
+
+
+def _padded_length(rows: Sequence[WeightedText]) -> int:
+    """Returns the length to which texts are padded together, in tokens."""
+    return bucket_length(max(len(row.ids) for row in rows), smallest=8)
 
 
 @partial(
