@@ -8,6 +8,9 @@ Every run has a thread, and a lock lets one of them work at a time, so that memo
 activations of one run. A run that wants responses releases the lock. Once all runs that have not
 ended want some, the last one samples for all of them. So runs that are resumed or evaluate at
 different steps can be in one group, and a run that ends leaves the others as they are.
+
+Before their first update, runs with one seed want the same responses, for their calibration, the
+evaluation of step 0 and step 0. These are sampled once.
 """
 
 import contextlib
@@ -64,6 +67,19 @@ class _Request:
         graphs = learner.graphdef, learner.stops, learner.pad, learner.placement
         weights = tuple(id(x) for x in jax.tree.leaves(self.base))
         return (*options, *shapes, *graphs, weights)
+
+    def has_responses_of(self, other: "_Request") -> bool:
+        """Returns whether a request with the same `program` is for the same responses."""
+        own, others = self._drawn_from, other._drawn_from
+        return self.slots == other.slots and all(map(np.array_equal, own, others))
+
+    @property
+    def _drawn_from(self) -> Iterator[Any]:
+        """Yields all arrays that decide the responses; those that differ most often come first."""
+        yield jax.random.key_data(self.key)
+        yield self.tokens_np
+        yield self.mask_np
+        yield from jax.tree.leaves(self.params["lora"])
 
 
 class RunGroup:
@@ -148,7 +164,7 @@ class RunGroup:
         self._requests = []
         for requests in by_program.values():
             try:
-                for request, generation in zip(requests, _sample(requests), strict=True):
+                for request, generation in zip(requests, _generations(requests), strict=True):
                     request.generation = generation
             except Exception as error:
                 for request in requests:
@@ -199,8 +215,20 @@ class Member:
             yield
 
 
+def _generations(requests: Sequence[_Request]) -> list[Generation]:
+    """Returns the responses of runs whose `program` is the same.
+
+    They are sampled once if they are the same for all runs. If they are so for some of the runs,
+    they are not, because each number of runs needs a program of its own.
+    """
+    first = requests[0]
+    if all(first.has_responses_of(other) for other in requests[1:]):
+        return _sample(requests[:1]) * len(requests)
+    return _sample(requests)
+
+
 def _sample(requests: Sequence[_Request]) -> list[Generation]:
-    """Samples the responses of runs whose `program` is the same."""
+    """Samples responses for each of the requests, whose `program` is the same."""
     first = requests[0]
     slots = None
     if first.slots is not None:  # a larger number gives the same results

@@ -97,6 +97,47 @@ def test_a_group_gives_the_numbers_of_separate_runs(make_trainer, policy, progra
     assert set(programs) == {3}
 
 
+def test_what_runs_have_in_common_before_their_first_update_is_sampled_once(
+    make_trainer, policy, programs, monkeypatch, tmp_path
+):
+    options = {"total_steps": 3, "evaluate": True, "eval_every": 3}
+    names = ("penalised", "plain")
+    for name in names:
+        make_trainer(tmp_path / name, **options, **RUNS[name]).run()
+    alone, rollout = [], Learner.rollout
+
+    def count(self, *rest, **options):
+        alone.append(1)
+        return rollout(self, *rest, **options)
+
+    monkeypatch.setattr(Learner, "rollout", count)
+    config = {}
+
+    def run(name):
+        def call(member):
+            own = over_the_same_weights(policy)
+            workdir = tmp_path / f"group_{name}"
+            trainer = make_trainer(workdir, policy=own, member=member, **options, **RUNS[name])
+            config[name] = trainer.config.ppo
+            trainer.run()
+
+        return call
+
+    assert RunGroup().run([run(name) for name in names]) == [None, None]
+    for name in names:
+        assert_same_numbers(tmp_path / name, tmp_path / f"group_{name}")
+        first, second = (
+            (tmp_path / folder / "evaluations.jsonl").read_text().splitlines()
+            for folder in (name, f"group_{name}")
+        )
+        assert [json.loads(row)["response"] for row in first] == [
+            json.loads(row)["response"] for row in second
+        ]
+    before = config["plain"].calibration_batches + config["plain"].eval_batches + 1  # and step 0
+    assert len(alone) == before
+    assert programs == [2] * (2 + config["plain"].eval_batches)
+
+
 def test_a_run_that_stops_leaves_the_others(make_trainer, policy, programs, tmp_path):
     for name in ("stopped", "other"):
         make_trainer(tmp_path / name, seed=len(name)).run()
@@ -170,8 +211,10 @@ def test_an_error_of_the_shared_program_reaches_every_run(
     monkeypatch.setattr(Learner, "rollout_of_runs", fail)
 
     def run(name):
-        own = over_the_same_weights(policy)
-        return lambda member: make_trainer(tmp_path / name, policy=own, member=member).run()
+        own, seed = over_the_same_weights(policy), ord(name)
+        return lambda member: make_trainer(
+            tmp_path / name, policy=own, member=member, seed=seed
+        ).run()
 
     errors = RunGroup().run([run("a"), run("b")])
     assert ["RESOURCE_EXHAUSTED" in str(error) for error in errors] == [True, True]
