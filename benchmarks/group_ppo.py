@@ -16,7 +16,7 @@ from ppo.run_group import Member, RunGroup
 
 
 class GroupPPO:
-    """The runs, which differ in their random adapters only."""
+    """The runs, which differ in their seeds: a group samples equal runs only once."""
 
     def __init__(self, runs: list[JaxPPO]):
         self.runs = runs
@@ -44,7 +44,7 @@ def build(model_dir: str, work: Workload, runs: int, **options: Any) -> GroupPPO
     first = build_one(model_dir, work, **options)
     learner = first.learner
     sides = [first]
-    for _ in range(runs - 1):
+    for seed in range(1, runs):
         policy = nnx.merge(learner.reference_graph, first.base)
         sides.append(
             JaxPPO(
@@ -53,6 +53,7 @@ def build(model_dir: str, work: Workload, runs: int, **options: Any) -> GroupPPO
                 policy=policy,
                 reward_model=first.reward_model,
                 work=work,
+                seed=seed,
             )
         )
     return GroupPPO(sides)

@@ -38,6 +38,7 @@ class JaxPPO:
     Attributes:
         watched: latents that the reward reads.
         state: state of the training.
+        seed: seed of the responses.
         member: place in a group of runs, whose responses are sampled together; None: alone.
     """
 
@@ -49,8 +50,10 @@ class JaxPPO:
         reward_model: RewardModel,
         work: Workload,
         watched: tuple[int, ...] = (0,),
+        seed: int = 0,
     ):
         self.reward_model, self.watched, self.lora = reward_model, watched, lora
+        self.seed = seed
         policy.stop_ids = ()
         self.learner, fresh, self.base = Learner.attach(config, lora, policy, pad=0)
         self.state = policy.placement.replicated(fresh)
@@ -69,7 +72,7 @@ class JaxPPO:
     def iteration(self) -> dict[str, float]:
         """Runs one PPO iteration; returns the seconds of rollout, score, update and total."""
         clock = [time.perf_counter()]
-        key = jax.random.fold_in(jax.random.key(0), self.steps)
+        key = jax.random.fold_in(jax.random.key(self.seed), self.steps)
         rollout = self.learner.rollout
         if self.member is not None:
             rollout = partial(self.member.rollout, self.learner)

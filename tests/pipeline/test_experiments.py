@@ -74,6 +74,8 @@ def test_from_one_config_to_a_page_on_all_runs(world, tmp_path, capsys):
 
 def test_experiments_at_once_give_the_numbers_of_one_at_a_time(world, tmp_path, monkeypatch):
     config = two_experiments(world)
+    with config.unlocked():  # with one seed, what is the same for both would be sampled once
+        config.experiments.penalised.ppo = ConfigDict({"seed": 1})
     loads = []
     load_weights = together.load_policy_model
     monkeypatch.setattr(
